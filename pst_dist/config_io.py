@@ -1,0 +1,182 @@
+"""From YAML text and `key.sub=value` words to a checked `Config`, and back to text.
+
+Every complaint names the file and line, or the override, that it is about.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pst_dist.config import Config
+from pst_dist.errors import ConfigError, InputError
+
+RESOLVED = "config.resolved.yaml"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the config, sections before their fields."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from known_keys(info.annotation, f"{prefix}{name}.")
+
+
+def ready_made_configs() -> list[str]:
+    """Names of the configs that come with the package, one a task and one for the demo."""
+    folder = resources.files("pst_dist") / "configs"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def locate_config(name: str) -> Path:
+    """A YAML path, a run directory, or the name of a ready-made config -> the file; raises InputError."""
+    path = Path(name)
+    if path.is_dir():
+        resolved = path / RESOLVED
+        if not resolved.is_file():
+            raise InputError(f"no {RESOLVED} here", "give a config file or a directory that `pst run` made", path=path)
+        return resolved
+    if path.is_file():
+        return path
+    if name in ready_made_configs():
+        return Path(str(resources.files("pst_dist") / "configs" / f"{name}.yaml"))
+    near = difflib.get_close_matches(name, ready_made_configs(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "ready-made ones: " + ", ".join(ready_made_configs())
+    raise InputError("no such config file, run directory or ready-made config", hint, path=name)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's loader, which would silently keep the last of two equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in a YAML file and the line of each of its keys, counted from 1."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = yaml.load(text, _UniqueKeyLoader)
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read: {error}", path=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(str(problem), "mend the YAML", path=path, line=mark and mark.line + 1) from error
+    if loaded is None:
+        return {}, {}
+    if not isinstance(loaded, dict):
+        raise ConfigError("not a mapping of keys to values", "see `pst config demo`", path=path, line=1)
+    lines: dict[tuple[str, ...], int] = {}
+
+    def visit(node: yaml.Node, keys: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                lines[(*keys, str(key_node.value))] = key_node.start_mark.line + 1
+                visit(value_node, (*keys, str(key_node.value)))
+
+    visit(root, ())
+    return loaded, lines
+
+
+def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
+    """`train.bf16=true` -> (("train", "bf16"), True); the value is read as YAML."""
+    key, sign, text = word.removeprefix("--").partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{word!r} is not key.sub=value", "write for example train.learning_rate=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    return tuple(key.replace("-", "_").split(".")), value
+
+
+def _apply(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    for key in keys[:-1]:
+        child = tree.get(key)
+        if not isinstance(child, dict):
+            child = tree[key] = {}
+        tree = child
+    tree[keys[-1]] = value
+
+
+def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config by path, run directory or ready-made name and apply overrides.
+
+    Raises InputError when there is no such file and ConfigError, with file and line, for anything in it that
+    is unknown, of the wrong type or contradictory.
+    """
+    tree: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    path: Path | None = None
+    if name is not None:
+        path = locate_config(name)
+        tree, lines = _read_yaml(path)
+    origins: dict[tuple[str, ...], str] = {}
+    for word in overrides:
+        keys, value = parse_override(word)
+        _apply(tree, keys, value)
+        origins[keys] = word
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, path, lines, origins) from error
+
+
+def _explain(
+    error: ValidationError,
+    path: Path | None,
+    lines: dict[tuple[str, ...], int],
+    origins: dict[tuple[str, ...], str],
+) -> ConfigError:
+    """One line for the first complaint of pydantic, in our words, with the place it stands at."""
+    first = error.errors()[0]
+    location = tuple(str(part) for part in first["loc"])
+    # A union adds the name of the branch that failed: keep the part that is a key.
+    keys = set(known_keys())
+    while location and ".".join(location) not in keys and first["type"] != "extra_forbidden":
+        location = location[:-1]
+    dotted = ".".join(location)
+    place: dict[str, Any] = {}
+    if any(origin[: len(location)] == location for origin in origins):
+        place = {}
+    elif location in lines:
+        place = {"path": path, "line": lines[location]}
+    elif path is not None:
+        place = {"path": path}
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key {dotted!r}", _nearest(dotted, keys), **place)
+    message = first["msg"].removeprefix("Value error, ")
+    if not dotted:
+        return ConfigError(message, **place)
+    value = first.get("input")
+    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return ConfigError(f"{dotted}: {message[:1].lower()}{message[1:]}{got}", **place)
+
+
+def _nearest(dotted: str, keys: set[str]) -> str:
+    """The known key that a mistyped one most resembles, by the whole path or by its last word."""
+    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
+    if not near:
+        last = dotted.rsplit(".", 1)[-1]
+        by_last = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
+        near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    return f"did you mean {near[0]!r}?" if near else "`pst config --schema` lists all keys"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every key with its value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,117 @@
+"""Ranks, and the few things they must agree on: sums, a value from rank zero, whether to stop.
+
+Every launcher (deepspeed, torchrun, srun, Ray Train) only sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*; this
+module reads them. Without them there is one rank, and no process group is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pst_dist.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero, which alone writes shared files and logs."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """From RANK, LOCAL_RANK and WORLD_SIZE; raises EnvironmentFault when only some are set."""
+        names = ("RANK", "WORLD_SIZE")
+        present = [name for name in names if name in os.environ]
+        if not present:
+            return cls()
+        if len(present) != len(names):
+            raise EnvironmentFault(f"{present[0]} is set but not all of {', '.join(names)}", "start with torchrun")
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), world)
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    wanted = os.environ.get("DS_ACCELERATOR")
+    if torch.cuda.is_available() and wanted != "cpu":
+        torch.cuda.set_device(ranks.local_rank)
+        return torch.device("cuda", ranks.local_rank)
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, *, with_deepspeed: bool) -> Iterator[None]:
+    """The process group of this run, left as it was found; none for one rank without DeepSpeed."""
+    if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
+        yield
+        return
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    backend = "nccl" if device_of(ranks).type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, rank=ranks.rank, world_size=ranks.world_size, timeout=datetime.timedelta(minutes=10)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over ranks of a tensor, on every rank; gloo and NCCL alike."""
+    if not dist.is_initialized():
+        return values
+    moved = values.to(device_of(Ranks.from_environment())) if dist.get_backend() == "nccl" else values.cpu()
+    total = moved.clone()
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """Rank zero's value on every rank; other ranks' argument is ignored."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def main_first_errors(ranks: Ranks) -> Iterator[None]:
+    """Make an exception that rank zero alone meets in this block end every rank with the same words.
+
+    Without it the others would wait in their next collective until its timeout.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = from_main(failure if ranks.is_main else None)
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise told

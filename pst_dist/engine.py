@@ -1,0 +1,314 @@
+"""Two engines behind one small interface: plain PyTorch on one process, DeepSpeed ZeRO 0-3 on any number.
+
+The trainer gives each micro-batch's share of the *global* loss to `backward`; after `step` both engines have moved
+the weights by the same gradient. What DeepSpeed may be told (memory and communication) is in the JSON, what the run
+is (batch, clipping, precision, optimizer) is in our config; a JSON that sets the latter is refused naming the key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_dist.config import TrainConfig
+from pst_dist.data import PSTBatch
+from pst_dist.distributed import Ranks, all_sum, device_of
+from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, IntegrityError
+from pst_dist.loss import PSTLossOutput
+from pst_dist.student import Student
+
+_OURS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate and its neighbours",
+    "scheduler": "train.lr_scheduler_type",
+    "bf16": "train.bf16",
+    "fp16": "train.bf16",
+    "torch_autocast": "train.bf16",
+    "steps_per_print": "train.logging_steps",
+}
+_THEIRS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "compile",
+    "checkpoint",
+}
+
+
+class Engine(ABC):
+    """What the trainer asks of an engine."""
+
+    def __init__(self, student: Student, ranks: Ranks) -> None:
+        self.student, self.ranks, self.device = student, ranks, device_of(ranks)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """`single`, `zero0` … `zero3`: checkpoints of different engines are not interchangeable."""
+
+    @abstractmethod
+    def forward(self, batch: PSTBatch) -> PSTLossOutput:
+        """Sums of the loss terms over one micro-batch."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's part of the global loss; `last` marks a step's last micro-batch."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Move the weights once; returns the global gradient norm before clipping.
+
+        Raises DivergedError on every rank, before any weight has moved, when that norm is not finite.
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write this rank's state of weights and optimizer below an existing directory; collective."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Inverse of `save`; collective."""
+
+    @abstractmethod
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every parameter of the student, float32 on the CPU, on rank zero (elsewhere empty); collective."""
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay, biases and norms do not."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for _, parameter in named if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2]
+    plain = [parameter for _, parameter in named if len(getattr(parameter, "ds_shape", parameter.shape)) < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(student: Student, train: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameter_groups(student, train.weight_decay),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+    )
+
+
+def _refuse_non_finite(norm: float) -> float:
+    if not math.isfinite(norm):
+        raise DivergedError(
+            f"the gradient norm is {norm}; no weight was moved",
+            "resume with a lower train.learning_rate or a smaller train.max_grad_norm",
+        )
+    return norm
+
+
+class SingleProcessEngine(Engine):
+    """AdamW on float32 weights in this process; bf16 through autocast."""
+
+    name = "single"
+
+    def __init__(self, student: Student, train: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(student, ranks)
+        student.to(self.device)
+        self.train_config = train
+        self.optimizer = _adamw(student, train)
+
+    def forward(self, batch: PSTBatch) -> PSTLossOutput:
+        context: Any = (
+            torch.autocast(self.device.type, dtype=torch.bfloat16)
+            if self.train_config.bf16
+            else contextlib.nullcontext()
+        )
+        with context:
+            return self.student(batch)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        limit = self.train_config.max_grad_norm or math.inf
+        norm = _refuse_non_finite(float(nn.utils.clip_grad_norm_(self.student.parameters(), limit)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def save(self, directory: Path) -> None:
+        torch.save(
+            {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / "state.pt"
+        )
+
+    def load(self, directory: Path) -> None:
+        state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().float().cpu() for name, value in self.student.named_parameters()}
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO on CUDA (NCCL) or CPU (gloo) ranks."""
+
+    def __init__(self, student: Student, train: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(student, ranks)
+        deepspeed = import_deepspeed()
+        settings = deepspeed_settings(train, ranks.world_size)
+        self.stage = settings["zero_optimization"]["stage"]
+        self.max_grad_norm = train.max_grad_norm
+        # Our own optimizer needs no compiler; DeepSpeed's CPU one builds a C++ extension for minutes.
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=student, optimizer=_adamw(student, train), config=settings
+        )
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.stage}"
+
+    def forward(self, batch: PSTBatch) -> PSTLossOutput:
+        return self.engine(batch)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; our losses are shares that add up.
+        self.engine.backward(loss * self.ranks.world_size)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            # In float32 without ZeRO, DeepSpeed neither reports the norm nor stops at a NaN.
+            grads = [p.grad.detach().float() for p in self.student.parameters() if p.grad is not None]
+            norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
+            _refuse_non_finite(norm)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        # ZeRO skips the update by itself when the norm is not finite, so the weights are still the old ones.
+        return _refuse_non_finite(float(self.engine.get_global_grad_norm()))
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        # DeepSpeed unpickles: the caller has compared every file with our manifest's digests first.
+        path, _ = self.engine.load_checkpoint(str(directory), tag="state")
+        if path is None:
+            raise IntegrityError("DeepSpeed found no state here", "remove this checkpoint", path=directory)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.student.named_parameters():
+            value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            if self.ranks.is_main:
+                weights[name] = value.detach().float().cpu().clone()
+        return weights
+
+
+def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:
+    """The engine that a config asks for; several ranks need `train.deepspeed`."""
+    if train.deepspeed is None:
+        if ranks.world_size > 1:
+            raise ConfigError(f"{ranks.world_size} ranks but train.deepspeed is not set", "set it to zero1, zero2 or zero3")
+        return SingleProcessEngine(student, train, ranks)
+    return DeepSpeedEngine(student, train, ranks)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without the C++ extension that training never uses; raises EnvironmentFault when absent."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise EnvironmentFault("deepspeed is not installed", "pip install 'pst-dist[train]'") from error
+    # Built with g++ for a minute at the first start on CPU, only for inference; a kill during that build leaves a
+    # lock file on which every later run hangs (pytorch#189245).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def find_deepspeed_json(name: str) -> Path:
+    """`zero2` or a path -> the file; raises InputError."""
+    given = Path(name)
+    if given.suffix == ".json":
+        if given.is_file():
+            return given
+        raise InputError("no such DeepSpeed config", path=given)
+    package = Path(__file__).resolve().parent
+    for folder in (package / "ds_configs", package.parent / "ds_configs"):
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    raise InputError(f"train.deepspeed: no profile {name!r}", "use zero0, zero1, zero2, zero3, zero3_offload or a path")
+
+
+def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The JSON of a profile completed with what our config owns, every "auto" resolved.
+
+    Raises ConfigError for a key that belongs to our config (it is named) and for one that DeepSpeed would ignore.
+    """
+    assert train.deepspeed is not None
+    path = find_deepspeed_json(train.deepspeed)
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
+    for key in settings:
+        if key in _OURS:
+            raise ConfigError(f"{key!r} belongs to our config", f"remove it and set {_OURS[key]}", path=path)
+        if key not in _THEIRS:
+            raise ConfigError(f"unknown key {key!r}, which DeepSpeed would silently ignore", path=path)
+    zero = settings.setdefault("zero_optimization", {})
+    # DeepSpeed takes "auto" for its own default without a word; so do we, but by leaving the key out.
+    settings["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
+    stage = settings["zero_optimization"].setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage!r}", "0, 1, 2 or 3", path=path)
+    if "checkpoint" in settings:
+        raise ConfigError("'checkpoint' is ours: saves are transactional", "remove it", path=path)
+    micro = train.per_device_train_batch_size
+    return settings | {
+        "train_micro_batch_size_per_gpu": micro,
+        # Accumulation is driven by hand, so that a step may hold any number of micro-batches.
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * world_size,
+        "gradient_clipping": train.max_grad_norm,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **_precision(train, stage),
+    }
+
+
+def _precision(train: TrainConfig, stage: int) -> dict[str, Any]:
+    if not train.bf16:
+        return {}
+    if stage == 0:
+        # DeepSpeed's bf16 without ZeRO runs one dummy AdamW step at the start: another optimizer than ours.
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    return {"bf16": {"enabled": True}}
+
+
+def sums_over_ranks(output: Tensor) -> Tensor:
+    """[...] float64 on the CPU: a tensor of sums added over all ranks."""
+    return all_sum(output.detach().double().cpu())

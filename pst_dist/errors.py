@@ -1,0 +1,102 @@
+"""Every error a user can cause, one class a kind, each with its exit code.
+
+The command line prints one of these as a single line without a traceback:
+`pst: error[CODE] where: what; what to do`. Anything else that escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class PstError(Exception):
+    """Base of all errors a user can cause; `str()` of it is the line the command line prints."""
+
+    code = "PST"
+    exit_code = 70
+
+    def __init__(
+        self, what: str, remedy: str = "", *, path: str | Path | None = None, line: int | None = None
+    ) -> None:
+        self.what, self.remedy, self.path, self.line = what, remedy, path, line
+        super().__init__(what)
+
+    @property
+    def where(self) -> str:
+        """`path:line`, `path`, or nothing."""
+        if self.path is None:
+            return ""
+        return f"{self.path}:{self.line}" if self.line is not None else str(self.path)
+
+    def __str__(self) -> str:
+        where = f" {self.where}:" if self.where else ""
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return " ".join(f"error[{self.code}]{where} {self.what}{remedy}".split())
+
+    def __reduce__(self):
+        # Exceptions cross process borders (Ray, multiprocessing); the default would lose the keywords.
+        return (_rebuild, (type(self), self.what, self.remedy, self.path, self.line))
+
+
+def _rebuild(kind: type[PstError], what: str, remedy: str, path, line) -> PstError:
+    return kind(what, remedy, path=path, line=line)
+
+
+class ConfigError(PstError):
+    """A knob that does not exist, has the wrong type, or contradicts another one."""
+
+    code, exit_code = "CONFIG", 2
+
+
+class InputError(PstError):
+    """A file or argument that the user named is missing, unreadable or of the wrong kind."""
+
+    code, exit_code = "INPUT", 2
+
+
+class DataError(PstError):
+    """A row that cannot become a training sample."""
+
+    code, exit_code = "DATA", 2
+
+
+class IntegrityError(PstError):
+    """Bytes on disk are not the ones that the manifest promises."""
+
+    code, exit_code = "INTEGRITY", 3
+
+
+class StaleError(IntegrityError):
+    """An artefact is whole but was made from other inputs than today's."""
+
+    code, exit_code = "STALE", 3
+
+
+class EnvironmentFault(PstError):
+    """The machine lacks something: a package, a device, disk space, a reachable cluster."""
+
+    code, exit_code = "ENVIRONMENT", 4
+
+
+class LockedError(PstError):
+    """Another process works in the same directory."""
+
+    code, exit_code = "LOCKED", 5
+
+
+class DivergedError(PstError):
+    """Training produced a loss or a gradient that is not finite."""
+
+    code, exit_code = "DIVERGED", 6
+
+
+class PeerLostError(PstError):
+    """Another rank died or stopped answering."""
+
+    code, exit_code = "PEER_LOST", 7
+
+
+class PreemptedError(PstError):
+    """A signal asked us to stop; state is saved and the same command continues."""
+
+    code, exit_code = "PREEMPTED", 75

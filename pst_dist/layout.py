@@ -1,0 +1,231 @@
+"""How an arm turns a sample into tokens: which segments, in which order, and which of them is supervised.
+
+The five arms are rows of one table, not five trainers. The same `AnswerFormat` is saved with the student, so
+training, evaluation and the exported model render a question in exactly one way.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+from pst_dist.config import Config
+from pst_dist.errors import ConfigError, DataError
+from pst_dist.schema import ReasoningSample
+
+STOP_TOKEN = "<|answer_end|>"
+SEMANTIC_TOKEN = "<|semantic|>"
+
+
+class Segment(IntEnum):
+    """Who owns a token."""
+
+    PAD = 0
+    PROMPT = 1
+    ANSWER = 2
+    SEMANTIC = 3
+    RATIONALE = 4
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of distilling: the order of segments after the prompt, and what it needs."""
+
+    name: str
+    order: tuple[Segment, ...]
+    needs_rationale: bool
+    aligned: bool
+    question_prefixes: tuple[str, ...] = ("",)
+    """More than one: each sample gives one sequence a prefix, with one segment of `order` each."""
+    answers_first: bool = True
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("answer_only", (Segment.ANSWER,), needs_rationale=False, aligned=False),
+        Arm(
+            "pre_thinking",
+            (Segment.RATIONALE, Segment.ANSWER),
+            needs_rationale=True,
+            aligned=False,
+            answers_first=False,
+        ),
+        # Distilling step-by-step, google-research/distilling-step-by-step: the task prefix chooses the output.
+        Arm(
+            "prefix",
+            (Segment.ANSWER, Segment.RATIONALE),
+            needs_rationale=True,
+            aligned=False,
+            question_prefixes=("predict: ", "explain: "),
+        ),
+        Arm("post_thinking", (Segment.ANSWER, Segment.RATIONALE), needs_rationale=True, aligned=False),
+        Arm("pst", (Segment.ANSWER, Segment.SEMANTIC, Segment.RATIONALE), needs_rationale=True, aligned=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How questions are put to a student and where its answer ends; saved beside its weights as `pst.json`."""
+
+    arm: str
+    prompt: str
+    answer_marker: str
+    max_length: int
+    semantic_position: str
+    semantic_tokens: int
+    stop_token: str = STOP_TOKEN
+    semantic_token: str = SEMANTIC_TOKEN
+
+    @classmethod
+    def of(cls, config: Config) -> AnswerFormat:
+        """The format that a config describes; raises ConfigError for a template without {question}."""
+        layout = config.layout
+        if layout.prompt.count("{question}") != 1:
+            raise ConfigError(f"layout.prompt: {layout.prompt!r} must hold {{question}} exactly once")
+        if not layout.answer_marker.strip():
+            raise ConfigError("layout.answer_marker is blank: the answer after a rationale could not be found")
+        return cls(
+            arm=config.arm,
+            prompt=layout.prompt,
+            answer_marker=layout.answer_marker,
+            max_length=layout.max_length,
+            semantic_position=layout.semantic_position,
+            semantic_tokens=layout.semantic_tokens,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for `pst.json`."""
+        return asdict(self)
+
+    def render(self, question: str, *, explain: bool = False) -> str:
+        """The text that is put to the student; `explain` asks the prefix arm for its rationale."""
+        prefixes = ARMS[self.arm].question_prefixes
+        return self.prompt.replace("{question}", prefixes[-1 if explain else 0] + question)
+
+    @property
+    def semantic_before(self) -> bool:
+        """Whether a semantic token is part of what precedes the answer."""
+        return ARMS[self.arm].aligned and self.semantic_position == "before"
+
+    @property
+    def order(self) -> tuple[Segment, ...]:
+        """Segments after the prompt, with the semantic token where this format puts it."""
+        order = ARMS[self.arm].order
+        if self.semantic_before:
+            return (Segment.SEMANTIC, *(segment for segment in order if segment is not Segment.SEMANTIC))
+        return order
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: what is given, what is to be produced, and who owns each produced token."""
+
+    sample_id: str
+    rationale: int
+    """Index into the sample's rationales; joins the teacher's embedding."""
+    prompt_ids: list[int]
+    target_ids: list[int]
+    segments: list[Segment]
+    """One a target token."""
+    truncated: bool
+    """Whether the rationale lost its end to max_length."""
+
+
+class Layout:
+    """Tokenises samples for one arm; a pure function of sample, rationale index and settings.
+
+    An encoder-decoder's prompt and target each have max_length tokens; a causal model's share them.
+    `keep_rationale=False` leaves the rationale's tokens out where no loss reads them (PST's pure reading).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        fmt: AnswerFormat,
+        *,
+        is_encoder_decoder: bool,
+        keep_rationale: bool = True,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        self.tokenizer, self.format, self.arm = tokenizer, fmt, ARMS[fmt.arm]
+        self.is_encoder_decoder = is_encoder_decoder
+        self.keep_rationale, self.shuffle_seed = keep_rationale, shuffle_seed
+        self.stop_id = tokenizer.convert_tokens_to_ids(fmt.stop_token)
+        self.semantic_id = tokenizer.convert_tokens_to_ids(fmt.semantic_token)
+        self.reserved = (fmt.stop_token, fmt.semantic_token)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_ids(self, question: str, *, explain: bool = False) -> list[int]:
+        """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program."""
+        return list(self.tokenizer(self.format.render(question, explain=explain))["input_ids"])
+
+    def sequences(self, sample: ReasoningSample, rationale: int = 0) -> list[Sequence]:
+        """One sequence (two in the prefix arm) for a sample.
+
+        Raises DataError when the arm needs a rationale and the sample has none, when a text holds one of our
+        special tokens, or when question and answer alone exceed max_length. A rationale that does not fit loses
+        its end; the answer never loses a token.
+        """
+        where = sample.source or sample.id
+        if self.arm.needs_rationale and not sample.rationales:
+            raise DataError(
+                f"sample {sample.id} has no rationale, which arm {self.arm.name} needs",
+                "give it one, or train arm=answer_only",
+                path=where,
+            )
+        texts = (sample.question, sample.answer, *sample.rationales)
+        if any(token in text for token in self.reserved for text in texts):
+            raise DataError(f"sample {sample.id} holds {' or '.join(self.reserved)}", "remove it", path=where)
+        groups = (
+            [(segment,) for segment in self.format.order]
+            if len(self.arm.question_prefixes) > 1
+            else [self.format.order]
+        )
+        return [
+            self._sequence(sample, rationale, group, explain=index > 0, where=where)
+            for index, group in enumerate(groups)
+        ]
+
+    def _sequence(
+        self, sample: ReasoningSample, rationale: int, order: tuple[Segment, ...], *, explain: bool, where: str
+    ) -> Sequence:
+        prompt = self.prompt_ids(sample.question, explain=explain)
+        parts = {
+            Segment.ANSWER: [*self._plain(" " + sample.answer), self.stop_id],
+            Segment.SEMANTIC: [self.semantic_id] * self.format.semantic_tokens,
+        }
+        truncated = False
+        with_rationale = Segment.RATIONALE in order and self.keep_rationale
+        thinks_first = with_rationale and Segment.ANSWER in order[order.index(Segment.RATIONALE) :]
+        marker = self._plain(self.format.answer_marker) if thinks_first else []
+        fixed = sum(len(parts[segment]) for segment in order if segment in parts) + len(marker)
+        taken = fixed if self.is_encoder_decoder else fixed + len(prompt)
+        if max(taken, len(prompt)) > self.format.max_length:
+            raise DataError(
+                f"sample {sample.id}: question and answer take {max(taken, len(prompt))} tokens, layout.max_length "
+                f"is {self.format.max_length}",
+                "raise layout.max_length or leave the row out",
+                path=where,
+            )
+        if with_rationale:
+            body = self._plain(" " + sample.rationales[rationale])
+            if self.shuffle_seed is not None:
+                random.Random(f"{self.shuffle_seed}/{sample.id}/{rationale}").shuffle(body)
+            if not thinks_first:
+                body.append(self.tokenizer.eos_token_id)
+            room = self.format.max_length - taken
+            truncated = len(body) > room
+            parts[Segment.RATIONALE] = body[:room] + marker
+        target: list[int] = []
+        segments: list[Segment] = []
+        for segment in order:
+            piece = parts.get(segment, [])
+            target += piece
+            segments += [segment] * len(piece)
+        return Sequence(sample.id, rationale, prompt, target, segments, truncated)

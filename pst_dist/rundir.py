@@ -1,0 +1,102 @@
+"""Where everything of a run lies, and the record that lets a later verb work from the directory alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pst_dist.config import Config
+from pst_dist.config_io import RESOLVED, dump_config
+from pst_dist.storage import write_json, write_text
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; the data directory may be shared by several runs."""
+
+    path: Path
+    data: Path
+
+    @property
+    def shards(self) -> Path:
+        """Webdataset tars, their indexes and `manifest.json`."""
+        return self.data / "shards"
+
+    @property
+    def embeddings(self) -> Path:
+        """One safetensors file a shard, and `manifest.json`."""
+        return self.data / "embeddings"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoint-<step>` directories: state to go on training from."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The student that validation chose, as a Hugging Face folder, and its alignment head."""
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def export(self) -> Path:
+        """The finished model for other tools."""
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained HTML page."""
+        return self.path / "report.html"
+
+    def evaluation(self, split: str) -> Path:
+        """Results and samples of one scored split."""
+        return self.path / "eval" / split
+
+
+def run_dir(config: Config) -> RunDir:
+    """The paths that a config names; creates nothing."""
+    path = Path(config.output_dir)
+    return RunDir(path, Path(config.data_dir) if config.data_dir else path / "data")
+
+
+def expand_arms(config: Config) -> list[Config]:
+    """One config a trained arm: itself, or with `arms` one below output_dir for each, sharing the data."""
+    if not config.arms:
+        return [config]
+    base = run_dir(config)
+    return [
+        Config.model_validate(
+            config.model_dump()
+            | {"arm": arm, "arms": [], "output_dir": str(base.path / arm), "data_dir": str(base.data)}
+        )
+        for arm in config.arms
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the record."""
+    versions = {}
+    for package in ("pst_dist", *_PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+
+
+def record_run(config: Config) -> None:
+    """Save the resolved config, the command and the environment in the run directory."""
+    path = Path(config.output_dir)
+    write_text(path / RESOLVED, dump_config(config))
+    write_text(path / "command.txt", shlex.join(["pst", *sys.argv[1:]]) + "\n")
+    write_json(path / "environment.json", environment())

@@ -1,0 +1,259 @@
+"""The one place that writes files: whole or absent, with a sha256 for each.
+
+Every artefact directory ends with a `manifest.json`, written last; a directory without one is unfinished
+and is never read. Manifests hold no clock and no host, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: the form that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one line that names path and remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+            remedy = f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            remedy = "choose a directory that this user may write to"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            remedy = "something else stands at that place: move it or choose another directory"
+        else:
+            raise
+        raise EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with _disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _fsync_path(partial)
+            os.replace(partial, path)
+            _fsync_path(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success its files are fsynced and it takes that name.
+
+    An older directory of that name is replaced: it is renamed away first and removed afterwards, so a reader
+    sees the old one, the new one, or (for one instant) none, but never a mixture.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with _disk_errors(path):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            publish_directory(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_directory(partial: Path, path: Path) -> None:
+    """fsync every file of `partial` and rename it to `path`, replacing what was there."""
+    with _disk_errors(path):
+        for entry in sorted(partial.rglob("*")):
+            _fsync_path(entry)
+        _fsync_path(partial)
+        replaced = None
+        if path.exists():
+            replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.replaced")
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        _fsync_path(path.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON with sorted keys, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this project wrote; raises IntegrityError when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IntegrityError(f"not JSON: {error}", "delete it and run the command that made it", path=path) from error
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON line and flush it; a torn last line is the reader's to skip."""
+    with _disk_errors(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(canonical_json(value) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines of a file that `append_line` wrote; a torn last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished artefact directory holds and what it was made from."""
+
+    kind: str
+    """`shards`, `embeddings`, `checkpoint`, `student`, `evaluation` or `export`."""
+    fingerprint: str
+    """sha256 over everything that determines the content: inputs, settings, schema version."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Relative path -> {"bytes", "sha256", …}."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else a reader needs: counts, encoder, step…"""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest itself: the name by which the next stage refers to this artefact."""
+        return digest_of({"kind": self.kind, "fingerprint": self.fingerprint, "files": self.files, "extra": self.extra})
+
+
+def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of each named file below `directory`."""
+    return {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+        for name in sorted(names)
+    }
+
+
+def all_files(directory: Path) -> list[str]:
+    """Relative paths of every file below a directory but its manifest, sorted."""
+    return sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`: the last act of every stage."""
+    write_json(
+        directory / MANIFEST,
+        {
+            "kind": manifest.kind,
+            "fingerprint": manifest.fingerprint,
+            "files": manifest.files,
+            "extra": manifest.extra,
+            "digest": manifest.digest,
+        },
+    )
+
+
+def read_manifest(directory: Path, kind: str) -> Manifest | None:
+    """The manifest of a finished directory, or None when there is none; raises IntegrityError when damaged."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    try:
+        manifest = Manifest(raw["kind"], raw["fingerprint"], raw["files"], raw["extra"])
+        intact = manifest.digest == raw["digest"] and manifest.kind == kind
+    except (KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise IntegrityError(
+            f"not an intact {kind} manifest", "delete it and run the command that made this directory", path=path
+        )
+    return manifest
+
+
+def verify_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs."""
+    for name in sorted(manifest.files) if names is None else names:
+        path, promised = directory / name, manifest.files[name]
+        if not path.is_file():
+            raise IntegrityError("file is missing", f"make the {manifest.kind} again", path=path)
+        size = path.stat().st_size
+        if size != promised["bytes"]:
+            raise IntegrityError(
+                f"{size} bytes, manifest says {promised['bytes']}", f"make the {manifest.kind} again", path=path
+            )
+        if sha256_file(path) != promised["sha256"]:
+            raise IntegrityError("sha256 differs from the manifest", f"make the {manifest.kind} again", path=path)
+
+
+@contextlib.contextmanager
+def directory_lock(directory: Path) -> Iterator[None]:
+    """Hold `directory/.lock` for this process; raises LockedError when another process holds it.
+
+    The lock is the kernel's (flock), so it vanishes with its process however that ends.
+    """
+    with _disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        stream = (directory / ".lock").open("a+")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            owner = stream.read().strip() or "another process"
+            raise LockedError(
+                f"in use by {owner}", "wait for it to end or choose another directory", path=directory
+            ) from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {os.uname().nodename}")
+        stream.flush()
+        yield

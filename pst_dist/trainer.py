@@ -1,0 +1,307 @@
+"""`train(config)`: composes data, student, loss, engine and checkpoints into one run, under every launcher.
+
+Each start first resumes the newest valid checkpoint, so a requeued job, a retry and a second hand-typed command are
+one mechanism. Counts are added over ranks and micro-batches before the first backward pass of a step, so every
+gradient is that of the global batch's loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pst_dist.checkpoint import RunState, advanced, resume, save_checkpoint, save_student
+from pst_dist.config import Config, TrainConfig
+from pst_dist.data import Collator, OrderPlan, step_batches
+from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
+from pst_dist.engine import Engine, build_engine, sums_over_ranks
+from pst_dist.errors import ConfigError, DivergedError, InputError, IntegrityError
+from pst_dist.layout import ARMS, AnswerFormat, Layout
+from pst_dist.loss import TERMS, TermWeights
+from pst_dist.metrics import MetricsLog, StepRecord
+from pst_dist.rundir import RunDir, run_dir
+from pst_dist.shards import ShardSet
+from pst_dist.storage import digest_of, directory_lock, read_json, write_json
+from pst_dist.student import build_student, check_architecture
+from pst_dist.teacher_vectors import open_teacher
+from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
+from pst_dist.validation import Validator, is_better
+
+log = logging.getLogger(__name__)
+# Settings that change what is printed, where or how fast, but no weight.
+_COSMETIC = {"logging_steps", "report_to", "num_threads", "dataloader_num_workers", "save_total_limit", "deepspeed"}
+
+
+def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:
+    """The rate of step `step` (from 0) of `total`: linear warm-up, then constant, linear or cosine to zero."""
+    warmup = math.ceil(train.warmup_ratio * total)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    if train.lr_scheduler_type == "constant":
+        return train.learning_rate
+    progress = (step - warmup) / max(1, total - warmup)
+    if train.lr_scheduler_type == "linear":
+        return train.learning_rate * (1 - progress)
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def global_batch_size(train: TrainConfig, world_size: int) -> int:
+    """Samples of one optimizer step over all ranks."""
+    if train.global_batch_size is not None:
+        return train.global_batch_size
+    return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * world_size
+
+
+def training_fingerprint(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> str:
+    """Digest of everything that shapes the weights; equal fingerprints resume one another."""
+    settings = config.model_dump(include={"arm", "task", "seed", "layout", "student", "loss"})
+    train = {key: value for key, value in config.train.model_dump().items() if key not in _COSMETIC}
+    for key in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        train.pop(key)
+    return digest_of(
+        {"settings": settings, "train": train, "batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
+    )
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train` hands back; also `train.json` in the run directory."""
+
+    fingerprint: str
+    steps: int
+    seconds: float
+    tokens: int
+    best_step: int
+    best_value: float
+    metric: str
+
+
+def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
+    """The result of an already complete training with this fingerprint, or None."""
+    path = run.path / "train.json"
+    if not path.is_file() or not run.best.is_dir():
+        return None
+    try:
+        result = TrainingResult(**read_json(path))
+    except (TypeError, IntegrityError):
+        return None
+    return result if result.fingerprint == fingerprint else None
+
+
+def train(config: Config) -> TrainingResult:
+    """Train one arm to its last step and return what came of it; resumes what an earlier call left.
+
+    Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
+    ranks together when a loss or gradient is not finite, with the weights as they were before that step.
+    """
+    ranks = Ranks.from_environment()
+    run = run_dir(config)
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    lock = directory_lock(run.path) if ranks.is_main else contextlib.nullcontext()
+    with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
+        with main_first_errors(ranks):
+            stack.enter_context(lock)
+        return _Training(config, run, ranks).run_all()
+
+
+class _Training:
+    """One call of `train`: what is built once, and the loop over steps."""
+
+    def __init__(self, config: Config, run: RunDir, ranks: Ranks) -> None:
+        self.config, self.run, self.ranks = config, run, ranks
+        shards = ShardSet.open(run.shards)
+        samples = shards.split("train")
+        if not len(samples):
+            raise InputError("there are no training rows in these shards", "give data.train", path=run.shards)
+        self.teacher = open_teacher(config, run, shards)
+        batch = global_batch_size(config.train, ranks.world_size)
+        self.fingerprint = training_fingerprint(
+            config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch
+        )
+        self.plan = OrderPlan(len(samples), batch, config.seed)
+        self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
+        self.format = AnswerFormat.of(config)
+        self.weights = TermWeights.of(config.loss, config.arm)
+        self.samples = samples
+        self.tokenizer = build_tokenizer(config.student, samples)
+        torch.manual_seed(config.seed)
+        self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
+        check_architecture(self.student.model)
+        check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
+        self.layout = make_layout(config, self.format, self.tokenizer, self.student.is_encoder_decoder)
+        self.collate = Collator(
+            loss=config.loss,
+            is_encoder_decoder=self.student.is_encoder_decoder,
+            pad_id=self.tokenizer.pad_token_id,
+            decoder_start_id=self.student.model.config.decoder_start_token_id
+            if self.student.is_encoder_decoder
+            else None,
+            teacher=self.teacher,
+        )
+        self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
+        self.device = device_of(ranks)
+
+    def run_all(self) -> TrainingResult:
+        done = from_main(finished_training(self.run, self.fingerprint) if self.ranks.is_main else None)
+        if done is not None:
+            log.info("training is complete: %d steps, nothing to do", done.steps)
+            return done
+        engine = build_engine(self.student, self.config.train, self.ranks)
+        state = RunState(self.fingerprint, engine.name, self.ranks.world_size)
+        state = resume(engine, self.run.checkpoints, state)
+        log.info(
+            "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
+            self.config.arm,
+            f"{sum(getattr(p, 'ds_numel', p.numel()) for p in self.student.model.parameters()):,}",
+            len(self.samples),
+            self.total,
+            self.plan.global_batch_size,
+            self.ranks.world_size,
+            engine.name,
+            self.device,
+        )
+        metrics = MetricsLog(self.config, self.run, self.ranks, first_step=state.step, total=self.total)
+        with metrics:
+            state = self._loop(engine, state, metrics)
+        result = TrainingResult(
+            fingerprint=self.fingerprint,
+            steps=state.step,
+            seconds=state.seconds,
+            tokens=state.tokens,
+            best_step=state.best_step or 0,
+            best_value=state.best_value if state.best_value is not None else math.nan,
+            metric=self.config.train.metric_for_best_model,
+        )
+        with main_first_errors(self.ranks):
+            if self.ranks.is_main:
+                write_json(self.run.path / "train.json", vars(result))
+        return result
+
+    def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
+        train = self.config.train
+        every_eval = train.eval_steps or self.plan.steps_per_epoch
+        every_save = train.save_steps or every_eval
+        for batches in self._batches(state.step):
+            started = time.monotonic()
+            step = state.step
+            record = self._step(engine, step, batches, watch=(step + 1) % train.logging_steps == 0 or step == 0)
+            state = advanced(
+                state,
+                step=step + 1,
+                tokens=state.tokens + record.tokens,
+                seconds=state.seconds + time.monotonic() - started,
+            )
+            metrics.step(record, epoch=self.plan.epoch_of(step))
+            last = state.step == self.total
+            if state.step % every_eval == 0 or last:
+                state = self._validate(engine, state, metrics)
+            if state.step % every_save == 0 or last:
+                save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
+        return state
+
+    def _batches(self, first_step: int) -> Iterator[list[Any]]:
+        return step_batches(
+            self.plan,
+            self.samples,
+            self.layout,
+            self.collate,
+            first_step=first_step,
+            last_step=self.total,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            micro_batch_size=self.config.train.per_device_train_batch_size,
+            workers=self.config.train.dataloader_num_workers,
+        )
+
+    def _step(self, engine: Engine, step: int, batches: list[Any], *, watch: bool) -> StepRecord:
+        """One optimizer step over this rank's micro-batches."""
+        # Dropout depends on (seed, step, rank) alone, so a resumed run draws what the undisturbed one would have.
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
+        self.student.train()
+        self.student.watch_gradients = watch
+        self.student.squared_gradients.zero_()
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        local = torch.stack([batch.counts for batch in batches]).sum(0)
+        totals = sums_over_ranks(torch.cat([local, torch.tensor([float(tokens)], dtype=torch.float64)]))
+        counts, tokens = totals[:3], int(totals[3])
+        scales = self.weights.scales(counts)
+        sums = torch.zeros(3, dtype=torch.float64)
+        cosine = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            output = engine.forward(batch.to(self.device))
+            loss = (output.sums * scales.to(output.sums)).sum()
+            engine.backward(loss, last=index == len(batches) - 1)
+            sums += output.sums.detach().double().cpu()
+            cosine += output.cosine.double().cpu()
+        squares = self.student.squared_gradients
+        everything = sums_over_ranks(torch.cat([sums, cosine[None], squares]))
+        sums, cosine, squares = everything[:3], everything[3], everything[4:]
+        if not torch.isfinite(sums).all():
+            bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
+            raise DivergedError(
+                f"step {step + 1}: the {' and '.join(bad)} loss is not finite; no weight was moved",
+                "run again with a lower train.learning_rate (the last checkpoint is intact)",
+            )
+        rate = learning_rate_at(step, self.total, self.config.train)
+        norm = engine.step(rate)
+        return StepRecord.of(
+            step=step + 1,
+            sums=sums,
+            counts=counts,
+            scales=scales,
+            cosine=float(cosine),
+            gradients=squares.sqrt() / engine_loss_scale(engine) if watch else None,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=tokens,
+        )
+
+    def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
+        """Score the validation rows, and keep the student when it is the best so far."""
+        value = self.validator.score(engine, self.weights)
+        metrics.validation(state.step, value)
+        metric = self.config.train.metric_for_best_model
+        chosen = value.chosen(metric)
+        if chosen is not None and state.best_value is not None and not is_better(metric, chosen, state.best_value):
+            return state
+        weights = engine.full_weights()
+        state = advanced(state, best_value=chosen, best_step=state.step)
+        with main_first_errors(self.ranks):
+            if self.ranks.is_main:
+                save_student(
+                    self.student,
+                    weights,
+                    self.tokenizer,
+                    self.format,
+                    self.run.best,
+                    fingerprint=self.fingerprint,
+                    extra={"step": state.step, "arm": self.config.arm, "seed": self.config.seed, **value.to_json()},
+                )
+        return state
+
+
+def engine_loss_scale(engine: Engine) -> float:
+    """The factor by which an engine multiplies our loss before its backward pass."""
+    return 1.0 if engine.name == "single" else float(engine.ranks.world_size)
+
+
+def make_layout(config: Config, fmt: AnswerFormat, tokenizer: Any, is_encoder_decoder: bool) -> Layout:
+    """The layout of an arm: the rationale's tokens stay out where neither a loss nor a pool reads them."""
+    reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and ARMS[config.arm].aligned)
+    if config.arm in ("pre_thinking", "prefix") and config.loss.rationale_weight == 0:
+        raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
+    return Layout(
+        tokenizer,
+        fmt,
+        is_encoder_decoder=is_encoder_decoder,
+        keep_rationale=reads,
+        shuffle_seed=config.seed if config.loss.control == "shuffle_rationale_tokens" else None,
+    )

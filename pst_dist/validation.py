@@ -1,0 +1,129 @@
+"""Scoring the validation rows during training: the three loss terms, and accuracy where it chooses the student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pst_dist.config import Config
+from pst_dist.data import Collator
+from pst_dist.decode import decode_answers
+from pst_dist.distributed import Ranks
+from pst_dist.engine import Engine, sums_over_ranks
+from pst_dist.errors import ConfigError
+from pst_dist.layout import Layout
+from pst_dist.loss import TermWeights
+from pst_dist.schema import ReasoningSample
+from pst_dist.tasks import get_task
+
+
+@dataclass(frozen=True)
+class ValidationScore:
+    """Means over the validation rows; None where nothing was measured."""
+
+    answer_nll: float | None = None
+    """Nats per answer token."""
+    rationale_nll: float | None = None
+    """Nats per rationale token."""
+    alignment: float | None = None
+    """Distance per sample."""
+    cosine: float | None = None
+    """Cosine to the teacher per sample."""
+    loss: float | None = None
+    """The weighted total."""
+    accuracy: float | None = None
+    """Share of rows answered right, decoded greedily."""
+
+    def chosen(self, metric: str) -> float | None:
+        """The value that chooses the student; None without validation rows."""
+        return getattr(self, metric)
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain dict."""
+        return asdict(self)
+
+
+def is_better(metric: str, value: float, best: float) -> bool:
+    """Accuracy is to rise and a likelihood loss to fall; a tie keeps the later, longer trained student."""
+    return value >= best if metric == "accuracy" else value <= best
+
+
+class Validator:
+    """Scores a student on all ranks together; every rank takes a stride of the rows."""
+
+    def __init__(
+        self,
+        config: Config,
+        samples: Sequence[ReasoningSample],
+        layout: Layout,
+        collate: Collator,
+        tokenizer: Any,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.samples, self.layout, self.collate = config, samples, layout, collate
+        self.tokenizer, self.ranks = tokenizer, ranks
+        self.decodes = config.train.metric_for_best_model == "accuracy"
+        if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
+            raise ConfigError(
+                "train.metric_for_best_model=accuracy decodes on each rank, which ZeRO-3's divided weights do not allow",
+                "choose answer_nll, or zero2",
+            )
+
+    def score(self, engine: Engine, weights: TermWeights) -> ValidationScore:
+        """Means over all validation rows, the same on every rank; collective."""
+        if not len(self.samples):
+            return ValidationScore()
+        engine.student.eval()
+        engine.student.watch_gradients = False
+        totals = torch.zeros(7, dtype=torch.float64)
+        with torch.no_grad():
+            for sequences, muted in self._passes():
+                batch = self.collate(sequences, keys=self._keys(sequences), key_groups=range(len(sequences)), muted=muted)
+                output = engine.forward(batch.to(engine.device))
+                totals += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
+        totals = sums_over_ranks(totals)
+        sums, cosine, counts = totals[:3], float(totals[3]), totals[4:]
+        means = [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+        return ValidationScore(
+            answer_nll=means[0],
+            rationale_nll=means[1],
+            alignment=means[2],
+            cosine=cosine / float(counts[2]) if counts[2] else None,
+            loss=float((sums * weights.scales(counts)).sum()),
+            accuracy=self._accuracy(engine) if self.decodes else None,
+        )
+
+    def _passes(self):
+        """This rank's forward passes as (sequences, muted), equally many on every rank."""
+        size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
+        passes = -(-(-(-len(self.samples) // world)) // size)
+        mine = range(self.ranks.rank, len(self.samples), world)
+        for index in range(passes):
+            part = mine[index * size : (index + 1) * size]
+            chosen = [self.samples[k] for k in part] or [self.samples[0]]
+            yield [sequence for sample in chosen for sequence in self.layout.sequences(sample)], not part
+
+    def _keys(self, sequences: Sequence[Any]) -> list[tuple[str, int]]:
+        """InfoNCE's candidates when scoring: the pass's own rows."""
+        return [(sequence.sample_id, sequence.rationale) for sequence in sequences]
+
+    def _accuracy(self, engine: Engine) -> float:
+        task = get_task(self.config.task, self.config.data.answer_type)
+        mine = [self.samples[index] for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size)]
+        decoded = decode_answers(
+            engine.student.model,
+            self.tokenizer,
+            self.layout.format,
+            [sample.question for sample in mine],
+            batch_size=self.config.evaluate.batch_size,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+        )
+        right = sum(
+            task.is_correct(task.cleanse(answer.answer_text), sample.answer)
+            for answer, sample in zip(decoded, mine, strict=True)
+        )
+        total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
+        return float(total[0] / total[1])

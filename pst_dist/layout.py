@@ -77,6 +77,8 @@ class AnswerFormat:
     max_length: int
     semantic_position: str
     semantic_tokens: int
+    writes_rationale: bool = True
+    """Whether the student learnt to write rationales; without a loss on their tokens there is none to ask for."""
     stop_token: str = STOP_TOKEN
     semantic_token: str = SEMANTIC_TOKEN
 
@@ -95,6 +97,7 @@ class AnswerFormat:
             max_length=layout.max_length,
             semantic_position=layout.semantic_position,
             semantic_tokens=layout.semantic_tokens,
+            writes_rationale=ARMS[config.arm].needs_rationale and config.loss.rationale_weight > 0,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -229,3 +232,20 @@ class Layout:
             target += piece
             segments += [segment] * len(piece)
         return Sequence(sample.id, rationale, prompt, target, segments, truncated)
+
+
+def layout_for(config: Config, tokenizer: Any, *, is_encoder_decoder: bool) -> Layout:
+    """The layout of a config's arm; the rationale's tokens stay out where neither a loss nor a pool reads them.
+
+    Raises ConfigError for an arm that must write its rationale but is given no loss for it.
+    """
+    arm, loss = ARMS[config.arm], config.loss
+    if config.arm in ("pre_thinking", "prefix") and loss.rationale_weight == 0:
+        raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
+    return Layout(
+        tokenizer,
+        AnswerFormat.of(config),
+        is_encoder_decoder=is_encoder_decoder,
+        keep_rationale=loss.rationale_weight > 0 or (loss.pooling == "span" and arm.aligned),
+        shuffle_seed=config.seed if loss.control == "shuffle_rationale_tokens" else None,
+    )

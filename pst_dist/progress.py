@@ -35,6 +35,10 @@ class Progress:
         self._emit, self._every, self._clock = emit, every_seconds, clock
         self._start = self._last = clock()
 
+    def restart(self) -> None:
+        """Count time from now on: what came before was not the work itself."""
+        self._start = self._last = self._clock()
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` units; `note` replaces the words at the end of the line ("loss 1.83")."""
         self.done += count

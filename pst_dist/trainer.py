@@ -22,8 +22,8 @@ from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
 from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
-from pst_dist.errors import ConfigError, DivergedError, InputError, IntegrityError
-from pst_dist.layout import ARMS, AnswerFormat, Layout
+from pst_dist.errors import DivergedError, InputError, IntegrityError
+from pst_dist.layout import layout_for
 from pst_dist.loss import TERMS, TermWeights
 from pst_dist.metrics import MetricsLog, StepRecord
 from pst_dist.rundir import RunDir, run_dir
@@ -128,7 +128,6 @@ class _Training:
         )
         self.plan = OrderPlan(len(samples), batch, config.seed)
         self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
-        self.format = AnswerFormat.of(config)
         self.weights = TermWeights.of(config.loss, config.arm)
         self.samples = samples
         self.tokenizer = build_tokenizer(config.student, samples)
@@ -136,7 +135,7 @@ class _Training:
         self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
         check_architecture(self.student.model)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
-        self.layout = make_layout(config, self.format, self.tokenizer, self.student.is_encoder_decoder)
+        self.layout = layout_for(config, self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         self.collate = Collator(
             loss=config.loss,
             is_encoder_decoder=self.student.is_encoder_decoder,
@@ -280,7 +279,7 @@ class _Training:
                     self.student,
                     weights,
                     self.tokenizer,
-                    self.format,
+                    self.layout.format,
                     self.run.best,
                     fingerprint=self.fingerprint,
                     extra={"step": state.step, "arm": self.config.arm, "seed": self.config.seed, **value.to_json()},
@@ -291,17 +290,3 @@ class _Training:
 def engine_loss_scale(engine: Engine) -> float:
     """The factor by which an engine multiplies our loss before its backward pass."""
     return 1.0 if engine.name == "single" else float(engine.ranks.world_size)
-
-
-def make_layout(config: Config, fmt: AnswerFormat, tokenizer: Any, is_encoder_decoder: bool) -> Layout:
-    """The layout of an arm: the rationale's tokens stay out where neither a loss nor a pool reads them."""
-    reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and ARMS[config.arm].aligned)
-    if config.arm in ("pre_thinking", "prefix") and config.loss.rationale_weight == 0:
-        raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
-    return Layout(
-        tokenizer,
-        fmt,
-        is_encoder_decoder=is_encoder_decoder,
-        keep_rationale=reads,
-        shuffle_seed=config.seed if config.loss.control == "shuffle_rationale_tokens" else None,
-    )

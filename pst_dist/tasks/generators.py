@@ -63,9 +63,7 @@ def last_letters(
     _within("longest", longest, shortest, 20)
 
     def make(rng: random.Random) -> Row:
-        chosen = [
-            "".join(rng.choices(string.ascii_lowercase, k=rng.randint(shortest, longest))) for _ in range(words)
-        ]
+        chosen = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(shortest, longest))) for _ in range(words)]
         steps = ", ".join(f"{word} ends in {word[-1]}" for word in chosen)
         answer = "".join(word[-1] for word in chosen)
         return f"Join the last letters of: {' '.join(chosen)}", answer, f"{steps}. Together: {answer}."

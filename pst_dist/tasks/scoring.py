@@ -99,8 +99,9 @@ def _candidates(task: Task, text: str) -> list[str]:
         return re.findall(f"[{task.choice_letters}]", text)
     if rule == "marked_letters":
         letters = task.choice_letters
-        pairs = re.findall(rf"\(([{letters}{letters.lower()}])\)|\b([{letters}])\b", text)
-        return [(bracketed or bare).upper() for bracketed, bare in pairs]
+        # A bracketed letter is meant as one; a bare A or I may be a word, so it counts only without those.
+        bracketed = re.findall(rf"\(([{letters}{letters.lower()}])\)", text)
+        return [letter.upper() for letter in bracketed] or re.findall(rf"\b([{letters}])\b", text)
     if rule == "yes_no":
         # Only these marks part words. "yes!" and "yes-" are no candidates: with them StrategyQA's teacher
         # would score 53.76 instead of the published 53.45.

@@ -1,0 +1,358 @@
+"""`pst <verb> config.yaml key.sub=value`: one command for every stage, on a laptop or inside a cluster job.
+
+A verb's work is imported when it runs, so `pst --help` needs neither torch nor a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_dist import __version__
+from pst_dist.config import Config
+from pst_dist.config_io import dump_config, load_config, ready_made_configs
+from pst_dist.errors import ConfigError, InputError, PstError
+
+_EPILOGUE = """\
+A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
+Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`.
+
+The way of a run:    check -> preview -> run  (= shard, embed, train, evaluate, export, report)
+A first look:        pst demo
+Your own rows:       pst check rows.jsonl;  pst run my.yaml
+Use the student:     pst answer runs/demo/pst "question" --explain
+
+Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 diverged, 7 peer lost, 75 run again.
+"""
+
+
+def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
+    """Verb -> (function, one line of help, an example)."""
+    return {
+        "check": (_check, "read the rows and say what is wrong with them", "pst check rows.jsonl"),
+        "preview": (_preview, "show the tokens of some rows and the loss each one carries", "pst preview my.yaml -n 2"),
+        "shard": (_shard, "pack the rows into webdataset shards", "pst shard my.yaml"),
+        "embed": (_embed, "encode the teacher's rationales", "pst embed my.yaml embed.backend=ray"),
+        "train": (_train, "train the student; resumes by itself", "pst train my.yaml train.deepspeed=zero2"),
+        "evaluate": (_evaluate, "decode and score the test rows", "pst evaluate runs/demo/pst"),
+        "export": (_export, "write the student as a plain Hugging Face model", "pst export runs/demo/pst"),
+        "answer": (_answer, "ask a trained student", 'pst answer runs/demo/pst "question" --explain'),
+        "report": (_report, "draw the plots and the page of a run", "pst report runs/demo/pst"),
+        "compare": (_compare, "put finished runs side by side", "pst compare runs/demo/pst runs/demo/answer_only"),
+        "run": (_run, "all stages, skipping those already complete", "pst run my.yaml arms=[pst,answer_only]"),
+        "demo": (_demo, "all stages on an embedded task, no data needed", "pst demo"),
+        "config": (_config, "print the resolved config, its schema, or the ready-made ones", "pst config my.yaml"),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pst",
+        description="Distil a large model's reasoning into a small one that answers first.",
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pst_dist {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+    for name, (_, text, example) in _verbs().items():
+        verb = verbs.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}\nkeys:    pst config --schema",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_arguments(name, verb)
+        verb.add_argument("-v", "--verbose", action="store_true", help="say more")
+        verb.add_argument("-q", "--quiet", action="store_true", help="say only what goes wrong")
+    return parser
+
+
+def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
+    overrides = {"nargs": "*", "metavar": "key.sub=value", "help": "override any key of the config"}
+    if name in ("demo",):
+        verb.add_argument("overrides", **overrides)
+    elif name == "answer":
+        verb.add_argument("config", metavar="RUN", help="run directory, or an exported model")
+        verb.add_argument("question", help="the question, or - to read one a line from standard input")
+        verb.add_argument("--explain", action="store_true", help="also write the rationale")
+    elif name == "compare":
+        verb.add_argument("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows")
+        verb.add_argument("-o", "--output", metavar="PAGE.html", help="also write an HTML page")
+    elif name == "config":
+        verb.add_argument("config", nargs="?", help="config file, run directory or ready-made name")
+        verb.add_argument("overrides", **overrides)
+        verb.add_argument("--schema", action="store_true", help="print the JSON schema of all keys, with their help")
+        verb.add_argument("--list", action="store_true", help="list the ready-made configs")
+    else:
+        verb.add_argument("config", help="config file, run directory, ready-made name" + _RAW.get(name, ""))
+        verb.add_argument("overrides", **overrides)
+    if name in ("shard", "embed", "train", "evaluate", "export", "run", "demo"):
+        verb.add_argument("--rebuild", action="store_true", help="replace what was made from other inputs")
+    if name == "preview":
+        verb.add_argument("-n", "--rows", type=int, default=2, help="training rows to show (default 2)")
+    if name == "check":
+        verb.add_argument("--rejects", metavar="FILE", help="where bad rows are listed (default: rejects.jsonl)")
+    if name == "train":
+        # The deepspeed launcher appends it; the rank comes from LOCAL_RANK.
+        verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+_RAW = {"check": ", or the rows themselves (.jsonl, .json, .csv, .parquet)"}
+
+
+def _gather_overrides(unknown: Sequence[str]) -> list[str]:
+    """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a lone flag."""
+    words: list[str] = []
+    rest = list(unknown)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is not key.sub=value", "see `pst --help`")
+        if "=" not in word:
+            if not rest:
+                raise ConfigError(f"unknown option {word!r}", "see the verb's --help")
+            word = f"{word}={rest.pop(0)}"
+        words.append(word.removeprefix("--"))
+    return words
+
+
+def _config_of(arguments: argparse.Namespace) -> Config:
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _arms_of(arguments: argparse.Namespace) -> list[Config]:
+    from pst_dist.rundir import expand_arms
+
+    return expand_arms(_config_of(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pst_dist.check import check
+
+    path = Path(arguments.config)
+    if path.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet"):
+        config = load_config(None, [f"data.train={arguments.config}", *arguments.overrides])
+    else:
+        config = _config_of(arguments)
+    result = check(config, Path(arguments.rejects or "rejects.jsonl"))
+    for line in result.lines():
+        print(line)
+    return 0 if result.usable else 2
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pst_dist.preview import preview
+
+    Console(highlight=False, soft_wrap=True).print(preview(_config_of(arguments), arguments.rows))
+    return 0
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    from pst_dist.pipeline import make_shards
+    from pst_dist.rundir import record_run, run_dir
+
+    config = _config_of(arguments)
+    manifest = make_shards(config, rebuild=arguments.rebuild)
+    record_run(config)
+    tars = [name for name in manifest.files if name.endswith(".tar")]
+    print(f"{run_dir(config).shards}: {len(tars)} shard(s), digest {manifest.digest[:12]}")
+    return 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from pst_dist.pipeline import make_embeddings
+    from pst_dist.rundir import run_dir
+
+    config = _config_of(arguments)
+    manifest = make_embeddings(config, rebuild=arguments.rebuild)
+    print(f"{run_dir(config).embeddings}: {len(manifest.files)} file(s), digest {manifest.digest[:12]}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pst_dist.distributed import Ranks
+    from pst_dist.pipeline import make_student
+    from pst_dist.rundir import record_run
+
+    for config in _arms_of(arguments):
+        if Ranks.from_environment().is_main:
+            record_run(config)
+        result = make_student(config, rebuild=arguments.rebuild)
+        if Ranks.from_environment().is_main:
+            print(
+                f"{config.output_dir}: {result.steps} steps in {result.seconds:.1f} s, best at step {result.best_step} "
+                f"({result.metric} {result.best_value:.4f} on validation)"
+            )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pst_dist.evaluate import evaluate
+
+    for config in _arms_of(arguments):
+        print(_score_line(config, evaluate(config, rebuild=arguments.rebuild)))
+    return 0
+
+
+def _score_line(config: Config, results: dict[str, Any]) -> str:
+    return (
+        f"{config.output_dir}: accuracy {100 * results['accuracy']:.2f} % (standard error "
+        f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {results['split']} rows, "
+        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['parse_failures']} unparsed"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pst_dist.export import export
+
+    for config in _arms_of(arguments):
+        print(export(config, rebuild=arguments.rebuild))
+    return 0
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    from pst_dist.decode import answer_question, load_student
+
+    student = load_student(_student_folder(Path(arguments.config)))
+    questions = sys.stdin if arguments.question == "-" else [arguments.question]
+    for question in questions:
+        answer = answer_question(student, question.strip(), explain=arguments.explain, max_new_tokens=256)
+        print(answer["answer"])
+        if arguments.explain:
+            print(f"because: {answer['rationale'] or '(this student was not taught to explain)'}")
+        logging.getLogger("pst_dist").info(
+            "%d tokens, %.1f ms to the answer", answer["answer_tokens"], answer["milliseconds"]
+        )
+    return 0
+
+
+def _student_folder(path: Path) -> Path:
+    """A run's best student, or the folder itself when it is one; names the arms of a directory of several."""
+    if (path / "best").is_dir():
+        return path / "best"
+    arms = sorted(child.parent.name for child in path.glob("*/best"))
+    if arms and not (path / "pst.json").is_file():
+        raise InputError("this directory holds several arms", f"name one: {', '.join(arms)}", path=path)
+    return path
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pst_dist.pipeline import compare_arms
+    from pst_dist.report import report
+
+    config = _config_of(arguments)
+    for arm in _arms_of(arguments):
+        print(report(Path(arm.output_dir)))
+    if config.arms:
+        print(compare_arms(config))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pst_dist.compare import compare
+
+    runs = [Path(run) for run in arguments.runs]
+    if len(runs) == 1:
+        runs = [Path(arm.output_dir) for arm in _arms_of(argparse.Namespace(config=str(runs[0]), overrides=[]))]
+    print(compare(runs).table())
+    if arguments.output:
+        from pst_dist.report import compare_report
+
+        print(compare_report(runs, Path(arguments.output)))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pst_dist.pipeline import run_all
+    from pst_dist.rundir import expand_arms
+
+    config = _config_of(arguments)
+    pages = run_all(config, rebuild=arguments.rebuild)
+    arms = [Path(arm.output_dir) for arm in expand_arms(config)]
+    if len(arms) > 1:
+        from pst_dist.compare import compare
+
+        print(compare(arms).table())
+    else:
+        from pst_dist.storage import read_json
+
+        print(_score_line(config, read_json(arms[0] / "eval" / config.evaluate.split / "results.json")))
+    print(f"report: {pages[-1]}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    arguments.config = "demo"
+    code = _run(arguments)
+    config = _config_of(arguments)
+    print(f"model:  {config.output_dir}/pst/export   (loads with plain transformers)")
+    print(f'ask it: pst answer {config.output_dir}/pst "…" --explain')
+    return code
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        print("\n".join(ready_made_configs()))
+    elif arguments.schema:
+        import json
+
+        print(json.dumps(Config.model_json_schema(), indent=2))
+    else:
+        print(dump_config(_config_of(arguments)), end="")
+    return 0
+
+
+def _set_up_logging(arguments: argparse.Namespace) -> None:
+    """Lines on standard error from rank zero; libraries speak only when something is wrong."""
+    level = logging.WARNING if arguments.quiet or os.environ.get("RANK", "0") != "0" else logging.INFO
+    if arguments.verbose:
+        level = logging.DEBUG
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("pst_dist").setLevel(level)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def run_verb(words: Sequence[str]) -> int:
+    """Run one command line and return its exit code; a user's error becomes one line on standard error."""
+    arguments, unknown = _parser().parse_known_args(words)
+    _set_up_logging(arguments)
+    try:
+        extra = _gather_overrides(unknown)
+        if extra and not hasattr(arguments, "overrides"):
+            raise ConfigError(f"unknown option --{extra[0]}", f"see `pst {arguments.verb} --help`")
+        if extra:
+            arguments.overrides = [*arguments.overrides, *extra]
+        return _verbs()[arguments.verb][0](arguments)
+    except PstError as error:
+        if os.environ.get("PST_TRACEBACK"):
+            traceback.print_exc()
+        print(f"pst: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("pst: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def main() -> None:
+    """Entry point of the `pst` command."""
+    sys.exit(run_verb(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""What several evaluations on identical rows say together: arms side by side, with paired tests.
+
+Two arms that were scored on the same rows are compared row by row, which is far sharper than comparing two
+accuracies. Rows are joined by id; runs that were scored on different rows are refused. How it looks on a page is
+`report`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.evaluate import SAMPLES, finished_evaluation
+from pst_dist.storage import read_lines
+
+RESAMPLES = 10_000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """One arm against the baseline on the same rows."""
+
+    only_arm: int
+    """Rows that only this arm has right."""
+    only_baseline: int
+    """Rows that only the baseline has right."""
+    difference: float
+    """Accuracy of the arm minus the baseline's."""
+    low: float
+    """Lower end of the 95 % interval of the difference."""
+    high: float
+    """Its upper end."""
+    p: float
+    """Exact McNemar p, two-sided, not corrected for several comparisons."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One run in a comparison."""
+
+    label: str
+    run: Path
+    results: dict[str, Any]
+    """As `evaluate` wrote them."""
+    samples: list[dict[str, Any]]
+    """Scored rows, in the order of the first run's."""
+    test: PairedTest | None
+    """None for the baseline itself."""
+    times_fewer_tokens: float | None
+    """Tokens to the answer of pre_thinking over this arm's; None without a pre_thinking run."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms on identical rows."""
+
+    task: str
+    split: str
+    rows: int
+    baseline: str
+    """Label of the run that the others are tested against."""
+    arms: list[ArmResult]
+
+    def table(self) -> str:
+        """Plain text with aligned columns."""
+        header = ("arm", "accuracy", "s.e.", "vs " + self.baseline, "95 % interval", "p", "tokens", "fewer", "ms")
+        lines = [header, *(_cells(arm) for arm in self.arms)]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
+        text = [
+            "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(pairs))
+            for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+        ]
+        rule = "-" * len(text[0])
+        return "\n".join(
+            [f"{self.task}: {self.rows} {self.split} rows, the same for every arm", text[0], rule, *text[1:]]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict, samples left out."""
+        arms = [
+            {
+                "label": arm.label,
+                "run": str(arm.run),
+                "results": arm.results,
+                "test": asdict(arm.test) if arm.test else None,
+                "times_fewer_tokens": arm.times_fewer_tokens,
+            }
+            for arm in self.arms
+        ]
+        return {"task": self.task, "split": self.split, "rows": self.rows, "baseline": self.baseline, "arms": arms}
+
+
+def _cells(arm: ArmResult) -> tuple[str, ...]:
+    results, test, latency = arm.results, arm.test, arm.results["milliseconds_to_answer"]
+    return (
+        arm.label,
+        f"{100 * results['accuracy']:.2f}",
+        f"{100 * results['accuracy_stderr']:.2f}",
+        f"{100 * test.difference:+.2f}" if test else "baseline",
+        f"{100 * test.low:+.2f} to {100 * test.high:+.2f}" if test else "",
+        format_p(test.p) if test else "",
+        f"{results['tokens_to_answer']['mean']:.1f}",
+        f"{arm.times_fewer_tokens:.1f}x" if arm.times_fewer_tokens else "",
+        f"{latency['median']:.1f}" if latency else "",
+    )
+
+
+def format_p(p: float) -> str:
+    """Two significant digits, and `<1e-04` below that."""
+    return "<1e-04" if p < 1e-4 else f"{p:.2g}"
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """Arms side by side, tested against the first answer_only run, or the first run when there is none.
+
+    A directory that holds the runs of several arms stands for all of them. Raises InputError for a run without a
+    finished evaluation and for runs that were scored on different rows, naming two of them.
+    """
+    found = expand_runs(runs)
+    if len(found) < 2:
+        raise InputError("a comparison needs two runs or more", "name several run directories", path=found[0])
+    split = _common_split(found)
+    results = [finished_evaluation(run / "eval" / split) for run in found]
+    samples = [read_lines(run / "eval" / split / SAMPLES) for run in found]
+    rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
+    whole = [result for result in results if result is not None]
+    labels = _labels(found, whole)
+    baseline = next((k for k, result in enumerate(whole) if result["arm"] == "answer_only"), 0)
+    thinking = next((result for result in whole if result["arm"] == "pre_thinking"), None)
+    right = [np.array([row["correct"] for row in own], dtype=bool) for own in rows]
+    arms = [
+        ArmResult(
+            label=labels[k],
+            run=found[k],
+            results=whole[k],
+            samples=rows[k],
+            test=None if k == baseline else paired_test(right[k], right[baseline]),
+            times_fewer_tokens=thinking["tokens_to_answer"]["mean"] / whole[k]["tokens_to_answer"]["mean"]
+            if thinking
+            else None,
+        )
+        for k in range(len(found))
+    ]
+    return Comparison(whole[0]["task"], split, len(rows[0]), labels[baseline], arms)
+
+
+def expand_runs(runs: Sequence[Path]) -> list[Path]:
+    """Each run directory, and in place of one that only holds runs, those; raises InputError."""
+    found: list[Path] = []
+    for run in runs:
+        inner = sorted(path.parent.parent for path in run.glob("*/eval/*") if (path / SAMPLES).is_file())
+        if (run / "eval").is_dir() or not inner:
+            found.append(run)
+        else:
+            found += list(dict.fromkeys(inner))
+    if not found:
+        raise InputError("no run is named", "name run directories")
+    for run in found:
+        if not (run / "eval").is_dir():
+            raise InputError("no evaluation here", "run `pst evaluate` first", path=run)
+    return found
+
+
+def _common_split(runs: Sequence[Path]) -> str:
+    """`test` when every run was scored on it, else `validation`; raises InputError."""
+    for split in ("test", "validation"):
+        lacking = [run for run in runs if finished_evaluation(run / "eval" / split) is None]
+        if not lacking:
+            return split
+    raise InputError("these runs share no finished evaluation", "run `pst evaluate` first", path=lacking[0])
+
+
+def _same_rows(
+    first: Path, wanted: list[dict[str, Any]], run: Path, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of a run in the order of the first one's; raises InputError when they are not the same."""
+    by_id = {row["id"]: row for row in rows}
+    ours = {row["id"]: (row["question"], row["gold"]) for row in wanted}
+    theirs = {name: (row["question"], row["gold"]) for name, row in by_id.items()}
+    if ours != theirs:
+        differ = sum(ours.get(name) != theirs.get(name) for name in {*ours, *theirs})
+        raise InputError(
+            f"was scored on other rows than {first}: {differ} of {len({*ours, *theirs})} differ",
+            "evaluate both on the same shards and with the same evaluate.max_rows",
+            path=run,
+        )
+    return [by_id[name] for name in ours]
+
+
+def _labels(runs: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
+    """Arm and variant, and where two are alike the seed, and where those are alike the directory."""
+    labels = [", ".join([result["arm"], *result["variant"]]) for result in results]
+    seeded = [f"{label} seed {result['seed']}" for label, result in zip(labels, results, strict=True)]
+    labels = [more if labels.count(label) > 1 else label for label, more in zip(labels, seeded, strict=True)]
+    return [
+        f"{label} ({run.name})" if labels.count(label) > 1 else label for label, run in zip(labels, runs, strict=True)
+    ]
+
+
+def paired_test(arm: np.ndarray, baseline: np.ndarray) -> PairedTest:
+    """[n] bool of right answers of two arms on the same rows -> the paired comparison."""
+    only_arm, only_baseline = int((arm & ~baseline).sum()), int((~arm & baseline).sum())
+    low, high = bootstrap_interval(only_arm, only_baseline, len(arm))
+    difference = (only_arm - only_baseline) / len(arm)
+    return PairedTest(only_arm, only_baseline, difference, low, high, mcnemar(only_arm, only_baseline))
+
+
+def mcnemar(only_arm: int, only_baseline: int) -> float:
+    """Two-sided exact p that rows which just one of two arms has right fall to either with probability 1/2.
+
+    McNemar, Psychometrika 12 (1947), 153-157, in its exact binomial form: twice the smaller tail, at most 1.
+    """
+    try:
+        from scipy.stats import binom
+    except ImportError as error:
+        raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[report]'") from error
+    total = only_arm + only_baseline
+    return min(1.0, 2 * float(binom.cdf(min(only_arm, only_baseline), total, 0.5))) if total else 1.0
+
+
+def bootstrap_interval(only_arm: int, only_baseline: int, rows: int, *, seed: int = _SEED) -> tuple[float, float]:
+    """95 % percentile interval of the accuracy difference when rows are drawn anew, pairs kept together.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. A row adds +1, 0 or -1 to the
+    difference, so a resample of rows is a multinomial draw over the three and no row needs to be touched.
+    """
+    shares = np.array([only_arm, only_baseline, rows - only_arm - only_baseline]) / rows
+    draws = np.random.Generator(np.random.Philox(key=seed)).multinomial(rows, shares, size=RESAMPLES)
+    differences = (draws[:, 0] - draws[:, 1]) / rows
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return (float(low), float(high)) if math.isfinite(low) else (math.nan, math.nan)

@@ -1,0 +1,118 @@
+"""A teacher's completions that lie beside the rows and are joined to them by row index.
+
+Two kinds are read: Fine-tune-CoT's `D_*.json` and lists of raw continuations as the Distilling step-by-step
+release has them. Asking a teacher for new ones is `teacher`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist.errors import DataError, InputError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the teacher wrote for one row."""
+
+    rationale: str
+    """May be empty; a row that needs one is then refused."""
+    answer: str | None
+    """The text that holds the teacher's answer, not yet cleansed; None when it gave none."""
+    question: str | None = None
+    """The question it was asked, where the file says so."""
+
+
+@dataclass(frozen=True)
+class TeacherFile:
+    """Completions by row index."""
+
+    path: str
+    by_index: dict[int, Completion]
+    digests: list[tuple[str, str]]
+    """File name and sha256, in the order read."""
+    whole: bool
+    """True when there is exactly one completion a row, so that the numbers of both must agree."""
+
+
+def read_completions(pattern: str, root: Path) -> TeacherFile:
+    """Read data.teacher_completions: a file or a glob, taken below `root` when relative.
+
+    Raises InputError when there is none and DataError when it has neither known form.
+    """
+    full = str(root / pattern)
+    paths = [Path(full)] if Path(full).is_file() else sorted(map(Path, glob.glob(full)), key=_natural)
+    if not paths:
+        raise InputError("no such teacher completion file", "check data.teacher_completions and data.root", path=full)
+    digests, values = [], []
+    for path in paths:
+        raw = path.read_bytes()
+        digests.append((path.name, hashlib.sha256(raw).hexdigest()))
+        values.append((path, _json(path, raw)))
+    if all(isinstance(value, list) for _, value in values):
+        texts = [text for path, value in values for text in _texts(path, value)]
+        return TeacherFile(full, {index: _continuation(text) for index, text in enumerate(texts)}, digests, True)
+    if len(values) > 1:
+        raise DataError("a glob of Fine-tune-CoT files", "name the one file of this task", path=full)
+    path, value = values[0]
+    return TeacherFile(str(path), _fine_tune_cot(path, value), digests, False)
+
+
+def _natural(path: Path) -> list[Any]:
+    """train_CoT_10 after train_CoT_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def _json(path: Path, raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except UnicodeDecodeError as error:
+        raise DataError("is not UTF-8", path=path) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"column {error.colno}: not JSON: {error.msg}", path=path, line=error.lineno) from error
+    except RecursionError as error:
+        raise DataError("nested too deeply", path=path) from error
+
+
+def _texts(path: Path, value: list[Any]) -> list[str]:
+    for place, text in enumerate(value):
+        if not isinstance(text, str):
+            raise DataError(f"element {place} is not a text", "give a list of raw continuations", path=path)
+    return value
+
+
+def _continuation(text: str) -> Completion:
+    """The model went on with invented questions: cut there, then at its own "So the answer is (x)"."""
+    own = text.split("\n\nQ:", 1)[0]
+    rationale, found, answer = own.partition("So the answer is")
+    letter = re.match(r"\s*\(([a-zA-Z])\)", answer) if found else None
+    return Completion(rationale.strip() if letter else own.strip(), letter.group(1).upper() if letter else None)
+
+
+def _fine_tune_cot(path: Path, value: Any) -> dict[int, Completion]:
+    data = value.get("data") if isinstance(value, dict) else None
+    if not isinstance(data, dict):
+        raise DataError(
+            "not a completion file",
+            'give Fine-tune-CoT\'s {"data": {index: [completion…]}} or a list of continuations',
+            path=path,
+        )
+    found = {}
+    for key, entries in data.items():
+        try:
+            # Some rows have further samples; the published counts and accuracies are those of the first.
+            first = entries[0]
+            found[int(key)] = Completion(
+                str(first["reasoning_completion"]).strip(), str(first["completion"]), first.get("question")
+            )
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"completion {key!r} has no reasoning_completion and completion", "check the file", path=path
+            ) from error
+    return found

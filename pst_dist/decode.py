@@ -1,0 +1,329 @@
+"""Greedy decoding that ends where the answer ends, and the rationale on request.
+
+Prompts are exactly those of `Layout`, so training, evaluation and the exported model put a question in one way.
+Generation itself is transformers' `generate` with the settings that the export carries; what counts as a right
+answer is `tasks`, and what is measured about it is `evaluate`.
+"""
+
+# Shapes in this file: B questions of one batch, T tokens of the longest
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pst_dist.checkpoint import FORMAT_FILE, answer_generation_config
+from pst_dist.errors import InputError, IntegrityError
+from pst_dist.layout import ARMS, AnswerFormat, Layout
+from pst_dist.storage import Manifest, read_json, read_manifest, verify_files
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a student gave for one question."""
+
+    text: str
+    """All that was generated, special tokens left out."""
+    answer_text: str
+    """The answer's raw text: what stands before the stop token; for pre_thinking what stands between the format's
+    answer marker and it, and "" when the marker never came."""
+    answer_tokens: int
+    """Tokens generated up to and including the stop token; all of them when it never came."""
+    complete: bool
+    """Whether the stop token came."""
+    token_ids: list[int]
+    """The generated tokens, the one that ended the generation included."""
+
+
+def decode_answers(
+    model: Any,
+    tokenizer: Any,
+    fmt: AnswerFormat,
+    questions: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Decoded]:
+    """Answer every question greedily; the results are in the order of `questions`.
+
+    Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
+    max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
+    longest prompt sets the limit, and a question that fills them all is left unanswered. `on_batch` is told how
+    many questions each batch has finished. The model is decoded in evaluation mode and left in the mode it had.
+    """
+    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
+    semantic = [layout.semantic_id] * (fmt.semantic_tokens if fmt.semantic_before else 0)
+    contexts = [_context(model, layout.prompt_ids(question), semantic) for question in questions]
+    settings = answer_generation_config(model, tokenizer, fmt)
+    decoded: list[Decoded | None] = [None] * len(questions)
+    for rows, new_ids in _generate(model, contexts, settings, batch_size, max_new_tokens):
+        for row, ids in zip(rows, new_ids, strict=True):
+            decoded[row] = _as_answer(tokenizer, fmt, ids, layout.stop_id)
+        if on_batch is not None:
+            on_batch(len(rows))
+    return [answer for answer in decoded if answer is not None]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What stands before the first generated token."""
+
+    prompt: list[int]
+    """What a causal model continues, or what an encoder reads."""
+    decoder: list[int]
+    """What a decoder continues, its start token first; empty for a causal model."""
+
+
+def _context(model: Any, prompt: list[int], produced: list[int]) -> _Context:
+    """A prompt and what the student is taken to have produced already."""
+    if model.config.is_encoder_decoder:
+        return _Context(prompt, [model.config.decoder_start_token_id, *produced])
+    return _Context([*prompt, *produced], [])
+
+
+def _as_answer(tokenizer: Any, fmt: AnswerFormat, ids: list[int], stop_id: int) -> Decoded:
+    complete = stop_id in ids
+    # Nothing follows the stop token, and an end-of-sequence token without one ends an answer that is not complete.
+    text = text_of(tokenizer, ids)
+    answer = text if ARMS[fmt.arm].answers_first else text.partition(fmt.answer_marker.strip())[2]
+    return Decoded(text=text, answer_text=answer, answer_tokens=len(ids), complete=complete, token_ids=ids)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, special tokens left out and no space moved."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _generate(
+    model: Any, contexts: Sequence[_Context], settings: Any, batch_size: int, max_new_tokens: int
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Batches of (row indices, generated ids of each), each row cut after its first end token."""
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    rooms = [_room(model, context) for context in contexts]
+    full = [row for row, room in enumerate(rooms) if room < 1]
+    if full:
+        log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), max_positions(model))
+        yield full, [[] for _ in full]
+    with _evaluation_mode(model, settings):
+        for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], batch_size):
+            most = min(max_new_tokens, *(rooms[row] for row in rows))
+            output = _generate_batch(model, [contexts[row] for row in rows], settings.pad_token_id, most)
+            yield rows, [_until_end(ids, ends) for ids in output]
+
+
+def _batches(contexts: Sequence[_Context], rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """The rows sorted by length and cut; decoders that start with different lengths never share a batch.
+
+    So a decoder needs no padding on its left, which not every encoder-decoder takes.
+    """
+    batch: list[int] = []
+    for row in sorted(rows, key=lambda row: (len(contexts[row].decoder), len(contexts[row].prompt))):
+        if batch and (len(batch) == batch_size or len(contexts[row].decoder) != len(contexts[batch[0]].decoder)):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens that a model has positions for; None when its positions are relative, as T5's are."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _room(model: Any, context: _Context) -> int:
+    """Tokens that can be generated after a context; under 1 when it fills the model's positions."""
+    positions = max_positions(model)
+    if positions is None:
+        return 2**31
+    if context.decoder and len(context.prompt) <= positions:
+        return positions - len(context.decoder)
+    return positions - len(context.prompt)
+
+
+def _generate_batch(model: Any, batch: Sequence[_Context], pad: int, most: int) -> list[list[int]]:
+    """The ids that `generate` adds to each context, padding included."""
+    device = model.get_input_embeddings().weight.device
+    length = max(len(context.prompt) for context in batch)
+    seq2seq = bool(batch[0].decoder)
+    ids, mask = [], []
+    for context in batch:
+        fill = length - len(context.prompt)
+        # A causal model continues at the right edge, so what is missing stands on the left.
+        ids.append(context.prompt + [pad] * fill if seq2seq else [pad] * fill + context.prompt)
+        ones = [1] * len(context.prompt)
+        mask.append(ones + [0] * fill if seq2seq else [0] * fill + ones)
+    inputs = {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+    start = length
+    if seq2seq:
+        inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
+        start = len(batch[0].decoder)
+    with torch.no_grad():
+        output_BT = model.generate(**inputs, max_new_tokens=most)
+    return output_BT[:, start:].tolist()
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to and including the first end token; what follows is padding."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: Any, settings: Any) -> Iterator[None]:
+    """Evaluation mode and our generation settings, which replace the model's own until the end of the block.
+
+    Merely passing settings would let a pretrained model's repetition penalty and the like through, which the
+    export does not have.
+    """
+    was_training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+def decode_rationales(
+    model: Any,
+    tokenizer: Any,
+    fmt: AnswerFormat,
+    questions: Sequence[str],
+    answers: Sequence[Decoded],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """The rationale of each answer, in order; "" where the arm writes none or the answer was not complete.
+
+    Answer-first arms go on after the answer (and the semantic token) until the end-of-sequence token; the prefix
+    arm is asked anew with its own prompt; pre_thinking has written it already, before the marker.
+    """
+    arm = ARMS[fmt.arm]
+    if not fmt.writes_rationale or not arm.needs_rationale:
+        return [""] * len(questions)
+    if not arm.answers_first:
+        return [answer.text.partition(fmt.answer_marker.strip())[0].strip() for answer in answers]
+    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
+    contexts, owners = [], []
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        if len(arm.question_prefixes) > 1:
+            contexts.append(_context(model, layout.prompt_ids(question, explain=True), []))
+        elif answer.complete:
+            semantic = [layout.semantic_id] * (fmt.semantic_tokens if arm.aligned else 0)
+            before, after = (semantic, []) if fmt.semantic_before else ([], semantic)
+            contexts.append(_context(model, layout.prompt_ids(question), [*before, *answer.token_ids, *after]))
+        else:
+            continue
+        owners.append(row)
+    settings = answer_generation_config(model, tokenizer, fmt)
+    settings.eos_token_id = tokenizer.eos_token_id
+    rationales = [""] * len(questions)
+    for rows, new_ids in _generate(model, contexts, settings, batch_size, max_new_tokens):
+        for row, ids in zip(rows, new_ids, strict=True):
+            rationales[owners[row]] = text_of(tokenizer, ids).strip()
+    return rationales
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A trained student, ready to answer."""
+
+    model: Any
+    tokenizer: Any
+    format: AnswerFormat
+    manifest: Manifest
+    directory: Path
+
+
+def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
+    """The student that training left in `directory`, or an export of it, on `device` (the best one when not given).
+
+    Every file is compared with its digest first. Raises InputError when there is no finished student and
+    IntegrityError when it is damaged.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    # An export is told by its model card.
+    manifest = read_manifest(directory, "export" if (directory / "README.md").is_file() else "student")
+    if manifest is None:
+        raise InputError("there is no trained student here", "run `pst train` first", path=directory)
+    verify_files(directory, manifest)
+    try:
+        fmt = AnswerFormat(**read_json(directory / FORMAT_FILE))
+        seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
+        auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return LoadedStudent(model, tokenizer, fmt, manifest, directory)
+
+
+def timed_answer(student: LoadedStudent, question: str, *, max_new_tokens: int) -> tuple[Decoded, float]:
+    """One question's answer and its wall time in milliseconds, tokenising included, the device waited for."""
+    _wait_for_device(student.model)
+    started = time.perf_counter()
+    (answer,) = decode_answers(
+        student.model, student.tokenizer, student.format, [question], batch_size=1, max_new_tokens=max_new_tokens
+    )
+    _wait_for_device(student.model)
+    return answer, (time.perf_counter() - started) * 1000
+
+
+def _wait_for_device(model: Any) -> None:
+    if model.get_input_embeddings().weight.is_cuda:
+        torch.cuda.synchronize()
+
+
+def answer_question(student: LoadedStudent, question: str, *, explain: bool, max_new_tokens: int) -> dict[str, Any]:
+    """What `pst answer` prints: answer, complete, answer_tokens, milliseconds and, with `explain`, the rationale.
+
+    The rationale is None where the arm does not write one. Raises InputError for an empty question or one that
+    leaves the model no position to answer in.
+    """
+    if not question.strip():
+        raise InputError("the question is empty", "give it in quotes")
+    answer, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens)
+    if not answer.token_ids:
+        raise InputError(
+            f"the question fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
+        )
+    result: dict[str, Any] = {
+        "answer": answer.answer_text.strip(),
+        "complete": answer.complete,
+        "answer_tokens": answer.answer_tokens,
+        "milliseconds": milliseconds,
+    }
+    if explain:
+        (rationale,) = decode_rationales(
+            student.model,
+            student.tokenizer,
+            student.format,
+            [question],
+            [answer],
+            batch_size=1,
+            max_new_tokens=max_new_tokens,
+        )
+        result["rationale"] = rationale or None
+    return result

@@ -1,0 +1,287 @@
+"""Scores a trained student on held-out rows: accuracy, tokens and milliseconds to the answer, the rationale's likeness.
+
+The answer span comes first: what stands before the stop token is scored, not the last number of the text. Results
+are tied to the digests of student and rows, so an evaluation is done once. How text becomes an answer is `tasks`,
+how answers are generated is `decode`, what two evaluations say together is `compare`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pst_dist.config import Config
+from pst_dist.decode import Decoded, LoadedStudent, decode_answers, load_student, timed_answer
+from pst_dist.errors import InputError, StaleError
+from pst_dist.layout import ARMS, AnswerFormat
+from pst_dist.likeness import compare_rationales
+from pst_dist.progress import progress
+from pst_dist.rundir import RunDir, run_dir
+from pst_dist.schema import ReasoningSample
+from pst_dist.shards import ShardSet
+from pst_dist.storage import (
+    Manifest,
+    atomic_directory,
+    canonical_json,
+    describe_files,
+    digest_of,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+    write_text,
+)
+from pst_dist.tasks import Task, get_task
+
+log = logging.getLogger(__name__)
+RESULTS, SAMPLES = "results.json", "samples.jsonl"
+_VERSION = 1
+_WARM_UPS = 2
+
+
+def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
+    """Decode and score one split; writes results.json and samples.jsonl below the run and returns the results.
+
+    A finished evaluation of the same student, rows and settings is read back instead, unless `rebuild`. Raises
+    InputError when there is no student or nothing to score, StaleError when the student is another arm's or was
+    trained from other shards.
+    """
+    run, split = run_dir(config), config.evaluate.split
+    student = load_student(run.best)
+    shards = ShardSet.open(run.shards)
+    _check_lineage(config, student, shards)
+    task = get_task(config.task, config.data.answer_type)
+    embeddings = read_manifest(run.embeddings, "embeddings") if student.format.writes_rationale else None
+    fingerprint = digest_of(
+        {
+            "version": _VERSION,
+            "student": student.manifest.digest,
+            "shards": shards.manifest.digest,
+            "embeddings": embeddings.digest if embeddings else None,
+            "task": task.name,
+            "settings": config.evaluate.model_dump(),
+        }
+    )
+    directory = run.evaluation(split)
+    if not rebuild and (done := finished_evaluation(directory, fingerprint)) is not None:
+        log.info("evaluation of %s is complete, nothing to do", directory)
+        return done
+    samples = rows_to_score(shards.split(split), config.evaluate.max_rows)
+    if not samples:
+        raise InputError(
+            f"there are no {split} rows in these shards",
+            f"give data.{split} or data.{split}_size and run `pst shard` again",
+            path=run.shards,
+        )
+    results, rows = _score(config, run, student, shards, samples, task)
+    with atomic_directory(directory) as partial:
+        write_json(partial / RESULTS, results)
+        write_text(partial / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))
+        files = describe_files(partial, [RESULTS, SAMPLES])
+        extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
+        write_manifest(partial, Manifest("evaluation", fingerprint, files, extra))
+    log.info(
+        "%s on %d %s rows: accuracy %.2f %% (standard error %.2f), %.1f tokens to the answer",
+        config.arm,
+        results["rows"],
+        split,
+        100 * results["accuracy"],
+        100 * results["accuracy_stderr"],
+        results["tokens_to_answer"]["mean"],
+    )
+    return results
+
+
+def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
+    if student.format.arm != config.arm:
+        raise StaleError(
+            f"the student here was trained as {student.format.arm}, the config says {config.arm}",
+            "name its own run directory, or train again",
+            path=student.directory,
+        )
+    trained_from = student.manifest.extra.get("shards")
+    if trained_from is not None and trained_from != shards.manifest.digest:
+        raise StaleError(
+            "the student was trained from other shards than those here", "run `pst train` again", path=student.directory
+        )
+
+
+def finished_evaluation(directory: Any, fingerprint: str | None = None) -> dict[str, Any] | None:
+    """The results of a whole evaluation (with this fingerprint, when given), or None; raises IntegrityError."""
+    manifest = read_manifest(directory, "evaluation")
+    if manifest is None or fingerprint not in (None, manifest.fingerprint):
+        return None
+    verify_files(directory, manifest)
+    return read_json(directory / RESULTS)
+
+
+def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[ReasoningSample]:
+    """All rows, or the first `most` by the sha256 of their id: the same ones for every arm."""
+    rows = list(samples)
+    if most is None or most >= len(rows):
+        return rows
+    chosen = sorted(range(len(rows)), key=lambda k: hashlib.sha256(rows[k].id.encode()).digest())[:most]
+    return [rows[k] for k in sorted(chosen)]
+
+
+def predict(task: Task, fmt: AnswerFormat, decoded: Decoded) -> str | None:
+    """The cleansed answer of one generation; None is a parse failure.
+
+    Answer-first arms are scored on the text before the stop token. For pre_thinking it is Fine-tune-CoT's rule:
+    the first candidate after the marker, or the last of the whole text when the marker never came.
+    """
+    if ARMS[fmt.arm].answers_first:
+        return task.cleanse(decoded.answer_text)
+    return task.extract(decoded.text, fmt.answer_marker.strip())
+
+
+def _score(
+    config: Config,
+    run: RunDir,
+    student: LoadedStudent,
+    shards: ShardSet,
+    samples: list[ReasoningSample],
+    task: Task,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(results, one row a sample)."""
+    settings, questions = config.evaluate, [sample.question for sample in samples]
+    started = time.perf_counter()
+    with progress(f"evaluate {config.arm}", total=len(samples), unit="rows") as bar:
+        decoded = decode_answers(
+            student.model,
+            student.tokenizer,
+            student.format,
+            questions,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            on_batch=bar.advance,
+        )
+    seconds = time.perf_counter() - started
+    rows = [
+        _sample_row(sample, answer, predict(task, student.format, answer), task)
+        for sample, answer in zip(samples, decoded, strict=True)
+    ]
+    results = {
+        "task": task.name,
+        "arm": config.arm,
+        "variant": variant_of(config),
+        "split": settings.split,
+        "seed": student.manifest.extra.get("seed", config.seed),
+        **score_of(rows),
+        "contains_answer": sum(_contains(task, d.text, s.answer) for s, d in zip(samples, decoded, strict=True))
+        / len(rows),
+        "chance": chance_of(task, samples),
+        "majority": Counter(sample.answer for sample in samples).most_common(1)[0][1] / len(samples),
+        "milliseconds_to_answer": _latency(student, questions[: settings.latency_rows], settings.max_new_tokens),
+        "rows_per_second": len(rows) / seconds,
+        "rationale_similarity": compare_rationales(config, run, student, shards, samples, decoded, rows),
+        "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
+        "device": _device_name(student),
+        "student": {"digest": student.manifest.digest, "step": student.manifest.extra.get("step")},
+        "shards": shards.manifest.digest,
+        "training": _training(run),
+    }
+    return results, rows
+
+
+def _sample_row(sample: ReasoningSample, answer: Decoded, prediction: str | None, task: Task) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "question": sample.question,
+        "gold": sample.answer,
+        "prediction": prediction,
+        "answer_text": answer.answer_text,
+        "correct": task.is_correct(prediction, sample.answer),
+        "answer_tokens": answer.answer_tokens,
+        "complete": answer.complete,
+    }
+
+
+def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, accuracy with its binomial standard error sqrt(p (1 - p) / n), and tokens to the answer."""
+    correct = sum(row["correct"] for row in rows)
+    share = correct / len(rows)
+    tokens = np.array([row["answer_tokens"] for row in rows])
+    return {
+        "rows": len(rows),
+        "correct": correct,
+        "accuracy": share,
+        "accuracy_stderr": math.sqrt(share * (1 - share) / len(rows)),
+        "parse_failures": sum(row["prediction"] is None for row in rows),
+        "incomplete": sum(not row["complete"] for row in rows),
+        "tokens_to_answer": {
+            "mean": float(tokens.mean()),
+            "median": float(np.median(tokens)),
+            "p95": float(np.percentile(tokens, 95)),
+            "stderr": float(tokens.std(ddof=1) / math.sqrt(len(tokens))) if len(tokens) > 1 else 0.0,
+        },
+    }
+
+
+def variant_of(config: Config) -> list[str]:
+    """What sets a run apart from its arm's plain form: the controls and ablations, in words."""
+    words = {"shuffle_embeddings": "shuffled embeddings", "shuffle_rationale_tokens": "shuffled rationale tokens"}
+    variant = [words[config.loss.control]] if config.loss.control in words else []
+    arm = ARMS[config.arm]
+    if arm.aligned and config.loss.alignment_weight == 0:
+        variant.append("no alignment")
+    if arm.needs_rationale and config.loss.rationale_weight == 0:
+        variant.append("no rationale tokens")
+    if arm.aligned and config.layout.semantic_position == "before":
+        variant.append("semantic token before")
+    if arm.aligned and config.loss.alignment_weight > 0 and not config.loss.centre:
+        variant.append("not centred")
+    return variant
+
+
+def chance_of(task: Task, samples: Sequence[ReasoningSample]) -> float | None:
+    """Expected accuracy of guessing blindly among the allowed answers; None where they cannot be counted."""
+    if task.rule == "yes_no":
+        return 0.5
+    if all(len(sample.choices) > 1 for sample in samples):
+        return sum(1 / len(sample.choices) for sample in samples) / len(samples)
+    return 1 / len(task.choice_letters) if task.choice_letters else None
+
+
+def _contains(task: Task, text: str, gold: str) -> bool:
+    """Whether the gold answer stands anywhere in what was generated, as a candidate or (free text) as words."""
+    if any(task.is_correct(candidate, gold) for candidate in task.candidates(text)):
+        return True
+    return task.answer_type == "text" and gold.casefold() in text.casefold()
+
+
+def _latency(student: LoadedStudent, questions: Sequence[str], max_new_tokens: int) -> dict[str, Any] | None:
+    """Wall time to the answer in milliseconds, one question at a time, after a warm-up."""
+    if not questions:
+        return None
+    for question in questions[:_WARM_UPS]:
+        timed_answer(student, question, max_new_tokens=max_new_tokens)
+    times = [timed_answer(student, question, max_new_tokens=max_new_tokens)[1] for question in questions]
+    return {"median": float(np.median(times)), "p90": float(np.percentile(times, 90)), "rows": len(times)}
+
+
+def _device_name(student: LoadedStudent) -> str:
+    device = student.model.device
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def _training(run: RunDir) -> dict[str, Any] | None:
+    """Steps, seconds and tokens of the training, when its record is there."""
+    path = run.path / "train.json"
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    return {name: record.get(name) for name in ("steps", "seconds", "tokens", "best_step", "best_value", "metric")}

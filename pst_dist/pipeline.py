@@ -1,0 +1,132 @@
+"""The stages of a run, each skipped when its artefact is already there for the same inputs.
+
+rows -> shards -> embeddings -> training -> evaluation -> export -> report. A stage knows that it is complete by a
+fingerprint over everything it is made from, so deleting any artefact and running again makes just that one and what
+hangs on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config import Config
+from pst_dist.errors import PstError
+from pst_dist.layout import ARMS
+from pst_dist.rundir import expand_arms, record_run, run_dir
+from pst_dist.schema import SCHEMA_VERSION
+from pst_dist.storage import Manifest, atomic_path, canonical_json, digest_of, directory_lock
+
+log = logging.getLogger(__name__)
+
+
+def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
+    """Read the sources and pack them; a no-op when the same rows are already packed.
+
+    Raises StaleError when other rows are packed there and `rebuild` is false.
+    """
+    from pst_dist.shards import write_shards
+    from pst_dist.sources import load_data
+
+    run = run_dir(config)
+    with directory_lock(run.data):
+        loaded = load_data(config)
+        if loaded.rejects:
+            with atomic_path(run.data / "rejects.jsonl") as partial:
+                partial.write_text("".join(canonical_json(vars(reject)) + "\n" for reject in loaded.rejects))
+        fingerprint = digest_of(
+            {
+                "schema": SCHEMA_VERSION,
+                "source": loaded.source_digest,
+                "rows": {name: [s.to_json() for s in rows] for name, rows in loaded.splits.items()},
+                "samples_per_shard": config.shards.samples_per_shard,
+            }
+        )
+        return write_shards(
+            loaded.splits,
+            run.shards,
+            samples_per_shard=config.shards.samples_per_shard,
+            fingerprint=fingerprint,
+            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest},
+            rebuild=rebuild,
+        )
+
+
+def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
+    """Encode every rationale of the shards; only what is missing or stale."""
+    from pst_dist.embeddings import embed_all
+    from pst_dist.shards import ShardSet
+
+    run = run_dir(config)
+    with directory_lock(run.data):
+        return embed_all(config.embed, ShardSet.open(run.shards), run.embeddings, rebuild=rebuild)
+
+
+def needs_embeddings(config: Config) -> bool:
+    """Whether some arm of this config aligns with the teacher's embeddings."""
+    return config.loss.alignment_weight > 0 and any(ARMS[arm.arm].aligned for arm in expand_arms(config))
+
+
+def make_student(config: Config, *, rebuild: bool = False) -> Any:
+    """Train one arm in this process; with `rebuild`, what an earlier training left is removed first."""
+    import shutil
+
+    from pst_dist.trainer import train
+
+    run = run_dir(config)
+    if rebuild:
+        for path in (run.checkpoints, run.best):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (run.path / "train.json", run.metrics):
+            path.unlink(missing_ok=True)
+    return train(config)
+
+
+def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
+    """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages made."""
+    record_run(config)
+    _stage("shard", lambda: make_shards(config, rebuild=rebuild))
+    if needs_embeddings(config):
+        _stage("embed", lambda: make_embeddings(config, rebuild=rebuild))
+    pages = []
+    arms = expand_arms(config)
+    for arm in arms:
+        record_run(arm)
+        name = arm.arm
+        _stage(f"train {name}", lambda arm=arm: make_student(arm, rebuild=rebuild))
+        pages.append(finish_arm(arm, rebuild=rebuild))
+    if len(arms) > 1:
+        pages.append(_stage("compare", lambda: compare_arms(config)))
+    return pages
+
+
+def finish_arm(config: Config, *, rebuild: bool = False) -> Path:
+    """Evaluate, export and report one trained arm."""
+    from pst_dist.evaluate import evaluate
+    from pst_dist.export import export
+    from pst_dist.report import report
+
+    _stage(f"evaluate {config.arm}", lambda: evaluate(config, rebuild=rebuild))
+    _stage(f"export {config.arm}", lambda: export(config, rebuild=rebuild))
+    return _stage(f"report {config.arm}", lambda: report(run_dir(config).path))
+
+
+def compare_arms(config: Config) -> Path:
+    """One page with all arms of a config side by side."""
+    from pst_dist.report import compare_report
+
+    return compare_report([run_dir(arm).path for arm in expand_arms(config)], run_dir(config).report)
+
+
+def _stage(name: str, work: Callable[[], Any]) -> Any:
+    started = time.monotonic()
+    try:
+        result = work()
+    except PstError as error:
+        log.debug("stage %s: %s", name, error)
+        raise
+    log.info("stage %s: %.1f s", name, time.monotonic() - started)
+    return result

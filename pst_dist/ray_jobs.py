@@ -1,0 +1,229 @@
+"""Work on a Ray cluster: encoder actors over a list of shards. The only module that imports ray.
+
+One shard, one task, one file: Ray places the actors, restarts one that dies and gives it its shard again; what a
+shard's file holds is decided by `embeddings.embed_shard`, here as in one process. Actors read and write the folders
+named by the config, so on several machines those must be shared.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embeddings import embed_shard
+from pst_dist.encoder import TextEncoder
+from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
+from pst_dist.progress import Progress, progress
+from pst_dist.shards import ShardInfo, ShardSet
+
+log = logging.getLogger(__name__)
+
+_RESTARTS = 4
+_START_SECONDS = 300.0
+_PROBE_SECONDS = 5.0
+_OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
+
+
+class EncoderActor:
+    """One encoder in a process of its own; its state is the loaded model, so Ray may restart it anywhere."""
+
+    def __init__(self, config: EmbedConfig, shards_directory: str, directory: str) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(config.ray.num_cpus_per_actor)))
+        self._config = config
+        self._shards_directory, self._directory = Path(shards_directory), Path(directory)
+        self._loaded: TextEncoder | None = None
+
+    def ready(self) -> int:
+        """0 texts done: returns once the encoder is loaded (not in `__init__`, whose errors Ray turns into text)."""
+        if self._loaded is None:
+            self._loaded = TextEncoder(self._config)
+        return 0
+
+    def embed(self, shard: ShardInfo) -> int:
+        """Write one shard's file; returns the number of its texts. A restarted actor loads its encoder here."""
+        self.ready()
+        assert self._loaded is not None
+        return embed_shard(self._loaded, self._shards_directory, shard, self._directory / f"{shard.stem}.safetensors")
+
+
+def embed_with_ray(config: EmbedConfig, shards: ShardSet, directory: Path, todo: list[ShardInfo]) -> None:
+    """Write the embedding file of every shard in `todo` with actors on a cluster.
+
+    The bytes are those of the local backend. An actor that dies is restarted and does its shard again. Raises
+    EnvironmentFault when the cluster cannot be reached, has no room, or does not see the folders; PeerLostError
+    when an actor keeps dying; and whatever PstError an actor met.
+    """
+    total = sum(len(shards.rationale_keys(shard)) for shard in todo)
+    with _cluster(config.ray) as ray:
+        count = _number_of_actors(config.ray, ray.cluster_resources(), len(todo))
+        log.info("embed: %d shards on %d Ray actors", len(todo), count)
+        actor_class = ray.remote(
+            num_cpus=config.ray.num_cpus_per_actor,
+            num_gpus=config.ray.num_gpus_per_actor,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
+        )(EncoderActor)
+        folders = str(shards.directory.resolve()), str(directory.resolve())
+        actors = [actor_class.remote(config, *folders) for _ in range(count)]
+        try:
+            with progress("embed", total=total, unit="texts") as bar:
+                _share_out(ray, actors, todo, bar)
+        finally:
+            for actor in actors:
+                with contextlib.suppress(Exception):
+                    ray.kill(actor)
+    missing = [shard for shard in todo if not (directory / f"{shard.stem}.safetensors").is_file()]
+    if missing:
+        raise EnvironmentFault(
+            f"{len(missing)} of {len(todo)} files were written where this machine cannot see them",
+            "put data_dir on storage that all machines of the cluster share",
+            path=directory,
+        )
+
+
+def _share_out(ray: Any, actors: list[Any], todo: list[ShardInfo], bar: Progress) -> None:
+    """Give each actor a shard as soon as it is free, the largest first, until all are done."""
+    waiting = sorted(todo, key=lambda shard: (-shard.bytes, shard.name))
+    # An actor gets work only when it has started: one that the cluster has no room for never holds a shard.
+    running: dict[Any, tuple[Any, ShardInfo | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
+    started, done = False, 0
+    while done < len(todo):
+        finished, _ = ray.wait(list(running), num_returns=1, timeout=None if started else _START_SECONDS)
+        if not finished:
+            raise EnvironmentFault(
+                f"no encoder actor started within {_START_SECONDS:.0f} s", "see `ray status` for what the cluster lacks"
+            )
+        actor, shard = running.pop(finished[0])
+        texts = _result(ray, finished[0], shard)
+        if not started:
+            bar.restart()  # the speed is that of encoding, not of loading encoders
+        started = True
+        bar.advance(texts)
+        done += shard is not None
+        if waiting:
+            following = waiting.pop(0)
+            running[actor.embed.remote(following)] = (actor, following)
+
+
+def _result(ray: Any, future: Any, shard: ShardInfo | None) -> int:
+    """What an actor returned; its PstError as it was, its death as PeerLostError."""
+    try:
+        return int(ray.get(future))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PstError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        where = f"at {shard.name}" if shard is not None else "while loading the encoder"
+        raise PeerLostError(
+            f"an encoder actor died {_RESTARTS + 1} times {where}",
+            "look for out-of-memory in Ray's logs; lower embed.batch_tokens or embed.ray.num_actors",
+        ) from error
+
+
+def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: int) -> int:
+    """As many as asked for or as fit, never more than there are shards; raises EnvironmentFault when none fits."""
+    wanted = {"CPU": config.num_cpus_per_actor, "GPU": config.num_gpus_per_actor}
+    room = min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
+    if room == 0:
+        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+        raise EnvironmentFault(
+            f"an encoder actor needs {needs}, the cluster has {has}",
+            "lower embed.ray.num_cpus_per_actor or num_gpus_per_actor",
+        )
+    if config.num_actors is not None and config.num_actors > room:
+        log.warning("embed: %d actors asked for, the cluster has room for %d", config.num_actors, room)
+    return min(config.num_actors or room, room, shards)
+
+
+@contextlib.contextmanager
+def _cluster(config: RayConfig) -> Iterator[Any]:
+    """The ray module, connected: to the cluster of this process, to `address`, or to one that lives for this block."""
+    own = config.address is None
+    if own:
+        _secure_local_cluster()
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentFault(
+            "cannot import ray", "pip install 'pst-dist[ray]', or set embed.backend=local"
+        ) from error
+    if ray.is_initialized():  # we are inside a Ray job: its cluster is the one to use
+        yield ray
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    # Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
+    temporary = tempfile.mkdtemp(prefix="pst-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) if own else None
+    try:
+        if own:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+                **quiet,
+            )
+        else:
+            _probe(str(config.address))
+            ray.init(address=config.address, **quiet)
+    except Exception as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, PstError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {config.address}"
+        raise EnvironmentFault(
+            f"{what} ({reason[:160]})",
+            "check that it runs (`ray status`) and that RAY_AUTH_MODE fits, or set embed.backend=local",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _secure_local_cluster() -> None:
+    """A token of this process alone, unless the user has set one up; must come before ray is imported.
+
+    Ray would otherwise write one into the home directory, readable by all, that changes what later clusters ask
+    for (ray 2.60). It is read once a process, so it stays for the life of the process.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    descriptor, path = tempfile.mkstemp(prefix="pst-ray-token-")  # mode 0600
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
+    atexit.register(Path(path).unlink, missing_ok=True)
+
+
+def _probe(address: str) -> None:
+    """Fail within seconds, and in one line, when nothing listens at `host:port`; Ray itself waits for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like: Ray looks for the cluster itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no Ray cluster answers at {address} ({error.strerror or error})",
+            "start it (`ray start --head`) or set embed.ray.address",
+        ) from error

@@ -1,0 +1,79 @@
+"""Checkpoints: whole or absent, damage named, never a silent start from zero."""
+
+import logging
+
+import pytest
+import torch
+from tiny import Tiny
+
+from pst_dist.checkpoint import RunState, checkpoint_path, newest_valid, resume, save_checkpoint
+from pst_dist.config import TrainConfig
+from pst_dist.distributed import Ranks
+from pst_dist.engine import SingleProcessEngine
+from pst_dist.errors import IntegrityError, StaleError
+
+STATE = RunState(fingerprint="f", engine="single", world_size=1)
+
+
+def engine_of(seed=0):
+    return SingleProcessEngine(Tiny("pst", seed=seed).student, TrainConfig(), Ranks())
+
+
+def saved(engine, root, *steps, keep=3):
+    for step in steps:
+        save_checkpoint(engine, root, RunState("f", "single", 1, step=step), keep=keep)
+
+
+def test_a_checkpoint_restores_weights_into_a_differently_seeded_student(tmp_path):
+    first, second = engine_of(0), engine_of(1)
+    saved(first, tmp_path, 5)
+    assert resume(second, tmp_path, STATE).step == 5
+    for one, two in zip(first.student.parameters(), second.student.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    saved(engine_of(), tmp_path, 1, 2, 10, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_its_elder_used(tmp_path, damage, caplog):
+    saved(engine_of(), tmp_path, 1, 2)
+    target = checkpoint_path(tmp_path, 2) / ("manifest.json" if damage == "manifest" else "state.pt")
+    data = bytearray(target.read_bytes())
+    if damage == "remove":
+        target.unlink()
+    elif damage == "truncate":
+        target.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        target.write_bytes(data)
+    with caplog.at_level(logging.WARNING, logger="pst_dist"):
+        path, state = newest_valid(tmp_path, Ranks())
+    assert state.step == 1 and path.name == "checkpoint-1"
+    assert "checkpoint-2" in caplog.text
+
+
+def test_if_no_checkpoint_is_valid_training_does_not_start_from_zero(tmp_path):
+    saved(engine_of(), tmp_path, 1)
+    (checkpoint_path(tmp_path, 1) / "state.pt").unlink()
+    with pytest.raises(IntegrityError, match="none of the 1 checkpoints here is intact"):
+        resume(engine_of(), tmp_path, STATE)
+
+
+def test_no_checkpoints_at_all_means_a_fresh_start(tmp_path):
+    assert resume(engine_of(), tmp_path / "none", STATE) == STATE
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (RunState("other", "single", 1), "trained with other settings"),
+        (RunState("f", "zero2", 2), r"made by 1 rank\(s\) of engine single"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, state, message):
+    saved(engine_of(), tmp_path, 1)
+    with pytest.raises(StaleError, match=message):
+        resume(engine_of(), tmp_path, state)

@@ -1,0 +1,126 @@
+"""The order plan and the collator."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROWS, Tiny, TinyTeacher
+
+from pst_dist.config import LossConfig
+from pst_dist.data import Collator, OrderPlan, epoch_order, question_group, rationale_of, step_batches
+from pst_dist.layout import Segment
+from pst_dist.schema import ReasoningSample
+
+
+def test_every_sample_comes_once_an_epoch_whatever_the_world_size():
+    plan = OrderPlan(samples=997, global_batch_size=64, seed=3)
+    for world in (1, 2, 3, 4):
+        seen = []
+        for step in range(plan.steps_per_epoch):
+            parts = [plan.micro_batches(step, rank=r, world_size=world, size=5) for r in range(world)]
+            assert len({len(part) for part in parts}) == 1, "every rank runs equally many forward passes"
+            flat = [int(index) for part in parts for micro in part for index in micro]
+            assert sorted(flat) == sorted(plan.global_batch(step).tolist())
+            seen += flat
+        assert sorted(seen) == list(range(997))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    orders = {(seed, epoch): tuple(epoch_order(50, seed=seed, epoch=epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(set(orders.values())) == 4
+    epoch_order.cache_clear()
+    assert tuple(epoch_order(50, seed=1, epoch=1)) == orders[1, 1]
+
+
+def test_rationales_of_one_question_take_turns_over_epochs():
+    sample = ReasoningSample(id="x", question="q", answer="a", rationales=("one", "two", "three"))
+    used = [rationale_of(sample, seed=0, epoch=epoch) for epoch in range(6)]
+    assert sorted(used[:3]) == [0, 1, 2] and used[:3] == used[3:]
+
+
+def test_questions_that_differ_only_in_spacing_and_case_are_one_group():
+    assert question_group("What is  2+2?") == question_group("what is 2 + 2")
+    assert question_group("What is 2+2?") != question_group("What is 2+3?")
+
+
+def collated(arm="pst", architecture="gpt2", **loss):
+    tiny = Tiny(arm, architecture, loss=loss)
+    collate = Collator(
+        loss=tiny.config.loss,
+        is_encoder_decoder=tiny.student.is_encoder_decoder,
+        pad_id=tiny.tokenizer.pad_token_id,
+        decoder_start_id=tiny.model.config.decoder_start_token_id if tiny.student.is_encoder_decoder else None,
+        teacher=TinyTeacher(),
+    )
+    sequences = [sequence for row in ROWS for sequence in tiny.layout.sequences(row)]
+    keys = [(row.id, 0) for row in ROWS]
+    return tiny, sequences, collate(sequences, keys=keys, key_groups=[5, 5, 6, 7])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+def test_a_supervised_row_stands_one_place_before_its_token(architecture):
+    tiny, sequences, batch = collated(architecture=architecture)
+    length = batch.input_ids.shape[1]
+    expected = []
+    for index, sequence in enumerate(sequences):
+        start = 1 if architecture == "t5" else len(sequence.prompt_ids)
+        for offset, (token, owner) in enumerate(zip(sequence.target_ids, sequence.segments)):
+            if owner in (Segment.ANSWER, Segment.RATIONALE):
+                expected.append((index * length + start + offset - 1, token, owner is Segment.ANSWER))
+    assert list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.is_answer.tolist())) == expected
+
+
+def test_the_aligned_span_is_the_semantic_token_itself():
+    tiny, _, batch = collated()
+    picked = batch.input_ids[batch.span_rows, batch.span_starts]
+    assert picked.tolist() == [tiny.layout.semantic_id] * len(ROWS)
+    assert batch.span_lengths.tolist() == [1] * len(ROWS)
+    expected = np.stack([TinyTeacher().vector(row.id, 0) for row in ROWS])
+    np.testing.assert_allclose(batch.teacher_emb.numpy(), expected, rtol=1e-6)
+
+
+def test_span_pooling_covers_the_rationale():
+    _, _, batch = collated(pooling="span")
+    for row, start, length in zip(batch.span_rows, batch.span_starts, batch.span_lengths):
+        owners = batch.segment_ids[row, start : start + length]
+        assert (owners == Segment.RATIONALE).all()
+        assert (batch.segment_ids[row] == Segment.RATIONALE).sum() == length
+
+
+def test_a_muted_batch_counts_nothing():
+    tiny, sequences, _ = collated()
+    collate = Collator(loss=LossConfig(), is_encoder_decoder=False, pad_id=0, teacher=TinyTeacher())
+    assert collate(sequences[:1], muted=True).counts.tolist() == [0, 0, 0]
+
+
+def test_the_loader_starts_at_any_step_with_the_batches_of_an_undisturbed_run():
+    tiny = Tiny()
+    collate = Collator(loss=LossConfig(), is_encoder_decoder=False, pad_id=0)
+    plan = OrderPlan(len(ROWS), 3, seed=0)
+
+    def ids(first, workers):
+        batches = step_batches(
+            plan,
+            ROWS,
+            tiny.layout,
+            collate,
+            first_step=first,
+            last_step=6,
+            rank=0,
+            world_size=1,
+            micro_batch_size=2,
+            workers=workers,
+        )
+        return [[batch.sample_ids for batch in step] for step in batches]
+
+    whole = ids(0, 0)
+    assert ids(4, 0) == whole[4:] and ids(2, 2) == whole[2:]
+    flat = list(itertools.chain.from_iterable(batch for step in whole[:2] for batch in step))
+    assert sorted(flat) == [row.id for row in ROWS]
+
+
+def test_info_nce_keys_are_the_global_batch_and_each_span_finds_its_own():
+    _, _, batch = collated(alignment="info_nce")
+    assert batch.keys.shape == (4, 8) and batch.key_groups.tolist() == [5, 5, 6, 7]
+    torch.testing.assert_close(batch.keys[batch.key_index], batch.teacher_emb)

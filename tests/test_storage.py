@@ -1,0 +1,233 @@
+"""What `storage` promises: files whole or absent, digests that notice damage, locks that die with their owner."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pst_dist import storage
+from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
+from pst_dist.storage import (
+    Manifest,
+    all_files,
+    append_line,
+    atomic_directory,
+    atomic_path,
+    canonical_json,
+    describe_files,
+    digest_of,
+    directory_lock,
+    read_json,
+    read_lines,
+    read_manifest,
+    sha256_file,
+    verify_files,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+REPOSITORY = Path(storage.__file__).parents[1]
+
+
+def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_canonical_json_is_the_same_for_any_order_of_keys():
+    assert canonical_json({"b": [1, 2.5], "a": "ä"}) == '{"a":"ä","b":[1,2.5]}'
+    assert digest_of({"b": 1, "a": 2}) == hashlib.sha256(b'{"a":2,"b":1}').hexdigest()
+
+
+def test_canonical_json_refuses_what_json_cannot_say():
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json({"x": float("nan")})
+
+
+def test_sha256_of_a_file_over_several_pieces_is_hashlibs(tmp_path):
+    content = os.urandom(2 * 2**20 + 17)
+    (tmp_path / "f").write_bytes(content)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="half way"), atomic_path(path) as partial:
+        partial.write_text("new, but")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_a_write_makes_missing_folders(tmp_path):
+    write_json(tmp_path / "a" / "b" / "c.json", {"x": 1})
+    assert read_json(tmp_path / "a" / "b" / "c.json") == {"x": 1}
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "stage"
+    with atomic_directory(target) as partial:
+        (partial / "one").write_text("1")
+    with atomic_directory(target) as partial:
+        (partial / "two").write_text("2")
+        assert os.listdir(target) == ["one"]
+    assert os.listdir(target) == ["two"] and os.listdir(tmp_path) == ["stage"]
+
+
+def test_a_directory_that_fails_half_way_is_not_there(tmp_path):
+    with pytest.raises(RuntimeError, match="half way"), atomic_directory(tmp_path / "stage") as partial:
+        (partial / "one").write_text("1")
+        raise RuntimeError("half way")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_one_line_with_the_space_that_is_left(tmp_path):
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from pst_dist.errors import EnvironmentFault
+from pst_dist.storage import write_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_text(Path(sys.argv[1]) / "big.txt", "x" * 100_000)
+except EnvironmentFault as error:
+    print(error)
+"""
+    output, _ = run_python(code, tmp_path).communicate()
+    assert output.startswith("error[ENVIRONMENT]") and "big.txt" in output and "MiB are free" in output
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(EnvironmentFault, match="something else stands at that place"):
+        write_text(tmp_path / "a" / "b.txt", "text")
+
+
+def test_json_that_is_damaged_names_its_file(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(IntegrityError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, {"step": 1, "note": "line\u2028separator"})
+    append_line(path, {"step": 2})
+    with path.open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    assert [row["step"] for row in read_lines(path)] == [1, 2]
+    assert read_lines(tmp_path / "absent.jsonl") == []
+
+
+def made_manifest(directory: Path) -> Manifest:
+    write_text(directory / "a.txt", "alpha")
+    write_text(directory / "sub" / "b.txt", "beta")
+    files = describe_files(directory, all_files(directory))
+    manifest = Manifest("shards", "f" * 64, files, {"counts": {"train": 2}})
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def test_a_manifest_comes_back_as_it_was_and_lists_sizes_and_digests(tmp_path):
+    manifest = made_manifest(tmp_path)
+    assert read_manifest(tmp_path, "shards") == manifest
+    assert manifest.files["sub/b.txt"] == {"bytes": 4, "sha256": hashlib.sha256(b"beta").hexdigest()}
+    verify_files(tmp_path, manifest)
+
+
+def test_a_directory_without_a_manifest_is_unfinished(tmp_path):
+    assert read_manifest(tmp_path, "shards") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"train": 2', '"train": 3'), ('"bytes": 4', '"bytes": 5'), ("ffff", "fffe"), ('"kind"', '"kinf"')]
+)
+def test_a_manifest_that_was_edited_is_refused(tmp_path, old, new):
+    made_manifest(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(IntegrityError, match="not an intact shards manifest"):
+        read_manifest(tmp_path, "shards")
+
+
+def test_a_manifest_of_another_kind_is_refused(tmp_path):
+    made_manifest(tmp_path)
+    with pytest.raises(IntegrityError, match="embeddings"):
+        read_manifest(tmp_path, "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "missing"),
+        (lambda path: path.write_text("alph"), "4 bytes, manifest says 5"),
+        (lambda path: path.write_text("alphb"), "sha256 differs"),
+    ],
+)
+def test_every_damage_to_a_file_is_noticed_and_named(tmp_path, damage, message):
+    manifest = made_manifest(tmp_path)
+    damage(tmp_path / "a.txt")
+    with pytest.raises(IntegrityError, match=message) as caught:
+        verify_files(tmp_path, manifest)
+    assert caught.value.path == tmp_path / "a.txt"
+
+
+def test_a_lock_refuses_another_process_and_dies_with_its_owner(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from pst_dist.storage import directory_lock
+with directory_lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    owner = run_python(code, tmp_path)
+    try:
+        assert owner.stdout is not None and owner.stdout.readline() == "locked\n"
+        with pytest.raises(LockedError, match=f"process {owner.pid}"), directory_lock(tmp_path):
+            pass
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+    with directory_lock(tmp_path):
+        pass
+
+
+def test_a_directory_killed_at_any_moment_is_the_old_or_the_new_one(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from pst_dist.storage import atomic_directory, describe_files, all_files, Manifest, write_manifest
+print("go", flush=True)
+for generation in range(10**9):
+    with atomic_directory(Path(sys.argv[1])) as partial:
+        for name in "abcd":
+            (partial / name).write_text(f"{generation} " * 2000)
+        write_manifest(partial, Manifest("shards", str(generation), describe_files(partial, all_files(partial))))
+"""
+    target, states = tmp_path / "stage", []
+    for attempt in range(6):
+        process = run_python(code, target)
+        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        time.sleep(0.02 + 0.013 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        manifest = read_manifest(target, "shards") if target.exists() else None
+        if manifest is not None:
+            verify_files(target, manifest)
+            assert (target / "a").read_text().split() == [manifest.fingerprint] * 2000
+        else:  # killed between two renames: whole directories lie beside, none torn
+            assert not target.exists() or not list(target.iterdir())
+        states.append(manifest and int(manifest.fingerprint))
+    assert any(state is not None for state in states)

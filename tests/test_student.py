@@ -1,0 +1,164 @@
+"""The student: its loss against the plain model's logits, whatever is supervised and however the batch is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ROWS, Tiny, TinyTeacher
+
+from pst_dist.config import Config
+from pst_dist.data import Collator
+from pst_dist.errors import ConfigError, InputError
+from pst_dist.layout import ARMS
+from pst_dist.loss import TermWeights
+from pst_dist.student import build_student, span_mean
+from pst_dist.tokenizer import build_tokenizer, with_special_tokens
+
+KEYS = [(row.id, 0) for row in ROWS]
+
+
+def collator(tiny):
+    seq2seq = tiny.student.is_encoder_decoder
+    return Collator(
+        loss=tiny.config.loss,
+        is_encoder_decoder=seq2seq,
+        pad_id=tiny.tokenizer.pad_token_id,
+        decoder_start_id=tiny.model.config.decoder_start_token_id if seq2seq else None,
+        teacher=TinyTeacher() if ARMS[tiny.config.arm].aligned else None,
+    )
+
+
+def batch_of(tiny, rows, *, muted=False):
+    sequences = [sequence for row in rows for sequence in tiny.layout.sequences(row)]
+    return collator(tiny)(sequences, keys=KEYS, key_groups=range(len(KEYS)), muted=muted)
+
+
+def gradient(tiny, cut):
+    """Loss and the flat gradient of the rows as one global batch, cut into forward passes."""
+    tiny.student.zero_grad()
+    batches = [batch_of(tiny, rows or ROWS[:1], muted=not rows) for rows in cut]
+    scales = TermWeights.of(tiny.config.loss, tiny.config.arm).scales(sum(batch.counts for batch in batches))
+    total = 0.0
+    for batch in batches:
+        sums = tiny.student(batch).sums
+        loss = (sums * scales.to(sums)).sum()
+        loss.backward()
+        total += loss.item()
+    grads = [p.grad for p in tiny.student.parameters()]
+    assert all(grad is not None for grad in grads), "every parameter must be connected to the loss"
+    return total, torch.cat([grad.flatten() for grad in grads])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_head_on_supervised_rows_equals_cross_entropy_over_all_logits(arm, architecture):
+    tiny = Tiny(arm, architecture)
+    tiny.student.eval()
+    batch = batch_of(tiny, ROWS)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.encoder_input_ids is not None:
+        inputs = {
+            "input_ids": batch.encoder_input_ids,
+            "attention_mask": batch.encoder_attention_mask,
+            "decoder_input_ids": batch.input_ids,
+            "decoder_attention_mask": batch.attention_mask,
+        }
+    with torch.no_grad():
+        logits = tiny.model(**inputs).logits.flatten(0, 1)[batch.rows].double()
+        sums = tiny.student(batch).sums
+    nll = F.cross_entropy(logits, batch.targets, reduction="none")
+    assert sums[0].item() == pytest.approx(nll[batch.is_answer].sum().item(), rel=1e-5)
+    assert sums[1].item() == pytest.approx(nll[~batch.is_answer].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    "loss",
+    [{}, {"alignment": "info_nce"}, {"alignment": "smooth_l1", "pooling": "span"}, {"denominator": "per_token"}],
+    ids=["cosine", "info_nce", "span", "per_token"],
+)
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(architecture, loss):
+    tiny = Tiny("pst", architecture, loss=loss)
+    tiny.student.eval()
+    whole_loss, whole = gradient(tiny, [ROWS])
+    for cut in ([ROWS[:2], ROWS[2:]], [ROWS[:1], (), ROWS[1:2], ROWS[2:]]):
+        loss_value, cut_gradient = gradient(tiny, cut)
+        assert loss_value == pytest.approx(whole_loss, rel=1e-5)
+        assert (cut_gradient - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_a_muted_batch_gives_a_zero_loss_connected_to_every_parameter():
+    tiny = Tiny("pst")
+    loss, grads = gradient(tiny, [()])
+    assert loss == 0 and not grads.any()
+
+
+def test_span_mean_never_reads_outside_its_spans():
+    hidden = torch.full((2, 6, 3), float("nan"))
+    hidden[0, 1:3] = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
+    hidden[1, 4] = torch.tensor([7.0, 7.0, 7.0])
+    pooled = span_mean(hidden, torch.tensor([0, 1]), torch.tensor([1, 4]), torch.tensor([2, 1]))
+    assert pooled.tolist() == [[2.0, 3.0, 4.0], [7.0, 7.0, 7.0]]
+
+
+def test_gradient_norms_of_the_terms_are_those_of_separate_backward_passes():
+    tiny = Tiny("pst")
+    tiny.student.eval()
+    batch = batch_of(tiny, ROWS)
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    tiny.student.watch_gradients = True
+    (tiny.student(batch).sums * weights).sum().backward()
+    measured = tiny.student.squared_gradients.sqrt()
+
+    kept = []
+    # Not the last pre-hook: this one sees what the model hands over, before rows are picked.
+    head = tiny.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]), prepend=True)
+    sums = tiny.student(batch).sums * weights
+    handle.remove()
+    hidden = kept[0]
+    for index in range(3):
+        (alone,) = torch.autograd.grad(sums[index], hidden, retain_graph=True)
+        assert measured[index].item() == pytest.approx(alone.norm().item(), rel=1e-4)
+
+
+def test_the_alignment_head_is_not_part_of_the_exported_model():
+    tiny = Tiny("pst")
+    assert tiny.student.head is not None
+    inside = {id(parameter) for parameter in tiny.model.parameters()}
+    assert id(tiny.student.head.weight) not in inside
+
+
+def test_a_pretrained_student_gets_rows_for_the_special_tokens(tmp_path):
+    tiny = Tiny("pst")
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    config = Config.model_validate({"student": {"model_name_or_path": str(tmp_path)}})
+    tokenizer = build_tokenizer(config.student, [])
+    student = build_student(config, tokenizer, 8)
+    assert len(tokenizer) == len(tiny.tokenizer)
+    assert student.model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+
+
+def test_a_student_that_is_not_there_is_refused_in_one_line():
+    config = Config.model_validate({"student": {"model_name_or_path": "no/such-model-anywhere"}})
+    with pytest.raises(InputError, match="cannot load the student's tokenizer"):
+        build_tokenizer(config.student, [])
+
+
+def test_a_tokenizer_that_cannot_hold_the_stop_token_is_refused():
+    class Closed:
+        """A tokenizer that takes no new tokens, as some byte-level ones do."""
+
+        eos_token_id, pad_token_id, unk_token_id = 1, 0, 2
+
+        def add_special_tokens(self, *_, **__):
+            return 0
+
+        def __call__(self, text, **_):
+            return {"input_ids": [3 + ord(letter) for letter in text]}
+
+        def convert_tokens_to_ids(self, _):
+            return 2
+
+    with pytest.raises(ConfigError, match="no room for the special token"):
+        with_special_tokens(Closed())

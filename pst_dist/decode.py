@@ -22,6 +22,7 @@ import torch
 from pst_dist.checkpoint import FORMAT_FILE, answer_generation_config
 from pst_dist.errors import InputError, IntegrityError
 from pst_dist.layout import ARMS, AnswerFormat, Layout
+from pst_dist.libraries import quiet_libraries
 from pst_dist.storage import Manifest, read_json, read_manifest, verify_files
 
 log = logging.getLogger(__name__)
@@ -260,6 +261,7 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     Every file is compared with its digest first. Raises InputError when there is no finished student and
     IntegrityError when it is damaged.
     """
+    quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     # An export is told by its model card.

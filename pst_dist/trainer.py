@@ -25,6 +25,7 @@ from pst_dist.engine import Engine, build_engine, sums_over_ranks
 from pst_dist.errors import DivergedError, InputError, IntegrityError
 from pst_dist.layout import layout_for
 from pst_dist.loss import TERMS, TermWeights
+from pst_dist.libraries import quiet_libraries
 from pst_dist.metrics import MetricsLog, StepRecord
 from pst_dist.rundir import RunDir, run_dir
 from pst_dist.shards import ShardSet
@@ -101,6 +102,7 @@ def train(config: Config) -> TrainingResult:
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
     ranks together when a loss or gradient is not finite, with the weights as they were before that step.
     """
+    quiet_libraries()
     ranks = Ranks.from_environment()
     run = run_dir(config)
     if config.train.num_threads:
@@ -266,6 +268,11 @@ class _Training:
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows, and keep the student when it is the best so far."""
         value = self.validator.score(engine, self.weights)
+        if value.loss is not None and not math.isfinite(value.loss):
+            raise DivergedError(
+                f"step {state.step}: the loss on the validation rows is {value.loss}; this student is not kept",
+                "run again with a lower train.learning_rate (the last checkpoint is intact)",
+            )
         metrics.validation(state.step, value)
         metric = self.config.train.metric_for_best_model
         chosen = value.chosen(metric)

@@ -1,0 +1,156 @@
+"""The page on which several arms stand side by side: table, accuracy against tokens, loss curves, sample answers.
+
+The statistics are `compare`, the pictures `plots`, the HTML `page`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_dist import page, plots
+from pst_dist.compare import ArmResult, Comparison, compare, format_p
+from pst_dist.config_io import RESOLVED
+from pst_dist.page import Cell, Row
+from pst_dist.storage import read_lines, write_text
+
+_SHOWN = 12
+
+
+def compare_report(runs: Sequence[Path], target: Path) -> Path:
+    """Write one self-contained page with all arms side by side to `target` and return it.
+
+    Raises InputError as `compare` does. Nothing in the page is fetched from anywhere.
+    """
+    comparison = compare(runs)
+    metrics = [read_lines(arm.run / "metrics.jsonl") for arm in comparison.arms]
+    curves = plots.curves_plot(comparison, metrics)
+    body = [
+        page.tiles(_comparison_headline(comparison)),
+        page.heading("Accuracy"),
+        _arms_table(comparison),
+        page.paragraph(_reading(comparison), note=True),
+        page.heading("Accuracy against tokens to the answer"),
+        page.figure(
+            plots.accuracy_plot(comparison),
+            "Up is more often right, left is fewer tokens before the answer is there. Bars are one standard error.",
+        ),
+    ]
+    if curves is not None:
+        caption = "The answer's loss while training: left on the batches trained on, right on held-out validation rows."
+        body += [page.heading("Loss curves"), page.figure(curves, caption)]
+    body += [*_side_by_side(comparison), page.heading("Cost of training"), _cost_table(comparison)]
+    body += [page.heading("How to do it again"), page.code(_commands(comparison, target))]
+    title = f"{comparison.task}: {len(comparison.arms)} arms on identical rows"
+    lead = f"Scored on the same {comparison.rows:,} {comparison.split} rows, decoded greedily."
+    write_text(target, page.document(title, lead, body))
+    return target
+
+
+def _comparison_headline(comparison: Comparison) -> list[tuple[str, str]]:
+    best = max(comparison.arms, key=lambda arm: arm.results["accuracy"])
+    tiles = [(page.percent(best.results["accuracy"]), f"best accuracy: {best.label}")]
+    baseline = next(arm for arm in comparison.arms if arm.label == comparison.baseline)
+    if baseline is not best:
+        tiles.append((page.percent(baseline.results["accuracy"]), f"baseline: {baseline.label}"))
+    if best.times_fewer_tokens and best.results["arm"] != "pre_thinking":
+        tiles.append((f"{best.times_fewer_tokens:.1f}x", f"fewer tokens to the answer than pre_thinking: {best.label}"))
+    return tiles
+
+
+def _arms_table(comparison: Comparison) -> str:
+    names = ("accuracy", "s.e.", f"vs {comparison.baseline}", "95 % interval", "p", "unread", "tokens", "fewer", "ms")
+    head: Row = ["arm", *(Cell(name, "right") for name in names)]
+    rows = []
+    for arm, style in zip(comparison.arms, plots.styles(comparison), strict=True):
+        results, test, latency = arm.results, arm.test, arm.results["milliseconds_to_answer"]
+        cells = (
+            f"{100 * results['accuracy']:.2f} %",
+            f"{100 * results['accuracy_stderr']:.2f}",
+            f"{100 * test.difference:+.2f}" if test else "baseline",
+            f"{100 * test.low:+.2f} to {100 * test.high:+.2f}" if test else "",
+            format_p(test.p) if test else "",
+            str(results["parse_failures"]),
+            f"{results['tokens_to_answer']['mean']:.1f}",
+            f"{arm.times_fewer_tokens:.1f}x" if arm.times_fewer_tokens else "",
+            f"{latency['median']:.1f}" if latency else "",
+        )
+        rows.append([Cell(arm.label, colour=style["color"]), *(Cell(cell, "right") for cell in cells)])
+    return page.table(head, rows)
+
+
+def _reading(comparison: Comparison) -> str:
+    chance = comparison.arms[0].results["chance"]
+    words = (
+        f"Differences are in points against {comparison.baseline}, row by row on the same rows: the interval is a "
+        "paired bootstrap, p is McNemar's exact test, two-sided and not corrected for several comparisons. s.e. is the "
+        "binomial standard error of the accuracy; it says nothing about other seeds. Unread: no answer of the task's "
+        "type stood in the text."
+    )
+    if any(arm.times_fewer_tokens for arm in comparison.arms):
+        words += " Fewer: tokens to the answer of pre_thinking over this arm's."
+    return words + (f" Guessing gives {100 * chance:.1f} %." if chance else "")
+
+
+def _side_by_side(comparison: Comparison) -> list[str]:
+    """Sample answers of all arms: first rows on which they disagree, then others."""
+    marks = list(zip(*([row["correct"] for row in arm.samples] for arm in comparison.arms), strict=True))
+    order = sorted(range(len(marks)), key=lambda k: (len(set(marks[k])) == 1, k))[:_SHOWN]
+    split = sum(len(set(marks[k])) > 1 for k in order)
+    head: Row = [
+        "question",
+        "gold",
+        *(Cell(arm.label, colour=s["color"]) for arm, s in _styled(comparison)),
+    ]
+    first = comparison.arms[0].samples
+    rows = [
+        [
+            page.shortened(first[k]["question"]),
+            first[k]["gold"],
+            *(page.answer_cell(arm.samples[k]) for arm in comparison.arms),
+        ]
+        for k in order
+    ]
+    note = (
+        f"{split} rows on which the arms disagree, then {len(order) - split} others, in the order of the split; "
+        "right answers in green and wrong ones in red."
+    )
+    return [page.heading("Sample answers"), page.paragraph(note, note=True), page.table(head, rows)]
+
+
+def _styled(comparison: Comparison) -> list[tuple[ArmResult, dict[str, Any]]]:
+    return list(zip(comparison.arms, plots.styles(comparison), strict=True))
+
+
+def _cost_table(comparison: Comparison) -> str:
+    head: Row = [
+        "arm",
+        *(Cell(name, "right") for name in ("steps", "training", "tokens trained on", "parameters", "seed")),
+    ]
+    rows = []
+    for arm, style in _styled(comparison):
+        training = arm.results.get("training") or {}
+        cells = (
+            f"{training['steps']:,}" if training else "",
+            page.duration(training["seconds"]) if training else "",
+            f"{training['tokens']:,}" if training else "",
+            f"{arm.results.get('parameters', 0):,}",
+            str(arm.results["seed"]),
+        )
+        rows.append([Cell(arm.label, colour=style["color"]), *(Cell(cell, "right") for cell in cells)])
+    return page.table(head, rows)
+
+
+def _commands(comparison: Comparison, target: Path) -> str:
+    """What to type to make every run again, and this page."""
+    lines = []
+    for arm in comparison.arms:
+        command = arm.run / "command.txt"
+        lines.append(f"# {arm.label}")
+        if command.is_file():
+            lines.append(f"# was made by: {command.read_text(encoding='utf-8').strip()}")
+        lines.append(f"pst run {shlex.quote(str(arm.run / RESOLVED))}")
+    runs = " ".join(shlex.quote(str(arm.run)) for arm in comparison.arms)
+    return "\n".join([*lines, "# this page", f"pst compare {runs} --output {shlex.quote(str(target))}"])

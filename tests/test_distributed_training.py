@@ -1,0 +1,136 @@
+"""DeepSpeed ZeRO 0-3 on two real gloo ranks against one plain PyTorch process on the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import small_config
+
+from pst_dist.storage import read_json, read_lines
+from pst_dist.trainer import train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.encoder]
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+ARCHITECTURES = ("gpt2", "t5")
+
+
+def launch(configs, folder: Path, ranks: int = 2) -> None:
+    """Train configs on several ranks started by torchrun; they end with it."""
+    path = folder / "configs.json"
+    path.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [sys.executable, *command, str(Path(__file__).with_name("ranks.py")), str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def curve(run: Path) -> list[dict]:
+    """The logged optimizer steps."""
+    return [row for row in read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def runs(small_data, tmp_path_factory) -> Path:
+    """One launch of two ranks that trains every case, and the same cases in this process."""
+    folder = tmp_path_factory.mktemp("zero")
+    cases = []
+    for architecture in ARCHITECTURES:
+        settings = {"student__fresh__architecture": architecture, "train__eval_steps": 8}
+        train(small_config(small_data, folder / f"{architecture}-single", **settings))
+        for stage in STAGES:
+            output = folder / f"{architecture}-{stage}"
+            cases.append(small_config(small_data, output, train__deepspeed=stage, **settings))
+    # Three samples a forward pass do not divide 4 a rank, 7 do not divide over 2 ranks, and 32 rows leave a rest.
+    odd = {"train__global_batch_size": 7, "train__per_device_train_batch_size": 3, "train__eval_steps": 8}
+    train(small_config(small_data, folder / "odd-single", **odd))
+    cases.append(small_config(small_data, folder / "odd-zero2", train__deepspeed="zero2", **odd))
+    nce = {"loss__alignment": "info_nce", "train__eval_steps": 8}
+    train(small_config(small_data, folder / "nce-single", **nce))
+    cases.append(small_config(small_data, folder / "nce-zero1", train__deepspeed="zero1", **nce))
+    diverging = {"train__learning_rate": "1e18", "train__max_grad_norm": 0, "train__deepspeed": "zero2"}
+    cases.append(small_config(small_data, folder / "diverged", **diverging))
+    cases.append(small_config(small_data, folder / "bf16", train__bf16=True, train__deepspeed="zero2"))
+    # The last case stops half-way; its second launch goes on.
+    half = {"train__deepspeed": "zero3", "train__save_steps": 4, "train__eval_steps": 4}
+    cases.append(small_config(small_data, folder / "whole", **half))
+    launch(cases, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_zero_ranks_follow_the_loss_curve_of_one_process(runs, architecture, stage):
+    single, zero = curve(runs / f"{architecture}-single"), curve(runs / f"{architecture}-{stage}")
+    assert len(single) == len(zero) == 8
+    for one, two in zip(single, zero):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4), f"step {one['step']}"
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["tokens"] == one["tokens"]
+    assert single[-1]["loss"] < single[0]["loss"] - 1, "the student must have learnt for this to mean anything"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_norms_of_the_terms_are_the_same_on_two_ranks(runs, stage):
+    single, zero = curve(runs / "gpt2-single")[3], curve(runs / f"gpt2-{stage}")[3]
+    for term in ("answer", "rationale", "alignment"):
+        assert zero[f"gradient_{term}"] == pytest.approx(single[f"gradient_{term}"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["odd-zero2", "nce-zero1"])
+def test_batches_that_do_not_divide_and_global_negatives_are_exact_too(runs, case):
+    single, zero = curve(runs / f"{case.split('-')[0]}-single"), curve(runs / case)
+    for one, two in zip(single, zero, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_leaves_a_whole_student_that_loads(runs, stage):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(runs / f"gpt2-{stage}" / "best")
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    single = AutoModelForCausalLM.from_pretrained(runs / "gpt2-single" / "best")
+    for one, two in zip(single.parameters(), model.parameters(), strict=True):
+        assert (one - two).abs().max() < 1e-3
+
+
+def test_a_non_finite_step_stops_every_rank_with_the_same_words(runs):
+    words = [(runs / "diverged" / f"refusal-{rank}.txt").read_text() for rank in range(2)]
+    assert words[0] == words[1] and words[0].startswith("DivergedError"), words
+    assert not (runs / "diverged" / "train.json").exists()
+
+
+def test_bf16_trains_close_to_float32(runs):
+    assert curve(runs / "bf16")[-1]["loss"] == pytest.approx(curve(runs / "gpt2-single")[-1]["loss"], abs=0.5)
+
+
+def test_a_stopped_zero3_run_goes_on_to_the_same_end(runs, small_data):
+    """The elder checkpoint stands in for a run that was killed after step 4."""
+    import shutil
+
+    shutil.copytree(runs / "whole", runs / "resumed")
+    shutil.rmtree(runs / "resumed" / "checkpoints" / "checkpoint-8")
+    (runs / "resumed" / "train.json").unlink()
+    config = small_config(
+        small_data,
+        runs / "resumed",
+        train__deepspeed="zero3",
+        train__save_steps=4,
+        train__eval_steps=4,
+    )
+    launch([config], runs)
+    whole, resumed = curve(runs / "whole"), curve(runs / "resumed")
+    assert [row["step"] for row in resumed] == list(range(1, 9))
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    assert read_json(runs / "resumed" / "train.json")["steps"] == 8

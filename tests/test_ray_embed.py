@@ -1,0 +1,174 @@
+"""What Ray promises: the bytes of the local backend, whole after an actor's death, nothing left behind.
+
+One cluster serves the whole file: a process of its own starts it through `ray_jobs`, embeds on it while an actor is
+killed, lets a second process join it by address, and takes it down.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+import pst_dist
+from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embeddings import embed_all
+from pst_dist.errors import EnvironmentFault
+from pst_dist.ray_jobs import _number_of_actors
+from pst_dist.schema import ReasoningSample
+from pst_dist.shards import ShardSet, write_shards
+from pst_dist.storage import sha256_file
+
+REPOSITORY = Path(pst_dist.__file__).parents[1]
+
+DRIVER = """
+import subprocess, sys
+from pathlib import Path
+from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embeddings import embed_all
+from pst_dist.errors import PstError
+from pst_dist.ray_jobs import _cluster, embed_with_ray
+from pst_dist.shards import ShardInfo, ShardSet
+
+if __name__ == "__main__":
+    base, address = Path(sys.argv[1]), sys.argv[2]
+    shards = ShardSet.open(base / "shards")
+    if address != "own":
+        embed_all(EmbedConfig(backend="ray", ray=RayConfig(address=address, num_actors=1)), shards, base / "joined")
+        sys.exit()
+    with _cluster(RayConfig()) as ray:
+        temporary = ray._private.worker._global_node.get_temp_dir_path()
+        print("cluster", temporary, flush=True)
+        embed_all(EmbedConfig(backend="ray", ray=RayConfig(num_actors=2)), shards, base / "killed")
+        print("embedded", flush=True)
+        wrong = ShardInfo("train-000000.tar", "train", 3, 1, "0" * 64)
+        try:
+            embed_with_ray(EmbedConfig(backend="ray"), shards, base / "wrong", [wrong])
+        except PstError as error:
+            print("refused", type(error).__name__, error, flush=True)
+        address = ray.get_runtime_context().gcs_address
+        subprocess.run([sys.executable, __file__, str(base), address], check=True)
+    print("stopped", ray.is_initialized(), Path(temporary).exists(), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    directory = tmp_path_factory.mktemp("ray") / "shards"
+    train = [
+        ReasoningSample(
+            id=f"r{i}", question=f"q{i}", answer=str(i), rationales=(f"Take {i}, then double it. " * (1 + i % 5),)
+        )
+        for i in range(48)
+    ]
+    write_shards({"train": train[:42], "test": train[42:]}, directory, samples_per_shard=3, fingerprint="f", extra={})
+    return ShardSet.open(directory)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(directory.glob("*.*")) if path.name != ".lock"}
+
+
+def our_processes(mark: str) -> dict[int, str]:
+    """Process id -> title of every live process that inherited `mark` in its environment: those of this test."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if f"PST_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes():
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except OSError:
+            continue  # it ended, or is not ours to look at
+    return found
+
+
+def kill_an_encoder(mark: str, embeddings: Path, driver: subprocess.Popen) -> int:
+    """SIGKILL one actor that is at work on a shard, once some but not all files are there; its process id."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and driver.poll() is None:
+        files = len(list(embeddings.glob("*.safetensors")))
+        busy = [pid for pid, title in our_processes(mark).items() if title == "ray::EncoderActor.embed"]
+        if files >= 2 and busy:
+            os.kill(busy[0], signal.SIGKILL)
+            assert files < 14
+            return busy[0]
+        time.sleep(0.01)
+    raise AssertionError("no actor was seen at work")
+
+
+@pytest.mark.ray
+@pytest.mark.encoder
+@pytest.mark.slow
+def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(shards, tmp_path):
+    base, home, mark = shards.directory.parent, tmp_path / "home", uuid.uuid4().hex
+    home.mkdir()
+    (tmp_path / "driver.py").write_text(DRIVER)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "PST_TEST_MARK": mark, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "stderr").open("w") as stderr:
+        driver = subprocess.Popen(
+            [sys.executable, tmp_path / "driver.py", base, "own"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        try:
+            victim = kill_an_encoder(mark, base / "killed", driver)
+            output, _ = driver.communicate(timeout=240)
+        finally:
+            if driver.poll() is None:
+                driver.terminate()
+    assert driver.returncode == 0, (tmp_path / "stderr").read_text()[-3000:]
+    lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in output.splitlines()}
+
+    embed_all(EmbedConfig(device="cpu"), shards, base / "local")
+    local = digests(base / "local")
+    assert len(local) == 16 + 2  # a file a shard, the mean, the manifest
+    assert digests(base / "killed") == local, f"other bytes after actor {victim} was killed"
+    assert digests(base / "joined") == local, "other bytes on a cluster that was joined by address"
+
+    assert lines["refused"].startswith("IntegrityError error[INTEGRITY]") and "train-000000.tar" in lines["refused"]
+    assert lines["stopped"] == "False False" and "/tmp/pst-ray-" in lines["cluster"]
+    assert not (home / ".ray").exists(), "a token was left in the home directory"
+    deadline = time.monotonic() + 20
+    while our_processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert our_processes(mark) == {}
+
+
+@pytest.mark.ray
+def test_a_cluster_that_does_not_answer_is_one_line_and_no_file(shards, tmp_path):
+    config = EmbedConfig(device="cpu", backend="ray", ray=RayConfig(address="127.0.0.1:9"))
+    from pst_dist.ray_jobs import embed_with_ray
+
+    with pytest.raises(EnvironmentFault, match=r"no Ray cluster answers at 127\.0\.0\.1:9") as caught:
+        embed_with_ray(config, shards, tmp_path / "e", shards.shards())
+    assert "\n" not in str(caught.value) and not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "resources", "shards", "expected"),
+    [
+        (RayConfig(), {"CPU": 4.0}, 100, 4),
+        (RayConfig(), {"CPU": 4.0}, 3, 3),
+        (RayConfig(num_actors=2), {"CPU": 4.0}, 100, 2),
+        (RayConfig(num_actors=9), {"CPU": 4.0}, 100, 4),
+        (RayConfig(num_cpus_per_actor=0.5), {"CPU": 4.0}, 100, 8),
+        (RayConfig(num_gpus_per_actor=0.5), {"CPU": 64.0, "GPU": 2.0}, 100, 4),
+    ],
+)
+def test_there_are_as_many_actors_as_fit(config, resources, shards, expected):
+    assert _number_of_actors(config, resources, shards) == expected
+
+
+def test_a_cluster_without_room_says_what_it_lacks():
+    with pytest.raises(EnvironmentFault, match="needs 1 CPU, 1 GPU, the cluster has 2 CPU, 0 GPU"):
+        _number_of_actors(RayConfig(num_gpus_per_actor=1), {"CPU": 2.0}, 5)

@@ -1,0 +1,203 @@
+"""Training in one process: golden curves, exact resume, refusals before the first step."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import small_config
+
+from pst_dist.config import TrainConfig
+from pst_dist.distributed import Ranks
+from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine, deepspeed_settings
+from pst_dist.errors import ConfigError, DivergedError, InputError, LockedError, StaleError
+from pst_dist.layout import ARMS
+from pst_dist.storage import directory_lock, read_json, read_lines
+from pst_dist.trainer import learning_rate_at, train
+
+GOLDEN = Path(__file__).with_name("golden_losses.txt")
+pytestmark = pytest.mark.encoder
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
+def golden() -> dict[str, list[float]]:
+    """Case -> losses of its eight steps, from the text file."""
+    lines = [line.split() for line in GOLDEN.read_text().splitlines() if line and not line.startswith("#")]
+    return {words[0]: [float(word) for word in words[1:]] for words in lines}
+
+
+CASES = {arm: {"arm": arm} for arm in ARMS} | {
+    "pst-t5": {"student__fresh__architecture": "t5"},
+    "pst-llama": {"student__fresh__architecture": "llama"},
+    "pst-pure": {"loss__rationale_weight": 0},
+    "pst-before": {"layout__semantic_position": "before"},
+    "pst-span": {"loss__pooling": "span"},
+    "pst-nce": {"loss__alignment": "info_nce"},
+    "pst-uncentred": {"loss__centre": False},
+    "pst-shuffled": {"loss__control": "shuffle_embeddings"},
+    "pst-unaligned": {"loss__alignment_weight": 0},
+    "post-shuffled": {"arm": "post_thinking", "loss__control": "shuffle_rationale_tokens"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_curve_of_each_arm_and_control_is_the_golden_one(case, small_data, tmp_path):
+    train(small_config(small_data, tmp_path, **CASES[case]))
+    assert losses(tmp_path) == pytest.approx(golden()[case], abs=2e-3)
+
+
+def test_the_arms_and_controls_really_differ():
+    curves = list(golden().values())
+    assert len({tuple(curve) for curve in curves}) == len(curves) == len(CASES)
+
+
+def test_a_run_resumed_from_its_middle_ends_with_the_same_bits(small_data, tmp_path):
+    settings = {"train__save_steps": 2, "train__save_total_limit": 9}
+    train(small_config(small_data, tmp_path / "whole", **settings))
+    for step in (2, 4, 6):
+        shutil.copytree(tmp_path / "whole", tmp_path / "again")
+        for path in (tmp_path / "again" / "checkpoints").iterdir():
+            if int(path.name.partition("-")[2]) > step:
+                shutil.rmtree(path)
+        (tmp_path / "again" / "train.json").unlink()
+        train(small_config(small_data, tmp_path / "again", **settings))
+        one = load_file(tmp_path / "whole" / "best" / "model.safetensors")
+        two = load_file(tmp_path / "again" / "best" / "model.safetensors")
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_a_finished_training_is_not_repeated(small_data, tmp_path):
+    config = small_config(small_data, tmp_path)
+    first = train(config)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config) == first
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_directory_are_refused(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    with pytest.raises(StaleError, match="other settings"):
+        train(small_config(small_data, tmp_path, train__learning_rate="2e-2"))
+
+
+def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):
+    with directory_lock(tmp_path), pytest.raises(LockedError, match="in use by process"):
+        train(small_config(small_data, tmp_path))
+
+
+def test_a_diverging_run_stops_before_its_weights_are_spoilt(small_data, tmp_path):
+    config = small_config(
+        small_data,
+        tmp_path,
+        train__learning_rate="1e18",
+        train__max_grad_norm=0,
+        train__eval_steps=1,
+        train__warmup_ratio=0,
+    )
+    with pytest.raises(DivergedError, match="not finite|this student is not kept|no weight was moved"):
+        train(config)
+    assert not (tmp_path / "train.json").exists()
+    for checkpoint in (tmp_path / "checkpoints").glob("checkpoint-*"):
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        assert all(torch.isfinite(value).all() for value in state["student"].values())
+
+
+def test_a_loss_that_is_not_finite_is_caught_before_the_step(small_data, tmp_path, monkeypatch):
+    config = small_config(small_data, tmp_path, train__save_steps=2, train__eval_steps=2)
+    real_forward = SingleProcessEngine.forward
+
+    def poisoned(engine, batch):
+        output = real_forward(engine, batch)
+        steps = engine.optimizer.state_dict()["state"]
+        broken = bool(steps) and int(steps[0]["step"]) == 3 and engine.student.training
+        return type(output)(output.sums * float("nan"), output.cosine) if broken else output
+
+    monkeypatch.setattr(SingleProcessEngine, "forward", poisoned)
+    with pytest.raises(DivergedError, match=r"step 4: the answer and rationale and alignment loss is not finite"):
+        train(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert train(config).steps == 8, "the same command goes on from the last checkpoint"
+
+
+def test_the_best_student_is_the_one_validation_chose(small_data, tmp_path):
+    result = train(small_config(small_data, tmp_path, train__eval_steps=2))
+    seen = {
+        row["step"]: row["validation"]["answer_nll"]
+        for row in read_lines(tmp_path / "metrics.jsonl")
+        if "validation" in row
+    }
+    assert sorted(seen) == [2, 4, 6, 8]
+    assert result.best_value == min(seen.values()) == seen[result.best_step]
+    assert read_json(tmp_path / "best" / "manifest.json")["extra"]["step"] == result.best_step
+
+
+def test_accuracy_can_choose_the_student(small_data, tmp_path):
+    result = train(small_config(small_data, tmp_path, train__metric_for_best_model="accuracy"))
+    assert result.metric == "accuracy" and 0 <= result.best_value <= 1
+
+
+def test_training_without_shards_says_what_to_run(tmp_path):
+    with pytest.raises(InputError, match="pst shard"):
+        train(small_config(tmp_path / "nowhere", tmp_path / "run"))
+
+
+def test_every_logged_step_holds_raw_and_weighted_terms_and_gradient_shares(small_data, tmp_path):
+    train(small_config(small_data, tmp_path, loss__alignment_weight=0.5))
+    row = next(row for row in read_lines(tmp_path / "metrics.jsonl") if row.get("step") == 3)
+    assert row["weighted_alignment"] == pytest.approx(0.5 * row["alignment"])
+    assert row["loss"] == pytest.approx(row["answer_nll"] + row["rationale_nll"] + 0.5 * row["alignment"])
+    shares = [row[f"gradient_share_{term}"] for term in ("answer", "rationale", "alignment")]
+    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+
+
+def test_a_weight_that_does_nothing_is_warned_about(small_data, tmp_path, caplog):
+    train(small_config(small_data, tmp_path, loss__alignment_weight="1e-6"))
+    assert "the alignment term makes" in caplog.text and "loss.alignment_weight" in caplog.text
+
+
+def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
+    settings = {"learning_rate": 1.0, "warmup_ratio": 0.1}
+    cosine = TrainConfig(lr_scheduler_type="cosine", **settings)
+    assert [learning_rate_at(step, 100, cosine) for step in (0, 9, 10)] == pytest.approx([0.1, 1, 1])
+    assert learning_rate_at(55, 100, cosine) == pytest.approx(0.5)
+    assert learning_rate_at(99, 100, cosine) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    linear = TrainConfig(lr_scheduler_type="linear", **settings)
+    assert learning_rate_at(55, 100, linear) == pytest.approx(0.5)
+    assert learning_rate_at(80, 100, TrainConfig(lr_scheduler_type="constant", **settings)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch_size"),
+        ({"bf16": {"enabled": True}}, "'bf16' belongs to our config; remove it and set train.bf16"),
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+    ],
+)
+def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, settings, message):
+    import json
+
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_several_ranks_without_deepspeed_are_refused():
+    with pytest.raises(ConfigError, match="2 ranks but train.deepspeed is not set"):
+        build_engine(None, TrainConfig(), Ranks(0, 0, 2))
+
+
+def test_both_engines_offer_the_same_methods():
+    public = {name for name in dir(SingleProcessEngine) if not name.startswith("_")}
+    assert public == {name for name in dir(DeepSpeedEngine) if not name.startswith("_")}

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pst_dist.column_guess import as_yaml, guess_paths
-from pst_dist.columns import FieldMap
 from pst_dist.config import Config
-from pst_dist.data_files import Source, read_specs
 from pst_dist.errors import DataError, PstError
-from pst_dist.rows import RawRow, Reject, excerpt
 from pst_dist.schema import SPLITS, ReasoningSample
 from pst_dist.sources import LoadedData, enforce, survey
+from pst_dist.sources.column_guess import as_yaml, guess_paths
+from pst_dist.sources.columns import FieldMap
+from pst_dist.sources.rows import RawRow, Reject, excerpt
+from pst_dist.sources.specs import Source, read_specs
 from pst_dist.storage import atomic_path, canonical_json
 from pst_dist.tasks import get_task
 

@@ -187,7 +187,7 @@ def plain_model(student: Student, weights: dict[str, Tensor]) -> Any:
         for name, value in model.state_dict().items()
         if name in dict(model.named_buffers())
     }
-    missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
+    _, unexpected = plain.load_state_dict(state, strict=False, assign=True)
     plain.tie_weights()
     left = [name for name, value in plain.named_parameters() if value.is_meta]
     if left or unexpected:

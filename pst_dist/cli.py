@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
-    overrides = {"nargs": "*", "metavar": "key.sub=value", "help": "override any key of the config"}
-    if name in ("demo",):
+    overrides: dict[str, Any] = {"nargs": "*", "metavar": "key.sub=value", "help": "override any key of the config"}
+    if name == "demo":
         verb.add_argument("overrides", **overrides)
     elif name == "answer":
         verb.add_argument("config", metavar="RUN", help="run directory, or an exported model")
@@ -98,7 +98,9 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "preview":
         verb.add_argument("-n", "--rows", type=int, default=2, help="training rows to show (default 2)")
     if name == "check":
-        verb.add_argument("--rejects", metavar="FILE", help="where bad rows are listed (default: rejects.jsonl)")
+        verb.add_argument(
+            "--rejects", metavar="FILE", default="rejects.jsonl", help="where bad rows are listed (%(default)s)"
+        )
     if name == "train":
         # The deepspeed launcher appends it; the rank comes from LOCAL_RANK.
         verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -141,10 +143,10 @@ def _check(arguments: argparse.Namespace) -> int:
         config = load_config(None, [f"data.train={arguments.config}", *arguments.overrides])
     else:
         config = _config_of(arguments)
-    result = check(config, Path(arguments.rejects or "rejects.jsonl"))
+    result = check(config, Path(arguments.rejects))
     for line in result.lines():
         print(line)
-    return 0 if result.usable else 2
+    return result.problem.exit_code if result.problem else 0
 
 
 def _preview(arguments: argparse.Namespace) -> int:

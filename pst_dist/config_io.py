@@ -82,11 +82,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise ConfigError("not a mapping of keys to values", "see `pst config demo`", path=path, line=1)
     lines: dict[tuple[str, ...], int] = {}
 
-    def visit(node: yaml.Node, keys: tuple[str, ...]) -> None:
+    def visit(node: yaml.Node | None, keys: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key_node, value_node in node.value:
-                lines[(*keys, str(key_node.value))] = key_node.start_mark.line + 1
-                visit(value_node, (*keys, str(key_node.value)))
+                place = (*keys, str(key_node.value))
+                lines[place] = key_node.start_mark.line + 1
+                visit(value_node, place)
 
     visit(root, ())
     return loaded, lines

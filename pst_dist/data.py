@@ -73,7 +73,7 @@ class PSTBatch:
 
     def to(self, device: torch.device) -> PSTBatch:
         """The same batch on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.to(device, non_blocking=True)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
@@ -144,12 +144,12 @@ class Collator:
         self,
         *,
         loss: LossConfig,
-        is_encoder_decoder: bool,
         pad_id: int,
         decoder_start_id: int | None = None,
         teacher: TeacherVectors | None = None,
     ) -> None:
-        self.loss, self.is_encoder_decoder, self.pad_id = loss, is_encoder_decoder, pad_id
+        """`decoder_start_id` is an encoder-decoder's, and None for a causal student."""
+        self.loss, self.pad_id = loss, pad_id
         self.decoder_start_id, self.teacher = decoder_start_id, teacher
 
     def __call__(
@@ -169,11 +169,10 @@ class Collator:
         spans: list[tuple[int, int, int]] = []
         owners: list[tuple[str, int]] = []
         for index, sequence in enumerate(sequences):
-            if self.is_encoder_decoder:
-                head = [self.decoder_start_id]
+            head = sequence.prompt_ids
+            if self.decoder_start_id is not None:
                 prompts.append(sequence.prompt_ids)
-            else:
-                head = sequence.prompt_ids
+                head = [self.decoder_start_id]
             streams.append((head, sequence))
             if muted:
                 continue
@@ -194,7 +193,7 @@ class Collator:
             input_ids[index, : len(ids)] = ids
             owner = torch.tensor([Segment.PROMPT] * len(head) + list(sequence.segments))
             segment_ids[index, : len(ids)] = owner
-        encoder = _pad(prompts, self.pad_id) if self.is_encoder_decoder else (None, None)
+        encoder = _pad(prompts, self.pad_id) if prompts else (None, None)
         teacher, key_matrix, key_index = self._teacher_tensors(owners, keys)
         return PSTBatch(
             input_ids=input_ids,

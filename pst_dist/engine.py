@@ -230,7 +230,9 @@ def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:
     """The engine that a config asks for; several ranks need `train.deepspeed`."""
     if train.deepspeed is None:
         if ranks.world_size > 1:
-            raise ConfigError(f"{ranks.world_size} ranks but train.deepspeed is not set", "set it to zero1, zero2 or zero3")
+            raise ConfigError(
+                f"{ranks.world_size} ranks but train.deepspeed is not set", "set it to zero1, zero2 or zero3"
+            )
         return SingleProcessEngine(student, train, ranks)
     return DeepSpeedEngine(student, train, ranks)
 

@@ -67,7 +67,13 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def alignment_distance(
-    student_AE: Tensor, teacher_AE: Tensor, *, keys_GE: Tensor, key_groups_G: Tensor, key_index_A: Tensor, loss: LossConfig
+    student_AE: Tensor,
+    teacher_AE: Tensor,
+    *,
+    keys_GE: Tensor,
+    key_groups_G: Tensor,
+    key_index_A: Tensor,
+    loss: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """([A] float32 distances, [A] cosines without gradient) between projected students and their teachers.
 

@@ -7,6 +7,7 @@ hangs on it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -95,8 +96,7 @@ def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
     arms = expand_arms(config)
     for arm in arms:
         record_run(arm)
-        name = arm.arm
-        _stage(f"train {name}", lambda arm=arm: make_student(arm, rebuild=rebuild))
+        _stage(f"train {arm.arm}", functools.partial(make_student, arm, rebuild=rebuild))
         pages.append(finish_arm(arm, rebuild=rebuild))
     if len(arms) > 1:
         pages.append(_stage("compare", lambda: compare_arms(config)))

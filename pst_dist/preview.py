@@ -58,7 +58,9 @@ def preview(config: Config, rows: int) -> str:
         raise InputError("there are no training rows", "give data.train")
     tokenizer = build_tokenizer(config.student, samples)
     name = config.student.model_name_or_path
-    seq2seq = AutoConfig.from_pretrained(name).is_encoder_decoder if name else config.student.fresh.architecture == "t5"
+    seq2seq = config.student.fresh.architecture == "t5"
+    if name:
+        seq2seq = AutoConfig.from_pretrained(name).is_encoder_decoder
     blocks = []
     for arm in expand_arms(config):
         layout = layout_for(arm, tokenizer, is_encoder_decoder=seq2seq)
@@ -66,7 +68,7 @@ def preview(config: Config, rows: int) -> str:
             for sequence in layout.sequences(sample):
                 blocks.append(_block(arm, layout, sequence, escape))
     legend = "  ".join(f"[{COLOURS[segment]}]{segment.name.lower()}[/]" for segment in COLOURS)
-    return "\n\n".join([f"{legend}   (answer), (rationale), (align): the loss that the tokens before it carry", *blocks])
+    return "\n\n".join([f"{legend}   in brackets: the loss that the tokens before it carry", *blocks])
 
 
 def _block(config: Config, layout: Layout, sequence: Sequence, escape) -> str:

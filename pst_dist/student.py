@@ -45,6 +45,11 @@ class Student(nn.Module):
         """Sums of squared gradients at the hidden state, one a term, while `watch_gradients`."""
         model.get_output_embeddings().register_forward_pre_hook(self._keep_supervised_rows)
 
+    @property
+    def decoder_start_id(self) -> int | None:
+        """The token that a decoder starts with; None for a causal model."""
+        return self.model.config.decoder_start_token_id if self.is_encoder_decoder else None
+
     def _keep_supervised_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Hook on the language-model head: [B, T, D] in, [1, N, D] on; off while the model generates."""
         if self._rows is None:
@@ -145,7 +150,7 @@ def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> 
     if settings.model_name_or_path is None:
         model = fresh_model(settings.fresh, tokenizer, max_length=config.layout.max_length)
     else:
-        model = _pretrained_model(settings)
+        model = _pretrained_model(settings.model_name_or_path, settings)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             # A multiple of 64 keeps the head's matrix products on the fast path of tensor cores.
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
@@ -157,8 +162,14 @@ def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> 
 
 def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int) -> Any:
     """A randomly initialised model of the given shape; positions for max_length tokens and an answer beyond."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
-    from transformers import T5ForConditionalGeneration
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     vocabulary = -(-len(tokenizer) // 8) * 8
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -199,16 +210,14 @@ def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int) -> Any:
             num_heads=fresh.num_heads,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
-            decoder_start_token_id=tokenizer.pad_token_id,
-            **ends,
+            **(ends | {"decoder_start_token_id": tokenizer.pad_token_id}),
         )
     )
 
 
-def _pretrained_model(settings: StudentConfig) -> Any:
+def _pretrained_model(name: str, settings: StudentConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    name = settings.model_name_or_path
     try:
         shape = AutoConfig.from_pretrained(name, revision=settings.revision)
         family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
@@ -218,7 +227,7 @@ def _pretrained_model(settings: StudentConfig) -> Any:
         raise InputError(
             f"cannot load the student: {str(error).splitlines()[0]}",
             "give a folder with config.json and weights, or fetch the model where there is a network",
-            path=str(name),
+            path=name,
         ) from error
 
 

@@ -24,8 +24,8 @@ from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors,
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
 from pst_dist.errors import DivergedError, InputError, IntegrityError
 from pst_dist.layout import layout_for
-from pst_dist.loss import TERMS, TermWeights
 from pst_dist.libraries import quiet_libraries
+from pst_dist.loss import TERMS, TermWeights
 from pst_dist.metrics import MetricsLog, StepRecord
 from pst_dist.rundir import RunDir, run_dir
 from pst_dist.shards import ShardSet
@@ -140,11 +140,8 @@ class _Training:
         self.layout = layout_for(config, self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         self.collate = Collator(
             loss=config.loss,
-            is_encoder_decoder=self.student.is_encoder_decoder,
             pad_id=self.tokenizer.pad_token_id,
-            decoder_start_id=self.student.model.config.decoder_start_token_id
-            if self.student.is_encoder_decoder
-            else None,
+            decoder_start_id=self.student.decoder_start_id,
             teacher=self.teacher,
         )
         self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)

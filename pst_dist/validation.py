@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from pst_dist.distributed import Ranks
 from pst_dist.engine import Engine, sums_over_ranks
 from pst_dist.errors import ConfigError
 from pst_dist.layout import Layout
+from pst_dist.layout import Sequence as TokenSequence
 from pst_dist.loss import TermWeights
 from pst_dist.schema import ReasoningSample
 from pst_dist.tasks import get_task
@@ -68,7 +70,7 @@ class Validator:
         self.decodes = config.train.metric_for_best_model == "accuracy"
         if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
             raise ConfigError(
-                "train.metric_for_best_model=accuracy decodes on each rank, which ZeRO-3's divided weights do not allow",
+                "train.metric_for_best_model=accuracy decodes on each rank, which ZeRO-3's divided weights forbid",
                 "choose answer_nll, or zero2",
             )
 
@@ -81,7 +83,9 @@ class Validator:
         totals = torch.zeros(7, dtype=torch.float64)
         with torch.no_grad():
             for sequences, muted in self._passes():
-                batch = self.collate(sequences, keys=self._keys(sequences), key_groups=range(len(sequences)), muted=muted)
+                # InfoNCE's candidates when scoring are the pass's own rows.
+                keys = [(sequence.sample_id, sequence.rationale) for sequence in sequences]
+                batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
                 output = engine.forward(batch.to(engine.device))
                 totals += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
         totals = sums_over_ranks(totals)
@@ -96,19 +100,16 @@ class Validator:
             accuracy=self._accuracy(engine) if self.decodes else None,
         )
 
-    def _passes(self):
+    def _passes(self) -> Iterator[tuple[list[TokenSequence], bool]]:
         """This rank's forward passes as (sequences, muted), equally many on every rank."""
         size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
-        passes = -(-(-(-len(self.samples) // world)) // size)
+        most = math.ceil(len(self.samples) / world)
+        passes = math.ceil(most / size)
         mine = range(self.ranks.rank, len(self.samples), world)
         for index in range(passes):
             part = mine[index * size : (index + 1) * size]
             chosen = [self.samples[k] for k in part] or [self.samples[0]]
             yield [sequence for sample in chosen for sequence in self.layout.sequences(sample)], not part
-
-    def _keys(self, sequences: Sequence[Any]) -> list[tuple[str, int]]:
-        """InfoNCE's candidates when scoring: the pass's own rows."""
-        return [(sequence.sample_id, sequence.rationale) for sequence in sequences]
 
     def _accuracy(self, engine: Engine) -> float:
         task = get_task(self.config.task, self.config.data.answer_type)

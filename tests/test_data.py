@@ -48,9 +48,8 @@ def collated(arm="pst", architecture="gpt2", **loss):
     tiny = Tiny(arm, architecture, loss=loss)
     collate = Collator(
         loss=tiny.config.loss,
-        is_encoder_decoder=tiny.student.is_encoder_decoder,
         pad_id=tiny.tokenizer.pad_token_id,
-        decoder_start_id=tiny.model.config.decoder_start_token_id if tiny.student.is_encoder_decoder else None,
+        decoder_start_id=tiny.student.decoder_start_id,
         teacher=TinyTeacher(),
     )
     sequences = [sequence for row in ROWS for sequence in tiny.layout.sequences(row)]
@@ -60,15 +59,15 @@ def collated(arm="pst", architecture="gpt2", **loss):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 def test_a_supervised_row_stands_one_place_before_its_token(architecture):
-    tiny, sequences, batch = collated(architecture=architecture)
+    _, sequences, batch = collated(architecture=architecture)
     length = batch.input_ids.shape[1]
     expected = []
     for index, sequence in enumerate(sequences):
         start = 1 if architecture == "t5" else len(sequence.prompt_ids)
-        for offset, (token, owner) in enumerate(zip(sequence.target_ids, sequence.segments)):
+        for offset, (token, owner) in enumerate(zip(sequence.target_ids, sequence.segments, strict=True)):
             if owner in (Segment.ANSWER, Segment.RATIONALE):
                 expected.append((index * length + start + offset - 1, token, owner is Segment.ANSWER))
-    assert list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.is_answer.tolist())) == expected
+    assert list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.is_answer.tolist(), strict=True)) == expected
 
 
 def test_the_aligned_span_is_the_semantic_token_itself():
@@ -82,21 +81,21 @@ def test_the_aligned_span_is_the_semantic_token_itself():
 
 def test_span_pooling_covers_the_rationale():
     _, _, batch = collated(pooling="span")
-    for row, start, length in zip(batch.span_rows, batch.span_starts, batch.span_lengths):
+    for row, start, length in zip(batch.span_rows, batch.span_starts, batch.span_lengths, strict=True):
         owners = batch.segment_ids[row, start : start + length]
         assert (owners == Segment.RATIONALE).all()
         assert (batch.segment_ids[row] == Segment.RATIONALE).sum() == length
 
 
 def test_a_muted_batch_counts_nothing():
-    tiny, sequences, _ = collated()
-    collate = Collator(loss=LossConfig(), is_encoder_decoder=False, pad_id=0, teacher=TinyTeacher())
+    _, sequences, _ = collated()
+    collate = Collator(loss=LossConfig(), pad_id=0, teacher=TinyTeacher())
     assert collate(sequences[:1], muted=True).counts.tolist() == [0, 0, 0]
 
 
 def test_the_loader_starts_at_any_step_with_the_batches_of_an_undisturbed_run():
     tiny = Tiny()
-    collate = Collator(loss=LossConfig(), is_encoder_decoder=False, pad_id=0)
+    collate = Collator(loss=LossConfig(), pad_id=0)
     plan = OrderPlan(len(ROWS), 3, seed=0)
 
     def ids(first, workers):

@@ -73,7 +73,7 @@ def runs(small_data, tmp_path_factory) -> Path:
 def test_two_zero_ranks_follow_the_loss_curve_of_one_process(runs, architecture, stage):
     single, zero = curve(runs / f"{architecture}-single"), curve(runs / f"{architecture}-{stage}")
     assert len(single) == len(zero) == 8
-    for one, two in zip(single, zero):
+    for one, two in zip(single, zero, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-4), f"step {one['step']}"
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert two["tokens"] == one["tokens"]

@@ -77,8 +77,8 @@ def test_truncation_takes_the_rationales_end_and_never_the_answer(arm):
     limit = len(whole.prompt_ids) + len(whole.target_ids) - 3
     cut = layout_of(arm, layout={"max_length": limit}).sequences(SAMPLE)[0]
     assert cut.truncated and len(cut.prompt_ids) + len(cut.target_ids) == limit
-    answers = [token for token, owner in zip(whole.target_ids, whole.segments) if owner is A]
-    assert [token for token, owner in zip(cut.target_ids, cut.segments) if owner is A] == answers
+    answers = [token for token, owner in zip(whole.target_ids, whole.segments, strict=True) if owner is A]
+    assert [token for token, owner in zip(cut.target_ids, cut.segments, strict=True) if owner is A] == answers
     assert (" -->" in text(layout_of(arm), cut.target_ids)) == (arm == "pre_thinking")
 
 

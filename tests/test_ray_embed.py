@@ -1,7 +1,7 @@
 """What Ray promises: the bytes of the local backend, whole after an actor's death, nothing left behind.
 
-One cluster serves the whole file: a process of its own starts it through `ray_jobs`, embeds on it while an actor is
-killed, lets a second process join it by address, and takes it down.
+One cluster serves the whole file: a first process starts it through `ray_jobs` and takes it down, a second one joins
+it by address and embeds on it while an actor is killed.
 """
 
 from __future__ import annotations
@@ -27,34 +27,43 @@ from pst_dist.storage import sha256_file
 
 REPOSITORY = Path(pst_dist.__file__).parents[1]
 
-DRIVER = """
-import subprocess, sys
+OWNER = """
+import os, sys
 from pathlib import Path
 from pst_dist.config import EmbedConfig, RayConfig
-from pst_dist.embeddings import embed_all
 from pst_dist.errors import PstError
 from pst_dist.ray_jobs import _cluster, embed_with_ray
 from pst_dist.shards import ShardInfo, ShardSet
 
 if __name__ == "__main__":
-    base, address = Path(sys.argv[1]), sys.argv[2]
-    shards = ShardSet.open(base / "shards")
-    if address != "own":
-        embed_all(EmbedConfig(backend="ray", ray=RayConfig(address=address, num_actors=1)), shards, base / "joined")
-        sys.exit()
+    base = Path(sys.argv[1])
     with _cluster(RayConfig()) as ray:
-        temporary = ray._private.worker._global_node.get_temp_dir_path()
-        print("cluster", temporary, flush=True)
-        embed_all(EmbedConfig(backend="ray", ray=RayConfig(num_actors=2)), shards, base / "killed")
-        print("embedded", flush=True)
+        folder = ray._private.worker._global_node.get_temp_dir_path()
+        token = os.environ["RAY_AUTH_TOKEN_PATH"]
+        print(ray.get_runtime_context().gcs_address, folder, token, oct(os.stat(token).st_mode), flush=True)
+        sys.stdin.readline()
         wrong = ShardInfo("train-000000.tar", "train", 3, 1, "0" * 64)
         try:
-            embed_with_ray(EmbedConfig(backend="ray"), shards, base / "wrong", [wrong])
+            embed_with_ray(EmbedConfig(backend="ray"), ShardSet.open(base / "shards"), base / "wrong", [wrong])
         except PstError as error:
-            print("refused", type(error).__name__, error, flush=True)
-        address = ray.get_runtime_context().gcs_address
-        subprocess.run([sys.executable, __file__, str(base), address], check=True)
-    print("stopped", ray.is_initialized(), Path(temporary).exists(), flush=True)
+            print(type(error).__name__, error, flush=True)
+    print(ray.is_initialized(), Path(folder).exists(), flush=True)
+"""
+
+GUEST = """
+import os, sys
+from pathlib import Path
+import sentence_transformers
+from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embeddings import embed_all
+from pst_dist.shards import ShardSet
+
+if __name__ == "__main__":
+    base = Path(sys.argv[1])
+    address, token = sys.stdin.readline().split()
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+    config = EmbedConfig(backend="ray", ray=RayConfig(address=address))
+    embed_all(config, ShardSet.open(base / "shards"), base / "ray")
 """
 
 
@@ -89,10 +98,10 @@ def our_processes(mark: str) -> dict[int, str]:
     return found
 
 
-def kill_an_encoder(mark: str, embeddings: Path, driver: subprocess.Popen) -> int:
+def kill_an_encoder(mark: str, embeddings: Path, guest: subprocess.Popen) -> int:
     """SIGKILL one actor that is at work on a shard, once some but not all files are there; its process id."""
     deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and driver.poll() is None:
+    while time.monotonic() < deadline and guest.poll() is None:
         files = len(list(embeddings.glob("*.safetensors")))
         busy = [pid for pid, title in our_processes(mark).items() if title == "ray::EncoderActor.embed"]
         if files >= 2 and busy:
@@ -103,41 +112,56 @@ def kill_an_encoder(mark: str, embeddings: Path, driver: subprocess.Popen) -> in
     raise AssertionError("no actor was seen at work")
 
 
+@pytest.fixture
+def start(shards, tmp_path):
+    """Start a script as a process with a home and a mark of its own; ends those still running after the test."""
+    (tmp_path / "home").mkdir()
+    started: list[subprocess.Popen] = []
+
+    def start(name: str, script: str, mark: str) -> subprocess.Popen:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environment |= {"HOME": str(tmp_path / "home"), "PST_TEST_MARK": mark}
+        environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        (tmp_path / f"{name}.py").write_text(script)
+        with (tmp_path / f"{name}.log").open("w") as log:
+            command = [sys.executable, tmp_path / f"{name}.py", shards.directory.parent]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+            started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
 @pytest.mark.ray
 @pytest.mark.encoder
 @pytest.mark.slow
-def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(shards, tmp_path):
-    base, home, mark = shards.directory.parent, tmp_path / "home", uuid.uuid4().hex
-    home.mkdir()
-    (tmp_path / "driver.py").write_text(DRIVER)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {"HOME": str(home), "PYTHONPATH": str(REPOSITORY), "PST_TEST_MARK": mark, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "stderr").open("w") as stderr:
-        driver = subprocess.Popen(
-            [sys.executable, tmp_path / "driver.py", base, "own"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        )
-        try:
-            victim = kill_an_encoder(mark, base / "killed", driver)
-            output, _ = driver.communicate(timeout=240)
-        finally:
-            if driver.poll() is None:
-                driver.terminate()
-    assert driver.returncode == 0, (tmp_path / "stderr").read_text()[-3000:]
-    lines = {line.partition(" ")[0]: line.partition(" ")[2] for line in output.splitlines()}
+def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(shards, tmp_path, start):
+    base, mark = shards.directory.parent, uuid.uuid4().hex
+    owner, guest = start("owner", OWNER, mark), start("guest", GUEST, mark)
+    line = owner.stdout.readline()
+    assert line, (tmp_path / "owner.log").read_text()[-3000:]
+    address, folder, token, mode = line.split()
+    assert folder.startswith("/tmp/pst-ray-") and mode == "0o100600"
+    guest.stdin.write(f"{address} {token}\n")
+    guest.stdin.flush()
+    victim = kill_an_encoder(mark, base / "ray", guest)
+    guest.communicate(timeout=180)
+    assert guest.returncode == 0, (tmp_path / "guest.log").read_text()[-3000:]
 
     embed_all(EmbedConfig(device="cpu"), shards, base / "local")
     local = digests(base / "local")
     assert len(local) == 16 + 2  # a file a shard, the mean, the manifest
-    assert digests(base / "killed") == local, f"other bytes after actor {victim} was killed"
-    assert digests(base / "joined") == local, "other bytes on a cluster that was joined by address"
+    assert digests(base / "ray") == local, f"other bytes after actor {victim} was killed"
 
-    assert lines["refused"].startswith("IntegrityError error[INTEGRITY]") and "train-000000.tar" in lines["refused"]
-    assert lines["stopped"] == "False False" and "/tmp/pst-ray-" in lines["cluster"]
-    assert not (home / ".ray").exists(), "a token was left in the home directory"
+    output, _ = owner.communicate("go on\n", timeout=120)
+    refused, ended = output.splitlines()
+    assert refused.startswith("IntegrityError error[INTEGRITY]") and "train-000000.tar" in refused
+    assert ended == "False False"  # disconnected, its folder gone
+    assert not (tmp_path / "home" / ".ray").exists() and not Path(token).exists(), "a token was left behind"
     deadline = time.monotonic() + 20
     while our_processes(mark) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -17,12 +17,10 @@ KEYS = [(row.id, 0) for row in ROWS]
 
 
 def collator(tiny):
-    seq2seq = tiny.student.is_encoder_decoder
     return Collator(
         loss=tiny.config.loss,
-        is_encoder_decoder=seq2seq,
         pad_id=tiny.tokenizer.pad_token_id,
-        decoder_start_id=tiny.model.config.decoder_start_token_id if seq2seq else None,
+        decoder_start_id=tiny.student.decoder_start_id,
         teacher=TinyTeacher() if ARMS[tiny.config.arm].aligned else None,
     )
 

@@ -88,7 +88,7 @@ def test_other_settings_in_the_same_directory_are_refused(small_data, tmp_path):
 
 
 def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):
-    with directory_lock(tmp_path), pytest.raises(LockedError, match="in use by process"):
+    with directory_lock(tmp_path), pytest.raises(LockedError, match=r"in use by process"):
         train(small_config(small_data, tmp_path))
 
 
@@ -101,7 +101,7 @@ def test_a_diverging_run_stops_before_its_weights_are_spoilt(small_data, tmp_pat
         train__eval_steps=1,
         train__warmup_ratio=0,
     )
-    with pytest.raises(DivergedError, match="not finite|this student is not kept|no weight was moved"):
+    with pytest.raises(DivergedError, match=r"not finite|this student is not kept|no weight was moved"):
         train(config)
     assert not (tmp_path / "train.json").exists()
     for checkpoint in (tmp_path / "checkpoints").glob("checkpoint-*"):
@@ -177,7 +177,7 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch_size"),
+        ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch"),
         ({"bf16": {"enabled": True}}, "'bf16' belongs to our config; remove it and set train.bf16"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
@@ -194,7 +194,7 @@ def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, set
 
 
 def test_several_ranks_without_deepspeed_are_refused():
-    with pytest.raises(ConfigError, match="2 ranks but train.deepspeed is not set"):
+    with pytest.raises(ConfigError, match=r"2 ranks but train\.deepspeed is not set"):
         build_engine(None, TrainConfig(), Ranks(0, 0, 2))
 
 

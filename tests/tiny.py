@@ -82,9 +82,8 @@ class Tiny:
         config = self.config
         collate = Collator(
             loss=config.loss,
-            is_encoder_decoder=self.student.is_encoder_decoder,
             pad_id=self.tokenizer.pad_token_id,
-            decoder_start_id=self.model.config.decoder_start_token_id if self.student.is_encoder_decoder else None,
+            decoder_start_id=self.student.decoder_start_id,
             teacher=TinyTeacher() if config.arm == "pst" else None,
         )
         batch = collate([sequence for row in self.rows for sequence in self.layout.sequences(row)])

@@ -1,6 +1,6 @@
 """From a data file to its rows, good and bad, each with its address, and the digest of the bytes they came from.
 
-CSV and Parquet are read here, JSON in `strict_json`; `save_to_disk` folders and hub datasets in `sources`.
+CSV and Parquet are read here, JSON in `strict_json`; `save_to_disk` folders and hub datasets in `specs`.
 What the columns of a row mean is left to `columns`.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pst_dist.errors import DataError, EnvironmentFault, InputError
-from pst_dist.rows import Entry, RawRow, Reject, excerpt
-from pst_dist.strict_json import MAX_LINE_BYTES, fault_in, json_document, json_lines, refuse_utf16
+from pst_dist.sources.rows import Entry, RawRow, Reject, excerpt
+from pst_dist.sources.strict_json import MAX_LINE_BYTES, fault_in, json_document, json_lines, refuse_utf16
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError
-from pst_dist.readers import read_file, table_row
-from pst_dist.rows import Entry
+from pst_dist.sources.readers import read_file, table_row
+from pst_dist.sources.rows import Entry
 from pst_dist.storage import digest_of, sha256_file
 from pst_dist.tasks import generate
 

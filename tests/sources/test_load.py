@@ -467,6 +467,6 @@ def test_every_task_has_a_ready_made_config_that_names_itself(name):
     config = load_config(name)
     assert config.task == name
     assert config.output_dir == f"runs/{name}"
-    written = yaml.safe_load((Path(__file__).parents[1] / f"pst_dist/configs/{name}.yaml").read_text())
+    written = yaml.safe_load((Path(__file__).parents[2] / f"pst_dist/configs/{name}.yaml").read_text())
     assert {"learning_rate", "global_batch_size"} <= set(written["train"])
     assert not Path(config.data.train).is_absolute()

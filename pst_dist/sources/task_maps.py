@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pst_dist.columns import Fields, Layout, RowError, as_choices, as_id, as_rationales, as_text, with_choices
+from pst_dist.sources.columns import Fields, Layout, RowError, as_choices, as_id, as_rationales, as_text, with_choices
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
 # People close with "The answer is B", "Answer C", "Choice E is correct", "The answer is 30. i.e C": the last such

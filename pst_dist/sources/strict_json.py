@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import DataError, InputError
-from pst_dist.rows import Entry, RawRow, Reject, excerpt
+from pst_dist.sources.rows import Entry, RawRow, Reject, excerpt
 from pst_dist.tasks.scoring import kind_of
 
 MAX_LINE_BYTES = 16 << 20

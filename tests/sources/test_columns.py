@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from pst_dist.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
-from pst_dist.columns import RowError, as_choices, field_map, look_up, with_choices
 from pst_dist.errors import ConfigError, DataError
-from pst_dist.layouts import split_reply
+from pst_dist.sources.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
+from pst_dist.sources.columns import RowError, as_choices, field_map, look_up, with_choices
+from pst_dist.sources.common_maps import split_reply
 
 ROW = {"a": {"b": [{"c": "deep"}, "second"]}, "n": 7, "x.y": "dotted", "t": True, "s": "text"}
 

@@ -2,7 +2,7 @@
 
 The order is fixed, because each step decides what the next one sees: read, find the columns, join the
 teacher's completions, cleanse the answers, assign splits, set a test part aside, drop what the teacher got
-wrong, merge repeats, drop leaks, set a validation part aside. Reading is `data_files`, columns are
+wrong, merge repeats, drop leaks, set a validation part aside. Reading is `specs`, columns are
 `column_guess`, one row `drafts`, the steps on whole splits `splits`.
 """
 
@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pst_dist.column_guess import as_yaml, choose_columns
-from pst_dist.columns import ColumnMap
-from pst_dist.completions import TeacherFile, read_completions
 from pst_dist.config import Config
-from pst_dist.data_files import Source, read_specs
-from pst_dist.drafts import Draft, make_draft
 from pst_dist.errors import ConfigError, DataError, InputError
-from pst_dist.rows import RawRow, Reject
 from pst_dist.schema import SPLITS, ReasoningSample
-from pst_dist.split_files import read_split_file
-from pst_dist.splits import (
+from pst_dist.sources.column_guess import as_yaml, choose_columns
+from pst_dist.sources.columns import ColumnMap
+from pst_dist.sources.completions import TeacherFile, read_completions
+from pst_dist.sources.drafts import Draft, make_draft
+from pst_dist.sources.rows import RawRow, Reject
+from pst_dist.sources.specs import Source, read_specs
+from pst_dist.sources.split_files import read_split_file
+from pst_dist.sources.splits import (
     check_ids,
     conflicting_answers,
     cut_by_hash,

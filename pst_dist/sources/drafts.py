@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pst_dist.columns import ColumnMap, Fields, RowError
-from pst_dist.completions import Completion, TeacherFile
-from pst_dist.data_files import Source
-from pst_dist.rows import Entry, Reject
 from pst_dist.schema import ReasoningSample, normalise_question, sample_id
+from pst_dist.sources.columns import ColumnMap, Fields, RowError
+from pst_dist.sources.completions import Completion, TeacherFile
+from pst_dist.sources.rows import Entry, Reject
+from pst_dist.sources.specs import Source
 from pst_dist.tasks import Task
 
 _ID = re.compile(r"[A-Za-z0-9_\-]{1,120}")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pst_dist.columns import Fields, Layout, RowError, as_id, as_rationales, as_text
+from pst_dist.sources.columns import Fields, Layout, RowError, as_id, as_rationales, as_text
 from pst_dist.tasks.scoring import kind_of
 
 _THINK = re.compile(r"^\s*(?:<think>)?(.*?)</think>(.*)$", re.DOTALL)

@@ -1,6 +1,6 @@
 """Who is in which split: cuts by hash, repeated rows, leaks and ids, as pure functions over drafts.
 
-How a row becomes a draft is `drafts`; in which order the steps are taken is `sources`.
+How a row becomes a draft is `drafts`; in which order the steps are taken is `load`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pst_dist.drafts import Draft
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.schema import ReasoningSample
+from pst_dist.sources.drafts import Draft
 
 
 def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:

@@ -1,6 +1,6 @@
 """Which parts of a row are question, answer and rationale: nested paths, templates and the maps made of them.
 
-Known layouts (messages, alpaca, …) are `layouts`, those of single public datasets `task_layouts`, guessing
+Known layouts (messages, alpaca, …) are `common_maps`, those of single public datasets `task_maps`, guessing
 which one a file follows is `column_guess`. What counts as an answer is `tasks`.
 """
 
@@ -59,7 +59,7 @@ class FieldMap:
     name: str = "columns"
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
-        """Look every field up; whether a row may do without a rationale is for `sources` to say."""
+        """Look every field up; whether a row may do without a rationale is for `load` to say."""
         paths = self.paths
         choices = as_choices(look_up(row, paths["choices"])) if "choices" in paths else ()
         rationales: tuple[str, ...] = ()

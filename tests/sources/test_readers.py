@@ -10,8 +10,8 @@ import time
 import pytest
 
 from pst_dist.errors import DataError, InputError
-from pst_dist.readers import read_file
-from pst_dist.rows import RawRow, Reject, excerpt
+from pst_dist.sources.readers import read_file
+from pst_dist.sources.rows import RawRow, Reject, excerpt
 
 GOOD = b'{"question": "q", "answer": "a"}'
 

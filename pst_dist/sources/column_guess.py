@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_dist.columns import ColumnMap, FieldMap, Layout, field_map, look_up
 from pst_dist.errors import ConfigError, DataError
-from pst_dist.layouts import LAYOUTS
-from pst_dist.task_layouts import TASK_LAYOUTS
+from pst_dist.sources.columns import ColumnMap, FieldMap, Layout, field_map, look_up
+from pst_dist.sources.common_maps import LAYOUTS
+from pst_dist.sources.task_maps import TASK_LAYOUTS
 
 READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
 """Every map that `data.columns` may name, the narrow ones first."""

@@ -65,7 +65,7 @@ def checkpoint_path(root: Path, step: int) -> Path:
 
 
 def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -> None:
-    """Write a checkpoint as one transaction and remove all but the newest `keep`; collective."""
+    """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective."""
     final = checkpoint_path(root, state.step)
     partial = final.with_name(f".{final.name}.partial")
     with main_first_errors(engine.ranks):
@@ -81,30 +81,34 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
             write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
             publish_directory(partial, final)
             for old in _by_step(root)[:-keep]:
-                shutil.rmtree(old)
+                if old != checkpoint_path(root, state.best_step or 0):
+                    shutil.rmtree(old)
 
 
 def _by_step(root: Path) -> list[Path]:
     """Published checkpoint directories, oldest step first."""
-    found = [path for path in root.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted((path for path in root.glob("checkpoint-*") if path.name[11:].isdigit()), key=_step_of)
 
 
-def newest_valid(root: Path, ranks: Ranks) -> tuple[Path, RunState] | None:
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def newest_valid(root: Path, ranks: Ranks, *, at_most: int | None = None) -> tuple[Path, RunState] | None:
     """The newest checkpoint whose every byte is right, on every rank the same; None when there are none at all.
 
-    Damaged ones are named in the log and passed over. Raises IntegrityError when checkpoints exist but none is
-    valid: starting from zero would then silently throw the training away.
+    `at_most` leaves out the checkpoints of later steps. Damaged ones are named in the log and passed over. Raises
+    IntegrityError when checkpoints exist but none is valid: starting from zero would then silently throw the
+    training away.
     """
     found = None
     with main_first_errors(ranks):
         if ranks.is_main:
-            found = _scan(root)
+            found = _scan([path for path in _by_step(root) if at_most is None or _step_of(path) <= at_most])
     return from_main(found)
 
 
-def _scan(root: Path) -> tuple[Path, RunState] | None:
-    candidates = _by_step(root) if root.is_dir() else []
+def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
     for path in reversed(candidates):
         try:
             manifest = read_manifest(path, "checkpoint")
@@ -118,17 +122,17 @@ def _scan(root: Path) -> tuple[Path, RunState] | None:
         raise IntegrityError(
             f"none of the {len(candidates)} checkpoints here is intact",
             "restore one, or remove them to start from the beginning",
-            path=root,
+            path=candidates[0].parent,
         )
     return None
 
 
-def resume(engine: Engine, root: Path, fresh: RunState) -> RunState:
+def resume(engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None) -> RunState:
     """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
 
     Raises StaleError when it was made by other settings, another engine or another number of ranks.
     """
-    found = newest_valid(root, engine.ranks)
+    found = newest_valid(root, engine.ranks, at_most=at_most)
     if found is None:
         return fresh
     path, state = found
@@ -174,6 +178,19 @@ def save_student(
         manifest = Manifest("student", fingerprint, describe_files(partial, all_files(partial)), extra)
         write_manifest(partial, manifest)
     return manifest
+
+
+def is_intact_student(directory: Path) -> bool:
+    """Whether a student that `save_student` wrote is there with every byte right."""
+    try:
+        manifest = read_manifest(directory, "student")
+        if manifest is None:
+            return False
+        verify_files(directory, manifest)
+    except IntegrityError as error:
+        log.warning("the best student is damaged and will be made again: %s", error)
+        return False
+    return True
 
 
 def plain_model(student: Student, weights: dict[str, Tensor]) -> Any:

@@ -35,7 +35,8 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
         page.heading("Accuracy against tokens to the answer"),
         page.figure(
             plots.accuracy_plot(comparison),
-            "Up is more often right, left is fewer tokens before the answer is there. Bars are one standard error.",
+            "Up is more often right, left is fewer tokens before the answer is there. Bars are one standard "
+            "error; arms with nearly equal tokens are drawn side by side.",
         ),
     ]
     if curves is not None:
@@ -145,12 +146,15 @@ def _cost_table(comparison: Comparison) -> str:
 
 def _commands(comparison: Comparison, target: Path) -> str:
     """What to type to make every run again, and this page."""
-    lines = []
-    for arm in comparison.arms:
-        command = arm.run / "command.txt"
-        lines.append(f"# {arm.label}")
-        if command.is_file():
-            lines.append(f"# was made by: {command.read_text(encoding='utf-8').strip()}")
-        lines.append(f"pst run {shlex.quote(str(arm.run / RESOLVED))}")
+    made_by = dict.fromkeys(
+        command.read_text(encoding="utf-8").strip()
+        for arm in comparison.arms
+        if (command := arm.run / "command.txt").is_file()
+    )
+    again = [f"pst run {shlex.quote(str(arm.run / RESOLVED))}   # {arm.label}" for arm in comparison.arms]
     runs = " ".join(shlex.quote(str(arm.run)) for arm in comparison.arms)
-    return "\n".join([*lines, "# this page", f"pst compare {runs} --output {shlex.quote(str(target))}"])
+    page_again = f"pst compare {runs} --output {shlex.quote(str(target))}"
+    recorded = ["# these runs were made by", *made_by, ""] if made_by else []
+    return "\n".join(
+        [*recorded, "# each of them again, from its resolved config", *again, "", "# this page", page_again]
+    )

@@ -49,7 +49,7 @@ class DataConfig(Section):
     columns: str | dict[str, str] | None = None
     """A map from our fields (question, answer, rationale, choices, id) to columns: nested paths `a.b[0].c` or
     templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, gsm8k,
-    think. Guessed from the first rows when not given."""
+    think, aqua, aqua_human, csqa_palm. Guessed from the first rows when not given."""
     answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
     """How answers are cleansed and compared; the task's own when a task is named, else text."""
     max_rows: Positive | None = None
@@ -264,7 +264,7 @@ class Config(Section):
     data_dir: str | None = None
     """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given."""
     seed: int = 0
-    """Seed of weights, order and splits."""
+    """Seed of weights and order; splits are cut by the hash of the id, so seeds share them."""
     data: DataConfig = DataConfig()
     """Rows."""
     shards: ShardConfig = ShardConfig()

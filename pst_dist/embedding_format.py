@@ -60,7 +60,7 @@ def write_tensor(path: Path, name: str, tensor: np.ndarray, meta: dict[str, Any]
     from safetensors.numpy import save
 
     tensor = np.ascontiguousarray(tensor, dtype="<f4")
-    header = {_META: canonical_json({**meta, "tensor_sha256": hashlib.sha256(tensor).hexdigest()})}
+    header = {_META: canonical_json({**meta, "tensor_sha256": hashlib.sha256(tensor.data).hexdigest()})}
     with atomic_path(path) as partial:
         partial.write_bytes(save({name: tensor}, metadata=header))
 
@@ -109,6 +109,6 @@ def read_tensor(path: Path, name: str, *, verify: bool = True) -> tuple[dict[str
         tensor = np.empty(shape, np.float32) if empty else np.memmap(path, "<f4", "r", offset=start, shape=shape)
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(f"not an embedding file: {error}", EMBED_AGAIN, path=path) from error
-    if verify and hashlib.sha256(tensor).hexdigest() != meta.get("tensor_sha256"):
+    if verify and hashlib.sha256(tensor.data).hexdigest() != meta.get("tensor_sha256"):
         raise IntegrityError("vectors differ from their digest", EMBED_AGAIN, path=path)
     return meta, tensor

@@ -30,13 +30,14 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.right, th.right { text-align: right; white-space: nowrap; }
 td.mono { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; word-break: break-all; }
 td.yes { color: var(--good); } td.no { color: var(--bad); }
+table.narrow { width: auto; min-width: 520px; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
 .figures { display: flex; flex-wrap: wrap; gap: 8px 28px; }
 figure { margin: 14px 0; max-width: 100%; }
 figure img { max-width: 100%; height: auto; display: block; }
-figcaption { font-size: 13.5px; max-width: 74ch; margin-top: 4px; }
-pre { background: var(--wash); border-radius: 8px; padding: 14px 16px; overflow-x: auto; font: 12.5px/1.55 ui-monospace,
-  SFMono-Regular, Menlo, Consolas, monospace; }
+figcaption { font-size: 13.5px; margin-top: 4px; }
+pre { background: var(--wash); border-radius: 8px; padding: 14px 16px; white-space: pre-wrap; word-break: break-word;
+  font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 """
 
@@ -91,8 +92,8 @@ def figure(png: bytes, caption: str) -> str:
     data = base64.b64encode(png).decode()
     width = int.from_bytes(png[16:20], "big") / 2  # the PNG header's own word for it
     return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{width:.0f}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure style="width:{width:.0f}px"><img src="data:image/png;base64,{data}" width="{width:.0f}" '
+        f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
 
@@ -101,12 +102,13 @@ def figures(parts: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(parts)}</div>'
 
 
-def table(head: Iterable[str | Cell], rows: Iterable[Iterable[str | Cell]]) -> str:
-    """A table, scrolled sideways where it is wider than the page."""
+def table(head: Iterable[str | Cell], rows: Iterable[Iterable[str | Cell]], *, narrow: bool = False) -> str:
+    """A table, scrolled sideways where it is wider than the page; a narrow one takes only the room it needs."""
     top = "".join(_cell(cell, "th") for cell in head)
     body = "".join(f"<tr>{''.join(_cell(cell, 'td') for cell in row)}</tr>" for row in rows)
     header = f"<thead><tr>{top}</tr></thead>" if top else ""
-    return f'<div class="wide"><table>{header}<tbody>{body}</tbody></table></div>'
+    kind = ' class="narrow"' if narrow else ""
+    return f'<div class="wide"><table{kind}>{header}<tbody>{body}</tbody></table></div>'
 
 
 def _cell(cell: str | Cell, tag: str) -> str:

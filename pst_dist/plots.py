@@ -96,7 +96,7 @@ def _both(axis: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     """Raw loss terms over steps: the cross-entropies left, the alignment distance right; None without any."""
     aligned = bool(series(metrics, "alignment")[0])
-    figure, axes = _figure(8.6 if aligned else 5.6, 3.1, 2 if aligned else 1)
+    figure, axes = _figure(10.3 if aligned else 5.0, 3.0, 2 if aligned else 1)
     drawn = _both(axes[0], metrics, "answer_nll", TERM_COLOURS["answer"], "answer")
     drawn |= _both(axes[0], metrics, "rationale_nll", TERM_COLOURS["rationale"], "rationale")
     _label(axes[0], "optimizer step", "nats per token", "Cross-entropy")
@@ -111,7 +111,7 @@ def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
 
 def cosine_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     """Cosine between the student's projected state and the teacher's embedding; None without alignment."""
-    figure, (axis,) = _figure(5.6, 3.0)
+    figure, (axis,) = _figure(5.0, 2.9)
     if not _both(axis, metrics, "cosine", TERM_COLOURS["alignment"], "cosine"):
         return None
     axis.axhline(0, color=_FAINT, linewidth=0.8)
@@ -127,7 +127,7 @@ def gradient_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     shown = {term: curve for term, curve in shares.items() if curve[0]}
     if len(shown) < 2:
         return None
-    figure, (axis,) = _figure(5.6, 3.0)
+    figure, (axis,) = _figure(5.0, 2.9)
     for term, (steps, values) in shown.items():
         axis.plot(steps, [100 * value for value in values], color=TERM_COLOURS[term], linewidth=1.6, label=term)
     axis.set_ylim(0, 100)
@@ -142,7 +142,7 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
     if not steps:
         return None
     scale = 100 if metric == "accuracy" else 1
-    figure, (axis,) = _figure(5.6, 3.0)
+    figure, (axis,) = _figure(5.0, 2.9)
     axis.plot(
         steps,
         [scale * value for value in values],
@@ -184,12 +184,13 @@ def styles(comparison: Comparison) -> list[dict[str, Any]]:
 
 def accuracy_plot(comparison: Comparison) -> bytes:
     """Accuracy with one standard error against mean tokens to the answer, on a logarithmic axis."""
-    figure, (axis,) = _figure(6.6, 3.8)
+    figure, (axis,) = _figure(8.2, 4.0)
     arms = comparison.arms
-    for arm, style in zip(arms, styles(comparison), strict=True):
+    places = apart([arm.results["tokens_to_answer"]["mean"] for arm in arms])
+    for arm, style, place in zip(arms, styles(comparison), places, strict=True):
         results = arm.results
         axis.errorbar(
-            results["tokens_to_answer"]["mean"],
+            place,
             100 * results["accuracy"],
             yerr=100 * results["accuracy_stderr"],
             fmt=style["marker"],
@@ -202,12 +203,27 @@ def accuracy_plot(comparison: Comparison) -> bytes:
     chance = arms[0].results.get("chance")
     if chance:
         axis.axhline(100 * chance, color=_FAINT, linewidth=0.9, linestyle="--", label="guessing")
-    _token_axis(axis, [arm.results["tokens_to_answer"]["mean"] for arm in arms])
+    _token_axis(axis, places)
     top = max(100 * (arm.results["accuracy"] + arm.results["accuracy_stderr"]) for arm in arms)
     axis.set_ylim(0, min(102, max(10, 1.12 * top)))
     _label(axis, "tokens generated up to the answer's end (mean, logarithmic)", "accuracy (%)")
     axis.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _png(figure)
+
+
+def apart(tokens: Sequence[float]) -> list[float]:
+    """Places on a logarithmic axis: values within 8 % of one another are drawn side by side around their middle."""
+    places = list(tokens)
+    group: list[int] = []
+    for k in [*sorted(range(len(tokens)), key=lambda k: (tokens[k], k)), None]:
+        if k is not None and (not group or tokens[k] <= 1.08 * tokens[group[0]]):
+            group.append(k)
+            continue
+        middle = (tokens[group[0]] * tokens[group[-1]]) ** 0.5
+        for rank, member in enumerate(group if len(group) > 1 else []):
+            places[member] = middle * 1.09 ** (rank - (len(group) - 1) / 2)
+        group = [] if k is None else [k]
+    return places
 
 
 def _token_axis(axis: Any, tokens: Sequence[float]) -> None:
@@ -225,7 +241,7 @@ def _token_axis(axis: Any, tokens: Sequence[float]) -> None:
 
 def curves_plot(comparison: Comparison, metrics: Sequence[Sequence[dict[str, Any]]]) -> bytes | None:
     """Answer NLL of all runs, on training batches left and on validation rows right; None without any."""
-    figure, axes = _figure(9.2, 3.3, 2)
+    figure, axes = _figure(10.3, 3.3, 2)
     drawn = False
     for arm, style, rows in zip(comparison.arms, styles(comparison), metrics, strict=True):
         for axis, (steps, values) in zip(

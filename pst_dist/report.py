@@ -137,7 +137,7 @@ def _evaluation_part(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     ]
     head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
     body: list[Row] = [[name, *(Cell(tell(results), "right") for results in evaluations)] for name, tell in rows]
-    return [page.table(head, body)]
+    return [page.table(head, body, narrow=True)]
 
 
 def _tokens(results: dict[str, Any]) -> str:
@@ -154,7 +154,8 @@ def _similarity(results: dict[str, Any]) -> str:
     likeness = results["rationale_similarity"]
     if not likeness:
         return "not measured"
-    return f"{likeness['mean']:.3f} (other rows' teachers: {likeness['shuffled_mean']:.3f})"
+    own, others = (round(likeness[name], 3) + 0.0 for name in ("mean", "shuffled_mean"))  # no minus zero
+    return f"{own:.3f} (other rows' teachers: {others:.3f})"
 
 
 def _samples_part(run: Path, evaluations: Sequence[dict[str, Any]]) -> list[str]:

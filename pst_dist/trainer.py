@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from pst_dist.checkpoint import RunState, advanced, resume, save_checkpoint, save_student
+from pst_dist.checkpoint import (
+    RunState,
+    advanced,
+    is_intact_student,
+    newest_valid,
+    resume,
+    save_checkpoint,
+    save_student,
+)
 from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
 from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
@@ -33,7 +41,7 @@ from pst_dist.storage import digest_of, directory_lock, read_json, write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
-from pst_dist.validation import Validator, is_better
+from pst_dist.validation import ValidationScore, Validator, is_better
 
 log = logging.getLogger(__name__)
 # Settings that change what is printed, where or how fast, but no weight.
@@ -87,7 +95,7 @@ class TrainingResult:
 def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     """The result of an already complete training with this fingerprint, or None."""
     path = run.path / "train.json"
-    if not path.is_file() or not run.best.is_dir():
+    if not path.is_file() or not is_intact_student(run.best):
         return None
     try:
         result = TrainingResult(**read_json(path))
@@ -120,6 +128,7 @@ class _Training:
     def __init__(self, config: Config, run: RunDir, ranks: Ranks) -> None:
         self.config, self.run, self.ranks = config, run, ranks
         shards = ShardSet.open(run.shards)
+        self.shards_digest = shards.manifest.digest
         samples = shards.split("train")
         if not len(samples):
             raise InputError("there are no training rows in these shards", "give data.train", path=run.shards)
@@ -153,8 +162,7 @@ class _Training:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
         engine = build_engine(self.student, self.config.train, self.ranks)
-        state = RunState(self.fingerprint, engine.name, self.ranks.world_size)
-        state = resume(engine, self.run.checkpoints, state)
+        state = self._resume(engine)
         log.info(
             "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
             self.config.arm,
@@ -182,6 +190,24 @@ class _Training:
             if self.ranks.is_main:
                 write_json(self.run.path / "train.json", vars(result))
         return result
+
+    def _resume(self, engine: Engine) -> RunState:
+        """Go to the newest valid checkpoint; when the best student is lost, back to where it can be made again.
+
+        That is the checkpoint of its own step, or one before it: training on from there meets the same best step.
+        """
+        root, fresh = self.run.checkpoints, RunState(self.fingerprint, engine.name, self.ranks.world_size)
+        newest = newest_valid(root, self.ranks)
+        best_step = newest[1].best_step if newest else None
+        intact = from_main(is_intact_student(self.run.best) if self.ranks.is_main else None)
+        if best_step is None or intact:
+            return resume(engine, root, fresh)
+        log.warning("the best student, of step %d, is not there: making it again", best_step)
+        state = resume(engine, root, fresh, at_most=best_step)
+        if state.step == best_step:
+            self._keep_student(engine, state, self.validator.score(engine, self.weights))
+            return resume(engine, root, fresh)
+        return state
 
     def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         train = self.config.train
@@ -275,8 +301,13 @@ class _Training:
         chosen = value.chosen(metric)
         if chosen is not None and state.best_value is not None and not is_better(metric, chosen, state.best_value):
             return state
-        weights = engine.full_weights()
         state = advanced(state, best_value=chosen, best_step=state.step)
+        self._keep_student(engine, state, value)
+        return state
+
+    def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
+        """Write the student as it is now, as the best one; collective."""
+        weights = engine.full_weights()
         with main_first_errors(self.ranks):
             if self.ranks.is_main:
                 save_student(
@@ -286,9 +317,14 @@ class _Training:
                     self.layout.format,
                     self.run.best,
                     fingerprint=self.fingerprint,
-                    extra={"step": state.step, "arm": self.config.arm, "seed": self.config.seed, **value.to_json()},
+                    extra={
+                        "step": state.step,
+                        "arm": self.config.arm,
+                        "seed": self.config.seed,
+                        "shards": self.shards_digest,
+                        **value.to_json(),
+                    },
                 )
-        return state
 
 
 def engine_loss_scale(engine: Engine) -> float:

@@ -37,6 +37,13 @@ def test_only_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
+def test_the_best_checkpoint_is_kept_besides(tmp_path):
+    engine = engine_of()
+    for step in (1, 2, 3, 4):
+        save_checkpoint(engine, tmp_path, RunState("f", "single", 1, step=step, best_step=1), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_named_and_its_elder_used(tmp_path, damage, caplog):
     saved(engine_of(), tmp_path, 1, 2)

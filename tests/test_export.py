@@ -65,7 +65,7 @@ CASES = {
     "pre_thinking-gpt2": ("pre_thinking", "gpt2", {}),
     "prefix-with-an-odd-prompt": ("prefix", "llama", {"prompt": 'Q: {question}\nA "it\'s" {here}:'}),
 }
-QUESTIONS = [*(row.question for row in ROWS), "How much is 11+7?"]
+QUESTIONS = [*(row.question for row in ROWS), "What is 11 + 7?"]
 
 
 def exported(path: Path, tiny: Tiny) -> Path:

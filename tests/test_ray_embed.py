@@ -33,7 +33,7 @@ from pathlib import Path
 from pst_dist.config import EmbedConfig, RayConfig
 from pst_dist.errors import PstError
 from pst_dist.ray_jobs import _cluster, embed_with_ray
-from pst_dist.shards import ShardInfo, ShardSet
+from pst_dist.shards import ShardSet
 
 if __name__ == "__main__":
     base = Path(sys.argv[1])
@@ -42,9 +42,10 @@ if __name__ == "__main__":
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         print(ray.get_runtime_context().gcs_address, folder, token, oct(os.stat(token).st_mode), flush=True)
         sys.stdin.readline()
-        wrong = ShardInfo("train-000000.tar", "train", 3, 1, "0" * 64)
+        shards = ShardSet.open(base / "shards")
+        absent = EmbedConfig(encoder="/not/on/this/node", backend="ray")
         try:
-            embed_with_ray(EmbedConfig(backend="ray"), ShardSet.open(base / "shards"), base / "wrong", [wrong])
+            embed_with_ray(absent, shards, base / "no", shards.shards())
         except PstError as error:
             print(type(error).__name__, error, flush=True)
     print(ray.is_initialized(), Path(folder).exists(), flush=True)
@@ -159,7 +160,7 @@ def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(sh
 
     output, _ = owner.communicate("go on\n", timeout=120)
     refused, ended = output.splitlines()
-    assert refused.startswith("IntegrityError error[INTEGRITY]") and "train-000000.tar" in refused
+    assert refused == "InputError error[INPUT] /not/on/this/node: no such encoder folder; see embed.encoder"
     assert ended == "False False"  # disconnected, its folder gone
     assert not (tmp_path / "home" / ".ray").exists() and not Path(token).exists(), "a token was left behind"
     deadline = time.monotonic() + 20

@@ -139,6 +139,21 @@ def test_the_best_student_is_the_one_validation_chose(small_data, tmp_path):
     assert read_json(tmp_path / "best" / "manifest.json")["extra"]["step"] == result.best_step
 
 
+@pytest.mark.parametrize("eval_steps", [4, 3])
+def test_a_lost_or_damaged_best_student_is_made_again_with_the_same_bytes(small_data, tmp_path, eval_steps):
+    # With eval_steps 3 the best step may have no checkpoint of its own: training goes back before it.
+    config = small_config(small_data, tmp_path, train__eval_steps=eval_steps, train__save_steps=2)
+    train(config)
+    weights = tmp_path / "best" / "model.safetensors"
+    whole = weights.read_bytes()
+    shutil.rmtree(tmp_path / "best")
+    train(config)
+    assert weights.read_bytes() == whole
+    weights.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    train(config)
+    assert weights.read_bytes() == whole
+
+
 def test_accuracy_can_choose_the_student(small_data, tmp_path):
     result = train(small_config(small_data, tmp_path, train__metric_for_best_model="accuracy"))
     assert result.metric == "accuracy" and 0 <= result.best_value <= 1

@@ -9,7 +9,7 @@ import torch
 
 from pst_dist.checkpoint import save_student
 from pst_dist.config import Config
-from pst_dist.data import Collator
+from pst_dist.data import Collator, PSTBatch
 from pst_dist.layout import AnswerFormat, Layout
 from pst_dist.loss import TermWeights
 from pst_dist.schema import ReasoningSample
@@ -77,17 +77,25 @@ class Tiny:
             keep_rationale=self.config.loss.rationale_weight > 0,
         )
 
-    def fit(self, *, steps: int = 400, learning_rate: float = 1e-2, enough: float = 0.03) -> Tiny:
-        """Train on the rows with the student's own loss until the answers' and rationales' NLL is under `enough`."""
-        config = self.config
+    def batch(self) -> PSTBatch:
+        """All rows as one training batch."""
         collate = Collator(
-            loss=config.loss,
+            loss=self.config.loss,
             pad_id=self.tokenizer.pad_token_id,
             decoder_start_id=self.student.decoder_start_id,
-            teacher=TinyTeacher() if config.arm == "pst" else None,
+            teacher=TinyTeacher() if self.config.arm == "pst" else None,
         )
-        batch = collate([sequence for row in self.rows for sequence in self.layout.sequences(row)])
-        scales = TermWeights.of(config.loss, config.arm).scales(batch.counts)
+        return collate([sequence for row in self.rows for sequence in self.layout.sequences(row)])
+
+    def validation_nll(self) -> list[float]:
+        """The three loss sums over the rows, as training computes them."""
+        with torch.no_grad():
+            return self.student(self.batch()).sums.tolist()
+
+    def fit(self, *, steps: int = 400, learning_rate: float = 1e-2, enough: float = 0.03) -> Tiny:
+        """Train on the rows with the student's own loss until the answers' and rationales' NLL is under `enough`."""
+        batch = self.batch()
+        scales = TermWeights.of(self.config.loss, self.config.arm).scales(batch.counts)
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=learning_rate, weight_decay=0.0)
         self.student.train()
         for _ in range(steps):
@@ -102,7 +110,7 @@ class Tiny:
         assert nll.max() < 0.1, f"the tiny student did not learn its rows: {nll.tolist()}"
         return self
 
-    def save(self, directory: Path) -> Manifest:
+    def save(self, directory: Path, **extra: object) -> Manifest:
         """Write it as a finished training leaves it."""
         weights = {name: value.detach().clone() for name, value in self.student.state_dict().items()}
         return save_student(
@@ -112,7 +120,7 @@ class Tiny:
             self.format,
             directory,
             fingerprint="f" * 64,
-            extra={"step": 7, "arm": self.config.arm, "seed": self.config.seed},
+            extra={"step": 7, "arm": self.config.arm, "seed": self.config.seed, **extra},
         )
 
 

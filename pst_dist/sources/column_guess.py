@@ -21,7 +21,10 @@ READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
 """Every map that `data.columns` may name, the narrow ones first."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "question": ("question", "problem", "query", "questiontext", "prompt", "instruction", "input", "inputs", "text"),
+    "question": (
+        *("question", "q", "problem", "query", "questiontext"),
+        *("prompt", "instruction", "input", "inputs", "text"),
+    ),
     "answer": (
         *(
             "answer",

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up and runs the checks and tests.  launchers/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launchers/setup.sh dev
+bin=${PST_VENV:-.venv}/bin
+"$bin/ruff" check .
+"$bin/mypy"
+exec "$bin/pytest" "$@"

@@ -1,0 +1,168 @@
+"""The command line as a user meets it: help in a blink, bad input as one line with its exit code, nothing left."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import small_config
+
+from pst_dist.cli import run_verb
+from pst_dist.config_io import dump_config
+
+GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "rationale": f"{n} and one"} for n in range(12)]
+
+
+def rows_file(folder: Path, rows) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def rows_config(path: Path, output: Path) -> list[str]:
+    """Words that point the demo's settings at a small file of rows."""
+    return [
+        "demo",
+        "task=null",
+        f"data.train={path}",
+        "data.test=null",
+        "data.validation_size=2",
+        f"output_dir={output}",
+    ]
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    code = run_verb([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_needs_neither_torch_nor_a_second():
+    script = (
+        "import sys, pst_dist.cli\n"
+        "try: pst_dist.cli.run_verb(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'datasets', 'webdataset'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for verb in ("check", "preview", "shard", "embed", "train", "evaluate", "export", "answer", "report", "compare"):
+        assert f"    {verb} " in done.stdout
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "words"),
+    [
+        (None, 2, "error[INPUT]"),
+        ([], 2, "error["),
+        (['{"question": "a", '], 2, "rows.jsonl:1"),
+        ([*GOOD, {"question": "q", "rationale": "r"}], 2, "rows.jsonl:13"),
+        ([*GOOD, {"question": "q", "answer": [], "rationale": "r"}], 2, "rows.jsonl:13"),
+        ([{"foo": "a", "bar": "b"}] * 3, 2, "error["),
+    ],
+    ids=["missing", "empty", "bad json", "no answer", "wrong type", "unknown columns"],
+)
+def test_bad_rows_are_one_line_and_leave_no_shards(tmp_path, capsys, rows, code, words):
+    path = tmp_path / "rows.jsonl" if rows is None else rows_file(tmp_path, rows)
+    got, _, err = run(capsys, "shard", *rows_config(path, tmp_path / "run"))
+    last = err.strip().splitlines()[-1]
+    assert got == code and last.startswith("pst: error[") and words in last, err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "data" / "shards").exists()
+
+
+def test_an_answer_that_fits_no_number_names_its_row(tmp_path, capsys):
+    path = rows_file(tmp_path, [*GOOD, {"question": "q", "answer": "many", "rationale": "r"}])
+    got, _, err = run(capsys, "shard", *rows_config(path, tmp_path / "run"), "data.answer_type=number")
+    assert got == 2 and "rows.jsonl:13" in err
+
+
+def test_a_row_without_rationale_is_named_by_the_arm_that_needs_it(tmp_path, capsys):
+    path = rows_file(tmp_path, [{"question": row["question"], "answer": row["answer"]} for row in GOOD])
+    words = rows_config(path, tmp_path / "run")
+    code, _, err = run(capsys, "run", *words, "arms=[]", "arm=pst")
+    assert code == 2 and "rationale" in err.splitlines()[-1], err
+
+
+def test_other_rows_in_the_same_directory_are_refused_until_told(tmp_path, capsys):
+    path = rows_file(tmp_path, GOOD)
+    words = rows_config(path, tmp_path / "run")
+    assert run(capsys, "shard", *words)[0] == 0
+    manifest = tmp_path / "run" / "data" / "shards" / "manifest.json"
+    before = manifest.read_bytes()
+    assert run(capsys, "shard", *words)[0] == 0
+    assert manifest.read_bytes() == before
+    rows_file(tmp_path, GOOD[:-1])
+    code, _, err = run(capsys, "shard", *words)
+    assert code == 3 and "--rebuild" in err and manifest.read_bytes() == before
+    assert run(capsys, "shard", *words, "--rebuild")[0] == 0
+    assert manifest.read_bytes() != before
+
+
+def test_unknown_keys_and_options_are_refused(capsys):
+    code, _, err = run(capsys, "config", "demo", "train.lerning_rate=1")
+    assert code == 2 and "did you mean 'train.learning_rate'" in err
+    code, _, err = run(capsys, "config", "demo", "--train.learning_rate", "1e-5", "--nonsense")
+    assert code == 2 and "--nonsense" in err
+
+
+def test_overrides_can_be_written_as_options(capsys):
+    code, out, _ = run(capsys, "config", "demo", "--train.learning_rate", "1e-5", "--seed=7")
+    assert code == 0 and "learning_rate: 1.0e-05" in out and "seed: 7" in out
+
+
+def test_the_schema_is_json_with_help(capsys):
+    code, out, _ = run(capsys, "config", "--schema")
+    assert code == 0 and json.loads(out)["properties"]["arm"]["description"]
+
+
+def test_check_lists_bad_rows_and_proposes_columns(tmp_path, capsys):
+    rows = [{"problem": row["question"], "gold": row["answer"], "cot": row["rationale"]} for row in GOOD]
+    path = rows_file(tmp_path, [*rows, "{"])
+    code, out, _ = run(capsys, "check", path, "--rejects", tmp_path / "rejects.jsonl")
+    assert code == 2
+    assert "rows.jsonl:13" in out and "question: problem" in out and "answer: gold" in out
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 1
+
+
+def test_answering_without_a_student_says_what_to_run(tmp_path, capsys):
+    code, _, err = run(capsys, "answer", tmp_path, "hello")
+    assert code == 2 and "pst train" in err
+
+
+def test_a_directory_of_several_arms_asks_for_one(tmp_path, capsys):
+    for arm in ("pst", "prefix"):
+        (tmp_path / arm / "best").mkdir(parents=True)
+    code, _, err = run(capsys, "answer", tmp_path, "hello")
+    assert code == 2 and "name one: prefix, pst" in err
+
+
+@pytest.mark.encoder
+def test_training_refuses_embeddings_of_other_shards_or_another_encoder(small_data, tmp_path, capsys):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(small_config(data, tmp_path / "run")))
+    code, _, err = run(capsys, "train", path, "embed.encoder=some/other-encoder")
+    assert code == 3 and "error[STALE]" in err and "some/other-encoder" in err
+    assert run(capsys, "shard", path, "data.max_rows=20", "--rebuild")[0] == 0
+    code, _, err = run(capsys, "train", path)
+    assert code == 3 and "pst embed" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.encoder
+def test_preview_shows_the_loss_of_each_segment(tmp_path, capsys):
+    path = rows_file(tmp_path, GOOD)
+    code, out, _ = run(capsys, "preview", *rows_config(path, tmp_path / "run"), "-n", "1")
+    assert code == 0
+    for word in ("(answer)", "(align)", "(rationale)", "pre_thinking", "<|semantic|>"):
+        assert word in out

@@ -21,6 +21,7 @@ from pst_dist.distributed import Ranks, barrier, from_main, main_first_errors
 from pst_dist.engine import Engine
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.layout import AnswerFormat
+from pst_dist.libraries import quiet_libraries
 from pst_dist.storage import (
     Manifest,
     all_files,
@@ -168,6 +169,7 @@ def save_student(
 
     `weights` are `Engine.full_weights()`; call on rank zero only.
     """
+    quiet_libraries()
     with atomic_directory(directory) as partial:
         plain = plain_model(student, weights)
         plain.generation_config = answer_generation_config(plain, tokenizer, fmt)

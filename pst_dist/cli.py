@@ -190,10 +190,10 @@ def _train(arguments: argparse.Namespace) -> int:
             record_run(config)
         result = make_student(config, rebuild=arguments.rebuild)
         if Ranks.from_environment().is_main:
-            print(
-                f"{config.output_dir}: {result.steps} steps in {result.seconds:.1f} s, best at step {result.best_step} "
-                f"({result.metric} {result.best_value:.4f} on validation)"
-            )
+            chosen = "no validation rows: the last step is kept"
+            if result.best_value is not None:
+                chosen = f"best at step {result.best_step} ({result.metric} {result.best_value:.4f} on validation)"
+            print(f"{config.output_dir}: {result.steps} steps in {result.seconds:.1f} s, {chosen}")
     return 0
 
 

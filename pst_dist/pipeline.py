@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,12 +74,12 @@ def needs_embeddings(config: Config) -> bool:
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process; with `rebuild`, what an earlier training left is removed first."""
-    import shutil
-
+    from pst_dist.distributed import Ranks
     from pst_dist.trainer import train
 
     run = run_dir(config)
-    if rebuild:
+    # Other ranks cannot overtake: they wait for rank zero when the process group is made.
+    if rebuild and Ranks.from_environment().is_main:
         for path in (run.checkpoints, run.best):
             shutil.rmtree(path, ignore_errors=True)
         for path in (run.path / "train.json", run.metrics):

@@ -84,11 +84,17 @@ class TrainingResult:
     """What `train` hands back; also `train.json` in the run directory."""
 
     fingerprint: str
+    shards: str
+    """Digest of the shards' manifest."""
+    embeddings: str | None
+    """Digest of the embeddings' manifest; None for an arm that aligns with none."""
     steps: int
     seconds: float
+    """Training time over all starts, without validation and checkpoints."""
     tokens: int
     best_step: int
-    best_value: float
+    best_value: float | None
+    """The metric of the best step; None when there were no validation rows."""
     metric: str
 
 
@@ -179,11 +185,13 @@ class _Training:
             state = self._loop(engine, state, metrics)
         result = TrainingResult(
             fingerprint=self.fingerprint,
+            shards=self.shards_digest,
+            embeddings=self.teacher.digest if self.teacher else None,
             steps=state.step,
             seconds=state.seconds,
             tokens=state.tokens,
             best_step=state.best_step or 0,
-            best_value=state.best_value if state.best_value is not None else math.nan,
+            best_value=state.best_value,
             metric=self.config.train.metric_for_best_model,
         )
         with main_first_errors(self.ranks):

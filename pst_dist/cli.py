@@ -16,7 +16,7 @@ from typing import Any
 
 from pst_dist import __version__
 from pst_dist.config import Config
-from pst_dist.config_io import dump_config, load_config, ready_made_configs
+from pst_dist.config_io import DATA_SUFFIXES, dump_config, load_config, ready_made_configs
 from pst_dist.errors import ConfigError, InputError, PstError
 
 _EPILOGUE = """\
@@ -139,8 +139,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from pst_dist.check import check
 
     path = Path(arguments.config)
-    if path.suffix.lower() in (".jsonl", ".json", ".csv", ".parquet"):
-        config = load_config(None, [f"data.train={arguments.config}", *arguments.overrides])
+    if path.suffix.lower() in DATA_SUFFIXES:
+        # Nothing is held out of a file that is only looked at.
+        words = [f"data.train={arguments.config}", "data.validation_size=0", *arguments.overrides]
+        config = load_config(None, words)
     else:
         config = _config_of(arguments)
     result = check(config, Path(arguments.rejects))

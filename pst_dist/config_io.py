@@ -18,6 +18,7 @@ from pst_dist.config import Config
 from pst_dist.errors import ConfigError, InputError
 
 RESOLVED = "config.resolved.yaml"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -42,6 +43,12 @@ def locate_config(name: str) -> Path:
         if not resolved.is_file():
             raise InputError(f"no {RESOLVED} here", "give a config file or a directory that `pst run` made", path=path)
         return resolved
+    if path.suffix.lower() in DATA_SUFFIXES:
+        raise InputError(
+            "this is a file of rows, not a config",
+            f"look at it with `pst check {name}` and name it as data.train in a config",
+            path=path,
+        )
     if path.is_file():
         return path
     if name in ready_made_configs():

@@ -131,6 +131,17 @@ def test_check_lists_bad_rows_and_proposes_columns(tmp_path, capsys):
     assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 1
 
 
+def test_check_lists_bad_rows_of_a_tiny_file_too(tmp_path, capsys):
+    path = rows_file(tmp_path, [GOOD[0], {"question": "b"}])
+    code, out, _ = run(capsys, "check", path, "--rejects", tmp_path / "rejects.jsonl")
+    assert code == 2 and "rows.jsonl:2" in out and "1 kept" in out
+
+
+def test_rows_given_for_a_config_are_recognised(tmp_path, capsys):
+    code, _, err = run(capsys, "run", rows_file(tmp_path, GOOD))
+    assert code == 2 and "a file of rows, not a config" in err and "pst check" in err
+
+
 def test_answering_without_a_student_says_what_to_run(tmp_path, capsys):
     code, _, err = run(capsys, "answer", tmp_path, "hello")
     assert code == 2 and "pst train" in err

@@ -1,0 +1,69 @@
+"""The commands that a person types: the deepspeed launcher over the whole pipeline, and what a wheel carries."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from small_run import small_config
+
+from pst_dist.config_io import dump_config, ready_made_configs
+from pst_dist.storage import read_json, read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.encoder
+def test_the_deepspeed_script_goes_from_rows_to_a_report_on_two_ranks(tmp_path):
+    config = small_config(tmp_path / "data", tmp_path / "run", train__deepspeed="zero2")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NUM_GPUS": "2",
+        "MASTER_PORT": "29511",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "launchers" / "deepspeed.sh"), str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 rank(s) of zero2" in done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert read_json(tmp_path / "run" / "eval" / "test" / "results.json")["rows"] == 12
+    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == list(range(1, 9))
+
+
+@pytest.mark.encoder
+def test_one_process_can_train_with_deepspeed_too(small_data, tmp_path):
+    from pst_dist.trainer import train
+
+    train(small_config(small_data, tmp_path / "plain"))
+    train(small_config(small_data, tmp_path / "zero", train__deepspeed="zero1"))
+    losses = [
+        [row["loss"] for row in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("plain", "zero")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 8
+
+
+def test_a_wheel_carries_the_ready_made_configs_and_the_deepspeed_profiles(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"pst_dist/configs/{name}.yaml" for name in ready_made_configs()}
+    wanted |= {f"pst_dist/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    assert wanted <= names
+    assert not any(name.startswith(("tests/", "shared/")) for name in names)

@@ -213,10 +213,11 @@ def decode_rationales(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The rationale of each answer, in order; "" where the arm writes none or the answer was not complete.
+    """The rationale of each answer, in order; "" where the arm writes none.
 
-    Answer-first arms go on after the answer (and the semantic token) until the end-of-sequence token; the prefix
-    arm is asked anew with its own prompt; pre_thinking has written it already, before the marker.
+    Answer-first arms go on after the answer (and the semantic token) until the end-of-sequence token, so an answer
+    that was not complete has "" too; the prefix arm is asked anew with its own prompt; pre_thinking has written it
+    already, before the marker.
     """
     arm = ARMS[fmt.arm]
     if not fmt.writes_rationale or not arm.needs_rationale:

@@ -61,17 +61,21 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool) -> Iterator[None]:
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         yield
         return
-    if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
+    # Without a launcher there is one rank, which must look to DeepSpeed as if torchrun had started it.
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
+    added = {name: value for name, value in alone.items() if ranks.world_size == 1 and name not in os.environ}
+    os.environ.update(added)
     backend = "nccl" if device_of(ranks).type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=ranks.rank, world_size=ranks.world_size, timeout=datetime.timedelta(minutes=10)
-    )
     try:
+        dist.init_process_group(
+            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=datetime.timedelta(minutes=10)
+        )
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in added:
+            del os.environ[name]
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ manifest last; `EmbeddingStore` reads. The encoder itself is `encoder`, the samp
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ __all__ = ["EmbeddingStore", "TextEncoder", "embed_all", "embed_shard"]
 
 # Shapes in this file: n rationales of a shard or split, E encoder width
 STATISTICS = "statistics.safetensors"
+_OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
+_PARTIAL = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]{{8}}\.partial")
 
 
 def embed_shard(
@@ -107,7 +110,7 @@ def embed_all(config: EmbedConfig, shards: ShardSet, directory: Path, *, rebuild
     with directory_lock(directory):
         # From here to the end there is no manifest: the directory is unfinished, and says so.
         (directory / MANIFEST).unlink(missing_ok=True)
-        _remove_leftovers(directory, {} if rebuild else keys)
+        _remove_leftovers(directory, [] if rebuild else keys)
         todo = [
             shard
             for shard in shards.shards()
@@ -156,10 +159,14 @@ def _verified(directory: Path, manifest: Manifest) -> bool:
 
 
 def _remove_leftovers(directory: Path, shard_names: Iterable[str]) -> None:
-    """Delete files of shards that are no more and the temporary files of killed runs; we hold the lock."""
+    """Delete files of shards that are no more and the temporary files of killed runs; we hold the lock.
+
+    Only names that this module gives: the folder may be one that somebody else keeps weights in.
+    """
     wanted = {name.removesuffix(".tar") + ".safetensors" for name in shard_names}
-    for path in [*directory.glob("*.safetensors"), *directory.glob(".*.partial")]:
-        if path.name not in wanted:
+    for path in sorted(directory.iterdir()):
+        ours = _OURS.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)
+        if ours and path.name not in wanted:
             path.unlink(missing_ok=True)
 
 
@@ -177,7 +184,10 @@ def _finish(
         name = f"{shard.stem}.safetensors"
         content = read_vectors(directory / name)
         if (content.identity, content.shard_sha256, content.keys) != (identity, shard.sha256, keys[shard.name]):
-            raise IntegrityError(f"was made by {_difference(content.identity, identity)}", path=directory / name)
+            differs = _difference(content.identity, identity) or "another version of this shard"
+            raise IntegrityError(
+                f"was made by {differs}", "every machine needs the same encoder and shards", path=directory / name
+            )
         row = {"file": name, "shard": shard.name, "shard_sha256": shard.sha256}
         table.append({**row, "rows": len(content.keys), "truncated": content.truncated})
         if shard.split == "train":

@@ -76,7 +76,7 @@ def _from_hub(encoder: str, revision: str | None) -> Path:
             if not any(folder.rglob("*.safetensors")):
                 huggingface_hub.snapshot_download(encoder, revision=revision, allow_patterns=[*settings, "*.bin"])
         except Exception as error:  # requests, httpx, hub and OS errors alike: the user's remedy is the same
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise EnvironmentFault(
                 f"encoder {encoder!r} is not in the cache and cannot be fetched ({reason[:160]})",
                 "fetch it on a machine with network (`hf download`), or use embed.encoder=minilm",
@@ -88,7 +88,10 @@ class TextEncoder:
     """A sentence-transformers model that turns texts into unit vectors [n, E] float32."""
 
     identity: dict[str, Any]
-    """Everything that changes the bits of a vector; compared before vectors are used."""
+    """Every setting and file that changes the bits of a vector; compared before vectors are used.
+
+    The device is left out on purpose: a GPU's vectors differ from a CPU's by rounding only.
+    """
     dimension: int
     """E."""
 
@@ -221,6 +224,7 @@ def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> SentenceTransformer:
+    """The model in evaluation mode, on its device and cut to the configured length."""
     try:
         import torch
         from sentence_transformers import SentenceTransformer

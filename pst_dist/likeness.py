@@ -16,7 +16,7 @@ import numpy as np
 
 from pst_dist.config import Config
 from pst_dist.decode import Decoded, LoadedStudent, decode_rationales
-from pst_dist.errors import EnvironmentFault
+from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.rundir import RunDir
 from pst_dist.schema import ReasoningSample
 from pst_dist.shards import ShardSet
@@ -37,7 +37,8 @@ def compare_rationales(
     """Write rationales for the first evaluate.explain_rows rows into `rows`, and compare them with the teacher's.
 
     Returns {"mean", "shuffled_mean", "rows"}, or None where the arm writes no rationale, fewer than two rows have
-    one on both sides, or there are no embeddings to compare with.
+    one on both sides, there are no embeddings to compare with, or their encoder cannot be had here. Raises StaleError
+    or IntegrityError when the embeddings are not those of `shards`.
     """
     count = config.evaluate.explain_rows
     if not student.format.writes_rationale or not count:
@@ -76,7 +77,7 @@ def _vectors(
     store = EmbeddingStore.open(run.embeddings, shards)
     try:
         encoder = TextEncoder(config.embed)
-    except EnvironmentFault as error:
+    except (EnvironmentFault, InputError) as error:  # the scores stand without it
         log.warning("rationales are not compared with the teacher's: %s", error)
         return None
     if encoder.identity != store.identity:

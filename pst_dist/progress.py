@@ -34,10 +34,12 @@ class Progress:
         self.name, self.total, self.unit, self.done, self.note = name, total, unit, 0, ""
         self._emit, self._every, self._clock = emit, every_seconds, clock
         self._start = self._last = clock()
+        self._done_before = 0
 
     def restart(self) -> None:
-        """Count time from now on: what came before was not the work itself."""
+        """Take time and speed from now on: what came before was not the work itself, or was done by an earlier run."""
         self._start = self._last = self._clock()
+        self._done_before = self.done
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` units; `note` replaces the words at the end of the line ("loss 1.83")."""
@@ -49,9 +51,9 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second since the start; 0 before the first."""
+        """Units a second since the start or restart; 0 before the first."""
         seconds = self._clock() - self._start
-        return self.done / seconds if seconds > 0 else 0.0
+        return (self.done - self._done_before) / seconds if seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ from pst_dist.shards import ShardInfo, ShardSet
 log = logging.getLogger(__name__)
 
 _RESTARTS = 4
-_START_SECONDS = 300.0
+_QUIET_SECONDS = 300.0
+"""How long nothing may be heard: before the first actor has started it is an error, later a warning."""
 _PROBE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
 
@@ -48,7 +50,9 @@ class EncoderActor:
     def ready(self) -> int:
         """0 texts done: returns once the encoder is loaded (not in `__init__`, whose errors Ray turns into text)."""
         if self._loaded is None:
-            self._loaded = TextEncoder(self._config)
+            # Whether a process without a GPU of its own sees the machine's hangs on Ray's version and environment.
+            on_cpu = self._config.device is None and self._config.ray.num_gpus_per_actor == 0
+            self._loaded = TextEncoder(self._config, device="cpu" if on_cpu else None)
         return 0
 
     def embed(self, shard: ShardInfo) -> int:
@@ -100,11 +104,19 @@ def _share_out(ray: Any, actors: list[Any], todo: list[ShardInfo], bar: Progress
     running: dict[Any, tuple[Any, ShardInfo | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
     started, done = False, 0
     while done < len(todo):
-        finished, _ = ray.wait(list(running), num_returns=1, timeout=None if started else _START_SECONDS)
-        if not finished:
+        finished, _ = ray.wait(list(running), num_returns=1, timeout=_QUIET_SECONDS)
+        if not finished and not started:
             raise EnvironmentFault(
-                f"no encoder actor started within {_START_SECONDS:.0f} s", "see `ray status` for what the cluster lacks"
+                f"no encoder actor started within {_QUIET_SECONDS:.0f} s", "see `ray status` for what the cluster lacks"
             )
+        if not finished:  # slow, or an actor of a lost node waits for room: only the cluster's owner can tell
+            at_work = sorted(shard.name for _, shard in running.values() if shard is not None)
+            log.warning(
+                "embed: nothing was finished for %.0f s; still waiting for %s (`ray status` says what the cluster lacks)",
+                _QUIET_SECONDS,
+                ", ".join(at_work[:5]),
+            )
+            continue
         actor, shard = running.pop(finished[0])
         texts = _result(ray, finished[0], shard)
         if not started:
@@ -118,17 +130,18 @@ def _share_out(ray: Any, actors: list[Any], todo: list[ShardInfo], bar: Progress
 
 
 def _result(ray: Any, future: Any, shard: ShardInfo | None) -> int:
-    """What an actor returned; its PstError as it was, its death as PeerLostError."""
+    """What an actor returned: a number of texts. Its PstError is raised as it was, its loss as PeerLostError."""
     try:
         return int(ray.get(future))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PstError):
             raise error.cause from None
         raise
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayError as error:  # died, out of memory, unschedulable, a lost connection…
         where = f"at {shard.name}" if shard is not None else "while loading the encoder"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PeerLostError(
-            f"an encoder actor died {_RESTARTS + 1} times {where}",
+            f"an encoder actor was lost {where}, after {_RESTARTS} restarts at most ({reason[:160]})",
             "look for out-of-memory in Ray's logs; lower embed.batch_tokens or embed.ray.num_actors",
         ) from error
 
@@ -152,6 +165,10 @@ def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: in
 @contextlib.contextmanager
 def _cluster(config: RayConfig) -> Iterator[Any]:
     """The ray module, connected: to the cluster of this process, to `address`, or to one that lives for this block."""
+    imported = sys.modules.get("ray")
+    if imported is not None and imported.is_initialized():  # whoever connected this process chose the cluster
+        yield imported
+        return
     own = config.address is None
     if own:
         _secure_local_cluster()
@@ -161,9 +178,6 @@ def _cluster(config: RayConfig) -> Iterator[Any]:
         raise EnvironmentFault(
             "cannot import ray", "pip install 'pst-dist[ray]', or set embed.backend=local"
         ) from error
-    if ray.is_initialized():  # we are inside a Ray job: its cluster is the one to use
-        yield ray
-        return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     # Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
     temporary = tempfile.mkdtemp(prefix="pst-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) if own else None

@@ -87,6 +87,8 @@ def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
 def read_shard(path: Path) -> list[ReasoningSample]:
     """All samples of one tar in order; raises IntegrityError for whatever our writer would not have written.
 
+    A file that cannot be opened is an InputError.
+
     Stock readers stop in silence at a damaged header and skip members that are not files; here a tar must be
     regular `<id>.json` files from its first byte to the closing zeros. Nothing is ever extracted.
     """
@@ -101,7 +103,11 @@ def read_shard(path: Path) -> list[ReasoningSample]:
 
 
 def tar_members(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(file name, offset of its content, content) of every member of a tar that is exactly as we write it."""
+    """(file name, offset of its content in bytes, content) of every member of a tar that is exactly as we write it.
+
+    The closing zeros are looked at after the last member, so a caller must exhaust the iterator; raises
+    IntegrityError for the first thing that differs.
+    """
 
     def damaged(what: str) -> IntegrityError:
         return IntegrityError(what, REMAKE, path=path)

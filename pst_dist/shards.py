@@ -189,7 +189,7 @@ class ShardSet:
         except (KeyError, TypeError) as error:
             raise IntegrityError("manifest lacks its shard table", REMAKE, path=directory) from error
         if version != SCHEMA_VERSION:
-            raise StaleError(f"shards of schema {version}, this is {SCHEMA_VERSION}", REMAKE)
+            raise StaleError(f"shards of schema {version}, this is {SCHEMA_VERSION}", REMAKE, path=directory)
         self._indexes: dict[str, ShardIndex] = {}
         self.stamps: dict[str, tuple[int, int]] = {}
         """(bytes, mtime in ns) of each tar when it was opened, so that a later reader notices an exchanged file."""
@@ -254,7 +254,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 class SplitReader(Sequence[ReasoningSample]):
     """The samples of one split by position; each access is one positioned read, safe after a fork.
 
-    Threads need a reader each.
+    Raises IntegrityError when a tar is missing, was exchanged since the set was opened, or holds something else
+    where its index says that a sample lies. Threads need a reader each.
     """
 
     _MOST_OPEN = 256
@@ -305,9 +306,11 @@ class SplitReader(Sequence[ReasoningSample]):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise IntegrityError(f"cannot read: {error.strerror}", "run `pst shard` again", path=path) from error
-            self._open[shard] = descriptor
-            if _stamp(path) != self._stamps[shard]:
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != self._stamps[shard]:
+                os.close(descriptor)  # never kept: a caller that tries again must be refused again
                 raise IntegrityError("was exchanged while in use", "start again", path=path)
+            self._open[shard] = descriptor
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pst_dist.config import Config
-from pst_dist.errors import DataError, PstError
+from pst_dist.errors import DataError, InputError, PstError
 from pst_dist.schema import SPLITS, ReasoningSample
 from pst_dist.sources import LoadedData, enforce, survey
 from pst_dist.sources.column_guess import as_yaml, guess_paths
@@ -79,7 +79,10 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     except DataError as error:
         problem = error
     if rejects_path is not None:
-        write_rejects(rejects_path, loaded.rejects)
+        _refuse_own_source(config, rejects_path)
+        # No empty file beside the rows: the next `*.jsonl` would stumble over it.
+        if loaded.rejects or rejects_path.is_file():
+            write_rejects(rejects_path, loaded.rejects)
     proposal = ""
     if config.data.columns is None and config.data.train is not None:
         found = guess_paths(_sample(_first_source(config)))
@@ -87,8 +90,18 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     return CheckReport(loaded, problem, proposal, [], rejects_path)
 
 
+def _refuse_own_source(config: Config, rejects_path: Path) -> None:
+    """Bad rows must not replace the rows; raises InputError when the file to write is one that was read."""
+    root = Path(config.data.root).expanduser() if config.data.root else Path()
+    for split in SPLITS:
+        spec = getattr(config.data, split)
+        for word in [spec] if isinstance(spec, str) else spec or []:
+            if (root / Path(word).expanduser()).resolve() == rejects_path.resolve():
+                raise InputError("is the file that was read", "give --rejects another name", path=rejects_path)
+
+
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """One JSON line a bad row: path, line, code, what, text; the file is there, empty, when none is bad."""
+    """One JSON line a bad row: path, line, code, what, text; an empty file when none is bad."""
     with atomic_path(path) as partial:
         partial.write_text("".join(canonical_json(reject.to_json()) + "\n" for reject in rejects), encoding="utf-8")
 
@@ -134,6 +147,10 @@ def _likely_type(config: Config, loaded: LoadedData | None) -> str:
     """number, bool, choice or date when every answer read as text is one; empty when none or already said."""
     if loaded is None or config.task or config.data.answer_type:
         return ""
+    refused = Counter(reject.what.split(",")[0] for reject in loaded.rejects)
+    for what, kind in (("answer is a number", "number"), ("answer is true or false", "bool")):
+        if refused[what] == loaded.report["rows_read"]:
+            return kind
     answers = [sample.answer for samples in loaded.splits.values() for sample in samples]
     for kind in ("number", "bool", "date", "choice"):
         task = get_task(None, kind)

@@ -27,6 +27,7 @@ from pst_dist.storage import (
     all_files,
     atomic_directory,
     describe_files,
+    disk_errors,
     publish_directory,
     read_json,
     read_manifest,
@@ -73,7 +74,12 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
         if engine.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    engine.save(partial)
+    try:
+        with disk_errors(final):
+            engine.save(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
+        raise
     barrier()
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
@@ -202,9 +208,7 @@ def plain_model(student: Student, weights: dict[str, Tensor]) -> Any:
         plain = type(model)(copy.deepcopy(model.config))
     state = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
     state |= {
-        name: value.detach().cpu()
-        for name, value in model.state_dict().items()
-        if name in dict(model.named_buffers())
+        name: value.detach().cpu() for name, value in model.state_dict().items() if name in dict(model.named_buffers())
     }
     _, unexpected = plain.load_state_dict(state, strict=False, assign=True)
     plain.tie_weights()

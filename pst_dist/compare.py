@@ -7,7 +7,6 @@ accuracies. Rows are joined by id; runs that were scored on different rows are r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.errors import EnvironmentFault, InputError, StaleError
 from pst_dist.evaluate import SAMPLES, finished_evaluation
-from pst_dist.storage import read_lines
+from pst_dist.storage import read_lines, read_manifest
 
 RESAMPLES = 10_000
 _SEED = 0
@@ -70,8 +69,8 @@ class Comparison:
 
     def table(self) -> str:
         """Plain text with aligned columns."""
-        header = ("arm", "accuracy", "s.e.", "vs " + self.baseline, "95 % interval", "p", "tokens", "fewer", "ms")
-        lines = [header, *(_cells(arm) for arm in self.arms)]
+        lines = [("arm", *self.columns()), *((arm.label, *cells(arm)) for arm in self.arms)]
+        header = lines[0]
         widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
         text = [
             "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(pairs))
@@ -81,6 +80,10 @@ class Comparison:
         return "\n".join(
             [f"{self.task}: {self.rows} {self.split} rows, the same for every arm", text[0], rule, *text[1:]]
         )
+
+    def columns(self) -> tuple[str, ...]:
+        """What the values of `cells` are; s.e. and differences are in points."""
+        return ("accuracy %", "s.e.", f"vs {self.baseline}", "95 % interval", "p", "unread", "tokens", "fewer", "ms")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict, samples left out."""
@@ -97,15 +100,16 @@ class Comparison:
         return {"task": self.task, "split": self.split, "rows": self.rows, "baseline": self.baseline, "arms": arms}
 
 
-def _cells(arm: ArmResult) -> tuple[str, ...]:
+def cells(arm: ArmResult) -> tuple[str, ...]:
+    """An arm's values as text, in the order of `Comparison.columns`; "" for what was not measured."""
     results, test, latency = arm.results, arm.test, arm.results["milliseconds_to_answer"]
     return (
-        arm.label,
         f"{100 * results['accuracy']:.2f}",
         f"{100 * results['accuracy_stderr']:.2f}",
         f"{100 * test.difference:+.2f}" if test else "baseline",
         f"{100 * test.low:+.2f} to {100 * test.high:+.2f}" if test else "",
         format_p(test.p) if test else "",
+        str(results["parse_failures"]),
         f"{results['tokens_to_answer']['mean']:.1f}",
         f"{arm.times_fewer_tokens:.1f}x" if arm.times_fewer_tokens else "",
         f"{latency['median']:.1f}" if latency else "",
@@ -121,13 +125,15 @@ def compare(runs: Sequence[Path]) -> Comparison:
     """Arms side by side, tested against the first answer_only run, or the first run when there is none.
 
     A directory that holds the runs of several arms stands for all of them. Raises InputError for a run without a
-    finished evaluation and for runs that were scored on different rows, naming two of them.
+    finished evaluation and for runs that were scored on different rows, naming two of them; StaleError for an
+    evaluation of another student than the run holds.
     """
     found = expand_runs(runs)
     if len(found) < 2:
         raise InputError("a comparison needs two runs or more", "name several run directories", path=found[0])
     split = _common_split(found)
     results = [finished_evaluation(run / "eval" / split) for run in found]
+    _check_current(found, results)
     samples = [read_lines(run / "eval" / split / SAMPLES) for run in found]
     rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
     whole = [result for result in results if result is not None]
@@ -142,13 +148,17 @@ def compare(runs: Sequence[Path]) -> Comparison:
             results=whole[k],
             samples=rows[k],
             test=None if k == baseline else paired_test(right[k], right[baseline]),
-            times_fewer_tokens=thinking["tokens_to_answer"]["mean"] / whole[k]["tokens_to_answer"]["mean"]
-            if thinking
-            else None,
+            times_fewer_tokens=_times_fewer(thinking, whole[k]),
         )
         for k in range(len(found))
     ]
     return Comparison(whole[0]["task"], split, len(rows[0]), labels[baseline], arms)
+
+
+def _times_fewer(thinking: dict[str, Any] | None, results: dict[str, Any]) -> float | None:
+    """Mean tokens of pre_thinking over an arm's; None without the one, or when the other generated nothing."""
+    tokens = results["tokens_to_answer"]["mean"]
+    return thinking["tokens_to_answer"]["mean"] / tokens if thinking and tokens > 0 else None
 
 
 def expand_runs(runs: Sequence[Path]) -> list[Path]:
@@ -177,6 +187,14 @@ def _common_split(runs: Sequence[Path]) -> str:
     raise InputError("these runs share no finished evaluation", "run `pst evaluate` first", path=lacking[0])
 
 
+def _check_current(runs: Sequence[Path], results: Sequence[dict[str, Any] | None]) -> None:
+    """Raises StaleError for an evaluation of an older student than the run holds: its curves would be another's."""
+    for run, result in zip(runs, results, strict=True):
+        student = read_manifest(run / "best", "student")
+        if student is not None and result is not None and result["student"]["digest"] != student.digest:
+            raise StaleError("the evaluation is of an older student", "run `pst evaluate` again", path=run)
+
+
 def _same_rows(
     first: Path, wanted: list[dict[str, Any]], run: Path, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -195,13 +213,18 @@ def _same_rows(
 
 
 def _labels(runs: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
-    """Arm and variant, and where two are alike the seed, and where those are alike the directory."""
+    """Arm and variant, and where two are alike the seed, and where those are alike the directory.
+
+    The directory is told by its name, or by its whole path where names are alike too: each label is one run's.
+    """
     labels = [", ".join([result["arm"], *result["variant"]]) for result in results]
     seeded = [f"{label} seed {result['seed']}" for label, result in zip(labels, results, strict=True)]
     labels = [more if labels.count(label) > 1 else label for label, more in zip(labels, seeded, strict=True)]
-    return [
-        f"{label} ({run.name})" if labels.count(label) > 1 else label for label, run in zip(labels, runs, strict=True)
-    ]
+    for directories in ([run.name for run in runs], [str(run) for run in runs]):
+        named = [f"{label} ({name})" for label, name in zip(labels, directories, strict=True)]
+        if len(set(named)) == len(named):
+            break
+    return [more if labels.count(label) > 1 else label for label, more in zip(labels, named, strict=True)]
 
 
 def paired_test(arm: np.ndarray, baseline: np.ndarray) -> PairedTest:
@@ -235,4 +258,4 @@ def bootstrap_interval(only_arm: int, only_baseline: int, rows: int, *, seed: in
     draws = np.random.Generator(np.random.Philox(key=seed)).multinomial(rows, shares, size=RESAMPLES)
     differences = (draws[:, 0] - draws[:, 1]) / rows
     low, high = np.percentile(differences, [2.5, 97.5])
-    return (float(low), float(high)) if math.isfinite(low) else (math.nan, math.nan)
+    return float(low), float(high)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist import page, plots
-from pst_dist.compare import ArmResult, Comparison, compare, format_p
+from pst_dist.compare import ArmResult, Comparison, cells, compare
 from pst_dist.config_io import RESOLVED
 from pst_dist.page import Cell, Row
 from pst_dist.storage import read_lines, write_text
@@ -22,7 +22,7 @@ _SHOWN = 12
 def compare_report(runs: Sequence[Path], target: Path) -> Path:
     """Write one self-contained page with all arms side by side to `target` and return it.
 
-    Raises InputError as `compare` does. Nothing in the page is fetched from anywhere.
+    Raises InputError and StaleError as `compare` does. Nothing in the page is fetched from anywhere.
     """
     comparison = compare(runs)
     metrics = [read_lines(arm.run / "metrics.jsonl") for arm in comparison.arms]
@@ -62,23 +62,11 @@ def _comparison_headline(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _arms_table(comparison: Comparison) -> str:
-    names = ("accuracy", "s.e.", f"vs {comparison.baseline}", "95 % interval", "p", "unread", "tokens", "fewer", "ms")
-    head: Row = ["arm", *(Cell(name, "right") for name in names)]
-    rows = []
-    for arm, style in zip(comparison.arms, plots.styles(comparison), strict=True):
-        results, test, latency = arm.results, arm.test, arm.results["milliseconds_to_answer"]
-        cells = (
-            f"{100 * results['accuracy']:.2f} %",
-            f"{100 * results['accuracy_stderr']:.2f}",
-            f"{100 * test.difference:+.2f}" if test else "baseline",
-            f"{100 * test.low:+.2f} to {100 * test.high:+.2f}" if test else "",
-            format_p(test.p) if test else "",
-            str(results["parse_failures"]),
-            f"{results['tokens_to_answer']['mean']:.1f}",
-            f"{arm.times_fewer_tokens:.1f}x" if arm.times_fewer_tokens else "",
-            f"{latency['median']:.1f}" if latency else "",
-        )
-        rows.append([Cell(arm.label, colour=style["color"]), *(Cell(cell, "right") for cell in cells)])
+    head: Row = ["arm", *(Cell(name, "right") for name in comparison.columns())]
+    rows = [
+        [Cell(arm.label, colour=style["color"]), *(Cell(cell, "right") for cell in cells(arm))]
+        for arm, style in _styled(comparison)
+    ]
     return page.table(head, rows)
 
 

@@ -73,7 +73,8 @@ class RayConfig(Section):
     """Where encoder actors run."""
 
     address: str | None = None
-    """Cluster to join (`auto`, `ray://host:10001`); a local one is started when not given."""
+    """Cluster to join (`auto`, `ray://host:10001`); when not given, that of the environment's RAY_ADDRESS, which a
+    job of `ray job submit` has, else a local one started for the time of the work."""
     num_actors: Positive | None = None
     """Encoder actors; as many as the cluster has room for when not given."""
     num_cpus_per_actor: Annotated[float, Field(gt=0)] = 1
@@ -259,7 +260,7 @@ class Config(Section):
     """What is trained: pst, post_thinking, answer_only, pre_thinking or prefix."""
     arms: list[ArmName] = []
     """Several arms on identical rows: `pst run` trains each into output_dir/ARM and compares them."""
-    output_dir: str = "runs/run"
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
     """The run directory; everything made is below it."""
     data_dir: str | None = None
     """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given."""

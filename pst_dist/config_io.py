@@ -18,7 +18,7 @@ from pst_dist.config import Config
 from pst_dist.errors import ConfigError, InputError
 
 RESOLVED = "config.resolved.yaml"
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -35,6 +35,11 @@ def ready_made_configs() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def is_rows(name: str) -> bool:
+    """Whether a word names rows rather than a config: a data file, a glob of them, `hf:…` or `gen:…`."""
+    return name.startswith(("hf:", "gen:")) or Path(name).suffix.lower() in DATA_SUFFIXES
+
+
 def locate_config(name: str) -> Path:
     """A YAML path, a run directory, or the name of a ready-made config -> the file; raises InputError."""
     path = Path(name)
@@ -43,7 +48,7 @@ def locate_config(name: str) -> Path:
         if not resolved.is_file():
             raise InputError(f"no {RESOLVED} here", "give a config file or a directory that `pst run` made", path=path)
         return resolved
-    if path.suffix.lower() in DATA_SUFFIXES:
+    if is_rows(name):
         raise InputError(
             "this is a file of rows, not a config",
             f"look at it with `pst check {name}` and name it as data.train in a config",
@@ -65,6 +70,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
             seen.add(key)
@@ -138,10 +145,23 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         keys, value = parse_override(word)
         _apply(tree, keys, value)
         origins[keys] = word
+    _drop_empty_sections(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, path, lines, origins) from error
+
+
+def _drop_empty_sections(tree: dict[str, Any], model: type[BaseModel] = Config) -> None:
+    """A section whose keys are all commented out reads as null in YAML and means its defaults."""
+    for name, info in model.model_fields.items():
+        section = info.annotation
+        if not isinstance(section, type) or not issubclass(section, BaseModel) or name not in tree:
+            continue
+        if tree[name] is None:
+            del tree[name]
+        elif isinstance(tree[name], dict):
+            _drop_empty_sections(tree[name], section)
 
 
 def _explain(
@@ -166,8 +186,12 @@ def _explain(
     elif path is not None:
         place = {"path": path}
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"unknown key {dotted!r}", _nearest(dotted, keys), **place)
+        return ConfigError(f"unknown key {dotted!r}", _remedy_for_unknown(location, keys), **place)
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        return ConfigError(f"{dotted} is a section, got {first['input']!r}", f"write {dotted}.KEY=value", **place)
+    if first["type"] == "list_type":
+        return ConfigError(f"{dotted} is a list, got {first['input']!r}", f"write {dotted}=[{first['input']}]", **place)
     if not dotted:
         return ConfigError(message, **place)
     value = first.get("input")
@@ -175,10 +199,14 @@ def _explain(
     return ConfigError(f"{dotted}: {message[:1].lower()}{message[1:]}{got}", **place)
 
 
-def _nearest(dotted: str, keys: set[str]) -> str:
+def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:
     """The known key that a mistyped one most resembles, by the whole path or by its last word."""
+    dotted = ".".join(location)
+    if dotted in keys:  # the words of the command line, written into the file
+        section, _, key = dotted.rpartition(".")
+        return f"in a file write {key} on a line of its own below {section}:"
     near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
-    if not near:
+    if not near or near[0] == dotted.rpartition(".")[0]:  # its own section is no help
         last = dotted.rsplit(".", 1)[-1]
         by_last = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
         near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]

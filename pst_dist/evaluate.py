@@ -14,13 +14,14 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pst_dist.config import Config
 from pst_dist.decode import Decoded, LoadedStudent, decode_answers, load_student, timed_answer
-from pst_dist.errors import InputError, StaleError
+from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.layout import ARMS, AnswerFormat
 from pst_dist.likeness import compare_rationales
 from pst_dist.progress import progress
@@ -102,6 +103,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
 
 
 def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
+    """Raises StaleError for a student of another arm or of other shards."""
     if student.format.arm != config.arm:
         raise StaleError(
             f"the student here was trained as {student.format.arm}, the config says {config.arm}",
@@ -115,13 +117,34 @@ def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> 
         )
 
 
-def finished_evaluation(directory: Any, fingerprint: str | None = None) -> dict[str, Any] | None:
+def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
     """The results of a whole evaluation (with this fingerprint, when given), or None; raises IntegrityError."""
     manifest = read_manifest(directory, "evaluation")
     if manifest is None or fingerprint not in (None, manifest.fingerprint):
         return None
-    verify_files(directory, manifest)
+    try:
+        verify_files(directory, manifest)
+    except IntegrityError as error:
+        raise IntegrityError(error.what, "run `pst evaluate` with --rebuild", path=error.path) from error
     return read_json(directory / RESULTS)
+
+
+def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
+    """Finished evaluations of exactly this student below a run directory, test first; all of them for None.
+
+    Those of a student that was trained there before are left out with a warning. Raises IntegrityError for a
+    damaged one.
+    """
+    found = []
+    for split in ("test", "validation"):
+        results = finished_evaluation(run / "eval" / split)
+        if results is None:
+            continue
+        if student is not None and results["student"]["digest"] != student.digest:
+            log.warning("%s is of an older student and left out: run `pst evaluate` again", run / "eval" / split)
+            continue
+        found.append(results)
+    return found
 
 
 def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[ReasoningSample]:
@@ -188,7 +211,7 @@ def _score(
         "device": _device_name(student),
         "student": {"digest": student.manifest.digest, "step": student.manifest.extra.get("step")},
         "shards": shards.manifest.digest,
-        "training": _training(run),
+        "training": _training(run, student),
     }
     return results, rows
 
@@ -207,7 +230,10 @@ def _sample_row(sample: ReasoningSample, answer: Decoded, prediction: str | None
 
 
 def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, accuracy with its binomial standard error sqrt(p (1 - p) / n), and tokens to the answer."""
+    """Counts, accuracy as a share with its binomial standard error sqrt(p (1 - p) / n), and tokens to the answer.
+
+    One row or more. The standard error of the mean of tokens is s / sqrt(n), s with n - 1; 0 for a single row.
+    """
     correct = sum(row["correct"] for row in rows)
     share = correct / len(rows)
     tokens = np.array([row["answer_tokens"] for row in rows])
@@ -278,10 +304,10 @@ def _device_name(student: LoadedStudent) -> str:
     return f"{device.type} ({platform.machine()})"
 
 
-def _training(run: RunDir) -> dict[str, Any] | None:
-    """Steps, seconds and tokens of the training, when its record is there."""
+def _training(run: RunDir, student: LoadedStudent) -> dict[str, Any] | None:
+    """Steps, seconds and tokens of the training that made this student, when its record is there."""
     path = run.path / "train.json"
-    if not path.is_file():
+    record = read_json(path) if path.is_file() else {}
+    if record.get("fingerprint") != student.manifest.fingerprint:
         return None
-    record = read_json(path)
     return {name: record.get(name) for name in ("steps", "seconds", "tokens", "best_step", "best_value", "metric")}

@@ -16,7 +16,7 @@ from pst_dist.checkpoint import FORMAT_FILE, answer_generation_config
 from pst_dist.config import Config
 from pst_dist.decode import LoadedStudent, load_student, max_positions
 from pst_dist.errors import IntegrityError
-from pst_dist.evaluate import finished_evaluation
+from pst_dist.evaluate import evaluations_of
 from pst_dist.layout import Layout
 from pst_dist.model_card import CardFacts, model_card
 from pst_dist.rundir import RunDir, run_dir
@@ -26,6 +26,7 @@ from pst_dist.storage import (
     atomic_directory,
     describe_files,
     digest_of,
+    read_json,
     read_manifest,
     verify_files,
     write_json,
@@ -46,21 +47,22 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     """
     run = run_dir(config)
     student = load_student(run.best, device="cpu")
-    evaluations = _evaluations(run, student)
-    chain = {kind: _digest(getattr(run, kind), kind) for kind in ("shards", "embeddings")}
+    evaluations = evaluations_of(run.path, student.manifest)
+    chain, encoder = _chain(run, student.manifest)
     fingerprint = digest_of(
         {
             "version": _VERSION,
             "student": student.manifest.digest,
             "evaluations": evaluations,
             "chain": chain,
+            "task": config.task,
             "max_new_tokens": config.evaluate.max_new_tokens,
         }
     )
     if not rebuild and _is_complete(run.export, fingerprint):
         log.info("export %s is complete, nothing to do", run.export)
         return run.export
-    facts = CardFacts(config, student.format, student.manifest, evaluations, _encoder(run), chain, student.model)
+    facts = CardFacts(config, student.format, student.manifest, evaluations, encoder, chain, student.model)
     with atomic_directory(run.export) as partial:
         student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)
         student.model.save_pretrained(partial)
@@ -75,21 +77,20 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     return run.export
 
 
-def _evaluations(run: RunDir, student: LoadedStudent) -> list[dict[str, Any]]:
-    """Results of this very student, test first; those of an older one are left out."""
-    found = [finished_evaluation(run.evaluation(split)) for split in ("test", "validation")]
-    return [results for results in found if results and results["student"]["digest"] == student.manifest.digest]
+def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
+    """(digests of the shards and embeddings that the student was trained from, identity of their encoder).
 
-
-def _digest(directory: Path, kind: str) -> str | None:
-    manifest = read_manifest(directory, kind)
-    return manifest.digest if manifest else None
-
-
-def _encoder(run: RunDir) -> dict[str, Any] | None:
-    """Who made the embeddings, as their manifest tells it."""
-    manifest = read_manifest(run.embeddings, "embeddings")
-    return manifest.extra["encoder"] if manifest else None
+    They are those that training wrote down: what lies in the data directory today may be newer. None where nothing
+    was written down, or where today's embeddings are others, whose encoder says nothing about this student's.
+    """
+    path = run.path / "train.json"
+    record = read_json(path) if path.is_file() else {}
+    if record.get("fingerprint") != student.fingerprint:
+        record = {}
+    chain = {"shards": student.extra.get("shards"), "embeddings": record.get("embeddings")}
+    today = read_manifest(run.embeddings, "embeddings")
+    same = today is not None and today.digest == chain["embeddings"]
+    return chain, today.extra["encoder"] if today is not None and same else None
 
 
 def _is_complete(directory: Path, fingerprint: str) -> bool:

@@ -126,6 +126,7 @@ class MetricsLog:
         self._progress = progress(f"train {self.config.arm}", total=self.total, unit="steps")
         self._bar = self._progress.__enter__()
         self._bar.advance(self.first_step)
+        self._bar.restart()  # steps of an earlier start say nothing about this one's speed
         return self
 
     def __exit__(self, *details: Any) -> None:

@@ -5,6 +5,7 @@ The code in it is plain transformers and is run as it stands by this project's t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,12 @@ from pst_dist.storage import Manifest
 
 FOLDER = "path/to/this/folder"
 _PAPER = "https://arxiv.org/abs/2404.09170"
+_HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _ARMS = {
     "answer_only": "trained on questions and answers alone",
     "pre_thinking": "trained to write a rationale first and the answer after it",
     "prefix": "trained on two tasks: the prefix `predict: ` asks for the answer, `explain: ` for the rationale",
     "post_thinking": "trained to answer first and to give the rationale after the answer",
-    "pst": (
-        "trained to answer first, then to give the rationale, with a semantic token whose hidden state is aligned "
-        "with a sentence embedding of the teacher's rationale"
-    ),
 }
 
 
@@ -49,6 +47,12 @@ class CardFacts:
     def seq2seq(self) -> bool:
         """Whether the student is an encoder-decoder."""
         return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def base_model(self) -> str | None:
+        """Hub id of the model it was trained from; None for a fresh one and for a folder, whose path is its owner's."""
+        base = self.config.student.model_name_or_path or ""
+        return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
     @property
     def name(self) -> str:
@@ -85,9 +89,8 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         "pipeline_tag": "text2text-generation" if facts.seq2seq else "text-generation",
         "tags": ["pst-dist", "reasoning", "distillation", "answer-first", facts.format.arm.replace("_", "-")],
     }
-    base = facts.config.student.model_name_or_path
-    if base and not Path(base).expanduser().exists():
-        matter["base_model"] = base
+    if facts.base_model:
+        matter["base_model"] = facts.base_model
     if facts.evaluations:
         matter["model-index"] = [{"name": facts.name, "results": [_index(facts, row) for row in facts.evaluations]}]
     return matter
@@ -117,16 +120,35 @@ def _summary(facts: CardFacts) -> str:
     size = sum(parameter.numel() for parameter in facts.model.parameters())
     first = ARMS[facts.format.arm].answers_first
     stops = (
-        "It answers first and generation ends at the answer, so an answer costs a handful of tokens."
+        "It answers first and generation ends at the answer, so an answer costs no tokens but its own."
         if first
         else "Its answer comes after the rationale; generation ends at the answer."
     )
     kind = "encoder-decoder" if facts.seq2seq else "causal"
     return (
         f"A {kind} student of {size:,} parameters ({facts.model.config.model_type}), "
-        f"{_ARMS[facts.format.arm]}. {stops} Post-Semantic-Thinking is described in [arXiv 2404.09170]({_PAPER}); "
+        f"{_training(facts)}. {stops} Post-Semantic-Thinking is described in [arXiv 2404.09170]({_PAPER}); "
         "this model was made with pst-dist, an implementation of its own, and no number of that paper is claimed."
     )
+
+
+def _training(facts: CardFacts) -> str:
+    """What it was trained to do; a term of the loss that was switched off is not told as if it had been there."""
+    if facts.format.arm != "pst":
+        return _ARMS[facts.format.arm]
+    loss = facts.config.loss
+    words = "trained to answer first"
+    if facts.format.writes_rationale:
+        words += " and to give the rationale after the answer"
+    if loss.alignment_weight == 0:
+        return words + ", with a semantic token that nothing is aligned with"
+    what = "a semantic token's hidden state" if loss.pooling == "token" else "the mean hidden state of its rationale"
+    whose = (
+        "another row's teacher rationale (a control)"
+        if loss.control == "shuffle_embeddings"
+        else "the teacher's rationale"
+    )
+    return f"{words}, with {what} aligned with a sentence embedding of {whose}"
 
 
 def prompt_text(facts: CardFacts) -> str:
@@ -255,22 +277,33 @@ def _evaluation(facts: CardFacts) -> str:
             f"{latency['median']:.0f}" if latency else "not measured",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    device = facts.evaluations[0]["device"]
+    devices = " and ".join(dict.fromkeys(row["device"] for row in facts.evaluations))
+    # Training writes down what the validation rows gave; without any the last step is the one that is kept.
+    chosen = any(facts.student.extra.get(metric) is not None for metric in ("answer_nll", "accuracy"))
     return "\n".join(lines) + (
-        f"\n\nGreedy decoding on {device}; the standard error is sqrt(p (1 - p) / n). Milliseconds are the median for "
-        "one question at a time. The checkpoint was chosen on validation rows only."
+        f"\n\nGreedy decoding on {devices}; the standard error is sqrt(p (1 - p) / n). Milliseconds are the median for "
+        "one question at a time. "
+        + (
+            "The checkpoint was chosen on validation rows only."
+            if chosen
+            else "No rows were used to choose a checkpoint."
+        )
     )
 
 
 def _lineage(facts: CardFacts) -> str:
     config, extra = facts.config, facts.student.extra
-    base = config.student.model_name_or_path
+    if config.student.model_name_or_path is not None:
+        base = f"`{facts.base_model}`" if facts.base_model else "a model from a local folder"
+    else:
+        bpe = config.student.fresh.tokenizer == "bpe"
+        base = f"none: random weights, {'a tokenizer trained on the training rows' if bpe else 'bytes as tokens'}"
     rows = [
-        ("base model", f"`{base}`" if base else "none: random weights, a tokenizer trained on the training rows"),
+        ("base model", base),
         ("arm", f"`{facts.format.arm}`, seed {extra.get('seed')}, step {extra.get('step')}"),
         *([("variant", ", ".join(variant))] if (variant := variant_of(config)) else []),
         ("task", f"`{config.task or 'not named'}`"),
-        ("shards", f"`{facts.chain['shards'] or 'not here'}`"),
+        ("shards", f"`{facts.chain['shards']}`" if facts.chain["shards"] else "not recorded"),
     ]
     if facts.encoder is not None and ARMS[facts.format.arm].aligned:
         rows.append(("teacher's rationales embedded by", f"`{facts.encoder['encoder']}`"))
@@ -282,13 +315,17 @@ def _lineage(facts: CardFacts) -> str:
 
 def _limits(facts: CardFacts) -> str:
     scope = f"`{facts.config.task}`" if facts.config.task else "its training rows"
+    longest, fmt = facts.format.max_length, facts.format
+    explains = [
+        "A rationale is written after the answer and explains it; it is no proof that the answer was reached that way."
+    ]
     points = [
-        f"It was trained for questions like those of {scope} in the prompt above, and knows nothing else.",
-        "A rationale is written after the answer and explains it; it is no proof that the answer was reached that way.",
+        f"It was trained for questions like those of {scope} in the prompt above; nothing else was tested.",
+        *(explains if ARMS[fmt.arm].answers_first and fmt.writes_rationale else []),
         "It answers every question, also those it cannot know: there is no way for it to decline.",
-        f"Questions and answers together were at most {facts.format.max_length} tokens in training.",
+        f"Prompts were at most {longest} tokens in training, and so was what it writes."
+        if facts.seq2seq
+        else f"Prompt and everything written after it were at most {longest} tokens together in training.",
         "Its licence follows from the base model, the rows and the teacher; none is given here.",
     ]
-    if not ARMS[facts.format.arm].answers_first or not facts.format.writes_rationale:
-        points.pop(1)
     return "\n".join(f"- {point}" for point in points)

@@ -7,6 +7,7 @@ hangs on it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config import Config
-from pst_dist.errors import PstError
+from pst_dist.errors import DataError, PstError
 from pst_dist.layout import ARMS
-from pst_dist.rundir import expand_arms, record_run, run_dir
+from pst_dist.rundir import expand_arms, recorded, run_dir
 from pst_dist.schema import SCHEMA_VERSION
-from pst_dist.storage import Manifest, atomic_path, canonical_json, digest_of, directory_lock
+from pst_dist.storage import Manifest, digest_of, directory_lock
 
 log = logging.getLogger(__name__)
+_OTHER = {"test": "validation", "validation": "test"}
 
 
 def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
@@ -30,15 +32,16 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
 
     Raises StaleError when other rows are packed there and `rebuild` is false.
     """
+    from pst_dist.check import write_rejects
     from pst_dist.shards import write_shards
     from pst_dist.sources import load_data
 
     run = run_dir(config)
+    # Read before anything is made on disk, so that bad rows leave nothing behind, not even a lock.
+    loaded = load_data(config)
     with directory_lock(run.data):
-        loaded = load_data(config)
-        if loaded.rejects:
-            with atomic_path(run.data / "rejects.jsonl") as partial:
-                partial.write_text("".join(canonical_json(vars(reject)) + "\n" for reject in loaded.rejects))
+        if loaded.rejects or (run.data / "rejects.jsonl").is_file():
+            write_rejects(run.data / "rejects.jsonl", loaded.rejects)
         fingerprint = digest_of(
             {
                 "schema": SCHEMA_VERSION,
@@ -63,6 +66,7 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     from pst_dist.shards import ShardSet
 
     run = run_dir(config)
+    ShardSet.open(run.shards, verify=False)  # a refusal before the lock leaves nothing behind
     with directory_lock(run.data):
         return embed_all(config.embed, ShardSet.open(run.shards), run.embeddings, rebuild=rebuild)
 
@@ -75,9 +79,11 @@ def needs_embeddings(config: Config) -> bool:
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process; with `rebuild`, what an earlier training left is removed first."""
     from pst_dist.distributed import Ranks
+    from pst_dist.shards import ShardSet
     from pst_dist.trainer import train
 
     run = run_dir(config)
+    ShardSet.open(run.shards, verify=False)  # a refusal before the lock leaves nothing behind
     # Other ranks cannot overtake: they wait for rank zero when the process group is made.
     if rebuild and Ranks.from_environment().is_main:
         for path in (run.checkpoints, run.best):
@@ -88,19 +94,28 @@ def make_student(config: Config, *, rebuild: bool = False) -> Any:
 
 
 def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
-    """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages made."""
-    record_run(config)
-    _stage("shard", lambda: make_shards(config, rebuild=rebuild))
-    if needs_embeddings(config):
-        _stage("embed", lambda: make_embeddings(config, rebuild=rebuild))
+    """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages made.
+
+    Raises DataError before training when the split that is to be scored has no rows.
+    """
     pages = []
     arms = expand_arms(config)
-    for arm in arms:
-        record_run(arm)
-        _stage(f"train {arm.arm}", functools.partial(make_student, arm, rebuild=rebuild))
-        pages.append(finish_arm(arm, rebuild=rebuild))
-    if len(arms) > 1:
-        pages.append(_stage("compare", lambda: compare_arms(config)))
+    with recorded(config):
+        manifest = _stage("shard", lambda: make_shards(config, rebuild=rebuild))
+        split = config.evaluate.split
+        if not manifest.extra["counts"].get(split):
+            raise DataError(
+                f"there are no {split} rows to score the student on",
+                f"give data.{split} or data.{split}_size, or evaluate.split={_OTHER[split]}",
+            )
+        if needs_embeddings(config):
+            _stage("embed", lambda: make_embeddings(config, rebuild=rebuild))
+        for arm in arms:
+            with recorded(arm) if config.arms else contextlib.nullcontext():
+                _stage(f"train {arm.arm}", functools.partial(make_student, arm, rebuild=rebuild))
+            pages.append(finish_arm(arm, rebuild=rebuild))
+        if len(arms) > 1:
+            pages.append(_stage("compare", lambda: compare_arms(config)))
     return pages
 
 

@@ -51,7 +51,8 @@ def preview_tokens(config: Config, layout: Layout, sequence: Sequence) -> list[P
 def preview(config: Config, rows: int) -> str:
     """Rich markup that shows the first training rows under each arm of the config."""
     from rich.markup import escape
-    from transformers import AutoConfig
+
+    from pst_dist.student import pretrained_shape
 
     samples = load_data(config).splits["train"]
     if not samples:
@@ -60,7 +61,7 @@ def preview(config: Config, rows: int) -> str:
     name = config.student.model_name_or_path
     seq2seq = config.student.fresh.architecture == "t5"
     if name:
-        seq2seq = AutoConfig.from_pretrained(name).is_encoder_decoder
+        seq2seq = pretrained_shape(name, config.student.revision).is_encoder_decoder
     blocks = []
     for arm in expand_arms(config):
         layout = layout_for(arm, tokenizer, is_encoder_decoder=seq2seq)

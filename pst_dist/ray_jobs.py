@@ -112,7 +112,7 @@ def _share_out(ray: Any, actors: list[Any], todo: list[ShardInfo], bar: Progress
         if not finished:  # slow, or an actor of a lost node waits for room: only the cluster's owner can tell
             at_work = sorted(shard.name for _, shard in running.values() if shard is not None)
             log.warning(
-                "embed: nothing was finished for %.0f s; still waiting for %s (`ray status` says what the cluster lacks)",
+                "embed: nothing finished for %.0f s, still waiting for %s; `ray status` says what the cluster lacks",
                 _QUIET_SECONDS,
                 ", ".join(at_work[:5]),
             )
@@ -169,7 +169,9 @@ def _cluster(config: RayConfig) -> Iterator[Any]:
     if imported is not None and imported.is_initialized():  # whoever connected this process chose the cluster
         yield imported
         return
-    own = config.address is None
+    # Inside a job of `ray job submit`, Ray names its cluster in the environment.
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    own = address is None
     if own:
         _secure_local_cluster()
     try:
@@ -191,15 +193,15 @@ def _cluster(config: RayConfig) -> Iterator[Any]:
                 **quiet,
             )
         else:
-            _probe(str(config.address))
-            ray.init(address=config.address, **quiet)
+            _probe(str(address))
+            ray.init(address=address, **quiet)
     except Exception as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, PstError):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {config.address}"
+        what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
         raise EnvironmentFault(
             f"{what} ({reason[:160]})",
             "check that it runs (`ray status`) and that RAY_AUTH_MODE fits, or set embed.backend=local",

@@ -14,9 +14,9 @@ from pst_dist import page, plots
 from pst_dist.compare_page import compare_report
 from pst_dist.config_io import RESOLVED
 from pst_dist.errors import InputError
-from pst_dist.evaluate import SAMPLES, finished_evaluation
+from pst_dist.evaluate import SAMPLES, evaluations_of
 from pst_dist.page import Cell, Row
-from pst_dist.storage import atomic_path, read_json, read_lines, read_manifest, write_text
+from pst_dist.storage import Manifest, atomic_path, read_json, read_lines, read_manifest, write_text
 
 __all__ = ["compare_report", "report"]
 
@@ -26,14 +26,15 @@ _SHOWN = 12
 def report(run: Path) -> Path:
     """Write `run/report.html` and `run/plots/*.png` from what is in the run directory; returns the page.
 
-    A run that was not evaluated yet is shown as far as it got. Raises InputError when nothing was trained here.
+    A run that was not evaluated yet is shown as far as it got; an evaluation of an older student than the one that
+    is there now is left out. Raises InputError when nothing was trained here.
     """
     metrics = read_lines(run / "metrics.jsonl")
     if not metrics:
         raise InputError("nothing was trained here", "run `pst train` first", path=run)
     training = read_json(run / "train.json") if (run / "train.json").is_file() else {}
     student = read_manifest(run / "best", "student")
-    evaluations = _evaluations(run)
+    evaluations = evaluations_of(run, student)
     body = [
         page.tiles(_headline(evaluations, training)),
         page.heading("Training"),
@@ -43,19 +44,13 @@ def report(run: Path) -> Path:
         *_samples_part(run, evaluations),
         page.heading("How it was made"),
         *_record_part(run),
-        page.pairs_table(_digests(run, student)),
+        page.pairs_table(_digests(student, evaluations)),
     ]
     arm = student.extra.get("arm", "") if student else ""
     task = evaluations[0]["task"] if evaluations else "not evaluated yet"
     lead = f"Arm {arm or 'not known'}, {task}, {training.get('steps', metrics[-1]['step'])} optimizer steps."
     write_text(run / "report.html", page.document(f"Run {run.name}", lead, body))
     return run / "report.html"
-
-
-def _evaluations(run: Path) -> list[dict[str, Any]]:
-    """Finished evaluations, test first."""
-    found = [finished_evaluation(run / "eval" / split) for split in ("test", "validation")]
-    return [results for results in found if results]
 
 
 def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -> list[tuple[str, str]]:
@@ -195,15 +190,13 @@ def _record_part(run: Path) -> list[str]:
     return parts
 
 
-def _digests(run: Path, student: Any) -> dict[str, str]:
+def _digests(student: Manifest | None, evaluations: Sequence[dict[str, Any]]) -> dict[str, str]:
     """sha256 names of the artefacts that this run hangs on."""
     digests = {}
     if student is not None:
         digests["student"] = student.digest
         digests["training settings, rows and embeddings"] = student.fingerprint
-    for split in ("test", "validation"):
-        results = finished_evaluation(run / "eval" / split)
-        if results:
-            digests[f"{split} evaluation of student"] = results["student"]["digest"]
-            digests["shards"] = results["shards"]
+    for results in evaluations:
+        digests[f"{results['split']} evaluation of student"] = results["student"]["digest"]
+        digests["shards"] = results["shards"]
     return digests

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pst_dist.config import Config
 from pst_dist.config_io import RESOLVED, dump_config
-from pst_dist.storage import write_json, write_text
+from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
+from pst_dist.storage import MANIFEST, write_json, write_text
 
+_RECORD = (RESOLVED, "command.txt", "environment.json")
+_REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
 
 
@@ -100,3 +105,35 @@ def record_run(config: Config) -> None:
     write_text(path / RESOLVED, dump_config(config))
     write_text(path / "command.txt", shlex.join(["pst", *sys.argv[1:]]) + "\n")
     write_json(path / "environment.json", environment())
+
+
+@contextlib.contextmanager
+def recorded(config: Config) -> Iterator[None]:
+    """`record_run` around the work itself: a refusal inside puts the earlier record back.
+
+    Otherwise a refused command (other settings, a directory in use) would leave its own settings behind as those
+    of what lies there, and every later verb would be refused too. A first record goes again when the refusal came
+    before anything was made. Other ends (an interrupt, a full disk, a divergence) keep the new one: work was done.
+    """
+    path = Path(config.output_dir)
+    earlier = {name: (path / name).read_text("utf-8") for name in _RECORD if (path / name).is_file()}
+    record_run(config)
+    try:
+        yield
+    except _REFUSALS:
+        if earlier or not any(path.rglob(MANIFEST)):
+            for name in _RECORD:
+                if name in earlier:
+                    write_text(path / name, earlier[name])
+                else:
+                    (path / name).unlink(missing_ok=True)
+            remove_if_empty(path)
+        raise
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove a run directory in which nothing was made; its lock, which holds nothing, does not count."""
+    if path.is_dir() and all(entry.name == ".lock" for entry in path.iterdir()):
+        with contextlib.suppress(OSError):
+            (path / ".lock").unlink(missing_ok=True)
+            path.rmdir()

@@ -23,6 +23,15 @@ from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_REMAKE = {
+    "shards": "run `pst shard` again",
+    "embeddings": "run `pst embed` again",
+    "student": "run `pst train` again",
+    "evaluation": "run `pst evaluate --rebuild`",
+    "export": "run `pst export` again",
+}
+"""The command that makes each kind of directory anew when it is damaged."""
 
 
 def canonical_json(value: Any) -> str:
@@ -53,16 +62,22 @@ def _fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into one line that names path and remedy."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError):
+            # safetensors and torch write by themselves and raise kinds of their own when the disk is full.
+            if not any(words in str(error) for words in _FULL):
+                raise
+            raise EnvironmentFault("cannot write: No space left on device", _make_room(path), path=path) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-            remedy = f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
+            remedy = _make_room(path)
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             remedy = "choose a directory that this user may write to"
+        elif error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
+            remedy = "no file can be made there: choose another place"
         elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             remedy = "something else stands at that place: move it or choose another directory"
         else:
@@ -70,11 +85,16 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path) from error
 
 
+def _make_room(path: Path) -> str:
+    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -93,7 +113,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sees the old one, the new one, or (for one instant) none, but never a mixture.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             partial.mkdir(parents=True)
             yield partial
@@ -104,7 +124,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def publish_directory(partial: Path, path: Path) -> None:
     """fsync every file of `partial` and rename it to `path`, replacing what was there."""
-    with _disk_errors(path):
+    with disk_errors(path):
         for entry in sorted(partial.rglob("*")):
             _fsync_path(entry)
         _fsync_path(partial)
@@ -139,7 +159,7 @@ def read_json(path: Path) -> Any:
 
 def append_line(path: Path, value: Any) -> None:
     """Append one JSON line and flush it; a torn last line is the reader's to skip."""
-    with _disk_errors(path), path.open("a", encoding="utf-8") as stream:
+    with disk_errors(path), path.open("a", encoding="utf-8") as stream:
         stream.write(canonical_json(value) + "\n")
 
 
@@ -222,17 +242,16 @@ def read_manifest(directory: Path, kind: str) -> Manifest | None:
 
 def verify_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs."""
+    remedy = _REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
     for name in sorted(manifest.files) if names is None else names:
         path, promised = directory / name, manifest.files[name]
         if not path.is_file():
-            raise IntegrityError("file is missing", f"make the {manifest.kind} again", path=path)
+            raise IntegrityError("file is missing", remedy, path=path)
         size = path.stat().st_size
         if size != promised["bytes"]:
-            raise IntegrityError(
-                f"{size} bytes, manifest says {promised['bytes']}", f"make the {manifest.kind} again", path=path
-            )
+            raise IntegrityError(f"{size} bytes, manifest says {promised['bytes']}", remedy, path=path)
         if sha256_file(path) != promised["sha256"]:
-            raise IntegrityError("sha256 differs from the manifest", f"make the {manifest.kind} again", path=path)
+            raise IntegrityError("sha256 differs from the manifest", remedy, path=path)
 
 
 @contextlib.contextmanager
@@ -241,7 +260,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
 
     The lock is the kernel's (flock), so it vanishes with its process however that ends.
     """
-    with _disk_errors(directory):
+    with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         stream = (directory / ".lock").open("a+")
     with stream:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pst_dist.config import Config, FreshConfig, LossConfig, StudentConfig
 from pst_dist.data import PSTBatch
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError
 from pst_dist.loss import PSTLossOutput, alignment_distance, token_nll
+from pst_dist.tokenizer import cannot_load
 
 HEAD_FILE = "alignment_head.safetensors"
 
@@ -144,7 +145,8 @@ def hidden_width(model: Any) -> int:
 def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> Student:
     """A student with its weights: from a hub id or folder, or fresh from random ones.
 
-    The seed of the global generator must be set by the caller. Raises InputError when the model cannot be loaded.
+    The seed of the global generator must be set by the caller. Raises InputError or EnvironmentFault when the
+    model cannot be loaded.
     """
     settings = config.student
     if settings.model_name_or_path is None:
@@ -216,19 +218,26 @@ def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int) -> Any:
 
 
 def _pretrained_model(name: str, settings: StudentConfig) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    shape = pretrained_shape(name, settings.revision)
     try:
-        shape = AutoConfig.from_pretrained(name, revision=settings.revision)
         family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
         extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
         return family.from_pretrained(name, revision=settings.revision, dtype=torch.float32, **extra)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: weights cut short
+        raise cannot_load("the student", name, "config.json and weights", error) from error
+
+
+def pretrained_shape(name: str, revision: str | None) -> Any:
+    """The Hugging Face config of a model by id or folder; raises InputError or EnvironmentFault."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot load the student: {str(error).splitlines()[0]}",
-            "give a folder with config.json and weights, or fetch the model where there is a network",
-            path=name,
-        ) from error
+        raise cannot_load("the student", name, "config.json and weights", error) from error
 
 
 def save_head(head: nn.Linear | None, weight: Tensor | None, directory: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pst_dist.config import Config
 from pst_dist.embeddings import EmbeddingStore
+from pst_dist.errors import StaleError
 from pst_dist.layout import ARMS
 from pst_dist.rundir import RunDir
 from pst_dist.shards import ShardSet
@@ -40,6 +41,19 @@ def another_row(keys: list[tuple[str, int]], *, seed: int) -> dict[tuple[str, in
     return {keys[here]: keys[there] for here, there in zip(order, np.roll(order, -1), strict=True)}
 
 
+def _check_settings(config: Config, store: EmbeddingStore, directory: Path) -> None:
+    """Refuse vectors made with another prefix, length or precision than the config now says."""
+    wanted = {"prefix": config.embed.prefix, "max_seq_length": config.embed.max_seq_length, "dtype": config.embed.dtype}
+    for name, value in wanted.items():
+        # An unset prefix or length is the encoder's own, which only the encoder knows.
+        if value and store.identity[name] != value:
+            raise StaleError(
+                f"made with {name}={store.identity[name]!r}, the config says {value!r}",
+                "run `pst embed --rebuild`, or undo the change",
+                path=directory,
+            )
+
+
 def open_teacher(config: Config, run: RunDir, shards: ShardSet) -> Teacher | None:
     """The vectors that an arm aligns with, or None for an arm without alignment.
 
@@ -48,5 +62,6 @@ def open_teacher(config: Config, run: RunDir, shards: ShardSet) -> Teacher | Non
     if not ARMS[config.arm].aligned or config.loss.alignment_weight == 0:
         return None
     store = EmbeddingStore.open(Path(run.embeddings), shards, encoder=config.embed.encoder)
+    _check_settings(config, store, Path(run.embeddings))
     shuffled = config.loss.control == "shuffle_embeddings"
     return Teacher(store, centre=config.loss.centre, shuffle_seed=config.seed if shuffled else None)

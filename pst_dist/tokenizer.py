@@ -7,10 +7,11 @@ the same one, on every rank.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pst_dist.config import StudentConfig
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 from pst_dist.layout import SEMANTIC_TOKEN, STOP_TOKEN
 from pst_dist.schema import ReasoningSample
 
@@ -20,8 +21,8 @@ END, PADDING = "<|endoftext|>", "<|pad|>"
 def build_tokenizer(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
     """The tokenizer of the named model, or a fresh one trained on the samples; holds our special tokens.
 
-    Raises InputError when a named one cannot be loaded and ConfigError when it has no end-of-sequence token or no
-    room for ours.
+    Raises InputError or EnvironmentFault when a named one cannot be loaded and ConfigError when it has no
+    end-of-sequence token or no room for ours.
     """
     if settings.model_name_or_path is None:
         tokenizer = _train(settings, samples)
@@ -97,8 +98,19 @@ def _load(settings: StudentConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, revision=settings.revision)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot load the student's tokenizer: {str(error).splitlines()[0]}",
-            "give a folder with tokenizer.json, or fetch the model where there is a network",
-            path=str(name),
-        ) from error
+        raise cannot_load("the student's tokenizer", str(name), "tokenizer.json", error) from error
+
+
+def cannot_load(what: str, name: str, wanted: str, error: Exception) -> PstError:
+    """The error for a model by id or folder: a place on disk is the user's to mend, a hub id may need a network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
+        return InputError(f"cannot load {what}: {reason}", f"give a folder with {wanted}", path=name)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return InputError(f"cannot load {what}: no such folder", f"give a folder with {wanted}", path=name)
+    return EnvironmentFault(
+        f"cannot load {what}: it is not in the cache and cannot be fetched",
+        "check its name, the network and HF_TOKEN, or give a folder",
+        path=name,
+    )

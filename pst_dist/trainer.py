@@ -330,6 +330,9 @@ class _Training:
                         "arm": self.config.arm,
                         "seed": self.config.seed,
                         "shards": self.shards_digest,
+                        "embeddings": self.teacher.digest if self.teacher else None,
+                        "base_model": self.config.student.model_name_or_path,
+                        "loss": self.config.loss.model_dump(mode="json"),
                         **value.to_json(),
                     },
                 )

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help in a blink, bad input as one line with its exit code, nothing left."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from small_run import small_config
 
 from pst_dist.cli import run_verb
 from pst_dist.config_io import dump_config
+from pst_dist.storage import directory_lock
 
 GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "rationale": f"{n} and one"} for n in range(12)]
 
@@ -142,6 +144,25 @@ def test_rows_given_for_a_config_are_recognised(tmp_path, capsys):
     assert code == 2 and "a file of rows, not a config" in err and "pst check" in err
 
 
+def test_a_machine_without_torch_can_check_and_shard_and_is_told_what_training_needs(tmp_path):
+    path = rows_file(tmp_path, GOOD)
+    words = rows_config(path, tmp_path / "run")
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'tokenizers', 'deepspeed'): sys.modules[name] = None\n"
+        "from pst_dist.cli import run_verb\n"
+        "sys.exit(run_verb(sys.argv[1:]))"
+    )
+    codes = {}
+    for verb in ("check", "shard", "train"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, verb, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        )
+        codes[verb] = done.returncode
+    assert codes == {"check": 0, "shard": 0, "train": 4}, done.stderr
+    assert "error[ENVIRONMENT] the package torch is not installed; pip install 'pst-dist[train]'" in done.stderr
+
+
 def test_answering_without_a_student_says_what_to_run(tmp_path, capsys):
     code, _, err = run(capsys, "answer", tmp_path, "hello")
     assert code == 2 and "pst train" in err
@@ -156,14 +177,14 @@ def test_a_directory_of_several_arms_asks_for_one(tmp_path, capsys):
 
 @pytest.mark.encoder
 def test_training_refuses_embeddings_of_other_shards_or_another_encoder(small_data, tmp_path, capsys):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(small_config(data, tmp_path / "run")))
     code, _, err = run(capsys, "train", path, "embed.encoder=some/other-encoder")
     assert code == 3 and "error[STALE]" in err and "some/other-encoder" in err
+    code, _, err = run(capsys, "train", path, "embed.max_seq_length=8")
+    assert code == 3 and "made with max_seq_length=256, the config says 8" in err
     assert run(capsys, "shard", path, "data.max_rows=20", "--rebuild")[0] == 0
     code, _, err = run(capsys, "train", path)
     assert code == 3 and "pst embed" in err
@@ -177,3 +198,97 @@ def test_preview_shows_the_loss_of_each_segment(tmp_path, capsys):
     assert code == 0
     for word in ("(answer)", "(align)", "(rationale)", "pre_thinking", "<|semantic|>"):
         assert word in out
+
+
+@pytest.mark.parametrize("word", ["rows.tsv", "rows.ndjson", "gen:last_letters?rows=20&seed=0"])
+def test_check_takes_whatever_data_train_takes(tmp_path, capsys, word):
+    if not word.startswith("gen:"):
+        mark = "\t" if word.endswith(".tsv") else None
+        head = "question\tanswer\trationale\n" if mark else ""
+        lines = [mark.join(row.values()) if mark else json.dumps(row) for row in GOOD]
+        word = tmp_path / word
+        word.write_text(head + "\n".join(lines) + "\n")
+    code, out, err = run(capsys, "check", word, "--rejects", tmp_path / "rejects.jsonl")
+    assert code == 0 and out.strip().endswith("ok"), err
+    assert not (tmp_path / "rejects.jsonl").exists(), "an empty one would be caught by the next *.jsonl"
+
+
+def test_check_never_replaces_the_rows_by_the_bad_rows(tmp_path, capsys):
+    path = rows_file(tmp_path, [*GOOD, "{"])
+    before = path.read_bytes()
+    code, _, err = run(capsys, "check", path, "--rejects", path)
+    assert code == 2 and "--rejects" in err and path.read_bytes() == before
+
+
+def test_check_proposes_the_answer_type_that_json_numbers_need(tmp_path, capsys):
+    path = rows_file(tmp_path, [{**row, "answer": int(row["answer"])} for row in GOOD])
+    code, out, _ = run(capsys, "check", path, "--rejects", tmp_path / "rejects.jsonl")
+    assert code == 2 and "  answer_type: number" in out and "data.answer_type=number" in out.splitlines()[-1]
+    assert run(capsys, "check", path, "data.answer_type=number")[0] == 0
+
+
+def test_preview_wants_at_least_one_row(capsys):
+    for count in ("0", "-3", "x"):
+        with pytest.raises(SystemExit) as end:
+            run_verb(["preview", "demo", "-n", count])
+        assert end.value.code == 2 and "number of rows from 1" in capsys.readouterr().err
+
+
+def test_refused_input_leaves_no_directory_at_all(tmp_path, capsys):
+    path = rows_file(tmp_path, [*GOOD, "{"])
+    for verb in ("shard", "embed", "train", "run"):
+        assert run(capsys, verb, *rows_config(path, tmp_path / "run"), "arms=[]")[0] == 2
+        assert not (tmp_path / "run").exists(), verb
+
+
+def test_a_run_without_rows_to_score_is_refused_before_training(tmp_path, capsys):
+    path = rows_file(tmp_path, GOOD)
+    code, _, err = run(capsys, "run", *rows_config(path, tmp_path / "run"), "arms=[]", "arm=answer_only")
+    assert code == 2 and "no test rows" in err and "evaluate.split=validation" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_refused_command_leaves_the_record_of_the_run_as_it_was(small_data, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(small_config(small_data, tmp_path / "run", train__max_steps=2, arm="answer_only")))
+    assert run(capsys, "train", path)[0] == 0
+    names = ("config.resolved.yaml", "command.txt", "environment.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    for verb in ("train", "run"):
+        code, _, err = run(capsys, verb, tmp_path / "run", "train.learning_rate=0.5")
+        assert code == 3 and "error[STALE]" in err
+        assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+    with directory_lock(tmp_path / "run"):
+        assert run(capsys, "train", tmp_path / "run", "train.max_steps=9")[0] == 5
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+    assert run(capsys, "train", tmp_path / "run")[0] == 0
+
+
+def test_a_student_that_cannot_be_read_is_one_line(small_data, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(small_config(small_data, tmp_path / "run", train__max_steps=2, arm="answer_only")))
+    assert run(capsys, "train", path)[0] == 0
+    student = tmp_path / "student"
+    shutil.copytree(tmp_path / "run" / "best", student)
+    weights = student / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    named = [path, f"student.model_name_or_path={student}", f"output_dir={tmp_path / 'other'}"]
+    code, _, err = run(capsys, "train", *named)
+    assert code == 2 and err.splitlines()[-1].startswith(f"pst: error[INPUT] {student}: cannot load the student"), err
+    (student / "config.json").unlink()
+    for verb in ("preview", "train"):
+        code, _, err = run(capsys, verb, *named)
+        assert code == 2 and "cannot load the student" in err.splitlines()[-1], err
+    assert not (tmp_path / "other").exists()
+    code, _, err = run(
+        capsys, "train", path, "student.model_name_or_path=gone/away", f"output_dir={tmp_path / 'other'}"
+    )
+    assert code == 4 and "network" in err
+
+
+@pytest.mark.parametrize("spec", ["", "folder"])
+def test_a_path_that_is_no_file_says_what_to_write(tmp_path, capsys, spec):
+    rows_file(tmp_path, GOOD)
+    words = rows_config(tmp_path if spec else "''", tmp_path / "run")
+    code, _, err = run(capsys, "shard", *words)
+    assert code == 2 and (f"'{tmp_path}/*.jsonl'" if spec else "is empty") in err

@@ -170,6 +170,17 @@ def test_runs_of_one_arm_are_told_apart_by_variant_and_seed(tmp_path):
     ]
 
 
+def test_runs_alike_in_all_but_their_place_are_told_apart_by_it(tmp_path):
+    made = [scored(tmp_path / name / "pst", "pst", "10") for name in ("slow", "fast")]
+    labels = [arm.label for arm in compare(made).arms]
+    assert labels == [f"pst seed 0 ({path})" for path in made]
+
+
+def test_an_arm_that_generated_nothing_has_no_token_ratio(tmp_path):
+    runs = [scored(tmp_path / "a", "pst", "00", tokens=0), scored(tmp_path / "b", "pre_thinking", "10")]
+    assert [arm.times_fewer_tokens for arm in compare(runs).arms] == [None, 1.0]
+
+
 def test_a_run_without_an_evaluation_says_what_to_run(runs, tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(InputError, match="run `pst evaluate` first"):

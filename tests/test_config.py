@@ -87,3 +87,24 @@ def test_every_key_has_a_sentence_of_help():
 @pytest.mark.parametrize("name", ready_made_configs())
 def test_every_ready_made_config_is_valid(name):
     assert load_config(name).task
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("? [a, b]\n: 1\n", "run.yaml:1: a key is not a plain word"),
+        ("train:\n  lr: 1\n", "run.yaml:2: unknown key 'train.lr'"),
+        ("train.max_steps: 4\n", "write max_steps on a line of its own below train:"),
+        ("arms: pst\n", "write arms=[pst]"),
+        ("train: 5\n", "train is a section, got 5; write train.KEY=value"),
+        ("output_dir: ''\n", "output_dir"),
+    ],
+)
+def test_a_slip_in_the_file_is_answered_with_what_to_write(tmp_path, text, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(write(tmp_path, text)))
+    assert words in str(caught.value) and "did you mean 'train'?" not in str(caught.value)
+
+
+def test_a_section_without_keys_means_its_defaults(tmp_path):
+    assert load_config(str(write(tmp_path, "train:\nembed:\n  ray:\nseed: 3\n"))) == Config(seed=3)

@@ -334,6 +334,19 @@ def test_another_encoder_is_refused_by_name_and_rebuilt_when_asked(copied):
 
 
 @needs_encoder
+def test_a_rebuild_drops_what_killed_runs_left_and_no_file_of_somebody_else(copied):
+    shards, directory = copied
+    others = [directory / "model.safetensors", directory / ".weights.partial"]
+    leftovers = [directory / "train-000099.safetensors", directory / ".train-000000.safetensors.0123abcd.partial"]
+    for path in [*others, *leftovers]:
+        path.write_bytes(b"mine")
+    embed_all(CPU, shards, directory, rebuild=True)
+    assert [path.is_file() for path in others] == [True, True]
+    assert [path.exists() for path in leftovers] == [False, False]
+    assert EmbeddingStore.open(directory, shards).manifest.extra["rows"] > 0
+
+
+@needs_encoder
 def test_a_damaged_file_is_refused_by_readers_and_alone_made_again(copied):
     shards, directory = copied
     before, files = digests(directory), inodes(directory)

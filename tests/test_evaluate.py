@@ -50,7 +50,8 @@ def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, **evaluation)
         extra={},
     )
     write_json(
-        path / "train.json", {"steps": 9, "seconds": 1.5, "tokens": 1234, "best_step": 7, "metric": "answer_nll"}
+        path / "train.json",
+        {"steps": 9, "seconds": 1.5, "tokens": 1234, "best_step": 7, "metric": "answer_nll", "fingerprint": "f" * 64},
     )
     return config
 
@@ -125,9 +126,15 @@ def test_a_damaged_evaluation_is_not_read_back(tmp_path):
     evaluate(config)
     results = tmp_path / "eval" / "test" / "results.json"
     results.write_text(results.read_text().replace('"correct": 1', '"correct": 9'))
-    with pytest.raises(IntegrityError, match=r"results\.json"):
+    with pytest.raises(IntegrityError, match=r"results\.json.*run `pst evaluate` with --rebuild"):
         evaluate(config)
     assert evaluate(config, rebuild=True)["correct"] == 1
+
+
+def test_the_record_of_another_training_is_not_told_as_this_students(tmp_path):
+    config = make_run(tmp_path, test=LEARNT[:1], explain_rows=0, latency_rows=0)
+    write_json(tmp_path / "train.json", {**read_json(tmp_path / "train.json"), "fingerprint": "another"})
+    assert evaluate(config)["training"] is None
 
 
 def test_pre_thinking_is_scored_after_its_marker(tmp_path):
@@ -172,6 +179,9 @@ def test_rationales_that_are_the_teachers_have_cosine_one_and_others_less(tmp_pa
     assert found["shuffled_mean"] < 0
     rows = read_lines(tmp_path / "eval" / "test" / "samples.jsonl")
     assert all(math.isclose(row["similarity"], 1.0, abs_tol=1e-4) for row in rows)
+    gone = config.embed.model_copy(update={"encoder": str(tmp_path / "gone")})
+    scores = evaluate(config.model_copy(update={"embed": gone}), rebuild=True)
+    assert scores["correct"] == 4 and scores["rationale_similarity"] is None
 
 
 def test_likeness_compares_each_row_with_its_own_and_with_all_other_teachers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pst_dist.decode import decode_answers, decode_rationales, load_student
 from pst_dist.errors import InputError
 from pst_dist.export import export
 from pst_dist.layout import STOP_TOKEN
+from pst_dist.model_card import CardFacts, front_matter, model_card
 from pst_dist.storage import Manifest, describe_files, read_manifest, verify_files, write_json, write_manifest
 
 # A program of somebody else: plain transformers, our package blocked, the code taken from the model card as it stands.
@@ -182,8 +184,6 @@ def test_the_cards_front_matter_is_read_by_the_hub_library(folder):
 
 
 def test_a_hub_model_stands_in_the_card_as_base_model_and_a_local_folder_does_not(folder, tmp_path):
-    from pst_dist.model_card import CardFacts, front_matter
-
     config, path, tiny = folder
     student = load_student(path)
 
@@ -193,6 +193,50 @@ def test_a_hub_model_stands_in_the_card_as_base_model_and_a_local_folder_does_no
 
     assert matter("openai-community/gpt2")["base_model"] == "openai-community/gpt2"
     assert "base_model" not in matter(str(tmp_path))
+
+
+def card(folder, *, extra=None, **changes: dict) -> str:
+    config, path, tiny = folder
+    student = load_student(path)
+    values = config.model_dump()
+    for section, fields in changes.items():
+        values[section] = {**values[section], **fields}
+    manifest = replace(student.manifest, extra={**student.manifest.extra, **(extra or {})})
+    results = json.loads((path.parent / "eval" / "test" / "results.json").read_text())
+    facts = CardFacts(
+        Config.model_validate(values), tiny.format, manifest, [results], None, {"shards": None}, tiny.model
+    )
+    return model_card(facts)
+
+
+def test_a_card_tells_no_path_of_the_machine_it_was_made_on(folder, tmp_path):
+    for place in (str(tmp_path), "/gone/gpt2", "~/gpt2", "../gpt2", "a/b/gpt2"):
+        text = card(folder, student={"model_name_or_path": place})
+        assert place not in text and "a model from a local folder" in text
+
+
+def test_a_card_claims_no_alignment_and_no_choice_that_did_not_happen(folder):
+    assert "aligned with a sentence embedding of the teacher's rationale" in card(folder)
+    assert "nothing is aligned with" in card(folder, loss={"alignment_weight": 0.0})
+    assert "another row's teacher rationale (a control)" in card(folder, loss={"control": "shuffle_embeddings"})
+    assert "No rows were used to choose" in card(folder, extra={"answer_nll": None})
+    assert "chosen on validation rows only" in card(folder, extra={"answer_nll": 0.5})
+    assert "bytes as tokens" in card(folder)
+
+
+def test_the_export_names_what_the_student_was_trained_from_not_what_lies_there_today(tmp_path):
+    tiny = Tiny("pst")
+    config = Config.model_validate({**tiny.config.model_dump(), "output_dir": str(tmp_path)})
+    tiny.save(tmp_path / "best", shards="of then")
+    write_json(tmp_path / "train.json", {"fingerprint": "f" * 64, "embeddings": "those of then"})
+    for kind in ("shards", "embeddings"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        write_manifest(tmp_path / "data" / kind, Manifest(kind, "today", {}, {"encoder": {"encoder": "today's"}}))
+    path = export(config)
+    extra = read_manifest(path, "export").extra
+    assert (extra["shards"], extra["embeddings"]) == ("of then", "those of then")
+    text = (path / "README.md").read_text()
+    assert "`of then`" in text and "today's" not in text
 
 
 def test_a_second_export_is_a_no_op_and_a_damaged_one_is_made_again(folder):

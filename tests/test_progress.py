@@ -67,6 +67,16 @@ def test_restarting_forgets_the_time_before():
     assert bar.rate == 10
 
 
+def test_restarting_leaves_what_an_earlier_run_did_out_of_the_speed():
+    clock = Clock()
+    bar = Progress("train", 1100, "steps", clock=clock)
+    bar.advance(1000)
+    bar.restart()
+    clock.now += 10
+    bar.advance(20)
+    assert (bar.done, bar.rate, bar.seconds_left) == (1020, 2, 40)
+
+
 def test_in_a_log_there_is_one_line_at_the_end_even_after_an_error(caplog):
     caplog.set_level(logging.INFO, "pst_dist.progress")
     with pytest.raises(RuntimeError), progress("embed", 5, "texts") as bar:

@@ -13,13 +13,16 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import pst_dist
+from pst_dist import ray_jobs
 from pst_dist.config import EmbedConfig, RayConfig
 from pst_dist.embeddings import embed_all
-from pst_dist.errors import EnvironmentFault
+from pst_dist.errors import EnvironmentFault, PeerLostError
+from pst_dist.progress import Progress
 from pst_dist.ray_jobs import _number_of_actors
 from pst_dist.schema import ReasoningSample
 from pst_dist.shards import ShardSet, write_shards
@@ -192,6 +195,55 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_no_file(shards, tmp_path
 )
 def test_there_are_as_many_actors_as_fit(config, resources, shards, expected):
     assert _number_of_actors(config, resources, shards) == expected
+
+
+@pytest.mark.parametrize(("device", "gpus", "expected"), [(None, 0, "cpu"), (None, 0.5, None), ("cuda:1", 0, None)])
+def test_an_actor_without_a_gpu_of_its_own_encodes_on_the_cpu(monkeypatch, device, gpus, expected):
+    asked = []
+    monkeypatch.setattr(ray_jobs, "TextEncoder", lambda config, device: asked.append(device))
+    config = EmbedConfig(device=device, backend="ray", ray=RayConfig(num_gpus_per_actor=gpus))
+    ray_jobs.EncoderActor(config, "shards", "embeddings").ready()
+    assert asked == [expected]
+
+
+class OneCluster:
+    """What `_share_out` asks of ray, for one actor: `finishes` says whether a wait yields, `outcome` what get gives."""
+
+    def __init__(self, exceptions, finishes, outcome) -> None:
+        self.exceptions, self.finishes, self.outcome = exceptions, finishes, outcome
+        self.ready = self.embed = self
+
+    def remote(self, *_):
+        return object()
+
+    def wait(self, futures, *, num_returns, timeout):
+        assert timeout is not None, "would hang for ever"
+        return (futures[:num_returns] if self.finishes.pop(0) else [], [])
+
+    def get(self, future):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.mark.ray
+def test_an_actor_that_ray_gives_up_for_want_of_memory_is_one_line(shards):
+    import ray.exceptions
+
+    cluster = OneCluster(ray.exceptions, [True], ray.exceptions.OutOfMemoryError("out of memory\nmore"))
+    with pytest.raises(PeerLostError, match=r"lost while loading the encoder.*out of memory\)"):
+        ray_jobs._share_out(cluster, [cluster], shards.shards()[:1], Progress("embed", 3, "texts"))
+
+
+def test_a_silent_cluster_is_an_error_before_the_start_and_named_in_the_log_later(shards, caplog):
+    bar = Progress("embed", 3, "texts")
+    with pytest.raises(EnvironmentFault, match="no encoder actor started within 300 s"):
+        cluster = OneCluster(None, [False], 0)
+        ray_jobs._share_out(cluster, [cluster], shards.shards()[:1], bar)
+    cluster = OneCluster(SimpleNamespace(RayTaskError=OSError, RayError=OSError), [True, False, True], 3)
+    ray_jobs._share_out(cluster, [cluster], shards.shards()[:1], bar)
+    (record,) = caplog.records
+    assert shards.shards()[0].name in record.getMessage()
 
 
 def test_a_cluster_without_room_says_what_it_lacks():

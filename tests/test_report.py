@@ -11,7 +11,7 @@ import pytest
 from test_compare import scored
 
 from pst_dist import page, plots
-from pst_dist.errors import InputError
+from pst_dist.errors import InputError, StaleError
 from pst_dist.report import compare_report, report
 from pst_dist.storage import Manifest, append_line, describe_files, read_json, write_json, write_manifest, write_text
 
@@ -117,6 +117,17 @@ def test_a_run_that_was_not_evaluated_is_shown_as_far_as_it_got(tmp_path):
     assert "Not evaluated yet" in reader.text and len(reader.links) == 1
 
 
+def test_scores_of_an_older_student_are_not_told_as_this_ones(tmp_path):
+    run = finished(tmp_path / "run", "pst", "1101")
+    other = finished(tmp_path / "other", "answer_only", "1101")
+    write_json(run / "best" / "config.json", {})
+    write_manifest(run / "best", Manifest("student", "f", describe_files(run / "best", ["config.json"])))
+    reader = checked(report(run))
+    assert "Not evaluated yet" in reader.text and "75.00 %" not in reader.text
+    with pytest.raises(StaleError, match="older student; run `pst evaluate` again"):
+        compare_report([run, other], tmp_path / "compare.html")
+
+
 def test_a_directory_without_a_training_is_refused_and_left_as_it_was(tmp_path):
     with pytest.raises(InputError, match="run `pst train` first"):
         report(tmp_path)
@@ -136,7 +147,7 @@ def compared(tmp_path) -> Reader:
 
 
 def test_the_comparison_holds_every_arm_with_error_interval_and_token_ratio(compared):
-    for words in ("90.00 %", "9.49", "+50.00", "0.062", "13.0x", "baseline", "answer_only", "Guessing gives 50.0 %"):
+    for words in ("90.00", "9.49", "+50.00", "0.062", "13.0x", "baseline", "answer_only", "Guessing gives 50.0 %"):
         assert words in compared.text, words
     assert len(compared.links) == 2
     assert "pst compare" in compared.text and "config.resolved.yaml" in compared.text

@@ -231,3 +231,17 @@ for generation in range(10**9):
             assert not target.exists() or not list(target.iterdir())
         states.append(manifest and int(manifest.fingerprint))
     assert any(state is not None for state in states)
+
+
+def test_a_library_that_meets_a_full_disk_is_one_line_too(tmp_path):
+    # safetensors' words, as seen on a full tmpfs; it raises a kind of its own, not OSError.
+    with pytest.raises(EnvironmentFault, match="No space left") as caught, atomic_directory(tmp_path / "out"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "make room" in caught.value.remedy and list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError, match="a bug"), atomic_directory(tmp_path / "out"):
+        raise RuntimeError("a bug")
+
+
+def test_a_place_where_no_file_can_be_made_is_one_line(tmp_path):
+    with pytest.raises(EnvironmentFault, match="cannot write"):
+        storage.write_text(tmp_path / ("a" * 300), "x")

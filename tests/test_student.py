@@ -7,7 +7,7 @@ from tiny import ROWS, Tiny, TinyTeacher
 
 from pst_dist.config import Config
 from pst_dist.data import Collator
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.layout import ARMS
 from pst_dist.loss import TermWeights
 from pst_dist.student import build_student, span_mean
@@ -139,7 +139,7 @@ def test_a_pretrained_student_gets_rows_for_the_special_tokens(tmp_path):
 
 def test_a_student_that_is_not_there_is_refused_in_one_line():
     config = Config.model_validate({"student": {"model_name_or_path": "no/such-model-anywhere"}})
-    with pytest.raises(InputError, match="cannot load the student's tokenizer"):
+    with pytest.raises(EnvironmentFault, match="cannot load the student's tokenizer"):
         build_tokenizer(config.student, [])
 
 

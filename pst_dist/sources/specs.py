@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError
-from pst_dist.sources.readers import read_file, table_row
+from pst_dist.sources.readers import SUFFIXES, read_file, table_row
 from pst_dist.sources.rows import Entry
 from pst_dist.storage import digest_of, sha256_file
 from pst_dist.tasks import generate
@@ -58,6 +58,8 @@ def _targets(word: str, root: Path) -> Iterator[Path | str]:
     if word.startswith(("hf:", "gen:")):
         yield word
         return
+    if not word.strip():
+        raise ConfigError("a data path is empty", "name a file, or leave the key out")
     path = root / Path(word).expanduser()
     if not path.exists() and glob.has_magic(word):
         found = sorted(glob.glob(str(path), recursive=True))
@@ -95,7 +97,7 @@ def _read_folder(folder: Path, split: str) -> Source:
     if not (folder / "state.json").is_file():
         raise InputError(
             "is a folder, but not one that save_to_disk wrote",
-            f"for files in it write '{folder.name}/*.jsonl'",
+            _files_in(folder),
             path=folder,
         )
     datasets = _datasets(folder)
@@ -106,6 +108,14 @@ def _read_folder(folder: Path, split: str) -> Source:
         raise DataError(f"cannot read the dataset: {_first_line(error)}", "save it again", path=folder) from error
     digest = digest_of([sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()])
     return _not_empty(Source(str(folder), folder.name, entries, digest))
+
+
+def _files_in(folder: Path) -> str:
+    """What to write instead of a folder that merely holds data files."""
+    suffixes = [file.suffix for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
+    if not suffixes:
+        return "name a data file or such a folder"
+    return f"for the files in it write '{folder.absolute()}/*{suffixes[0]}'"
 
 
 def _read_hub(spec: str) -> Source:

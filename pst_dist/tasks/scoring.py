@@ -155,7 +155,7 @@ def _gold(task: Task, value: object, choices: Sequence[str]) -> str:
     wanted = _KINDS[task.rule]
     if isinstance(value, bool):
         if task.rule != "yes_no":
-            raise ValueError(f"is true or false, wanted {wanted}")
+            raise ValueError(f"is true or false, wanted {wanted}" + _unless_said(task, "bool"))
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return _gold_number(task, value, choices)
@@ -184,7 +184,12 @@ def _gold_number(task: Task, value: int | float, choices: Sequence[str]) -> str:
         if not 0 <= value < min(len(choices), len(task.choice_letters)):
             raise ValueError(f"{value} is no position in {len(choices)} choices")
         return task.choice_letters[value]
-    raise ValueError(f"is a number, wanted {_KINDS[task.rule]}")
+    raise ValueError(f"is a number, wanted {_KINDS[task.rule]}" + _unless_said(task, "number"))
+
+
+def _unless_said(task: Task, kind: str) -> str:
+    """A hint where text is wanted only because nothing else was asked for."""
+    return f" (say data.answer_type={kind} if all are)" if task.rule == "whole_text" else ""
 
 
 def _gold_letter(task: Task, value: str, choices: Sequence[str]) -> str:

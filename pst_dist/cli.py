@@ -252,7 +252,8 @@ def _answer(arguments: argparse.Namespace) -> int:
         answer = answer_question(student, question.strip(), explain=arguments.explain, max_new_tokens=256)
         print(answer["answer"])
         if arguments.explain:
-            print(f"because: {answer['rationale'] or '(this student was not taught to explain)'}")
+            silent = "was not taught to explain" if answer["complete"] else "never ended its answer"
+            print(f"because: {answer['rationale'] or f'(this student {silent})'}")
         logging.getLogger("pst_dist").info(
             "%d tokens, %.1f ms to the answer", answer["answer_tokens"], answer["milliseconds"]
         )
@@ -367,10 +368,10 @@ def run_verb(words: Sequence[str]) -> int:
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
-        if extra is None:
+        group = _EXTRA_OF.get((error.name or "").partition(".")[0])
+        if group is None:
             raise
-        fault = EnvironmentFault(f"the package {error.name} is not installed", f"pip install 'pst-dist[{extra}]'")
+        fault = EnvironmentFault(f"the package {error.name} is not installed", f"pip install 'pst-dist[{group}]'")
         print(f"pst: {fault}", file=sys.stderr)
         return fault.exit_code
     except KeyboardInterrupt:

@@ -84,6 +84,13 @@ def _from_hub(encoder: str, revision: str | None) -> Path:
     return folder
 
 
+# What the libraries raise for a folder that is no encoder or a device that is not there.
+_LOADING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError),
+    *(ImportError, AttributeError, TypeError, AssertionError),
+)
+
+
 class TextEncoder:
     """A sentence-transformers model that turns texts into unit vectors [n, E] float32."""
 
@@ -239,7 +246,7 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
                 trust_remote_code=False,
                 model_kwargs={"dtype": getattr(torch, config.dtype)},
             )
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError, TypeError) as error:
+        except _LOADING_ERRORS as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
                 f"cannot be loaded as a sentence encoder ({reason[:160]})",

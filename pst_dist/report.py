@@ -30,15 +30,14 @@ def report(run: Path) -> Path:
     is there now is left out. Raises InputError when nothing was trained here.
     """
     metrics = read_lines(run / "metrics.jsonl")
-    if not metrics:
-        raise InputError("nothing was trained here", "run `pst train` first", path=run)
     training = read_json(run / "train.json") if (run / "train.json").is_file() else {}
+    if not metrics and not training:
+        raise InputError("nothing was trained here", "run `pst train` first", path=run)
     student = read_manifest(run / "best", "student")
     evaluations = evaluations_of(run, student)
     body = [
         page.tiles(_headline(evaluations, training)),
-        page.heading("Training"),
-        page.figures(_training_figures(run, metrics, training)),
+        *([page.heading("Training"), page.figures(_training_figures(run, metrics, training))] if metrics else []),
         page.heading("Evaluation"),
         *_evaluation_part(evaluations),
         *_samples_part(run, evaluations),
@@ -48,7 +47,8 @@ def report(run: Path) -> Path:
     ]
     arm = student.extra.get("arm", "") if student else ""
     task = evaluations[0]["task"] if evaluations else "not evaluated yet"
-    lead = f"Arm {arm or 'not known'}, {task}, {training.get('steps', metrics[-1]['step'])} optimizer steps."
+    steps = training["steps"] if training else metrics[-1]["step"]
+    lead = f"Arm {arm or 'not known'}, {task}, {steps} optimizer steps."
     write_text(run / "report.html", page.document(f"Run {run.name}", lead, body))
     return run / "report.html"
 

@@ -150,7 +150,12 @@ def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> 
     """
     settings = config.student
     if settings.model_name_or_path is None:
-        model = fresh_model(settings.fresh, tokenizer, max_length=config.layout.max_length)
+        model = fresh_model(
+            settings.fresh,
+            tokenizer,
+            max_length=config.layout.max_length,
+            attn_implementation=settings.attn_implementation,
+        )
     else:
         model = _pretrained_model(settings.model_name_or_path, settings)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -162,7 +167,9 @@ def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> 
     return Student(model, config.loss, teacher_width)
 
 
-def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int) -> Any:
+def fresh_model(
+    fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_implementation: str | None = None
+) -> Any:
     """A randomly initialised model of the given shape; positions for max_length tokens and an answer beyond."""
     from transformers import (
         GPT2Config,
@@ -174,7 +181,13 @@ def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int) -> Any:
     )
 
     vocabulary = -(-len(tokenizer) // 8) * 8
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if attn_implementation is not None:
+        ends["attn_implementation"] = attn_implementation
     if fresh.architecture == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(

@@ -30,7 +30,7 @@ from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
 from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
-from pst_dist.errors import DivergedError, InputError, IntegrityError
+from pst_dist.errors import DataError, DivergedError, InputError, IntegrityError
 from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.loss import TERMS, TermWeights
@@ -169,6 +169,8 @@ class _Training:
             return done
         engine = build_engine(self.student, self.config.train, self.ranks)
         state = self._resume(engine)
+        if state.step == 0:
+            self._check_rows()
         log.info(
             "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
             self.config.arm,
@@ -198,6 +200,23 @@ class _Training:
             if self.ranks.is_main:
                 write_json(self.run.path / "train.json", vars(result))
         return result
+
+    def _check_rows(self) -> None:
+        """Lay out every row once, a stride on each rank: one that does not fit is refused before the first step.
+
+        Raises DataError on every rank: the rank that found it names the row.
+        """
+        failure: DataError | None = None
+        try:
+            for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
+                self.layout.sequences(self.samples[index])
+        except DataError as error:
+            failure = error
+        bad = sums_over_ranks(torch.tensor([float(failure is not None)], dtype=torch.float64))
+        if failure is not None:
+            raise failure
+        if bad[0] > 0:
+            raise DataError("another rank met a row that cannot be trained on", "see its message")
 
     def _resume(self, engine: Engine) -> RunState:
         """Go to the newest valid checkpoint; when the best student is lost, back to where it can be made again.

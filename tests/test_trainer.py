@@ -12,7 +12,7 @@ from small_run import small_config
 from pst_dist.config import TrainConfig
 from pst_dist.distributed import Ranks
 from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine, deepspeed_settings
-from pst_dist.errors import ConfigError, DivergedError, InputError, LockedError, StaleError
+from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.layout import ARMS
 from pst_dist.storage import directory_lock, read_json, read_lines
 from pst_dist.trainer import learning_rate_at, train
@@ -162,6 +162,17 @@ def test_accuracy_can_choose_the_student(small_data, tmp_path):
 def test_training_without_shards_says_what_to_run(tmp_path):
     with pytest.raises(InputError, match="pst shard"):
         train(small_config(tmp_path / "nowhere", tmp_path / "run"))
+
+
+def test_a_row_that_does_not_fit_is_named_before_the_first_step(small_data, tmp_path):
+    with pytest.raises(DataError, match=r"question and answer take \d+ tokens, layout\.max_length is 40"):
+        train(small_config(small_data, tmp_path, layout__max_length=40))
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_the_attention_of_a_fresh_student_can_be_chosen(small_data, tmp_path):
+    train(small_config(small_data, tmp_path, student__attn_implementation="eager"))
+    assert losses(tmp_path) == pytest.approx(golden()["pst"], abs=2e-3)
 
 
 def test_every_logged_step_holds_raw_and_weighted_terms_and_gradient_shares(small_data, tmp_path):

@@ -117,6 +117,13 @@ def test_a_run_that_was_not_evaluated_is_shown_as_far_as_it_got(tmp_path):
     assert "Not evaluated yet" in reader.text and len(reader.links) == 1
 
 
+def test_a_lost_curve_does_not_hide_the_scores(tmp_path):
+    run = finished(tmp_path / "run", "pst", "1101")
+    (run / "metrics.jsonl").unlink()
+    reader = checked(report(run))
+    assert "75.00 %" in reader.text and reader.links == []
+
+
 def test_scores_of_an_older_student_are_not_told_as_this_ones(tmp_path):
     run = finished(tmp_path / "run", "pst", "1101")
     other = finished(tmp_path / "other", "answer_only", "1101")

@@ -9,6 +9,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,4 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if "WORLD_SIZE" in os.environ:
+        from pst_dist.distributed import leave
+
+        leave(exit_code)
+    sys.exit(exit_code)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from pst_dist.config import Config
-from pst_dist.distributed import Ranks, process_group
+from pst_dist.distributed import Ranks, leave, process_group
 from pst_dist.trainer import train
 
 
@@ -28,3 +28,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -306,7 +306,7 @@ def _device_name(student: LoadedStudent) -> str:
 
 def _training(run: RunDir, student: LoadedStudent) -> dict[str, Any] | None:
     """Steps, seconds and tokens of the training that made this student, when its record is there."""
-    path = run.path / "train.json"
+    path = run.training
     record = read_json(path) if path.is_file() else {}
     if record.get("fingerprint") != student.manifest.fingerprint:
         return None

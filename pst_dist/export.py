@@ -83,7 +83,7 @@ def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[
     They are those that training wrote down: what lies in the data directory today may be newer. None where nothing
     was written down, or where today's embeddings are others, whose encoder says nothing about this student's.
     """
-    path = run.path / "train.json"
+    path = run.training
     record = read_json(path) if path.is_file() else {}
     if record.get("fingerprint") != student.fingerprint:
         record = {}

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pst_dist.config import Config
-from pst_dist.errors import DataError, PstError
+from pst_dist.errors import DataError
 from pst_dist.layout import ARMS
 from pst_dist.rundir import expand_arms, recorded, run_dir
 from pst_dist.schema import SCHEMA_VERSION
@@ -78,19 +77,11 @@ def needs_embeddings(config: Config) -> bool:
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process; with `rebuild`, what an earlier training left is removed first."""
-    from pst_dist.distributed import Ranks
     from pst_dist.shards import ShardSet
     from pst_dist.trainer import train
 
-    run = run_dir(config)
-    ShardSet.open(run.shards, verify=False)  # a refusal before the lock leaves nothing behind
-    # Other ranks cannot overtake: they wait for rank zero when the process group is made.
-    if rebuild and Ranks.from_environment().is_main:
-        for path in (run.checkpoints, run.best):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (run.path / "train.json", run.metrics):
-            path.unlink(missing_ok=True)
-    return train(config)
+    ShardSet.open(run_dir(config).shards, verify=False)  # a refusal before the lock leaves nothing behind
+    return train(config, rebuild=rebuild)
 
 
 def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
@@ -139,10 +130,6 @@ def compare_arms(config: Config) -> Path:
 
 def _stage(name: str, work: Callable[[], Any]) -> Any:
     started = time.monotonic()
-    try:
-        result = work()
-    except PstError as error:
-        log.debug("stage %s: %s", name, error)
-        raise
+    result = work()
     log.info("stage %s: %.1f s", name, time.monotonic() - started)
     return result

@@ -54,6 +54,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def training(self) -> Path:
+        """What came of the training, written when its last step is done."""
+        return self.path / "train.json"
+
+    @property
     def export(self) -> Path:
         """The finished model for other tools."""
         return self.path / "export"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class TrainingResult:
 
 def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     """The result of an already complete training with this fingerprint, or None."""
-    path = run.path / "train.json"
+    path = run.training
     if not path.is_file() or not is_intact_student(run.best):
         return None
     try:
@@ -110,9 +111,10 @@ def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     return result if result.fingerprint == fingerprint else None
 
 
-def train(config: Config) -> TrainingResult:
+def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
     """Train one arm to its last step and return what came of it; resumes what an earlier call left.
 
+    With `rebuild` that is removed first, once the directory is ours: a training that runs there keeps its own.
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
     ranks together when a loss or gradient is not finite, with the weights as they were before that step.
     """
@@ -125,7 +127,17 @@ def train(config: Config) -> TrainingResult:
     with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
         with main_first_errors(ranks):
             stack.enter_context(lock)
+            if rebuild and ranks.is_main:
+                _forget(run)
         return _Training(config, run, ranks).run_all()
+
+
+def _forget(run: RunDir) -> None:
+    """Remove what an earlier training left in a run directory."""
+    for folder in (run.checkpoints, run.best):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in (run.training, run.metrics):
+        file.unlink(missing_ok=True)
 
 
 class _Training:
@@ -198,7 +210,7 @@ class _Training:
         )
         with main_first_errors(self.ranks):
             if self.ranks.is_main:
-                write_json(self.run.path / "train.json", vars(result))
+                write_json(self.run.training, vars(result))
         return result
 
     def _check_rows(self) -> None:

@@ -14,6 +14,7 @@ from pst_dist.distributed import Ranks
 from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine, deepspeed_settings
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.layout import ARMS
+from pst_dist.pipeline import make_student
 from pst_dist.storage import directory_lock, read_json, read_lines
 from pst_dist.trainer import learning_rate_at, train
 
@@ -90,6 +91,20 @@ def test_other_settings_in_the_same_directory_are_refused(small_data, tmp_path):
 def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):
     with directory_lock(tmp_path), pytest.raises(LockedError, match=r"in use by process"):
         train(small_config(small_data, tmp_path))
+
+
+def test_rebuilding_takes_nothing_from_a_training_that_runs_there(small_data, tmp_path):
+    config = small_config(small_data, tmp_path)
+    train(config)
+    before = sorted(path for path in tmp_path.rglob("*") if path.name != ".lock")
+    with directory_lock(tmp_path), pytest.raises(LockedError):
+        make_student(config, rebuild=True)
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
+
+
+def test_rebuilding_trains_anew(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    assert make_student(small_config(small_data, tmp_path, seed=5), rebuild=True).steps == 8
 
 
 def test_a_diverging_run_stops_before_its_weights_are_spoilt(small_data, tmp_path):

@@ -139,6 +139,8 @@ class FreshConfig(Section):
     """`byte`: every byte is a token; `bpe`: byte-level BPE trained on the training rows."""
     vocab_size: Positive = 2048
     """Vocabulary of the bpe tokenizer, special tokens not counted."""
+    tie_word_embeddings: bool = True
+    """One matrix for token embeddings and the language-model head; t5 has no other way."""
 
 
 class StudentConfig(Section):
@@ -174,6 +176,11 @@ class LossConfig(Section):
     """Distance D; vectors are normalised in all three. info_nce takes the whole global batch as negatives."""
     temperature: Annotated[float, Field(gt=0)] = 0.05
     """info_nce only."""
+    negatives: Annotated[int, Field(ge=0)] = 0
+    """info_nce only: further teacher vectors, drawn anew each step from the other training rows."""
+    symmetric: bool = False
+    """info_nce only: half of it asks the other way, which student of a forward pass (over all ranks) belongs to
+    each teacher; the loss then depends on per_device_train_batch_size."""
     pooling: Literal["token", "span"] = "token"
     """What is aligned: the hidden state at the semantic token, or the mean over the rationale's span."""
     centre: bool = True
@@ -293,9 +300,13 @@ class Config(Section):
             )
         if self.loss.pooling == "span" and self.arm == "pst" and self.layout.semantic_tokens > 1:
             raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")
+        if self.loss.alignment != "info_nce" and (self.loss.negatives or self.loss.symmetric):
+            raise ValueError(f"loss.negatives and loss.symmetric mean nothing for loss.alignment={self.loss.alignment}")
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("arms names an arm twice")
         fresh = self.student.fresh
+        if fresh.architecture == "t5" and not fresh.tie_word_embeddings:
+            raise ValueError("student.fresh.tie_word_embeddings: transformers ties the embeddings of every T5")
         if fresh.hidden_size % fresh.num_heads:
             raise ValueError(
                 f"student.fresh.hidden_size {fresh.hidden_size} is not a multiple of num_heads {fresh.num_heads}"

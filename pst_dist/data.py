@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pst_dist.config import LossConfig
+from pst_dist.kernels.spans import Spans, Supervised
 from pst_dist.layout import Layout, Segment
 from pst_dist.layout import Sequence as TokenSequence
 from pst_dist.schema import ReasoningSample, normalise_question
@@ -40,26 +41,22 @@ class PSTBatch:
     """[B, S] int64 prompts of an encoder-decoder student."""
     encoder_attention_mask: Tensor | None
     """[B, S] int64."""
-    rows: Tensor
-    """[N] int64, row * T + position of the hidden state that predicts each supervised token."""
-    targets: Tensor
-    """[N] int64 token ids."""
+    supervised: Supervised
+    """N hidden states that predict supervised tokens: row * T + position, and the tokens."""
     is_answer: Tensor
     """[N] bool: the token belongs to the answer, else to the rationale."""
-    span_rows: Tensor
-    """[A] int64, the sequence each aligned span lies in."""
-    span_starts: Tensor
-    """[A] int64, its first position."""
-    span_lengths: Tensor
-    """[A] int64, its tokens."""
+    spans: Spans
+    """A aligned spans."""
     teacher_emb: Tensor
     """[A, E] float32, unit length."""
     keys: Tensor
-    """[G, E] float32: teacher embeddings of the whole global batch, for InfoNCE; empty for other losses."""
+    """[G, E] float32: teacher embeddings of the global batch and further ones, for InfoNCE; else empty."""
     key_groups: Tensor
     """[G] int64: equal for rows of the same question, which are not each other's negatives."""
     key_index: Tensor
     """[A] int64, the key that is each span's own."""
+    capacity: int
+    """The most spans that any rank's batch of this pass may hold."""
     sample_ids: tuple[str, ...]
     """Ids in row order."""
 
@@ -67,18 +64,20 @@ class PSTBatch:
     def counts(self) -> Tensor:
         """[3] float64: answer tokens, rationale tokens, aligned spans."""
         answers = int(self.is_answer.sum())
-        return torch.tensor(
-            [answers, self.targets.numel() - answers, self.span_rows.numel()], dtype=torch.float64
-        )
+        return torch.tensor([answers, self.is_answer.numel() - answers, len(self.spans)], dtype=torch.float64)
 
     def to(self, device: torch.device) -> PSTBatch:
         """The same batch on another device."""
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True)
+            item.name: _moved(value, device)
             for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
+            if isinstance(value := getattr(self, item.name), (Tensor, Spans, Supervised))
         }
         return replace(self, **moved)
+
+
+def _moved(value: Tensor | Spans | Supervised, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -110,6 +109,13 @@ class OrderPlan:
         within = step % self.steps_per_epoch
         order = epoch_order(self.samples, seed=self.seed, epoch=self.epoch_of(step))
         return order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+
+    def others(self, step: int, count: int) -> np.ndarray:
+        """Up to `count` sample indices outside a step's global batch, drawn anew each step."""
+        batch = self.global_batch(step)
+        generator = np.random.Generator(np.random.Philox(key=[self.seed & (2**64 - 1), 2**63 + step]))
+        drawn = generator.choice(self.samples, min(self.samples, count + len(batch)), replace=False)
+        return drawn[~np.isin(drawn, batch)][:count]
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, size: int) -> list[np.ndarray]:
         """This rank's forward passes; every rank gets equally many, an empty one where samples run out."""
@@ -147,8 +153,13 @@ class Collator:
         pad_id: int,
         decoder_start_id: int | None = None,
         teacher: TeacherVectors | None = None,
+        capacity: int = 0,
     ) -> None:
-        """`decoder_start_id` is an encoder-decoder's, and None for a causal student."""
+        """`decoder_start_id` is an encoder-decoder's, and None for a causal student.
+
+        `capacity` is the most rows of a forward pass; 0 stands for as many as there are in one.
+        """
+        self.capacity = capacity
         self.loss, self.pad_id = loss, pad_id
         self.decoder_start_id, self.teacher = decoder_start_id, teacher
 
@@ -201,16 +212,16 @@ class Collator:
             segment_ids=segment_ids,
             encoder_input_ids=encoder[0],
             encoder_attention_mask=encoder[1],
-            rows=torch.tensor([row * length + position for row, position in rows], dtype=torch.int64),
-            targets=torch.tensor(targets, dtype=torch.int64),
+            supervised=Supervised.of(
+                [row * length + position for row, position in rows], targets, positions=input_ids.numel()
+            ),
             is_answer=torch.tensor(is_answer, dtype=torch.bool),
-            span_rows=torch.tensor([span[0] for span in spans], dtype=torch.int64),
-            span_starts=torch.tensor([span[1] for span in spans], dtype=torch.int64),
-            span_lengths=torch.tensor([span[2] for span in spans], dtype=torch.int64),
+            spans=Spans.of(spans, batch=len(streams), length=length),
             teacher_emb=teacher,
             keys=key_matrix,
             key_groups=torch.tensor(list(key_groups) if len(key_matrix) else [], dtype=torch.int64),
             key_index=key_index,
+            capacity=self.capacity or len(streams),
             sample_ids=tuple(sequence.sample_id for sequence in sequences),
         )
 
@@ -263,13 +274,7 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: int) -> list[PSTBatch]:
         epoch, indices = self.plan.epoch_of(step), self.plan.global_batch(step).tolist()
-        keys: list[tuple[str, int]] = []
-        groups: list[int] = []
-        if self.collate.teacher is not None and self.collate.loss.alignment == "info_nce":
-            for index in indices:
-                sample = self.samples[index]
-                keys.append((sample.id, rationale_of(sample, seed=self.plan.seed, epoch=epoch)))
-                groups.append(question_group(sample.question))
+        keys, groups = self._candidates(step, indices, epoch)
         batches = []
         for part in self.plan.micro_batches(step, **self.cut):
             muted = len(part) == 0
@@ -279,6 +284,16 @@ class _Steps(Dataset):
                 sequences += self._sequences(index, chosen)
             batches.append(self.collate(sequences, keys=keys, key_groups=groups, muted=muted))
         return batches
+
+    def _candidates(self, step: int, indices: list[int], epoch: int) -> tuple[list[tuple[str, int]], list[int]]:
+        """InfoNCE's keys and their question groups: the global batch, then further rows where the config asks."""
+        loss = self.collate.loss
+        if self.collate.teacher is None or loss.alignment != "info_nce":
+            return [], []
+        further = self.plan.others(step, loss.negatives).tolist() if loss.negatives else []
+        samples = [self.samples[index] for index in indices + further]
+        keys = [(sample.id, rationale_of(sample, seed=self.plan.seed, epoch=epoch)) for sample in samples]
+        return keys, [question_group(sample.question) for sample in samples]
 
 
 def question_group(question: str) -> int:

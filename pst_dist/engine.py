@@ -66,8 +66,8 @@ class Engine(ABC):
         """`single`, `zero0` … `zero3`: checkpoints of different engines are not interchangeable."""
 
     @abstractmethod
-    def forward(self, batch: PSTBatch) -> PSTLossOutput:
-        """Sums of the loss terms over one micro-batch."""
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
+        """One micro-batch's share of the loss; `scales` [3] float32 are `TermWeights.scales` of the global batch."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -131,14 +131,14 @@ class SingleProcessEngine(Engine):
         self.train_config = train
         self.optimizer = _adamw(student, train)
 
-    def forward(self, batch: PSTBatch) -> PSTLossOutput:
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
         context: Any = (
             torch.autocast(self.device.type, dtype=torch.bfloat16)
             if self.train_config.bf16
             else contextlib.nullcontext()
         )
         with context:
-            return self.student(batch)
+            return self.student(batch, scales)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -184,8 +184,8 @@ class DeepSpeedEngine(Engine):
     def name(self) -> str:
         return f"zero{self.stage}"
 
-    def forward(self, batch: PSTBatch) -> PSTLossOutput:
-        return self.engine(batch)
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
+        return self.engine(batch, scales)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

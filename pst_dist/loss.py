@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pst_dist.config import LossConfig
+from pst_dist.kernels.contrastive import info_nce
+from pst_dist.kernels.gather import symmetric_info_nce
+from pst_dist.kernels.ops import row_distance
 from pst_dist.layout import ARMS
 
 TERMS = ("answer", "rationale", "alignment")
@@ -25,10 +28,12 @@ TERMS = ("answer", "rationale", "alignment")
 
 @dataclass(frozen=True)
 class PSTLossOutput:
-    """Sums of one forward pass; never means. The counts that divide them are in the batch."""
+    """One forward pass: its share of the global batch's loss, and the sums that it is made of; never means."""
 
+    loss: Tensor
+    """[] float32 with gradient: the three sums, each times its scale, added up."""
     sums: Tensor
-    """[3] float32 with gradient: answer NLL (nats over tokens), rationale NLL, alignment distance over spans."""
+    """[3] float32 without gradient: answer NLL (nats over tokens), rationale NLL, alignment distance over spans."""
     cosine: Tensor
     """[] float32 without gradient: sum over spans of the cosine to the teacher, for the log."""
 
@@ -73,25 +78,22 @@ def alignment_distance(
     keys_GE: Tensor,
     key_groups_G: Tensor,
     key_index_A: Tensor,
+    capacity: int,
     loss: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """([A] float32 distances, [A] cosines without gradient) between projected students and their teachers.
 
     cosine: 1 - cos. smooth_l1: Huber distance with beta 1 of the unit vectors, summed over E. info_nce:
-    cross-entropy of the own key among the global batch's, at `loss.temperature`; other rows of the same question
-    are masked (van den Oord et al., arXiv 1807.03748, with frozen keys, so no gradient crosses ranks).
+    cross-entropy of the own key among the keys, at `loss.temperature`; other rows of the same question are masked
+    (van den Oord et al., arXiv 1807.03748, with frozen keys, so no gradient crosses ranks). With `loss.symmetric`
+    half of it is the cross-entropy of the own student among those of all ranks, at most `capacity` a rank: then this
+    is collective.
     """
-    student = F.normalize(student_AE.float(), dim=-1, eps=1e-8)
-    teacher = F.normalize(teacher_AE.float(), dim=-1, eps=1e-8)
-    cosine = (student * teacher).sum(-1)
-    if loss.alignment == "cosine":
-        distance = 1 - cosine
-    elif loss.alignment == "smooth_l1":
-        distance = F.smooth_l1_loss(student, teacher, reduction="none").sum(-1)
-    else:
-        scores = student @ F.normalize(keys_GE.float(), dim=-1, eps=1e-8).T / loss.temperature
-        same_question = key_groups_G[None, :] == key_groups_G[key_index_A][:, None]
-        own = torch.arange(len(keys_GE), device=scores.device)[None, :] == key_index_A[:, None]
-        scores = scores.masked_fill(same_question & ~own, float("-inf"))
-        distance = F.cross_entropy(scores, key_index_A, reduction="none")
-    return distance, cosine.detach()
+    if loss.alignment != "info_nce":
+        return row_distance(student_AE, teacher_AE, kind=loss.alignment)
+    _, cosine = row_distance(student_AE.detach(), teacher_AE, kind="cosine")
+    units = (F.normalize(vectors.float(), dim=-1, eps=1e-8) for vectors in (student_AE, keys_GE))
+    candidates = (*units, key_index_A, key_groups_G[key_index_A], key_groups_G)
+    if loss.symmetric:
+        return symmetric_info_nce(*candidates, temperature=loss.temperature, capacity=capacity), cosine
+    return info_nce(*candidates, temperature=loss.temperature), cosine

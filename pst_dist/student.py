@@ -1,15 +1,19 @@
 """The student: any causal or encoder-decoder Hugging Face model, plus the alignment head beside it.
 
-The language-model head runs on supervised positions only (a twentieth of all, in PST), through the model's own
-forward: a hook on the head's input keeps the rows that carry a loss. So tied weights, biases, scaled or capped
-logits, LoRA and ZeRO-3's gathering all work as the model's authors wrote them. The alignment head lives outside
-the Hugging Face module tree and never reaches an export.
+The language-model head runs on supervised positions only (a twentieth of all, in PST), inside its own module call,
+through `kernels.head`. So tied weights, biases, LoRA and ZeRO-3's gathering work as they do without it; a model that
+caps or scales its logits afterwards is noticed, and runs its head as its authors wrote it. The alignment head lives
+outside the Hugging Face module tree and never reaches an export.
 """
 
 # Shapes in this file: B sequences, T tokens, D student width, N supervised tokens, A aligned spans, E teacher width
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,17 @@ from torch import Tensor, nn
 from pst_dist.config import Config, FreshConfig, LossConfig, StudentConfig
 from pst_dist.data import PSTBatch
 from pst_dist.errors import ConfigError
+from pst_dist.kernels.head import HeadOutput, combined_head, span_tap
 from pst_dist.loss import PSTLossOutput, alignment_distance, token_nll
 from pst_dist.tokenizer import cannot_load
+
+log = logging.getLogger(__name__)
 
 HEAD_FILE = "alignment_head.safetensors"
 
 
 class Student(nn.Module):
-    """`forward(batch)` -> sums of the three loss terms; `model` alone is what is exported.
+    """`forward(batch, scales)` -> the loss of this batch and its terms; `model` alone is what is exported.
 
     Call it inside the engine's forward, never its parts: ZeRO-3 gathers weights in module hooks.
     """
@@ -38,47 +45,70 @@ class Student(nn.Module):
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         # No bias: the cosine then does not depend on the scale in which a model hands over its hidden states.
         self.head = nn.Linear(hidden_width(model), teacher_width, bias=False) if teacher_width else None
-        self._rows: Tensor | None = None
-        self._hidden: Tensor | None = None
-        self._answers: Tensor | None = None
         self.watch_gradients = False
         self.squared_gradients = torch.zeros(3, dtype=torch.float64)
         """Sums of squared gradients at the hidden state, one a term, while `watch_gradients`."""
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_supervised_rows)
+        self._fusible: bool | None = None
 
     @property
     def decoder_start_id(self) -> int | None:
         """The token that a decoder starts with; None for a causal model."""
         return self.model.config.decoder_start_token_id if self.is_encoder_decoder else None
 
-    def _keep_supervised_rows(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Hook on the language-model head: [B, T, D] in, [1, N, D] on; off while the model generates."""
-        if self._rows is None:
-            return None
-        hidden_BTD = args[0]
-        self._hidden = hidden_BTD
-        rows_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[self._rows]
-        self._watch(rows_ND, self._record_tokens)
-        return (rows_ND[None], *args[1:])
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
+        """Loss and sums over this batch; connected to every parameter even when nothing in it is supervised.
 
-    def forward(self, batch: PSTBatch) -> PSTLossOutput:
-        """Sums over this batch; connected to every parameter even when nothing in it is supervised."""
-        muted = batch.rows.numel() == 0
-        self._rows = torch.zeros(1, dtype=torch.int64, device=batch.rows.device) if muted else batch.rows
-        self._answers = batch.is_answer
-        try:
-            logits_NV = self._run(batch).logits[0]
-            hidden_BTD = self._hidden
-        finally:
-            self._rows = self._hidden = None
-        assert hidden_BTD is not None
-        if muted:
-            answer = rationale = logits_NV.float().sum() * 0
-        else:
-            nll_N = token_nll(logits_NV, batch.targets)
-            answer, rationale = (nll_N * batch.is_answer).sum(), (nll_N * ~batch.is_answer).sum()
-        alignment, cosine = self._alignment(hidden_BTD, batch)
-        return PSTLossOutput(torch.stack([answer, rationale, alignment]), cosine)
+        `scales` [3] float32 multiply the terms' sums: weights over counts of the whole global batch
+        (`TermWeights.scales`). They are needed here because the head makes its gradients in the forward.
+        """
+        if self._fusible is None:
+            self._fusible = self._returns_the_heads_logits(batch)
+        weights_N = torch.where(batch.is_answer, scales[0], scales[1])
+        call = _HeadCall(self, batch, weights_N)
+        with _replaced_forward(self.model.get_output_embeddings(), call):
+            logits = self._run(batch).logits
+        output = call.result(logits)
+        # A product would turn a likelihood of infinity into a NaN of the other term.
+        answer, rationale = (torch.where(which, output.nll, 0).sum() for which in (batch.is_answer, ~batch.is_answer))
+        alignment, cosine = self._alignment(output.pooled, batch)
+        sums = torch.stack([answer, rationale, alignment.detach()])
+        return PSTLossOutput(output.loss + alignment * scales[2], sums, cosine)
+
+    @torch.no_grad()
+    def _returns_the_heads_logits(self, batch: PSTBatch) -> bool:
+        """Whether the model hands on what its head returned, tried on one token with logits that nobody would keep.
+
+        Raises ConfigError for a model that computes logits without its head module.
+        """
+        first = replace(
+            batch,
+            input_ids=batch.input_ids[:1, :1],
+            attention_mask=torch.ones_like(batch.attention_mask[:1, :1]),
+            encoder_input_ids=None if batch.encoder_input_ids is None else batch.encoder_input_ids[:1, :1],
+            encoder_attention_mask=None if batch.encoder_input_ids is None else batch.attention_mask[:1, :1] * 0 + 1,
+        )
+        given: list[Tensor] = []
+
+        def answer(head: nn.Module, original: Any, hidden: Tensor) -> Tensor:
+            # Spread far beyond what a cap, a scale or a mask would leave as it is.
+            probe = torch.linspace(-100, 100, vocabulary_of(head, self.model), device=hidden.device).to(hidden.dtype)
+            given.append(probe)
+            return probe.expand(1, 1, -1)
+
+        was_training = self.training
+        self.eval()
+        with _replaced_forward(self.model.get_output_embeddings(), answer):
+            logits = self._run(first).logits
+        self.train(was_training)
+        if not given:
+            raise ConfigError(
+                f"{type(self.model).__name__} computes its logits without calling its output embeddings",
+                "use a model whose language-model head is a module of its own",
+            )
+        same = logits.numel() == given[0].numel() and torch.equal(logits.flatten().float(), given[0].float())
+        if not same:
+            log.info("%s changes its head's logits afterwards: its head runs unfused", type(self.model).__name__)
+        return same
 
     def _run(self, batch: PSTBatch) -> Any:
         if self.is_encoder_decoder:
@@ -91,50 +121,104 @@ class Student(nn.Module):
             )
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
-    def _alignment(self, hidden_BTD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor]:
+    def _alignment(self, pooled_AD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor]:
         """Sum of distances and of cosines over the batch's spans."""
         if self.head is None:
-            zero = hidden_BTD.new_zeros((), dtype=torch.float32)
+            zero = pooled_AD.new_zeros(())
             return zero, zero
-        if batch.span_rows.numel() == 0:
-            return self.head(hidden_BTD[:1, 0]).float().sum() * 0, hidden_BTD.new_zeros((), dtype=torch.float32)
-        pooled_AD = span_mean(hidden_BTD, batch.span_rows, batch.span_starts, batch.span_lengths)
-        self._watch(pooled_AD, lambda grad: self._record_spans(grad, batch.span_lengths))
+        if not len(batch.spans) and not self.loss.symmetric:
+            # Still through the head: each of its parameters must get a gradient on every rank.
+            nothing = self.head(pooled_AD.to(self.head.weight.dtype)).float().sum()
+            return nothing, nothing.detach()
+        if self.watch_gradients and pooled_AD.requires_grad:
+            pooled_AD.register_hook(lambda grad: self._record_spans(grad, batch.spans.lengths))
         distance, cosine = alignment_distance(
             self.head(pooled_AD.to(self.head.weight.dtype)),
             batch.teacher_emb,
             keys_GE=batch.keys,
             key_groups_G=batch.key_groups,
             key_index_A=batch.key_index,
+            capacity=batch.capacity,
             loss=self.loss,
         )
         return distance.sum(), cosine.sum()
-
-    def _watch(self, tensor: Tensor, record: Any) -> None:
-        if self.watch_gradients and tensor.requires_grad:
-            tensor.register_hook(record)
-
-    def _record_tokens(self, grad_ND: Tensor) -> None:
-        squares = grad_ND.detach().double().square().sum(-1).cpu()
-        if self._answers is None or len(squares) != len(self._answers):
-            return
-        answers = self._answers.cpu()
-        self.squared_gradients[0] += squares[answers].sum()
-        self.squared_gradients[1] += squares[~answers].sum()
 
     def _record_spans(self, grad_AD: Tensor, lengths: Tensor) -> None:
         # Each token of a span receives grad / length: length times its square is square / length.
         self.squared_gradients[2] += (grad_AD.detach().double().square().sum(-1) / lengths).sum().cpu()
 
 
-def span_mean(hidden_BTD: Tensor, rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """[A, D] float32 means of ragged spans; positions outside every span are never read."""
-    owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), lengths)
-    first = torch.cumsum(lengths, 0) - lengths
-    positions = torch.arange(len(owner), device=rows.device) - first[owner] + starts[owner]
-    picked = hidden_BTD[rows[owner], positions].float()
-    sums = picked.new_zeros(len(rows), picked.shape[-1]).index_add_(0, owner, picked)
-    return sums / lengths[:, None]
+class _HeadCall:
+    """Stands in for the language-model head's forward during one training pass, and keeps what comes of it.
+
+    A model whose logits are what its head returns gets the combined head, and hands on logits that nobody reads. One
+    that does something to them afterwards (caps, scales, masks) runs its head on the supervised rows as ever.
+    """
+
+    def __init__(self, student: Student, batch: PSTBatch, weights_N: Tensor) -> None:
+        self.student, self.batch, self.weights_N = student, batch, weights_N
+        self.output: HeadOutput | None = None
+        self.pooled: Tensor | None = None
+
+    def __call__(self, head: nn.Module, original: Callable[[Tensor], Tensor], hidden_BTD: Tensor) -> Tensor:
+        batch, watch = self.batch, self.student.watch_gradients
+        if self.student._fusible:
+            output = combined_head(
+                hidden_BTD,
+                head,
+                batch.supervised,
+                self.weights_N,
+                batch.spans,
+                forward=original,
+                with_squares=watch,
+            )
+            if output.squares.numel():
+                output.loss.register_hook(lambda upstream: self._record(output.squares * upstream * upstream))
+            self.output = output
+            return output.anchor.to(hidden_BTD.dtype).expand(1, 1, vocabulary_of(head, self.student.model))
+        hidden, self.pooled = span_tap(hidden_BTD, batch.spans)
+        picked = batch.supervised.rows if len(batch.supervised.rows) else batch.supervised.rows.new_zeros(1)
+        rows_ND = hidden.flatten(0, 1)[picked]
+        if watch and rows_ND.requires_grad and len(batch.supervised.rows):
+            rows_ND.register_hook(lambda gradient: self._record(gradient.detach().float().square().sum(-1)))
+        return original(rows_ND[None])
+
+    def result(self, logits: Tensor) -> HeadOutput:
+        """What the head made of the batch, given the logits that the model returned."""
+        if self.output is not None:
+            # Adds zero: the backward pass goes through the head module's output, as the hooks on it expect.
+            return replace(self.output, loss=self.output.loss + logits.float().sum())
+        assert self.pooled is not None, "the model did not call its head"
+        nothing = self.pooled.new_zeros(0)
+        if not len(self.batch.supervised.rows):
+            return HeadOutput(logits.float().sum() * 0, nothing, self.pooled, nothing, nothing)
+        nll_N = token_nll(logits[0], self.batch.supervised.targets)
+        return HeadOutput((nll_N * self.weights_N).sum(), nll_N.detach(), self.pooled, nothing, nothing)
+
+    def _record(self, squares_N: Tensor) -> None:
+        answers, totals = self.batch.is_answer, self.student.squared_gradients
+        totals[0] += squares_N[answers].double().sum().cpu()
+        totals[1] += squares_N[~answers].double().sum().cpu()
+
+
+@contextlib.contextmanager
+def _replaced_forward(head: nn.Module, call: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `call(head, its forward, hidden)` answer for the head, within its hooks; as it was on the way out."""
+    before = head.__dict__.get("forward")
+    original = head.forward
+    head.forward = lambda hidden: call(head, original, hidden)
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def vocabulary_of(head: nn.Module, model: Any) -> int:
+    """Logits that a head makes for each position."""
+    return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
 
 def hidden_width(model: Any) -> int:
@@ -167,9 +251,7 @@ def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> 
     return Student(model, config.loss, teacher_width)
 
 
-def fresh_model(
-    fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_implementation: str | None = None
-) -> Any:
+def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_implementation: str | None = None) -> Any:
     """A randomly initialised model of the given shape; positions for max_length tokens and an answer beyond."""
     from transformers import (
         GPT2Config,
@@ -186,6 +268,8 @@ def fresh_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if fresh.architecture != "t5":
+        ends["tie_word_embeddings"] = fresh.tie_word_embeddings
     if attn_implementation is not None:
         ends["attn_implementation"] = attn_implementation
     if fresh.architecture == "gpt2":
@@ -211,7 +295,6 @@ def fresh_model(
                 num_hidden_layers=fresh.num_layers,
                 num_attention_heads=fresh.num_heads,
                 max_position_embeddings=max_length,
-                tie_word_embeddings=True,
                 **ends,
             )
         )

@@ -170,6 +170,7 @@ class _Training:
             pad_id=self.tokenizer.pad_token_id,
             decoder_start_id=self.student.decoder_start_id,
             teacher=self.teacher,
+            capacity=config.train.per_device_train_batch_size,
         )
         self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
         self.device = device_of(ranks)
@@ -296,16 +297,17 @@ class _Training:
         totals = sums_over_ranks(torch.cat([local, torch.tensor([float(tokens)], dtype=torch.float64)]))
         counts, tokens = totals[:3], int(totals[3])
         scales = self.weights.scales(counts)
-        sums = torch.zeros(3, dtype=torch.float64)
-        cosine = torch.zeros((), dtype=torch.float64)
+        # Added up where they are: a look at them from here would wait for the device in every pass.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        cosine = torch.zeros((), dtype=torch.float64, device=self.device)
+        device_scales = scales.float().to(self.device)
         for index, batch in enumerate(batches):
-            output = engine.forward(batch.to(self.device))
-            loss = (output.sums * scales.to(output.sums)).sum()
-            engine.backward(loss, last=index == len(batches) - 1)
-            sums += output.sums.detach().double().cpu()
-            cosine += output.cosine.double().cpu()
+            output = engine.forward(batch.to(self.device), device_scales)
+            engine.backward(output.loss, last=index == len(batches) - 1)
+            sums += output.sums.double()
+            cosine += output.cosine.double()
         squares = self.student.squared_gradients
-        everything = sums_over_ranks(torch.cat([sums, cosine[None], squares]))
+        everything = sums_over_ranks(torch.cat([sums.cpu(), cosine.cpu()[None], squares]))
         sums, cosine, squares = everything[:3], everything[3], everything[4:]
         if not torch.isfinite(sums).all():
             bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]

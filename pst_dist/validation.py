@@ -82,12 +82,13 @@ class Validator:
         engine.student.eval()
         engine.student.watch_gradients = False
         totals = torch.zeros(7, dtype=torch.float64)
+        unscaled = torch.ones(3, device=engine.device)
         with torch.no_grad():
             for sequences, muted in self._passes():
                 # InfoNCE's candidates when scoring are the pass's own rows.
                 keys = [(sequence.sample_id, sequence.rationale) for sequence in sequences]
                 batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
-                output = engine.forward(batch.to(engine.device))
+                output = engine.forward(batch.to(engine.device), unscaled)
                 totals += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
         totals = sums_over_ranks(totals)
         sums, cosine, counts = totals[:3], float(totals[3]), totals[4:]

@@ -67,21 +67,28 @@ def test_a_supervised_row_stands_one_place_before_its_token(architecture):
         for offset, (token, owner) in enumerate(zip(sequence.target_ids, sequence.segments, strict=True)):
             if owner in (Segment.ANSWER, Segment.RATIONALE):
                 expected.append((index * length + start + offset - 1, token, owner is Segment.ANSWER))
-    assert list(zip(batch.rows.tolist(), batch.targets.tolist(), batch.is_answer.tolist(), strict=True)) == expected
+    assert (
+        list(
+            zip(
+                batch.supervised.rows.tolist(), batch.supervised.targets.tolist(), batch.is_answer.tolist(), strict=True
+            )
+        )
+        == expected
+    )
 
 
 def test_the_aligned_span_is_the_semantic_token_itself():
     tiny, _, batch = collated()
-    picked = batch.input_ids[batch.span_rows, batch.span_starts]
+    picked = batch.input_ids[batch.spans.rows, batch.spans.starts]
     assert picked.tolist() == [tiny.layout.semantic_id] * len(ROWS)
-    assert batch.span_lengths.tolist() == [1] * len(ROWS)
+    assert batch.spans.lengths.tolist() == [1] * len(ROWS)
     expected = np.stack([TinyTeacher().vector(row.id, 0) for row in ROWS])
     np.testing.assert_allclose(batch.teacher_emb.numpy(), expected, rtol=1e-6)
 
 
 def test_span_pooling_covers_the_rationale():
     _, _, batch = collated(pooling="span")
-    for row, start, length in zip(batch.span_rows, batch.span_starts, batch.span_lengths, strict=True):
+    for row, start, length in zip(batch.spans.rows, batch.spans.starts, batch.spans.lengths, strict=True):
         owners = batch.segment_ids[row, start : start + length]
         assert (owners == Segment.RATIONALE).all()
         assert (batch.segment_ids[row] == Segment.RATIONALE).sum() == length
@@ -123,3 +130,13 @@ def test_info_nce_keys_are_the_global_batch_and_each_span_finds_its_own():
     _, _, batch = collated(alignment="info_nce")
     assert batch.keys.shape == (4, 8) and batch.key_groups.tolist() == [5, 5, 6, 7]
     torch.testing.assert_close(batch.keys[batch.key_index], batch.teacher_emb)
+
+
+def test_further_negatives_are_other_rows_drawn_anew_each_step():
+    plan = OrderPlan(samples=50, global_batch_size=8, seed=3)
+    drawn = [plan.others(step, 10) for step in range(6)]
+    for step, others in enumerate(drawn):
+        assert len(set(others.tolist())) == 10 and not set(others) & set(plan.global_batch(step))
+    assert len({tuple(others) for others in drawn}) == 6
+    assert plan.others(2, 10).tolist() == drawn[2].tolist(), "a resumed run draws them again"
+    assert sorted([*plan.others(0, 1000), *plan.global_batch(0)]) == list(range(50)), "no more than there are"

@@ -12,6 +12,7 @@ NO_KEYS = {
     "keys_GE": torch.zeros(0, 3),
     "key_groups_G": torch.zeros(0, dtype=torch.int64),
     "key_index_A": torch.zeros(0, dtype=torch.int64),
+    "capacity": 3,
 }
 
 
@@ -40,11 +41,24 @@ def test_info_nce_masks_other_rows_of_the_same_question():
         "keys_GE": keys,
         "key_groups_G": torch.tensor([1, 1, 2]),
         "key_index_A": torch.tensor([0]),
+        "capacity": 3,
     }
     loss = LossConfig(alignment="info_nce", temperature=0.5)
     distance, _ = alignment_distance(torch.tensor([[1.0, 0.0, 0.0]]), keys[:1], loss=loss, **arguments)
     # The second key has the first one's question: only the own key and the third remain.
     assert distance.item() == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 1)))
+
+
+def test_symmetric_info_nce_is_half_of_each_direction():
+    students = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    keys = torch.eye(4)[:3]
+    loss = LossConfig(alignment="info_nce", temperature=0.5, symmetric=True)
+    arguments = {"key_groups_G": torch.arange(3), "key_index_A": torch.arange(3), "capacity": 3}
+    distance, _ = alignment_distance(students, keys, keys_GE=keys, loss=loss, **arguments)
+    scores = students @ keys.T / 0.5
+    own = scores.diagonal()
+    expected = (scores.logsumexp(1) - own + scores.logsumexp(0) - own) / 2
+    torch.testing.assert_close(distance, expected)
 
 
 def test_terms_are_divided_by_their_own_counts_or_by_all_tokens():

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import ROWS, Tiny, TinyTeacher
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from pst_dist.config import Config
 from pst_dist.data import Collator
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.layout import ARMS
 from pst_dist.loss import TermWeights
-from pst_dist.student import build_student, span_mean
+from pst_dist.student import Student, build_student
 from pst_dist.tokenizer import build_tokenizer, with_special_tokens
 
 KEYS = [(row.id, 0) for row in ROWS]
@@ -37,8 +38,7 @@ def gradient(tiny, cut):
     scales = TermWeights.of(tiny.config.loss, tiny.config.arm).scales(sum(batch.counts for batch in batches))
     total = 0.0
     for batch in batches:
-        sums = tiny.student(batch).sums
-        loss = (sums * scales.to(sums)).sum()
+        loss = tiny.student(batch, scales.float()).loss
         loss.backward()
         total += loss.item()
     grads = [p.grad for p in tiny.student.parameters()]
@@ -61,9 +61,9 @@ def test_head_on_supervised_rows_equals_cross_entropy_over_all_logits(arm, archi
             "decoder_attention_mask": batch.attention_mask,
         }
     with torch.no_grad():
-        logits = tiny.model(**inputs).logits.flatten(0, 1)[batch.rows].double()
-        sums = tiny.student(batch).sums
-    nll = F.cross_entropy(logits, batch.targets, reduction="none")
+        logits = tiny.model(**inputs).logits.flatten(0, 1)[batch.supervised.rows].double()
+        sums = tiny.student(batch, torch.ones(3)).sums
+    nll = F.cross_entropy(logits, batch.supervised.targets, reduction="none")
     assert sums[0].item() == pytest.approx(nll[batch.is_answer].sum().item(), rel=1e-5)
     assert sums[1].item() == pytest.approx(nll[~batch.is_answer].sum().item(), rel=1e-5)
 
@@ -84,39 +84,84 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(architecture, loss
         assert (cut_gradient - whole).norm() <= 1e-5 * whole.norm()
 
 
-def test_a_muted_batch_gives_a_zero_loss_connected_to_every_parameter():
-    tiny = Tiny("pst")
+@pytest.mark.parametrize("loss", [{}, {"alignment": "info_nce", "symmetric": True}], ids=["cosine", "symmetric"])
+def test_a_muted_batch_gives_a_zero_loss_connected_to_every_parameter(loss):
+    tiny = Tiny("pst", loss=loss)
     loss, grads = gradient(tiny, [()])
     assert loss == 0 and not grads.any()
 
 
-def test_span_mean_never_reads_outside_its_spans():
-    hidden = torch.full((2, 6, 3), float("nan"))
-    hidden[0, 1:3] = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
-    hidden[1, 4] = torch.tensor([7.0, 7.0, 7.0])
-    pooled = span_mean(hidden, torch.tensor([0, 1]), torch.tensor([1, 4]), torch.tensor([2, 1]))
-    assert pooled.tolist() == [[2.0, 3.0, 4.0], [7.0, 7.0, 7.0]]
+def hidden_gradient(student, batch, scales):
+    """Gradient of the loss to the hidden state that the model hands to its head."""
+    kept = []
+    head = student.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    loss = student(batch, scales).loss
+    handle.remove()
+    return torch.autograd.grad(loss, kept[-1])[0]
 
 
-def test_gradient_norms_of_the_terms_are_those_of_separate_backward_passes():
+@pytest.mark.parametrize("model", ["fused", "capped"])
+def test_gradient_norms_of_the_terms_are_those_of_separate_backward_passes(model):
     tiny = Tiny("pst")
-    tiny.student.eval()
+    student = tiny.student if model == "fused" else capped_student(tiny)
+    student.eval()
     batch = batch_of(tiny, ROWS)
     weights = torch.tensor([1.0, 0.5, 2.0])
-    tiny.student.watch_gradients = True
-    (tiny.student(batch).sums * weights).sum().backward()
-    measured = tiny.student.squared_gradients.sqrt()
-
-    kept = []
-    # Not the last pre-hook: this one sees what the model hands over, before rows are picked.
-    head = tiny.model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]), prepend=True)
-    sums = tiny.student(batch).sums * weights
-    handle.remove()
-    hidden = kept[0]
+    student.watch_gradients = True
+    (student(batch, weights).loss * 3).backward()
+    measured = student.squared_gradients.sqrt() / 3
+    student.watch_gradients = False
     for index in range(3):
-        (alone,) = torch.autograd.grad(sums[index], hidden, retain_graph=True)
+        alone = hidden_gradient(student, batch, weights * torch.eye(3)[index])
         assert measured[index].item() == pytest.approx(alone.norm().item(), rel=1e-4)
+
+
+def capped_student(tiny):
+    """A Gemma-2 student, whose model caps the logits that its head returns."""
+    torch.manual_seed(1)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=len(tiny.tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=0.5,
+            attn_implementation="eager",
+        )
+    )
+    return Student(model, tiny.config.loss, TinyTeacher.dimension)
+
+
+def test_a_model_that_caps_its_logits_is_trained_on_the_capped_ones(caplog):
+    tiny = Tiny("pst")
+    student = capped_student(tiny).eval()
+    batch = batch_of(tiny, ROWS)
+    with caplog.at_level("INFO"):
+        output = student(batch, torch.tensor([1.0, 1.0, 0.0]))
+    assert "its head runs unfused" in caplog.text
+    logits = student.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert logits.abs().max() <= 0.5
+    nll = F.cross_entropy(logits.flatten(0, 1)[batch.supervised.rows], batch.supervised.targets, reduction="sum")
+    assert output.loss.item() == pytest.approx(nll.item(), rel=1e-5)
+    mine = torch.autograd.grad(output.loss, list(student.model.parameters()))
+    for one, two in zip(mine, torch.autograd.grad(nll, list(student.model.parameters())), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_finding_out_about_a_model_leaves_no_trace():
+    """The first forward pass tries the model on a token; a resumed run must draw the same random numbers after it."""
+    tiny = Tiny("pst")
+    tiny.student.train()
+    torch.manual_seed(7)
+    tiny.student._returns_the_heads_logits(batch_of(tiny, ROWS))
+    after = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(after, torch.rand(1)) and tiny.model.training
+    assert "forward" not in vars(tiny.model.get_output_embeddings())
 
 
 def test_the_alignment_head_is_not_part_of_the_exported_model():

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,11 +129,11 @@ def test_a_loss_that_is_not_finite_is_caught_before_the_step(small_data, tmp_pat
     config = small_config(small_data, tmp_path, train__save_steps=2, train__eval_steps=2)
     real_forward = SingleProcessEngine.forward
 
-    def poisoned(engine, batch):
-        output = real_forward(engine, batch)
+    def poisoned(engine, batch, scales):
+        output = real_forward(engine, batch, scales)
         steps = engine.optimizer.state_dict()["state"]
         broken = bool(steps) and int(steps[0]["step"]) == 3 and engine.student.training
-        return type(output)(output.sums * float("nan"), output.cosine) if broken else output
+        return replace(output, sums=output.sums * float("nan")) if broken else output
 
     monkeypatch.setattr(SingleProcessEngine, "forward", poisoned)
     with pytest.raises(DivergedError, match=r"step 4: the answer and rationale and alignment loss is not finite"):

@@ -90,20 +90,20 @@ class Tiny:
     def validation_nll(self) -> list[float]:
         """The three loss sums over the rows, as training computes them."""
         with torch.no_grad():
-            return self.student(self.batch()).sums.tolist()
+            return self.student(self.batch(), torch.ones(3)).sums.tolist()
 
     def fit(self, *, steps: int = 400, learning_rate: float = 1e-2, enough: float = 0.03) -> Tiny:
         """Train on the rows with the student's own loss until the answers' and rationales' NLL is under `enough`."""
         batch = self.batch()
-        scales = TermWeights.of(self.config.loss, self.config.arm).scales(batch.counts)
+        scales = TermWeights.of(self.config.loss, self.config.arm).scales(batch.counts).float()
         optimizer = torch.optim.AdamW(self.student.parameters(), lr=learning_rate, weight_decay=0.0)
         self.student.train()
         for _ in range(steps):
-            output = self.student(batch)
-            nll = output.sums.detach()[:2] / batch.counts[:2].clamp(min=1)
+            output = self.student(batch, scales)
+            nll = output.sums[:2] / batch.counts[:2].clamp(min=1)
             if nll.max() < enough:
                 break
-            (output.sums * scales.to(output.sums)).sum().backward()
+            output.loss.backward()
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -1,0 +1,110 @@
+"""Block sizes and warps of every Triton kernel, by width of the rows and architecture; nothing is tuned at run time.
+
+An autotuner would time kernels in the middle of a training step, differently on each rank, and so give up bits that
+agree between runs. Entries were chosen by what the compiler reports (`benchmarks/kernel_compile.py`: registers, no
+spills, 128-bit loads, occupancy), not by a stopwatch on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+ANYTHING = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How one kernel is launched for rows of some width."""
+
+    up_to: int = ANYTHING
+    """Widest rows (elements) this entry is for; the first entry of a kernel that fits is taken."""
+    architectures: tuple[int, ...] = ()
+    """Compute capabilities (90 is 9.0) this entry is for; empty for all."""
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Constants of the kernel by name."""
+    warps: int = 4
+    registers: int | None = None
+    """Most registers a thread may have; None leaves it to the compiler."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keywords of the launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {**self.blocks, "num_warps": self.warps, **limit}
+
+
+CHUNKS = {256: 64, 1024: 128, ANYTHING: 256}
+"""Positions of a span that one program sums, by width. It fixes the order of summation, so it depends on nothing else:
+an entry of TABLE may not choose it."""
+
+TABLE: dict[str, tuple[Launch, ...]] = {
+    "chunk_sums": (
+        Launch(up_to=64, blocks={"TILE": 32, "WIDTH": 64}, warps=4),
+        Launch(up_to=128, blocks={"TILE": 16, "WIDTH": 128}, warps=4),
+        Launch(blocks={"TILE": 16, "WIDTH": 256}, warps=4, registers=64),
+    ),
+    "span_means": (
+        Launch(up_to=64, blocks={"TILE": 16, "WIDTH": 64}, warps=2),
+        Launch(blocks={"TILE": 16, "WIDTH": 128}, warps=4),
+    ),
+    "hidden_gradient_rows": (
+        Launch(up_to=64, blocks={"TILE": 32, "WIDTH": 64}, warps=4),
+        Launch(up_to=128, blocks={"TILE": 16, "WIDTH": 128}, warps=4),
+        Launch(blocks={"TILE": 16, "WIDTH": 256}, warps=4),
+    ),
+    "row_distances": (
+        Launch(up_to=512, blocks={"BLOCK": 512}, warps=2),
+        Launch(blocks={"BLOCK": 1024}, warps=4),
+    ),
+    "row_distance_gradients": (
+        Launch(up_to=512, blocks={"BLOCK": 512}, warps=2),
+        Launch(blocks={"BLOCK": 1024}, warps=4),
+    ),
+    # A wide row is read twice. One program of 32 warps fills an SM, so that few rows are under way and the second
+    # reading finds them in the cache: 132 rows of 152k bfloat16 logits are 40 MB. With 64 registers it fits.
+    "softmax_rows": (
+        Launch(up_to=512, blocks={"BLOCK": 512}, warps=1),
+        Launch(up_to=4096, blocks={"BLOCK": 2048}, warps=4),
+        Launch(up_to=16384, blocks={"BLOCK": 4096}, warps=8, registers=64),
+        Launch(up_to=65536, blocks={"BLOCK": 8192}, warps=16, registers=64),
+        Launch(blocks={"BLOCK": 16384}, warps=32, registers=64),
+    ),
+    # The groups of the classes (64-bit) take registers.
+    "softmax_rows with groups": (
+        Launch(up_to=512, blocks={"BLOCK": 256}, warps=1),
+        Launch(up_to=4096, blocks={"BLOCK": 1024}, warps=4),
+        Launch(up_to=16384, blocks={"BLOCK": 2048}, warps=8, registers=64),
+        Launch(up_to=65536, blocks={"BLOCK": 4096}, warps=16, registers=64),
+        Launch(blocks={"BLOCK": 8192}, warps=32, registers=64),
+    ),
+}
+
+
+def launch_of(kernel: str, width: int, device: torch.device) -> Launch:
+    """The entry of TABLE for rows of `width` elements on a device."""
+    return _entry(kernel, width, architecture_of(device))
+
+
+def chunk_of(width: int) -> int:
+    """Positions of a span in one chunk, for hidden states of `width`; the same on every device."""
+    return next(chunk for widest, chunk in CHUNKS.items() if width <= widest)
+
+
+@functools.lru_cache(maxsize=64)
+def architecture_of(device: torch.device) -> int:
+    """90 for compute capability 9.0; 0 for what is no CUDA device (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=1024)
+def _entry(kernel: str, width: int, architecture: int) -> Launch:
+    for entry in TABLE[kernel]:
+        if width <= entry.up_to and (not entry.architectures or architecture in entry.architectures):
+            return entry
+    raise KeyError(f"no launch of {kernel} for width {width} on architecture {architecture}")

@@ -1,0 +1,95 @@
+"""Where the losses sit in a batch of hidden states: which rows carry cross-entropy, which form a pooled span.
+
+Both maps are made on the CPU, beside the batch, in both directions: a kernel that writes the gradient of the hidden
+state asks each of its rows what arrives there, so it writes every row once and needs no atomics and no search.
+"""
+
+# Shapes in this file: B sequences, T positions, N supervised rows, A spans
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pst_dist.errors import InputError
+
+NOWHERE = -1
+"""In the maps from rows: this row carries no cross-entropy, or lies in no span."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Ragged spans of a [B, T] batch; no two share a position."""
+
+    rows: Tensor
+    """[A] int64, the sequence of each span."""
+    starts: Tensor
+    """[A] int64, its first position."""
+    lengths: Tensor
+    """[A] int64, its positions; 0 pools to a zero vector."""
+    owner: Tensor
+    """[B * T] int32, the span that a position lies in, or NOWHERE."""
+    longest: int
+    """The largest length: known on the host, so that launching a kernel needs no word from the device."""
+
+    @classmethod
+    def of(cls, places: Sequence[tuple[int, int, int]], *, batch: int, length: int) -> Spans:
+        """From (sequence, first position, positions) triples.
+
+        Raises InputError for a span outside [batch, length] and for two that overlap.
+        """
+        owner = torch.full((batch, length), NOWHERE, dtype=torch.int32)
+        for index, (row, start, count) in enumerate(places):
+            if not (0 <= row < batch and 0 <= start and 0 <= count and start + count <= length):
+                raise InputError(f"span {index} at ({row}, {start}) of {count} is outside a [{batch}, {length}] batch")
+            taken = owner[row, start : start + count]
+            if (taken != NOWHERE).any():
+                raise InputError(f"spans {int(taken.max())} and {index} of sequence {row} overlap")
+            taken.fill_(index)
+        columns = torch.tensor(places, dtype=torch.int64).reshape(len(places), 3).T.contiguous()
+        return cls(columns[0], columns[1], columns[2], owner.flatten(), max((place[2] for place in places), default=0))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device) -> Spans:
+        """The same spans on another device."""
+        rows, starts, lengths, owner = (
+            tensor.to(device, non_blocking=True) for tensor in (self.rows, self.starts, self.lengths, self.owner)
+        )
+        return Spans(rows, starts, lengths, owner, self.longest)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The rows of a [B, T] batch that carry cross-entropy."""
+
+    rows: Tensor
+    """[N] int64 into the flattened batch, each at most once."""
+    slots: Tensor
+    """[B * T] int32, the inverse: index into `rows`, or NOWHERE."""
+    targets: Tensor
+    """[N] int64 token ids."""
+
+    @classmethod
+    def of(cls, rows: Sequence[int], targets: Sequence[int], *, positions: int) -> Supervised:
+        """From rows of a batch of `positions` = B * T and the token that each predicts.
+
+        Raises InputError for a row that stands twice (a hidden state predicts one token) or outside the batch.
+        """
+        slots = torch.full((positions,), NOWHERE, dtype=torch.int32)
+        picked = torch.tensor(rows, dtype=torch.int64)
+        if picked.numel() and not (0 <= int(picked.min()) and int(picked.max()) < positions):
+            first, last = int(picked.min()), int(picked.max())
+            raise InputError(f"supervised rows {first} … {last} reach outside a batch of {positions} positions")
+        slots[picked] = torch.arange(len(rows), dtype=torch.int32)
+        if int((slots != NOWHERE).sum()) != len(rows):
+            raise InputError("a row is supervised twice: each hidden state predicts one token")
+        return cls(picked, slots, torch.tensor(targets, dtype=torch.int64))
+
+    def to(self, device: torch.device) -> Supervised:
+        """The same rows on another device."""
+        return Supervised(*(x.to(device, non_blocking=True) for x in (self.rows, self.slots, self.targets)))

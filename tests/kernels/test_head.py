@@ -267,9 +267,18 @@ def test_the_loss_is_float32_and_does_not_drift_over_chunks(monkeypatch):
     rows = list(range(256))
     supervised = Supervised.of(rows, [row % 997 for row in rows], positions=256)
     nothing = Spans.of([], batch=1, length=256)
-    loss = combined_head(hidden, head, supervised, torch.full((256,), 1 / 256), nothing).loss
-    exact = F.cross_entropy(hidden[0].double() @ head.weight.double().T, supervised.targets)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    output = combined_head(hidden, head, supervised, torch.full((256,), 1 / 256), nothing)
+    exact = F.cross_entropy(hidden[0].double() @ head.weight.double().T, supervised.targets, reduction="none")
+    assert output.loss.dtype == output.nll.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(exact.mean().item(), rel=1e-3)
+    assert (output.nll - exact).abs().max() < 0.01, "a likelihood of 7 nats rounded to bfloat16 is off by 0.016"
+
+
+def test_a_long_span_is_summed_in_float32():
+    """A running sum in bfloat16 stops growing at 256."""
+    hidden = torch.ones(1, 4000, 2, dtype=torch.bfloat16)
+    pooled = span_mean(hidden, Spans.of([(0, 0, 4000)], batch=1, length=4000))
+    assert pooled.dtype == torch.float32 and pooled.tolist() == [[1.0, 1.0]]
 
 
 def test_autocast_is_honoured():

@@ -11,10 +11,11 @@ import contextlib
 import logging
 import math
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,13 +32,14 @@ from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
 from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
-from pst_dist.errors import DataError, DivergedError, InputError, IntegrityError
+from pst_dist.errors import DataError, DivergedError, InputError, IntegrityError, PreemptedError
 from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.loss import TERMS, TermWeights
 from pst_dist.metrics import MetricsLog, StepRecord
 from pst_dist.rundir import RunDir, run_dir
 from pst_dist.shards import ShardSet
+from pst_dist.signals import StopRequest, stop_requests
 from pst_dist.storage import digest_of, directory_lock, read_json, write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
@@ -116,7 +118,9 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
 
     With `rebuild` that is removed first, once the directory is ours: a training that runs there keeps its own.
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
-    ranks together when a loss or gradient is not finite, with the weights as they were before that step.
+    ranks together when a loss or gradient is not finite, with the weights as they were before that step. Told to stop
+    by SIGTERM or SIGUSR1 on any rank, all write a checkpoint at the next step boundary and raise PreemptedError;
+    KeyboardInterrupt after SIGINT.
     """
     quiet_libraries()
     ranks = Ranks.from_environment()
@@ -129,7 +133,7 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
             stack.enter_context(lock)
             if rebuild and ranks.is_main:
                 _forget(run)
-        return _Training(config, run, ranks).run_all()
+        return _Training(config, run, ranks, stack.enter_context(stop_requests())).run_all()
 
 
 def _forget(run: RunDir) -> None:
@@ -140,11 +144,22 @@ def _forget(run: RunDir) -> None:
         file.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Totals:
+    """One global batch over all ranks."""
+
+    counts: torch.Tensor
+    """[3] float64: answer tokens, rationale tokens, aligned spans."""
+    tokens: int
+    told: int
+    """The signal by which some rank was told to stop, or 0."""
+
+
 class _Training:
     """One call of `train`: what is built once, and the loop over steps."""
 
-    def __init__(self, config: Config, run: RunDir, ranks: Ranks) -> None:
-        self.config, self.run, self.ranks = config, run, ranks
+    def __init__(self, config: Config, run: RunDir, ranks: Ranks, stop: StopRequest) -> None:
+        self.config, self.run, self.ranks, self.stop = config, run, ranks, stop
         shards = ShardSet.open(run.shards)
         self.shards_digest = shards.manifest.digest
         samples = shards.split("train")
@@ -253,10 +268,17 @@ class _Training:
         train = self.config.train
         every_eval = train.eval_steps or self.plan.steps_per_epoch
         every_save = train.save_steps or every_eval
+        saved = state.step
         for batches in self._batches(state.step):
             started = time.monotonic()
             step = state.step
-            record = self._step(engine, step, batches, watch=(step + 1) % train.logging_steps == 0 or step == 0)
+            totals = self._totals(batches)
+            if totals.told:
+                if saved < state.step:
+                    save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
+                self._end_as_told(totals.told, state.step)
+            watch = (step + 1) % train.logging_steps == 0 or step == 0
+            record = self._step(engine, step, batches, totals, watch=watch)
             state = advanced(
                 state,
                 step=step + 1,
@@ -269,7 +291,23 @@ class _Training:
                 state = self._validate(engine, state, metrics)
             if state.step % every_save == 0 or last:
                 save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
+                saved = state.step
         return state
+
+    def _totals(self, batches: list[Any]) -> _Totals:
+        """What a step holds over all ranks, and whether any of them was told to stop; one collective for both."""
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        # SIGINT counts more than any number of ranks that were told otherwise: the launcher passes it to all.
+        told = [float(self.stop.signal == signal.SIGINT), float(self.stop.signal != 0)]
+        sums = sums_over_ranks(torch.cat([counts, torch.tensor([float(tokens), *told], dtype=torch.float64)]))
+        told_by = 0 if not sums[5] else signal.SIGINT if sums[4] else signal.SIGTERM
+        return _Totals(sums[:3], int(sums[3]), told_by)
+
+    def _end_as_told(self, told: int, step: int) -> NoReturn:
+        if told == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise PreemptedError(f"told to stop: saved after step {step} of {self.total}", "the same command goes on")
 
     def _batches(self, first_step: int) -> Iterator[list[Any]]:
         return step_batches(
@@ -285,17 +323,14 @@ class _Training:
             workers=self.config.train.dataloader_num_workers,
         )
 
-    def _step(self, engine: Engine, step: int, batches: list[Any], *, watch: bool) -> StepRecord:
+    def _step(self, engine: Engine, step: int, batches: list[Any], totals: _Totals, *, watch: bool) -> StepRecord:
         """One optimizer step over this rank's micro-batches."""
         # Dropout depends on (seed, step, rank) alone, so a resumed run draws what the undisturbed one would have.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
         self.student.train()
         self.student.watch_gradients = watch
         self.student.squared_gradients.zero_()
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        local = torch.stack([batch.counts for batch in batches]).sum(0)
-        totals = sums_over_ranks(torch.cat([local, torch.tensor([float(tokens)], dtype=torch.float64)]))
-        counts, tokens = totals[:3], int(totals[3])
+        counts = totals.counts
         scales = self.weights.scales(counts)
         # Added up where they are: a look at them from here would wait for the device in every pass.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -326,7 +361,7 @@ class _Training:
             gradients=squares.sqrt() / engine_loss_scale(engine) if watch else None,
             grad_norm=norm,
             learning_rate=rate,
-            tokens=tokens,
+            tokens=totals.tokens,
         )
 
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:

@@ -15,6 +15,7 @@ from pst_dist.data import PSTBatch
 from pst_dist.distributed import Ranks
 from pst_dist.engine import parameter_groups
 from pst_dist.rundir import RunDir
+from pst_dist.signals import StopRequest
 from pst_dist.student import Student
 from pst_dist.trainer import _Training, learning_rate_at
 
@@ -49,7 +50,7 @@ def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:
 
 def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, and at the end the three means over the validation rows."""
-    training = _Training(config, RunDir(output, data=Path(config.data_dir)), Ranks())
+    training = _Training(config, RunDir(output, data=Path(config.data_dir)), Ranks(), StopRequest())
     student, train = training.student, config.train
     optimizer = torch.optim.AdamW(
         parameter_groups(student, train.weight_decay),

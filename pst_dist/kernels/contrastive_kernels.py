@@ -11,7 +11,6 @@ bits depend on its own vector and the keys alone. Wider or float32 vectors take 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,61 +18,30 @@ import triton.language as tl
 from torch import Tensor
 
 from pst_dist.kernels import reference
-from pst_dist.kernels.launch_table import architecture_of
+from pst_dist.kernels.contrastive import GRAIN
+from pst_dist.kernels.launch_table import Launch, launch_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@dataclass(frozen=True)
-class PassLaunch:
-    """How the kernel is launched for vectors of up to WIDE + TAIL elements."""
-
-    wide: int
-    tail: int
-    rows: int
-    """Rows of one program; each program reads all keys."""
-    keys: int
-    """Keys of one step."""
-    warps: int
-    stages: int
-
-
-# Chosen by what the compiler reports: the fewest that spill no register. 8.0 and 10.0 share a table, with which other
-# architectures fit their shared memory too; on 9.0 a warp group's product takes its accumulators without copies.
-_COMMON = (
-    PassLaunch(128, 0, rows=64, keys=64, warps=8, stages=3),
-    PassLaunch(256, 0, rows=64, keys=64, warps=8, stages=2),
-    PassLaunch(256, 128, rows=64, keys=32, warps=8, stages=2),
-    PassLaunch(256, 256, rows=32, keys=32, warps=8, stages=2),
-)
-_HOPPER = (
-    PassLaunch(128, 0, rows=128, keys=64, warps=8, stages=2),
-    PassLaunch(256, 0, rows=64, keys=64, warps=8, stages=2),
-    PassLaunch(256, 128, rows=64, keys=32, warps=8, stages=3),
-    PassLaunch(256, 256, rows=64, keys=32, warps=8, stages=2),
-)
 WIDEST = 512
-
-
-def pass_launch(width: int, architecture: int) -> PassLaunch:
-    """The launch for vectors of `width` elements (at most WIDEST) on an architecture (90 is 9.0)."""
-    table = _HOPPER if architecture == 90 else _COMMON
-    return next(launch for launch in table if width <= launch.wide + launch.tail)
+"""Elements of the widest vectors: more do not fit the registers. `launch_table` holds what was compiled."""
 
 
 def serves(queries_AE: Tensor, keys_GE: Tensor) -> bool:
-    """Whether the kernel is for these: half precision, at most WIDEST wide, and rows for half of the device.
+    """Whether the kernel is for these: half precision, rows at 128-bit places, narrow, and enough for the device.
 
-    A program takes one block of rows through all keys; with few rows most of the device would stand still, where the
-    chunks' matrix products spread over the keys.
+    Rows at other places would be loaded element by element, which takes registers that are not there. A program takes
+    one block of rows through all keys: unless there are blocks for half of the processors, the chunks' matrix
+    products, which spread over the keys too, are the better choice.
     """
     rows, width = queries_AE.shape
     if queries_AE.dtype not in (torch.float16, torch.bfloat16) or not 0 < width <= WIDEST or not rows:
         return False
+    if any(width % GRAIN or vectors.stride(0) % GRAIN or vectors.data_ptr() % 16 for vectors in (queries_AE, keys_GE)):
+        return False
     if not queries_AE.is_cuda:
         return True
     processors = torch.cuda.get_device_properties(queries_AE.device).multi_processor_count
-    return rows >= pass_launch(width, architecture_of(queries_AE.device)).rows * processors // 2
+    return rows >= _launch(queries_AE).blocks["ROWS"] * processors // 2
 
 
 def contrastive_pass(
@@ -92,10 +60,10 @@ def contrastive_pass(
     gradient_AE = torch.empty(rows, width, dtype=queries_AE.dtype, device=queries_AE.device)
     if not rows:
         return losses_A, gradient_AE
-    launch = pass_launch(width, architecture_of(queries_AE.device))
+    launch = _launch(queries_AE)
     on_device = torch.cuda.device(queries_AE.device) if queries_AE.is_cuda else contextlib.nullcontext()
     with on_device:
-        contrastive_rows[(-(-rows // launch.rows),)](
+        contrastive_rows[(-(-rows // launch.blocks["ROWS"]),)](
             queries_AE,
             keys_GE,
             own_A.contiguous(),
@@ -110,16 +78,15 @@ def contrastive_pass(
             queries_AE.stride(0),
             keys_GE.stride(0),
             gradient_AE.stride(0),
-            WIDE=launch.wide,
-            TAIL=launch.tail,
-            ROWS=launch.rows,
-            KEYS=launch.keys,
             # Triton's interpreter would multiply the bit patterns of bfloat16.
-            UPCAST=queries_AE.dtype == torch.bfloat16 and not queries_AE.is_cuda,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            UPCAST=queries_AE.dtype == torch.bfloat16 and not isinstance(contrastive_rows, triton.JITFunction),
+            **launch.options,
         )
     return losses_A, gradient_AE
+
+
+def _launch(queries_AE: Tensor) -> Launch:
+    return launch_of("contrastive_rows", queries_AE.shape[1], queries_AE.device)
 
 
 @triton.jit(do_not_specialize=["rows", "key_rows"])
@@ -138,11 +105,11 @@ def contrastive_rows(
     query_stride,
     key_stride,
     gradient_stride,
+    UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Losses and gradients of ROWS rows. Grid: blocks of rows. `others` below are keys of neither own row nor group.
 
@@ -202,8 +169,9 @@ def contrastive_rows(
     margin = tl.where(inside, margin, float("nan"))
     # log1p by way of what 1 + odds rounds to, as Triton's interpreter has none.
     odds = tl.exp(-tl.abs(margin))
-    raised = 1.0 + odds
-    log1p = tl.where(raised == 1.0, odds, tl.log(raised) * (odds / (raised - 1.0)))
+    rounded = (1.0 + odds) - 1.0
+    stretch = odds / tl.where(rounded == 0.0, 1.0, rounded)
+    log1p = tl.where(rounded == 0.0, odds, tl.log(1.0 + odds) * stretch)
     tl.store(losses_A + row, tl.maximum(margin, 0.0) + log1p, mask=here)
     missed = scale / (1.0 + tl.exp(-margin))
     gradient_at = gradient_AE + row.to(tl.int64)[:, None] * gradient_stride
@@ -238,14 +206,13 @@ def disagreement(device: torch.device) -> str | None:
         vectors = torch.randn(220, width, generator=draw, device="cpu")
         queries, keys = torch.nn.functional.normalize(vectors, dim=-1).bfloat16().split([70, 150])
         own, groups = torch.randperm(150, generator=draw, device="cpu")[:70], torch.arange(150, device="cpu") // 2
-        scores, weights = (
-            10 * queries.double() @ keys.double().T,
-            torch.full((70,), 10.0, dtype=torch.float64, device="cpu"),
-        )
-        expected = reference.contrastive_nll(scores, own, groups[own], groups, weights)
+        # Some rows are of no key's group: their own key is left out of the others for being their own.
+        row_groups = torch.where(own < 50, -1, groups[own])
+        scores, weights = 10 * queries.double() @ keys.double().T, torch.full((70,), 10.0, device="cpu").double()
+        expected = reference.contrastive_nll(scores, own, row_groups, groups, weights)
         slope = scores @ keys.double()
         try:
-            there = [tensor.to(device) for tensor in (queries, keys, own, groups[own], groups)]
+            there = [tensor.to(device) for tensor in (queries, keys, own, row_groups, groups)]
             losses, gradient = contrastive_pass(there[0], there[1], there[2], there[3], there[4], 10.0)
             off = float((losses.cpu() - expected).norm() / expected.norm())
             bent = float((gradient.cpu() - slope).norm() / slope.norm())

@@ -55,8 +55,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_GE: Tensor) -> tuple[Tensor, None]:
-        # Added up in the wide dtype: there are as many terms as ranks. The sum is on every rank, a slice is ours;
-        # a reduce-scatter would move half of it, but gloo has none for every version of torch.
+        # Added up in the wide dtype, as there are as many terms as ranks. Of the sum a slice is ours; a reduce-scatter
+        # would move half as much, but gloo has none in some versions of torch.
         total_GE = gradient_GE.to(wide(gradient_GE.dtype), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total_GE)
         return total_GE[ctx.first : ctx.first + ctx.rows].to(gradient_GE.dtype), None
@@ -110,6 +110,6 @@ def _padded(rows: Tensor, capacity: int) -> Tensor:
 
 def _gathered(rows: Tensor) -> Tensor:
     """[W * rows, ...]: a tensor of one shape on all ranks, one rank's after the other's."""
-    everyone = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everyone, rows)
-    return everyone
+    everyone = rows.new_empty(dist.get_world_size(), *rows.shape)
+    dist.all_gather(list(everyone.unbind()), rows.contiguous())
+    return everyone.flatten(0, 1)

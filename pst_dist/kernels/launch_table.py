@@ -26,21 +26,45 @@ class Launch:
     blocks: dict[str, int] = field(default_factory=dict)
     """Constants of the kernel by name."""
     warps: int = 4
+    stages: int | None = None
+    """Steps of a loop with matrix products that are under way at once; None leaves it to the compiler."""
     registers: int | None = None
     """Most registers a thread may have; None leaves it to the compiler."""
 
     @property
     def options(self) -> dict[str, int]:
         """Keywords of the launch."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {**self.blocks, "num_warps": self.warps, **limit}
+        asked = {"num_stages": self.stages, "maxnreg": self.registers}
+        known = {option: value for option, value in asked.items() if value is not None}
+        return {**self.blocks, "num_warps": self.warps, **known}
 
 
 CHUNKS = {256: 64, 1024: 128, ANYTHING: 256}
 """Positions of a span that one program sums, by width. It fixes the order of summation, so it depends on nothing else:
 an entry of TABLE may not choose it."""
 
+NARROW_SOFTMAX = (
+    Launch(up_to=512, blocks={"BLOCK": 256}, warps=1),
+    Launch(up_to=4096, blocks={"BLOCK": 1024}, warps=4),
+    Launch(up_to=16384, blocks={"BLOCK": 2048}, warps=8),
+    Launch(up_to=65536, blocks={"BLOCK": 4096}, warps=16),
+)
+
 TABLE: dict[str, tuple[Launch, ...]] = {
+    # Two accumulators, as a block's width is a power of two. On 9.0 tensor cores add up in registers, on 10.0 each
+    # accumulator is fetched from their own memory; where 64 rows of 512 spill there or on 8.0, 32 do not.
+    "contrastive_rows": (
+        Launch(
+            up_to=128, architectures=(90,), blocks={"WIDE": 128, "TAIL": 0, "ROWS": 128, "KEYS": 64}, warps=8, stages=2
+        ),
+        Launch(up_to=128, blocks={"WIDE": 128, "TAIL": 0, "ROWS": 64, "KEYS": 64}, warps=8, stages=3),
+        Launch(up_to=256, blocks={"WIDE": 256, "TAIL": 0, "ROWS": 64, "KEYS": 64}, warps=8, stages=2),
+        Launch(up_to=384, blocks={"WIDE": 256, "TAIL": 128, "ROWS": 64, "KEYS": 32}, warps=8, stages=2),
+        Launch(
+            up_to=512, architectures=(90,), blocks={"WIDE": 256, "TAIL": 256, "ROWS": 64, "KEYS": 32}, warps=8, stages=2
+        ),
+        Launch(up_to=512, blocks={"WIDE": 256, "TAIL": 256, "ROWS": 32, "KEYS": 32}, warps=8, stages=2),
+    ),
     "chunk_sums": (
         Launch(up_to=64, blocks={"TILE": 32, "WIDTH": 64}, warps=4),
         Launch(up_to=128, blocks={"TILE": 16, "WIDTH": 128}, warps=4),
@@ -53,7 +77,7 @@ TABLE: dict[str, tuple[Launch, ...]] = {
     "hidden_gradient_rows": (
         Launch(up_to=64, blocks={"TILE": 32, "WIDTH": 64}, warps=4),
         Launch(up_to=128, blocks={"TILE": 16, "WIDTH": 128}, warps=4),
-        Launch(blocks={"TILE": 16, "WIDTH": 256}, warps=4),
+        Launch(blocks={"TILE": 8, "WIDTH": 256}, warps=4),
     ),
     "row_distances": (
         Launch(up_to=512, blocks={"BLOCK": 512}, warps=2),
@@ -63,22 +87,16 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch(up_to=512, blocks={"BLOCK": 512}, warps=2),
         Launch(blocks={"BLOCK": 1024}, warps=4),
     ),
-    # A wide row is read twice. One program of 32 warps fills an SM, so that few rows are under way and the second
-    # reading finds them in the cache: 132 rows of 152k bfloat16 logits are 40 MB. With 64 registers it fits.
+    # A wide row is read twice. One program of 32 warps with over 32 registers fills an SM, so that few rows are under
+    # way and the second reading finds them in the cache: 132 rows of 152k bfloat16 logits are 40 MB.
     "softmax_rows": (
-        Launch(up_to=512, blocks={"BLOCK": 512}, warps=1),
-        Launch(up_to=4096, blocks={"BLOCK": 2048}, warps=4),
-        Launch(up_to=16384, blocks={"BLOCK": 4096}, warps=8, registers=64),
-        Launch(up_to=65536, blocks={"BLOCK": 8192}, warps=16, registers=64),
-        Launch(blocks={"BLOCK": 16384}, warps=32, registers=64),
+        *NARROW_SOFTMAX,
+        Launch(blocks={"BLOCK": 16384}, warps=32),
     ),
-    # The groups of the classes (64-bit) take registers.
+    # The groups of the classes (64-bit) take registers, too.
     "softmax_rows with groups": (
-        Launch(up_to=512, blocks={"BLOCK": 256}, warps=1),
-        Launch(up_to=4096, blocks={"BLOCK": 1024}, warps=4),
-        Launch(up_to=16384, blocks={"BLOCK": 2048}, warps=8, registers=64),
-        Launch(up_to=65536, blocks={"BLOCK": 4096}, warps=16, registers=64),
-        Launch(blocks={"BLOCK": 8192}, warps=32, registers=64),
+        *NARROW_SOFTMAX,
+        Launch(blocks={"BLOCK": 8192}, warps=32),
     ),
 }
 

@@ -191,8 +191,9 @@ def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
     """total += left^T @ right, accumulated in the total's dtype."""
     if left_CV.dtype == total_VD.dtype:
         total_VD.addmm_(left_CV.T, right_CD)
-    elif left_CV.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total_VD, left_CV.T, right_CD, total_VD.dtype, out=total_VD)
+    elif left_CV.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
+        # torch >= 2.8. addmm would save the sum a pass, but takes a float32 summand in later versions only.
+        total_VD += torch.mm(left_CV.T, right_CD, out_dtype=total_VD.dtype)
     else:
         total_VD += left_CV.T @ right_CD
 

@@ -12,7 +12,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The smallest finite float32: where a running maximum starts, as minus infinity less itself is not a number."""
 GRAIN = tl.constexpr(16)
-"""Elements at whose multiples blocks begin; so that loads and stores of a block are 128 bits wide."""
+"""Elements at whose multiples the body of a row begins and ends, so that its loads and stores are 128 bits wide."""
 
 
 @triton.jit
@@ -33,66 +33,71 @@ def softmax_rows(
     """Negative log likelihood of each row's target; HAS_WEIGHTS: logits become the gradient of sum(weights * nll).
 
     Grid: rows. HAS_GROUPS leaves out the classes of the row's own group, its target excepted. Without weights nothing
-    but the likelihoods is written. PEEL: `stride` is no multiple of GRAIN (a vocabulary of 50257), so the first block
-    begins before the row, where the last multiple is; what is not of the row is masked.
+    but the likelihoods is written. A row is a body of whole grains and up to 15 classes at its end; PEEL: `stride` is
+    no multiple of GRAIN (a vocabulary of 50257), so up to 15 classes precede the body, too; the last bits of a row then
+    depend on its place in the chunk.
     """
     row = tl.program_id(0).to(tl.int64)
     begin = row * stride
     target = tl.load(targets_C + row).to(tl.int32)
-    # Read before any block is written: the reductions below end in a barrier, and the stores come after it.
+    # Read before anything is written: the reductions below end in a barrier, and the stores come after it.
     target_logit = tl.load(logits_CV + begin + target).to(tl.float32)
     group = target
     if HAS_GROUPS:
         group = tl.load(groups_C + row)
-    skipped = 0
+    head = 0
     if PEEL:
-        skipped = (begin % GRAIN).to(tl.int32)
-        begin = tl.multiple_of(begin - skipped, GRAIN)
-    end = skipped + classes
+        head = tl.minimum((-begin) & (GRAIN - 1), classes).to(tl.int32)
+    size = (classes - head) // GRAIN * GRAIN
+    body = logits_CV + tl.multiple_of(begin + head, GRAIN)
+
+    lanes = tl.arange(0, 2 * GRAIN)
+    edges = tl.where(lanes < GRAIN, lanes, lanes - GRAIN + head + size)
+    at_edge = tl.where(lanes < GRAIN, lanes < head, edges < classes)
+    edge = tl.load(logits_CV + begin + edges, mask=at_edge, other=float("-inf")).to(tl.float32)
+    if HAS_GROUPS:
+        edge = _without_group(edge, class_groups_V, edges, at_edge, group, target)
 
     # Each lane keeps a maximum and a sum of its own, so that the loop reduces nothing across lanes.
     highest = tl.full([BLOCK], LOWEST, dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for offset in range(0, end, BLOCK):
-        x = _scores(logits_CV + begin, class_groups_V, offset, skipped, end, target, group, HAS_GROUPS, BLOCK)
+    for offset in range(0, size, BLOCK):
+        places = offset + tl.arange(0, BLOCK)
+        x = tl.load(body + places, mask=places < size, other=float("-inf")).to(tl.float32)
+        if HAS_GROUPS:
+            x = _without_group(x, class_groups_V, head + places, places < size, group, target)
         # Of the two exponentials of a running sum one is always exp(0).
         decay = tl.exp(-tl.abs(x - highest))
         total = tl.where(x > highest, total * decay + 1.0, total + decay)
         highest = tl.where(x > highest, x, highest)
-    peak = tl.max(highest, 0)
+    peak = tl.maximum(tl.max(highest, 0), tl.maximum(tl.max(edge, 0), LOWEST))
     # Lanes at the peak count as they are: if it is infinite, the difference would be no number.
     mass = tl.sum(tl.where(highest == peak, total, total * tl.exp(highest - peak)), 0)
+    mass += tl.sum(tl.where(edge == peak, 1.0, tl.exp(edge - peak)), 0)
     normaliser = peak + tl.log(mass)
     tl.store(nll_C + row, normaliser - target_logit)
 
     if HAS_WEIGHTS:
         weight = tl.load(weights_C + row).to(tl.float32)
-        for offset in range(0, end, BLOCK):
-            x = _scores(logits_CV + begin, class_groups_V, offset, skipped, end, target, group, HAS_GROUPS, BLOCK)
+        dtype = logits_CV.dtype.element_ty
+        tl.store(logits_CV + begin + edges, _gradient(edge, normaliser, edges == target, weight, dtype), mask=at_edge)
+        for offset in range(0, size, BLOCK):
             places = offset + tl.arange(0, BLOCK)
-            one = tl.where(places == skipped + target, 1.0, 0.0)
-            gradient = ((tl.exp(x - normaliser) - one) * weight).to(logits_CV.dtype.element_ty)
-            if (offset < skipped) | (offset + BLOCK > end):
-                tl.store(logits_CV + begin + places, gradient, mask=(places >= skipped) & (places < end))
-            else:
-                tl.store(logits_CV + begin + places, gradient)
+            x = tl.load(body + places, mask=places < size, other=float("-inf")).to(tl.float32)
+            if HAS_GROUPS:
+                x = _without_group(x, class_groups_V, head + places, places < size, group, target)
+            gradient = _gradient(x, normaliser, head + places == target, weight, dtype)
+            tl.store(body + places, gradient, mask=places < size)
 
 
 @triton.jit
-def _scores(
-    logits_V, class_groups_V, offset, skipped, end, target, group, HAS_GROUPS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A block of a row in float32; minus infinity where there is no class, or one that the group leaves out.
+def _gradient(x, normaliser, is_target, weight, dtype: tl.constexpr):
+    """weight * (softmax - one at the target), of a dtype."""
+    return ((tl.exp(x - normaliser) - tl.where(is_target, 1.0, 0.0)) * weight).to(dtype)
 
-    Only blocks at the ends of a row are masked: a mask over an odd number of classes would make all loads narrow.
-    """
-    places = offset + tl.arange(0, BLOCK)
-    inside = (places >= skipped) & (places < end)
-    if (offset < skipped) | (offset + BLOCK > end):
-        x = tl.load(logits_V + places, mask=inside, other=float("-inf")).to(tl.float32)
-    else:
-        x = tl.load(logits_V + places).to(tl.float32)
-    if HAS_GROUPS:
-        class_group = tl.load(class_groups_V + places - skipped, mask=inside, other=0)
-        x = tl.where((class_group == group) & (places != skipped + target), float("-inf"), x)
-    return x
+
+@triton.jit
+def _without_group(x, class_groups_V, classes, inside, group, target):
+    """Logits with minus infinity for classes of a group, the target excepted."""
+    class_group = tl.load(class_groups_V + classes, mask=inside, other=0)
+    return tl.where((class_group == group) & (classes != target), float("-inf"), x)

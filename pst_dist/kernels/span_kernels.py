@@ -1,7 +1,7 @@
 """Triton kernels over ragged spans: their means, and the gradient of the hidden state.
 
-A span is summed in chunks of CHUNK positions counted from its own start, and the chunks in their order, so the sum of
-a span depends on nothing but the span: no atomics, the same bits in every run and however the batch is packed. The
+A span is summed in chunks of CHUNK positions counted from its own start, and the chunks in their order: no atomics, the
+same bits in every run and, for hidden states of one width and alignment, however the batch is packed. The
 gradient asks each row what arrives there and writes it once. Which tiles and warps run them is in `launch_table`;
 tensors, grids and checks are in `triton_backend`. Offsets into [B, T, D] are 64-bit throughout.
 """

@@ -1,0 +1,55 @@
+"""Being told to stop: the first signal asks for an end at the next step boundary, the second ends at once.
+
+Slurm, Kubernetes and spot machines announce an end by a signal and wait for a while. What happens at the boundary is
+the trainer's; all ranks must learn of it there, also when one alone was told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm's --signal is told to send before the time limit."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """Number of the first signal that arrived; 0 when none did."""
+
+    def _arrived(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            # Asked twice: no more patience. What was being written stays under its temporary name.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.signal = number
+        log.warning("%s: stopping after this step; once more ends at once", signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Listen to SIGTERM, SIGINT and SIGUSR1 within this block; earlier handlers are back after it.
+
+    Only a process's main thread may listen: elsewhere (a Ray worker runs training in a thread) nothing is asked.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request._arrived) for number in ASKING}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

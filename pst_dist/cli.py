@@ -40,6 +40,7 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
         "preview": (_preview, "show the tokens of some rows and the loss each one carries", "pst preview my.yaml -n 2"),
         "shard": (_shard, "pack the rows into webdataset shards", "pst shard my.yaml"),
         "embed": (_embed, "encode the teacher's rationales", "pst embed my.yaml embed.backend=ray"),
+        "plan": (_plan, "what a run will cost: memory, checkpoints, time", "pst plan my.yaml nodes=4 gpus=8"),
         "train": (_train, "train the student; resumes by itself", "pst train my.yaml train.deepspeed=zero2"),
         "evaluate": (_evaluate, "decode and score the test rows", "pst evaluate runs/demo/pst"),
         "export": (_export, "write the student as a plain Hugging Face model", "pst export runs/demo/pst"),
@@ -96,6 +97,14 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("overrides", **overrides)
     if name in ("shard", "embed", "train", "evaluate", "export", "run", "demo"):
         verb.add_argument("--rebuild", action="store_true", help="replace what was made from other inputs")
+    if name == "plan":
+        from pst_dist.plan import Machines
+
+        fields = Machines.model_fields.items()
+        verb.epilog = f"{verb.epilog}\n\nmachines:\n" + "\n".join(
+            f"  {field} (default {info.default}): {' '.join((info.description or '').split())}"
+            for field, info in fields
+        )
     if name == "preview":
         verb.add_argument("-n", "--rows", type=_at_least_one, default=2, help="training rows to show (default 2)")
     if name == "check":
@@ -172,6 +181,16 @@ def _preview(arguments: argparse.Namespace) -> int:
     from pst_dist.preview import preview
 
     Console(highlight=False, soft_wrap=True).print(preview(_config_of(arguments), arguments.rows))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pst_dist.plan import make_plan, split_words
+    from pst_dist.plan_page import plan_lines
+
+    overrides, machines = split_words(arguments.overrides)
+    for config in [load_config(arguments.config, overrides)]:
+        print("\n".join(plan_lines(make_plan(config, machines))))
     return 0
 
 

@@ -1,0 +1,271 @@
+"""What a run will cost before it starts: steps, memory a rank, checkpoints, embeddings, and how often to save.
+
+Arithmetic on the config and the rows, without torch; every rule has its source beside it. Speeds are not guessed:
+without a measured one the plan says how to give it.
+"""
+
+# Letters in this file: P parameters (the student's and the alignment head's), N ranks
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from pst_dist.config import Config, Section
+from pst_dist.errors import ConfigError
+from pst_dist.layout import ARMS
+from pst_dist.model_shape import ModelShape, shape_of
+from pst_dist.rundir import run_dir
+
+GIB = 2**30
+_CHARACTERS_A_TOKEN = 4.0
+_BASE_BYTES = 34
+"""Bytes of activations a token, layer and unit of width in 16 bits, attention scores not kept (Korthikanti et al.,
+arXiv 2205.05198, equation 1 without its second term, which flash or memory-efficient attention does not store)."""
+
+
+class Machines(Section):
+    """What the run will be given; the words of `pst plan` that are no keys of the config."""
+
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    gpus: int = Field(1, ge=1)
+    """Ranks on each: GPUs, or CPU ranks."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Memory of one in GiB; the plan then says whether a rank fits."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Training speed of one rank, from the log of a short run."""
+    texts_per_second: float | None = Field(None, gt=0)
+    """Speed of one encoder, from `pst embed` or benchmarks/embed_throughput.py."""
+    write_gb_per_second: float = Field(1.0, gt=0)
+    """What the shared file system takes from all ranks together, in GB/s."""
+    node_hours_between_failures: float = Field(6300.0, gt=0)
+    """Mean time between failures of one node. 6300 h is Llama 3's pre-training: 419 unexpected interruptions in 54
+    days of 2048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows, counted."""
+
+    rows: int
+    texts: int
+    """Rationales, which are what is embedded."""
+    tokens: float
+    """Tokens of all training sequences of one epoch."""
+    shard_bytes: int
+    exact: bool
+    """Whether tokens are counted rather than taken to have four characters."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank holds while training."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss_path: float
+
+    @property
+    def states(self) -> float:
+        """Weights, gradients and optimizer together."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.states + self.activations + self.loss_path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; times are None where no speed was given."""
+
+    config: Config
+    machines: Machines
+    shape: ModelShape
+    parameters: int
+    rows: Rows
+    steps: int
+    global_batch: int
+    micro_batches: int
+    """Forward passes of a rank in one step."""
+    memory: RankMemory
+    by_stage: dict[int, RankMemory]
+    checkpoint_bytes: float
+    checkpoint_seconds: float
+    training_hours: float | None
+    embedding_hours: float | None
+    embedding_bytes: float
+    failures: float | None
+    """Expected over the whole training."""
+    save_every_seconds: float
+    save_every_steps: int | None
+
+    @property
+    def ranks(self) -> int:
+        """Over all nodes."""
+        return self.machines.nodes * self.machines.gpus
+
+
+def split_words(words: list[str]) -> tuple[list[str], Machines]:
+    """Words of the command line as overrides of the config and what the run is given; raises ConfigError."""
+    ours = [word for word in words if word.partition("=")[0] in Machines.model_fields]
+    given = dict(word.partition("=")[::2] for word in ours)
+    try:
+        machines = Machines.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(f"{name}={given[name]!r}: {first['msg'].lower()}", "see `pst plan --help`") from error
+    return [word for word in words if word not in ours], machines
+
+
+def make_plan(config: Config, machines: Machines) -> Plan:
+    """Work it all out. Raises what reading the rows or the student's config raises."""
+    train, ranks = config.train, machines.nodes * machines.gpus
+    if ranks > 1 and train.deepspeed is None:
+        raise ConfigError(f"{ranks} ranks but train.deepspeed is not set", "add train.deepspeed=zero1, zero2 or zero3")
+    stage = zero_stage(train.deepspeed)
+    rows = count_rows(config)
+    shape = shape_of(config.student, max_length=config.layout.max_length)
+    aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
+    width = teacher_width(config) if aligned else 0
+    parameters = shape.parameters + shape.hidden_size * width
+    global_batch = train.global_batch_size or (
+        train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
+    )
+    steps = train.max_steps or train.num_train_epochs * math.ceil(rows.rows / global_batch)
+    micro = min(train.per_device_train_batch_size, math.ceil(global_batch / ranks))
+    length = min(config.layout.max_length, math.ceil(1.5 * rows.tokens / max(1, rows.rows)))
+    memories = {
+        number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro * length)
+        for number in (0, 1, 2, 3)
+    }
+    memory = memories[stage] if stage is not None else replace(memories[0], optimizer=8.0 * parameters)
+    size = checkpoint_bytes(parameters, stage, bf16=train.bf16)
+    seconds = size / (machines.write_gb_per_second * 1e9)
+    tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
+    hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
+    between = machines.node_hours_between_failures / machines.nodes * 3600
+    interval = math.sqrt(2 * seconds * between)
+    return Plan(
+        config=config,
+        machines=machines,
+        shape=shape,
+        parameters=parameters,
+        rows=rows,
+        steps=steps,
+        global_batch=global_batch,
+        micro_batches=math.ceil(math.ceil(global_batch / ranks) / micro),
+        memory=memory,
+        by_stage=memories,
+        checkpoint_bytes=size,
+        checkpoint_seconds=seconds,
+        training_hours=hours,
+        embedding_hours=(
+            rows.texts / (machines.texts_per_second * ranks) / 3600 if machines.texts_per_second else None
+        ),
+        embedding_bytes=4.0 * rows.texts * width,
+        failures=None if hours is None else hours * 3600 / between,
+        save_every_seconds=interval,
+        save_every_steps=None if not hours else max(1, round(interval / (hours * 3600 / steps))),
+    )
+
+
+def teacher_width(config: Config) -> int:
+    """Width of the encoder's vectors: MiniLM's, or what the folder of another says; 1024 where it cannot be seen."""
+    if config.embed.encoder == "minilm":
+        return 384
+    try:
+        return int(json.loads((Path(config.embed.encoder).expanduser() / "config.json").read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError):
+        return 1024
+
+
+def zero_stage(deepspeed: str | None) -> int | None:
+    """The stage of a profile or DeepSpeed JSON; None for the single-process engine."""
+    if deepspeed is None:
+        return None
+    if deepspeed.startswith("zero") and deepspeed[4:5].isdigit() and not deepspeed.endswith(".json"):
+        return int(deepspeed[4])
+    try:
+        with open(deepspeed) as stream:
+            return int(json.load(stream).get("zero_optimization", {}).get("stage", 0))
+    except OSError as error:
+        raise ConfigError(f"train.deepspeed: cannot read the stage: {error.strerror}", path=deepspeed) from error
+    except ValueError as error:
+        raise ConfigError(f"train.deepspeed: cannot read the stage: {error}", path=deepspeed) from error
+
+
+def rank_memory(
+    config: Config, shape: ModelShape, parameters: int, stage: int, ranks: int, *, micro_tokens: int
+) -> RankMemory:
+    """What one rank holds at a ZeRO stage (Rajbhandari et al., arXiv 1910.02054, section 3; Adam's K is 12 bytes).
+
+    float32 training keeps 4 bytes each of weights and gradients; DeepSpeed's stages 1 to 3 hold a float32 copy of
+    their share beside Adam's two moments. bf16 at stage 1 and above halves weights and gradients.
+    """
+    half = config.train.bf16 and stage >= 1
+    each, p, n = (2.0 if half else 4.0), float(parameters), float(ranks)
+    item = 2.0 if config.train.bf16 else 4.0
+    per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
+    activations = shape.layers * per_layer
+    if config.student.gradient_checkpointing:
+        # One input a layer, and one layer made again at a time.
+        activations = shape.layers * item * micro_tokens * shape.hidden_size + per_layer
+    # The head's gradient in float32 and a chunk of logits (`kernels.ops.CHUNK_BYTES` on a CPU).
+    loss_path = 4.0 * shape.vocabulary * shape.hidden_size + min(64 * 2**20, item * micro_tokens * shape.vocabulary)
+    return RankMemory(
+        weights=each * p / (n if stage == 3 else 1),
+        gradients=each * p / (n if stage >= 2 else 1),
+        optimizer=8.0 * p if stage == 0 else 12.0 * p / n,
+        activations=activations,
+        loss_path=loss_path,
+    )
+
+
+def checkpoint_bytes(parameters: int, stage: int | None, *, bf16: bool) -> float:
+    """Bytes of one checkpoint over all ranks: the weights, Adam's moments, and from stage 1 a float32 copy.
+
+    Stage 3 keeps its weights in the shards of that copy alone.
+    """
+    weights = 2.0 if bf16 and stage else 4.0
+    copy = 0.0 if not stage else 4.0
+    return parameters * ((0.0 if stage == 3 else weights) + copy + 8.0)
+
+
+def count_rows(config: Config) -> Rows:
+    """Training rows from the shards where they are packed, else from the sources; raises what those raise."""
+    from pst_dist.shards import ShardSet
+
+    run = run_dir(config)
+    if (run.shards / "manifest.json").is_file():
+        shards = ShardSet.open(run.shards, verify=False)
+        samples: Any = shards.split("train")
+        size = sum(shard.bytes for shard in shards.shards())
+    else:
+        from pst_dist.sources import load_data
+
+        samples = load_data(config).splits.get("train", [])
+        size = 0
+    arm = ARMS[config.arm]
+    reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and arm.aligned)
+    exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"
+    a_token = 1.0 if exact else _CHARACTERS_A_TOKEN
+    prompt = len(config.layout.prompt) - len("{question}") + 3  # the space before an answer, its stop, the end
+    tokens, texts = 0.0, 0
+    for sample in samples:
+        written = len(sample.rationales[0].encode()) if arm.needs_rationale and reads and sample.rationales else 0
+        once = len(sample.question.encode()) + prompt + len(sample.answer.encode())
+        tokens += min(config.layout.max_length, (once + written) / a_token) + arm.aligned
+        texts += len(sample.rationales)
+    tokens *= len(arm.question_prefixes)
+    return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact)

@@ -173,14 +173,17 @@ class _HeadCall:
                 with_squares=watch,
             )
             if output.squares.numel():
-                output.loss.register_hook(lambda upstream: self._record(output.squares * upstream * upstream))
+                # Only what the hook needs: one that held `output` would keep the loss, and so the graph, alive.
+                squares, record = output.squares, self._recorder()
+                output.loss.register_hook(lambda upstream: record(squares * upstream * upstream))
             self.output = output
             return output.anchor.to(hidden_BTD.dtype).expand(1, 1, vocabulary_of(head, self.student.model))
         hidden, self.pooled = span_tap(hidden_BTD, batch.spans)
         picked = batch.supervised.rows if len(batch.supervised.rows) else batch.supervised.rows.new_zeros(1)
         rows_ND = hidden.flatten(0, 1)[picked]
         if watch and rows_ND.requires_grad and len(batch.supervised.rows):
-            rows_ND.register_hook(lambda gradient: self._record(gradient.detach().float().square().sum(-1)))
+            record = self._recorder()
+            rows_ND.register_hook(lambda gradient: record(gradient.detach().float().square().sum(-1)))
         return original(rows_ND[None])
 
     def result(self, logits: Tensor) -> HeadOutput:
@@ -195,10 +198,15 @@ class _HeadCall:
         nll_N = token_nll(logits[0], self.batch.supervised.targets)
         return HeadOutput((nll_N * self.weights_N).sum(), nll_N.detach(), self.pooled, nothing, nothing)
 
-    def _record(self, squares_N: Tensor) -> None:
+    def _recorder(self) -> Callable[[Tensor], None]:
+        """What adds [N] squared gradients of the supervised rows to the two cross-entropies' sums."""
         answers, totals = self.batch.is_answer, self.student.squared_gradients
-        totals[0] += squares_N[answers].double().sum().cpu()
-        totals[1] += squares_N[~answers].double().sum().cpu()
+
+        def record(squares_N: Tensor) -> None:
+            totals[0] += squares_N[answers].double().sum().cpu()
+            totals[1] += squares_N[~answers].double().sum().cpu()
+
+        return record
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The student: its loss against the plain model's logits, whatever is supervised and however the batch is cut."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +164,25 @@ def test_finding_out_about_a_model_leaves_no_trace():
     torch.manual_seed(7)
     assert torch.equal(after, torch.rand(1)) and tiny.model.training
     assert "forward" not in vars(tiny.model.get_output_embeddings())
+
+
+def test_a_watched_pass_leaves_nothing_alive_after_its_backward():
+    """A hook that held what it hangs on would keep the pass until the collector runs: memory for nothing."""
+    tiny = Tiny("pst")
+    tiny.student.watch_gradients = True
+    batch = batch_of(tiny, ROWS)
+
+    def tensors_after_a_pass():
+        tiny.student(batch, torch.ones(3)).loss.backward()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    tensors_after_a_pass()  # gradients exist from here on
+    gc.collect()
+    gc.disable()
+    try:
+        assert tensors_after_a_pass() == tensors_after_a_pass()
+    finally:
+        gc.enable()
 
 
 def test_the_alignment_head_is_not_part_of_the_exported_model():

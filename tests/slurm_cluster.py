@@ -1,0 +1,259 @@
+"""A real Slurm of virtual nodes on this machine: munged, slurmctld and one slurmd a node, all children of the test.
+
+Run as a program (`python slurm_cluster.py FOLDER command…`) it makes two hosts of network and process namespaces, each
+with its own address, brings Slurm up over them, runs each command line there and ends with the last one's exit code:
+Ray wants nodes that have addresses of their own, and stops every Ray process that it sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv")
+_HOSTS = r"""
+set -eu
+ip link set lo up
+mount -t tmpfs tmpfs /run && mkdir /run/netns
+ip link add br0 type bridge && ip addr add 10.77.0.1/24 dev br0 && ip link set br0 up
+hosts=$(mktemp) && trap 'rm -f "$hosts"' EXIT
+printf '127.0.0.1 localhost\n10.77.0.1 %s\n' "$(hostname -s)" >"$hosts"
+for i in 1 2; do
+  printf '10.77.0.1%s n%s\n' "$i" "$i" >>"$hosts"
+  ip netns add "n$i" && ip link add "v$i" type veth peer name eth0 netns "n$i" && ip link set "v$i" master br0 up
+  ip -n "n$i" link set lo up && ip -n "n$i" addr add "10.77.0.1$i/24" dev eth0 && ip -n "n$i" link set eth0 up
+  ip -n "n$i" route add default via 10.77.0.1
+done
+mount --bind "$hosts" /etc/hosts
+"$@"
+"""
+"""Makes n1 = 10.77.0.11 and n2 = 10.77.0.12, joined by a bridge, in the namespaces that it runs in."""
+_CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost={host}({address})
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket={folder}/socket/munge.sock
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=100000,bf_interval=5
+ReturnToService=2
+SlurmdTimeout=30
+KillWait=5
+JobRequeue=1
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=small Nodes=n1 MaxTime=INFINITE State=UP
+"""
+
+
+def wait_until(true: Callable[[], object], what: str, seconds: float = 60) -> None:
+    """Look ten times a second; fails the test, naming `what`, when it does not come true in time."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.1)
+
+
+@dataclass
+class SlurmCluster:
+    """What the tests need of it; commands see it through SLURM_CONF."""
+
+    folder: Path
+    nodes: int
+    hosts: bool = False
+    """Whether each node is a host of its own (see _HOSTS) rather than a port of this one."""
+    daemons: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For commands that are to talk to this Slurm and no other."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        return clean | {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PST_SLURM_POLL_SECONDS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def ask(self, *command: str) -> str:
+        """The output of one of Slurm's commands."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        return done.stdout + done.stderr
+
+    def start(self) -> None:
+        """Bring up the daemons; raises TimeoutError with their last words when the nodes do not come up."""
+        folder, log = self.folder, self.folder / "log"
+        for name in ("state", "spool", "log"):
+            (folder / name).mkdir()
+        for name, mode in (("munge", 0o700), ("socket", 0o755)):
+            (folder / name).mkdir(mode=mode)
+            shutil.chown(folder / name, "munge", "munge")
+        key = folder / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        shutil.chown(key, "munge", "munge")
+        ports = _free_ports(self.nodes + 1)
+        host = socket.gethostname().partition(".")[0]
+        names = [f"n{i + 1}" for i in range(self.nodes)]
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={name if self.hosts else host} Port={port} CPUs=4 RealMemory=4000 "
+            f"NodeAddr={f'10.77.0.1{name[1:]}' if self.hosts else '127.0.0.1'}"
+            for name, port in zip(names, ports, strict=False)
+        )
+        address = "10.77.0.1" if self.hosts else "127.0.0.1"
+        text = _CONFIGURATION.format(host=host, address=address, port=ports[-1], folder=folder, nodes=nodes)
+        (folder / "slurm.conf").write_text(text)
+        munge = [f"--{name}-file={folder}/munge/{name}" for name in ("key", "pid", "log", "seed")]
+        as_munge = ["--reuid=munge", "--regid=munge", "--clear-groups"]
+        self._daemon("munged", [*as_munge, "munged", "-F", "-S", f"{folder}/socket/munge.sock", *munge])
+        self._daemon("slurmctld", ["slurmctld", "-D"])
+        for name in names:
+            enter = []
+            if self.hosts:
+                # bash is the host's first process: it reaps what the daemons of Ray leave behind.
+                enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "-u", "-p", "-m", "--fork", "--mount-proc"]
+                enter += ["--kill-child", "bash", "-c", 'hostname "$0"; "$@" & wait $!', name]
+            self._daemon(f"slurmd-{name}", [*enter, "slurmd", "-D", "-N", name])
+        end = time.monotonic() + 30
+        while self.ask("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != str(self.nodes):
+            if time.monotonic() > end or any(daemon.poll() is not None for daemon in self.daemons):
+                words = "".join(path.read_text(errors="replace")[-500:] for path in sorted(log.iterdir()))
+                raise TimeoutError(f"Slurm did not come up: {words}")
+            time.sleep(0.1)
+
+    def _daemon(self, name: str, command: list[str]) -> None:
+        with (self.folder / "log" / f"{name}.out").open("wb") as stream:
+            # Should the tests themselves be killed, the kernel ends the daemons.
+            self.daemons.append(
+                subprocess.Popen(
+                    ["setpriv", "--pdeathsig=TERM", *command],
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def stop(self) -> None:
+        """Cancel what runs, so that no step outlives its slurmd, then end the daemons by their own pids."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.ask("scancel", "--user=root")
+            end = time.monotonic() + 20
+            while self.ask("squeue", "-h").strip() and time.monotonic() < end:
+                time.sleep(0.2)
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in self.daemons:
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [found.getsockname()[1] for found in sockets]
+
+
+@contextlib.contextmanager
+def slurm_folder() -> Iterator[Path]:
+    """A folder for a Slurm; skips the test, by name and reason, where there can be none."""
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"needs Slurm (apt-get install slurm-wlm munge): no {', '.join(missing)}")
+    if os.geteuid() != 0:
+        pytest.skip("needs root: slurmd starts jobs as their users")
+    # Not pytest's folder: the user munge must be able to walk to its socket.
+    folder = Path(tempfile.mkdtemp(prefix="pst-slurm-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def slurm_cluster(nodes: int) -> Iterator[SlurmCluster]:
+    """A Slurm for the time of this block."""
+    with slurm_folder() as folder:
+        cluster = SlurmCluster(folder, nodes)
+        try:
+            try:
+                cluster.start()
+            except (TimeoutError, LookupError, OSError) as error:  # no user munge, no room for daemons
+                pytest.skip(f"a Slurm of virtual nodes cannot be brought up here: {error}")
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def run_on_hosts(folder: Path, *commands: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run command lines one after the other on a Slurm of two hosts; says `exit code N` after each."""
+    boxed = ["unshare", "-n", "-m", "-p", "--fork", "--mount-proc", "--kill-child", "bash", "-c", _HOSTS, "bash"]
+    words = [word for command in commands for word in [*command, ";"]]
+    return subprocess.run(
+        [*boxed, sys.executable, __file__, str(folder), *words], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def hosts_can_be_made() -> bool:
+    """Whether this user may make network namespaces here."""
+    if os.geteuid() != 0 or any(shutil.which(program) is None for program in ("unshare", "nsenter", "ip")):
+        return False
+    boxed = ["unshare", "-n", "-m", "-p", "--fork", "--mount-proc", "--kill-child", "bash", "-c", _HOSTS, "bash"]
+    return subprocess.run([*boxed, "true"], capture_output=True, timeout=30).returncode == 0
+
+
+def main() -> int:
+    """The commands of the command line, each ended by a lone `;`, on a Slurm of two hosts."""
+    cluster = SlurmCluster(Path(sys.argv[1]), nodes=2, hosts=True)
+    command: list[str] = []
+    code = 0
+    try:
+        cluster.start()
+        for word in sys.argv[2:]:
+            if word != ";":
+                command.append(word)
+                continue
+            code = subprocess.run(command, env=cluster.environment).returncode
+            print(f"exit code {code}", flush=True)
+            command = []
+    finally:
+        cluster.stop()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -260,7 +260,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _submit_slurm(arguments: argparse.Namespace) -> int:
-    from pst_dist import slurm, slurm_submit
+    from pst_dist import slurm, slurm_commands, slurm_follow, slurm_submit
 
     number = arguments.follow
     if number is None:
@@ -271,13 +271,13 @@ def _submit_slurm(arguments: argparse.Namespace) -> int:
             return 0
         number = slurm_submit.submit(config, request, say=print)
     else:
-        slurm_submit.check_controller()
+        slurm_commands.check_controller()
     if arguments.no_follow:
         return 0
     try:
-        return slurm_submit.follow(number, say=lambda line: print(line, flush=True))
+        return slurm_follow.follow(number, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print(slurm_submit.stopped_following(number), file=sys.stderr)
+        print(slurm_follow.stopped_following(number), file=sys.stderr)
         return 130
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -20,20 +21,27 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm's --signal is told to send before the time limit."""
 
 
+ONE_REQUEST_SECONDS = 2.0
+"""A signal to a whole process group also comes from the launcher, which passes on its own: that is one request."""
+
+
 class StopRequest:
     """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal = 0
         """Number of the first signal that arrived; 0 when none did."""
+        self._since = 0.0
 
     def _arrived(self, number: int, _: FrameType | None) -> None:
+        if self.signal and time.monotonic() - self._since < ONE_REQUEST_SECONDS:
+            return
         if self.signal:
             # Asked twice: no more patience. What was being written stays under its temporary name.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.signal = number
+        self.signal, self._since = number, time.monotonic()
         log.warning("%s: stopping after this step; once more ends at once", signal.Signals(number).name)
 
 

@@ -1,8 +1,8 @@
 """A training as a Slurm job: what was asked for on the command line, and the script that says it to Slurm.
 
 `cluster/train.sbatch` is the one script; here its `#SBATCH` lines and arguments are filled in, and inside an array it
-is asked here (`python -m pst_dist.slurm`) which arm and seed a task trains. Nothing in this module talks to Slurm:
-submitting and following is `slurm_submit`.
+is asked here (`python -m pst_dist.slurm`) which arm and seed a task trains. Nothing in this module talks to Slurm: that
+is `slurm_submit` and `slurm_follow`.
 """
 
 from __future__ import annotations

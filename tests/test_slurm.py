@@ -17,7 +17,8 @@ from pst_dist.cli import run_verb
 from pst_dist.config_io import dump_config, load_config
 from pst_dist.errors import ConfigError
 from pst_dist.slurm import array_words, cells, read_words, render, template
-from pst_dist.slurm_submit import Partition, check_room, filesystem_of, gpus_of, read_jobs
+from pst_dist.slurm_follow import read_jobs
+from pst_dist.slurm_submit import Partition, check_room, filesystem_of, gpus_of
 from pst_dist.storage import read_json, read_lines
 from pst_dist.trainer import train
 

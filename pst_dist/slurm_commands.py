@@ -1,0 +1,53 @@
+"""Slurm's own commands, called with a limit in time, and whether there is a Slurm to call at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+from pst_dist.errors import EnvironmentFault, PstError
+
+_ANSWER_SECONDS = 20.0
+"""A controller that is down is noticed within 9 s by Slurm's own commands, a missing slurm.conf only after 60."""
+
+
+def check_controller() -> None:
+    """Raises EnvironmentFault when this machine has no Slurm or its controller does not answer."""
+    for command in ("sbatch", "scontrol", "sinfo", "squeue"):
+        if shutil.which(command) is None:
+            raise EnvironmentFault(
+                f"{command} is not on this machine's PATH",
+                "run this where jobs are submitted, such as the cluster's login node; --dry-run only prints the script",
+            )
+    answer = run("scontrol", "ping")
+    # Every controller has a line of its own; one that is up is enough.
+    if " is UP" not in answer.stdout:
+        said = next((line for line in (answer.stderr + answer.stdout).splitlines() if line.strip()), "no answer")
+        raise EnvironmentFault(
+            f"Slurm's controller does not answer ({said.strip()[:160]})", "check `scontrol ping` and SLURM_CONF"
+        )
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's commands, with a limit in time; silence counts as a failure."""
+    environment = os.environ | {"LC_ALL": "C"}
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer in {_ANSWER_SECONDS:.0f} s")
+
+
+def ask(*command: str) -> str:
+    """What a command printed; raises EnvironmentFault with its own last words when it fails."""
+    answer = run(*command)
+    if answer.returncode:
+        lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
+        raise _refusal(command[0], lines[0] if lines else f"exit code {answer.returncode}")
+    return answer.stdout
+
+
+def _refusal(command: str, said: str) -> PstError:
+    said = re.sub(rf"^{command}: (error: )?(Batch job submission failed: )?", "", said)
+    return EnvironmentFault(f"{command} says: {said[:200]}", "ask for something else, or ask the cluster's keepers")

@@ -108,7 +108,7 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Bring up the daemons; raises TimeoutError with their last words when the nodes do not come up."""
-        folder, log = self.folder, self.folder / "log"
+        folder = self.folder
         for name in ("state", "spool", "log"):
             (folder / name).mkdir()
         for name, mode in (("munge", 0o700), ("socket", 0o755)):
@@ -143,8 +143,7 @@ class SlurmCluster:
         end = time.monotonic() + 30
         while self.ask("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != str(self.nodes):
             if time.monotonic() > end or any(daemon.poll() is not None for daemon in self.daemons):
-                words = "".join(path.read_text(errors="replace")[-500:] for path in sorted(log.iterdir()))
-                raise TimeoutError(f"Slurm did not come up: {words}")
+                raise TimeoutError(f"Slurm did not come up: {self.last_words()}")
             time.sleep(0.1)
 
     def _daemon(self, name: str, command: list[str]) -> None:
@@ -160,6 +159,25 @@ class SlurmCluster:
                     start_new_session=True,
                 )
             )
+
+    def start_again_now(self, number: str) -> None:
+        """Let a requeued job start at once: Slurm holds it back for two minutes.
+
+        Without that pause a node may take the second start for the first one, which it has been told to end (times of
+        credentials are whole seconds), and fail the job before its script runs. So wait for what the pause is for.
+        """
+        wait_until(lambda: "Reason=BeginTime" in self.ask("scontrol", "show", "job", number), f"job {number} waits")
+        idle = ("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D")
+        wait_until(lambda: self.ask(*idle).strip() == str(self.nodes), "all nodes are idle")
+        time.sleep(2.5)
+        self.ask("scontrol", "update", f"job={number}", "StartTime=now")
+
+    def last_words(self) -> str:
+        """The ends of the daemons' logs, for the message of a test that failed."""
+        return "".join(
+            f"\n--- {path.name}\n{path.read_text(errors='replace')[-1500:]}"
+            for path in sorted((self.folder / "log").iterdir())
+        )
 
     def stop(self) -> None:
         """Cancel what runs, so that no step outlives its slurmd, then end the daemons by their own pids."""

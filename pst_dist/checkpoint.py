@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, found by what is on disk and never by a pointer file.
 
-Every rank writes into a new directory; when all have, rank zero hashes every file, writes the manifest last and
-renames the directory into place. Loading compares every digest first, so nothing unverified is ever unpickled.
+Every rank writes its files into a new directory and hashes them; when all have, rank zero writes the manifest last and
+renames the directory into place. Loading compares every digest first. What is in the files is `engine_state`'s: it fits
+every engine and every number of ranks.
 The student that validation chose is kept beside them as a plain Hugging Face folder.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_dist.distributed import Ranks, barrier, from_main, main_first_errors
+from pst_dist.distributed import Ranks, any_rank_errors, from_main, gathered, main_first_errors
 from pst_dist.engine import Engine
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.layout import AnswerFormat
@@ -74,17 +75,20 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
         if engine.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+    files: dict[str, dict[str, Any]] = {}
     try:
-        with disk_errors(final):
-            engine.save(partial)
+        with any_rank_errors(), disk_errors(final):
+            files = describe_files(partial, engine.save(partial))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
         raise
-    barrier()
+    parts = gathered(files)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             write_json(partial / _STATE, asdict(state))
-            files = describe_files(partial, all_files(partial))
+            files = {
+                name: entry for part in [*parts, describe_files(partial, [_STATE])] for name, entry in part.items()
+            }
             write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
             publish_directory(partial, final)
             for old in _by_step(root)[:-keep]:
@@ -137,7 +141,7 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
 def resume(engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None) -> RunState:
     """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
 
-    Raises StaleError when it was made by other settings, another engine or another number of ranks.
+    Another engine or another number of ranks takes it up as well. Raises StaleError when it was made by other settings.
     """
     found = newest_valid(root, engine.ranks, at_most=at_most)
     if found is None:
@@ -149,16 +153,11 @@ def resume(engine: Engine, root: Path, fresh: RunState, *, at_most: int | None =
             "choose another output_dir, or run again with --rebuild to train anew",
             path=path,
         )
-    if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
-        raise StaleError(
-            f"made by {state.world_size} rank(s) of engine {state.engine}, this run has {fresh.world_size} of "
-            f"{fresh.engine}",
-            "resume with the same engine and number of ranks",
-            path=path,
-        )
     engine.load(path)
     log.info("resumed step %d from %s", state.step, path)
-    return state
+    if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
+        log.info("it was saved by %d rank(s) of %s", state.world_size, state.engine)
+    return replace(state, engine=fresh.engine, world_size=fresh.world_size)
 
 
 def save_student(

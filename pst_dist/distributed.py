@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pst_dist.errors import EnvironmentFault
+from pst_dist.errors import EnvironmentFault, PstError
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,15 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value in the order of ranks, on every rank; values must pickle."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def leave(code: int) -> NoReturn:
     """End a rank that a launcher started, without the destructors of C++ threads.
 
@@ -135,3 +144,19 @@ def main_first_errors(ranks: Ranks) -> Iterator[None]:
         raise failure
     if told is not None:
         raise told
+
+
+@contextlib.contextmanager
+def any_rank_errors() -> Iterator[None]:
+    """Make an error that any rank meets in this block end every rank: with its own, or with the first rank's words."""
+    failure: PstError | None = None
+    try:
+        yield
+    except PstError as error:
+        failure = error
+    failures = gathered(failure)
+    if failure is not None:
+        raise failure
+    for other in failures:
+        if other is not None:
+            raise other

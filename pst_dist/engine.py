@@ -20,10 +20,23 @@ from torch import Tensor, nn
 from pst_dist.config import TrainConfig
 from pst_dist.data import PSTBatch
 from pst_dist.distributed import Ranks, all_sum, device_of
-from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, IntegrityError
+from pst_dist.engine_state import (
+    Fragment,
+    FragmentFiles,
+    adam_steps,
+    start_moments,
+    trainable,
+    whole_fragments,
+    write_fragments,
+    zero3_fragments,
+    zero_fragments,
+)
+from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError
 from pst_dist.loss import PSTLossOutput
 from pst_dist.student import Student
 
+STATE_FILES = "state"
+"""First part of the names of the files that hold an engine's state in a checkpoint."""
 _OURS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
@@ -63,7 +76,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """`single`, `zero0` … `zero3`: checkpoints of different engines are not interchangeable."""
+        """`single`, `zero0` … `zero3`."""
 
     @abstractmethod
     def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
@@ -80,13 +93,49 @@ class Engine(ABC):
         Raises DivergedError on every rank, before any weight has moved, when that norm is not finite.
         """
 
+    def save(self, directory: Path) -> list[str]:
+        """Write this rank's part of weights and optimizer into an existing directory; returns its files' names."""
+        steps = adam_steps(self.adamw)
+        start_moments(self.adamw, self._places(), steps)
+        name = f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
+        fragments = self._fragments()
+        if self.replicated:  # the ranks share the writing
+            fragments = fragments[self.ranks.rank :: self.ranks.world_size]
+        write_fragments(directory / name, fragments, adam_step=steps)
+        return [name]
+
+    def load(self, directory: Path) -> None:
+        """Take up the state that any engine on any number of ranks has saved; collective.
+
+        Raises IntegrityError when the files lack values, with weights and optimizer in an unusable mixture.
+        """
+        files = FragmentFiles(directory.glob(f"{STATE_FILES}-*.safetensors"))
+        start_moments(self.adamw, self._places(), files.adam_step)
+        for fragment in self._fragments():
+            files.fill(fragment)
+        self._settle()
+
+    @property
     @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write this rank's state of weights and optimizer below an existing directory; collective."""
+    def replicated(self) -> bool:
+        """Whether every rank keeps all weights and moments."""
+
+    @property
+    @abstractmethod
+    def adamw(self) -> torch.optim.Optimizer:
+        """torch's optimizer, whatever engine wraps it."""
 
     @abstractmethod
-    def load(self, directory: Path) -> None:
-        """Inverse of `save`; collective."""
+    def _places(self) -> list[Tensor]:
+        """The tensors that `adamw` moves on this rank."""
+
+    @abstractmethod
+    def _fragments(self) -> list[Fragment]:
+        """The part of weights and moments that this rank keeps; the moments must be there."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Make whatever the engine has copied from the float32 weights agree with them; collective."""
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
@@ -124,6 +173,7 @@ class SingleProcessEngine(Engine):
     """AdamW on float32 weights in this process; bf16 through autocast."""
 
     name = "single"
+    replicated = True
 
     def __init__(self, student: Student, train: TrainConfig, ranks: Ranks) -> None:
         super().__init__(student, ranks)
@@ -152,15 +202,18 @@ class SingleProcessEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, directory: Path) -> None:
-        torch.save(
-            {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / "state.pt"
-        )
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        return self.optimizer
 
-    def load(self, directory: Path) -> None:
-        state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _places(self) -> list[Tensor]:
+        return [parameter for _, parameter in trainable(self.student)]
+
+    def _fragments(self) -> list[Fragment]:
+        return whole_fragments(self.student, self.optimizer)
+
+    def _settle(self) -> None:
+        return  # the optimizer moves the weights themselves
 
     def full_weights(self) -> dict[str, Tensor]:
         return {name: value.detach().float().cpu() for name, value in self.student.named_parameters()}
@@ -206,14 +259,40 @@ class DeepSpeedEngine(Engine):
         # ZeRO skips the update by itself when the norm is not finite, so the weights are still the old ones.
         return _refuse_non_finite(float(self.engine.get_global_grad_norm()))
 
-    def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+    @property
+    def replicated(self) -> bool:
+        return self.stage == 0
 
-    def load(self, directory: Path) -> None:
-        # DeepSpeed unpickles: the caller has compared every file with our manifest's digests first.
-        path, _ = self.engine.load_checkpoint(str(directory), tag="state")
-        if path is None:
-            raise IntegrityError("DeepSpeed found no state here", "remove this checkpoint", path=directory)
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        return self.engine.basic_optimizer
+
+    def _places(self) -> list[Tensor]:
+        if self.stage == 0:
+            return [parameter for _, parameter in trainable(self.student)]
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer around `adamw`; stage 0 has none."""
+        return self.engine.optimizer
+
+    def _fragments(self) -> list[Fragment]:
+        if self.stage == 0:
+            return whole_fragments(self.student, self.adamw)
+        if self.stage == 3:
+            return zero3_fragments(self.student, self._zero, self.ranks.rank)
+        return zero_fragments(self.student, self._zero)
+
+    def _settle(self) -> None:
+        if self.stage == 3:
+            self._zero.checkpoint_event_prologue()
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero.checkpoint_event_epilogue()
+        elif self.stage:
+            self._zero.update_lp_params()
 
     def full_weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param

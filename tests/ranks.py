@@ -1,17 +1,47 @@
 """Trains a list of configs one after the other in one process group: `torchrun … tests/ranks.py configs.json`.
 
-Starting ranks costs far more than eight steps of a tiny student, so one launch serves many cases.
+Starting ranks costs far more than eight steps of a tiny student, so one launch serves many cases. A config may name a
+run and a step (`"resume": [run, step]`): it then goes on from that run's checkpoint, as if it had been stopped there.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pst_dist.config import Config
-from pst_dist.distributed import Ranks, leave, process_group
+from pst_dist.distributed import Ranks, barrier, leave, process_group
 from pst_dist.trainer import train
+
+
+def launch(cases: Sequence[Config | dict[str, Any]], folder: Path, ranks: int = 2) -> None:
+    """Train configs on several ranks started by torchrun; they end with it."""
+    path = folder / "configs.json"
+    raws = [case if isinstance(case, dict) else case.model_dump(mode="json") for case in cases]
+    path.write_text(json.dumps(raws))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [sys.executable, *command, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def stop_at(source: Path, step: int, target: Path) -> None:
+    """Make `target` what a run like `source` leaves when it is killed after the checkpoint of that step."""
+    (target / "checkpoints").mkdir(parents=True)
+    shutil.copytree(source / "checkpoints" / f"checkpoint-{step}", target / "checkpoints" / f"checkpoint-{step}")
+    shutil.copytree(source / "best", target / "best")
+    lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines))
 
 
 def main() -> None:
@@ -19,7 +49,11 @@ def main() -> None:
     ranks = Ranks.from_environment()
     with process_group(ranks, with_deepspeed=True):
         for raw in json.loads(Path(sys.argv[1]).read_text()):
+            stopped = raw.pop("resume", None)
             config = Config.model_validate(raw)
+            if stopped and ranks.is_main:
+                stop_at(Path(stopped[0]), int(stopped[1]), Path(config.output_dir))
+            barrier()
             try:
                 train(config)
             except Exception as error:

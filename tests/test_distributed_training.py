@@ -1,12 +1,9 @@
 """DeepSpeed ZeRO 0-3 on two real gloo ranks against one plain PyTorch process on the same global batches."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import launch
 from small_run import small_config
 from unfused import unfused_curve
 
@@ -20,24 +17,6 @@ STUDENTS = {
     "gpt2-untied": {"student__fresh__tie_word_embeddings": False, "loss__pooling": "span"},
     "t5": {"student__fresh__architecture": "t5"},
 }
-
-
-def launch(configs, folder: Path, ranks: int = 2) -> None:
-    """Train configs on several ranks started by torchrun; they end with it."""
-    path = folder / "configs.json"
-    path.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [sys.executable, *command, str(Path(__file__).with_name("ranks.py")), str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def curve(run: Path) -> list[dict]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from pst_dist.storage import (
     write_manifest,
 )
 from pst_dist.student import Student, save_head
+from pst_dist.training_settings import check_changes
 
 log = logging.getLogger(__name__)
 FORMAT_FILE = "pst.json"
@@ -60,6 +61,8 @@ class RunState:
     """Training time so far, in seconds, over all starts."""
     tokens: int = 0
     """Tokens of target and prompt seen so far, over all ranks."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the training depends on by name (`training_settings`); their digest is the fingerprint."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -138,26 +141,35 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
     return None
 
 
-def resume(engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None) -> RunState:
+def resume(
+    engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None, accept_changes: bool = False
+) -> RunState:
     """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
 
-    Another engine or another number of ranks takes it up as well. Raises StaleError when it was made by other settings.
+    Another engine or another number of ranks takes it up as well. Raises StaleError when it was made with settings
+    that make another training, or, unless `accept_changes`, with any others.
     """
     found = newest_valid(root, engine.ranks, at_most=at_most)
     if found is None:
         return fresh
     path, state = found
     if state.fingerprint != fresh.fingerprint:
-        raise StaleError(
-            "this checkpoint was trained with other settings, rows or embeddings",
-            "choose another output_dir, or run again with --rebuild to train anew",
-            path=path,
-        )
+        try:
+            changes = check_changes(state.settings, fresh.settings, accept=accept_changes)
+        except StaleError as error:
+            raise StaleError(error.what, error.remedy, path=path) from None
+        log.warning("going on with other settings: %s", ", ".join(changes))
     engine.load(path)
     log.info("resumed step %d from %s", state.step, path)
     if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
         log.info("it was saved by %d rank(s) of %s", state.world_size, state.engine)
-    return replace(state, engine=fresh.engine, world_size=fresh.world_size)
+    return replace(
+        state,
+        fingerprint=fresh.fingerprint,
+        settings=fresh.settings,
+        engine=fresh.engine,
+        world_size=fresh.world_size,
+    )
 
 
 def save_student(

@@ -231,6 +231,9 @@ class TrainConfig(Section):
     """Write a checkpoint every so many steps; as often as eval_steps when not given."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never under two, so that a damaged newest one has an elder."""
+    accept_changes: bool = False
+    """Let a stopped run go on with other values of what may be changed on the way (learning rate, steps, loss
+    weights…); without it any change is refused by name."""
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
     """What the best checkpoint is chosen by, on validation rows only; accuracy decodes them."""
     report_to: Literal["none", "tensorboard"] = "tensorboard"

@@ -164,7 +164,7 @@ def _refuse_non_finite(norm: float) -> float:
     if not math.isfinite(norm):
         raise DivergedError(
             f"the gradient norm is {norm}; no weight was moved",
-            "resume with a lower train.learning_rate or a smaller train.max_grad_norm",
+            "go on with train.accept_changes=true and a lower train.learning_rate or train.max_grad_norm",
         )
     return norm
 

@@ -40,15 +40,14 @@ from pst_dist.metrics import MetricsLog, StepRecord
 from pst_dist.rundir import RunDir, run_dir
 from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, stop_requests
-from pst_dist.storage import digest_of, directory_lock, read_json, write_json
+from pst_dist.storage import directory_lock, read_json, write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
+from pst_dist.training_settings import settings_digest, training_settings
 from pst_dist.validation import ValidationScore, Validator, is_better
 
 log = logging.getLogger(__name__)
-# Settings that change what is printed, where or how fast, but no weight.
-_COSMETIC = {"logging_steps", "report_to", "num_threads", "dataloader_num_workers", "save_total_limit", "deepspeed"}
 
 
 def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:
@@ -69,17 +68,6 @@ def global_batch_size(train: TrainConfig, world_size: int) -> int:
     if train.global_batch_size is not None:
         return train.global_batch_size
     return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * world_size
-
-
-def training_fingerprint(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> str:
-    """Digest of everything that shapes the weights; equal fingerprints resume one another."""
-    settings = config.model_dump(include={"arm", "task", "seed", "layout", "student", "loss"})
-    train = {key: value for key, value in config.train.model_dump().items() if key not in _COSMETIC}
-    for key in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        train.pop(key)
-    return digest_of(
-        {"settings": settings, "train": train, "batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
-    )
 
 
 @dataclass(frozen=True)
@@ -167,9 +155,10 @@ class _Training:
             raise InputError("there are no training rows in these shards", "give data.train", path=run.shards)
         self.teacher = open_teacher(config, run, shards)
         batch = global_batch_size(config.train, ranks.world_size)
-        self.fingerprint = training_fingerprint(
+        self.settings = training_settings(
             config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch
         )
+        self.fingerprint = settings_digest(self.settings)
         self.plan = OrderPlan(len(samples), batch, config.seed)
         self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
         self.weights = TermWeights.of(config.loss, config.arm)
@@ -251,17 +240,18 @@ class _Training:
 
         That is the checkpoint of its own step, or one before it: training on from there meets the same best step.
         """
-        root, fresh = self.run.checkpoints, RunState(self.fingerprint, engine.name, self.ranks.world_size)
+        fresh = RunState(self.fingerprint, engine.name, self.ranks.world_size, settings=self.settings)
+        root, accept = self.run.checkpoints, self.config.train.accept_changes
         newest = newest_valid(root, self.ranks)
         best_step = newest[1].best_step if newest else None
         intact = from_main(is_intact_student(self.run.best) if self.ranks.is_main else None)
         if best_step is None or intact:
-            return resume(engine, root, fresh)
+            return resume(engine, root, fresh, accept_changes=accept)
         log.warning("the best student, of step %d, is not there: making it again", best_step)
-        state = resume(engine, root, fresh, at_most=best_step)
+        state = resume(engine, root, fresh, at_most=best_step, accept_changes=accept)
         if state.step == best_step:
             self._keep_student(engine, state, self.validator.score(engine, self.weights))
-            return resume(engine, root, fresh)
+            return resume(engine, root, fresh, accept_changes=accept)
         return state
 
     def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
@@ -348,7 +338,7 @@ class _Training:
             bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
             raise DivergedError(
                 f"step {step + 1}: the {' and '.join(bad)} loss is not finite; no weight was moved",
-                "run again with a lower train.learning_rate (the last checkpoint is intact)",
+                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
             )
         rate = learning_rate_at(step, self.total, self.config.train)
         norm = engine.step(rate)
@@ -370,7 +360,7 @@ class _Training:
         if value.loss is not None and not math.isfinite(value.loss):
             raise DivergedError(
                 f"step {state.step}: the loss on the validation rows is {value.loss}; this student is not kept",
-                "run again with a lower train.learning_rate (the last checkpoint is intact)",
+                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
             )
         metrics.validation(state.step, value)
         metric = self.config.train.metric_for_best_model

@@ -73,7 +73,21 @@ def test_no_checkpoints_at_all_means_a_fresh_start(tmp_path):
     assert resume(engine_of(), tmp_path / "none", STATE) == STATE
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    saved(engine_of(), tmp_path, 1)
-    with pytest.raises(StaleError, match="trained with other settings"):
-        resume(engine_of(), tmp_path, RunState("other", "single", 1))
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
+    mine = RunState("f", "single", 1, step=1, settings={"seed": 1, "train.learning_rate": 0.1, "arm": "pst"})
+    save_checkpoint(engine_of(), tmp_path, mine, keep=2)
+    other = {"seed": 2, "train.learning_rate": 0.2, "arm": "pst"}
+    for accept in (False, True):
+        with pytest.raises(StaleError, match=r"checkpoint-1: trained with seed=1, this run has seed=2; choose another"):
+            resume(engine_of(), tmp_path, RunState("o", "single", 1, settings=other), accept_changes=accept)
+
+
+def test_what_may_change_on_the_way_is_taken_when_the_user_says_so(tmp_path, caplog):
+    settings = {"seed": 1, "train.learning_rate": 0.1}
+    save_checkpoint(engine_of(), tmp_path, RunState("f", "single", 1, step=3, settings=settings), keep=2)
+    wanted = RunState("o", "single", 1, settings=settings | {"train.learning_rate": 0.2})
+    with pytest.raises(StaleError, match=r"learning_rate=0\.1, this run has .*=0\.2; set it back, or .*accept_changes"):
+        resume(engine_of(), tmp_path, wanted)
+    state = resume(engine_of(), tmp_path, wanted, accept_changes=True)
+    assert (state.step, state.fingerprint, state.settings) == (3, "o", wanted.settings)
+    assert "train.learning_rate 0.1 -> 0.2" in caplog.text

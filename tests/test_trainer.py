@@ -85,8 +85,15 @@ def test_a_finished_training_is_not_repeated(small_data, tmp_path):
 
 def test_other_settings_in_the_same_directory_are_refused(small_data, tmp_path):
     train(small_config(small_data, tmp_path))
-    with pytest.raises(StaleError, match="other settings"):
+    with pytest.raises(StaleError, match=r"trained with .*, this run has "):
         train(small_config(small_data, tmp_path, train__learning_rate="2e-2"))
+
+
+def test_a_finished_training_can_be_made_longer(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    longer = {"train__max_steps": 12, "train__accept_changes": True}
+    assert train(small_config(small_data, tmp_path, **longer)).steps == 12
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl") if "loss" in row] == list(range(1, 13))
 
 
 def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):

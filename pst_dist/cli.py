@@ -50,6 +50,7 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
         "compare": (_compare, "put finished runs side by side", "pst compare runs/demo/pst runs/demo/answer_only"),
         "run": (_run, "all stages, skipping those already complete", "pst run my.yaml arms=[pst,answer_only]"),
         "demo": (_demo, "all stages on an embedded task, no data needed", "pst demo"),
+        "verify": (_verify, "compare every file of a run with its digest", "pst verify runs/demo"),
         "config": (_config, "print the resolved config, its schema, or the ready-made ones", "pst config my.yaml"),
     }
 
@@ -88,6 +89,9 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     elif name == "compare":
         verb.add_argument("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows")
         verb.add_argument("-o", "--output", metavar="PAGE.html", help="also write an HTML page")
+    elif name == "verify":
+        verb.add_argument("directory", metavar="DIR", help="a run, data or model directory, or one of several runs")
+        verb.add_argument("--rebuild", action="store_true", help="remove what is damaged and make it again if possible")
     elif name == "config":
         verb.add_argument("config", nargs="?", help="config file, run directory or ready-made name")
         verb.add_argument("overrides", **overrides)
@@ -387,6 +391,22 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"model:  {config.output_dir}/pst/export   (loads with plain transformers)")
     print(f'ask it: pst answer {config.output_dir}/pst "…" --explain')
     return code
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pst_dist.errors import IntegrityError
+    from pst_dist.verify import mend, verify
+
+    root = Path(arguments.directory)
+    findings = verify(root)
+    if arguments.rebuild and any(finding.state != "intact" for finding in findings):
+        mend(root, findings)
+        findings = verify(root)
+    for finding in findings:
+        print(finding.line)
+    problems = sum(finding.is_problem for finding in findings)
+    print(f"{len(findings) - problems} intact, {problems} to mend")
+    return IntegrityError.exit_code if problems else 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

@@ -24,12 +24,13 @@ from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 _FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
-_REMAKE = {
+REMAKE = {
     "shards": "run `pst shard` again",
     "embeddings": "run `pst embed` again",
     "student": "run `pst train` again",
     "evaluation": "run `pst evaluate --rebuild`",
     "export": "run `pst export` again",
+    "checkpoint": "`pst train` passes it over and goes on from an older one",
 }
 """The command that makes each kind of directory anew when it is damaged."""
 
@@ -242,7 +243,7 @@ def read_manifest(directory: Path, kind: str) -> Manifest | None:
 
 def verify_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs."""
-    remedy = _REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
+    remedy = REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
     for name in sorted(manifest.files) if names is None else names:
         path, promised = directory / name, manifest.files[name]
         if not path.is_file():

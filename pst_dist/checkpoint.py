@@ -76,7 +76,8 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     partial = final.with_name(f".{final.name}.partial")
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for abandoned in root.glob(".checkpoint-*.partial"):  # only one training runs here
+                shutil.rmtree(abandoned, ignore_errors=True)
             partial.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
     try:

@@ -40,7 +40,7 @@ __all__ = ["EmbeddingStore", "TextEncoder", "embed_all", "embed_shard"]
 # Shapes in this file: n rationales of a shard or split, E encoder width
 STATISTICS = "statistics.safetensors"
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
-_PARTIAL = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]{{8}}\.partial")
+_PARTIAL = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]+\.partial")
 
 
 def embed_shard(

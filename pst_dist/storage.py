@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +28,8 @@ from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 _FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
+_FOREIGN_SECONDS = 24 * 3600.0
 REMAKE = {
     "shards": "run `pst shard` again",
     "embeddings": "run `pst embed` again",
@@ -91,13 +97,59 @@ def _make_room(path: Path) -> str:
     return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
 
 
+@functools.cache
+def _origin() -> str:
+    """8 hex digits for the set of processes whose ids can be told apart here: this boot, this container."""
+    facts = [os.uname().nodename]
+    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            facts.append(os.readlink(place) if place.endswith("pid") else Path(place).read_text())
+    return digest_of(facts)[:8]
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    """A name beside `path` that no other process uses and that says whose it is; see `_remove_abandoned`."""
+    return path.with_name(f".{path.name}.{_origin()}{os.getpid():08x}{uuid.uuid4().hex[:4]}.{ending}")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left while they wrote `path`: theirs are the names whose process is no more.
+
+    Those of other machines and earlier boots are taken for abandoned when nothing has touched them for a day.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = _TEMPORARY.fullmatch(leftover.name)
+        if found is None or leftover.name != f".{path.name}.{found[1]}{found[2]}{found[3]}.{found[4]}":
+            continue
+        with contextlib.suppress(OSError):
+            if found[1] == _origin():
+                abandoned = not _is_running(int(found[2], 16))
+            else:
+                abandoned = time.time() - leftover.stat().st_mtime > _FOREIGN_SECONDS
+            if abandoned and leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif abandoned:
+                leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _temporary(path, "partial")
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
             yield partial
             _fsync_path(partial)
             os.replace(partial, path)
@@ -113,9 +165,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     An older directory of that name is replaced: it is renamed away first and removed afterwards, so a reader
     sees the old one, the new one, or (for one instant) none, but never a mixture.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _temporary(path, "partial")
     with disk_errors(path):
         try:
+            _remove_abandoned(path)
             partial.mkdir(parents=True)
             yield partial
             publish_directory(partial, path)
@@ -131,7 +184,7 @@ def publish_directory(partial: Path, path: Path) -> None:
         _fsync_path(partial)
         replaced = None
         if path.exists():
-            replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.replaced")
+            replaced = _temporary(path, "replaced")
             os.replace(path, replaced)
         os.replace(partial, path)
         _fsync_path(path.parent)

@@ -30,6 +30,7 @@ from pst_dist.checkpoint import (
 )
 from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
+from pst_dist.deepspeed_json import deepspeed_settings
 from pst_dist.distributed import (
     Ranks,
     check_same_software,
@@ -135,6 +136,8 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
     run = run_dir(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
+    if config.train.deepspeed is not None:
+        deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
     lock = directory_lock(run.path) if ranks.is_main else contextlib.nullcontext()
     with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
         check_same_software()

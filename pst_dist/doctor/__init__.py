@@ -70,6 +70,7 @@ def examine(config: Config | None, request: Request) -> tuple[Machine, list[Find
             checks.append(Check(name, lambda n=name, f=folder: places.place(n, f, nodes), silence=SLOW_FILES))  # type: ignore[misc]
         checks += [
             Check("contents", lambda: places.contents(config), silence=SLOW_FILES),
+            Check("deepspeed", lambda: software.deepspeed_json(config), 60.0),
             Check("encoder", lambda: models.encoder(config)),
             Check("student", lambda: models.student(config)),
             Check(

@@ -264,6 +264,16 @@ def torch_works(machine: Machine) -> list[Finding]:
     return [ok("torch", f"{found['version']} can be imported{sees}")]
 
 
+def deepspeed_json(config: Config) -> list[Finding]:
+    """A DeepSpeed JSON of the user's own, read as training will read it; raises what that raises."""
+    if config.train.deepspeed is None or not config.train.deepspeed.endswith(".json") or not version_of("deepspeed"):
+        return []
+    from pst_dist.deepspeed_json import deepspeed_settings
+
+    stage = deepspeed_settings(config.train, 1)["zero_optimization"]["stage"]
+    return [ok("deepspeed", f"{config.train.deepspeed}: stage {stage}, every key known")]
+
+
 def compiler_locks() -> list[Finding]:
     """Locks of C++ extensions that nobody builds any more: torch waits for such a file to go away, for ever."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_dist.distributed import Ranks, any_rank_errors, from_main, gathered, main_first_errors
+from pst_dist.distributed import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.engine import Engine
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.layout import AnswerFormat
@@ -81,7 +81,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
             partial.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
     try:
-        with any_rank_errors(), disk_errors(final):
+        with together(engine.ranks), disk_errors(final):
             files = describe_files(partial, engine.save(partial))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full

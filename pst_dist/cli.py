@@ -41,6 +41,11 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
         "shard": (_shard, "pack the rows into webdataset shards", "pst shard my.yaml"),
         "embed": (_embed, "encode the teacher's rationales", "pst embed my.yaml embed.backend=ray"),
         "plan": (_plan, "what a run will cost: memory, checkpoints, time", "pst plan my.yaml nodes=4 gpus=8"),
+        "doctor": (
+            _doctor,
+            "what on this machine would stop a run, and the remedy",
+            "pst doctor my.yaml nodes=2 gpus=8",
+        ),
         "train": (_train, "train the student; resumes by itself", "pst train my.yaml train.deepspeed=zero2"),
         "submit": (_submit, "hand a training to a cluster and follow it", "pst submit slurm my.yaml nodes=2 gpus=8"),
         "evaluate": (_evaluate, "decode and score the test rows", "pst evaluate runs/demo/pst"),
@@ -97,6 +102,12 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("overrides", **overrides)
         verb.add_argument("--schema", action="store_true", help="print the JSON schema of all keys, with their help")
         verb.add_argument("--list", action="store_true", help="list the ready-made configs")
+    elif name == "doctor":
+        verb.add_argument("config", nargs="?", help="config file, run directory, ready-made name, or a first report")
+        words = "keys of the config, nodes=N gpus=N (or CPU ranks, each), hostfile=PATH; or further reports to compare"
+        verb.add_argument("overrides", **overrides | {"metavar": "word", "help": words})
+        verb.add_argument("--report", metavar="FILE.json", help="also write what this node has, to compare with others")
+        verb.add_argument("--compare", action="store_true", help="say how the nodes of several reports differ")
     elif name == "submit":
         verb.add_argument("where", choices=sorted(_CLUSTERS), help="which kind of cluster")
         verb.add_argument("config", nargs="?", help="config file, run directory or ready-made name")
@@ -205,6 +216,29 @@ def _plan(arguments: argparse.Namespace) -> int:
     for config in [load_config(arguments.config, overrides)]:
         print("\n".join(plan_lines(make_plan(config, machines))))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pst_dist import doctor
+
+    words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
+    if arguments.compare or (len(words) > 1 and all(word.endswith(".json") for word in words)):
+        if len(words) < 2:
+            raise ConfigError("one report compares with nothing", "pst doctor a.json b.json")
+        findings = doctor.compare_reports([Path(word) for word in words])
+    else:
+        name = words.pop(0) if words and "=" not in words[0] else None
+        overrides, request = doctor.split_request(words)
+        config = load_config(name, overrides) if name or overrides else None
+        machine, findings = doctor.examine(config, request)
+        if arguments.report:
+            doctor.write_report(machine, Path(arguments.report))
+    for found in findings:
+        if found.level != "ok" or not arguments.quiet:
+            print(found.line())
+    last, code = doctor.verdict(findings)
+    print(last)
+    return code
 
 
 def _shard(arguments: argparse.Namespace) -> int:

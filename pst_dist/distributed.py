@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pst_dist import __version__
 from pst_dist.errors import EnvironmentFault, PstError
 
 
@@ -147,16 +148,37 @@ def main_first_errors(ranks: Ranks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def any_rank_errors() -> Iterator[None]:
-    """Make an error that any rank meets in this block end every rank: with its own, or with the first rank's words."""
-    failure: PstError | None = None
+def together(ranks: Ranks) -> Iterator[None]:
+    """Make an exception that any rank meets in this block end every rank, the others with its words and its number.
+
+    For what each rank does by itself, such as opening files that one node may not see: no collective inside.
+    """
+    failure: Exception | None = None
     try:
         yield
-    except PstError as error:
+    except Exception as error:
         failure = error
-    failures = gathered(failure)
+    told = gathered((os.uname().nodename, failure))
     if failure is not None:
         raise failure
-    for other in failures:
+    for rank, (host, other) in enumerate(told):
+        if isinstance(other, PstError):
+            raise type(other)(f"rank {rank} on {host}: {other.what}", other.remedy, path=other.path, line=other.line)
         if other is not None:
-            raise other
+            raise EnvironmentFault(f"rank {rank} on {host} failed ({type(other).__name__}: {other})", "see its message")
+
+
+def check_same_software() -> None:
+    """Raises EnvironmentFault on every rank when they run different versions: their sums would not mean the same."""
+    mine = {"pst_dist": __version__, "torch": str(torch.__version__), "python": ".".join(sys.version.split(".")[:2])}
+    told = gathered((os.uname().nodename, mine))
+    for name in mine:
+        places: dict[str, str] = {}
+        for rank, (host, versions) in enumerate(told):
+            places.setdefault(versions[name], f"rank {rank} ({host})")
+        if len(places) > 1:
+            said = ", ".join(f"{version} on {place}" for version, place in places.items())
+            raise EnvironmentFault(
+                f"ranks differ in {name}: {said}",
+                "install the same on every node; `pst doctor --report` shows what each has",
+            )

@@ -77,10 +77,8 @@ def needs_embeddings(config: Config) -> bool:
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process; with `rebuild`, what an earlier training left is removed first."""
-    from pst_dist.shards import ShardSet
     from pst_dist.trainer import train
 
-    ShardSet.open(run_dir(config).shards, verify=False)  # a refusal before the lock leaves nothing behind
     return train(config, rebuild=rebuild)
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_CLOCK_SECONDS = 30.0
 _FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
 _FOREIGN_SECONDS = 24 * 3600.0
@@ -330,3 +332,53 @@ def directory_lock(directory: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()
         yield
+
+
+def try_place(folder: Path) -> list[str]:
+    """Write, fsync, lock, rename and remove in a temporary folder below `folder`; returns what does not work there.
+
+    The directory that is tried is the nearest one that exists; nothing is left behind. Raises EnvironmentFault when
+    nothing can be written at all. What can hang here is the file system: the caller limits the time.
+    """
+    ground = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    faults = []
+    with disk_errors(ground):
+        place = Path(tempfile.mkdtemp(prefix=".pst-try-", dir=ground))
+        try:
+            write_text(place / "old", "old")
+            write_text(place / "new", "x" * _CHUNK)
+            # As every artefact is published: over an older one, and whole directories too.
+            os.replace(place / "new", place / "old")
+            if (place / "new").exists() or (place / "old").stat().st_size != _CHUNK:
+                faults.append("a rename does not replace the older file")
+            skew = (place / "old").stat().st_mtime - time.time()
+            if abs(skew) > _CLOCK_SECONDS:
+                faults.append(f"its clock and this machine's differ by {abs(skew):.0f} s")
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context((place / "lock").open("a+")) for _ in range(2)]
+                try:
+                    fcntl.flock(streams[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    faults.append(f"files cannot be locked ({error.strerror})")
+                else:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(streams[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        faults.append("a lock does not keep a second process out")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    return faults
+
+
+def lock_holder(directory: Path) -> str | None:
+    """Who holds `directory/.lock`, as `directory_lock` wrote it there; None when nobody does. Changes nothing."""
+    try:
+        stream = (directory / ".lock").open("r")
+    except OSError:
+        return None
+    with stream:
+        try:
+            # Shared, and for an instant only; a lock that is held is exclusive and refuses it.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "another process"
+    return None

@@ -30,7 +30,16 @@ from pst_dist.checkpoint import (
 )
 from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
-from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
+from pst_dist.deepspeed_json import deepspeed_settings
+from pst_dist.distributed import (
+    Ranks,
+    check_same_software,
+    device_of,
+    from_main,
+    main_first_errors,
+    process_group,
+    together,
+)
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
 from pst_dist.errors import DataError, DivergedError, InputError, IntegrityError, PreemptedError
 from pst_dist.layout import layout_for
@@ -115,13 +124,20 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
     run = run_dir(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
+    if config.train.deepspeed is not None:
+        deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
     lock = directory_lock(run.path) if ranks.is_main else contextlib.nullcontext()
     with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
+        check_same_software()
+        with together(ranks):  # a node may not see them; a refusal before the lock leaves nothing behind
+            ShardSet.open(run.shards, verify=False)
         with main_first_errors(ranks):
             stack.enter_context(lock)
             if rebuild and ranks.is_main:
                 _forget(run)
-        return _Training(config, run, ranks, stack.enter_context(stop_requests())).run_all()
+        with together(ranks):
+            training = _Training(config, run, ranks, stack.enter_context(stop_requests()))
+        return training.run_all()
 
 
 def _forget(run: RunDir) -> None:

@@ -2,10 +2,13 @@
 
 Starting ranks costs far more than eight steps of a tiny student, so one launch serves many cases. A config may name a
 run and a step (`"resume": [run, step]`): it then goes on from that run's checkpoint, as if it had been stopped there.
+Of runs in a folder `held-…` each rank writes how many bytes its tensors take just before the first optimizer step and
+after it.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -15,8 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pst_dist.config import Config
 from pst_dist.distributed import Ranks, barrier, leave, process_group
+from pst_dist.engine import DeepSpeedEngine
 from pst_dist.trainer import train
 
 
@@ -44,6 +50,32 @@ def stop_at(source: Path, step: int, target: Path) -> None:
     (target / "metrics.jsonl").write_text("".join(lines))
 
 
+def tensor_bytes() -> int:
+    """Bytes of every tensor that this process holds, each storage once."""
+    gc.collect()
+    storages = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and not value.is_meta:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def watch_memory(config: Config, rank: int) -> None:
+    """Let the engine's first step write `held-<rank>.json`, over what was held before the student was made."""
+    before, step = tensor_bytes(), DeepSpeedEngine.step
+
+    def watched(engine: DeepSpeedEngine, learning_rate: float) -> float:
+        DeepSpeedEngine.step = step
+        gradients = tensor_bytes() - before
+        norm = step(engine, learning_rate)
+        path = Path(config.output_dir) / f"held-{rank}.json"
+        path.write_text(json.dumps({"before_step": gradients, "after_step": tensor_bytes() - before}))
+        return norm
+
+    DeepSpeedEngine.step = watched
+
+
 def main() -> None:
     """Train each config of the file; a refusal is written to the run directory as refusal.txt."""
     ranks = Ranks.from_environment()
@@ -54,6 +86,8 @@ def main() -> None:
             if stopped and ranks.is_main:
                 stop_at(Path(stopped[0]), int(stopped[1]), Path(config.output_dir))
             barrier()
+            if Path(config.output_dir).name.startswith("held-"):
+                watch_memory(config, ranks.rank)
             try:
                 train(config)
             except Exception as error:

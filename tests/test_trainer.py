@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from small_run import small_config
 
 from pst_dist.config import TrainConfig
+from pst_dist.deepspeed_json import deepspeed_settings
 from pst_dist.distributed import Ranks
-from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine, deepspeed_settings
+from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.layout import ARMS
 from pst_dist.pipeline import make_student
@@ -229,7 +230,32 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
         ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch"),
         ({"bf16": {"enabled": True}}, "'bf16' belongs to our config; remove it and set train.bf16"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
+        ({"gradient_clipping": 1.0}, "'gradient_clipping' belongs to our config; remove it and set train.max_grad"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is the text '2'; write 2"),
+        ({"prescale_gradients": "true"}, "prescale_gradients is the text 'true'; write true"),
+        ({"zero_optimization": 2}, "zero_optimization is 2"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: extra inputs"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
+            "zero_optimization.offload_param.pin: extra inputs",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            "offload_param.device: input should",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param at stage 2, where there is nothing to offload; take stage 3",
+        ),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer at stage 0"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device is nvme without a nvme_path",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; write {"),
+        ([2], "is no JSON object"),
     ],
 )
 def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, settings, message):
@@ -240,6 +266,26 @@ def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, set
     with pytest.raises(ConfigError) as caught:
         deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_auto_in_a_deepspeed_json_is_left_to_deepspeeds_defaults(tmp_path):
+    import json
+
+    path = tmp_path / "mine.json"
+    offload = {"device": "cpu", "pin_memory": False, "buffer_size": "auto"}
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_param": offload}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    settings = deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    wanted = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
+    assert settings["zero_optimization"] == wanted
+
+
+def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}')
+    with pytest.raises(ConfigError, match="offload_param at stage 2"):
+        train(small_config(small_data, tmp_path / "run", train__deepspeed=str(path)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_ranks_without_deepspeed_are_refused():

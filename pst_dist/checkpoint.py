@@ -36,6 +36,7 @@ from pst_dist.storage import (
     write_manifest,
 )
 from pst_dist.student import Student, save_head
+from pst_dist.watch import alive, at
 
 log = logging.getLogger(__name__)
 FORMAT_FILE = "pst.json"
@@ -70,6 +71,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective."""
     final = checkpoint_path(root, state.step)
     partial = final.with_name(f".{final.name}.partial")
+    at("checkpoint", state.step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +86,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             write_json(partial / _STATE, asdict(state))
-            files = describe_files(partial, all_files(partial))
+            files = describe_files(partial, all_files(partial), on_file=alive)
             write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
             publish_directory(partial, final)
             for old in _by_step(root)[:-keep]:
@@ -121,7 +123,7 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
             manifest = read_manifest(path, "checkpoint")
             if manifest is None:
                 raise IntegrityError("no manifest: it was never finished", path=path)
-            verify_files(path, manifest)
+            verify_files(path, manifest, on_file=alive)
             return path, RunState(**read_json(path / _STATE))
         except IntegrityError as error:
             log.warning("passing over a damaged checkpoint: %s", error)

@@ -45,10 +45,19 @@ from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
 from pst_dist.validation import ValidationScore, Validator, is_better
+from pst_dist.watch import alive, at, watched
 
 log = logging.getLogger(__name__)
 # Settings that change what is printed, where or how fast, but no weight.
-_COSMETIC = {"logging_steps", "report_to", "num_threads", "dataloader_num_workers", "save_total_limit", "deepspeed"}
+_COSMETIC = {
+    "logging_steps",
+    "report_to",
+    "num_threads",
+    "dataloader_num_workers",
+    "save_total_limit",
+    "deepspeed",
+    "timeout_seconds",
+}
 
 
 def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:
@@ -128,12 +137,19 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     lock = directory_lock(run.path) if ranks.is_main else contextlib.nullcontext()
-    with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
+    patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
+    with (
+        process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience),
+        stop_requests() as stop,
+        watched(ranks, patience),
+        contextlib.ExitStack() as stack,
+    ):
+        at("loading")
         with main_first_errors(ranks):
             stack.enter_context(lock)
             if rebuild and ranks.is_main:
                 _forget(run)
-        return _Training(config, run, ranks, stack.enter_context(stop_requests())).run_all()
+        return _Training(config, run, ranks, stop).run_all()
 
 
 def _forget(run: RunDir) -> None:
@@ -196,8 +212,10 @@ class _Training:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
         engine = build_engine(self.student, self.config.train, self.ranks)
+        at("resuming")
         state = self._resume(engine)
         if state.step == 0:
+            at("checking rows")
             self._check_rows()
         log.info(
             "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
@@ -237,6 +255,7 @@ class _Training:
         failure: DataError | None = None
         try:
             for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
+                alive()
                 self.layout.sequences(self.samples[index])
         except DataError as error:
             failure = error
@@ -269,9 +288,11 @@ class _Training:
         every_eval = train.eval_steps or self.plan.steps_per_epoch
         every_save = train.save_steps or every_eval
         saved = state.step
+        at("data", state.step + 1)
         for batches in self._batches(state.step):
             started = time.monotonic()
             step = state.step
+            at("counting", step + 1)
             totals = self._totals(batches)
             if totals.told:
                 if saved < state.step:
@@ -292,6 +313,7 @@ class _Training:
             if state.step % every_save == 0 or last:
                 save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
                 saved = state.step
+            at("data", state.step + 1)
         return state
 
     def _totals(self, batches: list[Any]) -> _Totals:
@@ -337,7 +359,9 @@ class _Training:
         cosine = torch.zeros((), dtype=torch.float64, device=self.device)
         device_scales = scales.float().to(self.device)
         for index, batch in enumerate(batches):
+            at("forward", step + 1)
             output = engine.forward(batch.to(self.device), device_scales)
+            at("backward", step + 1)
             engine.backward(output.loss, last=index == len(batches) - 1)
             sums += output.sums.double()
             cosine += output.cosine.double()
@@ -351,6 +375,7 @@ class _Training:
                 "run again with a lower train.learning_rate (the last checkpoint is intact)",
             )
         rate = learning_rate_at(step, self.total, self.config.train)
+        at("optimizer", step + 1)
         norm = engine.step(rate)
         return StepRecord.of(
             step=step + 1,
@@ -366,6 +391,7 @@ class _Training:
 
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows, and keep the student when it is the best so far."""
+        at("validation", state.step)
         value = self.validator.score(engine, self.weights)
         if value.loss is not None and not math.isfinite(value.loss):
             raise DivergedError(
@@ -383,6 +409,7 @@ class _Training:
 
     def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
         """Write the student as it is now, as the best one; collective."""
+        at("keeping the student", state.step)
         weights = engine.full_weights()
         with main_first_errors(self.ranks):
             if self.ranks.is_main:

@@ -1,7 +1,8 @@
 """Ranks without a launcher, to be killed, stopped and cut off: forked from a process that has imported everything.
 
 A start costs a second instead of ten, so that many losses can be tried. What a rank runs is what a launcher starts,
-`pst_dist.train`, or `laps`, which is to the watch what a training is and needs no student.
+`pst_dist.train`, or `laps`, which is to the watch what a training is and needs no student. Launchers start the same by
+running this file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from hosts import enter_host
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What a training imports, most of it behind lazy doors: each rank would else spend seconds on it.
@@ -39,8 +42,6 @@ _CONTEXT.set_forkserver_preload(
 )
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 _PR_SET_PDEATHSIG = 1
-_CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class RankGroup:
     world_size: int = 2
     stuck: Stuck | None = None
     hosts: tuple[str, ...] = ()
-    """The network namespace of each rank, below /run/netns; this machine's own when not given."""
+    """The host of each rank (see `hosts`); this machine when not given."""
     master: str = "127.0.0.1"
     processes: list[BaseProcess] = field(default_factory=list)
     lost_at: float | None = None
@@ -127,18 +128,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def enter_host(name: str) -> None:
-    """Move this process to a host of `hosts.sh`: its network, and its name."""
-    with open(f"/run/netns/{name}") as network:
-        for call in (_libc.setns(network.fileno(), _CLONE_NEWNET), _libc.unshare(_CLONE_NEWUTS)):
-            if call != 0:
-                raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
-    socket.sethostname(name)
-
-
 def _run_rank(folder: Path, words: list[str], place: dict[str, str], stuck: Stuck | None, host: str) -> None:
     """In the child: become a rank, and end as `python -m pst_dist.train` does."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with open(folder / f"rank-{place['RANK']}.log", "ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -203,3 +195,25 @@ def laps(timeout_seconds: float) -> int:
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def main() -> None:
+    """`rank_group.py laps TIMEOUT`, or `rank_group.py FOLDER RANK SECTION STEP words…` of a training.
+
+    That rank gets stuck there when it is started for the first time.
+    """
+    from pst_dist.distributed import leave
+
+    if sys.argv[1] == "laps":
+        leave(laps(float(sys.argv[2])))
+    from pst_dist.train import main as train
+
+    told = Path(sys.argv[1]) / "stuck"
+    if os.environ["RANK"] == sys.argv[2] and not told.exists():
+        (told.parent / "pid").write_text(str(os.getpid()))
+        _get_stuck(Stuck(int(sys.argv[2]), sys.argv[3], int(sys.argv[4])), told)
+    leave(train(sys.argv[5:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -284,8 +284,13 @@ class _Watcher:
         self._selector.unregister(link.socket)
         link.close()
         peer = self.links.pop(link)
-        if peer is not None:
-            peer.closed = reason
+        if peer is None:
+            return
+        # How the kernel reports a machine that no longer answers depends on who asks first; how long it has been silent
+        # does not.
+        silence = time.monotonic() - peer.heard
+        gone = silence >= peer_link.UNANSWERED_SECONDS - BEAT_SECONDS
+        peer.closed = f"no answer for {silence:.0f} s: its machine or the network is gone" if gone else reason
 
     def _hear(self, source: Any) -> None:
         if source is self._woken:

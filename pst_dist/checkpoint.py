@@ -38,6 +38,7 @@ from pst_dist.storage import (
 )
 from pst_dist.student import Student, save_head
 from pst_dist.training_settings import check_changes
+from pst_dist.watch import alive, at
 
 log = logging.getLogger(__name__)
 FORMAT_FILE = "pst.json"
@@ -74,6 +75,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective."""
     final = checkpoint_path(root, state.step)
     partial = final.with_name(f".{final.name}.partial")
+    at("checkpoint", state.step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             for abandoned in root.glob(".checkpoint-*.partial"):  # only one training runs here
@@ -82,7 +84,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     files: dict[str, dict[str, Any]] = {}
     try:
         with together(engine.ranks), disk_errors(final):
-            files = describe_files(partial, engine.save(partial))
+            files = describe_files(partial, engine.save(partial), on_file=alive)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
         raise
@@ -129,7 +131,7 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
             manifest = read_manifest(path, "checkpoint")
             if manifest is None:
                 raise IntegrityError("no manifest: it was never finished", path=path)
-            verify_files(path, manifest)
+            verify_files(path, manifest, on_file=alive)
             return path, RunState(**read_json(path / _STATE))
         except IntegrityError as error:
             log.warning("passing over a damaged checkpoint: %s", error)

@@ -242,6 +242,9 @@ class TrainConfig(Section):
     """Processes that tokenise ahead; 0 does it in the training process."""
     num_threads: Positive | None = None
     """torch threads a rank on CPU; torch's own choice when not given."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600
+    """Several ranks only: end, naming the rank that hangs, when none has come any further for so long. More than the
+    longest section without a sign of progress: loading the model, one pass, one file of a checkpoint."""
 
 
 class EvaluateConfig(Section):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pst_dist import __version__
-from pst_dist.errors import EnvironmentFault, PstError
+from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ def device_of(ranks: Ranks) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(ranks: Ranks, *, with_deepspeed: bool) -> Iterator[None]:
-    """The process group of this run, left as it was found; none for one rank without DeepSpeed."""
+def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float = 600) -> Iterator[None]:
+    """The process group of this run, left as it was found; none for one rank without DeepSpeed.
+
+    Collectives wait longer than `timeout_seconds`, so that `watch`, which knows who hangs, comes first. Raises
+    EnvironmentFault when the ranks do not meet.
+    """
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         yield
         return
@@ -69,18 +73,38 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool) -> Iterator[None]:
     added = {name: value for name, value in alone.items() if ranks.world_size == 1 and name not in os.environ}
     os.environ.update(added)
     backend = "nccl" if device_of(ranks).type == "cuda" else "gloo"
+    intact = True
     try:
-        dist.init_process_group(
-            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=datetime.timedelta(minutes=10)
-        )
+        with _meeting_errors(ranks):
+            timeout = datetime.timedelta(seconds=timeout_seconds + 60)
+            dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
         yield
         # Nobody takes the connections down while another rank still reads from them.
         dist.barrier()
+    except PeerLostError:
+        intact = False  # taking a broken group down may wait for the rank that is gone; this process ends anyway
+        raise
     finally:
-        if dist.is_initialized():
+        if intact and dist.is_initialized():
             dist.destroy_process_group()
         for name in added:
             del os.environ[name]
+
+
+@contextlib.contextmanager
+def _meeting_errors(ranks: Ranks) -> Iterator[None]:
+    """What goes wrong while the ranks look for one another, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise EnvironmentFault(f"{place} is in use by another program", "choose another port") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise EnvironmentFault(
+            f"the {ranks.world_size} ranks did not meet at {place} ({reason})",
+            "check that each of them was started and can reach that address",
+        ) from error
 
 
 def all_sum(values: Tensor) -> Tensor:

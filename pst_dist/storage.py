@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,12 +249,15 @@ class Manifest:
         return digest_of({"kind": self.kind, "fingerprint": self.fingerprint, "files": self.files, "extra": self.extra})
 
 
-def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of each named file below `directory`."""
-    return {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
-        for name in sorted(names)
-    }
+def describe_files(
+    directory: Path, names: Iterable[str], *, on_file: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of each named file below `directory`; `on_file` is called before each."""
+    described = {}
+    for name in sorted(names):
+        on_file()
+        described[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+    return described
 
 
 def all_files(directory: Path) -> list[str]:
@@ -296,10 +299,20 @@ def read_manifest(directory: Path, kind: str) -> Manifest | None:
     return manifest
 
 
-def verify_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs."""
+def verify_files(
+    directory: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    on_file: Callable[[], None] = lambda: None,
+) -> None:
+    """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs.
+
+    `on_file` is called before each file.
+    """
     remedy = REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
     for name in sorted(manifest.files) if names is None else names:
+        on_file()
         path, promised = directory / name, manifest.files[name]
         if not path.is_file():
             raise IntegrityError("file is missing", remedy, path=path)

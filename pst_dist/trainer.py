@@ -55,6 +55,7 @@ from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
 from pst_dist.training_settings import settings_digest, training_settings
 from pst_dist.validation import ValidationScore, Validator, is_better
+from pst_dist.watch import alive, at, watched
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,14 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
     if config.train.deepspeed is not None:
         deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
     lock = directory_lock(run.path) if ranks.is_main else contextlib.nullcontext()
-    with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
+    patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
+    with (
+        process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience),
+        stop_requests() as stop,
+        watched(ranks, patience),
+        contextlib.ExitStack() as stack,
+    ):
+        at("loading")
         check_same_software()
         with together(ranks):  # a node may not see them; a refusal before the lock leaves nothing behind
             ShardSet.open(run.shards, verify=False)
@@ -136,7 +144,7 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
             if rebuild and ranks.is_main:
                 _forget(run)
         with together(ranks):
-            training = _Training(config, run, ranks, stack.enter_context(stop_requests()))
+            training = _Training(config, run, ranks, stop)
         return training.run_all()
 
 
@@ -201,8 +209,10 @@ class _Training:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
         engine = build_engine(self.student, self.config.train, self.ranks)
+        at("resuming")
         state = self._resume(engine)
         if state.step == 0:
+            at("checking rows")
             self._check_rows()
         log.info(
             "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
@@ -242,6 +252,7 @@ class _Training:
         failure: DataError | None = None
         try:
             for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
+                alive()
                 self.layout.sequences(self.samples[index])
         except DataError as error:
             failure = error
@@ -275,9 +286,11 @@ class _Training:
         every_eval = train.eval_steps or self.plan.steps_per_epoch
         every_save = train.save_steps or every_eval
         saved = state.step
+        at("data", state.step + 1)
         for batches in self._batches(state.step):
             started = time.monotonic()
             step = state.step
+            at("counting", step + 1)
             totals = self._totals(batches)
             if totals.told:
                 if saved < state.step:
@@ -298,6 +311,7 @@ class _Training:
             if state.step % every_save == 0 or last:
                 save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
                 saved = state.step
+            at("data", state.step + 1)
         return state
 
     def _totals(self, batches: list[Any]) -> _Totals:
@@ -343,7 +357,9 @@ class _Training:
         cosine = torch.zeros((), dtype=torch.float64, device=self.device)
         device_scales = scales.float().to(self.device)
         for index, batch in enumerate(batches):
+            at("forward", step + 1)
             output = engine.forward(batch.to(self.device), device_scales)
+            at("backward", step + 1)
             engine.backward(output.loss, last=index == len(batches) - 1)
             sums += output.sums.double()
             cosine += output.cosine.double()
@@ -357,6 +373,7 @@ class _Training:
                 "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
             )
         rate = learning_rate_at(step, self.total, self.config.train)
+        at("optimizer", step + 1)
         norm = engine.step(rate)
         return StepRecord.of(
             step=step + 1,
@@ -372,6 +389,7 @@ class _Training:
 
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows, and keep the student when it is the best so far."""
+        at("validation", state.step)
         value = self.validator.score(engine, self.weights)
         if value.loss is not None and not math.isfinite(value.loss):
             raise DivergedError(
@@ -389,6 +407,7 @@ class _Training:
 
     def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
         """Write the student as it is now, as the best one; collective."""
+        at("keeping the student", state.step)
         weights = engine.full_weights()
         with main_first_errors(self.ranks):
             if self.ranks.is_main:

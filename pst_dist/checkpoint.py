@@ -149,7 +149,9 @@ def resume(engine: Engine, root: Path, fresh: RunState, *, at_most: int | None =
             "choose another output_dir, or run again with --rebuild to train anew",
             path=path,
         )
-    if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
+    # Without ZeRO every rank holds everything: such a state fits any number of ranks.
+    fits = state.world_size == fresh.world_size or state.engine == "zero0"
+    if state.engine != fresh.engine or not fits:
         raise StaleError(
             f"made by {state.world_size} rank(s) of engine {state.engine}, this run has {fresh.world_size} of "
             f"{fresh.engine}",

@@ -159,8 +159,30 @@ def _gather_overrides(unknown: Sequence[str]) -> list[str]:
     return words
 
 
+_ON = {
+    "embed": ("embed.backend",),
+    "train": ("train.backend",),
+    "run": ("embed.backend", "train.backend"),
+    "demo": ("embed.backend", "train.backend"),
+}
+"""What `on=ray` on the command line means for each verb. No key of a file: YAML takes a bare `on` for true."""
+
+
+def _say_where(verb: str, words: Sequence[str]) -> list[str]:
+    """The words of a command line with `on=ray` or `on=local` spelt out; raises ConfigError for another place."""
+    spelt: list[str] = []
+    for word in words:
+        if verb in _ON and word.startswith("on="):
+            if word not in ("on=ray", "on=local"):
+                raise ConfigError(f"{word}: there is no such place", "write on=ray or on=local")
+            spelt += [f"{key}={word.removeprefix('on=')}" for key in _ON[verb]]
+        else:
+            spelt.append(word)
+    return spelt
+
+
 def _config_of(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, arguments.overrides)
+    return load_config(arguments.config, _say_where(arguments.verb, arguments.overrides))
 
 
 def _arms_of(arguments: argparse.Namespace) -> list[Config]:

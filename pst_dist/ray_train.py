@@ -110,11 +110,12 @@ def _check_elastic(config: Config) -> None:
 
 def _trainer(config: Config, orders: Any) -> Any:
     """Ray's trainer for these orders; its run directory is ours, so that our checkpoints are registered in place."""
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pst_dist.ray_worker import Watch, work
 
+    api: Any = ray.train  # which of its two versions is behind the names is settled when it is imported
     asked, path = config.train.ray, run_dir(config).path
     gpus = asked.num_gpus_per_worker
     ranks = asked.num_workers if asked.min_workers is None else (asked.min_workers, asked.num_workers)
@@ -122,22 +123,24 @@ def _trainer(config: Config, orders: Any) -> Any:
         work,
         train_loop_config={"orders": orders},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(
+        scaling_config=api.ScalingConfig(
             num_workers=ranks,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": asked.num_cpus_per_worker, **({"GPU": gpus} if gpus else {})},
             placement_strategy=asked.placement_strategy,
         ),
-        run_config=RunConfig(
+        run_config=api.RunConfig(
             name=path.name,
             storage_path=str(path.parent),
-            failure_config=FailureConfig(
+            failure_config=api.FailureConfig(
                 max_failures=asked.max_failures,
                 # Without a limit Ray would wait for room for ever.
                 controller_failure_limit=max(1, asked.wait_seconds // _START_SECONDS),
             ),
             callbacks=[Watch(orders.desk, asked.max_failures)],
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # in Ray's own files; what matters comes by the desk
+            logging_config=api.LoggingConfig(
+                log_level="CRITICAL"
+            ),  # in Ray's own files; what matters comes by the desk
         ),
     )
 

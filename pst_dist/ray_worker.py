@@ -24,8 +24,8 @@ from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
 
 _FIRST_LOCK_SECONDS = 5.0
 _LOCK_SECONDS = 120.0
-"""How long a rank that Ray started again waits for the lost one to leave the directory; a shared disk may take a lease's
-time to notice."""
+"""How long a rank that Ray started again waits for the lost one to leave the directory: a shared disk may take as long
+as a lease to notice."""
 _LISTEN_SECONDS = 0.5
 
 

@@ -146,11 +146,17 @@ def _at_least_one(text: str) -> int:
 
 
 def _gather_overrides(unknown: Sequence[str]) -> list[str]:
-    """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a lone flag."""
+    """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a lone flag.
+
+    A plain `key.sub=value` is here too when it stands behind an option: argparse has ended its list by then.
+    """
     words: list[str] = []
     rest = list(unknown)
     while rest:
         word = rest.pop(0)
+        if not word.startswith("-") and "=" in word:
+            words.append(word)
+            continue
         if not word.startswith("--"):
             raise ConfigError(f"{word!r} is not key.sub=value", "see `pst --help`")
         if "=" not in word:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import json
 import logging
 import os
 import time
@@ -57,8 +59,6 @@ def check_dashboard(address: str, token: str | None) -> str:
             f"what answers at {address} is not a Ray dashboard",
             "give address=http://HEAD:8265, the dashboard's port; a cluster without one takes no jobs",
         )
-    import json
-
     return str(json.loads(answer)["ray_version"])
 
 
@@ -94,7 +94,7 @@ def _get(url: str, token: str | None) -> bytes | None:
             f"the dashboard at {url.rpartition('/api')[0]} takes connections but says nothing",
             "look at the head node: `ray status` there",
         ) from None
-    except (OSError, ValueError):  # not HTTP at all, or a URL that is none
+    except (OSError, ValueError, http.client.HTTPException):  # not HTTP at all, or a URL that is none
         return None
 
 

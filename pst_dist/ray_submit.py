@@ -6,6 +6,7 @@ trains on workers, scores and reports, and Ray gives each stage its place. The d
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -183,8 +184,9 @@ def check_size(job: RayJob) -> dict[str, int]:
         if path.is_file():
             files[str(path.relative_to(folder))] = path.stat().st_size
 
+    silent = logging.Logger("silent", logging.CRITICAL)  # Ray would name every ignore file that it reads
     ours = packaging._get_excludes(folder, list(job.excludes))
-    packaging._dir_travel(folder, [ours], count, include_gitignore=True, logger=_Silent())
+    packaging._dir_travel(folder, [ours], count, include_gitignore=True, logger=silent)
     limit = packaging.GCS_STORAGE_MAX_SIZE
     if sum(files.values()) >= limit:
         by_entry: dict[str, int] = {}
@@ -202,14 +204,6 @@ def check_size(job: RayJob) -> dict[str, int]:
     if (folder / config).is_file() and config not in files:
         raise ConfigError("this config would not be sent", "it is excluded: see .gitignore, .rayignore", path=config)
     return files
-
-
-class _Silent:
-    """A logger that says nothing: Ray names every ignore file that it reads."""
-
-    def info(self, *_: object) -> None: ...
-
-    warning = error = debug = info
 
 
 def submit(job: RayJob, *, say: Callable[[str], None]) -> str:

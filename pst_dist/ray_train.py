@@ -44,6 +44,9 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
     config = _on_all_nodes(config)
     asked = config.train.ray
     _check_elastic(config)
+    done = None if rebuild else _complete(config)
+    if done is not None:
+        return done
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the config's relative paths are meant from here
     with ray_cluster(RayConfig(address=asked.address)) as ray:
@@ -91,6 +94,16 @@ def _on_all_nodes(config: Config) -> Config:
     return config.model_copy(
         update={"output_dir": str(run.path.absolute()), "data_dir": str(run.data.absolute())},
     )
+
+
+def _complete(config: Config) -> Any:
+    """The result of a training that is complete already, for which no worker need be started."""
+    from pst_dist.trainer import complete_training
+
+    done = complete_training(config, config.train.ray.num_workers)
+    if done is not None:
+        log.info("training is complete: %d steps, nothing to do", done.steps)
+    return done
 
 
 def _check_elastic(config: Config) -> None:

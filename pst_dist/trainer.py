@@ -124,6 +124,17 @@ def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     return result if result.fingerprint == fingerprint else None
 
 
+def complete_training(config: Config, world_size: int) -> TrainingResult | None:
+    """What `train` with these settings would find complete, or None; builds no student and starts no rank."""
+    run = run_dir(config)
+    shards = ShardSet.open(run.shards)
+    teacher = open_teacher(config, run, shards)
+    batch = global_batch_size(config.train, world_size)
+    return finished_training(
+        run, training_fingerprint(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
+    )
+
+
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint that all ranks have just written: what an observer is told."""

@@ -64,11 +64,11 @@ def check_dashboard(address: str, token: str | None) -> str:
 
 def _get(url: str, token: str | None) -> bytes | None:
     """The body of an answer, None when it is not HTTP or another page; raises EnvironmentFault as above."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     # A proxy of the environment is for the world outside, not for a cluster's head.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
             return answer.read(65536)
     except urllib.error.HTTPError as error:
         if error.code == 401:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config import Config
-from pst_dist.config_io import load_config, locate_config, parse_override, ready_made_configs
+from pst_dist.config_io import load_config, locate_config, ready_made_configs
 from pst_dist.errors import ConfigError, EnvironmentFault, LockedError
 from pst_dist.ray_dashboard import connect, dashboard_address
 
@@ -100,10 +100,8 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
 
 
 def _patterns(text: str | None) -> tuple[str, ...]:
-    if text is None:
-        return ()
-    _, value = parse_override(f"exclude={text}")
-    return tuple(str(entry) for entry in value) if isinstance(value, list) else (str(value),)
+    # Not read as YAML, to which *.bin is a reference.
+    return tuple(part.strip() for part in (text or "").strip("[]").split(",") if part.strip())
 
 
 def _amount(asked: dict[str, str], key: str) -> float:

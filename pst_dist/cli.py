@@ -47,7 +47,7 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
             "pst doctor my.yaml nodes=2 gpus=8",
         ),
         "train": (_train, "train the student; resumes by itself", "pst train my.yaml train.deepspeed=zero2"),
-        "submit": (_submit, "hand a training to a cluster and follow it", "pst submit slurm my.yaml nodes=2 gpus=8"),
+        "submit": (_submit, "hand a run to a cluster and follow it", "pst submit slurm my.yaml nodes=2 gpus=8"),
         "evaluate": (_evaluate, "decode and score the test rows", "pst evaluate runs/demo/pst"),
         "export": (_export, "write the student as a plain Hugging Face model", "pst export runs/demo/pst"),
         "answer": (_answer, "ask a trained student", 'pst answer runs/demo/pst "question" --explain'),
@@ -109,13 +109,15 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--report", metavar="FILE.json", help="also write what this node has, to compare with others")
         verb.add_argument("--compare", action="store_true", help="say how the nodes of several reports differ")
     elif name == "submit":
-        verb.add_argument("where", choices=sorted(_CLUSTERS), help="which kind of cluster")
+        from pst_dist.cli_submit import CLUSTERS, JOB_WORDS
+
+        verb.add_argument("where", choices=sorted(CLUSTERS), help="which kind of cluster")
         verb.add_argument("config", nargs="?", help="config file, run directory or ready-made name")
         verb.add_argument("overrides", **overrides | {"help": "keys of the config, and those of the job (see below)"})
         verb.add_argument("--dry-run", action="store_true", help="print what would be submitted, and end")
         verb.add_argument("--follow", metavar="JOB", help="only follow a job that was submitted before")
         verb.add_argument("--no-follow", action="store_true", help="end once the job is submitted")
-        verb.epilog = f"{verb.epilog}\n\n{_JOB_WORDS}"
+        verb.epilog = f"{verb.epilog}\n\n{JOB_WORDS}"
     else:
         verb.add_argument("config", help="config file, run directory, ready-made name" + _RAW.get(name, ""))
         verb.add_argument("overrides", **overrides)
@@ -159,11 +161,17 @@ def _at_least_one(text: str) -> int:
 
 
 def _gather_overrides(unknown: Sequence[str]) -> list[str]:
-    """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a lone flag."""
+    """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a lone flag.
+
+    A plain `key.sub=value` is here too when it stands behind an option: argparse has ended its list by then.
+    """
     words: list[str] = []
     rest = list(unknown)
     while rest:
         word = rest.pop(0)
+        if not word.startswith("-") and "=" in word:
+            words.append(word)
+            continue
         if not word.startswith("--"):
             raise ConfigError(f"{word!r} is not key.sub=value", "see `pst --help`")
         if "=" not in word:
@@ -174,8 +182,30 @@ def _gather_overrides(unknown: Sequence[str]) -> list[str]:
     return words
 
 
+_ON = {
+    "embed": ("embed.backend",),
+    "train": ("train.backend",),
+    "run": ("embed.backend", "train.backend"),
+    "demo": ("embed.backend", "train.backend"),
+}
+"""What `on=ray` on the command line means for each verb. No key of a file: YAML takes a bare `on` for true."""
+
+
+def _say_where(verb: str, words: Sequence[str]) -> list[str]:
+    """The words of a command line with `on=ray` or `on=local` spelt out; raises ConfigError for another place."""
+    spelt: list[str] = []
+    for word in words:
+        if verb in _ON and word.startswith("on="):
+            if word not in ("on=ray", "on=local"):
+                raise ConfigError(f"{word}: there is no such place", "write on=ray or on=local")
+            spelt += [f"{key}={word.removeprefix('on=')}" for key in _ON[verb]]
+        else:
+            spelt.append(word)
+    return spelt
+
+
 def _config_of(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, arguments.overrides)
+    return load_config(arguments.config, _say_where(arguments.verb, arguments.overrides))
 
 
 def _arms_of(arguments: argparse.Namespace) -> list[Config]:
@@ -285,41 +315,10 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_JOB_WORDS = """\
-slurm:   nodes=2 gpus=8 (a node) ranks=2 (a node without GPUs) time=04:00:00 partition=… account=… qos=… cpus=… mem=…
-         name=… warn=120 (seconds before the limit in which to save), sbatch.OPTION=… for any other option,
-         arms=[pst,answer_only] seeds=[0,1,2] parallel=3 (an array with a task for each arm and seed)"""
-
-
 def _submit(arguments: argparse.Namespace) -> int:
-    if arguments.config is None and arguments.follow is None:
-        raise ConfigError("nothing to submit", f"pst submit {arguments.where} my.yaml")
-    return _CLUSTERS[arguments.where](arguments)
+    from pst_dist.cli_submit import submit
 
-
-def _submit_slurm(arguments: argparse.Namespace) -> int:
-    from pst_dist import slurm, slurm_commands, slurm_follow, slurm_submit
-
-    number = arguments.follow
-    if number is None:
-        request, overrides = slurm.read_words(arguments.overrides)
-        config = load_config(arguments.config, overrides)
-        if arguments.dry_run:
-            print(slurm.render(request, config, Path(config.output_dir).absolute() / "slurm" / "config.yaml"), end="")
-            return 0
-        number = slurm_submit.submit(config, request, say=print)
-    else:
-        slurm_commands.check_controller()
-    if arguments.no_follow:
-        return 0
-    try:
-        return slurm_follow.follow(number, say=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        print(slurm_follow.stopped_following(number), file=sys.stderr)
-        return 130
-
-
-_CLUSTERS: dict[str, Callable[[argparse.Namespace], int]] = {"slurm": _submit_slurm}
+    return submit(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -189,6 +189,28 @@ class LossConfig(Section):
     """Controls: the embedding of another row, or rationale tokens in random order."""
 
 
+class RayTrainConfig(Section):
+    """Workers of Ray Train; each is one rank."""
+
+    address: str | None = None
+    """Cluster to join, as in embed.ray.address; when not given, that of RAY_ADDRESS, else a local one."""
+    num_workers: Positive = 1
+    """Ranks. Several need train.deepspeed."""
+    min_workers: Positive | None = None
+    """Go on with as few ranks as this when the cluster has lost room, and with up to num_workers when it has it again.
+    Needs train.deepspeed=zero0: checkpoints of the other stages belong to a number of ranks."""
+    num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPU cores of one rank."""
+    num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: a GPU for each rank, which then talk through NCCL; 0: CPU ranks and gloo."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places ranks on nodes: few nodes, or spread over many; STRICT_ ones wait rather than do otherwise."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often Ray starts all ranks again after one was lost; they go on from the newest valid checkpoint."""
+    wait_seconds: Annotated[int, Field(ge=0)] = 0
+    """How long to wait for room, on a cluster that grows when asked; 0 refuses at once what does not fit now."""
+
+
 class TrainConfig(Section):
     """Optimisation; one engine without `deepspeed`, DeepSpeed ZeRO with it."""
 
@@ -245,6 +267,10 @@ class TrainConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 600
     """Several ranks only: end, naming the rank that hangs, when none has come any further for so long. More than the
     longest section without a sign of progress: loading the model, one pass, one file of a checkpoint."""
+    backend: Literal["local", "ray"] = "local"
+    """Ranks as the launcher started them (one without a launcher), or workers of Ray Train; the same training."""
+    ray: RayTrainConfig = RayTrainConfig()
+    """Settings of the Ray backend."""
 
 
 class EvaluateConfig(Section):
@@ -303,6 +329,13 @@ class Config(Section):
             raise ValueError(
                 "train.gradient_accumulation_steps follows from train.global_batch_size: give one of the two "
                 "(global_batch_size=null keeps Hugging Face's meaning)"
+            )
+        workers = train.ray.num_workers if train.backend == "ray" else 1
+        if workers > 1 and train.deepspeed is None:
+            raise ValueError(f"train.ray.num_workers={workers} needs train.deepspeed: set it to zero1, zero2 or zero3")
+        if train.ray.min_workers is not None and train.ray.min_workers > train.ray.num_workers:
+            raise ValueError(
+                f"train.ray.min_workers={train.ray.min_workers} is more than num_workers={train.ray.num_workers}"
             )
         if self.loss.pooling == "span" and self.arm == "pst" and self.layout.semantic_tokens > 1:
             raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")

@@ -76,7 +76,14 @@ def needs_embeddings(config: Config) -> bool:
 
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
-    """Train one arm in this process; with `rebuild`, what an earlier training left is removed first."""
+    """Train one arm in this process or on Ray; with `rebuild`, what an earlier training left is removed first."""
+    from pst_dist.shards import ShardSet
+
+    ShardSet.open(run_dir(config).shards, verify=False)  # a refusal before the lock leaves nothing behind
+    if config.train.backend == "ray":
+        from pst_dist.ray_train import train_with_ray
+
+        return train_with_ray(config, rebuild=rebuild)
     from pst_dist.trainer import train
 
     return train(config, rebuild=rebuild)

@@ -324,23 +324,30 @@ def verify_files(
 
 
 @contextlib.contextmanager
-def directory_lock(directory: Path) -> Iterator[None]:
+def directory_lock(directory: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold `directory/.lock` for this process; raises LockedError when another process holds it.
 
-    The lock is the kernel's (flock), so it vanishes with its process however that ends.
+    The lock is the kernel's (flock), so it vanishes with its process however that ends. `wait_seconds` is for whoever
+    knows that the holder is about to end.
     """
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         stream = (directory / ".lock").open("a+")
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            owner = stream.read().strip() or "another process"
-            raise LockedError(
-                f"in use by {owner}", "wait for it to end or choose another directory", path=directory
-            ) from error
+        patient_until = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() < patient_until:
+                    time.sleep(0.1)
+                    continue
+                stream.seek(0)
+                owner = stream.read().strip() or "another process"
+                raise LockedError(
+                    f"in use by {owner}", "wait for it to end or choose another directory", path=directory
+                ) from error
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()

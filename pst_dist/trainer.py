@@ -13,8 +13,9 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from pst_dist.checkpoint import (
     RunState,
     advanced,
+    checkpoint_path,
     is_intact_student,
     newest_valid,
     resume,
@@ -111,10 +113,42 @@ def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     return result if result.fingerprint == fingerprint else None
 
 
-def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
+def complete_training(config: Config, world_size: int) -> TrainingResult | None:
+    """What `train` with these settings would find complete, or None; builds no student and starts no rank."""
+    run = run_dir(config)
+    shards = ShardSet.open(run.shards)
+    teacher = open_teacher(config, run, shards)
+    batch = global_batch_size(config.train, world_size)
+    settings = training_settings(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
+    return finished_training(run, settings_digest(settings))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that all ranks have just written: what an observer is told."""
+
+    path: Path
+    state: RunState
+    total: int
+    """Steps of the whole training."""
+    loss: float
+    """The weighted loss of its last step, over the global batch."""
+
+
+def train(
+    config: Config,
+    *,
+    rebuild: bool = False,
+    observer: Callable[[Saved], None] | None = None,
+    stop: StopRequest | None = None,
+    lock_seconds: float = 0.0,
+) -> TrainingResult:
     """Train one arm to its last step and return what came of it; resumes what an earlier call left.
 
     With `rebuild` that is removed first, once the directory is ours: a training that runs there keeps its own.
+    `observer` is called on every rank after each checkpoint. A launcher that runs this where no signals arrive asks
+    for an end through a `stop` of its own; `lock_seconds` is how long it gives an earlier process of the same run to
+    let go of the directory.
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
     ranks together when a loss or gradient is not finite, with the weights as they were before that step. Told to stop
     by SIGTERM or SIGUSR1 on any rank, all write a checkpoint at the next step boundary and raise PreemptedError;
@@ -127,11 +161,11 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
         torch.set_num_threads(config.train.num_threads)
     if config.train.deepspeed is not None:
         deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
-    lock = directory_lock(run.path) if ranks.is_main else contextlib.nullcontext()
+    lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
     patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
     with (
         process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience),
-        stop_requests() as stop,
+        contextlib.nullcontext(stop) if stop is not None else stop_requests() as told,
         watched(ranks, patience),
         contextlib.ExitStack() as stack,
     ):
@@ -144,7 +178,7 @@ def train(config: Config, *, rebuild: bool = False) -> TrainingResult:
             if rebuild and ranks.is_main:
                 _forget(run)
         with together(ranks):
-            training = _Training(config, run, ranks, stop)
+            training = _Training(config, run, ranks, told, observer)
         return training.run_all()
 
 
@@ -170,8 +204,15 @@ class _Totals:
 class _Training:
     """One call of `train`: what is built once, and the loop over steps."""
 
-    def __init__(self, config: Config, run: RunDir, ranks: Ranks, stop: StopRequest) -> None:
-        self.config, self.run, self.ranks, self.stop = config, run, ranks, stop
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        ranks: Ranks,
+        stop: StopRequest,
+        observer: Callable[[Saved], None] | None,
+    ) -> None:
+        self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
         shards = ShardSet.open(run.shards)
         self.shards_digest = shards.manifest.digest
         samples = shards.split("train")
@@ -285,7 +326,7 @@ class _Training:
         train = self.config.train
         every_eval = train.eval_steps or self.plan.steps_per_epoch
         every_save = train.save_steps or every_eval
-        saved = state.step
+        saved, loss = state.step, math.nan
         at("data", state.step + 1)
         for batches in self._batches(state.step):
             started = time.monotonic()
@@ -294,7 +335,7 @@ class _Training:
             totals = self._totals(batches)
             if totals.told:
                 if saved < state.step:
-                    save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
+                    self._save(engine, state, loss)
                 self._end_as_told(totals.told, state.step)
             watch = (step + 1) % train.logging_steps == 0 or step == 0
             record = self._step(engine, step, batches, totals, watch=watch)
@@ -304,15 +345,21 @@ class _Training:
                 tokens=state.tokens + record.tokens,
                 seconds=state.seconds + time.monotonic() - started,
             )
+            loss = record.loss
             metrics.step(record, epoch=self.plan.epoch_of(step))
             last = state.step == self.total
             if state.step % every_eval == 0 or last:
                 state = self._validate(engine, state, metrics)
             if state.step % every_save == 0 or last:
-                save_checkpoint(engine, self.run.checkpoints, state, keep=train.save_total_limit)
+                self._save(engine, state, loss)
                 saved = state.step
             at("data", state.step + 1)
         return state
+
+    def _save(self, engine: Engine, state: RunState, loss: float) -> None:
+        save_checkpoint(engine, self.run.checkpoints, state, keep=self.config.train.save_total_limit)
+        if self.observer is not None:
+            self.observer(Saved(checkpoint_path(self.run.checkpoints, state.step), state, self.total, loss))
 
     def _totals(self, batches: list[Any]) -> _Totals:
         """What a step holds over all ranks, and whether any of them was told to stop; one collective for both."""

@@ -23,6 +23,8 @@ _FREE = {
     "deepspeed",
     "accept_changes",
     "timeout_seconds",
+    "backend",
+    "ray",
 }
 # The batch of a step stands in the settings as one number, however it is cut.
 _BATCH = {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}

@@ -1,0 +1,79 @@
+"""The verb `pst submit`: hand a run to a kind of cluster, follow it, and end with its exit code.
+
+Which words belong to the job and which to the config, and all that is done with them, is each cluster's own module.
+Ctrl-C while following leaves the job alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pst_dist.config_io import load_config
+from pst_dist.errors import ConfigError
+
+JOB_WORDS = """\
+slurm:   nodes=2 gpus=8 (a node) ranks=2 (a node without GPUs) time=04:00:00 partition=… account=… qos=… cpus=… mem=…
+         name=… warn=120 (seconds before the limit in which to save), sbatch.OPTION=… for any other option,
+         arms=[pst,answer_only] seeds=[0,1,2] parallel=3 (an array with a task for each arm and seed)
+ray:     address=http://HEAD:8265 verb=run (or train, embed) dir=. (what the job gets a copy of) exclude=[big,*.bin]
+         name=… cpus=… gpus=… (for the driver) env.NAME=…; ranks and actors are train.ray.… and embed.ray.…"""
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns its exit code."""
+    if arguments.config is None and arguments.follow is None:
+        raise ConfigError("nothing to submit", f"pst submit {arguments.where} my.yaml")
+    return CLUSTERS[arguments.where](arguments)
+
+
+def _slurm(arguments: argparse.Namespace) -> int:
+    from pst_dist import slurm, slurm_commands, slurm_follow, slurm_submit
+
+    number = arguments.follow
+    if number is None:
+        request, overrides = slurm.read_words(arguments.overrides)
+        config = load_config(arguments.config, overrides)
+        if arguments.dry_run:
+            print(slurm.render(request, config, Path(config.output_dir).absolute() / "slurm" / "config.yaml"), end="")
+            return 0
+        number = slurm_submit.submit(config, request, say=print)
+    else:
+        slurm_commands.check_controller()
+    if arguments.no_follow:
+        return 0
+    try:
+        return slurm_follow.follow(number, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(slurm_follow.stopped_following(number), file=sys.stderr)
+        return 130
+
+
+def _ray(arguments: argparse.Namespace) -> int:
+    from pst_dist import ray_dashboard, ray_submit
+
+    name = arguments.follow
+    if name is None:
+        request, overrides = ray_submit.read_words(arguments.overrides)
+        job = ray_submit.make_job(request, arguments.config, overrides)
+        if arguments.dry_run:
+            print("\n".join(job.lines(ray_submit.check_size(job))))
+            return 0
+        name = ray_submit.submit(job, say=lambda line: print(line, flush=True))
+    else:
+        # With --follow there is no config: what stands in its place is a word.
+        words = [*filter(None, [arguments.config]), *arguments.overrides]
+        request, _ = ray_submit.read_words(words)
+    if arguments.no_follow:
+        return 0
+    try:
+        return ray_dashboard.follow(request.address, name, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        again = ray_dashboard.look_again(name, request.address)
+        print(f"pst: no longer following job {name}: {again}", file=sys.stderr)
+        return 130
+
+
+CLUSTERS: dict[str, Callable[[argparse.Namespace], int]] = {"slurm": _slurm, "ray": _ray}

@@ -1,0 +1,217 @@
+"""Talking to a Ray cluster's dashboard: which one, with which token, and following a job there to its exit code.
+
+Ray's own client does the talking; what it says at length, or not at all, becomes one line within seconds. What a job
+is made of is `ray_submit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pst_dist.errors import EnvironmentFault, InputError
+
+_ANSWER_SECONDS = 10.0
+_AWAY_SECONDS = 300.0
+"""How long a dashboard may be away while a job is followed."""
+_POLL_SECONDS = 1.0
+_DEFAULT = "http://127.0.0.1:8265"
+
+
+def dashboard_address(asked: str | None) -> str:
+    """`http://host:8265` of the cluster that is meant: asked for, or named by the environment, or on this machine."""
+    from_environment = os.environ.get("RAY_API_SERVER_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if from_environment is None and address.startswith(("http://", "https://")):
+        from_environment = address
+    address = asked or from_environment or _DEFAULT
+    return (address if "://" in address else f"http://{address}").rstrip("/")
+
+
+def find_token() -> str | None:
+    """The token that Ray would send, from where Ray looks for it; raises InputError for a file that is not there."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    if path.is_file():
+        return path.read_text("utf-8").strip()
+    if named:
+        raise InputError("no such file, though RAY_AUTH_TOKEN_PATH names it", path=path)
+    return None
+
+
+def check_dashboard(address: str, token: str | None) -> str:
+    """Ray's version on the cluster; raises EnvironmentFault when no dashboard answers there or it refuses the token."""
+    answer = _get(f"{address}/api/version", token)
+    if answer is None or b'"ray_version"' not in answer:
+        raise EnvironmentFault(
+            f"what answers at {address} is not a Ray dashboard",
+            "give address=http://HEAD:8265, the dashboard's port; a cluster without one takes no jobs",
+        )
+    return str(json.loads(answer)["ray_version"])
+
+
+def _get(url: str, token: str | None) -> bytes | None:
+    """The body of an answer, None when it is not HTTP or another page; raises EnvironmentFault as above."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    # A proxy of the environment is for the world outside, not for a cluster's head.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
+            return answer.read(65536)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise EnvironmentFault(
+                f"the cluster at {url.rpartition('/api')[0]} asks for a token, and there is none here",
+                "copy the head node's ~/.ray/auth_token to a file of mode 0600 and set RAY_AUTH_TOKEN_PATH to it",
+            ) from None
+        if error.code == 403:
+            raise EnvironmentFault(
+                f"the cluster at {url.rpartition('/api')[0]} refuses this token",
+                "it is of another cluster or an earlier one: copy ~/.ray/auth_token from the head node again",
+            ) from None
+        return None
+    except urllib.error.URLError as error:
+        reason = getattr(error.reason, "strerror", None) or error.reason
+        raise EnvironmentFault(
+            f"no Ray dashboard answers at {url.rpartition('/api')[0]} ({reason})",
+            "start one (`ray start --head`), or give address=http://HEAD:8265 (`ray dashboard` or an ssh tunnel "
+            "brings it here)",
+        ) from None
+    except TimeoutError:
+        raise EnvironmentFault(
+            f"the dashboard at {url.rpartition('/api')[0]} takes connections but says nothing",
+            "look at the head node: `ray status` there",
+        ) from None
+    except (OSError, ValueError, http.client.HTTPException):  # not HTTP at all, or a URL that is none
+        return None
+
+
+def connect(address: str) -> Any:
+    """Ray's job client for a dashboard that was looked at; raises EnvironmentFault in one line."""
+    token = find_token()
+    check_dashboard(address, token)
+    # The environment's address would win over the one that was asked for.
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    if token is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # without it Ray's client leaves the token where it is
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        from ray.job_submission import JobSubmissionClient
+    except ImportError as error:
+        raise EnvironmentFault("cannot import ray's job client", "pip install 'pst-dist[ray]'") from error
+    for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:
+        raise EnvironmentFault(f"Ray's job client says: {_first_line(error)}", "see the dashboard's logs") from error
+
+
+def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
+    """Say each line of a job's log until it has ended; returns the exit code of its command.
+
+    A stopped job is 130, one that Ray could not start 4. Raises InputError when the cluster knows no such job and
+    EnvironmentFault when it stays away; the job itself is never touched.
+    """
+    client = connect(address)
+    _info(client, job)  # an unknown job is refused before anything else
+    log = _Log(say)
+    heard = time.monotonic()
+    while True:
+        try:
+            asyncio.run(log.read(client, job))
+            info = _info(client, job)
+            heard = time.monotonic()
+        except (InputError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # aiohttp's, requests' and Ray's own kinds of a lost connection
+            if time.monotonic() - heard > _AWAY_SECONDS:
+                raise EnvironmentFault(
+                    f"the cluster at {address} has been away for {_AWAY_SECONDS / 60:.0f} minutes "
+                    f"({_first_line(error)})",
+                    look_again(job, address),
+                ) from None
+            time.sleep(_POLL_SECONDS)
+            continue
+        if str(info.status) in ("SUCCEEDED", "FAILED", "STOPPED"):
+            log.end()
+            code = exit_code_of(str(info.status), info.driver_exit_code)
+            if info.driver_exit_code is None and info.message and code not in (0, 130):
+                say(f"job {job}: {_last_line(info.message)}")
+            say(f"job {job}: {str(info.status).lower()}, exit code {code}")
+            return code
+        time.sleep(_POLL_SECONDS)
+
+
+def exit_code_of(status: str, driver: int | None) -> int:
+    """The exit code that a job came to: its command's own, 128 + number after a signal."""
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return 130
+    if driver is None:  # Ray never came to starting the command, or lost the node it ran on
+        return EnvironmentFault.exit_code
+    return 128 - driver if driver < 0 else driver or 1
+
+
+def look_again(job: str, address: str) -> str:
+    """How to take up following, and how to end the job."""
+    return (
+        f"the job goes on; look again: pst submit ray --follow {job} address={address}, "
+        f"end it: RAY_AUTH_MODE=token ray job stop --address {address} {job}"
+    )
+
+
+class _Log:
+    """A job's log, heard from the beginning at each connection and said once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._said, self._rest = say, 0, ""
+
+    async def read(self, client: Any, job: str) -> None:
+        """Say what is new until the log ends or the connection does."""
+        seen, self._rest = 0, ""
+        stream = client.tail_job_logs(job)
+        async with contextlib.aclosing(stream) as chunks:
+            async for chunk in chunks:
+                *lines, self._rest = (self._rest + chunk).split("\n")
+                for line in lines:
+                    seen += 1
+                    if seen > self._said:
+                        self._said = seen
+                        self._say(line)
+
+    def end(self) -> None:
+        """Say a last line that has no end."""
+        if self._rest:
+            self._say(self._rest)
+
+
+def _info(client: Any, job: str) -> Any:
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "404" in str(error):
+            raise InputError(f"the cluster knows no job {job!r}", "`ray job list` names those that it does") from None
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1][:300]

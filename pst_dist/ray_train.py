@@ -1,0 +1,228 @@
+"""Training on a Ray cluster: Ray Train places the ranks, starts them again when one is lost, and hears of checkpoints.
+
+What is trained, saved and resumed is `train(config)`'s affair, in the run directory as always: a training begun here
+can be taken up by any other launcher with as many ranks. The run directory must be seen by all nodes. What runs on
+the cluster's side is `ray_worker`; this module is the driver's.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pst_dist import __version__
+from pst_dist.config import Config, RayConfig, RayTrainConfig
+from pst_dist.errors import ConfigError, EnvironmentFault, PeerLostError, PreemptedError, PstError
+from pst_dist.ray_cluster import ray_cluster
+from pst_dist.rundir import run_dir
+from pst_dist.signals import StopRequest, stop_requests
+
+log = logging.getLogger(__name__)
+
+_START_SECONDS = 60
+"""How long Ray itself waits for a group of workers to start; then it tries again."""
+_RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
+"""What Ray Train leaves in a run directory."""
+
+
+def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
+    """`train` on Ray workers: its `TrainingResult`, or the error that it met, as it was.
+
+    A lost worker is replaced, all start again from the newest valid checkpoint, at most train.ray.max_failures times;
+    then PeerLostError. Raises ConfigError and EnvironmentFault when the ranks could never start. Told to stop, the
+    ranks save at the next step and PreemptedError (or, after Ctrl-C, KeyboardInterrupt) is raised; told twice, or
+    killed, this process ends at once and Ray ends its workers: what they had saved is there.
+    """
+    if "RANK" in os.environ:
+        raise ConfigError("train.backend=ray starts its own ranks", "run it without torchrun, deepspeed or srun")
+    config = _on_all_nodes(config)
+    asked = config.train.ray
+    _check_elastic(config)
+    done = None if rebuild else _complete(config)
+    if done is not None:
+        return done
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the config's relative paths are meant from here
+    with ray_cluster(RayConfig(address=asked.address)) as ray:
+        check_room(asked, ray.cluster_resources())
+        try:
+            from pst_dist import ray_worker
+        except ImportError as error:
+            raise EnvironmentFault(
+                f"ray {ray.__version__} cannot train for us ({error})", "pip install 'ray[default,train]>=2.60'"
+            ) from error
+        desk = ray.remote(num_cpus=0)(ray_worker.Desk).remote()
+        orders = ray_worker.Orders(config, rebuild, __version__, os.getcwd(), log.getEffectiveLevel(), desk)
+        with _clean(run_dir(config).path), stop_requests() as stop:
+            try:
+                return _followed(ray, desk, stop, _trainer(config, orders).fit)
+            except PstError as error:
+                if isinstance(error, PreemptedError) and stop.signal == signal.SIGINT:
+                    raise KeyboardInterrupt from None
+                raise
+
+
+def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
+    """Raises EnvironmentFault when the cluster, as it is, cannot hold the ranks and no growth is waited for."""
+    needs = {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker)}
+    ranks = asked.min_workers or asked.num_workers
+    short = [name for name, each in needs.items() if each * ranks > resources.get(name, 0)]
+    if short and not asked.wait_seconds:
+        wanted = ", ".join(f"{each:g} {name}" for name, each in needs.items() if each)
+        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in needs)
+        raise EnvironmentFault(
+            f"{ranks} rank(s) of {wanted} each, but the cluster has {has}",
+            "lower train.ray.num_workers, or give train.ray.wait_seconds=600 to a cluster that grows",
+        )
+
+
+def _on_all_nodes(config: Config) -> Config:
+    """The config with absolute folders; raises ConfigError where those would be in a copy that Ray removes."""
+    run = run_dir(config)
+    for key, path in (("output_dir", run.path), ("data_dir", run.data)):
+        if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
+            raise ConfigError(
+                f"{key}={path} is relative, and this job works in a copy of your directory that Ray removes at its end",
+                f"give {key}=/… on a disk that all nodes share",
+            )
+    return config.model_copy(
+        update={"output_dir": str(run.path.absolute()), "data_dir": str(run.data.absolute())},
+    )
+
+
+def _complete(config: Config) -> Any:
+    """The result of a training that is complete already, for which no worker need be started."""
+    from pst_dist.trainer import complete_training
+
+    done = complete_training(config, config.train.ray.num_workers)
+    if done is not None:
+        log.info("training is complete: %d steps, nothing to do", done.steps)
+    return done
+
+
+def _check_elastic(config: Config) -> None:
+    """Raises ConfigError when ranks may come and go but the checkpoints belong to a number of them."""
+    from pst_dist.engine import deepspeed_settings
+
+    asked = config.train.ray
+    if asked.min_workers in (None, asked.num_workers) or config.train.deepspeed is None:
+        return
+    stage = deepspeed_settings(config.train, asked.num_workers)["zero_optimization"]["stage"]
+    if stage != 0:
+        raise ConfigError(
+            f"train.ray.min_workers with ZeRO stage {stage}, whose checkpoints belong to a number of ranks",
+            "set train.deepspeed=zero0, or leave min_workers out",
+        )
+
+
+def _trainer(config: Config, orders: Any) -> Any:
+    """Ray's trainer for these orders; its run directory is ours, so that our checkpoints are registered in place."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pst_dist.ray_worker import Watch, work
+
+    api: Any = ray.train  # which of its two versions is behind the names is settled when it is imported
+    asked, path = config.train.ray, run_dir(config).path
+    gpus = asked.num_gpus_per_worker
+    ranks = asked.num_workers if asked.min_workers is None else (asked.min_workers, asked.num_workers)
+    return TorchTrainer(
+        work,
+        train_loop_config={"orders": orders},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        scaling_config=api.ScalingConfig(
+            num_workers=ranks,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": asked.num_cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+            placement_strategy=asked.placement_strategy,
+        ),
+        run_config=api.RunConfig(
+            name=path.name,
+            storage_path=str(path.parent),
+            failure_config=api.FailureConfig(
+                max_failures=asked.max_failures,
+                # Without a limit Ray would wait for room for ever.
+                controller_failure_limit=max(1, asked.wait_seconds // _START_SECONDS),
+            ),
+            callbacks=[Watch(orders.desk, asked.max_failures)],
+            logging_config=api.LoggingConfig(
+                log_level="CRITICAL"
+            ),  # in Ray's own files; what matters comes by the desk
+        ),
+    )
+
+
+def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Any) -> Any:
+    """Run `fit` in a thread, where Ray takes no signals for itself; log the ranks' lines and pass on a request."""
+    passed_on = False
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
+        training = pool.submit(fit)
+        while True:
+            done = training.done()  # looked at before the lines, so that the last ones are heard
+            for line in ray.get(desk.listen.remote()):
+                logging.getLogger(line.name).log(line.level, "%s", line.text)
+            if done:
+                break
+            if stop.signal and not passed_on:
+                passed_on = True
+                desk.stop.remote()
+        error = training.exception()
+    if error is not None:
+        raise _in_our_words(ray, error) from (None if isinstance(error, PstError) else error)
+    return training.result().return_value
+
+
+def _in_our_words(ray: Any, error: BaseException) -> BaseException:
+    """The error of ours that a failed training comes to; itself when it is nobody's fault but ours."""
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    from pst_dist.ray_worker import describe, may_pass
+
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+        if "Startup" in type(cause).__name__:
+            return EnvironmentFault(
+                f"Ray could not start the ranks ({_first_line(cause)})",
+                "see `ray status` for what the cluster lacks; train.ray.wait_seconds is how long to wait for room",
+            )
+        return cause
+    if isinstance(error, WorkerGroupError):
+        others = [failure for failure in error.worker_failures.values() if not may_pass(failure)]
+        if others:
+            return others[0]
+        return PeerLostError(
+            f"{describe(error.worker_failures)}, more often than train.ray.max_failures allows",
+            "look for out-of-memory in Ray's logs; the same command goes on from the newest valid checkpoint",
+        )
+    if isinstance(error, (PreemptionError, ray.exceptions.RayError)):
+        return PeerLostError(f"Ray gave the training up ({_first_line(error)})", "the same command goes on")
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+@contextmanager
+def _clean(path: Path) -> Iterator[None]:
+    """Ray's own files in the run directory, gone before and after.
+
+    Its list of checkpoints would refuse a run from which we have removed the older ones.
+    """
+    _remove_ray_files(path)
+    try:
+        yield
+    finally:
+        _remove_ray_files(path)
+
+
+def _remove_ray_files(path: Path) -> None:
+    for name in _RAY_FILES:
+        (path / name).unlink(missing_ok=True)

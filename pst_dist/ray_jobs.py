@@ -1,4 +1,4 @@
-"""Work on a Ray cluster: encoder actors over a list of shards. The only module that imports ray.
+"""Embedding on a Ray cluster: encoder actors over a list of shards. The cluster itself is `ray_cluster`.
 
 One shard, one task, one file: Ray places the actors, restarts one that dies and gives it its shard again; what a
 shard's file holds is decided by `embeddings.embed_shard`, here as in one process. Actors read and write the folders
@@ -7,16 +7,8 @@ named by the config, so on several machines those must be shared.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
-import os
-import secrets
-import shutil
-import socket
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +17,7 @@ from pst_dist.embeddings import embed_shard
 from pst_dist.encoder import TextEncoder
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
 from pst_dist.progress import Progress, progress
+from pst_dist.ray_cluster import ray_cluster
 from pst_dist.shards import ShardInfo, ShardSet
 
 log = logging.getLogger(__name__)
@@ -32,8 +25,6 @@ log = logging.getLogger(__name__)
 _RESTARTS = 4
 _QUIET_SECONDS = 300.0
 """How long nothing may be heard: before the first actor has started it is an error, later a warning."""
-_PROBE_SECONDS = 5.0
-_OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
 
 
 class EncoderActor:
@@ -70,7 +61,7 @@ def embed_with_ray(config: EmbedConfig, shards: ShardSet, directory: Path, todo:
     when an actor keeps dying; and whatever PstError an actor met.
     """
     total = sum(len(shards.rationale_keys(shard)) for shard in todo)
-    with _cluster(config.ray) as ray:
+    with ray_cluster(config.ray) as ray:
         count = _number_of_actors(config.ray, ray.cluster_resources(), len(todo))
         log.info("embed: %d shards on %d Ray actors", len(todo), count)
         actor_class = ray.remote(
@@ -160,86 +151,3 @@ def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: in
     if config.num_actors is not None and config.num_actors > room:
         log.warning("embed: %d actors asked for, the cluster has room for %d", config.num_actors, room)
     return min(config.num_actors or room, room, shards)
-
-
-@contextlib.contextmanager
-def _cluster(config: RayConfig) -> Iterator[Any]:
-    """The ray module, connected: to the cluster of this process, to `address`, or to one that lives for this block."""
-    imported = sys.modules.get("ray")
-    if imported is not None and imported.is_initialized():  # whoever connected this process chose the cluster
-        yield imported
-        return
-    # Inside a job of `ray job submit`, Ray names its cluster in the environment.
-    address = config.address or os.environ.get("RAY_ADDRESS")
-    own = address is None
-    if own:
-        _secure_local_cluster()
-    try:
-        import ray
-    except ImportError as error:
-        raise EnvironmentFault(
-            "cannot import ray", "pip install 'pst-dist[ray]', or set embed.backend=local"
-        ) from error
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    # Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
-    temporary = tempfile.mkdtemp(prefix="pst-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) if own else None
-    try:
-        if own:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temporary,
-                **quiet,
-            )
-        else:
-            _probe(str(address))
-            ray.init(address=address, **quiet)
-    except Exception as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, PstError):
-            raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
-        raise EnvironmentFault(
-            f"{what} ({reason[:160]})",
-            "check that it runs (`ray status`) and that RAY_AUTH_MODE fits, or set embed.backend=local",
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _secure_local_cluster() -> None:
-    """A token of this process alone, unless the user has set one up; must come before ray is imported.
-
-    Ray would otherwise write one into the home directory, readable by all, that changes what later clusters ask
-    for (ray 2.60). It is read once a process, so it stays for the life of the process.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    descriptor, path = tempfile.mkstemp(prefix="pst-ray-token-")  # mode 0600
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
-    atexit.register(Path(path).unlink, missing_ok=True)
-
-
-def _probe(address: str) -> None:
-    """Fail within seconds, and in one line, when nothing listens at `host:port`; Ray itself waits for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # `auto` and the like: Ray looks for the cluster itself
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
-    except OSError as error:
-        raise EnvironmentFault(
-            f"no Ray cluster answers at {address} ({error.strerror or error})",
-            "start it (`ray start --head`) or set embed.ray.address",
-        ) from error

@@ -1,6 +1,6 @@
 """What Ray promises: the bytes of the local backend, whole after an actor's death, nothing left behind.
 
-One cluster serves the whole file: a first process starts it through `ray_jobs` and takes it down, a second one joins
+One cluster serves the whole file: a first process starts it through `ray_cluster` and takes it down, a second one joins
 it by address and embeds on it while an actor is killed.
 """
 
@@ -35,12 +35,13 @@ import os, sys
 from pathlib import Path
 from pst_dist.config import EmbedConfig, RayConfig
 from pst_dist.errors import PstError
-from pst_dist.ray_jobs import _cluster, embed_with_ray
+from pst_dist.ray_cluster import ray_cluster
+from pst_dist.ray_jobs import embed_with_ray
 from pst_dist.shards import ShardSet
 
 if __name__ == "__main__":
     base = Path(sys.argv[1])
-    with _cluster(RayConfig()) as ray:
+    with ray_cluster(RayConfig()) as ray:
         folder = ray._private.worker._global_node.get_temp_dir_path()
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         print(ray.get_runtime_context().gcs_address, folder, token, oct(os.stat(token).st_mode), flush=True)

@@ -1,0 +1,107 @@
+"""A Ray cluster to work on: the one this process is in, one named by an address, or one started for a block.
+
+It finds or starts the cluster safely (a token of its own, nothing left behind) and turns what can go wrong there
+into one line within seconds. What runs on the cluster is the business of the modules that ask for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config import RayConfig
+from pst_dist.errors import EnvironmentFault, PstError
+
+_PROBE_SECONDS = 5.0
+_OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
+
+
+@contextlib.contextmanager
+def ray_cluster(config: RayConfig) -> Iterator[Any]:
+    """The ray module, connected: to the cluster of this process, to `address`, or to one that lives for this block."""
+    imported = sys.modules.get("ray")
+    if imported is not None and imported.is_initialized():  # whoever connected this process chose the cluster
+        yield imported
+        return
+    # Inside a job of `ray job submit`, Ray names its cluster in the environment.
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    own = address is None
+    if own:
+        secure_local_cluster()
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentFault("cannot import ray", "pip install 'pst-dist[ray]', or work without it") from error
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    # Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
+    temporary = tempfile.mkdtemp(prefix="pst-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) if own else None
+    try:
+        if own:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+                **quiet,
+            )
+        else:
+            probe(str(address))
+            ray.init(address=address, **quiet)
+    except Exception as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, PstError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
+        raise EnvironmentFault(
+            f"{what} ({reason[:160]})",
+            "check that it runs (`ray status`) and that RAY_AUTH_MODE fits, or work without Ray",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def secure_local_cluster() -> None:
+    """A token of this process alone, unless the user has set one up; must come before ray is imported.
+
+    Ray would otherwise write one into the home directory, readable by all, that changes what later clusters ask
+    for (ray 2.60). It is read once a process, so it stays for the life of the process.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    descriptor, path = tempfile.mkstemp(prefix="pst-ray-token-")  # mode 0600
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
+    atexit.register(Path(path).unlink, missing_ok=True)
+
+
+def probe(address: str) -> None:
+    """Fail within seconds, and in one line, when nothing listens at `host:port`; Ray itself waits for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like: Ray looks for the cluster itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no Ray cluster answers at {address} ({error.strerror or error})",
+            "start it (`ray start --head`) or set embed.ray.address",
+        ) from error

@@ -67,7 +67,9 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     run = run_dir(config)
     ShardSet.open(run.shards, verify=False)  # a refusal before the lock leaves nothing behind
     with directory_lock(run.data):
-        return embed_all(config.embed, ShardSet.open(run.shards), run.embeddings, rebuild=rebuild)
+        # Whoever encodes a shard verifies it; with Ray that is as many machines as there are.
+        shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
+        return embed_all(config.embed, shards, run.embeddings, rebuild=rebuild)
 
 
 def needs_embeddings(config: Config) -> bool:

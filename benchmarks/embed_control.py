@@ -70,6 +70,9 @@ def measure(count: int, actors: int, backend: str) -> dict[str, Any]:
     from pst_dist.shards import ShardSet
 
     class InstantActor(ray_jobs.EncoderActor):
+        def __init__(self, config: Any, identity: Any, folders: tuple[str, str], driver: str) -> None:
+            self._directory = Path(folders[1])
+
         def ready(self) -> None:
             pass
 
@@ -129,11 +132,11 @@ def main() -> None:
 
     begin, rows = time.monotonic(), []
     for backend in ("ray", "loop"):
-        pace = 0.0
+        pace, spent, last = 0.002, 0.0, 0  # a guess, until two sizes have been measured
         for count in sorted(args.shards):
-            left = args.seconds - (time.monotonic() - begin)
-            if pace * count > left:
-                rows.append({"shards": count, "backend": backend, "left_out": f"about {pace * count:.0f} s"})
+            expected = spent + pace * (count - last)
+            if expected > args.seconds - (time.monotonic() - begin):
+                rows.append({"shards": count, "backend": backend, "left_out": f"about {expected:.0f} s"})
                 continue
             started = time.monotonic()
             one = ["--one", "local" if backend == "loop" else "ray", "--actors", str(args.actors)]
@@ -143,7 +146,10 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
             rows.append(json.loads(done.stdout.splitlines()[-1]) | {"backend": backend})
-            pace = (time.monotonic() - started) / count
+            spent, before = time.monotonic() - started, spent
+            if before:  # what starting costs is in both
+                pace = max(0.0, spent - before) / (count - last)
+            last = count
     print(f"{'':5} {'shards':>8} {'s':>8} {'ms/shard':>9} {'cpu ms':>7} {'MiB':>7} {'KiB/shard':>10} {'again s':>8}")
     for row in rows:
         if "left_out" in row:

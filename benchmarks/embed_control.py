@@ -54,7 +54,8 @@ def summary(shard: Any) -> Any:
     """What an actor would tell of a full shard, but that the file is empty."""
     import numpy as np
 
-    from pst_dist.embeddings import EmbeddedShard, file_name
+    from pst_dist.embedding_files import file_name
+    from pst_dist.embeddings import EmbeddedShard
 
     sums = np.full(WIDTH, 123_456_789, dtype=np.int64)
     return EmbeddedShard(file_name(shard), 0, NOTHING, 1000, 0, sums, encoded=True)
@@ -66,12 +67,13 @@ def measure(count: int, actors: int, backend: str) -> dict[str, Any]:
 
     from pst_dist import embeddings, ray_jobs
     from pst_dist.config import EmbedConfig, RayConfig
+    from pst_dist.embedding_files import file_name
     from pst_dist.ray_cluster import ray_cluster
     from pst_dist.shards import ShardSet
 
     class InstantActor(ray_jobs.EncoderActor):
-        def __init__(self, config: Any, identity: Any, folders: tuple[str, str], driver: str) -> None:
-            self._directory = Path(folders[1])
+        def __init__(self, config: Any, identity: Any, files: Any, driver: str) -> None:
+            self._directory = files.embeddings
 
         def ready(self) -> None:
             pass
@@ -93,7 +95,7 @@ def measure(count: int, actors: int, backend: str) -> dict[str, Any]:
         make_shard_folder(base / "shards", count)
         (base / "embeddings").mkdir()
         for shard in ShardSet.open(base / "shards", verify=False).shards() if backend == "local" else ():
-            (base / "embeddings" / embeddings.file_name(shard)).touch()
+            (base / "embeddings" / file_name(shard)).touch()
 
         def work() -> None:
             for name in ("", "again_"):

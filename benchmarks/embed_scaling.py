@@ -1,24 +1,23 @@
 """How embedding scales over Ray actors: 1, 2 and 4 of them against as many processes that know nothing of Ray.
 
-    python benchmarks/embed_scaling.py [--counts 1 2 4] [--shards 16] [--texts 48] [--rounds 5] [--output FILE]
+    python benchmarks/embed_scaling.py [--counts 1 2 4] [--shards 12] [--texts 32] [--rounds 5] [--output FILE]
 
 The ceiling of a machine is what it does when n processes, one thread each, encode the same shards with nothing between
-them: they take the next number from a counter. Ray's actors are timed over the same span: from when all n encoders
-are loaded to when the last file is there. Within a round each count is measured both ways, one after the other, the
-first one alternating, and the ratio is taken per round; a busy machine hardly moves the median of such ratios.
-`efficiency` is that ratio: the actors' texts per second over the processes'. `of one` is the actors' speed over one
-actor's in the same round, to be read beside `ceiling of one`, the same for the processes. Real MiniLM, generated
-rationales. Prints a table and writes JSON.
+them: they take the next number from a counter. Ray's actors are given the same shards by the very `Crew` that
+`pst embed` has. Both load their encoders once, before any clock starts, and are timed from the first shard begun to
+the last file written. Within a round each count is measured both ways, one after the other, the first one alternating,
+and the ratio is taken per round; a busy machine hardly moves the median of such ratios. `efficiency` is that ratio: the
+actors' texts per second over the processes'. `of one` is the actors' speed over one actor's in the same round, beside
+the same for the processes. Real MiniLM, generated rationales. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
-import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,91 +27,101 @@ from embed_throughput import make_texts
 
 from pst_dist import ray_jobs
 from pst_dist.config import EmbedConfig, RayConfig
-from pst_dist.embeddings import embed_all, embed_shard, file_name
+from pst_dist.embedding_files import FolderFiles
+from pst_dist.embeddings import embed_shard
 from pst_dist.encoder import TextEncoder
+from pst_dist.progress import Progress
 from pst_dist.ray_cluster import ray_cluster
 from pst_dist.schema import ReasoningSample
-from pst_dist.shards import ShardSet, write_shards
+from pst_dist.shards import ShardInfo, ShardSet, write_shards
 
 CONFIG = EmbedConfig(device="cpu")
 
 
 class ClockedActor(ray_jobs.EncoderActor):
-    """An actor that waits until all are loaded, and writes down when it began and ended a shard."""
+    """An actor that writes down when it began and ended a shard."""
 
-    def ready(self) -> None:
-        super().ready()
-        place = self._directory.parent / "loaded"
-        place.mkdir(exist_ok=True)
-        (place / str(os.getpid())).touch()
-        while len(list(place.iterdir())) < (self._config.ray.num_actors or 1):
-            time.sleep(0.01)
-
-    def embed(self, shard: Any) -> Any:
+    def embed(self, shard: ShardInfo) -> Any:
         begin = time.monotonic()
         result = super().embed(shard)
-        clocked(self._directory.parent, shard.stem, begin)
+        clocked(self._files.embeddings, shard, begin)
         return result
 
 
-def clocked(folder: Path, name: str, begin: float) -> None:
+def clocked(folder: Path, shard: ShardInfo, begin: float) -> None:
     """Write down when a shard was begun and ended, on the machine's clock."""
-    (folder / f"{name}.clock").write_text(f"{begin} {time.monotonic()}")
+    (folder / f"{shard.stem}.clock").write_text(f"{begin} {time.monotonic()}")
 
 
-def span(folder: Path) -> float:
-    """Seconds from the first begin to the last end."""
+def span(folder: Path, shards: int) -> float:
+    """Seconds from the first begin to the last end; forgets what was made."""
     times = [tuple(map(float, path.read_text().split())) for path in folder.glob("*.clock")]
+    assert len(times) == shards == len(list(folder.glob("*.safetensors")))
+    for path in folder.iterdir():
+        path.unlink()
     return max(end for _, end in times) - min(begin for begin, _ in times)
 
 
-def with_actors(shards: ShardSet, count: int, cores: float, folder: Path) -> float:
-    """Seconds of `count` actors, through the very function that `pst embed` calls."""
-    settings = RayConfig(num_actors=count, num_cpus_per_actor=min(1.0, cores / count))
-    embed_all(CONFIG.model_copy(update={"backend": "ray", "ray": settings}), shards, folder / "embeddings")
-    return span(folder)
+class Processes:
+    """Processes that have nothing to do with each other but a counter; forks of this one, so the encoder loads once."""
+
+    def __init__(self, files: FolderFiles, order: list[ShardInfo], encoder: TextEncoder, counts: list[int]) -> None:
+        self._files, self._order, self._encoder = files, order, encoder
+        context = multiprocessing.get_context("fork")
+        self._begin = {n: context.Barrier(n) for n in counts}
+        self._end = {n: context.Barrier(n + 1) for n in counts}  # and this process
+        self._counter, self._orders = context.Value("i", 0), [context.Queue() for _ in range(max(counts))]
+        for orders in self._orders:
+            context.Process(target=self._encode_when_told, args=(orders,), daemon=True).start()
+
+    def _encode_when_told(self, orders: Any) -> None:
+        while count := orders.get():
+            self._begin[count].wait()
+            while True:
+                with self._counter.get_lock():
+                    number = self._counter.value
+                    self._counter.value += 1
+                if number >= len(self._order):
+                    break
+                begin, shard = time.monotonic(), self._order[number]
+                with self._files.at_hand(shard) as (folder, target):
+                    embed_shard(self._encoder, folder, shard, target)
+                clocked(self._files.embeddings, shard, begin)
+            self._end[count].wait()
+
+    def seconds(self, count: int) -> float:
+        """Seconds of the first `count` of them for all shards."""
+        self._counter.value = 0
+        for orders in self._orders[:count]:
+            orders.put(count)
+        self._end[count].wait()
+        return span(self._files.embeddings, len(self._order))
 
 
-def with_processes(shards: ShardSet, count: int, folder: Path) -> float:
-    """Seconds of `count` processes that have nothing to do with each other but a counter."""
-    context = multiprocessing.get_context("spawn")
-    barrier, counter = context.Barrier(count), context.Value("i", 0)
-    arguments = (shards.directory, folder, barrier, counter)
-    processes = [context.Process(target=_encode_shards, args=arguments) for _ in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            sys.exit(f"a process ended with {process.exitcode}")
-    return span(folder)
+class Actors:
+    """Actors on a cluster, loaded once; a crew of the first n of them is what an embedding would have."""
 
+    def __init__(self, ray: Any, files: FolderFiles, order: list[ShardInfo], identity: Any, counts: list[int]) -> None:
+        self._ray, self._files, self._order = ray, files, order
+        actor = ray.remote(num_cpus=min(1.0, ray.cluster_resources()["CPU"] / max(counts)))(ClockedActor)
+        self._actors = [actor.remote(CONFIG, identity, files, "benchmark") for _ in range(max(counts))]
+        with files.announced("benchmark"):
+            ray.get([one.ready.remote() for one in self._actors])
 
-def _encode_shards(directory: Path, folder: Path, barrier: Any, counter: Any) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    encoder = TextEncoder(CONFIG)
-    shards = sorted(ShardSet.open(directory, verify=False).shards(), key=lambda shard: (-shard.bytes, shard.name))
-    (folder / "embeddings").mkdir(parents=True, exist_ok=True)
-    barrier.wait()
-    while True:
-        with counter.get_lock():
-            number = counter.value
-            counter.value += 1
-        if number >= len(shards):
-            return
-        begin, shard = time.monotonic(), shards[number]
-        embed_shard(encoder, directory, shard, folder / "embeddings" / file_name(shard))
-        clocked(folder, shard.stem, begin)
+    def seconds(self, count: int) -> float:
+        """Seconds of the first `count` of them for all shards."""
+        with self._files.announced("benchmark"):
+            crew = ray_jobs.Crew(self._ray, iter(self._actors).__next__, count)
+            crew.work(self._order, lambda shard, result: None, Progress("embed", None, "texts"))
+        return span(self._files.embeddings, len(self._order))
 
 
 def main() -> None:
     """Measure every count both ways in each round, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--shards", type=int, default=16)
-    parser.add_argument("--texts", type=int, default=48, help="texts in each shard")
+    parser.add_argument("--shards", type=int, default=12)
+    parser.add_argument("--texts", type=int, default=32, help="texts in each shard")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("embed_scaling.json"))
     args = parser.parse_args()
@@ -122,54 +131,53 @@ def main() -> None:
 
     from pst_dist.storage import write_json
 
-    ray_jobs.EncoderActor = ClockedActor  # type: ignore[misc]
-    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+
     seconds: dict[tuple[str, int], list[float]] = {}
-    with tempfile.TemporaryDirectory() as temporary, ray_cluster(RayConfig()):
+    texts = make_texts(args.shards * args.texts, repeats=0.0)
+    rows = [ReasoningSample(id=f"r{i}", question="q", answer="a", rationales=(text,)) for i, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         base = Path(temporary)
-        texts = make_texts(args.shards * args.texts, repeats=0.0)
-        rows = [ReasoningSample(id=f"r{i}", question="q", answer="a", rationales=(t,)) for i, t in enumerate(texts)]
-        write_shards({"train": rows}, base / "s", samples_per_shard=args.texts, fingerprint="f", extra={})
-        shards = ShardSet.open(base / "s")
+        write_shards({"train": rows}, base / "shards", samples_per_shard=args.texts, fingerprint="f", extra={})
+        files = FolderFiles(base / "shards", base / "embeddings")
+        files.embeddings.mkdir()
+        order = sorted(ShardSet.open(files.shards).shards(), key=lambda shard: (-shard.bytes, shard.name))
+        encoder = TextEncoder(CONFIG)
+        processes = Processes(files, order, encoder, args.counts)  # before Ray, whose threads no fork survives
+        ray = stack.enter_context(ray_cluster(RayConfig()))
+        ways = {
+            "actors": Actors(ray, files, order, encoder.identity, args.counts).seconds,
+            "processes": processes.seconds,
+        }
         for number in range(args.rounds):
             for count in args.counts if number % 2 == 0 else reversed(args.counts):
-                for way in ("actors", "processes") if number % 2 == 0 else ("processes", "actors"):
-                    folder = base / "work"
-                    folder.mkdir()
-                    taken = (
-                        with_actors(shards, count, cores, folder)
-                        if way == "actors"
-                        else with_processes(shards, count, folder)
-                    )
-                    seconds.setdefault((way, count), []).append(taken)
-                    shutil.rmtree(folder)
-    table = []
-    one = args.counts[0]
+                for way in ways if number % 2 == 0 else reversed(ways):
+                    seconds.setdefault((way, count), []).append(ways[way](count))
+    table, one = [], args.counts[0]
     for count in args.counts:
-        actors, processes = seconds["actors", count], seconds["processes", count]
-        ratios = [theirs / ours for theirs, ours in zip(processes, actors, strict=True)]
+        ours, theirs = seconds["actors", count], seconds["processes", count]
+        ratios = [ceiling / taken for ceiling, taken in zip(theirs, ours, strict=True)]
         row = {
             "actors": count,
-            "texts_per_second": round(statistics.median(len(texts) / s for s in actors), 1),
-            "ceiling_texts_per_second": round(statistics.median(len(texts) / s for s in processes), 1),
+            "texts_per_second": round(statistics.median(len(texts) / s for s in ours), 1),
+            "ceiling_texts_per_second": round(statistics.median(len(texts) / s for s in theirs), 1),
             "efficiency": round(statistics.median(ratios), 3),
             "efficiency_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
         }
         for name, way in (("of_one", "actors"), ("ceiling_of_one", "processes")):
-            first = seconds[way, one]
-            row[name] = round(statistics.median(a / b for a, b in zip(first, seconds[way, count], strict=True)), 2)
+            pairs = zip(seconds[way, one], seconds[way, count], strict=True)
+            row[name] = round(statistics.median(first / these for first, these in pairs), 2)
         table.append(row)
-    print(
-        f"{'actors':>6} {'texts/s':>8} {'ceiling':>8} {'efficiency':>10} {'(min max)':>15} {'of one':>7} {'ceiling':>8}"
-    )
+    print("actors  texts/s  ceiling efficiency    (min    max)  of one  ceiling of one")
     for row in table:
         low, high = row["efficiency_min_max"]
         print(
             f"{row['actors']:6} {row['texts_per_second']:8.1f} {row['ceiling_texts_per_second']:8.1f} "
             f"{row['efficiency']:10.3f} {low:7.3f} {high:7.3f} {row['of_one']:7.2f} {row['ceiling_of_one']:15.2f}"
         )
-    record = {"machine": machine(torch.device("cpu"), ("ray",)), "cores": cores, "rounds": args.rounds}
-    write_json(args.output, record | {"texts": len(texts), "shards": args.shards, "results": table})
+    record = {"machine": machine(torch.device("cpu"), ("ray",)), "cores": len(os.sched_getaffinity(0))}
+    settings = {"rounds": args.rounds, "texts": len(texts), "shards": args.shards}
+    write_json(args.output, record | settings | {"results": table})
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ thousand shards as its actors are. Reading is `embedding_store`, the encoder is 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from pst_dist.config import EmbedConfig
+from pst_dist.embedding_files import Files, FolderFiles, RemoteFiles, file_name
 from pst_dist.embedding_format import STATISTICS, ShardVectors, read_vectors, write_tensor, write_vectors
 from pst_dist.embedding_store import EmbeddingStore
 from pst_dist.encoder import TextEncoder
 from pst_dist.errors import DataError, EnvironmentFault, IntegrityError, StaleError
 from pst_dist.progress import progress
+from pst_dist.remote import RemoteFolder
 from pst_dist.shards import ShardInfo, ShardSet, read_shard
 from pst_dist.storage import (
     MANIFEST,
@@ -33,15 +33,13 @@ from pst_dist.storage import (
     describe_files,
     digest_of,
     directory_lock,
-    read_manifest,
     sha256_file,
-    verify_files,
     write_manifest,
 )
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embed_all", "embed_shard", "file_name"]
+__all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embed_all", "embed_shard"]
 
 # Shapes in this file: n rationales of a shard, E encoder width
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
@@ -65,11 +63,6 @@ class EmbeddedShard:
     """[E] int64, the sum of its vectors in units of 2^-36; see `fixed_point_sums`."""
     encoded: bool
     """False when the file was there already and was found to be whole and of this shard and encoder."""
-
-
-def file_name(shard: ShardInfo) -> str:
-    """What a shard's embedding file is called."""
-    return f"{shard.stem}.safetensors"
 
 
 def embed_shard(
@@ -140,28 +133,33 @@ def fixed_point_sums(vectors: np.ndarray) -> np.ndarray:
     return total
 
 
-def embed_all(config: EmbedConfig, shards: ShardSet, directory: Path, *, rebuild: bool = False) -> Manifest:
+def embed_all(
+    config: EmbedConfig, shards: ShardSet, directory: Path, *, rebuild: bool = False, remote: RemoteFolder | None = None
+) -> Manifest:
     """Encode every shard that has no current file, then write the centring mean and the manifest.
 
-    Finished embeddings of other shards keep the files whose shard is the same; those of another encoder are
-    refused with StaleError unless `rebuild`. A killed run leaves whole files and no manifest, and the next one
-    goes on. Raises DataError when no sample has a rationale.
+    With `remote`, a data_dir in object storage, shards and embeddings lie there, and `directory` is what this machine
+    has of the latter. Finished embeddings of other shards keep the files whose shard is the same; those of another
+    encoder are refused with StaleError unless `rebuild`. A killed run leaves whole files and no manifest, and the next
+    one goes on. Raises DataError when no sample has a rationale.
     """
     texts = {shard.name: shards.rationale_count(shard) for shard in shards.shards()}
     if not any(texts.values()):
         raise DataError("no sample has a rationale: there is nothing to embed", path=shards.directory)
+    here = FolderFiles(shards.directory, directory)
+    files: Files = here if remote is None else RemoteFiles(remote, directory.parent)
     # With Ray the actors encode; here the encoder is only asked who it is.
     encoder = TextEncoder(config, device="cpu" if config.backend == "ray" else None)
     identity = encoder.identity
     fingerprint = digest_of({"encoder": identity, "shards": shards.manifest.digest})
-    manifest = None if rebuild else _existing(directory, identity)
-    if manifest is not None and manifest.fingerprint == fingerprint and _verified(directory, manifest):
-        log.info("embed: %s is complete, nothing to do", directory)  # found before the lock: it may be read-only
+    manifest = None if rebuild else _existing(files, identity)
+    if manifest is not None and manifest.fingerprint == fingerprint and files.is_intact(manifest):
+        log.info("embed: %s is complete, nothing to do", files.where)  # found before the lock: it may be read-only
         return manifest
     with directory_lock(directory):
         # From here to the end there is no manifest: the directory is unfinished, and says so.
-        (directory / MANIFEST).unlink(missing_ok=True)
-        present = _remove_leftovers(directory, [] if rebuild else map(file_name, shards.shards()))
+        files.remove(MANIFEST)
+        present = _remove_leftovers(files, [] if rebuild else map(file_name, shards.shards()))
         # Looking at a finished file is quick: those come first, and the speed that is shown is that of encoding.
         # Then the largest, so that the last ones to end are small.
         order = sorted(shards.shards(), key=lambda shard: (file_name(shard) not in present, -shard.bytes, shard.name))
@@ -171,25 +169,25 @@ def embed_all(config: EmbedConfig, shards: ShardSet, directory: Path, *, rebuild
                 from pst_dist.ray_jobs import embed_with_ray
 
                 del encoder
-                embed_with_ray(config, identity, shards, directory, order, tally.add, bar)
+                embed_with_ray(config, identity, files, order, tally.add, bar)
             else:
                 for shard in order:
-                    target = directory / file_name(shard)
-                    result = embed_shard(encoder, shards.directory, shard, target, advance=bar.advance)
+                    with files.at_hand(shard) as (folder, target):
+                        result = embed_shard(encoder, folder, shard, target, advance=bar.advance)
                     if not result.encoded:
                         bar.skip(result.rows)
                     tally.add(shard, result)
-        return _finish(directory, shards, identity, tally, fingerprint)
+        return _finish(files, shards, identity, tally, fingerprint)
 
 
-def _existing(directory: Path, identity: dict[str, Any]) -> Manifest | None:
+def _existing(files: Files, identity: dict[str, Any]) -> Manifest | None:
     """The manifest of finished embeddings by the same encoder; raises StaleError for another one."""
-    manifest = read_manifest(directory, "embeddings")
+    manifest = files.manifest()
     if manifest is not None and manifest.extra.get("encoder") != identity:
         raise StaleError(
             f"embeddings are by {difference(manifest.extra.get('encoder') or {}, identity)}",
             "run again with --rebuild, or choose another data_dir",
-            path=directory,
+            path=files.where,
         )
     return manifest
 
@@ -202,28 +200,15 @@ def difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{name} {str(made_by.get(name))[:60]!r}, wanted {str(wanted.get(name))[:60]!r}" for name in names)
 
 
-def _verified(directory: Path, manifest: Manifest) -> bool:
-    """Whether every file is the promised one; hashing leaves Python's lock, so all cores do it."""
-    try:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(lambda name: verify_files(directory, manifest, [name]), sorted(manifest.files)):
-                pass
-    except IntegrityError as error:
-        log.warning("embed: %s; only what is damaged is made again", error)
-        return False
-    return True
-
-
-def _remove_leftovers(directory: Path, wanted: Iterable[str]) -> set[str]:
+def _remove_leftovers(files: Files, wanted: Iterable[str]) -> set[str]:
     """Delete files of shards that are no more and the temporary files of killed runs; returns the names that stay.
 
     We hold the lock. Only names that this module gives: the folder may be one that somebody else keeps weights in.
     """
-    kept = set(wanted)
-    present = {entry.name for entry in os.scandir(directory)}
+    kept, present = set(wanted), files.names()
     for name in present - kept:
         if _OURS.fullmatch(name) or _PARTIAL.fullmatch(name):
-            (directory / name).unlink(missing_ok=True)
+            files.remove(name)
     return present & kept
 
 
@@ -252,16 +237,22 @@ class _Tally:
         return np.array([int(total) / whole for total in self._sums], dtype="<f4")  # int / int rounds once
 
 
-def _finish(directory: Path, shards: ShardSet, identity: dict[str, Any], tally: _Tally, fingerprint: str) -> Manifest:
+def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Tally, fingerprint: str) -> Manifest:
     """Write the mean and, when every file is seen to be there, the manifest."""
     table = [tally.rows[shard.name] for shard in shards.shards()]
-    _wait_for(directory, set(tally.files))
+    _wait_for(files, set(tally.files))
     mean = tally.mean()
-    write_tensor(directory / STATISTICS, "mean", mean, {"split": "train", "rows": tally.train_rows})
+    described: dict[str, dict[str, Any]] = {}
+
+    def write_mean(folder: Path) -> None:
+        write_tensor(folder / STATISTICS, "mean", mean, {"split": "train", "rows": tally.train_rows})
+        described.update(describe_files(folder, [STATISTICS]))
+
+    files.keep([STATISTICS], write_mean)
     manifest = Manifest(
         kind="embeddings",
         fingerprint=fingerprint,
-        files={**describe_files(directory, [STATISTICS]), **tally.files},
+        files={**described, **tally.files},
         extra={
             "encoder": identity,
             "shards_digest": shards.manifest.digest,
@@ -273,7 +264,7 @@ def _finish(directory: Path, shards: ShardSet, identity: dict[str, Any], tally: 
             "mean_length": round(float(np.linalg.norm(mean.astype(np.float64))), 6),
         },
     )
-    write_manifest(directory, manifest)
+    files.keep([MANIFEST], lambda folder: write_manifest(folder, manifest))
     if manifest.extra["truncated"]:
         log.warning(
             "embed: %d of %d rationales are longer than the encoder's %s tokens and lose their end",
@@ -286,19 +277,17 @@ def _finish(directory: Path, shards: ShardSet, identity: dict[str, Any], tally: 
     return manifest
 
 
-def _wait_for(directory: Path, names: set[str]) -> None:
-    """Return when this machine sees all files; raises EnvironmentFault when some stay away."""
+def _wait_for(files: Files, names: set[str]) -> None:
+    """Return when this machine sees all files; raises EnvironmentFault when some stay away.
+
+    On the way it deletes what actors left that died while they wrote.
+    """
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    while missing := _remaining(directory, names):
+    while missing := names - _remove_leftovers(files, names):
         if time.monotonic() > deadline:
             raise EnvironmentFault(
                 f"{len(missing)} of {len(names)} files were written where this machine cannot see them",
                 "put data_dir on storage that all machines of the cluster share",
-                path=directory,
+                path=files.where,
             )
         time.sleep(1)
-
-
-def _remaining(directory: Path, names: set[str]) -> set[str]:
-    """Those that are not there, after deleting what actors left that died while they wrote."""
-    return names - _remove_leftovers(directory, names)

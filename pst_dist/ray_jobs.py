@@ -2,8 +2,8 @@
 
 One shard, one task, one file, and what the file holds is decided by `embeddings.embed_shard`, here as in one process.
 Ray places the actors and says when one is lost; what it held goes back to the others at once, and another actor is
-asked for, which comes when there is room for it. Actors read and write the folders named by the config, so on
-several machines those must be shared.
+asked for, which comes when there is room for it. Where the files lie is `embedding_files`: a folder must be shared
+between the machines, a URL reachable from them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import platform
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pst_dist.config import EmbedConfig, RayConfig
-from pst_dist.embeddings import EmbeddedShard, difference, embed_shard, file_name
+from pst_dist.embedding_files import Files
+from pst_dist.embeddings import EmbeddedShard, difference, embed_shard
 from pst_dist.encoder import TextEncoder
 from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError, PstError
 from pst_dist.progress import Progress
 from pst_dist.ray_cluster import ray_cluster
-from pst_dist.shards import ShardInfo, ShardSet
-from pst_dist.storage import write_text
+from pst_dist.shards import ShardInfo
 
 log = logging.getLogger(__name__)
 
@@ -35,54 +34,47 @@ _QUEUED = 2
 """Shards an actor holds: one at work and one waiting, which hides the way to the driver and back."""
 _QUIET_SECONDS = 300.0
 """How long nothing may be heard: before the first actor has started it is an error, later a warning."""
-_DRIVER = ".driver"  # a file of the driver's by which an actor knows that it sees the same folder
 
 
 class EncoderActor:
     """One encoder in a process of its own. Its state is the loaded model, so any actor can do any shard."""
 
-    def __init__(self, config: EmbedConfig, identity: dict[str, Any], folders: tuple[str, str], driver: str) -> None:
+    def __init__(self, config: EmbedConfig, identity: dict[str, Any], files: Files, driver: str) -> None:
         import torch
 
         torch.set_num_threads(max(1, int(config.ray.num_cpus_per_actor)))
-        self._config, self._identity, self._driver = config, identity, driver
-        self._shards_directory, self._directory = map(Path, folders)
+        self._config, self._identity, self._files, self._driver = config, identity, files, driver
         self._loaded: TextEncoder | None = None
 
     def ready(self) -> None:
         """Return once the encoder is loaded (not in `__init__`, whose errors Ray turns into text).
 
         Raises IntegrityError when this machine has another encoder than the driver's, EnvironmentFault when it
-        does not see the driver's folder, and what loading raises.
+        does not see the driver's files, and what loading raises.
         """
-        # Whether a process without a GPU of its own sees the machine's hangs on Ray's version and environment.
-        on_cpu = self._config.device is None and self._config.ray.num_gpus_per_actor == 0
-        self._loaded = TextEncoder(self._config, device="cpu" if on_cpu else None)
+        if self._loaded is None:
+            # Whether a process without a GPU of its own sees the machine's hangs on Ray's version and environment.
+            on_cpu = self._config.device is None and self._config.ray.num_gpus_per_actor == 0
+            self._loaded = TextEncoder(self._config, device="cpu" if on_cpu else None)
         if self._loaded.identity != self._identity:
             raise IntegrityError(
                 f"the encoder on {platform.node()} differs: {difference(self._loaded.identity, self._identity)}",
                 "every machine needs the same encoder",
                 path=self._config.encoder,
             )
-        mark = self._directory / _DRIVER
-        if not mark.is_file() or mark.read_text() != self._driver:
-            raise EnvironmentFault(
-                f"{platform.node()} does not see this folder as the driver does",
-                "put data_dir on storage that all machines of the cluster share",
-                path=self._directory,
-            )
+        self._files.check(self._driver)
 
     def embed(self, shard: ShardInfo) -> EmbeddedShard:
         """See to one shard's file; only this summary of it travels back."""
         assert self._loaded is not None
-        return embed_shard(self._loaded, self._shards_directory, shard, self._directory / file_name(shard))
+        with self._files.at_hand(shard) as (folder, target):
+            return embed_shard(self._loaded, folder, shard, target)
 
 
 def embed_with_ray(
     config: EmbedConfig,
     identity: dict[str, Any],
-    shards: ShardSet,
-    directory: Path,
+    files: Files,
     todo: list[ShardInfo],
     tell: Callable[[ShardInfo, EmbeddedShard], None],
     bar: Progress,
@@ -103,14 +95,12 @@ def embed_with_ray(
             max_task_retries=0,
         )(EncoderActor)
         driver = uuid.uuid4().hex
-        folders = str(shards.directory.resolve()), str(directory.resolve())
-        write_text(directory / _DRIVER, driver)
-        crew = Crew(ray, lambda: actor_class.remote(config, identity, folders, driver), count)
-        try:
-            crew.work(todo, tell, bar)
-        finally:
-            crew.dismiss()
-            (directory / _DRIVER).unlink(missing_ok=True)
+        with files.announced(driver):
+            crew = Crew(ray, lambda: actor_class.remote(config, identity, files.for_actor(), driver), count)
+            try:
+                crew.work(todo, tell, bar)
+            finally:
+                crew.dismiss()
 
 
 @dataclass(eq=False)

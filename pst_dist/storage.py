@@ -276,3 +276,14 @@ def directory_lock(directory: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()
         yield
+
+
+@contextlib.contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for this process, waiting for it; the kernel's, as `directory_lock` is."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

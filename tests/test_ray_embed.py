@@ -24,6 +24,7 @@ import pytest
 import pst_dist
 from pst_dist import ray_jobs
 from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embedding_files import FolderFiles
 from pst_dist.embeddings import EmbeddedShard, embed_all
 from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError
 from pst_dist.progress import Progress
@@ -38,6 +39,7 @@ OWNER = """
 import os, sys
 from pathlib import Path
 from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embedding_files import FolderFiles
 from pst_dist.errors import PstError
 from pst_dist.progress import Progress
 from pst_dist.ray_cluster import ray_cluster
@@ -54,7 +56,7 @@ if __name__ == "__main__":
         shards = ShardSet.open(base / "shards")
         absent, bar = EmbedConfig(encoder="/not/on/this/node", backend="ray"), Progress("embed", 3, "texts")
         try:
-            embed_with_ray(absent, {}, shards, base / "no", shards.shards(), print, bar)
+            embed_with_ray(absent, {}, FolderFiles(base / "shards", base / "no"), shards.shards(), print, bar)
         except PstError as error:
             print(type(error).__name__, error, flush=True)
     print(ray.is_initialized(), Path(folder).exists(), flush=True)
@@ -330,7 +332,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_no_file(shards, tmp_path
 
     with pytest.raises(EnvironmentFault, match=r"no Ray cluster answers at 127\.0\.0\.1:9") as caught:
         bar = Progress("embed", 3, "texts")
-        embed_with_ray(config, {}, shards, tmp_path / "e", shards.shards(), print, bar)
+        embed_with_ray(config, {}, FolderFiles(shards.directory, tmp_path / "e"), shards.shards(), print, bar)
     assert "\n" not in str(caught.value) and not (tmp_path / "e").exists()
 
 
@@ -356,13 +358,13 @@ def test_an_actor_without_a_gpu_of_its_own_encodes_on_the_cpu(monkeypatch, tmp_p
     monkeypatch.setattr(ray_jobs, "TextEncoder", lambda config, device: asked.append(device) or encoder)
     (tmp_path / ".driver").write_text("me")
     config = EmbedConfig(device=device, backend="ray", ray=RayConfig(num_gpus_per_actor=gpus))
-    ray_jobs.EncoderActor(config, encoder.identity, ("shards", str(tmp_path)), "me").ready()
+    ray_jobs.EncoderActor(config, encoder.identity, FolderFiles(Path("shards"), tmp_path), "me").ready()
     assert asked == [expected]
 
 
 def test_an_actor_with_another_encoder_or_another_disk_refuses_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr(ray_jobs, "TextEncoder", lambda config, device: SimpleNamespace(identity={"encoder": "mine"}))
-    config, folders = EmbedConfig(backend="ray"), ("shards", str(tmp_path))
+    config, folders = EmbedConfig(backend="ray"), FolderFiles(Path("shards"), tmp_path)
     with pytest.raises(IntegrityError, match="differs: encoder 'mine', wanted 'yours'; every machine needs the same"):
         ray_jobs.EncoderActor(config, {"encoder": "yours"}, folders, "me").ready()
     for found in (None, "another driver"):

@@ -302,7 +302,11 @@ class Config(Section):
     output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
     """The run directory; everything made is below it."""
     data_dir: str | None = None
-    """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given."""
+    """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given. A folder, or
+    object storage through fsspec: `s3://bucket/path`, `gs://bucket/path`."""
+    data_cache: str | None = None
+    """For data in object storage: the folder of each machine to which it is fetched, once; output_dir/data when not
+    given."""
     seed: int = 0
     """Seed of weights and order; splits are cut by the hash of the id, so seeds share them."""
     data: DataConfig = DataConfig()

@@ -14,6 +14,7 @@ from pathlib import Path
 from pst_dist.config import Config
 from pst_dist.config_io import RESOLVED, dump_config
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
+from pst_dist.remote import RemoteFolder, fetch_folder, is_url
 from pst_dist.storage import MANIFEST, write_json, write_text
 
 _RECORD = (RESOLVED, "command.txt", "environment.json")
@@ -27,6 +28,9 @@ class RunDir:
 
     path: Path
     data: Path
+    """With `remote`, what this machine has of it."""
+    remote: RemoteFolder | None = None
+    """Where the data lies when data_dir is a URL."""
 
     @property
     def shards(self) -> Path:
@@ -76,7 +80,27 @@ class RunDir:
 def run_dir(config: Config) -> RunDir:
     """The paths that a config names; creates nothing."""
     path = Path(config.output_dir)
+    if is_url(config.data_dir):
+        here = Path(config.data_cache) if config.data_cache else path / "data"
+        return RunDir(path, here, RemoteFolder(str(config.data_dir).rstrip("/")))
     return RunDir(path, Path(config.data_dir) if config.data_dir else path / "data")
+
+
+def data_settings(config: Config) -> dict[str, str]:
+    """The settings by which another run, with an output_dir of its own, has the same data."""
+    run = run_dir(config)
+    return {"data_dir": run.remote.url, "data_cache": str(run.data)} if run.remote else {"data_dir": str(run.data)}
+
+
+def fetch_data(config: Config) -> None:
+    """Bring shards and embeddings that lie in object storage to this machine; nothing for a data_dir that is a folder.
+
+    What is here with the promised bytes stays. All processes may call it: on each machine one fetches, the others wait.
+    """
+    run = run_dir(config)
+    if run.remote is not None:
+        for kind in ("shards", "embeddings"):
+            fetch_folder(run.remote.child(kind), run.data / kind, kind)
 
 
 def expand_arms(config: Config) -> list[Config]:
@@ -86,8 +110,7 @@ def expand_arms(config: Config) -> list[Config]:
     base = run_dir(config)
     return [
         Config.model_validate(
-            config.model_dump()
-            | {"arm": arm, "arms": [], "output_dir": str(base.path / arm), "data_dir": str(base.data)}
+            config.model_dump() | {"arm": arm, "arms": [], "output_dir": str(base.path / arm), **data_settings(config)}
         )
         for arm in config.arms
     ]

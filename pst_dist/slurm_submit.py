@@ -130,6 +130,11 @@ def _check_inputs(config: Config) -> None:
     from pst_dist.shards import ShardSet
 
     run = run_dir(config)
+    if run.remote is not None:
+        for kind in ("shards", "embeddings") if needs_embeddings(config) else ("shards",):
+            if run.remote.child(kind).manifest(kind) is None:
+                raise InputError(f"no {kind} here", "run `pst shard` and `pst embed` first", path=run.remote.url)
+        return
     ShardSet.open(run.shards, verify=False)
     if needs_embeddings(config) and read_manifest(run.embeddings, "embeddings") is None:
         raise InputError("no embeddings here", "run `pst embed` first", path=run.embeddings)

@@ -402,3 +402,14 @@ def lock_holder(directory: Path) -> str | None:
         except BlockingIOError:
             return stream.read().strip() or "another process"
     return None
+
+
+@contextlib.contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for this process, waiting for it; the kernel's, as `directory_lock` is."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -48,7 +48,7 @@ from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.loss import TERMS, TermWeights
 from pst_dist.metrics import MetricsLog, StepRecord
-from pst_dist.rundir import RunDir, run_dir
+from pst_dist.rundir import RunDir, fetch_data, run_dir
 from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, stop_requests
 from pst_dist.storage import directory_lock, read_json, write_json
@@ -157,6 +157,7 @@ def train(
     quiet_libraries()
     ranks = Ranks.from_environment()
     run = run_dir(config)
+    fetch_data(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     if config.train.deepspeed is not None:

@@ -182,3 +182,18 @@ def test_no_goal_is_compared_where_figures_mean_nothing():
     table = Ledger(budget_seconds=60, judge=False)
     table.measure("time", "A", "ours", lambda: Found(2.0, "ms"), Goal(1))
     assert "goal" not in table.to_json()[0] and ledger.Row("m", "A", "w", None).verdict == ""
+
+
+@pytest.mark.distributed
+def test_the_zero_benchmark_compares_equal_steps_on_two_ranks(tmp_path):
+    output = tmp_path / "result.json"
+    sizes = ("--rounds", 1, "--steps", 1, "--rows", 2, "--width", 64, "--layers", 1, "--vocab", 300)
+    printed = run("zero_overhead.py", *sizes, "--output", output)
+    report = json.loads(output.read_text())
+    losses = {name: loss for name, (loss, _) in report["loss_and_norm"].items()}
+    assert set(losses) == {"ddp", "zero0", "zero1", "zero2", "zero3"} and losses["ddp"] > 1
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["ddp"]), abs=1e-5)
+    assert all(
+        result[clock]["seconds_median"] > 0 for result in report["results"].values() for clock in ("cpu", "wall")
+    )
+    assert report["results"]["ddp"]["cpu"]["over_ddp"] == 1 and all(name in printed for name in losses)

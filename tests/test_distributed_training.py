@@ -21,6 +21,8 @@ STUDENTS = {
     "gpt2-untied": {"student__fresh__tie_word_embeddings": False, "loss__pooling": "span"},
     "t5": {"student__fresh__architecture": "t5"},
 }
+# zero1 and zero2 gave the same bits in bf16, for both students; one of them is enough for the second.
+BF16_STAGES = {"gpt2": STAGES, "t5": ("zero0", "zero2", "zero3")}
 
 
 def curve(run: Path) -> list[dict]:
@@ -56,7 +58,7 @@ def runs(small_data, tmp_path_factory) -> Path:
     for student in ("gpt2", "t5"):
         half = {"train__bf16": True, "train__eval_steps": 8, **STUDENTS[student]}
         train(small_config(small_data, folder / f"{student}-bf16-single", **half))
-        for stage in STAGES:
+        for stage in BF16_STAGES[student]:
             cases.append(small_config(small_data, folder / f"{student}-bf16-{stage}", train__deepspeed=stage, **half))
     offload = {"train__deepspeed": "zero3_offload", "train__eval_steps": 8}
     cases.append(small_config(small_data, folder / "gpt2-zero3_offload", **offload))
@@ -157,8 +159,7 @@ def test_a_non_finite_step_stops_every_rank_with_the_same_words(runs):
 BF16_TOLERANCE = {"gpt2": 1e-2, "t5": 4e-2}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("student", BF16_TOLERANCE)
+@pytest.mark.parametrize(("student", "stage"), [(name, stage) for name in BF16_STAGES for stage in BF16_STAGES[name]])
 def test_bf16_on_two_ranks_follows_one_process_in_bf16(runs, student, stage):
     single, zero = curve(runs / f"{student}-bf16-single"), curve(runs / f"{student}-bf16-{stage}")
     assert len(single) == len(zero) == 8
@@ -171,9 +172,11 @@ def test_bf16_on_two_ranks_follows_one_process_in_bf16(runs, student, stage):
 
 @pytest.mark.parametrize("student", BF16_TOLERANCE)
 def test_in_bf16_the_stages_that_share_their_arithmetic_agree_more_closely(runs, student):
-    one, two, three = (curve(runs / f"{student}-bf16-zero{stage}") for stage in (1, 2, 3))
-    assert [row["loss"] for row in one] == [row["loss"] for row in two]
-    assert [row["loss"] for row in three] == pytest.approx([row["loss"] for row in two], abs=1e-2)
+    others = [stage for stage in BF16_STAGES[student] if stage in ("zero1", "zero3")]
+    two = [row["loss"] for row in curve(runs / f"{student}-bf16-zero2")]
+    for stage in others:
+        found = [row["loss"] for row in curve(runs / f"{student}-bf16-{stage}")]
+        assert found == pytest.approx(two, abs=1e-6 if student == "gpt2" else 1e-2)
 
 
 def test_offloaded_zero3_is_zero3(runs):

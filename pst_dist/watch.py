@@ -330,6 +330,8 @@ class _Watcher:
     def _standing(self) -> dict[str, Any]:
         """Where this rank is, as told to the others; rank zero also notes it for itself."""
         frame = sys._current_frames().get(self._training_thread)
+        while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith("<"):
+            frame = frame.f_back  # out of code that lies in no file: the import machinery, generated functions
         file = frame.f_code.co_filename if frame else ""
         waiting = "/torch/distributed/" in file or "/deepspeed/" in file
         line = f"{os.path.basename(file)}:{frame.f_lineno}" if frame else ""

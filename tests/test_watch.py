@@ -228,6 +228,8 @@ def test_trainings_lose_a_rank_and_go_on_to_the_losses_of_an_undisturbed_one(sma
         wait_until(lambda: log.is_file() and '"step":3' in log.read_text(), "some steps are done", seconds=120)
         paused.signal(1, signal.SIGSTOP)
         stopped = time.monotonic()
+        intruder = RankGroup(tmp_path / "intruder", paused.words, 2)
+        groups.append(intruder.start())
         wait_until(lambda: backward.is_stuck() and publishing.is_stuck(), "both are stuck", seconds=120)
         workers = [child for rank in backward.processes for child in children(rank.pid)]
         assert len(workers) == 2, "a loader worker each"
@@ -242,8 +244,13 @@ def test_trainings_lose_a_rank_and_go_on_to_the_losses_of_an_undisturbed_one(sma
                 (line,) = group.errors(rank)
                 assert f"rank {lost} on {socket.gethostname()} was lost in {place} (connection closed);" in line
         wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "loader workers end too")
+        ended(intruder)
         wait_until(lambda: time.monotonic() - stopped > 4, "the pause was longer than some signs of life")
         paused.signal(1, signal.SIGCONT)
+        assert intruder.codes() == [5, 5], "two runs in one directory"
+        for rank in range(2):
+            (line,) = intruder.errors(rank)
+            assert "error[LOCKED]" in line and f"in use by process {paused.processes[0].pid} on " in line
         for group in (whole, paused):
             ended(group)
             assert group.codes() == [0, 0], group.said(0) + group.said(1)

@@ -15,9 +15,7 @@ class PstError(Exception):
     code = "PST"
     exit_code = 70
 
-    def __init__(
-        self, what: str, remedy: str = "", *, path: str | Path | None = None, line: int | None = None
-    ) -> None:
+    def __init__(self, what: str, remedy: str = "", *, path: str | Path | None = None, line: int | None = None) -> None:
         self.what, self.remedy, self.path, self.line = what, remedy, path, line
         super().__init__(what)
 

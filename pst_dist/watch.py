@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 FAREWELL_SECONDS = 5.0
 """A rank that ends by an error of its own says so; the others have this long to end by the same one."""
+_HELLO_SECONDS = 20.0
 _GRACE_SECONDS = 1.0
 _VERDICT_SECONDS = 8.0
 _REMEDY = "run the same command again: it goes on from the last checkpoint"
@@ -342,8 +343,12 @@ class _Watcher:
 
     def _tell(self, message: dict[str, Any]) -> None:
         for link, peer in list(self.links.items()):
+            if peer is None:
+                if time.monotonic() - link.since > _HELLO_SECONDS:
+                    self._drop(link, "a stranger")
+                continue
             # Lines pile up at a process that does not read them; its kernel has answered for it until now.
-            if peer is None or time.monotonic() - peer.heard > 30 * BEAT_SECONDS:
+            if time.monotonic() - peer.heard > 30 * BEAT_SECONDS:
                 continue
             try:
                 link.send(message)

@@ -17,6 +17,7 @@ from waiting import wait_until
 
 from pst_dist import peer_link
 from pst_dist.distributed import Ranks
+from pst_dist.trainer import training_fingerprint
 from pst_dist.watch import FAREWELL_SECONDS, Peer, Place, judge, watched
 
 DEAD_SECONDS = 10
@@ -82,6 +83,11 @@ def test_a_rank_that_ended_by_an_error_of_its_own_leaves_the_others_time_for_the
     assert judge([here, gone], 100 + FAREWELL_SECONDS - 0.1, 600) is None
     verdict = judge([here, gone], 100 + FAREWELL_SECONDS, 600)
     assert verdict.rank == 1 and verdict.reason == "it ended with error[DATA], see its message"
+
+
+def test_the_timeout_changes_no_weight(tmp_path):
+    one, other = (small_config(tmp_path, tmp_path, train__timeout_seconds=seconds) for seconds in (5, 600))
+    assert training_fingerprint(one, "s", "e", 8) == training_fingerprint(other, "s", "e", 8)
 
 
 # --- the wire ---------------------------------------------------------------------------------------------------------

@@ -178,12 +178,13 @@ def _name_of(error: BaseException) -> str:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether an exception may be a collective's way of saying that a peer is gone."""
-    if isinstance(error, PstError) or not isinstance(error, Exception):
-        return False
+    """Whether an exception may be a collective's way of saying that a peer is gone.
+
+    Those of gloo, NCCL and their stores are RuntimeErrors; a hub that cannot be reached raises OSErrors.
+    """
     words = str(error).lower()
     signs = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "remote process")
-    return isinstance(error, ConnectionError) or any(sign in words for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in words for sign in signs)
 
 
 class _Watcher:

@@ -80,7 +80,7 @@ def main() -> None:
             launcher = [sys.executable, "-m", "pst_dist.torchrun", *nodes, "--master-port=29502"]
             stuck = [str(folder), "1", "backward", "6"]
             processes.start(f"torchrun-{node}", f"n{node + 1}", *launcher, str(RANKS), *stuck, config)
-        wait_until(lambda: (folder / "stuck").exists(), "rank 1 is stuck", 200)
+        wait_until(lambda: (folder / "stuck").exists(), "rank 1 is stuck", 300)
         processes.running["torchrun-1"].kill()
         processes.all_end(["torchrun-0"], 60)
 

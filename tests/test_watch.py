@@ -18,7 +18,7 @@ from waiting import wait_until
 from pst_dist import peer_link
 from pst_dist.distributed import Ranks
 from pst_dist.trainer import training_fingerprint
-from pst_dist.watch import FAREWELL_SECONDS, Peer, Place, judge, watched
+from pst_dist.watch import FAREWELL_SECONDS, Peer, Place, _is_broken_connection, judge, watched
 
 DEAD_SECONDS = 10
 """By when every other rank must have ended after one died; a hung one's timeout and five seconds more."""
@@ -88,6 +88,12 @@ def test_a_rank_that_ended_by_an_error_of_its_own_leaves_the_others_time_for_the
 def test_the_timeout_changes_no_weight(tmp_path):
     one, other = (small_config(tmp_path, tmp_path, train__timeout_seconds=seconds) for seconds in (5, 600))
     assert training_fingerprint(one, "s", "e", 8) == training_fingerprint(other, "s", "e", 8)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_a_lost_rank():
+    assert _is_broken_connection(RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]"))
+    assert not _is_broken_connection(ConnectionError("Connection to huggingface.co timed out"))
+    assert not _is_broken_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 # --- the wire ---------------------------------------------------------------------------------------------------------
@@ -240,6 +246,7 @@ def test_trainings_lose_a_rank_and_go_on_to_the_losses_of_an_undisturbed_one(sma
         workers = [child for rank in backward.processes for child in children(rank.pid)]
         assert len(workers) == 2, "a loader worker each"
         killed = {1: backward.signal(1, signal.SIGKILL)}
+        backward.signal(0, signal.SIGTERM)  # as a launcher does: rank 0 is not "preempted" for that
         killed[0] = publishing.signal(0, signal.SIGKILL)
         for group, lost, others in ((backward, 1, {0}), (publishing, 0, {1})):
             ended(group, others)

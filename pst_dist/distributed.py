@@ -22,6 +22,9 @@ from torch import Tensor
 from pst_dist import __version__
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
 
+SLOWER_THAN_THE_WATCH_SECONDS = 30.0
+"""Collectives wait this much longer than `train.timeout_seconds`: `watch` is to speak first, it knows who hangs."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -62,8 +65,7 @@ def device_of(ranks: Ranks) -> torch.device:
 def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float = 600) -> Iterator[None]:
     """The process group of this run, left as it was found; none for one rank without DeepSpeed.
 
-    Collectives wait longer than `timeout_seconds`, so that `watch`, which knows who hangs, comes first. Raises
-    EnvironmentFault when the ranks do not meet.
+    Raises EnvironmentFault when the ranks do not meet within `timeout_seconds` and a little.
     """
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         yield
@@ -76,7 +78,7 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float 
     intact = True
     try:
         with _meeting_errors(ranks):
-            timeout = datetime.timedelta(seconds=timeout_seconds + 60)
+            timeout = datetime.timedelta(seconds=timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
             dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
         yield
         # Nobody takes the connections down while another rank still reads from them.

@@ -250,6 +250,7 @@ class _Training:
         if done is not None:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
+        at("building the engine")
         engine = build_engine(self.student, self.config.train, self.ranks)
         at("resuming")
         state = self._resume(engine)

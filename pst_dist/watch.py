@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 FAREWELL_SECONDS = 5.0
 """A rank that ends by an error of its own says so; the others have this long to end by the same one."""
+_HELLO_SECONDS = 20.0
 _GRACE_SECONDS = 1.0
 _VERDICT_SECONDS = 8.0
 _REMEDY = "run the same command again: it goes on from the last checkpoint"
@@ -177,12 +178,13 @@ def _name_of(error: BaseException) -> str:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether an exception may be a collective's way of saying that a peer is gone."""
-    if isinstance(error, PstError) or not isinstance(error, Exception):
-        return False
+    """Whether an exception may be a collective's way of saying that a peer is gone.
+
+    Those of gloo, NCCL and their stores are RuntimeErrors; a hub that cannot be reached raises OSErrors.
+    """
     words = str(error).lower()
     signs = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "remote process")
-    return isinstance(error, ConnectionError) or any(sign in words for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in words for sign in signs)
 
 
 class _Watcher:
@@ -330,6 +332,8 @@ class _Watcher:
     def _standing(self) -> dict[str, Any]:
         """Where this rank is, as told to the others; rank zero also notes it for itself."""
         frame = sys._current_frames().get(self._training_thread)
+        while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith("<"):
+            frame = frame.f_back  # out of code that lies in no file: the import machinery, generated functions
         file = frame.f_code.co_filename if frame else ""
         waiting = "/torch/distributed/" in file or "/deepspeed/" in file
         line = f"{os.path.basename(file)}:{frame.f_lineno}" if frame else ""
@@ -340,8 +344,12 @@ class _Watcher:
 
     def _tell(self, message: dict[str, Any]) -> None:
         for link, peer in list(self.links.items()):
+            if peer is None:
+                if time.monotonic() - link.since > _HELLO_SECONDS:
+                    self._drop(link, "a stranger")
+                continue
             # Lines pile up at a process that does not read them; its kernel has answered for it until now.
-            if peer is None or time.monotonic() - peer.heard > 30 * BEAT_SECONDS:
+            if time.monotonic() - peer.heard > 30 * BEAT_SECONDS:
                 continue
             try:
                 link.send(message)

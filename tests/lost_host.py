@@ -17,6 +17,12 @@ from hosts import on_host, plug_cable, pull_cable
 from waiting import wait_until
 
 MASTER = "10.77.0.11"
+BY_HOSTFILE = """
+place=$($0 -m pst_dist.hostfile "$2" 29503) || exit
+exec "$1" --hostfile "$2" --no_ssh --no_local_rank --node_rank "${place% *}" --master_addr "${place#* }" \\
+  --master_port 29503 --module pst_dist.train "$3"
+"""
+"""The same command on each host: it finds out which of them it is."""
 RANKS = Path(__file__).with_name("rank_group.py")
 
 
@@ -74,7 +80,7 @@ def main() -> None:
             launcher = [sys.executable, "-m", "pst_dist.torchrun", *nodes, "--master-port=29502"]
             stuck = [str(folder), "1", "backward", "6"]
             processes.start(f"torchrun-{node}", f"n{node + 1}", *launcher, str(RANKS), *stuck, config)
-        wait_until(lambda: (folder / "stuck").exists(), "rank 1 is stuck", 200)
+        wait_until(lambda: (folder / "stuck").exists(), "rank 1 is stuck", 300)
         processes.running["torchrun-1"].kill()
         processes.all_end(["torchrun-0"], 60)
 
@@ -86,11 +92,9 @@ def main() -> None:
         (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
         launchers = []
         for node in (0, 1):
-            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(folder / "hostfile")]
-            launcher += ["--no_ssh", "--node_rank", str(node), "--no_local_rank", "--master_addr", MASTER]
             launchers.append(f"deepspeed-{node}")
-            words = [*launcher, "--master_port", "29503", "--module", "pst_dist.train", config]
-            processes.start(launchers[-1], f"n{node + 1}", *words)
+            words = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), str(folder / "hostfile"), config]
+            processes.start(launchers[-1], f"n{node + 1}", "bash", "-c", BY_HOSTFILE, *words)
         processes.all_end(launchers, 200)
     finally:
         processes.stop()

@@ -19,7 +19,7 @@ from waiting import wait_until
 
 from pst_dist.trainer import train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.encoder]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.encoder]
 
 
 def config_in(folder: Path, data: Path, **changes) -> str:
@@ -81,7 +81,7 @@ def test_torchrun_starts_ranks_again_by_itself_after_one_was_killed(small_data, 
         text=True,
     )
     try:
-        wait_until(lambda: (tmp_path / "stuck").exists() or process.poll() is not None, "rank 1 is stuck", 200)
+        wait_until(lambda: (tmp_path / "stuck").exists() or process.poll() is not None, "rank 1 is stuck", 300)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
         _, said = process.communicate(timeout=200)
     finally:

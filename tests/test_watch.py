@@ -17,7 +17,8 @@ from waiting import wait_until
 
 from pst_dist import peer_link
 from pst_dist.distributed import Ranks
-from pst_dist.watch import FAREWELL_SECONDS, Peer, Place, judge, watched
+from pst_dist.trainer import training_fingerprint
+from pst_dist.watch import FAREWELL_SECONDS, Peer, Place, _is_broken_connection, judge, watched
 
 DEAD_SECONDS = 10
 """By when every other rank must have ended after one died; a hung one's timeout and five seconds more."""
@@ -82,6 +83,17 @@ def test_a_rank_that_ended_by_an_error_of_its_own_leaves_the_others_time_for_the
     assert judge([here, gone], 100 + FAREWELL_SECONDS - 0.1, 600) is None
     verdict = judge([here, gone], 100 + FAREWELL_SECONDS, 600)
     assert verdict.rank == 1 and verdict.reason == "it ended with error[DATA], see its message"
+
+
+def test_the_timeout_changes_no_weight(tmp_path):
+    one, other = (small_config(tmp_path, tmp_path, train__timeout_seconds=seconds) for seconds in (5, 600))
+    assert training_fingerprint(one, "s", "e", 8) == training_fingerprint(other, "s", "e", 8)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_a_lost_rank():
+    assert _is_broken_connection(RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]"))
+    assert not _is_broken_connection(ConnectionError("Connection to huggingface.co timed out"))
+    assert not _is_broken_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 # --- the wire ---------------------------------------------------------------------------------------------------------
@@ -228,10 +240,13 @@ def test_trainings_lose_a_rank_and_go_on_to_the_losses_of_an_undisturbed_one(sma
         wait_until(lambda: log.is_file() and '"step":3' in log.read_text(), "some steps are done", seconds=120)
         paused.signal(1, signal.SIGSTOP)
         stopped = time.monotonic()
+        intruder = RankGroup(tmp_path / "intruder", paused.words, 2)
+        groups.append(intruder.start())
         wait_until(lambda: backward.is_stuck() and publishing.is_stuck(), "both are stuck", seconds=120)
         workers = [child for rank in backward.processes for child in children(rank.pid)]
         assert len(workers) == 2, "a loader worker each"
         killed = {1: backward.signal(1, signal.SIGKILL)}
+        backward.signal(0, signal.SIGTERM)  # as a launcher does: rank 0 is not "preempted" for that
         killed[0] = publishing.signal(0, signal.SIGKILL)
         for group, lost, others in ((backward, 1, {0}), (publishing, 0, {1})):
             ended(group, others)
@@ -242,8 +257,13 @@ def test_trainings_lose_a_rank_and_go_on_to_the_losses_of_an_undisturbed_one(sma
                 (line,) = group.errors(rank)
                 assert f"rank {lost} on {socket.gethostname()} was lost in {place} (connection closed);" in line
         wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "loader workers end too")
+        ended(intruder)
         wait_until(lambda: time.monotonic() - stopped > 4, "the pause was longer than some signs of life")
         paused.signal(1, signal.SIGCONT)
+        assert intruder.codes() == [5, 5], "two runs in one directory"
+        for rank in range(2):
+            (line,) = intruder.errors(rank)
+            assert "error[LOCKED]" in line and f"in use by process {paused.processes[0].pid} on " in line
         for group in (whole, paused):
             ended(group)
             assert group.codes() == [0, 0], group.said(0) + group.said(1)

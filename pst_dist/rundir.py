@@ -79,6 +79,17 @@ def run_dir(config: Config) -> RunDir:
     return RunDir(path, Path(config.data_dir) if config.data_dir else path / "data")
 
 
+def check_lasting(config: Config) -> None:
+    """Raises ConfigError when this process is in a job of Ray, whose directory is a copy, and would write into it."""
+    run = run_dir(config)
+    for key, path in (("output_dir", run.path), ("data_dir", run.data)):
+        if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
+            raise ConfigError(
+                f"{key}={path} is relative, and this job works in a copy of your directory that Ray removes at its end",
+                f"give {key}=/… on a disk that all nodes share",
+            )
+
+
 def expand_arms(config: Config) -> list[Config]:
     """One config a trained arm: itself, or with `arms` one below output_dir for each, sharing the data."""
     if not config.arms:

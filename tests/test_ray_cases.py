@@ -82,6 +82,7 @@ def test_a_relative_output_inside_rays_copy_of_the_directory_is_refused(tmp_path
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match="output_dir=runs/run is relative"):
         _on_all_nodes(Config())
+    assert cli.run_verb(["shard", "demo"]) == 2 and not list(copy.iterdir())
     assert _on_all_nodes(Config(output_dir="/shared/run")).data_dir == "/shared/run/data"
     monkeypatch.chdir(tmp_path)
     assert _on_all_nodes(Config()).output_dir == str(tmp_path / "runs" / "run")

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # The whole pipeline on one machine with several GPUs: data stages once, training on every GPU, then the report.
 #   launchers/deepspeed.sh my.yaml train.deepspeed=zero2
+# HOSTFILE=hosts starts ranks on the machines of that file, after a look at it: `pst doctor` says what it would stumble on.
 # NUM_GPUS=2 limits the ranks; on a machine without GPUs it is the number of CPU (gloo) ranks.
 set -euo pipefail
 config=$1
 shift
+[[ -z ${HOSTFILE:-} ]] || pst doctor "$config" "$@" "hostfile=$HOSTFILE" --quiet
 pst shard "$config" "$@"
 pst embed "$config" "$@"
-deepspeed ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} --module pst_dist.train "$config" "$@"
+deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} --module pst_dist.train "$config" "$@"
 pst run "$config" "$@"

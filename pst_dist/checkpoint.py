@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, found by what is on disk and never by a pointer file.
 
-Every rank writes into a new directory; when all have, rank zero hashes every file, writes the manifest last and
-renames the directory into place. Loading compares every digest first, so nothing unverified is ever unpickled.
+Every rank writes its files into a new directory and hashes them; when all have, rank zero writes the manifest last and
+renames the directory into place. Loading compares every digest first. What is in the files is `engine_state`'s: it fits
+every engine and every number of ranks.
 The student that validation chose is kept beside them as a plain Hugging Face folder.
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pst_dist.distributed import Ranks, barrier, from_main, main_first_errors
+from pst_dist.distributed import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.engine import Engine
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.layout import AnswerFormat
@@ -36,6 +37,8 @@ from pst_dist.storage import (
     write_manifest,
 )
 from pst_dist.student import Student, save_head
+from pst_dist.training_settings import check_changes
+from pst_dist.watch import alive, at
 
 log = logging.getLogger(__name__)
 FORMAT_FILE = "pst.json"
@@ -59,6 +62,8 @@ class RunState:
     """Training time so far, in seconds, over all starts."""
     tokens: int = 0
     """Tokens of target and prompt seen so far, over all ranks."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the training depends on by name (`training_settings`); their digest is the fingerprint."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -70,21 +75,26 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective."""
     final = checkpoint_path(root, state.step)
     partial = final.with_name(f".{final.name}.partial")
+    at("checkpoint", state.step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for abandoned in root.glob(".checkpoint-*.partial"):  # only one training runs here
+                shutil.rmtree(abandoned, ignore_errors=True)
             partial.mkdir(parents=True)
+    files: dict[str, dict[str, Any]] = {}
     try:
-        with disk_errors(final):
-            engine.save(partial)
+        with together(engine.ranks), disk_errors(final):
+            files = describe_files(partial, engine.save(partial), on_file=alive)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
         raise
-    barrier()
+    parts = gathered(files)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             write_json(partial / _STATE, asdict(state))
-            files = describe_files(partial, all_files(partial))
+            files = {
+                name: entry for part in [*parts, describe_files(partial, [_STATE])] for name, entry in part.items()
+            }
             write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
             publish_directory(partial, final)
             for old in _by_step(root)[:-keep]:
@@ -121,7 +131,7 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
             manifest = read_manifest(path, "checkpoint")
             if manifest is None:
                 raise IntegrityError("no manifest: it was never finished", path=path)
-            verify_files(path, manifest)
+            verify_files(path, manifest, on_file=alive)
             return path, RunState(**read_json(path / _STATE))
         except IntegrityError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
@@ -134,33 +144,35 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
     return None
 
 
-def resume(engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None) -> RunState:
+def resume(
+    engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None, accept_changes: bool = False
+) -> RunState:
     """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
 
-    Raises StaleError when it was made by other settings, another engine or another number of ranks.
+    Another engine or another number of ranks takes it up as well. Raises StaleError when it was made with settings
+    that make another training, or, unless `accept_changes`, with any others.
     """
     found = newest_valid(root, engine.ranks, at_most=at_most)
     if found is None:
         return fresh
     path, state = found
     if state.fingerprint != fresh.fingerprint:
-        raise StaleError(
-            "this checkpoint was trained with other settings, rows or embeddings",
-            "choose another output_dir, or run again with --rebuild to train anew",
-            path=path,
-        )
-    # Without ZeRO every rank holds everything: such a state fits any number of ranks.
-    fits = state.world_size == fresh.world_size or state.engine == "zero0"
-    if state.engine != fresh.engine or not fits:
-        raise StaleError(
-            f"made by {state.world_size} rank(s) of engine {state.engine}, this run has {fresh.world_size} of "
-            f"{fresh.engine}",
-            "resume with the same engine and number of ranks",
-            path=path,
-        )
+        try:
+            changes = check_changes(state.settings, fresh.settings, accept=accept_changes)
+        except StaleError as error:
+            raise StaleError(error.what, error.remedy, path=path) from None
+        log.warning("going on with other settings: %s", ", ".join(changes))
     engine.load(path)
     log.info("resumed step %d from %s", state.step, path)
-    return state
+    if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
+        log.info("it was saved by %d rank(s) of %s", state.world_size, state.engine)
+    return replace(
+        state,
+        fingerprint=fresh.fingerprint,
+        settings=fresh.settings,
+        engine=fresh.engine,
+        world_size=fresh.world_size,
+    )
 
 
 def save_student(

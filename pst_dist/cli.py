@@ -41,6 +41,11 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
         "shard": (_shard, "pack the rows into webdataset shards", "pst shard my.yaml"),
         "embed": (_embed, "encode the teacher's rationales", "pst embed my.yaml embed.backend=ray"),
         "plan": (_plan, "what a run will cost: memory, checkpoints, time", "pst plan my.yaml nodes=4 gpus=8"),
+        "doctor": (
+            _doctor,
+            "what on this machine would stop a run, and the remedy",
+            "pst doctor my.yaml nodes=2 gpus=8",
+        ),
         "train": (_train, "train the student; resumes by itself", "pst train my.yaml train.deepspeed=zero2"),
         "submit": (_submit, "hand a run to a cluster and follow it", "pst submit slurm my.yaml nodes=2 gpus=8"),
         "evaluate": (_evaluate, "decode and score the test rows", "pst evaluate runs/demo/pst"),
@@ -50,6 +55,7 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
         "compare": (_compare, "put finished runs side by side", "pst compare runs/demo/pst runs/demo/answer_only"),
         "run": (_run, "all stages, skipping those already complete", "pst run my.yaml arms=[pst,answer_only]"),
         "demo": (_demo, "all stages on an embedded task, no data needed", "pst demo"),
+        "verify": (_verify, "compare every file of a run with its digest", "pst verify runs/demo"),
         "config": (_config, "print the resolved config, its schema, or the ready-made ones", "pst config my.yaml"),
     }
 
@@ -88,11 +94,20 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     elif name == "compare":
         verb.add_argument("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows")
         verb.add_argument("-o", "--output", metavar="PAGE.html", help="also write an HTML page")
+    elif name == "verify":
+        verb.add_argument("directory", metavar="DIR", help="a run, data or model directory, or one of several runs")
+        verb.add_argument("--rebuild", action="store_true", help="remove what is damaged and make it again if possible")
     elif name == "config":
         verb.add_argument("config", nargs="?", help="config file, run directory or ready-made name")
         verb.add_argument("overrides", **overrides)
         verb.add_argument("--schema", action="store_true", help="print the JSON schema of all keys, with their help")
         verb.add_argument("--list", action="store_true", help="list the ready-made configs")
+    elif name == "doctor":
+        verb.add_argument("config", nargs="?", help="config file, run directory, ready-made name, or a first report")
+        words = "keys of the config, nodes=N gpus=N (or CPU ranks, each), hostfile=PATH; or further reports to compare"
+        verb.add_argument("overrides", **overrides | {"metavar": "word", "help": words})
+        verb.add_argument("--report", metavar="FILE.json", help="also write what this node has, to compare with others")
+        verb.add_argument("--compare", action="store_true", help="say how the nodes of several reports differ")
     elif name == "submit":
         from pst_dist.cli_submit import CLUSTERS, JOB_WORDS
 
@@ -236,6 +251,29 @@ def _plan(arguments: argparse.Namespace) -> int:
     for config in [load_config(arguments.config, overrides)]:
         print("\n".join(plan_lines(make_plan(config, machines))))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pst_dist import doctor
+
+    words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
+    if arguments.compare or (len(words) > 1 and all(word.endswith(".json") for word in words)):
+        if len(words) < 2:
+            raise ConfigError("one report compares with nothing", "pst doctor a.json b.json")
+        findings = doctor.compare_reports([Path(word) for word in words])
+    else:
+        name = words.pop(0) if words and "=" not in words[0] else None
+        overrides, request = doctor.split_request(words)
+        config = load_config(name, overrides) if name or overrides else None
+        machine, findings = doctor.examine(config, request)
+        if arguments.report:
+            doctor.write_report(machine, Path(arguments.report))
+    for found in findings:
+        if found.level != "ok" or not arguments.quiet:
+            print(found.line())
+    last, code = doctor.verdict(findings)
+    print(last)
+    return code
 
 
 def _shard(arguments: argparse.Namespace) -> int:
@@ -391,6 +429,22 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"model:  {config.output_dir}/pst/export   (loads with plain transformers)")
     print(f'ask it: pst answer {config.output_dir}/pst "…" --explain')
     return code
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pst_dist.errors import IntegrityError
+    from pst_dist.verify import mend, verify
+
+    root = Path(arguments.directory)
+    findings = verify(root)
+    if arguments.rebuild and any(finding.state != "intact" for finding in findings):
+        mend(root, findings)
+        findings = verify(root)
+    for finding in findings:
+        print(finding.line)
+    problems = sum(finding.is_problem for finding in findings)
+    print(f"{len(findings) - problems} intact, {problems} to mend")
+    return IntegrityError.exit_code if problems else 0
 
 
 def _config(arguments: argparse.Namespace) -> int:

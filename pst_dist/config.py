@@ -253,6 +253,9 @@ class TrainConfig(Section):
     """Write a checkpoint every so many steps; as often as eval_steps when not given."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never under two, so that a damaged newest one has an elder."""
+    accept_changes: bool = False
+    """Let a stopped run go on with other values of what may be changed on the way (learning rate, steps, loss
+    weights…); without it any change is refused by name."""
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
     """What the best checkpoint is chosen by, on validation rows only; accuracy decodes them."""
     report_to: Literal["none", "tensorboard"] = "tensorboard"
@@ -261,6 +264,9 @@ class TrainConfig(Section):
     """Processes that tokenise ahead; 0 does it in the training process."""
     num_threads: Positive | None = None
     """torch threads a rank on CPU; torch's own choice when not given."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600
+    """Several ranks only: end, naming the rank that hangs, when none has come any further for so long. More than the
+    longest section without a sign of progress: loading the model, one pass, one file of a checkpoint."""
     backend: Literal["local", "ray"] = "local"
     """Ranks as the launcher started them (one without a launcher), or workers of Ray Train; the same training."""
     ray: RayTrainConfig = RayTrainConfig()
@@ -296,7 +302,11 @@ class Config(Section):
     output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
     """The run directory; everything made is below it."""
     data_dir: str | None = None
-    """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given."""
+    """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given. A folder, or
+    object storage through fsspec: `s3://bucket/path`, `gs://bucket/path`."""
+    data_cache: str | None = None
+    """For data in object storage: the folder of each machine to which it is fetched, once; output_dir/data when not
+    given."""
     seed: int = 0
     """Seed of weights and order; splits are cut by the hash of the id, so seeds share them."""
     data: DataConfig = DataConfig()

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pst_dist.errors import EnvironmentFault
+from pst_dist import __version__
+from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ def device_of(ranks: Ranks) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(ranks: Ranks, *, with_deepspeed: bool) -> Iterator[None]:
-    """The process group of this run, left as it was found; none for one rank without DeepSpeed."""
+def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float = 600) -> Iterator[None]:
+    """The process group of this run, left as it was found; none for one rank without DeepSpeed.
+
+    Collectives wait longer than `timeout_seconds`, so that `watch`, which knows who hangs, comes first. Raises
+    EnvironmentFault when the ranks do not meet.
+    """
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         yield
         return
@@ -68,18 +73,38 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool) -> Iterator[None]:
     added = {name: value for name, value in alone.items() if ranks.world_size == 1 and name not in os.environ}
     os.environ.update(added)
     backend = "nccl" if device_of(ranks).type == "cuda" else "gloo"
+    intact = True
     try:
-        dist.init_process_group(
-            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=datetime.timedelta(minutes=10)
-        )
+        with _meeting_errors(ranks):
+            timeout = datetime.timedelta(seconds=timeout_seconds + 60)
+            dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
         yield
         # Nobody takes the connections down while another rank still reads from them.
         dist.barrier()
+    except PeerLostError:
+        intact = False  # taking a broken group down may wait for the rank that is gone; this process ends anyway
+        raise
     finally:
-        if dist.is_initialized():
+        if intact and dist.is_initialized():
             dist.destroy_process_group()
         for name in added:
             del os.environ[name]
+
+
+@contextlib.contextmanager
+def _meeting_errors(ranks: Ranks) -> Iterator[None]:
+    """What goes wrong while the ranks look for one another, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise EnvironmentFault(f"{place} is in use by another program", "choose another port") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise EnvironmentFault(
+            f"the {ranks.world_size} ranks did not meet at {place} ({reason})",
+            "check that each of them was started and can reach that address",
+        ) from error
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -105,6 +130,15 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value in the order of ranks, on every rank; values must pickle."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def leave(code: int) -> NoReturn:
@@ -135,3 +169,40 @@ def main_first_errors(ranks: Ranks) -> Iterator[None]:
         raise failure
     if told is not None:
         raise told
+
+
+@contextlib.contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Make an exception that any rank meets in this block end every rank, the others with its words and its number.
+
+    For what each rank does by itself, such as opening files that one node may not see: no collective inside.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = gathered((os.uname().nodename, failure))
+    if failure is not None:
+        raise failure
+    for rank, (host, other) in enumerate(told):
+        if isinstance(other, PstError):
+            raise type(other)(f"rank {rank} on {host}: {other.what}", other.remedy, path=other.path, line=other.line)
+        if other is not None:
+            raise EnvironmentFault(f"rank {rank} on {host} failed ({type(other).__name__}: {other})", "see its message")
+
+
+def check_same_software() -> None:
+    """Raises EnvironmentFault on every rank when they run different versions: their sums would not mean the same."""
+    mine = {"pst_dist": __version__, "torch": str(torch.__version__), "python": ".".join(sys.version.split(".")[:2])}
+    told = gathered((os.uname().nodename, mine))
+    for name in mine:
+        places: dict[str, str] = {}
+        for rank, (host, versions) in enumerate(told):
+            places.setdefault(versions[name], f"rank {rank} ({host})")
+        if len(places) > 1:
+            said = ", ".join(f"{version} on {place}" for version, place in places.items())
+            raise EnvironmentFault(
+                f"ranks differ in {name}: {said}",
+                "install the same on every node; `pst doctor --report` shows what each has",
+            )

@@ -18,6 +18,8 @@ from pst_dist.errors import IntegrityError
 from pst_dist.storage import atomic_path, canonical_json
 
 EMBED_AGAIN = "run `pst embed`"
+STATISTICS = "statistics.safetensors"
+"""The file beside the shards' files that holds the centring mean."""
 _UNIT_TOLERANCE = 1e-3
 _META = "pst"  # one metadata key only: safetensors writes several in no fixed order
 

@@ -1,25 +1,31 @@
-"""Teacher rationales as vectors: one file a shard, joined by id and digest, refused when stale.
+"""Teacher rationales made into vectors: one file a shard, each done once, wherever it is done.
 
 `embed_shard` turns one shard into one `.safetensors` file and is a pure function of encoder and shard, so it may
-run anywhere and any number of times; `embed_all` does what is missing, here or through `ray_jobs`, and writes the
-manifest last; `EmbeddingStore` reads. The encoder itself is `encoder`, the samples are `shards`.
+run anywhere and any number of times. `embed_all` has every shard looked at, here or on the actors of `ray_jobs`,
+adds up what they tell and writes the manifest last: it reads no vectors itself, so it is as fast with a hundred
+thousand shards as its actors are. Reading is `embedding_store`, the encoder is `encoder`, the samples are `shards`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pst_dist.config import EmbedConfig
-from pst_dist.embedding_format import EMBED_AGAIN, ShardVectors, read_tensor, read_vectors, write_tensor, write_vectors
-from pst_dist.encoder import TextEncoder, encoder_name
-from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
+from pst_dist.embedding_files import Files, FolderFiles, RemoteFiles, file_name
+from pst_dist.embedding_format import STATISTICS, ShardVectors, read_vectors, write_tensor, write_vectors
+from pst_dist.embedding_store import EmbeddingStore
+from pst_dist.encoder import TextEncoder
+from pst_dist.errors import DataError, EnvironmentFault, IntegrityError, StaleError
 from pst_dist.progress import progress
+from pst_dist.remote import RemoteFolder
 from pst_dist.shards import ShardInfo, ShardSet, read_shard
 from pst_dist.storage import (
     MANIFEST,
@@ -27,20 +33,36 @@ from pst_dist.storage import (
     describe_files,
     digest_of,
     directory_lock,
-    read_manifest,
     sha256_file,
-    verify_files,
     write_manifest,
 )
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EmbeddingStore", "TextEncoder", "embed_all", "embed_shard"]
+__all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embed_all", "embed_shard"]
 
-# Shapes in this file: n rationales of a shard or split, E encoder width
-STATISTICS = "statistics.safetensors"
+# Shapes in this file: n rationales of a shard, E encoder width
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
-_PARTIAL = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]{{8}}\.partial")
+_PARTIAL = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]+\.partial")
+_FRACTION_BITS = 36
+_VISIBLE_SECONDS = 60.0
+"""How long another machine's new file may take to show: NFS clients keep a folder's listing for up to a minute."""
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedShard:
+    """What there is to know of one finished embedding file without reading it again; a few kilobytes."""
+
+    file: str
+    bytes: int
+    sha256: str
+    """Of the whole file."""
+    rows: int
+    truncated: int
+    sums: np.ndarray
+    """[E] int64, the sum of its vectors in units of 2^-36; see `fixed_point_sums`."""
+    encoded: bool
+    """False when the file was there already and was found to be whole and of this shard and encoder."""
 
 
 def embed_shard(
@@ -50,21 +72,20 @@ def embed_shard(
     target: Path,
     *,
     advance: Callable[[int], None] | None = None,
-) -> int:
-    """Encode all rationales of one shard into the file `target`; returns how many.
+) -> EmbeddedShard:
+    """Make `target` the embedding file of one shard, unless it is that already, and sum it up.
 
-    Does nothing when `target` is already that file. Raises IntegrityError when the shard is not the promised one
-    or a vector is zero or not finite; then no file is written. `advance` is told of texts as they are done.
+    Raises IntegrityError when the shard is not the promised one or a vector is zero or not finite; then no file
+    is written. `advance` is told of texts as they are encoded, and of none when the file was there.
     """
     path = shards_directory / shard.name
     if not path.is_file() or sha256_file(path) != shard.sha256:
         raise IntegrityError("shard is missing or is not the one the manifest names", "run `pst shard`", path=path)
     samples = read_shard(path)
     keys = [(sample.id, k) for sample in samples for k in range(len(sample.rationales))]
-    if _is_current(target, encoder.identity, shard, keys):
-        if advance is not None:
-            advance(len(keys))
-        return len(keys)
+    content = _current(target, encoder.identity, shard, keys)
+    if content is not None:
+        return _summary(target, content, encoded=False)
     texts = [rationale for sample in samples for rationale in sample.rationales]
     try:
         vectors = encoder.encode(texts, advance=advance)
@@ -72,76 +93,106 @@ def embed_shard(
         raise IntegrityError(f"{shard.name}: {error.what}", error.remedy, path=path) from error
     if vectors.shape != (len(keys), encoder.dimension):
         raise IntegrityError(f"{len(keys)} rationales gave vectors of shape {vectors.shape}", path=path)
-    truncated = encoder.count_truncated(texts)
-    write_vectors(target, ShardVectors(keys, vectors, encoder.identity, shard.sha256, truncated))
-    return len(keys)
+    content = ShardVectors(keys, vectors, encoder.identity, shard.sha256, encoder.count_truncated(texts))
+    write_vectors(target, content)
+    return _summary(target, content, encoded=True)
 
 
-def _is_current(path: Path, identity: dict[str, Any], shard: ShardInfo, keys: list[tuple[str, int]]) -> bool:
-    """Whether a file is whole and was made from this shard by this encoder."""
+def _current(
+    path: Path, identity: dict[str, Any], shard: ShardInfo, keys: list[tuple[str, int]]
+) -> ShardVectors | None:
+    """The content of a file that is whole and was made from this shard by this encoder, else None."""
     if not path.is_file():
-        return False
+        return None
     try:
         content = read_vectors(path)
     except IntegrityError as error:
         log.warning("embed: %s", error)
-        return False
-    return (content.identity, content.shard_sha256, content.keys) == (identity, shard.sha256, keys)
+        return None
+    found = (content.identity, content.shard_sha256, content.keys)
+    return content if found == (identity, shard.sha256, keys) else None
 
 
-def embed_all(config: EmbedConfig, shards: ShardSet, directory: Path, *, rebuild: bool = False) -> Manifest:
+def _summary(target: Path, content: ShardVectors, *, encoded: bool) -> EmbeddedShard:
+    sums = fixed_point_sums(content.vectors)
+    size, digest = target.stat().st_size, sha256_file(target)
+    return EmbeddedShard(target.name, size, digest, len(content.keys), content.truncated, sums, encoded)
+
+
+def fixed_point_sums(vectors: np.ndarray) -> np.ndarray:
+    """[E] int64: the sums of n unit vectors [n, E] in units of 2^-36, each element rounded before it is added.
+
+    Integers add up to the same whatever the order and the grouping, floating-point numbers do not; so the mean is
+    the same bits however many actors there were and whichever finished first. Elements of 2^-12 and more are
+    float32 multiples of 2^-36 and lose nothing, smaller ones at most 2^-37. An int64 holds 2^26 rows.
+    """
+    total = np.zeros(vectors.shape[1], dtype=np.int64)
+    for start in range(0, len(vectors), 4096):  # in blocks, so that the float64 copy stays small
+        block = vectors[start : start + 4096].astype(np.float64)
+        total += np.rint(np.ldexp(block, _FRACTION_BITS)).astype(np.int64).sum(axis=0)
+    return total
+
+
+def embed_all(
+    config: EmbedConfig, shards: ShardSet, directory: Path, *, rebuild: bool = False, remote: RemoteFolder | None = None
+) -> Manifest:
     """Encode every shard that has no current file, then write the centring mean and the manifest.
 
-    Finished embeddings of other shards keep the files whose shard is the same; those of another encoder are
-    refused with StaleError unless `rebuild`. A killed run leaves whole files and no manifest, and the next one
-    goes on. Raises DataError when no sample has a rationale.
+    With `remote`, a data_dir in object storage, shards and embeddings lie there, and `directory` is what this machine
+    has of the latter. Finished embeddings of other shards keep the files whose shard is the same; those of another
+    encoder are refused with StaleError unless `rebuild`. A killed run leaves whole files and no manifest, and the next
+    one goes on. Raises DataError when no sample has a rationale.
     """
-    keys = {shard.name: shards.rationale_keys(shard) for shard in shards.shards()}
-    if not any(keys.values()):
+    texts = {shard.name: shards.rationale_count(shard) for shard in shards.shards()}
+    if not any(texts.values()):
         raise DataError("no sample has a rationale: there is nothing to embed", path=shards.directory)
+    here = FolderFiles(shards.directory, directory)
+    files: Files = here if remote is None else RemoteFiles(remote, directory.parent)
     # With Ray the actors encode; here the encoder is only asked who it is.
     encoder = TextEncoder(config, device="cpu" if config.backend == "ray" else None)
     identity = encoder.identity
     fingerprint = digest_of({"encoder": identity, "shards": shards.manifest.digest})
-    manifest = None if rebuild else _existing(directory, identity)
-    if manifest is not None and manifest.fingerprint == fingerprint and _verified(directory, manifest):
-        log.info("embed: %s is complete, nothing to do", directory)  # found before the lock: it may be read-only
+    manifest = None if rebuild else _existing(files, identity)
+    if manifest is not None and manifest.fingerprint == fingerprint and files.is_intact(manifest):
+        log.info("embed: %s is complete, nothing to do", files.where)  # found before the lock: it may be read-only
         return manifest
     with directory_lock(directory):
         # From here to the end there is no manifest: the directory is unfinished, and says so.
-        (directory / MANIFEST).unlink(missing_ok=True)
-        _remove_leftovers(directory, [] if rebuild else keys)
-        todo = [
-            shard
-            for shard in shards.shards()
-            if not _is_current(directory / f"{shard.stem}.safetensors", identity, shard, keys[shard.name])
-        ]
-        if config.backend == "ray" and todo:
-            from pst_dist.ray_jobs import embed_with_ray
+        files.remove(MANIFEST)
+        present = _remove_leftovers(files, [] if rebuild else map(file_name, shards.shards()))
+        # Looking at a finished file is quick: those come first, and the speed that is shown is that of encoding.
+        # Then the largest, so that the last ones to end are small.
+        order = sorted(shards.shards(), key=lambda shard: (file_name(shard) not in present, -shard.bytes, shard.name))
+        tally = _Tally(identity["dimension"])
+        with progress("embed", total=sum(texts.values()), unit="texts") as bar:
+            if config.backend == "ray":
+                from pst_dist.ray_jobs import embed_with_ray
 
-            del encoder
-            embed_with_ray(config, shards, directory, todo)
-        elif todo:
-            with progress("embed", total=sum(len(keys[shard.name]) for shard in todo), unit="texts") as bar:
-                for shard in todo:
-                    target = directory / f"{shard.stem}.safetensors"
-                    embed_shard(encoder, shards.directory, shard, target, advance=bar.advance)
-        return _finish(directory, shards, identity, keys, fingerprint)
+                del encoder
+                embed_with_ray(config, identity, files, order, tally.add, bar)
+            else:
+                for shard in order:
+                    with files.at_hand(shard) as (folder, target):
+                        result = embed_shard(encoder, folder, shard, target, advance=bar.advance)
+                    if not result.encoded:
+                        bar.skip(result.rows)
+                    tally.add(shard, result)
+        return _finish(files, shards, identity, tally, fingerprint)
 
 
-def _existing(directory: Path, identity: dict[str, Any]) -> Manifest | None:
+def _existing(files: Files, identity: dict[str, Any]) -> Manifest | None:
     """The manifest of finished embeddings by the same encoder; raises StaleError for another one."""
-    manifest = read_manifest(directory, "embeddings")
+    manifest = files.manifest()
     if manifest is not None and manifest.extra.get("encoder") != identity:
         raise StaleError(
-            f"embeddings are by {_difference(manifest.extra.get('encoder') or {}, identity)}",
+            f"embeddings are by {difference(manifest.extra.get('encoder') or {}, identity)}",
             "run again with --rebuild, or choose another data_dir",
-            path=directory,
+            path=files.where,
         )
     return manifest
 
 
-def _difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
+def difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
     """`encoder 'a', wanted 'b'` for each setting in which two identities differ, short enough for a line."""
     names = [name for name in {**wanted, **made_by} if made_by.get(name) != wanted.get(name)]
     if "encoder" in names:
@@ -149,68 +200,71 @@ def _difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{name} {str(made_by.get(name))[:60]!r}, wanted {str(wanted.get(name))[:60]!r}" for name in names)
 
 
-def _verified(directory: Path, manifest: Manifest) -> bool:
-    try:
-        verify_files(directory, manifest)
-    except IntegrityError as error:
-        log.warning("embed: %s; only what is damaged is made again", error)
-        return False
-    return True
+def _remove_leftovers(files: Files, wanted: Iterable[str]) -> set[str]:
+    """Delete files of shards that are no more and the temporary files of killed runs; returns the names that stay.
 
-
-def _remove_leftovers(directory: Path, shard_names: Iterable[str]) -> None:
-    """Delete files of shards that are no more and the temporary files of killed runs; we hold the lock.
-
-    Only names that this module gives: the folder may be one that somebody else keeps weights in.
+    We hold the lock. Only names that this module gives: the folder may be one that somebody else keeps weights in.
     """
-    wanted = {name.removesuffix(".tar") + ".safetensors" for name in shard_names}
-    for path in sorted(directory.iterdir()):
-        ours = _OURS.fullmatch(path.name) or _PARTIAL.fullmatch(path.name)
-        if ours and path.name not in wanted:
-            path.unlink(missing_ok=True)
+    kept, present = set(wanted), files.names()
+    for name in present - kept:
+        if _OURS.fullmatch(name) or _PARTIAL.fullmatch(name):
+            files.remove(name)
+    return present & kept
 
 
-def _finish(
-    directory: Path,
-    shards: ShardSet,
-    identity: dict[str, Any],
-    keys: dict[str, list[tuple[str, int]]],
-    fingerprint: str,
-) -> Manifest:
-    """Check that every file is there, take the mean over the training rationales, write the manifest."""
-    table: list[dict[str, Any]] = []
-    total, rows = np.zeros(identity["dimension"], dtype=np.float64), 0
-    for shard in shards.shards():
-        name = f"{shard.stem}.safetensors"
-        content = read_vectors(directory / name)
-        if (content.identity, content.shard_sha256, content.keys) != (identity, shard.sha256, keys[shard.name]):
-            differs = _difference(content.identity, identity) or "another version of this shard"
-            raise IntegrityError(
-                f"was made by {differs}", "every machine needs the same encoder and shards", path=directory / name
-            )
-        row = {"file": name, "shard": shard.name, "shard_sha256": shard.sha256}
-        table.append({**row, "rows": len(content.keys), "truncated": content.truncated})
+class _Tally:
+    """What the shards' summaries come to: O(E) for the mean, and the two lines that the manifest has for each."""
+
+    def __init__(self, dimension: int) -> None:
+        self.files: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.encoded = self.train_rows = 0
+        self._sums = np.zeros(dimension, dtype=object)  # Python's integers: any number of rows fits
+
+    def add(self, shard: ShardInfo, result: EmbeddedShard) -> None:
+        assert shard.name not in self.rows
+        self.files[result.file] = {"bytes": result.bytes, "sha256": result.sha256}
+        row = {"file": result.file, "shard": shard.name, "shard_sha256": shard.sha256}
+        self.rows[shard.name] = {**row, "rows": result.rows, "truncated": result.truncated}
+        self.encoded += result.encoded
         if shard.split == "train":
-            total += content.vectors.sum(axis=0, dtype=np.float64)
-            rows += len(content.keys)
-    mean = (total / max(1, rows)).astype("<f4")
-    write_tensor(directory / STATISTICS, "mean", mean, {"split": "train", "rows": rows})
+            self._sums += result.sums
+            self.train_rows += result.rows
+
+    def mean(self) -> np.ndarray:
+        """[E] float32, the mean over the training rationales; zeros when there are none."""
+        whole = max(1, self.train_rows) << _FRACTION_BITS
+        return np.array([int(total) / whole for total in self._sums], dtype="<f4")  # int / int rounds once
+
+
+def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Tally, fingerprint: str) -> Manifest:
+    """Write the mean and, when every file is seen to be there, the manifest."""
+    table = [tally.rows[shard.name] for shard in shards.shards()]
+    _wait_for(files, set(tally.files))
+    mean = tally.mean()
+    described: dict[str, dict[str, Any]] = {}
+
+    def write_mean(folder: Path) -> None:
+        write_tensor(folder / STATISTICS, "mean", mean, {"split": "train", "rows": tally.train_rows})
+        described.update(describe_files(folder, [STATISTICS]))
+
+    files.keep([STATISTICS], write_mean)
     manifest = Manifest(
         kind="embeddings",
         fingerprint=fingerprint,
-        files=describe_files(directory, [STATISTICS, *(str(row["file"]) for row in table)]),
+        files={**described, **tally.files},
         extra={
             "encoder": identity,
             "shards_digest": shards.manifest.digest,
             "table": table,
             "rows": sum(row["rows"] for row in table),
             "truncated": sum(row["truncated"] for row in table),
-            "train_rows": rows,
+            "train_rows": tally.train_rows,
             # How nearly parallel the vectors are: 1 would mean that all are the same.
             "mean_length": round(float(np.linalg.norm(mean.astype(np.float64))), 6),
         },
     )
-    write_manifest(directory, manifest)
+    files.keep([MANIFEST], lambda folder: write_manifest(folder, manifest))
     if manifest.extra["truncated"]:
         log.warning(
             "embed: %d of %d rationales are longer than the encoder's %s tokens and lose their end",
@@ -218,88 +272,22 @@ def _finish(
             manifest.extra["rows"],
             identity["max_seq_length"],
         )
-    log.info("embed: %d vectors of width %d", manifest.extra["rows"], identity["dimension"])
+    rows, width = manifest.extra["rows"], identity["dimension"]
+    log.info("embed: %d vectors of width %d, %d of %d shards encoded now", rows, width, tally.encoded, len(table))
     return manifest
 
 
-class EmbeddingStore:
-    """Finished embeddings, opened for reading and joined to their shards by id."""
+def _wait_for(files: Files, names: set[str]) -> None:
+    """Return when this machine sees all files; raises EnvironmentFault when some stay away.
 
-    def __init__(self, manifest: Manifest, mean: np.ndarray, splits: dict[str, list[ShardVectors]]) -> None:
-        self.manifest, self.mean, self._splits = manifest, mean, splits
-        self.identity: dict[str, Any] = manifest.extra["encoder"]
-        self.dimension: int = self.identity["dimension"]
-        self._place = {
-            key: (vectors, row)
-            for files in splits.values()
-            for vectors in files
-            for row, key in enumerate(vectors.keys)
-        }
-
-    @classmethod
-    def open(
-        cls, directory: Path, shards: ShardSet, *, encoder: str | None = None, verify: bool = True
-    ) -> EmbeddingStore:
-        """Open the embeddings of exactly these shards, by `encoder` (an `embed.encoder` value) when one is given.
-
-        Raises InputError when there are none, StaleError when they are of other shards or by another encoder,
-        IntegrityError when they are damaged.
-        """
-        manifest = read_manifest(directory, "embeddings")
-        if manifest is None:
-            raise InputError("no finished embeddings here", f"{EMBED_AGAIN} first", path=directory)
-        try:
-            table = {row["shard"]: row for row in manifest.extra["table"]}
-            made_by, shards_digest = manifest.extra["encoder"]["encoder"], manifest.extra["shards_digest"]
-        except (KeyError, TypeError) as error:
-            raise IntegrityError("manifest lacks its table", EMBED_AGAIN, path=directory) from error
-        if encoder is not None and encoder_name(encoder) != made_by:
-            raise StaleError(
-                f"embeddings are by encoder {made_by!r}, the config wants {encoder_name(encoder)!r}",
-                f"{EMBED_AGAIN} --rebuild, or set embed.encoder={made_by}",
-                path=directory,
+    On the way it deletes what actors left that died while they wrote.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while missing := names - _remove_leftovers(files, names):
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(
+                f"{len(missing)} of {len(names)} files were written where this machine cannot see them",
+                "put data_dir on storage that all machines of the cluster share",
+                path=files.where,
             )
-        if shards_digest != shards.manifest.digest:
-            changed = [s.name for s in shards.shards() if table.get(s.name, {}).get("shard_sha256") != s.sha256]
-            which = f"{', '.join(changed[:5])} ({len(changed)} in all)" if changed else "other shards"
-            raise StaleError(f"embeddings are older than the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
-        if verify:
-            verify_files(directory, manifest)
-        splits: dict[str, list[ShardVectors]] = {split: [] for split in shards.manifest.extra["counts"]}
-        for shard in shards.shards():
-            path = directory / f"{shard.stem}.safetensors"
-            content = read_vectors(path, verify=verify)
-            if content.shard_sha256 != shard.sha256 or content.keys != shards.rationale_keys(shard):
-                raise StaleError(
-                    f"embeddings are not of the rationales of {shard.name}", f"{EMBED_AGAIN} again", path=path
-                )
-            if content.identity != manifest.extra["encoder"]:
-                raise IntegrityError(
-                    "is by another encoder than the manifest says", f"{EMBED_AGAIN} --rebuild", path=path
-                )
-            splits[shard.split].append(content)
-        mean = read_tensor(directory / STATISTICS, "mean", verify=verify)[1]
-        return cls(manifest, np.array(mean), splits)
-
-    def vector(self, sample_id: str, rationale: int = 0) -> np.ndarray:
-        """[E] float32, the unit vector of one rationale; raises IntegrityError when there is none."""
-        try:
-            vectors, row = self._place[(sample_id, rationale)]
-        except KeyError:
-            raise IntegrityError(f"no embedding for rationale {rationale} of {sample_id!r}", EMBED_AGAIN) from None
-        return np.array(vectors.vectors[row])
-
-    def centred(self, vectors: np.ndarray) -> np.ndarray:
-        """Unit vectors [..., E] float32 around the training mean; rows of zeros (no rationale) stay zeros."""
-        moved = np.where(np.any(vectors != 0, axis=-1, keepdims=True), vectors - self.mean, 0).astype(np.float64)
-        norms = np.linalg.norm(moved, axis=-1, keepdims=True)
-        return np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0).astype(np.float32)
-
-    def rows(self, split: str) -> tuple[list[tuple[str, int]], np.ndarray]:
-        """All (id, rationale index) of a split in shard order, and their vectors [n, E] float32."""
-        if split not in self._splits:
-            raise InputError(f"no split {split!r}", f"there are {', '.join(sorted(self._splits))}")
-        files = self._splits[split]
-        keys = [key for content in files for key in content.keys]
-        empty = np.empty((0, self.dimension), dtype=np.float32)
-        return keys, np.concatenate([empty, *(content.vectors for content in files)])
+        time.sleep(1)

@@ -1,14 +1,12 @@
 """Two engines behind one small interface: plain PyTorch on one process, DeepSpeed ZeRO 0-3 on any number.
 
 The trainer gives each micro-batch's share of the *global* loss to `backward`; after `step` both engines have moved
-the weights by the same gradient. What DeepSpeed may be told (memory and communication) is in the JSON, what the run
-is (batch, clipping, precision, optimizer) is in our config; a JSON that sets the latter is refused naming the key.
+the weights by the same gradient. What DeepSpeed is told is worked out in `deepspeed_json`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,39 +17,25 @@ from torch import Tensor, nn
 
 from pst_dist.config import TrainConfig
 from pst_dist.data import PSTBatch
+from pst_dist.deepspeed_json import MOST_BUCKET_ELEMENTS, deepspeed_settings, import_deepspeed
 from pst_dist.distributed import Ranks, all_sum, device_of
-from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, IntegrityError
+from pst_dist.engine_state import (
+    Fragment,
+    FragmentFiles,
+    adam_steps,
+    start_moments,
+    trainable,
+    whole_fragments,
+    write_fragments,
+    zero3_fragments,
+    zero_fragments,
+)
+from pst_dist.errors import ConfigError, DivergedError
 from pst_dist.loss import PSTLossOutput
 from pst_dist.student import Student
 
-_OURS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.learning_rate and its neighbours",
-    "scheduler": "train.lr_scheduler_type",
-    "bf16": "train.bf16",
-    "fp16": "train.bf16",
-    "torch_autocast": "train.bf16",
-    "steps_per_print": "train.logging_steps",
-}
-_THEIRS = {
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "activation_checkpointing",
-    "aio",
-    "comms_logger",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "compile",
-    "checkpoint",
-}
+STATE_FILES = "state"
+"""First part of the names of the files that hold an engine's state in a checkpoint."""
 
 
 class Engine(ABC):
@@ -63,7 +47,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """`single`, `zero0` … `zero3`: checkpoints of different engines are not interchangeable."""
+        """`single`, `zero0` … `zero3`."""
 
     @abstractmethod
     def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
@@ -80,13 +64,49 @@ class Engine(ABC):
         Raises DivergedError on every rank, before any weight has moved, when that norm is not finite.
         """
 
+    def save(self, directory: Path) -> list[str]:
+        """Write this rank's part of weights and optimizer into an existing directory; returns its files' names."""
+        steps = adam_steps(self.adamw)
+        start_moments(self.adamw, self._places(), steps)
+        name = f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
+        fragments = self._fragments()
+        if self.replicated:  # the ranks share the writing
+            fragments = fragments[self.ranks.rank :: self.ranks.world_size]
+        write_fragments(directory / name, fragments, adam_step=steps)
+        return [name]
+
+    def load(self, directory: Path) -> None:
+        """Take up the state that any engine on any number of ranks has saved; collective.
+
+        Raises IntegrityError when the files lack values, with weights and optimizer in an unusable mixture.
+        """
+        files = FragmentFiles(directory.glob(f"{STATE_FILES}-*.safetensors"))
+        start_moments(self.adamw, self._places(), files.adam_step)
+        for fragment in self._fragments():
+            files.fill(fragment)
+        self._settle()
+
+    @property
     @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write this rank's state of weights and optimizer below an existing directory; collective."""
+    def replicated(self) -> bool:
+        """Whether every rank keeps all weights and moments."""
+
+    @property
+    @abstractmethod
+    def adamw(self) -> torch.optim.Optimizer:
+        """torch's optimizer, whatever engine wraps it."""
 
     @abstractmethod
-    def load(self, directory: Path) -> None:
-        """Inverse of `save`; collective."""
+    def _places(self) -> list[Tensor]:
+        """The tensors that `adamw` moves on this rank."""
+
+    @abstractmethod
+    def _fragments(self) -> list[Fragment]:
+        """The part of weights and moments that this rank keeps; the moments must be there."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Make whatever the engine has copied from the float32 weights agree with them; collective."""
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
@@ -115,7 +135,7 @@ def _refuse_non_finite(norm: float) -> float:
     if not math.isfinite(norm):
         raise DivergedError(
             f"the gradient norm is {norm}; no weight was moved",
-            "resume with a lower train.learning_rate or a smaller train.max_grad_norm",
+            "go on with train.accept_changes=true and a lower train.learning_rate or train.max_grad_norm",
         )
     return norm
 
@@ -124,6 +144,7 @@ class SingleProcessEngine(Engine):
     """AdamW on float32 weights in this process; bf16 through autocast."""
 
     name = "single"
+    replicated = True
 
     def __init__(self, student: Student, train: TrainConfig, ranks: Ranks) -> None:
         super().__init__(student, ranks)
@@ -152,15 +173,18 @@ class SingleProcessEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, directory: Path) -> None:
-        torch.save(
-            {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}, directory / "state.pt"
-        )
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        return self.optimizer
 
-    def load(self, directory: Path) -> None:
-        state = torch.load(directory / "state.pt", map_location=self.device, weights_only=True)
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _places(self) -> list[Tensor]:
+        return [parameter for _, parameter in trainable(self.student)]
+
+    def _fragments(self) -> list[Fragment]:
+        return whole_fragments(self.student, self.optimizer)
+
+    def _settle(self) -> None:
+        return  # the optimizer moves the weights themselves
 
     def full_weights(self) -> dict[str, Tensor]:
         return {name: value.detach().float().cpu() for name, value in self.student.named_parameters()}
@@ -174,6 +198,9 @@ class DeepSpeedEngine(Engine):
         deepspeed = import_deepspeed()
         settings = deepspeed_settings(train, ranks.world_size)
         self.stage = settings["zero_optimization"]["stage"]
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters())
+        # Half a milliard unless it is said: gigabytes that a student of a tenth of that would never fill.
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_BUCKET_ELEMENTS, max(1, elements)))
         self.max_grad_norm = train.max_grad_norm
         # Our own optimizer needs no compiler; DeepSpeed's CPU one builds a C++ extension for minutes.
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -206,14 +233,40 @@ class DeepSpeedEngine(Engine):
         # ZeRO skips the update by itself when the norm is not finite, so the weights are still the old ones.
         return _refuse_non_finite(float(self.engine.get_global_grad_norm()))
 
-    def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+    @property
+    def replicated(self) -> bool:
+        return self.stage == 0
 
-    def load(self, directory: Path) -> None:
-        # DeepSpeed unpickles: the caller has compared every file with our manifest's digests first.
-        path, _ = self.engine.load_checkpoint(str(directory), tag="state")
-        if path is None:
-            raise IntegrityError("DeepSpeed found no state here", "remove this checkpoint", path=directory)
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        return self.engine.basic_optimizer
+
+    def _places(self) -> list[Tensor]:
+        if self.stage == 0:
+            return [parameter for _, parameter in trainable(self.student)]
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer around `adamw`; stage 0 has none."""
+        return self.engine.optimizer
+
+    def _fragments(self) -> list[Fragment]:
+        if self.stage == 0:
+            return whole_fragments(self.student, self.adamw)
+        if self.stage == 3:
+            return zero3_fragments(self.student, self._zero, self.ranks.rank)
+        return zero_fragments(self.student, self._zero)
+
+    def _settle(self) -> None:
+        if self.stage == 3:
+            self._zero.checkpoint_event_prologue()
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero.checkpoint_event_epilogue()
+        elif self.stage:
+            self._zero.update_lp_params()
 
     def full_weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -235,80 +288,6 @@ def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:
             )
         return SingleProcessEngine(student, train, ranks)
     return DeepSpeedEngine(student, train, ranks)
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed without the C++ extension that training never uses; raises EnvironmentFault when absent."""
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ImportError as error:
-        raise EnvironmentFault("deepspeed is not installed", "pip install 'pst-dist[train]'") from error
-    # Built with g++ for a minute at the first start on CPU, only for inference; a kill during that build leaves a
-    # lock file on which every later run hangs (pytorch#189245).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def find_deepspeed_json(name: str) -> Path:
-    """`zero2` or a path -> the file; raises InputError."""
-    given = Path(name)
-    if given.suffix == ".json":
-        if given.is_file():
-            return given
-        raise InputError("no such DeepSpeed config", path=given)
-    package = Path(__file__).resolve().parent
-    for folder in (package / "ds_configs", package.parent / "ds_configs"):
-        if (folder / f"{name}.json").is_file():
-            return folder / f"{name}.json"
-    raise InputError(f"train.deepspeed: no profile {name!r}", "use zero0, zero1, zero2, zero3, zero3_offload or a path")
-
-
-def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The JSON of a profile completed with what our config owns, every "auto" resolved.
-
-    Raises ConfigError for a key that belongs to our config (it is named) and for one that DeepSpeed would ignore.
-    """
-    assert train.deepspeed is not None
-    path = find_deepspeed_json(train.deepspeed)
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
-    for key in settings:
-        if key in _OURS:
-            raise ConfigError(f"{key!r} belongs to our config", f"remove it and set {_OURS[key]}", path=path)
-        if key not in _THEIRS:
-            raise ConfigError(f"unknown key {key!r}, which DeepSpeed would silently ignore", path=path)
-    zero = settings.setdefault("zero_optimization", {})
-    # DeepSpeed takes "auto" for its own default without a word; so do we, but by leaving the key out.
-    settings["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
-    stage = settings["zero_optimization"].setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage is {stage!r}", "0, 1, 2 or 3", path=path)
-    if "checkpoint" in settings:
-        raise ConfigError("'checkpoint' is ours: saves are transactional", "remove it", path=path)
-    micro = train.per_device_train_batch_size
-    return settings | {
-        "train_micro_batch_size_per_gpu": micro,
-        # Accumulation is driven by hand, so that a step may hold any number of micro-batches.
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": micro * world_size,
-        "gradient_clipping": train.max_grad_norm,
-        "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        **_precision(train, stage),
-    }
-
-
-def _precision(train: TrainConfig, stage: int) -> dict[str, Any]:
-    if not train.bf16:
-        return {}
-    if stage == 0:
-        # DeepSpeed's bf16 without ZeRO runs one dummy AdamW step at the start: another optimizer than ours.
-        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    return {"bf16": {"enabled": True}}
 
 
 def sums_over_ranks(output: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.layout import ARMS, AnswerFormat
 from pst_dist.likeness import compare_rationales
 from pst_dist.progress import progress
-from pst_dist.rundir import RunDir, run_dir
+from pst_dist.rundir import RunDir, fetch_data, run_dir
 from pst_dist.schema import ReasoningSample
 from pst_dist.shards import ShardSet
 from pst_dist.storage import (
@@ -58,6 +58,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     """
     run, split = run_dir(config), config.evaluate.split
     student = load_student(run.best)
+    fetch_data(config)
     shards = ShardSet.open(run.shards)
     _check_lineage(config, student, shards)
     task = get_task(config.task, config.data.answer_type)

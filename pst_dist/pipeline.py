@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config import Config
-from pst_dist.errors import DataError
+from pst_dist.errors import DataError, InputError
 from pst_dist.layout import ARMS
-from pst_dist.rundir import expand_arms, recorded, run_dir
+from pst_dist.remote import RemoteFolder, fetch_folder, publish_folder, remove_partials
+from pst_dist.rundir import expand_arms, fetch_data, recorded, run_dir
 from pst_dist.schema import SCHEMA_VERSION
 from pst_dist.storage import Manifest, digest_of, directory_lock
 
@@ -49,7 +50,11 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
                 "samples_per_shard": config.shards.samples_per_shard,
             }
         )
-        return write_shards(
+        if run.remote is not None and rebuild:
+            remove_partials(run.shards)
+        elif run.remote is not None:  # what is kept or refused is decided by what lies there
+            fetch_folder(run.remote.child("shards"), run.shards, "shards")
+        manifest = write_shards(
             loaded.splits,
             run.shards,
             samples_per_shard=config.shards.samples_per_shard,
@@ -57,6 +62,9 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest},
             rebuild=rebuild,
         )
+        if run.remote is not None:
+            publish_folder(run.shards, manifest, run.remote.child("shards"))
+        return manifest
 
 
 def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
@@ -65,9 +73,27 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     from pst_dist.shards import ShardSet
 
     run = run_dir(config)
+    if run.remote is not None:
+        with directory_lock(run.data):
+            return _make_remote_embeddings(config, run.remote, rebuild=rebuild)
     ShardSet.open(run.shards, verify=False)  # a refusal before the lock leaves nothing behind
     with directory_lock(run.data):
-        return embed_all(config.embed, ShardSet.open(run.shards), run.embeddings, rebuild=rebuild)
+        # Whoever encodes a shard verifies it; with Ray that is as many machines as there are.
+        shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
+        return embed_all(config.embed, shards, run.embeddings, rebuild=rebuild)
+
+
+def _make_remote_embeddings(config: Config, remote: RemoteFolder, *, rebuild: bool) -> Manifest:
+    """The same where the data lies in object storage: of the shards only the manifest is needed here."""
+    from pst_dist.embeddings import embed_all
+    from pst_dist.shards import ShardSet
+
+    run = run_dir(config)
+    remote.check()
+    manifest = remote.child("shards").manifest("shards")
+    if manifest is None:
+        raise InputError("no finished shards here", "run `pst shard` first", path=remote.url)
+    return embed_all(config.embed, ShardSet(run.shards, manifest), run.embeddings, rebuild=rebuild, remote=remote)
 
 
 def needs_embeddings(config: Config) -> bool:
@@ -79,6 +105,7 @@ def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process or on Ray; with `rebuild`, what an earlier training left is removed first."""
     from pst_dist.shards import ShardSet
 
+    fetch_data(config)
     ShardSet.open(run_dir(config).shards, verify=False)  # a refusal before the lock leaves nothing behind
     if config.train.backend == "ray":
         from pst_dist.ray_train import train_with_ray

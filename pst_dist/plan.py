@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from pst_dist.config import Config, Section
-from pst_dist.errors import ConfigError
+from pst_dist.deepspeed_json import MOST_BUCKET_ELEMENTS, find_deepspeed_json
+from pst_dist.errors import ConfigError, InputError
 from pst_dist.layout import ARMS
 from pst_dist.model_shape import ModelShape, shape_of
 from pst_dist.rundir import run_dir
@@ -72,6 +73,8 @@ class RankMemory:
     optimizer: float
     activations: float
     loss_path: float
+    buffers: float = 0.0
+    """In which gradients are gathered before they travel between ranks."""
 
     @property
     def states(self) -> float:
@@ -81,7 +84,7 @@ class RankMemory:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.states + self.activations + self.loss_path
+        return self.states + self.buffers + self.activations + self.loss_path
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,8 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro * length)
         for number in (0, 1, 2, 3)
     }
-    memory = memories[stage] if stage is not None else replace(memories[0], optimizer=8.0 * parameters)
-    size = checkpoint_bytes(parameters, stage, bf16=train.bf16)
+    memory = memories[stage] if stage is not None else replace(memories[0], buffers=0.0)
+    size = checkpoint_bytes(parameters)
     seconds = size / (machines.write_gb_per_second * 1e9)
     tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
     hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
@@ -194,15 +197,21 @@ def zero_stage(deepspeed: str | None) -> int | None:
     """The stage of a profile or DeepSpeed JSON; None for the single-process engine."""
     if deepspeed is None:
         return None
-    if deepspeed.startswith("zero") and deepspeed[4:5].isdigit() and not deepspeed.endswith(".json"):
-        return int(deepspeed[4])
+    stage = _zero_section(deepspeed).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"train.deepspeed: cannot read the stage: it is {stage!r}", "0, 1, 2 or 3", path=deepspeed)
+    return int(stage)
+
+
+def _zero_section(deepspeed: str | None) -> dict[str, Any]:
+    """`zero_optimization` of a profile or DeepSpeed JSON; raises ConfigError when it cannot be read."""
+    if deepspeed is None:
+        return {}
     try:
-        with open(deepspeed) as stream:
-            return int(json.load(stream).get("zero_optimization", {}).get("stage", 0))
-    except OSError as error:
-        raise ConfigError(f"train.deepspeed: cannot read the stage: {error.strerror}", path=deepspeed) from error
-    except ValueError as error:
+        section = json.loads(find_deepspeed_json(deepspeed).read_text()).get("zero_optimization", {})
+    except (InputError, OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"train.deepspeed: cannot read the stage: {error}", path=deepspeed) from error
+    return section if isinstance(section, dict) else {}
 
 
 def rank_memory(
@@ -229,17 +238,26 @@ def rank_memory(
         optimizer=8.0 * p if stage == 0 else 12.0 * p / n,
         activations=activations,
         loss_path=loss_path,
+        buffers=each * _bucket_elements(config.train.deepspeed, parameters, stage),
     )
 
 
-def checkpoint_bytes(parameters: int, stage: int | None, *, bf16: bool) -> float:
-    """Bytes of one checkpoint over all ranks: the weights, Adam's moments, and from stage 1 a float32 copy.
+def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> float:
+    """Elements of DeepSpeed's gradient buckets: two at stages 1 and 2 where communication overlaps, one at stage 3.
 
-    Stage 3 keeps its weights in the shards of that copy alone.
+    A bucket is as large as the student, and half a milliard elements at most, unless the JSON says otherwise. Without
+    ZeRO gradients are copied together once a step, as many at a time.
     """
-    weights = 2.0 if bf16 and stage else 4.0
-    copy = 0.0 if not stage else 4.0
-    return parameters * ((0.0 if stage == 3 else weights) + copy + 8.0)
+    # The other stages of the table are those of our own profiles, which overlap.
+    given = _zero_section(deepspeed) if zero_stage(deepspeed) == stage else {"overlap_comm": True}
+    size = given.get("reduce_bucket_size")
+    each = float(size if isinstance(size, int) else min(MOST_BUCKET_ELEMENTS, parameters))
+    return each * (2 if stage in (1, 2) and given.get("overlap_comm") else 1)
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Bytes of one checkpoint over all ranks: float32 weights and Adam's two moments, whatever engine saves them."""
+    return 12 * parameters
 
 
 def count_rows(config: Config) -> Rows:

@@ -28,13 +28,22 @@ def plan_lines(plan: Plan) -> list[str]:
         + (f" = train.save_steps={plan.save_every_steps}" if plan.save_every_steps else "")
         + " (Young 1974; Daly 2006: sqrt(2 x save time x time between failures))",
         "",
-        f"memory a rank    {'weights':>10} {'gradients':>10} {'optimizer':>10} {'activations':>12} {'loss path':>10} "
-        f"{'total':>10}",
+        f"memory a rank    {'weights':>10} {'gradients':>10} {'optimizer':>10} {'buckets':>10} "
+        f"{'activations':>12} {'loss path':>10} {'total':>10}",
     ]
     chosen = zero_stage(train.deepspeed)
     for stage, memory in plan.by_stage.items():
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.loss_path)
-        cells = " ".join(f"{_bytes(part):>{width}}" for part, width in zip(parts, (10, 10, 10, 12, 10), strict=True))
+        parts = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.buffers,
+            memory.activations,
+            memory.loss_path,
+        )
+        cells = " ".join(
+            f"{_bytes(part):>{width}}" for part, width in zip(parts, (10, 10, 10, 10, 12, 10), strict=True)
+        )
         mark = "  <- this run" if stage == chosen or (chosen is None and stage == 0) else ""
         lines.append(f"  ZeRO stage {stage}   {cells} {_bytes(memory.total):>10}{mark}")
     if machines.gpu_memory is not None:

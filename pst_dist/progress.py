@@ -49,6 +49,11 @@ class Progress:
             self._last = self._clock()
             self._emit(self.line())
 
+    def skip(self, count: int) -> None:
+        """Count units that an earlier run did: they are done, and say nothing of this run's speed."""
+        self._done_before += count
+        self.advance(count)
+
     @property
     def rate(self) -> float:
         """Units a second since the start or restart; 0 before the first."""

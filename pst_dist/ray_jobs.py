@@ -1,140 +1,213 @@
 """Embedding on a Ray cluster: encoder actors over a list of shards. The cluster itself is `ray_cluster`.
 
-One shard, one task, one file: Ray places the actors, restarts one that dies and gives it its shard again; what a
-shard's file holds is decided by `embeddings.embed_shard`, here as in one process. Actors read and write the folders
-named by the config, so on several machines those must be shared.
+One shard, one task, one file, and what the file holds is decided by `embeddings.embed_shard`, here as in one process.
+Ray places the actors and says when one is lost; what it held goes back to the others at once, and another actor is
+asked for, which comes when there is room for it. Where the files lie is `embedding_files`: a folder must be shared
+between the machines, a URL reachable from them.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
-from pathlib import Path
+import platform
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from pst_dist.config import EmbedConfig, RayConfig
-from pst_dist.embeddings import embed_shard
+from pst_dist.embedding_files import Files
+from pst_dist.embeddings import EmbeddedShard, difference, embed_shard
 from pst_dist.encoder import TextEncoder
-from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
-from pst_dist.progress import Progress, progress
+from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError, PstError
+from pst_dist.progress import Progress
 from pst_dist.ray_cluster import ray_cluster
-from pst_dist.shards import ShardInfo, ShardSet
+from pst_dist.shards import ShardInfo
 
 log = logging.getLogger(__name__)
 
-_RESTARTS = 4
+_RETRIES = 4
+"""How often a shard is given out again after it took an actor with it."""
+_QUEUED = 2
+"""Shards an actor holds: one at work and one waiting, which hides the way to the driver and back."""
 _QUIET_SECONDS = 300.0
 """How long nothing may be heard: before the first actor has started it is an error, later a warning."""
 
 
 class EncoderActor:
-    """One encoder in a process of its own; its state is the loaded model, so Ray may restart it anywhere."""
+    """One encoder in a process of its own. Its state is the loaded model, so any actor can do any shard."""
 
-    def __init__(self, config: EmbedConfig, shards_directory: str, directory: str) -> None:
+    def __init__(self, config: EmbedConfig, identity: dict[str, Any], files: Files, driver: str) -> None:
         import torch
 
         torch.set_num_threads(max(1, int(config.ray.num_cpus_per_actor)))
-        self._config = config
-        self._shards_directory, self._directory = Path(shards_directory), Path(directory)
+        self._config, self._identity, self._files, self._driver = config, identity, files, driver
         self._loaded: TextEncoder | None = None
 
-    def ready(self) -> int:
-        """0 texts done: returns once the encoder is loaded (not in `__init__`, whose errors Ray turns into text)."""
+    def ready(self) -> None:
+        """Return once the encoder is loaded (not in `__init__`, whose errors Ray turns into text).
+
+        Raises IntegrityError when this machine has another encoder than the driver's, EnvironmentFault when it
+        does not see the driver's files, and what loading raises.
+        """
         if self._loaded is None:
             # Whether a process without a GPU of its own sees the machine's hangs on Ray's version and environment.
             on_cpu = self._config.device is None and self._config.ray.num_gpus_per_actor == 0
             self._loaded = TextEncoder(self._config, device="cpu" if on_cpu else None)
-        return 0
+        if self._loaded.identity != self._identity:
+            raise IntegrityError(
+                f"the encoder on {platform.node()} differs: {difference(self._loaded.identity, self._identity)}",
+                "every machine needs the same encoder",
+                path=self._config.encoder,
+            )
+        self._files.check(self._driver)
 
-    def embed(self, shard: ShardInfo) -> int:
-        """Write one shard's file; returns the number of its texts. A restarted actor loads its encoder here."""
-        self.ready()
+    def embed(self, shard: ShardInfo) -> EmbeddedShard:
+        """See to one shard's file; only this summary of it travels back."""
         assert self._loaded is not None
-        return embed_shard(self._loaded, self._shards_directory, shard, self._directory / f"{shard.stem}.safetensors")
+        with self._files.at_hand(shard) as (folder, target):
+            return embed_shard(self._loaded, folder, shard, target)
 
 
-def embed_with_ray(config: EmbedConfig, shards: ShardSet, directory: Path, todo: list[ShardInfo]) -> None:
-    """Write the embedding file of every shard in `todo` with actors on a cluster.
+def embed_with_ray(
+    config: EmbedConfig,
+    identity: dict[str, Any],
+    files: Files,
+    todo: list[ShardInfo],
+    tell: Callable[[ShardInfo, EmbeddedShard], None],
+    bar: Progress,
+) -> None:
+    """Have actors see to the file of every shard of `todo`, in about that order; `tell` is called once for each.
 
-    The bytes are those of the local backend. An actor that dies is restarted and does its shard again. Raises
-    EnvironmentFault when the cluster cannot be reached, has no room, or does not see the folders; PeerLostError
-    when an actor keeps dying; and whatever PstError an actor met.
+    The bytes are those of the local backend. Raises EnvironmentFault when the cluster cannot be reached, has no
+    room, or does not see the folders; PeerLostError when actors keep dying; and whatever PstError an actor met.
     """
-    total = sum(len(shards.rationale_keys(shard)) for shard in todo)
     with ray_cluster(config.ray) as ray:
         count = _number_of_actors(config.ray, ray.cluster_resources(), len(todo))
         log.info("embed: %d shards on %d Ray actors", len(todo), count)
         actor_class = ray.remote(
             num_cpus=config.ray.num_cpus_per_actor,
             num_gpus=config.ray.num_gpus_per_actor,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
+            # Ray would bind the shards of a lost actor to its successor, which on a full cluster may never start.
+            max_restarts=0,
+            max_task_retries=0,
         )(EncoderActor)
-        folders = str(shards.directory.resolve()), str(directory.resolve())
-        actors = [actor_class.remote(config, *folders) for _ in range(count)]
-        try:
-            with progress("embed", total=total, unit="texts") as bar:
-                _share_out(ray, actors, todo, bar)
-        finally:
-            for actor in actors:
-                with contextlib.suppress(Exception):
-                    ray.kill(actor)
-    missing = [shard for shard in todo if not (directory / f"{shard.stem}.safetensors").is_file()]
-    if missing:
-        raise EnvironmentFault(
-            f"{len(missing)} of {len(todo)} files were written where this machine cannot see them",
-            "put data_dir on storage that all machines of the cluster share",
-            path=directory,
-        )
+        driver = uuid.uuid4().hex
+        with files.announced(driver):
+            crew = Crew(ray, lambda: actor_class.remote(config, identity, files.for_actor(), driver), count)
+            try:
+                crew.work(todo, tell, bar)
+            finally:
+                crew.dismiss()
 
 
-def _share_out(ray: Any, actors: list[Any], todo: list[ShardInfo], bar: Progress) -> None:
-    """Give each actor a shard as soon as it is free, the largest first, until all are done."""
-    waiting = sorted(todo, key=lambda shard: (-shard.bytes, shard.name))
-    # An actor gets work only when it has started: one that the cluster has no room for never holds a shard.
-    running: dict[Any, tuple[Any, ShardInfo | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
-    started, done = False, 0
-    while done < len(todo):
-        finished, _ = ray.wait(list(running), num_returns=1, timeout=_QUIET_SECONDS)
-        if not finished and not started:
+@dataclass(eq=False)
+class _Member:
+    """An actor and what it holds, the oldest first: that is the one at work."""
+
+    handle: Any
+    ready: bool = False
+    held: list[ShardInfo] = field(default_factory=list)
+
+
+class Crew:
+    """The driver's side: who holds what. Its memory is the list of shards, its work for each a few messages."""
+
+    def __init__(self, ray: Any, hire: Callable[[], Any], count: int) -> None:
+        self._ray, self._hire = ray, hire
+        self._calls: dict[Any, tuple[_Member, ShardInfo | None]] = {}  # under way; no shard: it loads its encoder
+        self._members: dict[_Member, None] = {}
+        self._waiting: collections.deque[ShardInfo] = collections.deque()
+        self._losses: collections.Counter[str] = collections.Counter()  # by shard; "" while loading, in a row
+        for _ in range(count):
+            self._add_member()
+
+    def work(self, todo: list[ShardInfo], tell: Callable[[ShardInfo, EmbeddedShard], None], bar: Progress) -> None:
+        """Share out the shards and tell of each once; returns when all are done."""
+        self._waiting.extend(todo)
+        started, done = False, 0
+        while done < len(todo):
+            finished, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_QUIET_SECONDS)
+            if not finished:
+                self._complain(started)
+                continue
+            member, shard = self._calls.pop(finished[0])
+            try:
+                result = self._ray.get(finished[0])
+            except self._ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, PstError):
+                    raise error.cause from None
+                raise
+            except self._ray.exceptions.RayError as error:  # died, out of memory, its node is gone…
+                self._replace(member, error)
+            else:
+                if not started:
+                    bar.restart()  # the speed is that of encoding, not of loading encoders
+                started = member.ready = True
+                if shard is not None:
+                    member.held.remove(shard)
+                    (bar.advance if result.encoded else bar.skip)(result.rows)
+                    tell(shard, result)
+                    del self._losses[""], self._losses[shard.name]
+                    done += 1
+            self._give_out()
+
+    def dismiss(self) -> None:
+        """End all actors, those too that never started."""
+        for member in self._members:
+            with contextlib.suppress(Exception):
+                self._ray.kill(member.handle)
+
+    def _add_member(self) -> None:
+        member = _Member(self._hire())
+        self._members[member] = None
+        # It gets work only when it has started: an actor that the cluster has no room for never holds a shard.
+        self._calls[member.handle.ready.remote()] = member, None
+
+    def _give_out(self) -> None:
+        """Fill up those who have room; near the end nobody holds a second shard that another could be doing."""
+        for depth in range(1, _QUEUED + 1):
+            for member in self._members:
+                if not self._waiting or (depth > 1 and len(self._waiting) < len(self._members)):
+                    return
+                if member.ready and len(member.held) < depth:
+                    shard = self._waiting.popleft()
+                    member.held.append(shard)
+                    self._calls[member.handle.embed.remote(shard)] = member, shard
+
+    def _replace(self, member: _Member, error: Exception) -> None:
+        """Take back what a lost actor held and ask for another; raises PeerLostError when that has not helped."""
+        at = member.held[0].name if member.held else ""
+        self._losses[at] += 1
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        where = f"at {at}" if at else "while loading the encoder"
+        if self._losses[at] > _RETRIES + (0 if at else len(self._members)):
+            raise PeerLostError(
+                f"an encoder actor was lost {where}, {self._losses[at]} times by now ({reason})",
+                "look for out-of-memory in Ray's logs; lower embed.batch_tokens or embed.ray.num_actors",
+            ) from error
+        log.warning("embed: an encoder actor was lost %s (%s); %d shards go to others", where, reason, len(member.held))
+        self._waiting.extendleft(reversed(member.held))
+        del self._members[member]
+        self._calls = {call: holder for call, holder in self._calls.items() if holder[0] is not member}
+        with contextlib.suppress(Exception):  # unreachable is not dead: it would hold its room and go on
+            self._ray.kill(member.handle)
+        self._add_member()
+
+    def _complain(self, started: bool) -> None:
+        """Nothing was heard for long: before the first start an error, later slow, or nobody has room to start."""
+        if not started:
             raise EnvironmentFault(
                 f"no encoder actor started within {_QUIET_SECONDS:.0f} s", "see `ray status` for what the cluster lacks"
             )
-        if not finished:  # slow, or an actor of a lost node waits for room: only the cluster's owner can tell
-            at_work = sorted(shard.name for _, shard in running.values() if shard is not None)
-            log.warning(
-                "embed: nothing finished for %.0f s, still waiting for %s; `ray status` says what the cluster lacks",
-                _QUIET_SECONDS,
-                ", ".join(at_work[:5]),
-            )
-            continue
-        actor, shard = running.pop(finished[0])
-        texts = _result(ray, finished[0], shard)
-        if not started:
-            bar.restart()  # the speed is that of encoding, not of loading encoders
-        started = True
-        bar.advance(texts)
-        done += shard is not None
-        if waiting:
-            following = waiting.pop(0)
-            running[actor.embed.remote(following)] = (actor, following)
-
-
-def _result(ray: Any, future: Any, shard: ShardInfo | None) -> int:
-    """What an actor returned: a number of texts. Its PstError is raised as it was, its loss as PeerLostError."""
-    try:
-        return int(ray.get(future))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PstError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:  # died, out of memory, unschedulable, a lost connection…
-        where = f"at {shard.name}" if shard is not None else "while loading the encoder"
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PeerLostError(
-            f"an encoder actor was lost {where}, after {_RESTARTS} restarts at most ({reason[:160]})",
-            "look for out-of-memory in Ray's logs; lower embed.batch_tokens or embed.ray.num_actors",
-        ) from error
+        at_work = sorted(member.held[0].name for member in self._members if member.held)
+        log.warning(
+            "embed: nothing finished for %.0f s, still waiting for %s; `ray status` says what the cluster lacks",
+            _QUIET_SECONDS,
+            ", ".join(at_work[:5]) or "room for an actor",
+        )
 
 
 def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: int) -> int:

@@ -20,7 +20,8 @@ from pst_dist import __version__
 from pst_dist.config import Config, RayConfig, RayTrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, PeerLostError, PreemptedError, PstError
 from pst_dist.ray_cluster import ray_cluster
-from pst_dist.rundir import check_lasting, run_dir
+from pst_dist.remote import is_url
+from pst_dist.rundir import check_lasting, data_settings, run_dir
 from pst_dist.signals import StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
 def _on_all_nodes(config: Config) -> Config:
     """The config with absolute folders."""
     check_lasting(config)
-    run = run_dir(config)
-    return config.model_copy(update={"output_dir": str(run.path.absolute()), "data_dir": str(run.data.absolute())})
+    folders = {"output_dir": config.output_dir, **data_settings(config)}
+    return config.model_copy(
+        update={key: where if is_url(where) else str(Path(where).absolute()) for key, where in folders.items()}
+    )
 
 
 def _complete(config: Config) -> Any:
@@ -101,7 +104,7 @@ def _complete(config: Config) -> Any:
 
 def _check_elastic(config: Config) -> None:
     """Raises ConfigError when ranks may come and go but the checkpoints belong to a number of them."""
-    from pst_dist.engine import deepspeed_settings
+    from pst_dist.deepspeed_json import deepspeed_settings
 
     asked = config.train.ray
     if asked.min_workers in (None, asked.num_workers) or config.train.deepspeed is None:

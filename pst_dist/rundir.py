@@ -14,6 +14,7 @@ from pathlib import Path
 from pst_dist.config import Config
 from pst_dist.config_io import RESOLVED, dump_config
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
+from pst_dist.remote import RemoteFolder, fetch_folder, is_url
 from pst_dist.storage import MANIFEST, write_json, write_text
 
 _RECORD = (RESOLVED, "command.txt", "environment.json")
@@ -27,6 +28,9 @@ class RunDir:
 
     path: Path
     data: Path
+    """With `remote`, what this machine has of it."""
+    remote: RemoteFolder | None = None
+    """Where the data lies when data_dir is a URL."""
 
     @property
     def shards(self) -> Path:
@@ -76,18 +80,43 @@ class RunDir:
 def run_dir(config: Config) -> RunDir:
     """The paths that a config names; creates nothing."""
     path = Path(config.output_dir)
+    if is_url(config.data_dir):
+        here = Path(config.data_cache) if config.data_cache else path / "data"
+        return RunDir(path, here, RemoteFolder(str(config.data_dir).rstrip("/")))
     return RunDir(path, Path(config.data_dir) if config.data_dir else path / "data")
 
 
 def check_lasting(config: Config) -> None:
     """Raises ConfigError when this process is in a job of Ray, whose directory is a copy, and would write into it."""
-    run = run_dir(config)
-    for key, path in (("output_dir", run.path), ("data_dir", run.data)):
-        if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
+    if "working_dir_files" in Path.cwd().parts:
+        refuse_relative(config, "this job works")
+
+
+def refuse_relative(config: Config, who: str) -> None:
+    """Raises ConfigError for folders that would lie in a copy of the directory; `who` begins the reason."""
+    for key, folder in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
+        if folder is not None and not is_url(folder) and not Path(folder).is_absolute():
             raise ConfigError(
-                f"{key}={path} is relative, and this job works in a copy of your directory that Ray removes at its end",
+                f"{key}={folder} is relative, and {who} in a copy of your directory that Ray removes at its end",
                 f"give {key}=/… on a disk that all nodes share",
             )
+
+
+def data_settings(config: Config) -> dict[str, str]:
+    """The settings by which another run, with an output_dir of its own, has the same data."""
+    run = run_dir(config)
+    return {"data_dir": run.remote.url, "data_cache": str(run.data)} if run.remote else {"data_dir": str(run.data)}
+
+
+def fetch_data(config: Config) -> None:
+    """Bring shards and embeddings that lie in object storage to this machine; nothing for a data_dir that is a folder.
+
+    What is here with the promised bytes stays. All processes may call it: on each machine one fetches, the others wait.
+    """
+    run = run_dir(config)
+    if run.remote is not None:
+        for kind in ("shards", "embeddings"):
+            fetch_folder(run.remote.child(kind), run.data / kind, kind)
 
 
 def expand_arms(config: Config) -> list[Config]:
@@ -97,8 +126,7 @@ def expand_arms(config: Config) -> list[Config]:
     base = run_dir(config)
     return [
         Config.model_validate(
-            config.model_dump()
-            | {"arm": arm, "arms": [], "output_dir": str(base.path / arm), "data_dir": str(base.data)}
+            config.model_dump() | {"arm": arm, "arms": [], "output_dir": str(base.path / arm), **data_settings(config)}
         )
         for arm in config.arms
     ]

@@ -35,6 +35,8 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str
+    rationales: int | None = None
+    """How many its samples have together; None in shards from before this was written down."""
 
     @property
     def stem(self) -> str:

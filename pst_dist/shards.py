@@ -79,7 +79,8 @@ def write_shards(
                     path = partial / f"{split}-{number:06d}.tar"
                     index = write_shard(path, splits[split][start : start + samples_per_shard])
                     write_text(path.with_suffix(".index.json"), canonical_json(asdict(index)) + "\n")
-                    infos.append(ShardInfo(path.name, split, len(index.ids), path.stat().st_size, sha256_file(path)))
+                    size, digest, texts = path.stat().st_size, sha256_file(path), sum(index.rationales)
+                    infos.append(ShardInfo(path.name, split, len(index.ids), size, digest, texts))
                 table.extend(infos)
                 if infos:
                     _write_wids(partial, split, infos)
@@ -230,6 +231,10 @@ class ShardSet:
                 raise IntegrityError(f"index is not of {shard.samples} samples", REMAKE, path=path)
             self._indexes[shard.name] = index
         return self._indexes[shard.name]
+
+    def rationale_count(self, shard: ShardInfo) -> int:
+        """How many rationales a shard has; from its index when the shards are older than that column."""
+        return sum(self.index(shard).rationales) if shard.rationales is None else shard.rationales
 
     def rationale_keys(self, shard: ShardInfo) -> list[tuple[str, int]]:
         """(sample id, rationale index) of every rationale in a shard, in order."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from pst_dist.errors import PeerLostError
+
 log = logging.getLogger(__name__)
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -49,6 +51,8 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Listen to SIGTERM, SIGINT and SIGUSR1 within this block; earlier handlers are back after it.
 
+    After PeerLostError, with which a process ends, SIGTERM stays unheard.
+
     Only a process's main thread may listen: elsewhere (a Ray worker runs training in a thread) nothing is asked.
     """
     request = StopRequest()
@@ -58,6 +62,10 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request._arrived) for number in ASKING}
     try:
         yield request
+    except PeerLostError:
+        # A launcher that saw the loss too ends the ranks that are left by SIGTERM: not before they have said why.
+        before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -19,7 +19,7 @@ from pathlib import Path
 from pst_dist.config import ARM_NAMES, Config
 from pst_dist.config_io import load_config, parse_override
 from pst_dist.errors import ConfigError, PstError
-from pst_dist.rundir import run_dir
+from pst_dist.rundir import data_settings, run_dir
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED)", re.IGNORECASE)
 _SBATCH_OF = {
@@ -162,8 +162,8 @@ def array_words(words: Sequence[str], index: int) -> list[str]:
             f"submit with --array=0-{max(request.tasks, 1) - 1} and arms=[…] seeds=[…]",
         )
     arm, seed = matrix[index]
-    base = run_dir(load_config(rest[0], rest[1:]))
-    folder = base.path
+    config = load_config(rest[0], rest[1:])
+    folder = run_dir(config).path
     own = []
     if seed is not None:
         folder = folder / f"seed-{seed}"
@@ -171,7 +171,7 @@ def array_words(words: Sequence[str], index: int) -> list[str]:
     if arm is not None:
         folder = folder / arm
         own += ["arms=[]", f"arm={arm}"]
-    return [*rest, *own, f"output_dir={folder}", f"data_dir={base.data}"]
+    return [*rest, *own, f"output_dir={folder}", *(f"{key}={value}" for key, value in data_settings(config).items())]
 
 
 def template(name: str = "train.sbatch") -> Path:

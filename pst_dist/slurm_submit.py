@@ -43,7 +43,7 @@ def submit(config: Config, request: SlurmRequest, *, say: Callable[[str], None])
     with nothing submitted, when the job could not start or could not work.
     """
     check_controller()
-    check_room(request, _partitions())
+    check_room(request, partitions())
     _check_inputs(config.model_copy(update={"arms": list(request.arms) or config.arms}))
     base = Path(config.output_dir).absolute()
     _check_shared(base, request)
@@ -103,7 +103,7 @@ def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:
         )
 
 
-def _partitions() -> list[Partition]:
+def partitions() -> list[Partition]:
     """All partitions, the rows of one added up: sinfo gives a row for each kind of node."""
     found: dict[str, Partition] = {}
     for line in ask("sinfo", "--noheader", "--format=%R|%P|%a|%D|%G").splitlines():
@@ -130,6 +130,11 @@ def _check_inputs(config: Config) -> None:
     from pst_dist.shards import ShardSet
 
     run = run_dir(config)
+    if run.remote is not None:
+        for kind in ("shards", "embeddings") if needs_embeddings(config) else ("shards",):
+            if run.remote.child(kind).manifest(kind) is None:
+                raise InputError(f"no {kind} here", "run `pst shard` and `pst embed` first", path=run.remote.url)
+        return
     ShardSet.open(run.shards, verify=False)
     if needs_embeddings(config) and read_manifest(run.embeddings, "embeddings") is None:
         raise InputError("no embeddings here", "run `pst embed` first", path=run.embeddings)

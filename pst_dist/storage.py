@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +28,17 @@ from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_CLOCK_SECONDS = 30.0
 _FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
-_REMAKE = {
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
+_FOREIGN_SECONDS = 24 * 3600.0
+REMAKE = {
     "shards": "run `pst shard` again",
     "embeddings": "run `pst embed` again",
     "student": "run `pst train` again",
     "evaluation": "run `pst evaluate --rebuild`",
     "export": "run `pst export` again",
+    "checkpoint": "`pst train` passes it over and goes on from an older one",
 }
 """The command that makes each kind of directory anew when it is damaged."""
 
@@ -91,13 +99,59 @@ def _make_room(path: Path) -> str:
     return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
 
 
+@functools.cache
+def _origin() -> str:
+    """8 hex digits for the set of processes whose ids can be told apart here: this boot, this container."""
+    facts = [os.uname().nodename]
+    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            facts.append(os.readlink(place) if place.endswith("pid") else Path(place).read_text())
+    return digest_of(facts)[:8]
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    """A name beside `path` that no other process uses and that says whose it is; see `_remove_abandoned`."""
+    return path.with_name(f".{path.name}.{_origin()}{os.getpid():08x}{uuid.uuid4().hex[:4]}.{ending}")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left while they wrote `path`: theirs are the names whose process is no more.
+
+    Those of other machines and earlier boots are taken for abandoned when nothing has touched them for a day.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = _TEMPORARY.fullmatch(leftover.name)
+        if found is None or leftover.name != f".{path.name}.{found[1]}{found[2]}{found[3]}.{found[4]}":
+            continue
+        with contextlib.suppress(OSError):
+            if found[1] == _origin():
+                abandoned = not _is_running(int(found[2], 16))
+            else:
+                abandoned = time.time() - leftover.stat().st_mtime > _FOREIGN_SECONDS
+            if abandoned and leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif abandoned:
+                leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _temporary(path, "partial")
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
             yield partial
             _fsync_path(partial)
             os.replace(partial, path)
@@ -113,9 +167,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     An older directory of that name is replaced: it is renamed away first and removed afterwards, so a reader
     sees the old one, the new one, or (for one instant) none, but never a mixture.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _temporary(path, "partial")
     with disk_errors(path):
         try:
+            _remove_abandoned(path)
             partial.mkdir(parents=True)
             yield partial
             publish_directory(partial, path)
@@ -131,7 +186,7 @@ def publish_directory(partial: Path, path: Path) -> None:
         _fsync_path(partial)
         replaced = None
         if path.exists():
-            replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.replaced")
+            replaced = _temporary(path, "replaced")
             os.replace(path, replaced)
         os.replace(partial, path)
         _fsync_path(path.parent)
@@ -194,12 +249,15 @@ class Manifest:
         return digest_of({"kind": self.kind, "fingerprint": self.fingerprint, "files": self.files, "extra": self.extra})
 
 
-def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of each named file below `directory`."""
-    return {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
-        for name in sorted(names)
-    }
+def describe_files(
+    directory: Path, names: Iterable[str], *, on_file: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of each named file below `directory`; `on_file` is called before each."""
+    described = {}
+    for name in sorted(names):
+        on_file()
+        described[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+    return described
 
 
 def all_files(directory: Path) -> list[str]:
@@ -241,10 +299,20 @@ def read_manifest(directory: Path, kind: str) -> Manifest | None:
     return manifest
 
 
-def verify_files(directory: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs."""
-    remedy = _REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
+def verify_files(
+    directory: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    on_file: Callable[[], None] = lambda: None,
+) -> None:
+    """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs.
+
+    `on_file` is called before each file.
+    """
+    remedy = REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
     for name in sorted(manifest.files) if names is None else names:
+        on_file()
         path, promised = directory / name, manifest.files[name]
         if not path.is_file():
             raise IntegrityError("file is missing", remedy, path=path)
@@ -283,4 +351,65 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0) -> Iterator[No
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()
+        yield
+
+
+def try_place(folder: Path) -> list[str]:
+    """Write, fsync, lock, rename and remove in a temporary folder below `folder`; returns what does not work there.
+
+    The directory that is tried is the nearest one that exists; nothing is left behind. Raises EnvironmentFault when
+    nothing can be written at all. What can hang here is the file system: the caller limits the time.
+    """
+    ground = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    faults = []
+    with disk_errors(ground):
+        place = Path(tempfile.mkdtemp(prefix=".pst-try-", dir=ground))
+        try:
+            write_text(place / "old", "old")
+            write_text(place / "new", "x" * _CHUNK)
+            # As every artefact is published: over an older one, and whole directories too.
+            os.replace(place / "new", place / "old")
+            if (place / "new").exists() or (place / "old").stat().st_size != _CHUNK:
+                faults.append("a rename does not replace the older file")
+            skew = (place / "old").stat().st_mtime - time.time()
+            if abs(skew) > _CLOCK_SECONDS:
+                faults.append(f"its clock and this machine's differ by {abs(skew):.0f} s")
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context((place / "lock").open("a+")) for _ in range(2)]
+                try:
+                    fcntl.flock(streams[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    faults.append(f"files cannot be locked ({error.strerror})")
+                else:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(streams[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        faults.append("a lock does not keep a second process out")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    return faults
+
+
+def lock_holder(directory: Path) -> str | None:
+    """Who holds `directory/.lock`, as `directory_lock` wrote it there; None when nobody does. Changes nothing."""
+    try:
+        stream = (directory / ".lock").open("r")
+    except OSError:
+        return None
+    with stream:
+        try:
+            # Shared, and for an instant only; a lock that is held is exclusive and refuses it.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "another process"
+    return None
+
+
+@contextlib.contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for this process, waiting for it; the kernel's, as `directory_lock` is."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
         yield

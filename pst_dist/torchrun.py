@@ -7,6 +7,7 @@ launcher's business, and what they do is `pst_dist.train`'s.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN and "--signals-to-handle" in parser.format_help():
         words = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words]
     options = parser.parse_args(words)
+    if options.max_restarts:
+        # Else ranks that are started again find the dead ones' addresses in the store that they share with torchrun,
+        # and wait for them (pytorch#135712).
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(options)
     except ChildFailedError as error:

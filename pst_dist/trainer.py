@@ -32,34 +32,34 @@ from pst_dist.checkpoint import (
 )
 from pst_dist.config import Config, TrainConfig
 from pst_dist.data import Collator, OrderPlan, step_batches
-from pst_dist.distributed import Ranks, device_of, from_main, main_first_errors, process_group
+from pst_dist.deepspeed_json import deepspeed_settings
+from pst_dist.distributed import (
+    Ranks,
+    check_same_software,
+    device_of,
+    from_main,
+    main_first_errors,
+    process_group,
+    together,
+)
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
 from pst_dist.errors import DataError, DivergedError, InputError, IntegrityError, PreemptedError
 from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.loss import TERMS, TermWeights
 from pst_dist.metrics import MetricsLog, StepRecord
-from pst_dist.rundir import RunDir, run_dir
+from pst_dist.rundir import RunDir, fetch_data, run_dir
 from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, stop_requests
-from pst_dist.storage import digest_of, directory_lock, read_json, write_json
+from pst_dist.storage import directory_lock, read_json, write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
+from pst_dist.training_settings import settings_digest, training_settings
 from pst_dist.validation import ValidationScore, Validator, is_better
+from pst_dist.watch import alive, at, watched
 
 log = logging.getLogger(__name__)
-# Settings that change what is printed, where or how fast, but no weight.
-_COSMETIC = {
-    "logging_steps",
-    "report_to",
-    "num_threads",
-    "dataloader_num_workers",
-    "save_total_limit",
-    "deepspeed",
-    "backend",
-    "ray",
-}
 
 
 def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:
@@ -80,17 +80,6 @@ def global_batch_size(train: TrainConfig, world_size: int) -> int:
     if train.global_batch_size is not None:
         return train.global_batch_size
     return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * world_size
-
-
-def training_fingerprint(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> str:
-    """Digest of everything that shapes the weights; equal fingerprints resume one another."""
-    settings = config.model_dump(include={"arm", "task", "seed", "layout", "student", "loss"})
-    train = {key: value for key, value in config.train.model_dump().items() if key not in _COSMETIC}
-    for key in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        train.pop(key)
-    return digest_of(
-        {"settings": settings, "train": train, "batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
-    )
 
 
 @dataclass(frozen=True)
@@ -130,9 +119,8 @@ def complete_training(config: Config, world_size: int) -> TrainingResult | None:
     shards = ShardSet.open(run.shards)
     teacher = open_teacher(config, run, shards)
     batch = global_batch_size(config.train, world_size)
-    return finished_training(
-        run, training_fingerprint(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
-    )
+    settings = training_settings(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
+    return finished_training(run, settings_digest(settings))
 
 
 @dataclass(frozen=True)
@@ -169,16 +157,30 @@ def train(
     quiet_libraries()
     ranks = Ranks.from_environment()
     run = run_dir(config)
+    fetch_data(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
+    if config.train.deepspeed is not None:
+        deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
     lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
-    with process_group(ranks, with_deepspeed=config.train.deepspeed is not None), contextlib.ExitStack() as stack:
+    patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
+    with (
+        process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience),
+        contextlib.nullcontext(stop) if stop is not None else stop_requests() as told,
+        watched(ranks, patience),
+        contextlib.ExitStack() as stack,
+    ):
+        at("loading")
+        check_same_software()
+        with together(ranks):  # a node may not see them; a refusal before the lock leaves nothing behind
+            ShardSet.open(run.shards, verify=False)
         with main_first_errors(ranks):
             stack.enter_context(lock)
             if rebuild and ranks.is_main:
                 _forget(run)
-        stop = stop or stack.enter_context(stop_requests())
-        return _Training(config, run, ranks, stop, observer).run_all()
+        with together(ranks):
+            training = _Training(config, run, ranks, told, observer)
+        return training.run_all()
 
 
 def _forget(run: RunDir) -> None:
@@ -219,9 +221,10 @@ class _Training:
             raise InputError("there are no training rows in these shards", "give data.train", path=run.shards)
         self.teacher = open_teacher(config, run, shards)
         batch = global_batch_size(config.train, ranks.world_size)
-        self.fingerprint = training_fingerprint(
+        self.settings = training_settings(
             config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch
         )
+        self.fingerprint = settings_digest(self.settings)
         self.plan = OrderPlan(len(samples), batch, config.seed)
         self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
         self.weights = TermWeights.of(config.loss, config.arm)
@@ -248,8 +251,10 @@ class _Training:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
         engine = build_engine(self.student, self.config.train, self.ranks)
+        at("resuming")
         state = self._resume(engine)
         if state.step == 0:
+            at("checking rows")
             self._check_rows()
         log.info(
             "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
@@ -289,6 +294,7 @@ class _Training:
         failure: DataError | None = None
         try:
             for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
+                alive()
                 self.layout.sequences(self.samples[index])
         except DataError as error:
             failure = error
@@ -303,17 +309,18 @@ class _Training:
 
         That is the checkpoint of its own step, or one before it: training on from there meets the same best step.
         """
-        root, fresh = self.run.checkpoints, RunState(self.fingerprint, engine.name, self.ranks.world_size)
+        fresh = RunState(self.fingerprint, engine.name, self.ranks.world_size, settings=self.settings)
+        root, accept = self.run.checkpoints, self.config.train.accept_changes
         newest = newest_valid(root, self.ranks)
         best_step = newest[1].best_step if newest else None
         intact = from_main(is_intact_student(self.run.best) if self.ranks.is_main else None)
         if best_step is None or intact:
-            return resume(engine, root, fresh)
+            return resume(engine, root, fresh, accept_changes=accept)
         log.warning("the best student, of step %d, is not there: making it again", best_step)
-        state = resume(engine, root, fresh, at_most=best_step)
+        state = resume(engine, root, fresh, at_most=best_step, accept_changes=accept)
         if state.step == best_step:
             self._keep_student(engine, state, self.validator.score(engine, self.weights))
-            return resume(engine, root, fresh)
+            return resume(engine, root, fresh, accept_changes=accept)
         return state
 
     def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
@@ -321,9 +328,11 @@ class _Training:
         every_eval = train.eval_steps or self.plan.steps_per_epoch
         every_save = train.save_steps or every_eval
         saved, loss = state.step, math.nan
+        at("data", state.step + 1)
         for batches in self._batches(state.step):
             started = time.monotonic()
             step = state.step
+            at("counting", step + 1)
             totals = self._totals(batches)
             if totals.told:
                 if saved < state.step:
@@ -345,6 +354,7 @@ class _Training:
             if state.step % every_save == 0 or last:
                 self._save(engine, state, loss)
                 saved = state.step
+            at("data", state.step + 1)
         return state
 
     def _save(self, engine: Engine, state: RunState, loss: float) -> None:
@@ -395,7 +405,9 @@ class _Training:
         cosine = torch.zeros((), dtype=torch.float64, device=self.device)
         device_scales = scales.float().to(self.device)
         for index, batch in enumerate(batches):
+            at("forward", step + 1)
             output = engine.forward(batch.to(self.device), device_scales)
+            at("backward", step + 1)
             engine.backward(output.loss, last=index == len(batches) - 1)
             sums += output.sums.double()
             cosine += output.cosine.double()
@@ -406,9 +418,10 @@ class _Training:
             bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
             raise DivergedError(
                 f"step {step + 1}: the {' and '.join(bad)} loss is not finite; no weight was moved",
-                "run again with a lower train.learning_rate (the last checkpoint is intact)",
+                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
             )
         rate = learning_rate_at(step, self.total, self.config.train)
+        at("optimizer", step + 1)
         norm = engine.step(rate)
         return StepRecord.of(
             step=step + 1,
@@ -424,11 +437,12 @@ class _Training:
 
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows, and keep the student when it is the best so far."""
+        at("validation", state.step)
         value = self.validator.score(engine, self.weights)
         if value.loss is not None and not math.isfinite(value.loss):
             raise DivergedError(
                 f"step {state.step}: the loss on the validation rows is {value.loss}; this student is not kept",
-                "run again with a lower train.learning_rate (the last checkpoint is intact)",
+                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
             )
         metrics.validation(state.step, value)
         metric = self.config.train.metric_for_best_model
@@ -441,6 +455,7 @@ class _Training:
 
     def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
         """Write the student as it is now, as the best one; collective."""
+        at("keeping the student", state.step)
         weights = engine.full_weights()
         with main_first_errors(self.ranks):
             if self.ranks.is_main:

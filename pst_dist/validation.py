@@ -21,6 +21,7 @@ from pst_dist.layout import Sequence as TokenSequence
 from pst_dist.loss import TermWeights
 from pst_dist.schema import ReasoningSample
 from pst_dist.tasks import get_task
+from pst_dist.watch import alive
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Validator:
                 # InfoNCE's candidates when scoring are the pass's own rows.
                 keys = [(sequence.sample_id, sequence.rationale) for sequence in sequences]
                 batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
+                alive()
                 output = engine.forward(batch.to(engine.device), unscaled)
                 totals += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
         totals = sums_over_ranks(totals)
@@ -123,6 +125,7 @@ class Validator:
             [sample.question for sample in mine],
             batch_size=self.config.evaluate.batch_size,
             max_new_tokens=self.config.evaluate.max_new_tokens,
+            on_batch=lambda _: alive(),
         )
         right = sum(
             task.is_correct(predict(task, self.layout.format, answer), sample.answer)

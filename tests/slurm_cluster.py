@@ -15,30 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hosts import boxed, on_host
+from waiting import wait_until
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv")
-_HOSTS = r"""
-set -eu
-ip link set lo up
-mount -t tmpfs tmpfs /run && mkdir /run/netns
-ip link add br0 type bridge && ip addr add 10.77.0.1/24 dev br0 && ip link set br0 up
-hosts=$(mktemp) && trap 'rm -f "$hosts"' EXIT
-printf '127.0.0.1 localhost\n10.77.0.1 %s\n' "$(hostname -s)" >"$hosts"
-for i in 1 2; do
-  printf '10.77.0.1%s n%s\n' "$i" "$i" >>"$hosts"
-  ip netns add "n$i" && ip link add "v$i" type veth peer name eth0 netns "n$i" && ip link set "v$i" master br0 up
-  ip -n "n$i" link set lo up && ip -n "n$i" addr add "10.77.0.1$i/24" dev eth0 && ip -n "n$i" link set eth0 up
-  ip -n "n$i" route add default via 10.77.0.1
-done
-mount --bind "$hosts" /etc/hosts
-"$@"
-"""
-"""Makes n1 = 10.77.0.11 and n2 = 10.77.0.12, joined by a bridge, in the namespaces that it runs in."""
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}({address})
@@ -72,15 +57,6 @@ PartitionName=small Nodes=n1 MaxTime=INFINITE State=UP
 """
 
 
-def wait_until(true: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Look ten times a second; fails the test, naming `what`, when it does not come true in time."""
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            pytest.fail(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.1)
-
-
 @dataclass
 class SlurmCluster:
     """What the tests need of it; commands see it through SLURM_CONF."""
@@ -88,7 +64,7 @@ class SlurmCluster:
     folder: Path
     nodes: int
     hosts: bool = False
-    """Whether each node is a host of its own (see _HOSTS) rather than a port of this one."""
+    """Whether each node is a host of its own (see `hosts`) rather than a port of this one."""
     daemons: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -134,12 +110,8 @@ class SlurmCluster:
         self._daemon("munged", [*as_munge, "munged", "-F", "-S", f"{folder}/socket/munge.sock", *munge])
         self._daemon("slurmctld", ["slurmctld", "-D"])
         for name in names:
-            enter = []
-            if self.hosts:
-                # bash is the host's first process: it reaps what the daemons of Ray leave behind.
-                enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "-u", "-p", "-m", "--fork", "--mount-proc"]
-                enter += ["--kill-child", "bash", "-c", 'hostname "$0"; "$@" & wait $!', name]
-            self._daemon(f"slurmd-{name}", [*enter, "slurmd", "-D", "-N", name])
+            command = ["slurmd", "-D", "-N", name]
+            self._daemon(f"slurmd-{name}", on_host(name, *command) if self.hosts else command)
         end = time.monotonic() + 30
         while self.ask("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != str(self.nodes):
             if time.monotonic() > end or any(daemon.poll() is not None for daemon in self.daemons):
@@ -239,19 +211,10 @@ def slurm_cluster(nodes: int) -> Iterator[SlurmCluster]:
 
 def run_on_hosts(folder: Path, *commands: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     """Run command lines one after the other on a Slurm of two hosts; says `exit code N` after each."""
-    boxed = ["unshare", "-n", "-m", "-p", "--fork", "--mount-proc", "--kill-child", "bash", "-c", _HOSTS, "bash"]
     words = [word for command in commands for word in [*command, ";"]]
     return subprocess.run(
-        [*boxed, sys.executable, __file__, str(folder), *words], capture_output=True, text=True, timeout=timeout
+        boxed(sys.executable, __file__, str(folder), *words), capture_output=True, text=True, timeout=timeout
     )
-
-
-def hosts_can_be_made() -> bool:
-    """Whether this user may make network namespaces here."""
-    if os.geteuid() != 0 or any(shutil.which(program) is None for program in ("unshare", "nsenter", "ip")):
-        return False
-    boxed = ["unshare", "-n", "-m", "-p", "--fork", "--mount-proc", "--kill-child", "bash", "-c", _HOSTS, "bash"]
-    return subprocess.run([*boxed, "true"], capture_output=True, timeout=30).returncode == 0
 
 
 def main() -> int:

@@ -47,7 +47,7 @@ def test_the_best_checkpoint_is_kept_besides(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_named_and_its_elder_used(tmp_path, damage, caplog):
     saved(engine_of(), tmp_path, 1, 2)
-    target = checkpoint_path(tmp_path, 2) / ("manifest.json" if damage == "manifest" else "state.pt")
+    target = checkpoint_path(tmp_path, 2) / ("manifest.json" if damage == "manifest" else "state-00000.safetensors")
     data = bytearray(target.read_bytes())
     if damage == "remove":
         target.unlink()
@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_named_and_its_elder_used(tmp_path, damage, capl
 
 def test_if_no_checkpoint_is_valid_training_does_not_start_from_zero(tmp_path):
     saved(engine_of(), tmp_path, 1)
-    (checkpoint_path(tmp_path, 1) / "state.pt").unlink()
+    (checkpoint_path(tmp_path, 1) / "state-00000.safetensors").unlink()
     with pytest.raises(IntegrityError, match="none of the 1 checkpoints here is intact"):
         resume(engine_of(), tmp_path, STATE)
 
@@ -73,14 +73,21 @@ def test_no_checkpoints_at_all_means_a_fresh_start(tmp_path):
     assert resume(engine_of(), tmp_path / "none", STATE) == STATE
 
 
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        (RunState("other", "single", 1), "trained with other settings"),
-        (RunState("f", "zero2", 2), r"made by 1 rank\(s\) of engine single"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, state, message):
-    saved(engine_of(), tmp_path, 1)
-    with pytest.raises(StaleError, match=message):
-        resume(engine_of(), tmp_path, state)
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
+    mine = RunState("f", "single", 1, step=1, settings={"seed": 1, "train.learning_rate": 0.1, "arm": "pst"})
+    save_checkpoint(engine_of(), tmp_path, mine, keep=2)
+    other = {"seed": 2, "train.learning_rate": 0.2, "arm": "pst"}
+    for accept in (False, True):
+        with pytest.raises(StaleError, match=r"checkpoint-1: trained with seed=1, this run has seed=2; choose another"):
+            resume(engine_of(), tmp_path, RunState("o", "single", 1, settings=other), accept_changes=accept)
+
+
+def test_what_may_change_on_the_way_is_taken_when_the_user_says_so(tmp_path, caplog):
+    settings = {"seed": 1, "train.learning_rate": 0.1}
+    save_checkpoint(engine_of(), tmp_path, RunState("f", "single", 1, step=3, settings=settings), keep=2)
+    wanted = RunState("o", "single", 1, settings=settings | {"train.learning_rate": 0.2})
+    with pytest.raises(StaleError, match=r"learning_rate=0\.1, this run has .*=0\.2; set it back, or .*accept_changes"):
+        resume(engine_of(), tmp_path, wanted)
+    state = resume(engine_of(), tmp_path, wanted, accept_changes=True)
+    assert (state.step, state.fingerprint, state.settings) == (3, "o", wanted.settings)
+    assert "train.learning_rate 0.1 -> 0.2" in caplog.text

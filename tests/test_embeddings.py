@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save
 from pst_dist import encoder as encoder_module
 from pst_dist.config import EmbedConfig
 from pst_dist.embedding_format import read_vectors, write_vectors
-from pst_dist.embeddings import EmbeddingStore, TextEncoder, embed_all, embed_shard
+from pst_dist.embeddings import EmbeddingStore, TextEncoder, embed_all, embed_shard, fixed_point_sums
 from pst_dist.encoder import locate_encoder, plan_batches
 from pst_dist.errors import DataError, EnvironmentFault, InputError, IntegrityError, StaleError
 from pst_dist.schema import ReasoningSample
@@ -240,10 +241,12 @@ def test_a_shards_file_holds_a_unit_vector_for_each_rationale(finished, encoder)
 def test_the_same_shard_gives_the_same_bytes_and_is_not_encoded_twice(finished, encoder, tmp_path, monkeypatch):
     shards, directory = finished
     shard = shards.shards("train")[0]
-    assert embed_shard(encoder, shards.directory, shard, tmp_path / "a.safetensors") == 3
+    assert embed_shard(encoder, shards.directory, shard, tmp_path / "a.safetensors").encoded
     assert sha256_file(tmp_path / "a.safetensors") == sha256_file(directory / "train-000000.safetensors")
     monkeypatch.setattr(encoder, "encode", None)  # calling it would fail
-    assert embed_shard(encoder, shards.directory, shard, tmp_path / "a.safetensors") == 3
+    found = embed_shard(encoder, shards.directory, shard, tmp_path / "a.safetensors")
+    assert (found.rows, found.encoded, found.sha256) == (3, False, sha256_file(tmp_path / "a.safetensors"))
+    assert np.allclose(found.sums / 2.0**36, read_vectors(tmp_path / "a.safetensors").vectors.sum(axis=0), atol=1e-6)
 
 
 class BrokenEncoder(TextEncoder):
@@ -289,6 +292,19 @@ def test_a_shard_that_is_not_the_promised_one_is_not_encoded(copied, encoder, tm
     path.write_bytes(path.read_bytes().replace(b"Take 1", b"Take 2"))
     with pytest.raises(IntegrityError, match="not the one the manifest names"):
         embed_shard(encoder, shards.directory, shard, tmp_path / "a.safetensors")
+
+
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(0, 40))
+def test_sums_are_exact_in_any_grouping_and_close_to_the_true_ones(seed, rows):
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(rows, 5)).astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    cut, order = int(rng.integers(0, rows + 1)), rng.permutation(rows)
+    whole, parts = fixed_point_sums(vectors), [vectors[order][:cut], vectors[order][cut:]]
+    assert np.array_equal(whole, fixed_point_sums(parts[0]) + fixed_point_sums(parts[1]))
+    exact = [sum(Fraction(float(x)) for x in column) for column in vectors.T]
+    for ours, true in zip(whole, exact, strict=True):
+        assert abs(Fraction(int(ours), 2**36) - true) <= Fraction(rows, 2**37)
 
 
 # --- all shards ---

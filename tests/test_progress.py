@@ -78,6 +78,15 @@ def test_restarting_leaves_what_an_earlier_run_did_out_of_the_speed():
     assert (bar.done, bar.rate, bar.seconds_left) == (1020, 2, 40)
 
 
+def test_what_is_skipped_counts_as_done_and_not_as_speed():
+    clock = Clock()
+    bar = Progress("embed", 1000, "texts", clock=clock)
+    clock.now += 10
+    bar.skip(500)
+    bar.advance(100)
+    assert (bar.done, bar.rate, bar.seconds_left) == (600, 10, 40)
+
+
 def test_in_a_log_there_is_one_line_at_the_end_even_after_an_error(caplog):
     caplog.set_level(logging.INFO, "pst_dist.progress")
     with pytest.raises(RuntimeError), progress("embed", 5, "texts") as bar:

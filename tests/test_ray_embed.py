@@ -1,27 +1,32 @@
-"""What Ray promises: the bytes of the local backend, whole after an actor's death, nothing left behind.
+"""What Ray promises: the local backend's bytes through the death of actor, node and driver, and nothing left behind.
 
-One cluster serves the whole file: a first process starts it through `ray_cluster` and takes it down, a second one joins
-it by address and embeds on it while an actor is killed.
+Two clusters serve the whole file. The first is started through `ray_cluster` by one process, and a second one joins it
+by address and embeds on it while an actor is killed. The other one has nodes that can be killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import pst_dist
 from pst_dist import ray_jobs
 from pst_dist.config import EmbedConfig, RayConfig
-from pst_dist.embeddings import embed_all
-from pst_dist.errors import EnvironmentFault, PeerLostError
+from pst_dist.embedding_files import FolderFiles
+from pst_dist.embeddings import EmbeddedShard, embed_all
+from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError
 from pst_dist.progress import Progress
 from pst_dist.ray_jobs import _number_of_actors
 from pst_dist.schema import ReasoningSample
@@ -34,7 +39,9 @@ OWNER = """
 import os, sys
 from pathlib import Path
 from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embedding_files import FolderFiles
 from pst_dist.errors import PstError
+from pst_dist.progress import Progress
 from pst_dist.ray_cluster import ray_cluster
 from pst_dist.ray_jobs import embed_with_ray
 from pst_dist.shards import ShardSet
@@ -47,9 +54,9 @@ if __name__ == "__main__":
         print(ray.get_runtime_context().gcs_address, folder, token, oct(os.stat(token).st_mode), flush=True)
         sys.stdin.readline()
         shards = ShardSet.open(base / "shards")
-        absent = EmbedConfig(encoder="/not/on/this/node", backend="ray")
+        absent, bar = EmbedConfig(encoder="/not/on/this/node", backend="ray"), Progress("embed", 3, "texts")
         try:
-            embed_with_ray(absent, shards, base / "no", shards.shards())
+            embed_with_ray(absent, {}, FolderFiles(base / "shards", base / "no"), shards.shards(), print, bar)
         except PstError as error:
             print(type(error).__name__, error, flush=True)
     print(ray.is_initialized(), Path(folder).exists(), flush=True)
@@ -71,6 +78,53 @@ if __name__ == "__main__":
     embed_all(config, ShardSet.open(base / "shards"), base / "ray")
 """
 
+NODES = """
+import os, sys
+from pst_dist.ray_cluster import secure_local_cluster
+
+if __name__ == "__main__":
+    secure_local_cluster()
+    from ray.cluster_utils import Cluster
+    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False, "include_log_monitor": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **small)
+    print(cluster.address, os.environ["RAY_AUTH_TOKEN_PATH"], flush=True)
+    sys.stdin.readline()
+    cluster.shutdown()
+"""
+
+DRIVER = """
+import logging, os, sys, time
+from pathlib import Path
+from pst_dist import ray_jobs
+from pst_dist.config import EmbedConfig, RayConfig
+from pst_dist.embeddings import embed_all
+from pst_dist.shards import ShardSet
+
+BASE, DIARY = Path(sys.argv[1]), Path(sys.argv[1]) / sys.argv[2]
+
+class Diarist(ray_jobs.EncoderActor):
+    def note(self, word, shard):
+        with DIARY.open("a") as stream:
+            stream.write(f"{word} {shard.name} {os.getpid()}\\n")
+
+    def embed(self, shard):
+        self.note("begin", shard)
+        time.sleep(0.5)
+        result = super().embed(shard)
+        self.note("encoded" if result.encoded else "current", shard)
+        return result
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    address, token = sys.stdin.readline().split()
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
+    ray_jobs.EncoderActor = Diarist
+    config = EmbedConfig(backend="ray", ray=RayConfig(address=address))
+    embed_all(config, ShardSet.open(BASE / "shards"), BASE / "nodes")
+"""
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
@@ -83,6 +137,15 @@ def shards(tmp_path_factory) -> ShardSet:
     ]
     write_shards({"train": train[:42], "test": train[42:]}, directory, samples_per_shard=3, fingerprint="f", extra={})
     return ShardSet.open(directory)
+
+
+@pytest.fixture(scope="module")
+def local(shards) -> dict[str, str]:
+    """Digests of what one process makes of these shards."""
+    embed_all(EmbedConfig(device="cpu"), shards, shards.directory.parent / "local")
+    found = digests(shards.directory.parent / "local")
+    assert len(found) == 16 + 2  # a file a shard, the mean, the manifest
+    return found
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -105,7 +168,7 @@ def our_processes(mark: str) -> dict[int, str]:
 
 def kill_an_encoder(mark: str, embeddings: Path, guest: subprocess.Popen) -> int:
     """SIGKILL one actor that is at work on a shard, once some but not all files are there; its process id."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and guest.poll() is None:
         files = len(list(embeddings.glob("*.safetensors")))
         busy = [pid for pid, title in our_processes(mark).items() if title == "ray::EncoderActor.embed"]
@@ -122,14 +185,16 @@ def start(shards, tmp_path):
     """Start a script as a process with a home and a mark of its own; ends those still running after the test."""
     (tmp_path / "home").mkdir()
     started: list[subprocess.Popen] = []
+    # The nodes' sockets lie there, whose paths must be short; and no cluster of the user's is to hear of ours.
+    ray_folder = tempfile.mkdtemp(prefix="pst-test-", dir="/tmp")
 
-    def start(name: str, script: str, mark: str) -> subprocess.Popen:
+    def start(name: str, script: str, mark: str, *arguments: str) -> subprocess.Popen:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {"HOME": str(tmp_path / "home"), "PST_TEST_MARK": mark}
-        environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": ray_folder}
         (tmp_path / f"{name}.py").write_text(script)
         with (tmp_path / f"{name}.log").open("w") as log:
-            command = [sys.executable, tmp_path / f"{name}.py", shards.directory.parent]
+            command = [sys.executable, tmp_path / f"{name}.py", shards.directory.parent, *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
             started.append(subprocess.Popen(command, env=environment, **pipes))
         return started[-1]
@@ -139,12 +204,14 @@ def start(shards, tmp_path):
         if process.poll() is None:
             process.terminate()
             process.wait()
+    shutil.rmtree(ray_folder, ignore_errors=True)
 
 
 @pytest.mark.ray
 @pytest.mark.encoder
 @pytest.mark.slow
-def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(shards, tmp_path, start):
+@pytest.mark.timeout(1200)  # its own limits end it, on a busy machine too
+def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(shards, local, tmp_path, start):
     base, mark = shards.directory.parent, uuid.uuid4().hex
     owner, guest = start("owner", OWNER, mark), start("guest", GUEST, mark)
     line = owner.stdout.readline()
@@ -154,17 +221,15 @@ def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(sh
     guest.stdin.write(f"{address} {token}\n")
     guest.stdin.flush()
     victim = kill_an_encoder(mark, base / "ray", guest)
-    guest.communicate(timeout=180)
+    guest.communicate(timeout=300)
     assert guest.returncode == 0, (tmp_path / "guest.log").read_text()[-3000:]
 
-    embed_all(EmbedConfig(device="cpu"), shards, base / "local")
-    local = digests(base / "local")
-    assert len(local) == 16 + 2  # a file a shard, the mean, the manifest
     assert digests(base / "ray") == local, f"other bytes after actor {victim} was killed"
 
     output, _ = owner.communicate("go on\n", timeout=120)
     refused, ended = output.splitlines()
     assert refused == "InputError error[INPUT] /not/on/this/node: no such encoder folder; see embed.encoder"
+    assert list((base / "no").iterdir()) == []
     assert ended == "False False"  # disconnected, its folder gone
     assert not (tmp_path / "home" / ".ray").exists() and not Path(token).exists(), "a token was left behind"
     deadline = time.monotonic() + 20
@@ -173,13 +238,101 @@ def test_ray_gives_the_local_bytes_through_an_actors_death_and_leaves_nothing(sh
     assert our_processes(mark) == {}
 
 
+def written(directory: Path) -> dict[str, tuple[int, int]]:
+    """What changes when a file is written again, even with the same bytes."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in directory.glob("*.safetensors")}
+
+
+def wait_until(true, what: str, process: subprocess.Popen | None = None, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        assert process is None or process.poll() is None, f"it ended before: {what}"
+        time.sleep(0.02)
+
+
+def diary(path: Path) -> dict[str, list[str]]:
+    """Word -> names of shards, in the order in which the actors wrote them down."""
+    entries: dict[str, list[str]] = {"begin": [], "encoded": [], "current": []}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        word, name, _ = line.split()
+        entries[word].append(name)
+    return entries
+
+
+def encoders(mark: str) -> list[int]:
+    """Process ids of the live actors."""
+    return [pid for pid, title in our_processes(mark).items() if title.startswith("ray::Diarist")]
+
+
+def cut_the_power(actor: int) -> None:
+    """SIGKILL the node of an actor: its raylet, and then all that the raylet had started."""
+    raylet = parent(actor)
+    assert Path(f"/proc/{raylet}/cmdline").read_bytes().split(b"\0")[0].endswith(b"/raylet")
+    everything = [raylet, *(int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and parent(e) == raylet)]
+    for pid in everything:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def parent(process: int | Path) -> int:
+    try:
+        return int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return -1
+
+
+@pytest.mark.ray
+@pytest.mark.encoder
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # its own limits end it, on a busy machine too
+def test_the_death_of_driver_and_node_loses_nothing_and_repeats_little(shards, local, tmp_path, start):
+    base, mark = shards.directory.parent, uuid.uuid4().hex
+    made, log = base / "nodes", tmp_path / "second.log"
+    nodes = start("nodes", NODES, mark)
+    line = nodes.stdout.readline()
+    assert line, (tmp_path / "nodes.log").read_text()[-3000:]
+
+    def embed(name: str) -> subprocess.Popen:
+        driver = start(name, DRIVER, mark + name, f"{name}.diary")
+        driver.stdin.write(line)
+        driver.stdin.flush()
+        return driver
+
+    first = embed("first")
+    wait_until(lambda: len(list(made.glob("*.safetensors"))) >= 3, "three files", first)
+    first.kill()
+    first.wait()
+    wait_until(lambda: not encoders(mark), "the actors of a dead driver end")
+    finished, begun = written(made), diary(base / "first.diary")["begin"]
+    assert 3 <= len(finished) < 10 and not (made / "manifest.json").exists()
+    assert len(begun) - len(finished) <= 2  # one at work on each actor
+
+    second = embed("second")
+    wait_until(lambda: len(written(made)) >= len(finished) + 2, "two files more", second)
+    cut_the_power(encoders(mark)[0])
+    second.communicate(timeout=300)
+    assert second.returncode == 0, log.read_text()[-3000:]
+    assert digests(made) == local
+    assert {name: written(made)[name] for name in finished} == finished
+    entries = diary(base / "second.diary")
+    assert {name.replace(".tar", ".safetensors") for name in entries["current"]} >= finished.keys()
+    assert len(entries["begin"]) - 16 <= 2, "a lost actor holds two shards at most"
+    assert "an encoder actor was lost at" in log.read_text()
+    assert not [path for path in made.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+
+    nodes.communicate("end\n", timeout=120)
+    wait_until(lambda: not our_processes(mark), "the cluster ends", seconds=60)
+
+
 @pytest.mark.ray
 def test_a_cluster_that_does_not_answer_is_one_line_and_no_file(shards, tmp_path):
     config = EmbedConfig(device="cpu", backend="ray", ray=RayConfig(address="127.0.0.1:9"))
     from pst_dist.ray_jobs import embed_with_ray
 
     with pytest.raises(EnvironmentFault, match=r"no Ray cluster answers at 127\.0\.0\.1:9") as caught:
-        embed_with_ray(config, shards, tmp_path / "e", shards.shards())
+        bar = Progress("embed", 3, "texts")
+        embed_with_ray(config, {}, FolderFiles(shards.directory, tmp_path / "e"), shards.shards(), print, bar)
     assert "\n" not in str(caught.value) and not (tmp_path / "e").exists()
 
 
@@ -199,50 +352,94 @@ def test_there_are_as_many_actors_as_fit(config, resources, shards, expected):
 
 
 @pytest.mark.parametrize(("device", "gpus", "expected"), [(None, 0, "cpu"), (None, 0.5, None), ("cuda:1", 0, None)])
-def test_an_actor_without_a_gpu_of_its_own_encodes_on_the_cpu(monkeypatch, device, gpus, expected):
+def test_an_actor_without_a_gpu_of_its_own_encodes_on_the_cpu(monkeypatch, tmp_path, device, gpus, expected):
     asked = []
-    monkeypatch.setattr(ray_jobs, "TextEncoder", lambda config, device: asked.append(device))
+    encoder = SimpleNamespace(identity={"encoder": "e"})
+    monkeypatch.setattr(ray_jobs, "TextEncoder", lambda config, device: asked.append(device) or encoder)
+    (tmp_path / ".driver").write_text("me")
     config = EmbedConfig(device=device, backend="ray", ray=RayConfig(num_gpus_per_actor=gpus))
-    ray_jobs.EncoderActor(config, "shards", "embeddings").ready()
+    ray_jobs.EncoderActor(config, encoder.identity, FolderFiles(Path("shards"), tmp_path), "me").ready()
     assert asked == [expected]
 
 
-class OneCluster:
-    """What `_share_out` asks of ray, for one actor: `finishes` says whether a wait yields, `outcome` what get gives."""
+def test_an_actor_with_another_encoder_or_another_disk_refuses_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_jobs, "TextEncoder", lambda config, device: SimpleNamespace(identity={"encoder": "mine"}))
+    config, folders = EmbedConfig(backend="ray"), FolderFiles(Path("shards"), tmp_path)
+    with pytest.raises(IntegrityError, match="differs: encoder 'mine', wanted 'yours'; every machine needs the same"):
+        ray_jobs.EncoderActor(config, {"encoder": "yours"}, folders, "me").ready()
+    for found in (None, "another driver"):
+        if found is not None:
+            (tmp_path / ".driver").write_text(found)
+        with pytest.raises(EnvironmentFault, match="does not see this folder as the driver does; put data_dir on"):
+            ray_jobs.EncoderActor(config, {"encoder": "mine"}, folders, "me").ready()
 
-    def __init__(self, exceptions, finishes, outcome) -> None:
-        self.exceptions, self.finishes, self.outcome = exceptions, finishes, outcome
+
+class OneActor:
+    """What a `Crew` asks of ray, with one actor: `finishes` says whether a wait yields, `outcomes` what get gives."""
+
+    def __init__(self, finishes, outcomes) -> None:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+        self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+        self.finishes, self.outcomes, self.hired = finishes, outcomes, 0
         self.ready = self.embed = self
+
+    def hire(self):
+        self.hired += 1
+        return self
 
     def remote(self, *_):
         return object()
 
-    def wait(self, futures, *, num_returns, timeout):
+    def wait(self, calls, *, num_returns, timeout):
         assert timeout is not None, "would hang for ever"
-        return (futures[:num_returns] if self.finishes.pop(0) else [], [])
+        return (calls[:num_returns] if not self.finishes or self.finishes.pop(0) else [], [])
 
-    def get(self, future):
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+    def get(self, call):
+        outcome = self.outcomes.pop(0)
+        if outcome == "lost":
+            raise self.exceptions.RayError("out of memory\nmore")
+        return outcome
+
+    def kill(self, actor):
+        pass
 
 
-@pytest.mark.ray
-def test_an_actor_that_ray_gives_up_for_want_of_memory_is_one_line(shards):
-    import ray.exceptions
+def one_done() -> EmbeddedShard:
+    return EmbeddedShard("f", 1, "s", 3, 0, np.zeros(2, np.int64), encoded=True)
 
-    cluster = OneCluster(ray.exceptions, [True], ray.exceptions.OutOfMemoryError("out of memory\nmore"))
-    with pytest.raises(PeerLostError, match=r"lost while loading the encoder.*out of memory\)"):
-        ray_jobs._share_out(cluster, [cluster], shards.shards()[:1], Progress("embed", 3, "texts"))
+
+def work(cluster: OneActor, shards: list, told: list) -> None:
+    crew = ray_jobs.Crew(cluster, cluster.hire, 1)
+    crew.work(shards, lambda shard, result: told.append(shard.name), Progress("embed", 3, "texts"))
+
+
+@pytest.mark.parametrize(
+    ("starts", "where", "most"), [(False, "while loading the encoder", 6), (True, "at test-000000.tar", 5)]
+)
+def test_an_actor_that_dies_again_and_again_is_one_line(shards, starts, where, most):
+    cluster = OneActor([], [None, "lost"] * most if starts else ["lost"] * most)
+    with pytest.raises(PeerLostError, match=rf"lost {where}, {most} times by now \(out of memory\)"):
+        work(cluster, shards.shards()[:1], [])
+    assert cluster.hired == most and not cluster.outcomes
+
+
+def test_what_a_lost_actor_held_is_done_by_another_and_told_once(shards):
+    told: list[str] = []
+    # Two shards are held when it dies; its successor is ready and does all three.
+    cluster = OneActor([], [None, one_done(), "lost", None, one_done(), one_done()])
+    work(cluster, shards.shards()[:3], told)
+    assert told == [shard.name for shard in shards.shards()[:3]] and cluster.hired == 2
 
 
 def test_a_silent_cluster_is_an_error_before_the_start_and_named_in_the_log_later(shards, caplog):
-    bar = Progress("embed", 3, "texts")
     with pytest.raises(EnvironmentFault, match="no encoder actor started within 300 s"):
-        cluster = OneCluster(None, [False], 0)
-        ray_jobs._share_out(cluster, [cluster], shards.shards()[:1], bar)
-    cluster = OneCluster(SimpleNamespace(RayTaskError=OSError, RayError=OSError), [True, False, True], 3)
-    ray_jobs._share_out(cluster, [cluster], shards.shards()[:1], bar)
+        work(OneActor([False], []), shards.shards()[:1], [])
+    work(OneActor([True, False, True], [None, one_done()]), shards.shards()[:1], [])
     (record,) = caplog.records
     assert shards.shards()[0].name in record.getMessage()
 

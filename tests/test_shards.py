@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -101,6 +102,10 @@ def test_the_keys_of_rationales_are_known_without_reading_samples(tmp_path):
     shards = make(tmp_path / "shards")
     keys = [key for info in shards.shards("train") for key in shards.rationale_keys(info)]
     assert keys == [(f"row-{i}", k) for i in range(10) for k in range(i % 3)]
+    counts = [shards.rationale_count(info) for info in shards.shards("train")]
+    assert counts == [0 + 1 + 2 + 0, 1 + 2 + 0 + 1, 2 + 0]
+    older = [dataclasses.replace(info, rationales=None) for info in shards.shards("train")]
+    assert [shards.rationale_count(info) for info in older] == counts
 
 
 def test_plain_webdataset_reads_the_shards(tmp_path):

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, hosts_can_be_made, run_on_hosts, slurm_cluster, slurm_folder, wait_until
+from hosts import hosts_can_be_made
+from slurm_cluster import SlurmCluster, run_on_hosts, slurm_cluster, slurm_folder
 from small_run import small_config
+from waiting import wait_until
 
 from pst_dist.cli import run_verb
 from pst_dist.config_io import dump_config, load_config

@@ -233,6 +233,41 @@ for generation in range(10**9):
     assert any(state is not None for state in states)
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_nobody_elses(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from pst_dist.storage import atomic_directory, atomic_path
+with atomic_directory(Path(sys.argv[1]) / "model") as one, atomic_path(Path(sys.argv[1]) / "note") as two:
+    (one / "weights").write_text("half")
+    two.write_text("half")
+    print("go", flush=True)
+    time.sleep(600)
+"""
+    writers = [run_python(code, tmp_path) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "go\n"
+        writers[0].kill()
+        writers[0].wait()
+        (tmp_path / ".note.mine.partial").write_text("a user's own file")
+        foreign = [tmp_path / f".note.{'0' * 16}{number}.partial" for number in ("0001", "0002")]
+        for path in foreign:
+            path.write_text("of another machine")
+        os.utime(foreign[0], (0, 0))
+        write_text(tmp_path / "note", "whole")
+        with atomic_directory(tmp_path / "model") as partial:
+            (partial / "weights").write_text("whole")
+        left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+        assert ".note.mine.partial" in left and foreign[1].name in left and foreign[0].name not in left
+        assert sum(name.startswith(".model.") for name in left) == 1, "the living writer's alone"
+        assert sum(name.startswith(".note.") for name in left) == 3
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+
+
 def test_a_library_that_meets_a_full_disk_is_one_line_too(tmp_path):
     # safetensors' words, as seen on a full tmpfs; it raises a kind of its own, not OSError.
     with pytest.raises(EnvironmentFault, match="No space left") as caught, atomic_directory(tmp_path / "out"):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from small_run import small_config
 
 from pst_dist.config import TrainConfig
+from pst_dist.deepspeed_json import deepspeed_settings
 from pst_dist.distributed import Ranks
-from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine, deepspeed_settings
+from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.layout import ARMS
 from pst_dist.pipeline import make_student
@@ -85,8 +86,15 @@ def test_a_finished_training_is_not_repeated(small_data, tmp_path):
 
 def test_other_settings_in_the_same_directory_are_refused(small_data, tmp_path):
     train(small_config(small_data, tmp_path))
-    with pytest.raises(StaleError, match="other settings"):
+    with pytest.raises(StaleError, match=r"trained with .*, this run has "):
         train(small_config(small_data, tmp_path, train__learning_rate="2e-2"))
+
+
+def test_a_finished_training_can_be_made_longer(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    longer = {"train__max_steps": 12, "train__accept_changes": True}
+    assert train(small_config(small_data, tmp_path, **longer)).steps == 12
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl") if "loss" in row] == list(range(1, 13))
 
 
 def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):
@@ -121,8 +129,8 @@ def test_a_diverging_run_stops_before_its_weights_are_spoilt(small_data, tmp_pat
         train(config)
     assert not (tmp_path / "train.json").exists()
     for checkpoint in (tmp_path / "checkpoints").glob("checkpoint-*"):
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
-        assert all(torch.isfinite(value).all() for value in state["student"].values())
+        state = load_file(checkpoint / "state-00000.safetensors")
+        assert state and all(torch.isfinite(value).all() for value in state.values())
 
 
 def test_a_loss_that_is_not_finite_is_caught_before_the_step(small_data, tmp_path, monkeypatch):
@@ -222,7 +230,32 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
         ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch"),
         ({"bf16": {"enabled": True}}, "'bf16' belongs to our config; remove it and set train.bf16"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
+        ({"gradient_clipping": 1.0}, "'gradient_clipping' belongs to our config; remove it and set train.max_grad"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is the text '2'; write 2"),
+        ({"prescale_gradients": "true"}, "prescale_gradients is the text 'true'; write true"),
+        ({"zero_optimization": 2}, "zero_optimization is 2"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: extra inputs"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
+            "zero_optimization.offload_param.pin: extra inputs",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            "offload_param.device: input should",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param at stage 2, where there is nothing to offload; take stage 3",
+        ),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer at stage 0"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device is nvme without a nvme_path",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; write {"),
+        ([2], "is no JSON object"),
     ],
 )
 def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, settings, message):
@@ -233,6 +266,26 @@ def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, set
     with pytest.raises(ConfigError) as caught:
         deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_auto_in_a_deepspeed_json_is_left_to_deepspeeds_defaults(tmp_path):
+    import json
+
+    path = tmp_path / "mine.json"
+    offload = {"device": "cpu", "pin_memory": False, "buffer_size": "auto"}
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_param": offload}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    settings = deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    wanted = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
+    assert settings["zero_optimization"] == wanted
+
+
+def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}')
+    with pytest.raises(ConfigError, match="offload_param at stage 2"):
+        train(small_config(small_data, tmp_path / "run", train__deepspeed=str(path)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_ranks_without_deepspeed_are_refused():

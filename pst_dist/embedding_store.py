@@ -1,0 +1,103 @@
+"""Finished embeddings, read: opened with their shards, joined by id and digest, refused when stale or damaged.
+
+How they are made is `embeddings`, the bytes of a file are `embedding_format`, what training does with a vector is
+`teacher_vectors`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst_dist.embedding_format import EMBED_AGAIN, STATISTICS, ShardVectors, read_tensor, read_vectors
+from pst_dist.encoder import encoder_name
+from pst_dist.errors import InputError, IntegrityError, StaleError
+from pst_dist.shards import ShardSet
+from pst_dist.storage import Manifest, read_manifest, verify_files
+
+# Shapes in this file: n rationales of a split, E encoder width
+
+
+class EmbeddingStore:
+    """Finished embeddings, opened for reading and joined to their shards by id."""
+
+    def __init__(self, manifest: Manifest, mean: np.ndarray, splits: dict[str, list[ShardVectors]]) -> None:
+        self.manifest, self.mean, self._splits = manifest, mean, splits
+        self.identity: dict[str, Any] = manifest.extra["encoder"]
+        self.dimension: int = self.identity["dimension"]
+        self._place = {
+            key: (vectors, row)
+            for files in splits.values()
+            for vectors in files
+            for row, key in enumerate(vectors.keys)
+        }
+
+    @classmethod
+    def open(
+        cls, directory: Path, shards: ShardSet, *, encoder: str | None = None, verify: bool = True
+    ) -> EmbeddingStore:
+        """Open the embeddings of exactly these shards, by `encoder` (an `embed.encoder` value) when one is given.
+
+        Raises InputError when there are none, StaleError when they are of other shards or by another encoder,
+        IntegrityError when they are damaged.
+        """
+        manifest = read_manifest(directory, "embeddings")
+        if manifest is None:
+            raise InputError("no finished embeddings here", f"{EMBED_AGAIN} first", path=directory)
+        try:
+            table = {row["shard"]: row for row in manifest.extra["table"]}
+            made_by, shards_digest = manifest.extra["encoder"]["encoder"], manifest.extra["shards_digest"]
+        except (KeyError, TypeError) as error:
+            raise IntegrityError("manifest lacks its table", EMBED_AGAIN, path=directory) from error
+        if encoder is not None and encoder_name(encoder) != made_by:
+            raise StaleError(
+                f"embeddings are by encoder {made_by!r}, the config wants {encoder_name(encoder)!r}",
+                f"{EMBED_AGAIN} --rebuild, or set embed.encoder={made_by}",
+                path=directory,
+            )
+        if shards_digest != shards.manifest.digest:
+            changed = [s.name for s in shards.shards() if table.get(s.name, {}).get("shard_sha256") != s.sha256]
+            which = f"{', '.join(changed[:5])} ({len(changed)} in all)" if changed else "other shards"
+            raise StaleError(f"embeddings are older than the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
+        if verify:
+            verify_files(directory, manifest)
+        splits: dict[str, list[ShardVectors]] = {split: [] for split in shards.manifest.extra["counts"]}
+        for shard in shards.shards():
+            path = directory / f"{shard.stem}.safetensors"
+            content = read_vectors(path, verify=verify)
+            if content.shard_sha256 != shard.sha256 or content.keys != shards.rationale_keys(shard):
+                raise StaleError(
+                    f"embeddings are not of the rationales of {shard.name}", f"{EMBED_AGAIN} again", path=path
+                )
+            if content.identity != manifest.extra["encoder"]:
+                raise IntegrityError(
+                    "is by another encoder than the manifest says", f"{EMBED_AGAIN} --rebuild", path=path
+                )
+            splits[shard.split].append(content)
+        mean = read_tensor(directory / STATISTICS, "mean", verify=verify)[1]
+        return cls(manifest, np.array(mean), splits)
+
+    def vector(self, sample_id: str, rationale: int = 0) -> np.ndarray:
+        """[E] float32, the unit vector of one rationale; raises IntegrityError when there is none."""
+        try:
+            vectors, row = self._place[(sample_id, rationale)]
+        except KeyError:
+            raise IntegrityError(f"no embedding for rationale {rationale} of {sample_id!r}", EMBED_AGAIN) from None
+        return np.array(vectors.vectors[row])
+
+    def centred(self, vectors: np.ndarray) -> np.ndarray:
+        """Unit vectors [..., E] float32 around the training mean; rows of zeros (no rationale) stay zeros."""
+        moved = np.where(np.any(vectors != 0, axis=-1, keepdims=True), vectors - self.mean, 0).astype(np.float64)
+        norms = np.linalg.norm(moved, axis=-1, keepdims=True)
+        return np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0).astype(np.float32)
+
+    def rows(self, split: str) -> tuple[list[tuple[str, int]], np.ndarray]:
+        """All (id, rationale index) of a split in shard order, and their vectors [n, E] float32."""
+        if split not in self._splits:
+            raise InputError(f"no split {split!r}", f"there are {', '.join(sorted(self._splits))}")
+        files = self._splits[split]
+        keys = [key for content in files for key in content.keys]
+        empty = np.empty((0, self.dimension), dtype=np.float32)
+        return keys, np.concatenate([empty, *(content.vectors for content in files)])

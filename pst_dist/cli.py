@@ -205,7 +205,12 @@ def _say_where(verb: str, words: Sequence[str]) -> list[str]:
 
 
 def _config_of(arguments: argparse.Namespace) -> Config:
-    return load_config(arguments.config, _say_where(arguments.verb, arguments.overrides))
+    config = load_config(arguments.config, _say_where(arguments.verb, arguments.overrides))
+    if arguments.verb in ("shard", "embed", "train", "run", "demo"):
+        from pst_dist.rundir import check_lasting
+
+        check_lasting(config)
+    return config
 
 
 def _arms_of(arguments: argparse.Namespace) -> list[Config]:

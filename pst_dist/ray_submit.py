@@ -20,6 +20,8 @@ from pst_dist.config import Config
 from pst_dist.config_io import load_config, locate_config, ready_made_configs
 from pst_dist.errors import ConfigError, EnvironmentFault, LockedError
 from pst_dist.ray_dashboard import connect, dashboard_address
+from pst_dist.remote import is_url
+from pst_dist.rundir import refuse_relative
 
 EXCLUDES = (
     ".git",
@@ -143,13 +145,7 @@ class RayJob:
 def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) -> RayJob:
     """The job for a config; raises ConfigError when that could not work inside a copy of the directory."""
     config = load_config(config_name, [*overrides, *_on_ray(request.verb)])
-    for key, folder in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
-        if folder is not None and not Path(folder).is_absolute():
-            raise ConfigError(
-                f"{key}={folder} is relative, and the job works in a copy of your directory that Ray removes at its "
-                "end",
-                f"give {key}=/… on a disk that all nodes share",
-            )
+    refuse_relative(config, "the job works")
     word = config_name
     if config_name not in ready_made_configs():
         path = locate_config(config_name).resolve()
@@ -158,7 +154,7 @@ def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) ->
         word = str(path.relative_to(request.folder))
     excludes = [*EXCLUDES, *request.exclude]
     for folder in (config.output_dir, config.data_dir):
-        if folder is not None and request.folder in Path(folder).parents:
+        if folder is not None and not is_url(folder) and request.folder in Path(folder).parents:
             excludes.append("/" + str(Path(folder).relative_to(request.folder)))
     command = shlex.join(["python", "-m", "pst_dist.cli", request.verb, word, *overrides, "on=ray"])
     return RayJob(request, config, command, tuple(excludes))

@@ -7,11 +7,11 @@ the cluster's side is `ray_worker`; this module is the driver's.
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from pst_dist import __version__
 from pst_dist.config import Config, RayConfig, RayTrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, PeerLostError, PreemptedError, PstError
 from pst_dist.ray_cluster import ray_cluster
-from pst_dist.rundir import run_dir
+from pst_dist.remote import is_url
+from pst_dist.rundir import check_lasting, data_settings, run_dir
 from pst_dist.signals import StopRequest, stop_requests
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
             raise EnvironmentFault(
                 f"ray {ray.__version__} cannot train for us ({error})", "pip install 'ray[default,train]>=2.60'"
             ) from error
-        desk = ray.remote(num_cpus=0)(ray_worker.Desk).remote()
+        desk = ray_worker.desk_here()
         orders = ray_worker.Orders(config, rebuild, __version__, os.getcwd(), log.getEffectiveLevel(), desk)
         with _clean(run_dir(config).path), stop_requests() as stop:
             try:
@@ -83,16 +84,11 @@ def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
 
 
 def _on_all_nodes(config: Config) -> Config:
-    """The config with absolute folders; raises ConfigError where those would be in a copy that Ray removes."""
-    run = run_dir(config)
-    for key, path in (("output_dir", run.path), ("data_dir", run.data)):
-        if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
-            raise ConfigError(
-                f"{key}={path} is relative, and this job works in a copy of your directory that Ray removes at its end",
-                f"give {key}=/… on a disk that all nodes share",
-            )
+    """The config with absolute folders."""
+    check_lasting(config)
+    folders = {"output_dir": config.output_dir, **data_settings(config)}
     return config.model_copy(
-        update={"output_dir": str(run.path.absolute()), "data_dir": str(run.data.absolute())},
+        update={key: where if is_url(where) else str(Path(where).absolute()) for key, where in folders.items()}
     )
 
 
@@ -108,7 +104,7 @@ def _complete(config: Config) -> Any:
 
 def _check_elastic(config: Config) -> None:
     """Raises ConfigError when ranks may come and go but the checkpoints belong to a number of them."""
-    from pst_dist.engine import deepspeed_settings
+    from pst_dist.deepspeed_json import deepspeed_settings
 
     asked = config.train.ray
     if asked.min_workers in (None, asked.num_workers) or config.train.deepspeed is None:
@@ -158,24 +154,36 @@ def _trainer(config: Config, orders: Any) -> Any:
     )
 
 
-def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Any) -> Any:
+def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) -> Any:
     """Run `fit` in a thread, where Ray takes no signals for itself; log the ranks' lines and pass on a request."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(fit())
+        except BaseException as error:
+            outcome.append(error)
+
+    # A thread that nobody waits for at the end: with its cluster gone it might never come back.
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
     passed_on = False
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
-        training = pool.submit(fit)
-        while True:
-            done = training.done()  # looked at before the lines, so that the last ones are heard
-            for line in ray.get(desk.listen.remote()):
-                logging.getLogger(line.name).log(line.level, "%s", line.text)
-            if done:
-                break
-            if stop.signal and not passed_on:
-                passed_on = True
-                desk.stop.remote()
-        error = training.exception()
-    if error is not None:
-        raise _in_our_words(ray, error) from (None if isinstance(error, PstError) else error)
-    return training.result().return_value
+    while True:
+        done = bool(outcome)  # looked at before the lines, so that the last ones are heard
+        try:
+            lines = ray.get(desk.listen.remote())
+        except ray.exceptions.RayError as error:
+            raise PeerLostError(f"the Ray cluster is gone ({_first_line(error)})", "the same command goes on") from None
+        for line in lines:
+            logging.getLogger(line.name).log(line.level, "%s", line.text)
+        if done:
+            break
+        if stop.signal and not passed_on:
+            passed_on = True
+            desk.stop.remote()
+    (result,) = outcome
+    if isinstance(result, BaseException):
+        raise _in_our_words(ray, result) from None
+    return result.return_value
 
 
 def _in_our_words(ray: Any, error: BaseException) -> BaseException:

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.train import Checkpoint, CheckpointUploadMode, UserCallback, report
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pst_dist import __version__
 from pst_dist.config import Config
@@ -91,6 +92,13 @@ class Desk:
         await self._stopped.wait()
 
 
+def desk_here() -> Any:
+    """A new desk on the driver's own node, which takes no room there."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor_class: Any = ray.remote(Desk)
+    return actor_class.options(num_cpus=0, scheduling_strategy=here).remote()
+
+
 def work(loop_config: dict[str, Orders]) -> Any:
     """One rank, in a worker of Ray Train: a `TrainingResult`, or the error that `train` raises."""
     orders = loop_config["orders"]
@@ -117,13 +125,18 @@ def work(loop_config: dict[str, Orders]) -> Any:
         start = ray.get(orders.desk.begin.remote())
         stop = StopRequest()
         threading.Thread(target=_listen_for_stop, args=(orders.desk, stop), daemon=True).start()
-    return train(
-        orders.config,
-        rebuild=orders.rebuild and start == 1,  # what is there now is what the lost ranks have left
-        observer=_tell_ray,
-        stop=stop,
-        lock_seconds=_FIRST_LOCK_SECONDS if start == 1 else _LOCK_SECONDS,
-    )
+    try:
+        return train(
+            orders.config,
+            rebuild=orders.rebuild and start == 1,  # what is there now is what the lost ranks have left
+            observer=_tell_ray,
+            stop=stop,
+            lock_seconds=_FIRST_LOCK_SECONDS if start == 1 else _LOCK_SECONDS,
+        )
+    except Exception as error:
+        if not isinstance(error, PstError) and not may_pass(error):  # ours to mend: Ray would drop the traceback
+            logging.getLogger("pst_dist").exception("rank %s met what it should not have met", os.environ["RANK"])
+        raise
 
 
 def _speak_through(desk: Any, level: int) -> None:
@@ -131,7 +144,7 @@ def _speak_through(desk: Any, level: int) -> None:
 
     class ToDesk(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            desk.say.remote(Line(record.levelno, record.name, record.getMessage()))
+            desk.say.remote(Line(record.levelno, record.name, self.format(record)))
 
     ours = logging.getLogger("pst_dist")
     ours.setLevel(level)

@@ -86,6 +86,22 @@ def run_dir(config: Config) -> RunDir:
     return RunDir(path, Path(config.data_dir) if config.data_dir else path / "data")
 
 
+def check_lasting(config: Config) -> None:
+    """Raises ConfigError when this process is in a job of Ray, whose directory is a copy, and would write into it."""
+    if "working_dir_files" in Path.cwd().parts:
+        refuse_relative(config, "this job works")
+
+
+def refuse_relative(config: Config, who: str) -> None:
+    """Raises ConfigError for folders that would lie in a copy of the directory; `who` begins the reason."""
+    for key, folder in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
+        if folder is not None and not is_url(folder) and not Path(folder).is_absolute():
+            raise ConfigError(
+                f"{key}={folder} is relative, and {who} in a copy of your directory that Ray removes at its end",
+                f"give {key}=/… on a disk that all nodes share",
+            )
+
+
 def data_settings(config: Config) -> dict[str, str]:
     """The settings by which another run, with an output_dir of its own, has the same data."""
     run = run_dir(config)

@@ -82,7 +82,10 @@ def test_a_relative_output_inside_rays_copy_of_the_directory_is_refused(tmp_path
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match="output_dir=runs/run is relative"):
         _on_all_nodes(Config())
+    assert cli.run_verb(["shard", "demo"]) == 2 and not list(copy.iterdir())
     assert _on_all_nodes(Config(output_dir="/shared/run")).data_dir == "/shared/run/data"
+    remote = _on_all_nodes(Config(output_dir="/shared/run", data_dir="s3://bucket/data", data_cache="/local"))
+    assert (remote.data_dir, remote.data_cache) == ("s3://bucket/data", "/local")
     monkeypatch.chdir(tmp_path)
     assert _on_all_nodes(Config()).output_dir == str(tmp_path / "runs" / "run")
 
@@ -213,6 +216,7 @@ def test_what_could_not_work_in_a_copy_of_the_directory_is_refused(project, tmp_
         job_of("output_dir=here")
     with pytest.raises(ConfigError, match="data_dir=here is relative"):
         job_of("data_dir=here")
+    assert job_of("data_dir=s3://bucket/data").config.data_dir == "s3://bucket/data"
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ConfigError, match="which is what the job gets a copy of; give dir="):
         job_of(f"dir={tmp_path}/elsewhere")

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,10 @@ import pytest
 from ray_head import RayHead, ray_head
 from small_run import small_config
 
+from pst_dist.config import Config
 from pst_dist.config_io import dump_config
 from pst_dist.storage import read_json, read_lines
+from pst_dist.trainer import train
 
 pytest.importorskip("ray", reason="needs ray")
 pytestmark = [
@@ -95,7 +98,15 @@ def wait_for(what: Callable[[], object], seconds: float = 400) -> None:
 @contextlib.contextmanager
 def started(command: list[str], log: Path, head: RayHead, folder: Path) -> Iterator[subprocess.Popen]:
     with log.open("w") as stream:
-        process = subprocess.Popen(command, env=head.environment, cwd=folder, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            env=head.environment,
+            cwd=folder,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            # A test run in the background of a script ignores SIGINT, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         yield process
     finally:
@@ -114,7 +125,7 @@ def told(head, project, tmp_path_factory) -> Told:
     with started(submit, logs / "1", head, project) as first:
         wait_for(lambda: "Running entrypoint" in (logs / "1").read_text() or first.poll() is not None)
         first.send_signal(signal.SIGINT)
-        interrupted = first.wait(60)
+        interrupted = first.wait(120)
     again = [*PST, "submit", "ray", "--follow", "whole", where]
     with started(again, logs / "2", head, project) as second:
         gone = lambda: second.poll() is not None  # noqa: E731
@@ -126,7 +137,7 @@ def told(head, project, tmp_path_factory) -> Told:
         wait_for(lambda: re.search(r"(?s)resumed step.*\nstep \d+/", (logs / "2").read_text()) or gone())
         snapshot = read_json(run / "checkpoint_manager_snapshot.json")
         head.post("/api/jobs/whole/stop")
-        ended = second.wait(120)
+        ended = second.wait(240)
     stopped_at = max(int(path.name[11:]) for path in (run / "checkpoints").glob("checkpoint-*"))
     plain = subprocess.run(
         shlex.split(f"ray job submit --address {head.dashboard} --working-dir . -- pst run my.yaml on=ray"),
@@ -151,11 +162,11 @@ def told(head, project, tmp_path_factory) -> Told:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_data, tmp_path_factory) -> Path:
-    """The same run on two ranks of torchrun."""
+    """The same run on two ranks of torchrun, and beside it a short one without ZeRO."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    config = small_config(small_data, output, **SETTINGS)
+    configs = [small_config(small_data, output, **SETTINGS), plain_config(small_data, output.with_name("zero0"))]
     path = output.parent / "configs.json"
-    path.write_text(json.dumps([config.model_dump(mode="json")]))
+    path.write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2"
     done = subprocess.run(
@@ -167,6 +178,10 @@ def undisturbed(small_data, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return output
+
+
+def plain_config(data: Path, output: Path) -> Config:
+    return small_config(data, output, train__deepspeed="zero0", train__save_steps=4)
 
 
 def curve(run: Path) -> list[dict]:
@@ -225,6 +240,18 @@ def test_rays_own_command_goes_on_to_the_losses_of_an_undisturbed_run(told, undi
     one, two = read_json(told.run / "train.json"), read_json(undisturbed / "train.json")
     assert {key: one[key] for key in same} == {key: two[key] for key in same}
     assert one["best_value"] == pytest.approx(two["best_value"], abs=1e-6)
+
+
+def test_without_zero_one_rank_goes_on_where_two_were(undisturbed, small_data):
+    """What train.ray.min_workers rests on: ranks that are fewer after a loss."""
+    two, one = undisturbed.with_name("zero0"), undisturbed.with_name("fewer")
+    shutil.copytree(two, one)
+    shutil.rmtree(one / "checkpoints" / "checkpoint-8")
+    (one / "train.json").unlink()
+    train(plain_config(small_data, one))
+    assert [row["step"] for row in curve(one)] == list(range(1, 9))
+    for single, pair in zip(curve(one), curve(two), strict=True):
+        assert single["loss"] == pytest.approx(pair["loss"], abs=1e-5)
 
 
 def test_the_whole_pipeline_was_one_job(told):

@@ -192,6 +192,7 @@ def start(shards, tmp_path):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {"HOME": str(tmp_path / "home"), "PST_TEST_MARK": mark}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": ray_folder}
+        environment |= {"RAY_worker_niceness": "0"}  # Ray's 15 would leave actors little of a busy machine
         (tmp_path / f"{name}.py").write_text(script)
         with (tmp_path / f"{name}.log").open("w") as log:
             command = [sys.executable, tmp_path / f"{name}.py", shards.directory.parent, *arguments]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -15,9 +16,9 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pst_dist.config import RayConfig
 from pst_dist.errors import EnvironmentFault, PstError
@@ -43,8 +44,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     except ImportError as error:
         raise EnvironmentFault("cannot import ray", "pip install 'pst-dist[ray]', or work without it") from error
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    # Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
-    temporary = tempfile.mkdtemp(prefix="pst-ray-", dir="/tmp" if os.access("/tmp", os.W_OK) else None) if own else None
+    temporary = _folder() if own else None
     try:
         if own:
             ray.init(
@@ -86,11 +86,48 @@ def secure_local_cluster() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if "RAY_AUTH_MODE" in os.environ:
         return
-    descriptor, path = tempfile.mkstemp(prefix="pst-ray-token-")  # mode 0600
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", path
-    atexit.register(Path(path).unlink, missing_ok=True)
+    _sweep(Path(tempfile.gettempdir()).glob("pst-ray-token-*"))
+    descriptor, claim = tempfile.mkstemp(prefix="pst-ray-claim-")  # mode 0600
+    stream = os.fdopen(descriptor, "w")
+    stream.write(secrets.token_hex(32))
+    stream.flush()
+    path = Path(claim.replace("pst-ray-claim-", "pst-ray-token-"))
+    _hold(stream, Path(claim), path)
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(path)
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def _folder() -> str:
+    """A new folder for a cluster of ours; those of processes that were killed go.
+
+    Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
+    """
+    place = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    _sweep(place.glob("pst-ray-*/.owner"))
+    folder = Path(tempfile.mkdtemp(prefix="pst-ray-", dir=place))
+    _hold((folder / ".claim").open("w"), folder / ".claim", folder / ".owner")
+    return str(folder)
+
+
+_held: list[TextIO] = []
+
+
+def _hold(stream: TextIO, claim: Path, path: Path) -> None:
+    """Keep a lock on a file for the life of this process; it has its name only once it is locked."""
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    claim.rename(path)
+    _held.append(stream)
+
+
+def _sweep(files: Iterable[Path]) -> None:
+    """Delete those that nobody holds, each with its folder when it is a folder's `.owner`: their processes are dead."""
+    for path in files:
+        with contextlib.suppress(OSError), path.open("r+") as stream:  # held, or not ours to open
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.name == ".owner":
+                shutil.rmtree(path.parent, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def probe(address: str) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import pst_dist
-from pst_dist import ray_jobs
+from pst_dist import ray_cluster, ray_jobs
 from pst_dist.config import EmbedConfig, RayConfig
 from pst_dist.embedding_files import FolderFiles
 from pst_dist.embeddings import EmbeddedShard, embed_all
@@ -192,6 +192,7 @@ def start(shards, tmp_path):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {"HOME": str(tmp_path / "home"), "PST_TEST_MARK": mark}
         environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": ray_folder}
+        environment |= {"RAY_worker_niceness": "0"}  # Ray's 15 would leave actors little of a busy machine
         (tmp_path / f"{name}.py").write_text(script)
         with (tmp_path / f"{name}.log").open("w") as log:
             command = [sys.executable, tmp_path / f"{name}.py", shards.directory.parent, *arguments]
@@ -323,6 +324,20 @@ def test_the_death_of_driver_and_node_loses_nothing_and_repeats_little(shards, l
 
     nodes.communicate("end\n", timeout=120)
     wait_until(lambda: not our_processes(mark), "the cluster ends", seconds=60)
+
+
+def test_what_a_killed_process_left_goes_and_what_a_live_one_holds_stays(tmp_path):
+    held = "import sys; from pst_dist import ray_cluster as r; print(r._folder(), flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", held], stdin=-1, stdout=-1, text=True) as process:
+        folder = Path(process.stdout.readline().strip())
+        ray_cluster._sweep([folder / ".owner"])
+        assert folder.is_dir()
+        process.kill()
+    ray_cluster._sweep([folder / ".owner"])
+    assert not folder.exists()
+    (tmp_path / "token").touch()
+    ray_cluster._sweep([tmp_path / "token"])
+    assert not (tmp_path / "token").exists()
 
 
 @pytest.mark.ray

@@ -131,7 +131,7 @@ def _trainer(config: Config, orders: Any) -> Any:
     return TorchTrainer(
         work,
         train_loop_config={"orders": orders},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_group_seconds(config)),
         scaling_config=api.ScalingConfig(
             num_workers=ranks,
             use_gpu=gpus > 0,
@@ -152,6 +152,11 @@ def _trainer(config: Config, orders: Any) -> Any:
             ),  # in Ray's own files; what matters comes by the desk
         ),
     )
+
+
+def _group_seconds(config: Config) -> int:
+    """How long a collective waits: longer than the watch over the ranks, which knows who hangs and speaks first."""
+    return int(config.train.timeout_seconds) + 60
 
 
 def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) -> Any:

@@ -5,7 +5,8 @@ hangs, and never name the rank. So each rank has one more thread, connected to r
 its rank stands. A rank is *dead* when its connection ends or its machine no longer acknowledges what was sent; it is
 *hung* when it is not heard of, or when no rank moves, for `train.timeout_seconds`. Rank zero passes the judgement on,
 and every rank ends with PeerLostError; one that cannot, because it sits in a collective, is ended here.
-The wire is `peer_link`; starting again is the launcher's, going on from a checkpoint the trainer's.
+The wire is `peer_link`, who is to blame `verdict`; starting again is the launcher's, going on from a checkpoint the
+trainer's.
 """
 
 from __future__ import annotations
@@ -19,40 +20,24 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
 
 from pst_dist import peer_link
 from pst_dist.distributed import Ranks, from_main
 from pst_dist.errors import PeerLostError, PstError
 from pst_dist.peer_link import Link, LinkClosed, Meeting
+from pst_dist.verdict import FAREWELL_SECONDS, REMEDY, Peer, Place, Verdict, hung, judge
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
-FAREWELL_SECONDS = 5.0
-"""A rank that ends by an error of its own says so; the others have this long to end by the same one."""
 _HELLO_SECONDS = 20.0
+"""How long a connection may keep quiet about who it is."""
 _GRACE_SECONDS = 1.0
+"""How long the training thread has to end by itself once somebody is lost."""
 _VERDICT_SECONDS = 8.0
-_REMEDY = "run the same command again: it goes on from the last checkpoint"
-
-
-class Place(NamedTuple):
-    """Where a rank stands."""
-
-    section: str = "starting"
-    step: int | None = None
-    """The optimizer step it works on, from 1; None outside of steps."""
-    entered: int = 0
-    """Sections entered so far; ranks run one program, so these numbers can be compared."""
-    signs: int = 0
-    """Signs of progress so far, which only this rank's own earlier ones compare with."""
-
-    def __str__(self) -> str:
-        return self.section if self.step is None else f"{self.section} of step {self.step}"
-
-
+"""How long the training thread waits to hear who was lost, when a collective broke before the watcher knew."""
 _place = Place()
 
 
@@ -66,73 +51,6 @@ def alive() -> None:
     """Note progress inside a long section, which is then no hang however long it takes."""
     global _place
     _place = _place._replace(signs=_place.signs + 1)
-
-
-@dataclass
-class Peer:
-    """What one rank's watcher knows of another rank. Times are seconds of this process's monotonic clock."""
-
-    rank: int
-    host: str
-    heard: float
-    """When it last sent anything."""
-    moved: float
-    """When it last was somewhere else than before."""
-    place: Place = _place
-    waiting: bool = False
-    """Whether its training thread was inside a collective."""
-    line: str = ""
-    """The line of code at which its training thread was: `trainer.py:301`."""
-    closed: str = ""
-    """How its connection ended; empty while it stands."""
-    farewell: str | None = None
-    """What it said when it left; empty when its work was done."""
-    left: float = 0.0
-    """When it said so."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Who was lost, and why we think so."""
-
-    rank: int
-    host: str
-    place: str
-    reason: str
-    hangs: bool = False
-
-    def error(self) -> PeerLostError:
-        """As the error that every other rank ends with."""
-        verb = "hangs" if self.hangs else "was lost"
-        return PeerLostError(f"rank {self.rank} on {self.host} {verb} in {self.place} ({self.reason})", _REMEDY)
-
-
-def judge(peers: Iterable[Peer], now: float, timeout_seconds: float, *, all_are_known: bool = True) -> Verdict | None:
-    """Who of `peers` is lost, or None; decides by what was heard alone.
-
-    While one rank hangs the others soon stand still too, waiting for it: so the time that counts is that since any
-    rank moved, and the one to blame is the one that came least far, or that is not inside a collective. Only who knows
-    all ranks can tell.
-    """
-    here = []
-    for peer in peers:
-        if peer.farewell is None and peer.closed:
-            return Verdict(peer.rank, peer.host, str(peer.place), peer.closed)
-        if peer.farewell and now - peer.left >= FAREWELL_SECONDS:
-            return Verdict(peer.rank, peer.host, str(peer.place), f"it ended with {peer.farewell}, see its message")
-        if peer.farewell is None:
-            here.append(peer)
-    silent = min(here, key=lambda peer: peer.heard, default=None)
-    if silent is not None and now - silent.heard >= timeout_seconds:
-        return _hung(silent, f"not heard of for {timeout_seconds:g} s: stopped, or its machine is overwhelmed")
-    if all_are_known and here and now - max(peer.moved for peer in here) >= timeout_seconds:
-        least = min(here, key=lambda peer: (peer.place.entered, peer.waiting))
-        return _hung(least, f"no rank moved for {timeout_seconds:g} s, it is at {least.line or 'an unknown line'}")
-    return None
-
-
-def _hung(peer: Peer, reason: str) -> Verdict:
-    return Verdict(peer.rank, peer.host, str(peer.place), reason, hangs=True)
 
 
 @contextlib.contextmanager
@@ -232,7 +150,7 @@ class _Watcher:
             self.known.wait(_VERDICT_SECONDS)
             if self.verdict is None:
                 words = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-                return PeerLostError(f"a connection to another rank broke in {_place} ({words})", _REMEDY)
+                return PeerLostError(f"a connection to another rank broke in {_place} ({words})", REMEDY)
         if self.verdict is None or isinstance(error, PstError):
             return None
         if not self._speaker.acquire(blocking=False):
@@ -298,8 +216,10 @@ class _Watcher:
         if source is self._woken:
             return
         if source is self.server:
-            with contextlib.suppress(OSError):
+            try:
                 self._add(Link(self.server.accept()[0]), None)
+            except OSError:
+                time.sleep(0.05)  # out of file descriptors, perhaps for long: not in a busy loop
             return
         link = self._selector.get_key(source).data
         try:
@@ -371,7 +291,7 @@ class _Watcher:
         if verdict is not None and now - self._overslept < FAREWELL_SECONDS:
             # Whoever wakes up to find the others gone was the one that they gave up.
             this = Peer(self.ranks.rank, os.uname().nodename, now, now, _place)
-            return _hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the others did not wait")
+            return hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the others did not wait")
         return verdict
 
     def _end_this_rank(self, verdict: Verdict) -> None:

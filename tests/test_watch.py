@@ -18,7 +18,8 @@ from waiting import wait_until
 from pst_dist import peer_link
 from pst_dist.distributed import Ranks
 from pst_dist.trainer import training_fingerprint
-from pst_dist.watch import FAREWELL_SECONDS, Peer, Place, _is_broken_connection, judge, watched
+from pst_dist.verdict import FAREWELL_SECONDS, Peer, Place, judge
+from pst_dist.watch import _is_broken_connection, watched
 
 DEAD_SECONDS = 10
 """By when every other rank must have ended after one died; a hung one's timeout and five seconds more."""

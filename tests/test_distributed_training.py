@@ -17,7 +17,8 @@ from pst_dist.plan import checkpoint_bytes, rank_memory
 from pst_dist.storage import read_json, read_lines
 from pst_dist.trainer import train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.encoder]
+# One launch trains some thirty runs: on a crowded machine that takes longer than a test usually may.
+pytestmark = [pytest.mark.distributed, pytest.mark.encoder, pytest.mark.timeout(1500)]
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STUDENTS = {
     "gpt2": {},
@@ -41,7 +42,7 @@ def launch(configs, folder: Path, ranks: int = 2) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -36,7 +36,7 @@ def launch(cases: Sequence[Config | dict[str, Any]], folder: Path, ranks: int = 
         environment.pop(name, None)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
-        [sys.executable, *command, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, *command, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -14,7 +14,8 @@ from pst_dist.plan import checkpoint_bytes, rank_memory
 from pst_dist.storage import read_json, read_lines
 from pst_dist.trainer import train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.encoder]
+# One launch trains some thirty runs: on a crowded machine that takes longer than a test usually may.
+pytestmark = [pytest.mark.distributed, pytest.mark.encoder, pytest.mark.timeout(1500)]
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STUDENTS = {
     "gpt2": {},

@@ -16,7 +16,7 @@ from test_distributed_training import curve
 from pst_dist.storage import read_json
 from pst_dist.trainer import train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.encoder, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.encoder, pytest.mark.slow, pytest.mark.timeout(1500)]
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 HALVES = {"train__save_steps": 4, "train__eval_steps": 4, "student__fresh__hidden_size": 36}
 """36 hidden units and 3 ranks: no matrix divides evenly, so fragments begin and end inside rows."""

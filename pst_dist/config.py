@@ -197,8 +197,8 @@ class RayTrainConfig(Section):
     num_workers: Positive = 1
     """Ranks. Several need train.deepspeed."""
     min_workers: Positive | None = None
-    """Go on with as few ranks as this when the cluster has lost room, and with up to num_workers when it has it again.
-    Needs train.deepspeed=zero0: checkpoints of the other stages belong to a number of ranks."""
+    """Go on with as few ranks as this when the cluster has lost room, and with up to num_workers when it has it again;
+    a checkpoint fits any number of ranks."""
     num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPU cores of one rank."""
     num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0

@@ -1,7 +1,7 @@
 """Training on a Ray cluster: Ray Train places the ranks, starts them again when one is lost, and hears of checkpoints.
 
 What is trained, saved and resumed is `train(config)`'s affair, in the run directory as always: a training begun here
-can be taken up by any other launcher with as many ranks. The run directory must be seen by all nodes. What runs on
+can be taken up by any other launcher. The run directory must be seen by all nodes. What runs on
 the cluster's side is `ray_worker`; this module is the driver's.
 """
 
@@ -44,7 +44,6 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
         raise ConfigError("train.backend=ray starts its own ranks", "run it without torchrun, deepspeed or srun")
     config = _on_all_nodes(config)
     asked = config.train.ray
-    _check_elastic(config)
     done = None if rebuild else _complete(config)
     if done is not None:
         return done
@@ -102,21 +101,6 @@ def _complete(config: Config) -> Any:
     return done
 
 
-def _check_elastic(config: Config) -> None:
-    """Raises ConfigError when ranks may come and go but the checkpoints belong to a number of them."""
-    from pst_dist.deepspeed_json import deepspeed_settings
-
-    asked = config.train.ray
-    if asked.min_workers in (None, asked.num_workers) or config.train.deepspeed is None:
-        return
-    stage = deepspeed_settings(config.train, asked.num_workers)["zero_optimization"]["stage"]
-    if stage != 0:
-        raise ConfigError(
-            f"train.ray.min_workers with ZeRO stage {stage}, whose checkpoints belong to a number of ranks",
-            "set train.deepspeed=zero0, or leave min_workers out",
-        )
-
-
 def _trainer(config: Config, orders: Any) -> Any:
     """Ray's trainer for these orders; its run directory is ours, so that our checkpoints are registered in place."""
     import ray.train
@@ -147,9 +131,8 @@ def _trainer(config: Config, orders: Any) -> Any:
                 controller_failure_limit=max(1, asked.wait_seconds // _START_SECONDS),
             ),
             callbacks=[Watch(orders.desk, asked.max_failures)],
-            logging_config=api.LoggingConfig(
-                log_level="CRITICAL"
-            ),  # in Ray's own files; what matters comes by the desk
+            # In Ray's own files; what matters comes by the desk.
+            logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
 

@@ -13,7 +13,7 @@ from pst_dist import cli, ray_dashboard, ray_submit
 from pst_dist.config import Config, RayTrainConfig
 from pst_dist.config_io import dump_config, load_config
 from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, LockedError, PeerLostError
-from pst_dist.ray_train import _check_elastic, _on_all_nodes, check_room, train_with_ray
+from pst_dist.ray_train import _on_all_nodes, check_room, train_with_ray
 from pst_dist.storage import directory_lock
 
 
@@ -43,13 +43,6 @@ def test_several_workers_need_deepspeed_before_anything_starts():
     assert load_config(None, [*words, "train.deepspeed=zero2"]).train.ray.num_workers == 2
     with pytest.raises(ConfigError, match="min_workers=3 is more than num_workers=1"):
         load_config(None, ["train.ray.min_workers=3"])
-
-
-def test_ranks_come_and_go_only_without_zero():
-    words = ["train.backend=ray", "train.ray.num_workers=2", "train.ray.min_workers=1"]
-    _check_elastic(load_config(None, [*words, "train.deepspeed=zero0"]))
-    with pytest.raises(ConfigError, match="min_workers with ZeRO stage 2"):
-        _check_elastic(load_config(None, [*words, "train.deepspeed=zero2"]))
 
 
 def test_a_rank_of_another_launcher_starts_no_ranks_of_its_own(monkeypatch):

@@ -244,7 +244,7 @@ def test_rays_own_command_goes_on_to_the_losses_of_an_undisturbed_run(told, undi
     assert one["best_value"] == pytest.approx(two["best_value"], abs=1e-6)
 
 
-def test_without_zero_one_rank_goes_on_where_two_were(undisturbed, small_data):
+def test_one_rank_goes_on_where_two_were(undisturbed, small_data):
     """What train.ray.min_workers rests on: ranks that are fewer after a loss."""
     two, one = undisturbed.with_name("zero0"), undisturbed.with_name("fewer")
     shutil.copytree(two, one)

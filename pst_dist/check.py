@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pst_dist.atomic import atomic_path
 from pst_dist.config import Config
 from pst_dist.errors import DataError, InputError, PstError
 from pst_dist.schema import SPLITS, ReasoningSample
@@ -19,7 +20,7 @@ from pst_dist.sources.column_guess import as_yaml, guess_paths
 from pst_dist.sources.columns import FieldMap
 from pst_dist.sources.rows import RawRow, Reject, excerpt
 from pst_dist.sources.specs import Source, read_specs
-from pst_dist.storage import atomic_path, canonical_json
+from pst_dist.storage import canonical_json
 from pst_dist.tasks import get_task
 
 _SHOWN = 10

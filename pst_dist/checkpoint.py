@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pst_dist.atomic import atomic_directory, disk_errors, publish_directory
 from pst_dist.distributed import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.engine import Engine
 from pst_dist.errors import IntegrityError, StaleError
@@ -26,10 +27,7 @@ from pst_dist.libraries import quiet_libraries
 from pst_dist.storage import (
     Manifest,
     all_files,
-    atomic_directory,
     describe_files,
-    disk_errors,
-    publish_directory,
     read_json,
     read_manifest,
     verify_files,

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist import page, plots
+from pst_dist.atomic import write_text
 from pst_dist.compare import ArmResult, Comparison, cells, compare
 from pst_dist.config_io import RESOLVED
 from pst_dist.page import Cell, Row
-from pst_dist.storage import read_lines, write_text
+from pst_dist.storage import read_lines
 
 _SHOWN = 12
 

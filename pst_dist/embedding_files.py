@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pst_dist.atomic import write_text
 from pst_dist.errors import EnvironmentFault, IntegrityError
 from pst_dist.remote import RemoteFolder
 from pst_dist.shards import ShardInfo
-from pst_dist.storage import Manifest, read_manifest, sha256_file, verify_files, write_text
+from pst_dist.storage import Manifest, read_manifest, sha256_file, verify_files
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.atomic import atomic_path
 from pst_dist.errors import IntegrityError
-from pst_dist.storage import atomic_path, canonical_json
+from pst_dist.storage import canonical_json
 
 EMBED_AGAIN = "run `pst embed`"
 STATISTICS = "statistics.safetensors"

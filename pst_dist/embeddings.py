@@ -24,18 +24,11 @@ from pst_dist.embedding_format import STATISTICS, ShardVectors, read_vectors, wr
 from pst_dist.embedding_store import EmbeddingStore
 from pst_dist.encoder import TextEncoder
 from pst_dist.errors import DataError, EnvironmentFault, IntegrityError, StaleError
+from pst_dist.locks import directory_lock
 from pst_dist.progress import progress
 from pst_dist.remote import RemoteFolder
 from pst_dist.shards import ShardInfo, ShardSet, read_shard
-from pst_dist.storage import (
-    MANIFEST,
-    Manifest,
-    describe_files,
-    digest_of,
-    directory_lock,
-    sha256_file,
-    write_manifest,
-)
+from pst_dist.storage import MANIFEST, Manifest, describe_files, digest_of, sha256_file, write_manifest
 
 log = logging.getLogger(__name__)
 

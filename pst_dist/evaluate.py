@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.config import Config
 from pst_dist.decode import Decoded, LoadedStudent, decode_answers, load_student, timed_answer
 from pst_dist.errors import InputError, IntegrityError, StaleError
@@ -30,7 +31,6 @@ from pst_dist.schema import ReasoningSample
 from pst_dist.shards import ShardSet
 from pst_dist.storage import (
     Manifest,
-    atomic_directory,
     canonical_json,
     describe_files,
     digest_of,
@@ -39,7 +39,6 @@ from pst_dist.storage import (
     verify_files,
     write_json,
     write_manifest,
-    write_text,
 )
 from pst_dist.tasks import Task, get_task
 

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.checkpoint import FORMAT_FILE, answer_generation_config
 from pst_dist.config import Config
 from pst_dist.decode import LoadedStudent, load_student, max_positions
@@ -23,7 +24,6 @@ from pst_dist.rundir import RunDir, run_dir
 from pst_dist.storage import (
     Manifest,
     all_files,
-    atomic_directory,
     describe_files,
     digest_of,
     read_json,
@@ -31,7 +31,6 @@ from pst_dist.storage import (
     verify_files,
     write_json,
     write_manifest,
-    write_text,
 )
 
 log = logging.getLogger(__name__)

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from pst_dist.atomic import write_text
 from pst_dist.config import Config
 from pst_dist.distributed import Ranks
 from pst_dist.loss import TERMS
 from pst_dist.progress import progress
 from pst_dist.rundir import RunDir
-from pst_dist.storage import append_line, read_lines, write_text
+from pst_dist.storage import append_line, read_lines
 from pst_dist.validation import ValidationScore
 
 log = logging.getLogger(__name__)

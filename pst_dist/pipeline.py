@@ -18,10 +18,11 @@ from typing import Any
 from pst_dist.config import Config
 from pst_dist.errors import DataError, InputError
 from pst_dist.layout import ARMS
+from pst_dist.locks import directory_lock
 from pst_dist.remote import RemoteFolder, fetch_folder, publish_folder, remove_partials
 from pst_dist.rundir import expand_arms, fetch_data, recorded, run_dir
 from pst_dist.schema import SCHEMA_VERSION
-from pst_dist.storage import Manifest, digest_of, directory_lock
+from pst_dist.storage import Manifest, digest_of
 
 log = logging.getLogger(__name__)
 _OTHER = {"test": "validation", "validation": "test"}

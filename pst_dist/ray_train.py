@@ -93,7 +93,7 @@ def _on_all_nodes(config: Config) -> Config:
 
 def _complete(config: Config) -> Any:
     """The result of a training that is complete already, for which no worker need be started."""
-    from pst_dist.trainer import complete_training
+    from pst_dist.training_result import complete_training
 
     done = complete_training(config, config.train.ray.num_workers)
     if done is not None:

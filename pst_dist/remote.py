@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pst_dist.atomic import atomic_path
 from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError
-from pst_dist.storage import MANIFEST, Manifest, atomic_path, read_manifest, sha256_file, taking_turns
+from pst_dist.locks import taking_turns
+from pst_dist.storage import MANIFEST, Manifest, read_manifest, sha256_file
 
 _T = TypeVar("_T")
 _SECONDS = 30.0

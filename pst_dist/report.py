@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist import page, plots
+from pst_dist.atomic import atomic_path, write_text
 from pst_dist.compare_page import compare_report
 from pst_dist.config_io import RESOLVED
 from pst_dist.errors import InputError
 from pst_dist.evaluate import SAMPLES, evaluations_of
 from pst_dist.page import Cell, Row
-from pst_dist.storage import Manifest, atomic_path, read_json, read_lines, read_manifest, write_text
+from pst_dist.storage import Manifest, read_json, read_lines, read_manifest
 
 __all__ = ["compare_report", "report"]
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pst_dist.atomic import write_text
 from pst_dist.config import Config
 from pst_dist.config_io import RESOLVED, dump_config
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
 from pst_dist.remote import RemoteFolder, fetch_folder, is_url
-from pst_dist.storage import MANIFEST, write_json, write_text
+from pst_dist.storage import MANIFEST, write_json
 
 _RECORD = (RESOLVED, "command.txt", "environment.json")
 _REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)

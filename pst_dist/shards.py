@@ -20,23 +20,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, overload
 
+from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
+from pst_dist.locks import directory_lock
 from pst_dist.schema import SCHEMA_VERSION, ReasoningSample
 from pst_dist.shard_format import REMAKE, ShardIndex, ShardInfo, parse_sample, read_shard, write_shard
 from pst_dist.storage import (
     MANIFEST,
     Manifest,
     all_files,
-    atomic_directory,
     canonical_json,
     describe_files,
-    directory_lock,
     read_json,
     read_manifest,
     sha256_file,
     verify_files,
     write_manifest,
-    write_text,
 )
 
 log = logging.getLogger(__name__)

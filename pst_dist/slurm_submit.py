@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pst_dist.atomic import write_text
 from pst_dist.config import Config
 from pst_dist.config_io import dump_config
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, LockedError, PstError
 from pst_dist.rundir import run_dir
 from pst_dist.slurm import SlurmRequest, render
 from pst_dist.slurm_commands import ask, check_controller
-from pst_dist.storage import read_manifest, write_text
+from pst_dist.storage import read_manifest
 
 _MEMORY_FILES = ("tmpfs", "ramfs", "overlay")
 

@@ -30,7 +30,7 @@ from pst_dist.checkpoint import (
     save_checkpoint,
     save_student,
 )
-from pst_dist.config import Config, TrainConfig
+from pst_dist.config import Config
 from pst_dist.data import Collator, OrderPlan, step_batches
 from pst_dist.deepspeed_json import deepspeed_settings
 from pst_dist.distributed import (
@@ -43,84 +43,26 @@ from pst_dist.distributed import (
     together,
 )
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
-from pst_dist.errors import DataError, DivergedError, InputError, IntegrityError, PreemptedError
+from pst_dist.errors import DataError, DivergedError, InputError, PreemptedError
 from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
+from pst_dist.locks import directory_lock
 from pst_dist.loss import TERMS, TermWeights
 from pst_dist.metrics import MetricsLog, StepRecord
 from pst_dist.rundir import RunDir, fetch_data, run_dir
+from pst_dist.schedule import learning_rate_at
 from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, stop_requests
-from pst_dist.storage import directory_lock, read_json, write_json
+from pst_dist.storage import write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
+from pst_dist.training_result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training_settings import settings_digest, training_settings
 from pst_dist.validation import ValidationScore, Validator, is_better
 from pst_dist.watch import alive, at, watched
 
 log = logging.getLogger(__name__)
-
-
-def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:
-    """The rate of step `step` (from 0) of `total`: linear warm-up, then constant, linear or cosine to zero."""
-    warmup = math.ceil(train.warmup_ratio * total)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    if train.lr_scheduler_type == "constant":
-        return train.learning_rate
-    progress = (step - warmup) / max(1, total - warmup)
-    if train.lr_scheduler_type == "linear":
-        return train.learning_rate * (1 - progress)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def global_batch_size(train: TrainConfig, world_size: int) -> int:
-    """Samples of one optimizer step over all ranks."""
-    if train.global_batch_size is not None:
-        return train.global_batch_size
-    return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * world_size
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What `train` hands back; also `train.json` in the run directory."""
-
-    fingerprint: str
-    shards: str
-    """Digest of the shards' manifest."""
-    embeddings: str | None
-    """Digest of the embeddings' manifest; None for an arm that aligns with none."""
-    steps: int
-    seconds: float
-    """Training time over all starts, without validation and checkpoints."""
-    tokens: int
-    best_step: int
-    best_value: float | None
-    """The metric of the best step; None when there were no validation rows."""
-    metric: str
-
-
-def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
-    """The result of an already complete training with this fingerprint, or None."""
-    path = run.training
-    if not path.is_file() or not is_intact_student(run.best):
-        return None
-    try:
-        result = TrainingResult(**read_json(path))
-    except (TypeError, IntegrityError):
-        return None
-    return result if result.fingerprint == fingerprint else None
-
-
-def complete_training(config: Config, world_size: int) -> TrainingResult | None:
-    """What `train` with these settings would find complete, or None; builds no student and starts no rank."""
-    run = run_dir(config)
-    shards = ShardSet.open(run.shards)
-    teacher = open_teacher(config, run, shards)
-    batch = global_batch_size(config.train, world_size)
-    settings = training_settings(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
-    return finished_training(run, settings_digest(settings))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from small_run import small_config
 
 from pst_dist.config_io import dump_config
-from pst_dist.storage import lock_holder
+from pst_dist.locks import lock_holder
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.distributed, pytest.mark.encoder]

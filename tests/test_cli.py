@@ -12,7 +12,7 @@ from small_run import small_config
 
 from pst_dist.cli import run_verb
 from pst_dist.config_io import dump_config
-from pst_dist.storage import directory_lock
+from pst_dist.locks import directory_lock
 
 GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "rationale": f"{n} and one"} for n in range(12)]
 

@@ -24,8 +24,9 @@ from pst_dist.doctor import clusters, models, network, places, software
 from pst_dist.doctor.findings import Check, look_at, ok
 from pst_dist.doctor.machine import Gpu, collect, gpus_here, read_report
 from pst_dist.errors import InputError
+from pst_dist.locks import directory_lock, lock_holder
 from pst_dist.plan import Machines
-from pst_dist.storage import directory_lock, lock_holder, write_json
+from pst_dist.storage import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

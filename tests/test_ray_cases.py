@@ -13,8 +13,8 @@ from pst_dist import cli, ray_dashboard, ray_submit
 from pst_dist.config import Config, RayTrainConfig
 from pst_dist.config_io import dump_config, load_config
 from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, LockedError, PeerLostError
+from pst_dist.locks import directory_lock
 from pst_dist.ray_train import _on_all_nodes, check_room, train_with_ray
-from pst_dist.storage import directory_lock
 
 
 @pytest.mark.parametrize(

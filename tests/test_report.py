@@ -11,9 +11,10 @@ import pytest
 from test_compare import scored
 
 from pst_dist import page, plots
+from pst_dist.atomic import write_text
 from pst_dist.errors import InputError, StaleError
 from pst_dist.report import compare_report, report
-from pst_dist.storage import Manifest, append_line, describe_files, read_json, write_json, write_manifest, write_text
+from pst_dist.storage import Manifest, append_line, describe_files, read_json, write_json, write_manifest
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'text'"
 

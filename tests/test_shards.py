@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 
 import pst_dist
 from pst_dist.errors import DataError, InputError, IntegrityError, LockedError, StaleError
+from pst_dist.locks import directory_lock
 from pst_dist.schema import ReasoningSample
 from pst_dist.shard_format import write_shard
 from pst_dist.shards import ShardSet, read_shard, write_shards
-from pst_dist.storage import directory_lock, sha256_file
+from pst_dist.storage import sha256_file
 
 REPOSITORY = Path(pst_dist.__file__).parents[1]
 

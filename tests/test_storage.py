@@ -13,17 +13,16 @@ from pathlib import Path
 import pytest
 
 from pst_dist import storage
+from pst_dist.atomic import atomic_directory, atomic_path, write_text
 from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
+from pst_dist.locks import directory_lock
 from pst_dist.storage import (
     Manifest,
     all_files,
     append_line,
-    atomic_directory,
-    atomic_path,
     canonical_json,
     describe_files,
     digest_of,
-    directory_lock,
     read_json,
     read_lines,
     read_manifest,
@@ -31,7 +30,6 @@ from pst_dist.storage import (
     verify_files,
     write_json,
     write_manifest,
-    write_text,
 )
 
 REPOSITORY = Path(storage.__file__).parents[1]
@@ -95,7 +93,7 @@ def test_a_full_disk_is_one_line_with_the_space_that_is_left(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 from pst_dist.errors import EnvironmentFault
-from pst_dist.storage import write_text
+from pst_dist.atomic import write_text
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -187,7 +185,7 @@ def test_a_lock_refuses_another_process_and_dies_with_its_owner(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from pst_dist.storage import directory_lock
+from pst_dist.locks import directory_lock
 with directory_lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
@@ -208,7 +206,8 @@ def test_a_directory_killed_at_any_moment_is_the_old_or_the_new_one(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from pst_dist.storage import atomic_directory, describe_files, all_files, Manifest, write_manifest
+from pst_dist.atomic import atomic_directory
+from pst_dist.storage import describe_files, all_files, Manifest, write_manifest
 print("go", flush=True)
 for generation in range(10**9):
     with atomic_directory(Path(sys.argv[1])) as partial:
@@ -237,7 +236,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_nobody_elses(tmp
     code = """
 import sys, time
 from pathlib import Path
-from pst_dist.storage import atomic_directory, atomic_path
+from pst_dist.atomic import atomic_directory, atomic_path
 with atomic_directory(Path(sys.argv[1]) / "model") as one, atomic_path(Path(sys.argv[1]) / "note") as two:
     (one / "weights").write_text("half")
     two.write_text("half")

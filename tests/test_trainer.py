@@ -16,9 +16,11 @@ from pst_dist.distributed import Ranks
 from pst_dist.engine import DeepSpeedEngine, SingleProcessEngine, build_engine
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.layout import ARMS
+from pst_dist.locks import directory_lock
 from pst_dist.pipeline import make_student
-from pst_dist.storage import directory_lock, read_json, read_lines
-from pst_dist.trainer import learning_rate_at, train
+from pst_dist.schedule import learning_rate_at
+from pst_dist.storage import read_json, read_lines
+from pst_dist.trainer import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
 pytestmark = pytest.mark.encoder

@@ -17,7 +17,7 @@ from waiting import wait_until
 
 from pst_dist import peer_link
 from pst_dist.distributed import Ranks
-from pst_dist.trainer import training_fingerprint
+from pst_dist.training_settings import training_settings
 from pst_dist.verdict import FAREWELL_SECONDS, Peer, Place, judge
 from pst_dist.watch import _is_broken_connection, watched
 
@@ -88,7 +88,7 @@ def test_a_rank_that_ended_by_an_error_of_its_own_leaves_the_others_time_for_the
 
 def test_the_timeout_changes_no_weight(tmp_path):
     one, other = (small_config(tmp_path, tmp_path, train__timeout_seconds=seconds) for seconds in (5, 600))
-    assert training_fingerprint(one, "s", "e", 8) == training_fingerprint(other, "s", "e", 8)
+    assert training_settings(one, "s", "e", 8) == training_settings(other, "s", "e", 8)
 
 
 def test_a_hub_that_cannot_be_reached_is_not_a_lost_rank():

@@ -15,9 +15,10 @@ from pst_dist.data import PSTBatch
 from pst_dist.distributed import Ranks
 from pst_dist.engine import parameter_groups
 from pst_dist.rundir import RunDir
+from pst_dist.schedule import learning_rate_at
 from pst_dist.signals import StopRequest
 from pst_dist.student import Student
-from pst_dist.trainer import _Training, learning_rate_at
+from pst_dist.trainer import _Training
 
 
 def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:

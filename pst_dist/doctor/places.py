@@ -6,18 +6,27 @@ before it uses them.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pst_dist.atomic import disk_errors, write_text
 from pst_dist.config import Config
 from pst_dist.doctor.findings import Finding, ok, problem, size, warning
 from pst_dist.errors import IntegrityError, PstError
+from pst_dist.locks import lock_holder
 from pst_dist.plan import Machines, Plan, make_plan
 from pst_dist.rundir import expand_arms, run_dir
 from pst_dist.slurm_submit import filesystem_of
-from pst_dist.storage import Manifest, lock_holder, read_manifest, try_place
+from pst_dist.storage import Manifest, read_manifest
 
+_MEBIBYTE = 1 << 20
+_CLOCK_SECONDS = 30.0
 _OF_ONE_MACHINE = ("tmpfs", "ramfs", "overlay", "devtmpfs")
 _MAKES = {"shards": "pst shard", "embeddings": "pst embed", "checkpoint": "pst train", "student": "pst train"}
 
@@ -34,7 +43,7 @@ def folders(config: Config) -> dict[str, Path]:
 def place(name: str, folder: Path, nodes: int) -> list[Finding]:
     """Whether files can be written, locked and renamed in a folder, and whether other nodes can see it."""
     kind = filesystem_of(folder, Path("/proc/self/mounts").read_text())
-    faults = try_place(folder)
+    faults = _try(folder)
     findings = [problem(name, f"{folder} ({kind}): {fault}", "choose another file system") for fault in faults]
     if nodes > 1 and kind in _OF_ONE_MACHINE:
         findings.append(
@@ -51,6 +60,41 @@ def place(name: str, folder: Path, nodes: int) -> list[Finding]:
         )
     free = size(state.f_bavail * state.f_frsize)
     return findings or [ok(name, f"{folder}: {kind}, writable, locks and renames work, {free} free")]
+
+
+def _try(folder: Path) -> list[str]:
+    """Write, fsync, lock, rename and remove in a temporary folder below `folder`; returns what does not work there.
+
+    The directory that is tried is the nearest one that exists; nothing is left behind. Raises EnvironmentFault when
+    nothing can be written at all. What can hang here is the file system: the caller limits the time.
+    """
+    ground = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    faults = []
+    with disk_errors(ground):
+        trial = Path(tempfile.mkdtemp(prefix=".pst-try-", dir=ground))
+        try:
+            write_text(trial / "old", "old")
+            write_text(trial / "new", "x" * _MEBIBYTE)
+            # As every artefact is published: over an older one, and whole directories too.
+            os.replace(trial / "new", trial / "old")
+            if (trial / "new").exists() or (trial / "old").stat().st_size != _MEBIBYTE:
+                faults.append("a rename does not replace the older file")
+            skew = (trial / "old").stat().st_mtime - time.time()
+            if abs(skew) > _CLOCK_SECONDS:
+                faults.append(f"its clock and this machine's differ by {abs(skew):.0f} s")
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context((trial / "lock").open("a+")) for _ in range(2)]
+                try:
+                    fcntl.flock(streams[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    faults.append(f"files cannot be locked ({error.strerror})")
+                else:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(streams[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        faults.append("a lock does not keep a second process out")
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    return faults
 
 
 def room(config: Config, machines: Machines, machine_memory: int, has_gpus: bool) -> list[Finding]:

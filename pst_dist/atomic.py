@@ -1,0 +1,164 @@
+"""Files and directories that are whole or absent: written under another name, synced, renamed into place.
+
+What a killed process leaves is told by its name and removed by the next write of the same thing. Which bytes belong
+together, and their digests, are `storage`; who may write at all is `locks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import glob
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from pst_dist.errors import EnvironmentFault
+
+_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
+_FOREIGN_SECONDS = 24 * 3600.0
+
+
+def _fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into one line that names path and remedy."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError):
+            # safetensors and torch write by themselves and raise kinds of their own when the disk is full.
+            if not any(words in str(error) for words in _FULL):
+                raise
+            raise EnvironmentFault("cannot write: No space left on device", _make_room(path), path=path) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = _make_room(path)
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            remedy = "choose a directory that this user may write to"
+        elif error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
+            remedy = "no file can be made there: choose another place"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            remedy = "something else stands at that place: move it or choose another directory"
+        else:
+            raise
+        raise EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path) from error
+
+
+def _make_room(path: Path) -> str:
+    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
+
+
+@functools.cache
+def _origin() -> str:
+    """8 hex digits for the set of processes whose ids can be told apart here: this boot, this container."""
+    facts = [os.uname().nodename]
+    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            facts.append(os.readlink(place) if place.endswith("pid") else Path(place).read_text())
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:8]
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    """A name beside `path` that no other process uses and that says whose it is; see `_remove_abandoned`."""
+    return path.with_name(f".{path.name}.{_origin()}{os.getpid():08x}{uuid.uuid4().hex[:4]}.{ending}")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left while they wrote `path`: theirs are the names whose process is no more.
+
+    Those of other machines and earlier boots are taken for abandoned when nothing has touched them for a day.
+    """
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        found = _TEMPORARY.fullmatch(leftover.name)
+        if found is None or leftover.name != f".{path.name}.{found[1]}{found[2]}{found[3]}.{found[4]}":
+            continue
+        with contextlib.suppress(OSError):
+            if found[1] == _origin():
+                abandoned = not _is_running(int(found[2], 16))
+            else:
+                abandoned = time.time() - leftover.stat().st_mtime > _FOREIGN_SECONDS
+            if abandoned and leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            elif abandoned:
+                leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
+    partial = _temporary(path, "partial")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
+            yield partial
+            _fsync_path(partial)
+            os.replace(partial, path)
+            _fsync_path(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success its files are fsynced and it takes that name.
+
+    An older directory of that name is replaced: it is renamed away first and removed afterwards, so a reader
+    sees the old one, the new one, or (for one instant) none, but never a mixture.
+    """
+    partial = _temporary(path, "partial")
+    with disk_errors(path):
+        try:
+            _remove_abandoned(path)
+            partial.mkdir(parents=True)
+            yield partial
+            publish_directory(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_directory(partial: Path, path: Path) -> None:
+    """fsync every file of `partial` and rename it to `path`, replacing what was there."""
+    with disk_errors(path):
+        for entry in sorted(partial.rglob("*")):
+            _fsync_path(entry)
+        _fsync_path(partial)
+        replaced = None
+        if path.exists():
+            replaced = _temporary(path, "replaced")
+            os.replace(path, replaced)
+        os.replace(partial, path)
+        _fsync_path(path.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")

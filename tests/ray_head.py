@@ -97,7 +97,7 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
         yield head
     finally:
         process.terminate()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 5  # some never go by themselves
         while head.processes() and time.monotonic() < deadline:
             time.sleep(0.2)
         for pid in head.processes():

@@ -6,6 +6,8 @@ How they are made is `embeddings`, the bytes of a file are `embedding_format`, w
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,55 @@ from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.shards import ShardSet
 from pst_dist.storage import Manifest, read_manifest, verify_files
 
-# Shapes in this file: n rationales of a split, E encoder width
+# Shapes in this file: n rationales of a split or file, E encoder width
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """Where the vectors of one embedding file lie. Neither mapped nor kept open: there may be 100,000 of them, and a
+    process may have a thousand files open and 65,530 maps."""
+
+    path: Path
+    keys: list[tuple[str, int]]
+    """(sample id, rationale index) of each row."""
+    offset: int
+    """Of the first row, in bytes."""
+    stamp: tuple[int, int, int]
+    """Inode, bytes and time of change as they were when the digests were compared."""
+
+    @classmethod
+    def of(cls, path: Path, content: ShardVectors) -> VectorFile:
+        """What there is to know of a file that has just been read."""
+        offset = content.vectors.offset if isinstance(content.vectors, np.memmap) else 0
+        return cls(path, content.keys, offset, _stamp(os.stat(path)))
+
+    def read(self, row: int, count: int, width: int) -> np.ndarray:
+        """[count, E] float32, rows `row` …; raises IntegrityError when the file is no longer the one it was."""
+        try:
+            with self.path.open("rb") as stream:
+                intact = _stamp(os.fstat(stream.fileno())) == self.stamp
+                stream.seek(self.offset + 4 * width * row)
+                data = stream.read(4 * width * count)
+        except OSError as error:
+            raise IntegrityError(f"cannot be read: {error.strerror}", EMBED_AGAIN, path=self.path) from error
+        if not intact or len(data) != 4 * width * count:
+            raise IntegrityError("changed while it was in use", "run the same command again", path=self.path)
+        return np.frombuffer(data, "<f4").reshape(count, width)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class EmbeddingStore:
     """Finished embeddings, opened for reading and joined to their shards by id."""
 
-    def __init__(self, manifest: Manifest, mean: np.ndarray, splits: dict[str, list[ShardVectors]]) -> None:
+    def __init__(self, manifest: Manifest, mean: np.ndarray, splits: dict[str, list[VectorFile]]) -> None:
         self.manifest, self.mean, self._splits = manifest, mean, splits
         self.identity: dict[str, Any] = manifest.extra["encoder"]
         self.dimension: int = self.identity["dimension"]
         self._place = {
-            key: (vectors, row)
-            for files in splits.values()
-            for vectors in files
-            for row, key in enumerate(vectors.keys)
+            key: (file, row) for files in splits.values() for file in files for row, key in enumerate(file.keys)
         }
 
     @classmethod
@@ -63,7 +99,7 @@ class EmbeddingStore:
             raise StaleError(f"embeddings are older than the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
         if verify:
             verify_files(directory, manifest)
-        splits: dict[str, list[ShardVectors]] = {split: [] for split in shards.manifest.extra["counts"]}
+        splits: dict[str, list[VectorFile]] = {split: [] for split in shards.manifest.extra["counts"]}
         for shard in shards.shards():
             path = directory / f"{shard.stem}.safetensors"
             content = read_vectors(path, verify=verify)
@@ -75,17 +111,17 @@ class EmbeddingStore:
                 raise IntegrityError(
                     "is by another encoder than the manifest says", f"{EMBED_AGAIN} --rebuild", path=path
                 )
-            splits[shard.split].append(content)
+            splits[shard.split].append(VectorFile.of(path, content))
         mean = read_tensor(directory / STATISTICS, "mean", verify=verify)[1]
         return cls(manifest, np.array(mean), splits)
 
     def vector(self, sample_id: str, rationale: int = 0) -> np.ndarray:
         """[E] float32, the unit vector of one rationale; raises IntegrityError when there is none."""
         try:
-            vectors, row = self._place[(sample_id, rationale)]
+            file, row = self._place[(sample_id, rationale)]
         except KeyError:
             raise IntegrityError(f"no embedding for rationale {rationale} of {sample_id!r}", EMBED_AGAIN) from None
-        return np.array(vectors.vectors[row])
+        return np.array(file.read(row, 1, self.dimension)[0])
 
     def centred(self, vectors: np.ndarray) -> np.ndarray:
         """Unit vectors [..., E] float32 around the training mean; rows of zeros (no rationale) stay zeros."""
@@ -98,6 +134,10 @@ class EmbeddingStore:
         if split not in self._splits:
             raise InputError(f"no split {split!r}", f"there are {', '.join(sorted(self._splits))}")
         files = self._splits[split]
-        keys = [key for content in files for key in content.keys]
-        empty = np.empty((0, self.dimension), dtype=np.float32)
-        return keys, np.concatenate([empty, *(content.vectors for content in files)])
+        keys = [key for file in files for key in file.keys]
+        vectors = np.empty((len(keys), self.dimension), dtype=np.float32)
+        start = 0
+        for file in files:
+            vectors[start : start + len(file.keys)] = file.read(0, len(file.keys), self.dimension)
+            start += len(file.keys)
+        return keys, vectors

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from safetensors.numpy import load_file, save
 
 from pst_dist import encoder as encoder_module
 from pst_dist.config import EmbedConfig
-from pst_dist.embedding_format import read_vectors, write_vectors
+from pst_dist.embedding_format import ShardVectors, read_vectors, write_vectors
+from pst_dist.embedding_store import VectorFile
 from pst_dist.embeddings import EmbeddingStore, TextEncoder, embed_all, embed_shard, fixed_point_sums
 from pst_dist.encoder import locate_encoder, plan_batches
 from pst_dist.errors import DataError, EnvironmentFault, InputError, IntegrityError, StaleError
@@ -448,6 +450,48 @@ def test_centring_subtracts_the_mean_and_keeps_rows_of_zeros():
     centred = store.centred(vectors)
     assert np.allclose(centred, [[1, 0], [0, 1], [0, 0], [0, 0]], atol=1e-6) and centred.dtype == np.float32
     assert np.allclose(store.centred(vectors[0]), [1, 0])
+
+
+def in_use() -> tuple[int, int]:
+    """How many files and maps this process holds."""
+    return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_thousands_of_files_are_neither_kept_open_nor_mapped(tmp_path):
+    identity = {"dimension": 4}
+    angles = np.linspace(0, 1, 3000, dtype=np.float64)
+    vectors = np.stack([np.cos(angles), np.sin(angles), 0 * angles, 0 * angles], axis=1).astype(np.float32)
+    files = []
+    before = in_use()
+    for number in range(1500):
+        path = tmp_path / f"train-{number:06d}.safetensors"
+        rows = slice(2 * number, 2 * number + 2)
+        keys = [(f"r{i}", 0) for i in range(3000)[rows]]
+        write_vectors(path, ShardVectors(keys, vectors[rows], identity, "s", 0))
+        files.append(VectorFile.of(path, read_vectors(path)))
+    manifest = Manifest("embeddings", "f", {}, {"encoder": identity})
+    store = EmbeddingStore(manifest, np.zeros(4, np.float32), {"train": files})
+    keys, everything = store.rows("train")
+    assert np.array_equal(everything, vectors) and keys[2999] == ("r2999", 0)
+    assert all(np.array_equal(store.vector(f"r{i}"), vectors[i]) for i in range(0, 3000, 7))
+    after = in_use()
+    assert after[0] - before[0] < 20 and after[1] - before[1] < 200
+
+
+def test_a_file_that_is_exchanged_while_it_is_in_use_is_noticed(tmp_path):
+    path = tmp_path / "train-000000.safetensors"
+    content = ShardVectors([("r", 0)], np.array([[1, 0]], np.float32), {"dimension": 2}, "s", 0)
+    write_vectors(path, content)
+    manifest = Manifest("embeddings", "f", {}, {"encoder": {"dimension": 2}})
+    files = {"train": [VectorFile.of(path, read_vectors(path))]}
+    store = EmbeddingStore(manifest, np.zeros(2, np.float32), files)
+    assert store.vector("r").tolist() == [1, 0]
+    write_vectors(path, replace(content, vectors=np.array([[0, 1]], np.float32)))
+    with pytest.raises(IntegrityError, match="changed while it was in use"):
+        store.vector("r")
+    path.unlink()
+    with pytest.raises(IntegrityError, match="cannot be read: No such file"):
+        store.vector("r")
 
 
 @needs_encoder

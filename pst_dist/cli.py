@@ -187,6 +187,7 @@ _ON = {
     "train": ("train.backend",),
     "run": ("embed.backend", "train.backend"),
     "demo": ("embed.backend", "train.backend"),
+    "doctor": ("embed.backend", "train.backend"),
 }
 """What `on=ray` on the command line means for each verb. No key of a file: YAML takes a bare `on` for true."""
 
@@ -264,7 +265,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         name = words.pop(0) if words and "=" not in words[0] else None
         overrides, request = doctor.split_request(words)
-        config = load_config(name, overrides) if name or overrides else None
+        config = load_config(name, _say_where("doctor", overrides)) if name or overrides else None
         machine, findings = doctor.examine(config, request)
         if arguments.report:
             doctor.write_report(machine, Path(arguments.report))

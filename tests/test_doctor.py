@@ -377,6 +377,27 @@ def test_a_name_that_only_this_machine_understands_is_no_name_for_two_nodes():
     assert found.level == ("ok" if outward else "problem") and network.host_name(1)[0].level == "ok"
 
 
+def test_training_on_ray_is_looked_at_like_embedding_on_it():
+    words = ["train.backend=ray", "train.ray.num_workers=3", "train.deepspeed=zero1"]
+    (found,) = clusters.ray(load_config(None, [*words, "train.ray.address=127.0.0.1:9"]), {})
+    assert found.level == "problem" and "train.ray.address=127.0.0.1:9: nothing answers there" in found.what
+    answer = {"nodes": 1, "resources": {"CPU": 2.0}}
+    assert (
+        "3 rank(s) of 1 CPU each, but the cluster has 2 CPU"
+        in lines(clusters._room(load_config(None, words), "here", answer), "problem")[0]
+    )
+    assert len(clusters._room(load_config(None, ["train.backend=ray"]), "here", answer)) == 1
+
+
+def test_object_storage_is_reached_or_named(tmp_path):
+    (tmp_path / "store").mkdir()
+    config = load_config(None, [f"output_dir={tmp_path}/run", f"data_dir=file://{tmp_path}/store"])
+    assert [found.level for found in places.store(config)] == ["ok"]
+    (found,) = places.store(config.model_copy(update={"data_dir": "nosuch://bucket/data"}))
+    assert found.level == "problem" and "nosuch://bucket/data" in found.what
+    assert places.store(config.model_copy(update={"data_dir": None})) == []
+
+
 def test_an_address_where_no_ray_is_any_more_is_said_at_once():
     with socket.socket() as gone:
         gone.bind(("127.0.0.1", 0))

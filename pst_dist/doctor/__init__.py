@@ -69,6 +69,7 @@ def examine(config: Config | None, request: Request) -> tuple[Machine, list[Find
         for name, folder in places.folders(config).items():
             checks.append(Check(name, lambda n=name, f=folder: places.place(n, f, nodes), silence=SLOW_FILES))  # type: ignore[misc]
         checks += [
+            Check("data_dir", lambda: places.store(config), 40.0),
             Check("contents", lambda: places.contents(config), silence=SLOW_FILES),
             Check("deepspeed", lambda: software.deepspeed_json(config), 60.0),
             Check("encoder", lambda: models.encoder(config)),

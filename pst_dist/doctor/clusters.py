@@ -22,6 +22,7 @@ from typing import Any
 from pst_dist import slurm_commands
 from pst_dist.config import Config
 from pst_dist.doctor.findings import Finding, ok, problem, warning
+from pst_dist.errors import PstError
 from pst_dist.slurm_submit import partitions
 
 RAY_SECONDS = 45.0
@@ -40,15 +41,34 @@ except BaseException as error:
 
 
 def ray(config: Config | None, environment: Mapping[str, str]) -> list[Finding]:
-    """The Ray cluster that the config or RAY_ADDRESS names; nothing when neither names one."""
-    wanted = config is not None and config.embed.backend == "ray"
-    given = config.embed.ray.address if config is not None and wanted else None
-    address = given or environment.get("RAY_ADDRESS")
+    """The Ray clusters that the config or RAY_ADDRESS name; nothing when none is named."""
+    if config is None:
+        return _named(None, "RAY_ADDRESS", environment.get("RAY_ADDRESS"), environment)
+    asked = {}
+    if config.embed.backend == "ray":
+        asked["embed.ray.address"] = config.embed.ray.address
+    if config.train.backend == "ray":
+        asked["train.ray.address"] = config.train.ray.address
+    if not asked:
+        return _named(None, "RAY_ADDRESS", environment.get("RAY_ADDRESS"), environment)
+    # Both stages mostly name one cluster, which is then asked once.
+    places = {address or environment.get("RAY_ADDRESS"): key for key, address in reversed(asked.items())}
+    findings = []
+    for address, key in places.items():
+        if address is None:
+            findings.append(ok("ray", "no address: a cluster of this machine is started for the work"))
+            continue
+        given = address in asked.values()
+        findings += _named(config, key if given else "RAY_ADDRESS", address, environment)
+    return findings
+
+
+def _named(config: Config | None, name: str, address: str | None, environment: Mapping[str, str]) -> list[Finding]:
+    """One cluster; with a config the work is to be done there, so that a silent one is a problem."""
     if address is None:
-        return [ok("ray", "no address: a cluster of this machine is started for the work")] if wanted else []
-    from_environment = given is None
-    called = f"RAY_ADDRESS={address}" if from_environment else f"embed.ray.address={address}"
-    findings = _asked(config if wanted else None, address, called, environment)
+        return []
+    wanted, from_environment, called = config is not None, name == "RAY_ADDRESS", f"{name}={address}"
+    findings = _asked(config, address, called, environment)
     if from_environment and any(finding.level == "problem" for finding in findings):
         stale = "unset RAY_ADDRESS if that cluster is gone"
         findings = [
@@ -161,7 +181,14 @@ def _room(config: Config | None, called: str, answer: dict) -> list[Finding]:
     has = answer["resources"]
     cpus, gpus = has.get("CPU", 0), has.get("GPU", 0)
     findings = [ok("ray", f"{called}: {answer['nodes']} node(s), {cpus:g} CPUs, {gpus:g} GPUs")]
-    if config is None:
+    if config is not None and config.train.backend == "ray":
+        from pst_dist.ray_train import check_room
+
+        try:
+            check_room(config.train.ray, has)
+        except PstError as error:
+            findings.append(problem("ray", error.what, error.remedy))
+    if config is None or config.embed.backend != "ray":
         return findings
     actor = config.embed.ray
     wanted = {"CPU": actor.num_cpus_per_actor, "GPU": actor.num_gpus_per_actor}

@@ -40,6 +40,18 @@ def folders(config: Config) -> dict[str, Path]:
     return found
 
 
+def store(config: Config) -> list[Finding]:
+    """Whether the object storage that holds shards and embeddings can be reached; nothing for a folder."""
+    remote = run_dir(config).remote
+    if remote is None:
+        return []
+    try:
+        remote.check()
+    except PstError as error:
+        return [problem("data_dir", f"{remote.url}: {error.what}", error.remedy)]
+    return [ok("data_dir", f"{remote.url}: can be reached")]
+
+
 def place(name: str, folder: Path, nodes: int) -> list[Finding]:
     """Whether files can be written, locked and renamed in a folder, and whether other nodes can see it."""
     kind = filesystem_of(folder, Path("/proc/self/mounts").read_text())

@@ -86,7 +86,8 @@ def _needed(config: Config | None) -> set[str]:
         return set()
     needed = {"torch", "transformers", "tokenizers"}
     needed |= {"deepspeed"} if config.train.deepspeed else set()
-    needed |= {"ray"} if config.embed.backend == "ray" else {"sentence-transformers"}
+    needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
+    needed |= set() if config.embed.backend == "ray" else {"sentence-transformers"}
     return needed | ({"tensorboard"} if config.train.report_to == "tensorboard" else set())
 
 
@@ -201,7 +202,7 @@ def _memory(machine: Machine, config: Config | None) -> Iterator[Finding]:
             f"{have}: NCCL, Ray and data workers keep their buffers there",
             "give a container more: --shm-size=8g, or a memory volume at /dev/shm",
         )
-    wants_many = config is not None and config.embed.backend == "ray"
+    wants_many = config is not None and "ray" in (config.embed.backend, config.train.backend)
     least = 4096 if wants_many else 1024
     if machine.open_files < least:
         can = (

@@ -104,13 +104,12 @@ def needs_embeddings(config: Config) -> bool:
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process or on Ray; with `rebuild`, what an earlier training left is removed first."""
-    from pst_dist.shards import ShardSet
-
-    fetch_data(config)
-    ShardSet.open(run_dir(config).shards, verify=False)  # a refusal before the lock leaves nothing behind
     if config.train.backend == "ray":
         from pst_dist.ray_train import train_with_ray
+        from pst_dist.shards import ShardSet
 
+        fetch_data(config)
+        ShardSet.open(run_dir(config).shards, verify=False)  # refused here, before workers are started
         return train_with_ray(config, rebuild=rebuild)
     from pst_dist.trainer import train
 

@@ -108,11 +108,14 @@ class RemoteFolder:
             system.rm_file(f"{path}/{name}")
 
 
-def fetch_folder(remote: RemoteFolder, mirror: Path, kind: str) -> Manifest | None:
+def fetch_folder(
+    remote: RemoteFolder, mirror: Path, kind: str, *, on_file: Callable[[], None] = lambda: None
+) -> Manifest | None:
     """Make `mirror` the finished folder that `remote` is: fetch what is not there with the promised bytes.
 
-    None when there is no finished folder. Processes of one machine take turns, so that one fetches and the others
-    find everything there. Raises IntegrityError when a fetched file is not what the manifest promises.
+    `on_file` is called before each file. None when there is no finished folder. Processes of one machine take turns, so
+    that one fetches and the others find everything there. Raises IntegrityError when a fetched file is not what the
+    manifest promises.
     """
     mirror.mkdir(parents=True, exist_ok=True)
     with taking_turns(mirror.parent / f".{mirror.name}.fetch"):
@@ -125,6 +128,7 @@ def fetch_folder(remote: RemoteFolder, mirror: Path, kind: str) -> Manifest | No
         if not here.is_file() or read_manifest(mirror, kind) != manifest:
             here.unlink(missing_ok=True)  # until all is there the mirror is unfinished, and says so
         for name, promised in sorted(manifest.files.items()):
+            on_file()
             target = mirror / name
             if not target.is_file() or sha256_file(target) != promised["sha256"]:
                 remote.fetch(name, target, promised["sha256"])

@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,15 +109,16 @@ def data_settings(config: Config) -> dict[str, str]:
     return {"data_dir": run.remote.url, "data_cache": str(run.data)} if run.remote else {"data_dir": str(run.data)}
 
 
-def fetch_data(config: Config) -> None:
+def fetch_data(config: Config, *, on_file: Callable[[], None] = lambda: None) -> None:
     """Bring shards and embeddings that lie in object storage to this machine; nothing for a data_dir that is a folder.
 
-    What is here with the promised bytes stays. All processes may call it: on each machine one fetches, the others wait.
+    `on_file` is called before each file. What is here with the promised bytes stays. All processes may call it: on each
+    machine one fetches, the others wait.
     """
     run = run_dir(config)
     if run.remote is not None:
         for kind in ("shards", "embeddings"):
-            fetch_folder(run.remote.child(kind), run.data / kind, kind)
+            fetch_folder(run.remote.child(kind), run.data / kind, kind, on_file=on_file)
 
 
 def expand_arms(config: Config) -> list[Config]:

@@ -99,7 +99,6 @@ def train(
     quiet_libraries()
     ranks = Ranks.from_environment()
     run = run_dir(config)
-    fetch_data(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     if config.train.deepspeed is not None:
@@ -115,6 +114,7 @@ def train(
         at("loading")
         check_same_software()
         with together(ranks):  # a node may not see them; a refusal before the lock leaves nothing behind
+            fetch_data(config, on_file=alive)
             ShardSet.open(run.shards, verify=False)
         with main_first_errors(ranks):
             stack.enter_context(lock)

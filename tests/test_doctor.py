@@ -85,7 +85,7 @@ def test_what_is_too_old_is_a_problem_and_the_exit_code_is_4(tmp_path):
 
 def test_without_torch_that_is_what_it_reports(tmp_path):
     """A folder with the core packages alone is all that this Python sees."""
-    core = ("numpy", "pydantic", "pydantic-core", "pyyaml", "safetensors", "webdataset", "rich", "pst-dist")
+    core = ("fsspec", "numpy", "pydantic", "pydantic-core", "pyyaml", "safetensors", "webdataset", "rich", "pst-dist")
     core += (
         "annotated-types",
         "typing-extensions",
@@ -237,7 +237,7 @@ def mounts(tmp_path_factory):
     for name in ("readonly", "tiny"):
         (folder / name).mkdir()
     script = (
-        f"mount -t tmpfs -o ro none {folder}/readonly && mount -t tmpfs -o size=2m,nr_inodes=50 none {folder}/tiny && "
+        f"mount -t tmpfs -o ro,size=64m none {folder}/readonly && mount -t tmpfs -o size=2m,nr_inodes=50 none {folder}/tiny && "
         f"exec {sys.executable} -m pst_dist.cli doctor demo nodes=2 gpus=1 train.deepspeed=zero1 "
         f"output_dir={folder}/readonly/run data_dir={folder}/tiny/data student.fresh.hidden_size=1024"
     )
@@ -276,14 +276,14 @@ def test_damaged_and_unfinished_artefacts_are_named(small_data, tmp_path):
     config = small_config(small_data, tmp_path, train__max_steps=4, train__eval_steps=2)
     train(config)
     assert not lines(places.contents(config)) and not lines(places.contents(config), "warning")
-    newest = tmp_path / "checkpoints" / "checkpoint-4" / "state.pt"
+    newest = tmp_path / "checkpoints" / "checkpoint-4" / "state-00000.safetensors"
     os.truncate(newest, 1000)
     (tmp_path / "checkpoints" / ".checkpoint-6.partial").mkdir()
     (tmp_path / "best" / "manifest.json").unlink()
     said = lines(places.contents(config), "warning")
     assert [line.split()[1] for line in said] == ["student", "checkpoint", "left"]
     assert "1000 bytes, manifest says" in said[1] and "to step 2 at best" in said[1]
-    (tmp_path / "checkpoints" / "checkpoint-2" / "state.pt").unlink()
+    (tmp_path / "checkpoints" / "checkpoint-2" / "state-00000.safetensors").unlink()
     said = lines(places.contents(config))
     assert len(said) == 2 and all("no other is whole" in line for line in said)
 

@@ -237,7 +237,8 @@ def mounts(tmp_path_factory):
     for name in ("readonly", "tiny"):
         (folder / name).mkdir()
     script = (
-        f"mount -t tmpfs -o ro,size=64m none {folder}/readonly && mount -t tmpfs -o size=2m,nr_inodes=50 none {folder}/tiny && "
+        f"mount -t tmpfs -o ro,size=64m none {folder}/readonly && "
+        f"mount -t tmpfs -o size=2m,nr_inodes=50 none {folder}/tiny && "
         f"exec {sys.executable} -m pst_dist.cli doctor demo nodes=2 gpus=1 train.deepspeed=zero1 "
         f"output_dir={folder}/readonly/run data_dir={folder}/tiny/data student.fresh.hidden_size=1024"
     )

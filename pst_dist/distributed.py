@@ -89,8 +89,17 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float 
     finally:
         if intact and dist.is_initialized():
             dist.destroy_process_group()
+            _forget_in_deepspeed()
         for name in added:
             del os.environ[name]
+
+
+def _forget_in_deepspeed() -> None:
+    """Let DeepSpeed's next engine make groups of its own: it keeps the first one's for the life of the process."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    for name, value in list(vars(groups).items()) if groups is not None else ():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)
 
 
 @contextlib.contextmanager

@@ -80,11 +80,12 @@ def secure_local_cluster() -> None:
     """A token of this process alone, unless the user has set one up; must come before ray is imported.
 
     Ray would otherwise write one into the home directory, readable by all, that changes what later clusters ask
-    for (ray 2.60). It is read once a process, so it stays for the life of the process.
+    for (ray 2.60). It is read once a process, so it stays for the life of the process, and comes too late for one that
+    has imported ray.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if "RAY_AUTH_MODE" in os.environ:
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
         return
     _sweep(Path(tempfile.gettempdir()).glob("pst-ray-token-*"))
     descriptor, claim = tempfile.mkstemp(prefix="pst-ray-claim-")  # mode 0600

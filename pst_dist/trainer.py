@@ -153,7 +153,7 @@ class _Training:
         run: RunDir,
         ranks: Ranks,
         stop: StopRequest,
-        observer: Callable[[Saved], None] | None,
+        observer: Callable[[Saved], None] | None = None,
     ) -> None:
         self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
         shards = ShardSet.open(run.shards)

@@ -58,6 +58,27 @@ def test_one_process_can_train_with_deepspeed_too(small_data, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 8
 
 
+@pytest.mark.distributed
+@pytest.mark.encoder
+def test_several_arms_train_one_after_the_other_with_deepspeed(small_data, tmp_path):
+    """Each has a process group of its own, of which DeepSpeed must not remember the first."""
+    config = small_config(small_data, tmp_path / "run", arms="[pst,answer_only]", train__deepspeed="zero2")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pst_dist.torchrun", "--standalone", "--nproc-per-node=2"]
+        + ["-m", "pst_dist.train", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for arm in ("pst", "answer_only"):
+        assert read_json(tmp_path / "run" / arm / "train.json")["steps"] == 8
+
+
 def test_a_wheel_carries_the_configs_the_deepspeed_profiles_and_the_cluster_scripts(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, timeout=300)

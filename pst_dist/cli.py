@@ -300,13 +300,19 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from pst_dist.distributed import Ranks
+    from pst_dist.distributed import Ranks, process_group
     from pst_dist.pipeline import make_student
     from pst_dist.rundir import expand_arms, recorded
 
-    is_main = Ranks.from_environment().is_main
+    ranks = Ranks.from_environment()
+    is_main = ranks.is_main
     whole = _config_of(arguments)
     with contextlib.ExitStack() as stack:
+        if len(whole.arms) > 1 and ranks.world_size > 1:
+            # One group for all arms: ranks that meet again in a launcher's store read the addresses of the first time.
+            with_deepspeed = whole.train.deepspeed is not None
+            patience = whole.train.timeout_seconds
+            stack.enter_context(process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience))
         if is_main and whole.arms:
             stack.enter_context(recorded(whole))
         for config in expand_arms(whole):

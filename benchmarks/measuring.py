@@ -41,15 +41,15 @@ def paired_rounds(
     return seconds
 
 
-def compared(seconds: Mapping[str, list[float]], ours: str) -> dict[str, dict[str, Any]]:
-    """For each contender its median, and the median and range of its time over ours in the same round."""
+def compared(seconds: Mapping[str, list[float]], ours: str, label: str = "over_ours") -> dict[str, dict[str, Any]]:
+    """For each contender its median, and the median and range of its time over ours in a round, named `label`."""
     table = {}
     for name, values in seconds.items():
         ratios = [theirs / mine for theirs, mine in zip(values, seconds[ours], strict=True)]
         table[name] = {
             "seconds_median": round(statistics.median(values), 4),
-            "over_ours": round(statistics.median(ratios), 3),
-            "over_ours_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
+            label: round(statistics.median(ratios), 3),
+            f"{label}_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
         }
     return table
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measuring import machine
+from measuring import compared, machine
 from step_cases import SETTINGS, make_problem, make_student
 from torch import nn
 
@@ -112,20 +111,17 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "loss_and_norm": first,
-        "results": {name: _summary(seconds[name], seconds[DDP]) for name in steps},
+        "results": _over_ddp(seconds),
     }
 
 
-def _summary(ours: dict[str, list[float]], ddp: dict[str, list[float]]) -> dict[str, Any]:
-    summary = {}
-    for clock, values in ours.items():
-        ratios = [mine / theirs for mine, theirs in zip(values, ddp[clock], strict=True)]
-        summary[clock] = {
-            "seconds_median": round(statistics.median(values), 4),
-            "over_ddp": round(statistics.median(ratios), 3),
-            "over_ddp_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-        }
-    return summary
+def _over_ddp(seconds: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """Contender -> clock -> its median, and the median and range of its time over DDP's in the same round."""
+    clocks = {
+        clock: compared({name: found[clock] for name, found in seconds.items()}, DDP, label="over_ddp")
+        for clock in seconds[DDP]
+    }
+    return {name: {clock: table[name] for clock, table in clocks.items()} for name in seconds}
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -58,8 +58,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path) from error
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the deepest of its parents that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def _make_room(path: Path) -> str:
-    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    free = shutil.disk_usage(nearest_existing(path)).free
     return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
 
 

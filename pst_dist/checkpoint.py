@@ -90,9 +90,8 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             write_json(partial / _STATE, asdict(state))
-            files = {
-                name: entry for part in [*parts, describe_files(partial, [_STATE])] for name, entry in part.items()
-            }
+            for part in (*parts, describe_files(partial, [_STATE])):
+                files |= part
             write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
             publish_directory(partial, final)
             for old in _by_step(root)[:-keep]:

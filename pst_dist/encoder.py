@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pst_dist.config import EmbedConfig
-from pst_dist.errors import EnvironmentFault, InputError, IntegrityError
+from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, first_line
 from pst_dist.storage import digest_of, sha256_file
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _from_hub(encoder: str, revision: str | None) -> Path:
             if not any(folder.rglob("*.safetensors")):
                 huggingface_hub.snapshot_download(encoder, revision=revision, allow_patterns=[*settings, "*.bin"])
         except Exception as error:  # requests, httpx, hub and OS errors alike: the user's remedy is the same
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise EnvironmentFault(
                 f"encoder {encoder!r} is not in the cache and cannot be fetched ({reason[:160]})",
                 "fetch it on a machine with network (`hf download`), or use embed.encoder=minilm",
@@ -247,7 +247,7 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
                 model_kwargs={"dtype": getattr(torch, config.dtype)},
             )
         except _LOADING_ERRORS as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise InputError(
                 f"cannot be loaded as a sentence encoder ({reason[:160]})",
                 "see embed.encoder and embed.device",

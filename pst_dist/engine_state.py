@@ -107,8 +107,7 @@ def trainable(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def whole_fragments(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Fragment]:
     """Every parameter whole, for an engine that keeps all of them on each rank."""
     return [
-        Fragment(name, 0, _slots(value.data.view(-1), optimizer.state[value], lambda state: state.view(-1)))
-        for name, value in trainable(module)
+        Fragment(name, 0, _slots(value, optimizer.state[value], 0, value.numel())) for name, value in trainable(module)
     ]
 
 
@@ -121,11 +120,7 @@ def zero_fragments(module: nn.Module, zero: Any) -> list[Fragment]:
             continue
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         place = mapping.get_hp_fragment_address()
-        slots = _slots(
-            mapping.hp_fragment,
-            zero.optimizer.state[flat],
-            lambda state, place=place: state.narrow(0, place.start, place.numel),
-        )
+        slots = _slots(flat, zero.optimizer.state[flat], place.start, place.numel)
         fragments.append(Fragment(name, mapping.lp_fragment_address.start, slots))
     return fragments
 
@@ -140,17 +135,14 @@ def zero3_fragments(module: nn.Module, zero: Any, rank: int) -> list[Fragment]:
         if count <= 0:
             continue
         flat = zero.fp32_partitioned_groups_flat[group]
-        slots = _slots(
-            flat.narrow(0, offset, count),
-            zero.optimizer.state[flat],
-            lambda state, offset=offset, count=count: state.narrow(0, offset, count),
-        )
-        fragments.append(Fragment(name, start, slots))
+        fragments.append(Fragment(name, start, _slots(flat, zero.optimizer.state[flat], offset, count)))
     return fragments
 
 
-def _slots(weight: Tensor, state: Mapping[str, Any], part: Any) -> dict[str, Tensor]:
-    return {WEIGHT: weight, **{moment: part(state[moment]) for moment in MOMENTS}}
+def _slots(weights: Tensor, state: Mapping[str, Any], start: int, count: int) -> dict[str, Tensor]:
+    """The same `count` elements of the weights and of each moment, as views of their flat form."""
+    whole = {WEIGHT: weights, **{moment: state[moment] for moment in MOMENTS}}
+    return {slot: values.data.view(-1).narrow(0, start, count) for slot, values in whole.items()}
 
 
 def start_moments(optimizer: torch.optim.Optimizer, places: Iterable[Tensor], adam_step: int) -> None:

@@ -36,6 +36,11 @@ class PstError(Exception):
         return (_rebuild, (type(self), self.what, self.remedy, self.path, self.line))
 
 
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of what another library's error says, cut to `most` characters; its type when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
+
+
 def _rebuild(kind: type[PstError], what: str, remedy: str, path, line) -> PstError:
     return kind(what, remedy, path=path, line=line)
 

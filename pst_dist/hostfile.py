@@ -20,7 +20,7 @@ from pathlib import Path
 from pst_dist.errors import EnvironmentFault, InputError, PstError
 
 DEFAULT_PORT = 29500
-"""The launcher's own --master_port."""
+"""What torchrun and the deepspeed launcher take for the first host when nothing is said."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 
 
@@ -80,12 +80,12 @@ def own_place(hosts: list[Host], path: Path) -> int:
     """Which of the hosts this machine is, from 0; raises InputError when it is none of them."""
     short = socket.gethostname().partition(".")[0]
     for index, host in enumerate(hosts):
-        if host.name.partition(".")[0] == short or any(_is_own(address) for address in addresses_of(host.name)):
+        if host.name.partition(".")[0] == short or any(is_own(address) for address in addresses_of(host.name)):
             return index
     raise InputError(f"this host, {short}, is none of the {len(hosts)} in it", "add it, or start elsewhere", path=path)
 
 
-def _is_own(address: str) -> bool:
+def is_own(address: str) -> bool:
     """Whether an address is one of this machine's: only those can be bound to."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:

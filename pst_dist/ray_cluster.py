@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pst_dist.config import RayConfig
-from pst_dist.errors import EnvironmentFault, PstError
+from pst_dist.errors import EnvironmentFault, PstError, first_line
 
 _PROBE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
@@ -62,7 +62,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, PstError):
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
         raise EnvironmentFault(
             f"{what} ({reason[:160]})",

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.errors import EnvironmentFault, InputError, first_line
 
 _ANSWER_SECONDS = 10.0
 _AWAY_SECONDS = 300.0
@@ -117,7 +117,9 @@ def connect(address: str) -> Any:
     try:
         return JobSubmissionClient(address)
     except Exception as error:
-        raise EnvironmentFault(f"Ray's job client says: {_first_line(error)}", "see the dashboard's logs") from error
+        raise EnvironmentFault(
+            f"Ray's job client says: {first_line(error, 200)}", "see the dashboard's logs"
+        ) from error
 
 
 def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
@@ -141,7 +143,7 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
             if time.monotonic() - heard > _AWAY_SECONDS:
                 raise EnvironmentFault(
                     f"the cluster at {address} has been away for {_AWAY_SECONDS / 60:.0f} minutes "
-                    f"({_first_line(error)})",
+                    f"({first_line(error, 200)})",
                     look_again(job, address),
                 ) from None
             time.sleep(_POLL_SECONDS)
@@ -207,10 +209,6 @@ def _info(client: Any, job: str) -> Any:
         if "404" in str(error):
             raise InputError(f"the cluster knows no job {job!r}", "`ray job list` names those that it does") from None
         raise
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _last_line(text: str) -> str:

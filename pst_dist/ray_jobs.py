@@ -21,7 +21,7 @@ from pst_dist.config import EmbedConfig, RayConfig
 from pst_dist.embedding_files import Files
 from pst_dist.embeddings import EmbeddedShard, difference, embed_shard
 from pst_dist.encoder import TextEncoder
-from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError, PstError
+from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError, PstError, first_line
 from pst_dist.progress import Progress
 from pst_dist.ray_cluster import ray_cluster
 from pst_dist.shards import ShardInfo
@@ -181,7 +181,7 @@ class Crew:
         """Take back what a lost actor held and ask for another; raises PeerLostError when that has not helped."""
         at = member.held[0].name if member.held else ""
         self._losses[at] += 1
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        reason = first_line(error, 160)
         where = f"at {at}" if at else "while loading the encoder"
         if self._losses[at] > _RETRIES + (0 if at else len(self._members)):
             raise PeerLostError(

@@ -18,7 +18,7 @@ from typing import Any
 
 from pst_dist import __version__
 from pst_dist.config import Config, RayConfig, RayTrainConfig
-from pst_dist.errors import ConfigError, EnvironmentFault, PeerLostError, PreemptedError, PstError
+from pst_dist.errors import ConfigError, EnvironmentFault, PeerLostError, PreemptedError, PstError, first_line
 from pst_dist.ray_cluster import ray_cluster
 from pst_dist.remote import is_url
 from pst_dist.rundir import check_lasting, data_settings, run_dir
@@ -106,16 +106,18 @@ def _trainer(config: Config, orders: Any) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pst_dist.distributed import SLOWER_THAN_THE_WATCH_SECONDS
     from pst_dist.ray_worker import Watch, work
 
     api: Any = ray.train  # which of its two versions is behind the names is settled when it is imported
     asked, path = config.train.ray, run_dir(config).path
     gpus = asked.num_gpus_per_worker
+    patience = int(config.train.timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
     ranks = asked.num_workers if asked.min_workers is None else (asked.min_workers, asked.num_workers)
     return TorchTrainer(
         work,
         train_loop_config={"orders": orders},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=_group_seconds(config)),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=patience),
         scaling_config=api.ScalingConfig(
             num_workers=ranks,
             use_gpu=gpus > 0,
@@ -137,11 +139,6 @@ def _trainer(config: Config, orders: Any) -> Any:
     )
 
 
-def _group_seconds(config: Config) -> int:
-    """How long a collective waits: longer than the watch over the ranks, which knows who hangs and speaks first."""
-    return int(config.train.timeout_seconds) + 60
-
-
 def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) -> Any:
     """Run `fit` in a thread, where Ray takes no signals for itself; log the ranks' lines and pass on a request."""
     outcome: list[Any] = []
@@ -160,7 +157,9 @@ def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) ->
         try:
             lines = ray.get(desk.listen.remote())
         except ray.exceptions.RayError as error:
-            raise PeerLostError(f"the Ray cluster is gone ({_first_line(error)})", "the same command goes on") from None
+            raise PeerLostError(
+                f"the Ray cluster is gone ({first_line(error, 200)})", "the same command goes on"
+            ) from None
         for line in lines:
             logging.getLogger(line.name).log(line.level, "%s", line.text)
         if done:
@@ -185,7 +184,7 @@ def _in_our_words(ray: Any, error: BaseException) -> BaseException:
         cause = error.controller_failure
         if "Startup" in type(cause).__name__:
             return EnvironmentFault(
-                f"Ray could not start the ranks ({_first_line(cause)})",
+                f"Ray could not start the ranks ({first_line(cause, 200)})",
                 "see `ray status` for what the cluster lacks; train.ray.wait_seconds is how long to wait for room",
             )
         return cause
@@ -198,12 +197,8 @@ def _in_our_words(ray: Any, error: BaseException) -> BaseException:
             "look for out-of-memory in Ray's logs; the same command goes on from the newest valid checkpoint",
         )
     if isinstance(error, (PreemptionError, ray.exceptions.RayError)):
-        return PeerLostError(f"Ray gave the training up ({_first_line(error)})", "the same command goes on")
+        return PeerLostError(f"Ray gave the training up ({first_line(error, 200)})", "the same command goes on")
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 @contextmanager

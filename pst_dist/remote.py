@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pst_dist.atomic import atomic_path
-from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError
+from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.locks import taking_turns
 from pst_dist.storage import MANIFEST, Manifest, read_manifest, sha256_file
 
@@ -197,9 +197,8 @@ def _told(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise IntegrityError("is not there", "make it again with --rebuild", path=where) from error
     except Exception as error:  # botocore, aiohttp, google and OS errors alike: the user's remedy is the same
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise EnvironmentFault(
-            f"storage does not answer as it should ({type(error).__name__}: {reason[:160]})",
+            f"storage does not answer as it should ({type(error).__name__}: {first_line(error, 160)})",
             "check credentials, endpoint and network",
             path=where,
         ) from error

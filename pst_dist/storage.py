@@ -109,6 +109,11 @@ def describe_files(
     return described
 
 
+def bytes_below(directory: Path) -> int:
+    """Bytes of every file below a directory; 0 when it is not there."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
 def all_files(directory: Path) -> list[str]:
     """Relative paths of every file below a directory but its manifest, sorted."""
     return sorted(

@@ -20,7 +20,7 @@ from pst_dist.config_io import RESOLVED, load_config
 from pst_dist.errors import InputError, IntegrityError, PstError
 from pst_dist.progress import Progress, progress
 from pst_dist.rundir import expand_arms, run_dir
-from pst_dist.storage import MANIFEST, REMAKE, Manifest, all_files, read_json, read_manifest, verify_files
+from pst_dist.storage import MANIFEST, REMAKE, Manifest, all_files, bytes_below, read_json, read_manifest, verify_files
 
 log = logging.getLogger(__name__)
 State = Literal["intact", "damaged", "stale", "unfinished", "leftover"]
@@ -64,15 +64,14 @@ def verify(root: Path) -> list[Finding]:
     with progress("verify", total=files, unit="files") as bar:
         for folder, kind in folders:
             if kind is None:
-                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                what = f"{size / 2**20:.1f} MiB left by a command that was killed"
+                what = f"{bytes_below(folder) / 2**20:.1f} MiB left by a command that was killed"
                 findings.append(Finding("leftover", "leftover", folder, what, "the same command removes it"))
                 continue
             found, manifest = _check(folder, kind, bar)
             findings += found
             if manifest is not None and not any(finding.is_problem for finding in found):
                 intact[folder.resolve()] = manifest
-    findings += _links(root, intact)
+    findings += _links(intact)
     if not findings:
         raise InputError("nothing here was made by this program", "give a run, data or model directory", path=root)
     return findings
@@ -102,11 +101,8 @@ def _kind(folder: Path) -> str | None:
         except (IntegrityError, KeyError, TypeError):
             return _NAMES.get(folder.name, "artefact")
     # Others keep folders of such names too: only with files in them that look like ours.
-    return _NAMES.get(folder.name) if any(folder.glob("*.index.json")) or _has_weights(folder) else None
-
-
-def _has_weights(folder: Path) -> bool:
-    return folder.name in _NAMES and any(folder.glob("*.safetensors"))
+    ours = any(folder.glob("*.index.json")) or any(folder.glob("*.safetensors"))
+    return _NAMES.get(folder.name) if ours else None
 
 
 def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manifest | None]:
@@ -134,7 +130,7 @@ def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manif
     return [Finding("intact", kind, folder, what)], manifest
 
 
-def _links(root: Path, intact: dict[Path, Manifest]) -> Iterator[Finding]:
+def _links(intact: dict[Path, Manifest]) -> Iterator[Finding]:
     """Artefacts that are whole but were made from others than those that lie here now."""
     for folder, manifest in intact.items():
         for kind, source, digest in _sources(folder, manifest):

@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from hosts import enter_host
+from ports import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What a training imports, most of it behind lazy doors: each rank would else spend seconds on it.
@@ -119,13 +119,6 @@ class RankGroup:
             if process.is_alive():
                 process.kill()
             process.join()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def _run_rank(folder: Path, words: list[str], place: dict[str, str], stuck: Stuck | None, host: str) -> None:

@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +84,7 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    ports = _free_ports(4)
+    ports = free_ports(4)
     temporary = Path(tempfile.mkdtemp(prefix="pst-rt-", dir="/tmp"))  # sockets lie in it: at most 107 bytes of path
     head = RayHead(f"http://127.0.0.1:{ports[1]}", ports[0], mark, environment)
     command = ["ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
@@ -105,14 +106,6 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _wait_for_dashboard(head: RayHead, process: subprocess.Popen, log: Path) -> None:

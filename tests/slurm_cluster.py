@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from hosts import boxed, on_host
+from ports import free_ports
 from waiting import wait_until
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv")
@@ -94,7 +95,7 @@ class SlurmCluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         shutil.chown(key, "munge", "munge")
-        ports = _free_ports(self.nodes + 1)
+        ports = free_ports(self.nodes + 1)
         host = socket.gethostname().partition(".")[0]
         names = [f"n{i + 1}" for i in range(self.nodes)]
         nodes = "\n".join(
@@ -166,15 +167,6 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for found in sockets:
-            found.bind(("127.0.0.1", 0))
-        return [found.getsockname()[1] for found in sockets]
 
 
 @contextlib.contextmanager

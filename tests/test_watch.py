@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from rank_group import RankGroup, Stuck
 from small_run import small_config
 from test_signals import losses
@@ -116,12 +117,6 @@ def test_a_stranger_is_hung_up_on_and_a_peer_of_another_run_is_one(monkeypatch):
             assert not peer_link.is_peer(good | bad, meeting, 2)
         other = dataclasses.replace(meeting, answered="another")
         assert peer_link.call(dataclasses.replace(other, port=free_port()), 1) is None
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 # --- ranks that do nothing but meet -----------------------------------------------------------------------------------

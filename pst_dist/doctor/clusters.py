@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist import slurm_commands
-from pst_dist.config import Config
+from pst_dist.config import Config, EmbedConfig, TrainConfig
 from pst_dist.doctor.findings import Finding, ok, problem, warning
 from pst_dist.errors import PstError
 from pst_dist.slurm_submit import partitions
@@ -42,13 +42,10 @@ except BaseException as error:
 
 def ray(config: Config | None, environment: Mapping[str, str]) -> list[Finding]:
     """The Ray clusters that the config or RAY_ADDRESS name; nothing when none is named."""
-    if config is None:
-        return _named(None, "RAY_ADDRESS", environment.get("RAY_ADDRESS"), environment)
-    asked = {}
-    if config.embed.backend == "ray":
-        asked["embed.ray.address"] = config.embed.ray.address
-    if config.train.backend == "ray":
-        asked["train.ray.address"] = config.train.ray.address
+    stages: dict[str, EmbedConfig | TrainConfig] = {}
+    if config is not None:
+        stages = {"embed": config.embed, "train": config.train}
+    asked = {f"{name}.ray.address": stage.ray.address for name, stage in stages.items() if stage.backend == "ray"}
     if not asked:
         return _named(None, "RAY_ADDRESS", environment.get("RAY_ADDRESS"), environment)
     # Both stages mostly name one cluster, which is then asked once.

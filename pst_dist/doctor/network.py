@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pst_dist.doctor.findings import Finding, ok, problem, warning
-
-_USUAL_PORT = 29500
-"""What torchrun and the deepspeed launcher take when nothing is said."""
+from pst_dist.hostfile import DEFAULT_PORT, is_own
 
 
 def port(environment: Mapping[str, str]) -> list[Finding]:
@@ -20,7 +18,7 @@ def port(environment: Mapping[str, str]) -> list[Finding]:
     given = environment.get("MASTER_PORT")
     if given is not None and not (given.isdecimal() and 0 <= int(given) < 65536):
         return [problem("port", f"MASTER_PORT={given!r} is not a port", "choose a number from 1024 to 32767")]
-    number = int(given) if given is not None else _USUAL_PORT
+    number = int(given) if given is not None else DEFAULT_PORT
     address = environment.get("MASTER_ADDR")
     if address is not None:
         try:
@@ -29,7 +27,7 @@ def port(environment: Mapping[str, str]) -> list[Finding]:
             return [
                 problem("port", f"MASTER_ADDR={address} is no known host ({error.strerror})", "unset it or correct it")
             ]
-        if not any(_is_here(str(place)) for place in places):
+        if not any(is_own(str(place)) for place in places):
             return [ok("port", f"rank zero's host is {address}, not this one")]
     if _is_free(number):
         return [ok("port", f"{number} is free")]
@@ -60,16 +58,6 @@ def _is_free(number: int) -> bool:
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 return False
-    return True
-
-
-def _is_here(address: str) -> bool:
-    """Whether an address is one of this machine: only those can be bound."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
     return True
 
 
@@ -130,7 +118,7 @@ def hostfile(path: Path, room_here: int) -> list[Finding]:
                 )
             )
             continue
-        if any(map(_is_here, addresses)) and count > room_here:
+        if any(map(is_own, addresses)) and count > room_here:
             findings.append(
                 problem(
                     "hostfile",

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pst_dist.atomic import disk_errors, write_text
+from pst_dist.atomic import disk_errors, nearest_existing, write_text
 from pst_dist.config import Config
 from pst_dist.doctor.findings import Finding, ok, problem, size, warning
 from pst_dist.errors import IntegrityError, PstError
@@ -23,7 +23,7 @@ from pst_dist.locks import lock_holder
 from pst_dist.plan import Machines, Plan, make_plan
 from pst_dist.rundir import expand_arms, run_dir
 from pst_dist.slurm_submit import filesystem_of
-from pst_dist.storage import Manifest, read_manifest
+from pst_dist.storage import Manifest, bytes_below, read_manifest
 
 _MEBIBYTE = 1 << 20
 _CLOCK_SECONDS = 30.0
@@ -65,7 +65,7 @@ def place(name: str, folder: Path, nodes: int) -> list[Finding]:
                 "choose a directory on a shared file system (NFS, Lustre, ...)",
             )
         )
-    state = os.statvfs(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()))
+    state = os.statvfs(nearest_existing(folder))
     if state.f_files and state.f_favail < 1000:
         findings.append(
             problem(name, f"{folder}: {state.f_favail} more files fit", "remove some, or choose another place")
@@ -80,7 +80,7 @@ def _try(folder: Path) -> list[str]:
     The directory that is tried is the nearest one that exists; nothing is left behind. Raises EnvironmentFault when
     nothing can be written at all. What can hang here is the file system: the caller limits the time.
     """
-    ground = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    ground = nearest_existing(folder)
     faults = []
     with disk_errors(ground):
         trial = Path(tempfile.mkdtemp(prefix=".pst-try-", dir=ground))
@@ -140,9 +140,9 @@ def _space(config: Config, plan: Plan) -> Iterator[Finding]:
         needs["data_dir"] = data
     for name, wanted in needs.items():
         folder = folders(config)[name]
-        ground = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        ground = nearest_existing(folder)
         state = os.statvfs(ground)
-        free = state.f_bavail * state.f_frsize + _there_already(run.path if name == "output_dir" else run.data)
+        free = state.f_bavail * state.f_frsize + bytes_below(run.path if name == "output_dir" else run.data)
         if wanted > free:
             yield problem(
                 name,
@@ -151,10 +151,6 @@ def _space(config: Config, plan: Plan) -> Iterator[Finding]:
             )
         else:
             yield ok(name, f"the run writes about {size(wanted)} by plan")
-
-
-def _there_already(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
 def contents(config: Config) -> list[Finding]:
@@ -169,7 +165,7 @@ def contents(config: Config) -> list[Finding]:
         findings += _artefact(run.best, "student") + _checkpoints(run.checkpoints)
         left = [path for path in run.path.rglob(".*") if path.name.endswith((".partial", ".replaced"))]
         if left and not any(finding.subject == "in use" for finding in findings):
-            taken = sum(_there_already(path) if path.is_dir() else path.stat().st_size for path in left)
+            taken = sum(bytes_below(path) if path.is_dir() else path.stat().st_size for path in left)
             findings.append(
                 warning(
                     "left over",

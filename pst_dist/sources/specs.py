@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError
+from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.sources.readers import SUFFIXES, read_file, table_row
 from pst_dist.sources.rows import Entry
 from pst_dist.storage import digest_of, sha256_file
@@ -105,7 +105,7 @@ def _read_folder(folder: Path, split: str) -> Source:
         dataset = datasets.load_from_disk(str(folder))
         entries = list(_dataset_rows(dataset, str(folder), folder.name))
     except Exception as error:  # the reader below raises pyarrow's, the system's and its own kinds
-        raise DataError(f"cannot read the dataset: {_first_line(error)}", "save it again", path=folder) from error
+        raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
     digest = digest_of([sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()])
     return _not_empty(Source(str(folder), folder.name, entries, digest))
 
@@ -130,13 +130,13 @@ def _read_hub(spec: str) -> Source:
         dataset = datasets.load_dataset(name, match["config"], split=split, revision=match["revision"])
     except (ConnectionError, OSError, TimeoutError) as error:
         raise EnvironmentFault(
-            f"cannot fetch the dataset: {_first_line(error)}",
+            f"cannot fetch the dataset: {first_line(error, 160)}",
             "check its name, the network and HF_TOKEN; with HF_HUB_OFFLINE=1 only the cache is read",
             path=spec,
         ) from error
     except Exception as error:  # unknown config, unknown split, foreign code: each of its own kind
         raise InputError(
-            f"cannot load the dataset: {_first_line(error)}", "check name, config and split", path=spec
+            f"cannot load the dataset: {first_line(error, 160)}", "check name, config and split", path=spec
         ) from error
     entries = list(_dataset_rows(dataset, spec, f"{name}/{split}"))
     return _not_empty(Source(spec, f"{name.rsplit('/', 1)[-1]}-{split}", entries, digest_of(dataset._fingerprint)))
@@ -164,8 +164,3 @@ def _dataset_rows(dataset: Any, path: str, name: str) -> Iterator[Entry]:
             if isinstance(row[column], int) and row[column] >= 0:
                 row[column] = feature.int2str(row[column])
         yield table_row(row, path, name, number)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else type(error).__name__

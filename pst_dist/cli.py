@@ -55,6 +55,11 @@ def _verbs() -> dict[str, tuple[Callable[[argparse.Namespace], int], str, str]]:
         "compare": (_compare, "put finished runs side by side", "pst compare runs/demo/pst runs/demo/answer_only"),
         "run": (_run, "all stages, skipping those already complete", "pst run my.yaml arms=[pst,answer_only]"),
         "demo": (_demo, "all stages on an embedded task, no data needed", "pst demo"),
+        "experiment": (
+            _experiment,
+            "tasks x variants x seeds on identical rows, and a page of results",
+            "pst experiment letters seeds=[0] jobs=2",
+        ),
         "verify": (_verify, "compare every file of a run with its digest", "pst verify runs/demo"),
         "config": (_config, "print the resolved config, its schema, or the ready-made ones", "pst config my.yaml"),
     }
@@ -94,6 +99,16 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     elif name == "compare":
         verb.add_argument("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows")
         verb.add_argument("-o", "--output", metavar="PAGE.html", help="also write an HTML page")
+    elif name == "experiment":
+        from pst_dist.cli_experiment import EXPERIMENT_WORDS
+
+        verb.add_argument("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)")
+        verb.add_argument("overrides", **overrides | {"help": "keys of the experiment, or of all its runs"})
+        verb.add_argument("--list", action="store_true", help="list the ready-made experiments and what they ask")
+        verb.add_argument("--dry-run", action="store_true", help="list the runs and which are finished, and end")
+        verb.add_argument("--collect", action="store_true", help="train nothing, only write the results that are there")
+        verb.add_argument("--page", metavar="FOLDER", help="also write the page and its pictures there")
+        verb.epilog = f"{verb.epilog}\n\n{EXPERIMENT_WORDS}"
     elif name == "verify":
         verb.add_argument("directory", metavar="DIR", help="a run, data or model directory, or one of several runs")
         verb.add_argument("--rebuild", action="store_true", help="remove what is damaged and make it again if possible")
@@ -188,11 +203,12 @@ _ON = {
     "run": ("embed.backend", "train.backend"),
     "demo": ("embed.backend", "train.backend"),
     "doctor": ("embed.backend", "train.backend"),
+    "experiment": ("backend",),
 }
 """What `on=ray` on the command line means for each verb. No key of a file: YAML takes a bare `on` for true."""
 
 
-def _say_where(verb: str, words: Sequence[str]) -> list[str]:
+def say_where(verb: str, words: Sequence[str]) -> list[str]:
     """The words of a command line with `on=ray` or `on=local` spelt out; raises ConfigError for another place."""
     spelt: list[str] = []
     for word in words:
@@ -206,7 +222,7 @@ def _say_where(verb: str, words: Sequence[str]) -> list[str]:
 
 
 def _config_of(arguments: argparse.Namespace) -> Config:
-    config = load_config(arguments.config, _say_where(arguments.verb, arguments.overrides))
+    config = load_config(arguments.config, say_where(arguments.verb, arguments.overrides))
     if arguments.verb in ("shard", "embed", "train", "run", "demo"):
         from pst_dist.rundir import check_lasting
 
@@ -265,7 +281,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         name = words.pop(0) if words and "=" not in words[0] else None
         overrides, request = doctor.split_request(words)
-        config = load_config(name, _say_where("doctor", overrides)) if name or overrides else None
+        config = load_config(name, say_where("doctor", overrides)) if name or overrides else None
         machine, findings = doctor.examine(config, request)
         if arguments.report:
             doctor.write_report(machine, Path(arguments.report))
@@ -436,6 +452,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"model:  {config.output_dir}/pst/export   (loads with plain transformers)")
     print(f'ask it: pst answer {config.output_dir}/pst "…" --explain')
     return code
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from pst_dist.cli_experiment import experiment
+
+    arguments.overrides = say_where("experiment", arguments.overrides)
+    return experiment(arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -78,7 +78,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """The mapping in a YAML file and the line of each of its keys, counted from 1."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -119,7 +119,8 @@ def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
     return tuple(key.replace("-", "_").split(".")), value
 
 
-def _apply(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Set a nested key; what stands in the way and is no section is replaced."""
     for key in keys[:-1]:
         child = tree.get(key)
         if not isinstance(child, dict):
@@ -139,17 +140,24 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     path: Path | None = None
     if name is not None:
         path = locate_config(name)
-        tree, lines = _read_yaml(path)
+        tree, lines = read_yaml(path)
     origins: dict[tuple[str, ...], str] = {}
     for word in overrides:
         keys, value = parse_override(word)
-        _apply(tree, keys, value)
+        set_key(tree, keys, value)
         origins[keys] = word
     _drop_empty_sections(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, path, lines, origins) from error
+        raise explain(error, path, lines, origins) from error
+
+
+def load_tree(name: str) -> dict[str, Any]:
+    """The keys of a config by path, run directory or ready-made name, as they stand there; raises as `load_config`."""
+    tree, _ = read_yaml(locate_config(name))
+    _drop_empty_sections(tree)
+    return tree
 
 
 def _drop_empty_sections(tree: dict[str, Any], model: type[BaseModel] = Config) -> None:
@@ -164,17 +172,22 @@ def _drop_empty_sections(tree: dict[str, Any], model: type[BaseModel] = Config) 
             _drop_empty_sections(tree[name], section)
 
 
-def _explain(
+def explain(
     error: ValidationError,
     path: Path | None,
     lines: dict[tuple[str, ...], int],
     origins: dict[tuple[str, ...], str],
+    *,
+    keys: set[str] | None = None,
 ) -> ConfigError:
-    """One line for the first complaint of pydantic, in our words, with the place it stands at."""
+    """One line for the first complaint of pydantic, in our words, with the place it stands at; `keys` are the model's.
+
+    `lines` are those of a file's keys, `origins` the words of the command line by the key they set.
+    """
     first = error.errors()[0]
     location = tuple(str(part) for part in first["loc"])
     # A union adds the name of the branch that failed: keep the part that is a key.
-    keys = set(known_keys())
+    keys = set(known_keys()) if keys is None else keys
     while location and ".".join(location) not in keys and first["type"] != "extra_forbidden":
         location = location[:-1]
     dotted = ".".join(location)

@@ -22,43 +22,49 @@ ARM_COLOURS = {
     "prefix": "#0f8a6d",
 }
 TERM_COLOURS = {"answer": "#2f6fdb", "rationale": "#d0790b", "alignment": "#c2255c"}
-_INK, _FAINT, _GRID = "#1f2733", "#7a8493", "#e4e8ee"
+INK, FAINT, _GRID = "#1f2733", "#7a8493", "#e4e8ee"
 _DPI = 192  # twice what a page shows, so that it stays crisp on a fine screen
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its axes, plain and light; raises EnvironmentFault without matplotlib."""
+def new_figure(width: float, height: float, panels: int = 1, *, columns: int | None = None) -> tuple[Any, list[Any]]:
+    """A figure and its axes, plain and light, side by side or `columns` to a row; raises EnvironmentFault without
+    matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[report]'") from error
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
-    axes = [figure.add_subplot(1, panels, k + 1) for k in range(panels)]
+    across = min(columns or panels, panels)
+    axes = [figure.add_subplot(-(-panels // across), across, k + 1) for k in range(panels)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(_FAINT)
-        axis.tick_params(colors=_INK, labelsize=9, length=3, color=_FAINT)
+        axis.spines[["left", "bottom"]].set_color(FAINT)
+        axis.tick_params(colors=INK, labelsize=9, length=3, color=FAINT)
         axis.grid(axis="y", color=_GRID, linewidth=0.8)
         axis.set_axisbelow(True)
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The picture as the bytes of a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
 
 
-def _label(axis: Any, x: str, y: str, title: str = "") -> None:
-    axis.set_xlabel(x, fontsize=9, color=_INK)
-    axis.set_ylabel(y, fontsize=9, color=_INK)
+def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
+    """Name both axes, and the panel."""
+    axis.set_xlabel(x, fontsize=9, color=INK)
+    axis.set_ylabel(y, fontsize=9, color=INK)
     if title:
-        axis.set_title(title, fontsize=10, color=_INK, loc="left")
+        axis.set_title(title, fontsize=10, color=INK, loc="left")
 
 
-def _legend(axis: Any) -> None:
+def add_legend(axis: Any) -> None:
+    """A legend without a frame, when there is anything to name."""
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        axis.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -96,29 +102,29 @@ def _both(axis: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     """Raw loss terms over steps: the cross-entropies left, the alignment distance right; None without any."""
     aligned = bool(series(metrics, "alignment")[0])
-    figure, axes = _figure(10.3 if aligned else 5.0, 3.0, 2 if aligned else 1)
+    figure, axes = new_figure(10.3 if aligned else 5.0, 3.0, 2 if aligned else 1)
     drawn = _both(axes[0], metrics, "answer_nll", TERM_COLOURS["answer"], "answer")
     drawn |= _both(axes[0], metrics, "rationale_nll", TERM_COLOURS["rationale"], "rationale")
-    _label(axes[0], "optimizer step", "nats per token", "Cross-entropy")
+    name_axes(axes[0], "optimizer step", "nats per token", "Cross-entropy")
     if aligned:
         _both(axes[1], metrics, "alignment", TERM_COLOURS["alignment"], "alignment")
-        _label(axes[1], "optimizer step", "distance per sample", "Distance to the teacher")
+        name_axes(axes[1], "optimizer step", "distance per sample", "Distance to the teacher")
     for axis in axes:
         axis.set_ylim(bottom=0)
-        _legend(axis)
-    return _png(figure) if drawn else None
+        add_legend(axis)
+    return to_png(figure) if drawn else None
 
 
 def cosine_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     """Cosine between the student's projected state and the teacher's embedding; None without alignment."""
-    figure, (axis,) = _figure(5.0, 2.9)
+    figure, (axis,) = new_figure(5.0, 2.9)
     if not _both(axis, metrics, "cosine", TERM_COLOURS["alignment"], "cosine"):
         return None
-    axis.axhline(0, color=_FAINT, linewidth=0.8)
+    axis.axhline(0, color=FAINT, linewidth=0.8)
     axis.set_ylim(top=1)
-    _label(axis, "optimizer step", "mean cosine")
-    _legend(axis)
-    return _png(figure)
+    name_axes(axis, "optimizer step", "mean cosine")
+    add_legend(axis)
+    return to_png(figure)
 
 
 def gradient_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
@@ -127,13 +133,13 @@ def gradient_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     shown = {term: curve for term, curve in shares.items() if curve[0]}
     if len(shown) < 2:
         return None
-    figure, (axis,) = _figure(5.0, 2.9)
+    figure, (axis,) = new_figure(5.0, 2.9)
     for term, (steps, values) in shown.items():
         axis.plot(steps, [100 * value for value in values], color=TERM_COLOURS[term], linewidth=1.6, label=term)
     axis.set_ylim(0, 100)
-    _label(axis, "optimizer step", "share of the gradient (%)")
-    _legend(axis)
-    return _png(figure)
+    name_axes(axis, "optimizer step", "share of the gradient (%)")
+    add_legend(axis)
+    return to_png(figure)
 
 
 def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, metric: str) -> bytes | None:
@@ -142,7 +148,7 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
     if not steps:
         return None
     scale = 100 if metric == "accuracy" else 1
-    figure, (axis,) = _figure(5.0, 2.9)
+    figure, (axis,) = new_figure(5.0, 2.9)
     axis.plot(
         steps,
         [scale * value for value in values],
@@ -156,16 +162,16 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
         axis.plot(
             [best_step], [at], "o", color=TERM_COLOURS["alignment"], markersize=7, label=f"chosen: step {best_step}"
         )
-    _label(axis, "optimizer step", "accuracy (%)" if metric == "accuracy" else "answer NLL (nats per token)")
-    _legend(axis)
-    return _png(figure)
+    name_axes(axis, "optimizer step", "accuracy (%)" if metric == "accuracy" else "answer NLL (nats per token)")
+    add_legend(axis)
+    return to_png(figure)
 
 
-def _style(arm: str, index: int) -> dict[str, Any]:
+def arm_style(arm: str, index: int) -> dict[str, Any]:
     """An arm's colour; further runs of the same arm get another dash and marker."""
     dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D")
     return {
-        "color": ARM_COLOURS.get(arm, _FAINT),
+        "color": ARM_COLOURS.get(arm, FAINT),
         "linestyle": dashes[index % len(dashes)],
         "marker": markers[index % len(markers)],
     }
@@ -177,14 +183,14 @@ def styles(comparison: Comparison) -> list[dict[str, Any]]:
     found = []
     for arm in comparison.arms:
         name = arm.results["arm"]
-        found.append(_style(name, seen.get(name, 0)))
+        found.append(arm_style(name, seen.get(name, 0)))
         seen[name] = seen.get(name, 0) + 1
     return found
 
 
 def accuracy_plot(comparison: Comparison) -> bytes:
     """Accuracy with one standard error against mean tokens to the answer, on a logarithmic axis."""
-    figure, (axis,) = _figure(8.2, 4.0)
+    figure, (axis,) = new_figure(8.2, 4.0)
     arms = comparison.arms
     places = apart([arm.results["tokens_to_answer"]["mean"] for arm in arms])
     for arm, style, place in zip(arms, styles(comparison), places, strict=True):
@@ -202,13 +208,13 @@ def accuracy_plot(comparison: Comparison) -> bytes:
         )
     chance = arms[0].results.get("chance")
     if chance:
-        axis.axhline(100 * chance, color=_FAINT, linewidth=0.9, linestyle="--", label="guessing")
-    _token_axis(axis, places)
+        axis.axhline(100 * chance, color=FAINT, linewidth=0.9, linestyle="--", label="guessing")
+    token_axis(axis, places)
     top = max(100 * (arm.results["accuracy"] + arm.results["accuracy_stderr"]) for arm in arms)
     axis.set_ylim(0, min(102, max(10, 1.12 * top)))
-    _label(axis, "tokens generated up to the answer's end (mean, logarithmic)", "accuracy (%)")
-    axis.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _png(figure)
+    name_axes(axis, "tokens generated up to the answer's end (mean, logarithmic)", "accuracy (%)")
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return to_png(figure)
 
 
 def apart(tokens: Sequence[float]) -> list[float]:
@@ -226,7 +232,7 @@ def apart(tokens: Sequence[float]) -> list[float]:
     return places
 
 
-def _token_axis(axis: Any, tokens: Sequence[float]) -> None:
+def token_axis(axis: Any, tokens: Sequence[float]) -> None:
     """A logarithmic axis with whole numbers a reader knows as ticks."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -241,7 +247,7 @@ def _token_axis(axis: Any, tokens: Sequence[float]) -> None:
 
 def curves_plot(comparison: Comparison, metrics: Sequence[Sequence[dict[str, Any]]]) -> bytes | None:
     """Answer NLL of all runs, on training batches left and on validation rows right; None without any."""
-    figure, axes = _figure(10.3, 3.3, 2)
+    figure, axes = new_figure(10.3, 3.3, 2)
     drawn = False
     for arm, style, rows in zip(comparison.arms, styles(comparison), metrics, strict=True):
         for axis, (steps, values) in zip(
@@ -261,6 +267,6 @@ def curves_plot(comparison: Comparison, metrics: Sequence[Sequence[dict[str, Any
                 drawn = True
     for axis, title in zip(axes, ("Training batches", "Validation rows"), strict=True):
         axis.set_ylim(bottom=0)
-        _label(axis, "optimizer step", "answer NLL (nats per token)", title)
-    _legend(axes[0])
-    return _png(figure) if drawn else None
+        name_axes(axis, "optimizer step", "answer NLL (nats per token)", title)
+    add_legend(axes[0])
+    return to_png(figure) if drawn else None

@@ -28,12 +28,12 @@ from pst_dist.ray_train import _on_all_nodes, check_room, train_with_ray
     ],
 )
 def test_on_ray_is_a_short_word_for_the_stages_of_a_verb(verb, word, expected):
-    assert cli._say_where(verb, ["seed=1", word]) == ["seed=1", *expected]
+    assert cli.say_where(verb, ["seed=1", word]) == ["seed=1", *expected]
 
 
 def test_another_place_is_refused():
     with pytest.raises(ConfigError, match="on=mars: there is no such place; write on=ray or on=local"):
-        cli._say_where("run", ["on=mars"])
+        cli.say_where("run", ["on=mars"])
 
 
 def test_several_workers_need_deepspeed_before_anything_starts():

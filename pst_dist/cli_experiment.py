@@ -1,0 +1,57 @@
+"""`pst experiment`: what its words mean, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+from pst_dist.errors import ConfigError
+
+EXPERIMENT_WORDS = """\
+An experiment names tasks, variants (arms, or arms with some keys changed), seeds and, if something is swept, values:
+
+  name: mine
+  tasks:    {svamp: {config: svamp, data.root: FOLDER}}
+  variants: {answer_only: {arm: answer_only}, pst: {arm: pst}, raw: {arm: pst, loss.centre: false}}
+  vary:     {data.max_rows: [100, 400]}
+  seeds:    [0, 1, 2]
+
+Each combination is a run directory below runs/experiments/NAME. Finished runs are kept, stopped ones go on. Words:
+  seeds=[0]  jobs=2  keep=results   keys of the experiment    train.max_steps=50   a key of every run
+  on=ray                            runs are tasks of a Ray cluster (ray.address=, ray.num_gpus_per_run=)"""
+
+
+def experiment(arguments: argparse.Namespace) -> int:
+    """Run, list or collect an experiment; the exit code is that of the first run that failed."""
+    from pst_dist.experiment import load_experiment, ready_made_experiments
+
+    if arguments.list:
+        for name in ready_made_experiments():
+            print(f"{name}\n{textwrap.indent(textwrap.fill(load_experiment(name).question, 100), '    ')}")
+        return 0
+    if arguments.config is None:
+        raise ConfigError("no experiment is named", "`pst experiment --list` lists the ready-made ones")
+    from pst_dist.experiment.driver import run_experiment
+    from pst_dist.experiment.results_page import table_lines
+    from pst_dist.experiment.runs import result_of
+    from pst_dist.experiment.spec import runs_of
+
+    wanted = load_experiment(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        for run in runs_of(wanted):
+            print(f"{'finished' if result_of(run.config) else 'to do':8}  {run.name}  {run.config.output_dir}")
+        return 0
+    command = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    page = Path(arguments.page) if arguments.page else None
+    results, error = run_experiment(wanted, command, page=page, only_collect=arguments.collect)
+    print("\n".join(table_lines(results)))
+    if results.missing:
+        print(f"{len(results.missing)} runs are not finished and not in the table")
+    print(f"page: {wanted.path / 'README.md'}")
+    if error is not None:
+        print(f"pst: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -1,0 +1,94 @@
+"""Runs an experiment from its file to its page, going on from whatever is finished."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pst_dist.atomic import write_text
+from pst_dist.errors import PstError
+from pst_dist.experiment.results import Results, collect
+from pst_dist.experiment.results_page import write_results
+from pst_dist.experiment.runs import make_data, result_of
+from pst_dist.experiment.spec import Experiment, Run, runs_of
+from pst_dist.locks import directory_lock
+
+log = logging.getLogger(__name__)
+
+
+def run_experiment(
+    experiment: Experiment, command: Sequence[str], *, page: Path | None = None, only_collect: bool = False
+) -> tuple[Results, PstError | None]:
+    """Do what is missing and write the results; returns them with the first error of a run, when one failed.
+
+    A failed run is named in the results and does not keep the others. `page` is a further folder for the page;
+    `only_collect` trains nothing. Raises what making the data raises, LockedError when the experiment is under way
+    elsewhere, and PreemptedError or KeyboardInterrupt when told to stop: then everything has saved, and what is
+    finished is in the results on disk.
+    """
+    runs = runs_of(experiment)
+    failures: dict[str, str] = {}
+    first: list[PstError] = []
+    folders = [experiment.path, *([page] if page else [])]
+    with directory_lock(experiment.path):
+        write_text(experiment.path / "experiment.resolved.yaml", _dump(experiment))
+        if only_collect:
+            todo = []
+        else:
+            make_data(runs)
+            todo = [run for run in runs if result_of(run.config) is None]
+        log.info("%d runs, %d to do", len(runs), len(todo))
+        journal = _Journal(len(todo))
+
+        def tell(run: Run, error: BaseException | None) -> None:
+            if error is not None:
+                failures[run.name] = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+                if isinstance(error, PstError):
+                    first.append(error)
+                else:
+                    log.error("%s:\n%s", run.name, error)
+                    first.append(PstError(f"{run.name} failed by an error of ours", "see above"))
+            journal.ended(run, error)
+
+        try:
+            if todo:
+                _work(experiment, todo, tell)
+        finally:
+            results = collect(experiment, runs, failures)
+            write_results(results, command, folders)
+    return results, first[0] if first else None
+
+
+def _work(experiment: Experiment, todo: list[Run], tell) -> None:
+    if experiment.backend == "ray":
+        from pst_dist.experiment.on_ray import work_on_ray
+
+        work_on_ray(todo, experiment.ray, keep=experiment.keep, tell=tell)
+    else:
+        from pst_dist.experiment.workers import work_here
+
+        work_here(todo, jobs=experiment.jobs, keep=experiment.keep, tell=tell)
+
+
+class _Journal:
+    """One line for each run that ends, with what came of it and how long the rest may take."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._start = total, 0, time.monotonic()
+
+    def ended(self, run: Run, error: BaseException | None) -> None:
+        self._done += 1
+        each = (time.monotonic() - self._start) / self._done
+        left = each * (self._total - self._done) / 60
+        results = result_of(run.config) if error is None else None
+        said = f"{100 * results['accuracy']:.2f} %" if results else f"failed: {error}"
+        rest = f"; about {left:.0f} min left" if self._done < self._total else ""
+        log.info("[%d/%d] %s: %s%s", self._done, self._total, run.name, said, rest)
+
+
+def _dump(experiment: Experiment) -> str:
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,89 @@
+"""Runs of an experiment as tasks of a Ray cluster; the experiment's directory must be on a disk that all nodes share.
+
+Ray decides where and when each runs. A task that is lost with its worker or node is started again by Ray and goes on
+from the run's newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from pst_dist.config import Config
+from pst_dist.errors import EnvironmentFault, PeerLostError, PreemptedError, PstError, first_line
+from pst_dist.experiment.spec import RayJobs, Run
+from pst_dist.experiment.workers import Tell
+from pst_dist.ray_cluster import ray_cluster
+from pst_dist.rundir import refuse_relative
+from pst_dist.signals import stop_requests
+
+log = logging.getLogger(__name__)
+
+_LOSSES = 3
+_LET_GO_SECONDS = 60.0
+"""How long a run waits for an earlier process of it to let go of its directory."""
+_QUIET_SECONDS = 300.0
+
+
+def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) -> None:
+    """Do all runs; an error of one is told and does not keep the others.
+
+    Raises EnvironmentFault when the cluster cannot be reached or has no room for a single run, ConfigError for a
+    directory that the nodes cannot share; PreemptedError and KeyboardInterrupt as `work_here`.
+    """
+    with ray_cluster(jobs.cluster) as ray, stop_requests() as told:
+        if len(ray.nodes()) > 1:
+            refuse_relative(runs[0].config, "Ray's workers work")
+        _check_room(jobs, ray.cluster_resources())
+        task = ray.remote(num_cpus=jobs.num_cpus_per_run, num_gpus=jobs.num_gpus_per_run, max_retries=_LOSSES)(_task)
+        threads = max(1, int(jobs.num_cpus_per_run))
+        under_way = {task.options(name=run.name).remote(run.config, keep, threads): run for run in runs}
+        quiet = 0.0
+        while under_way and not told.signal:
+            finished, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
+            quiet = 0.0 if finished else quiet + 1.0
+            if quiet and quiet % _QUIET_SECONDS == 0:
+                log.info("%d runs to go; `ray status` says what they wait for", len(under_way))
+            for call in finished:
+                tell(under_way.pop(call), _error(ray, call))
+        for call in under_way:
+            with contextlib.suppress(Exception):
+                ray.cancel(call, force=False)
+        if under_way:
+            ray.wait(list(under_way), num_returns=len(under_way), timeout=_LET_GO_SECONDS)
+    if told.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    if told.signal:
+        raise PreemptedError("told to stop: every run has saved", "the same command goes on")
+
+
+def _check_room(jobs: RayJobs, resources: dict[str, float]) -> None:
+    for name, amount in (("CPU", jobs.num_cpus_per_run), ("GPU", jobs.num_gpus_per_run)):
+        if amount > resources.get(name, 0):
+            raise EnvironmentFault(
+                f"a run needs {amount:g} {name}, the whole cluster has {resources.get(name, 0):g}",
+                f"lower ray.num_{name.lower()}s_per_run",
+            )
+
+
+def _error(ray: Any, call: Any) -> BaseException | None:
+    try:
+        ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, PstError) else RuntimeError(str(error))
+    except ray.exceptions.RayError as error:
+        return PeerLostError(f"Ray lost it {_LOSSES + 1} times ({first_line(error, 160)})", "see Ray's logs")
+    return None
+
+
+def _task(config: Config, keep: str, threads: int) -> None:
+    """One run, on whichever node Ray has chosen."""
+    import torch
+
+    from pst_dist.experiment.runs import do_run
+
+    torch.set_num_threads(threads)
+    do_run(config, keep, lock_seconds=_LET_GO_SECONDS)

@@ -1,0 +1,247 @@
+"""What the runs of an experiment say together: means over seeds, errors, and paired tests against the baselines.
+
+Rows and seeds are both samples: of questions, and of initial weights and orders. Accuracy is the mean over both; the
+error over seeds says how far another training would differ, the error over rows how far another test set would. How
+it looks is `results_page` and `pictures`.
+"""
+
+# Shapes in this file: S seeds, R rows
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pst_dist.compare import RESAMPLES, mcnemar
+from pst_dist.errors import InputError
+from pst_dist.experiment.runs import result_of, samples_of
+from pst_dist.experiment.spec import Experiment, Point, Run
+from pst_dist.storage import read_lines
+
+_BLOCK = 500
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant against a baseline: same task, same values, same rows, the seeds that both have."""
+
+    baseline: str
+    difference: float
+    """Accuracy of the variant minus the baseline's."""
+    low: float
+    """Lower end of the 95 % interval of the difference."""
+    high: float
+    """Its upper end."""
+    p: float
+    """Two-sided, not corrected for several comparisons."""
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """All finished seeds of one variant of one task at one point."""
+
+    task: str
+    variant: str
+    point: Point
+    arm: str
+    seeds: tuple[int, ...]
+    accuracies: tuple[float, ...]
+    """One a seed."""
+    accuracy: float
+    stderr_seeds: float | None
+    """Standard deviation over seeds / sqrt(S), with S - 1; None for one seed."""
+    stderr_rows: float
+    """Standard deviation over rows of a row's mean over seeds / sqrt(R)."""
+    rows: int
+    split: str
+    chance: float | None
+    tokens: float
+    """Tokens to the answer, mean over rows and seeds."""
+    times_fewer_tokens: float | None
+    """Those of pre_thinking over these; None without a pre_thinking run."""
+    milliseconds: float | None
+    """Median to the answer, one question at a time; the mean over seeds."""
+    training_tokens: float | None
+    training_seconds: float | None
+    parameters: int
+    steps: float | None
+    unread: int
+    """Outputs over all seeds in which no answer was found."""
+    tests: tuple[Difference, ...] = ()
+
+    @property
+    def stderr(self) -> float:
+        """Both errors together: sqrt(seeds^2 + rows^2)."""
+        return math.hypot(self.stderr_seeds or 0.0, self.stderr_rows)
+
+    def against(self, baseline: str) -> Difference | None:
+        """The test against one baseline."""
+        return next((test for test in self.tests if test.baseline == baseline), None)
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment's results as far as its runs are finished."""
+
+    experiment: Experiment
+    groups: list[Group]
+    missing: list[Run]
+    failures: dict[str, str] = field(default_factory=dict)
+    """Name of a run -> what ended it."""
+
+    def of(self, task: str, point: Point) -> list[Group]:
+        """The variants of one task at one point, in the order of the file."""
+        return [group for group in self.groups if (group.task, group.point) == (task, point)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict."""
+        return {
+            "experiment": self.experiment.model_dump(mode="json"),
+            "groups": [asdict(group) | {"stderr": group.stderr} for group in self.groups],
+            "missing": [run.name for run in self.missing],
+            "failures": self.failures,
+        }
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The finished seeds of a group."""
+
+    runs: list[Run]
+    results: list[dict[str, Any]]
+    ids: list[str]
+    right: np.ndarray
+    """[S, R] bool."""
+
+
+def collect(experiment: Experiment, runs: Sequence[Run], failures: dict[str, str] | None = None) -> Results:
+    """Read every finished run and put them together; those that are not are listed as missing.
+
+    Raises InputError when two runs of one task were scored on different rows.
+    """
+    scored: dict[tuple[str, str, Point], _Scored] = {}
+    missing = []
+    for run in runs:
+        results = result_of(run.config)
+        if results is None:
+            missing.append(run)
+            continue
+        rows = sorted(read_lines(samples_of(run.config)), key=lambda row: row["id"])
+        right = np.array([[row["correct"] for row in rows]], dtype=bool)
+        ids = [row["id"] for row in rows]
+        known = scored.setdefault(run.group, _Scored([], [], ids, np.zeros((0, len(rows)), dtype=bool)))
+        first = next(other for key, other in scored.items() if key[0] == run.task)
+        if not first.ids == known.ids == ids:
+            raise InputError(
+                f"{run.name} was scored on other rows than {run.task}'s first run", path=run.config.output_dir
+            )
+        scored[run.group] = _Scored(
+            [*known.runs, run], [*known.results, results], ids, np.concatenate([known.right, right])
+        )
+    groups = [_group(key, own, scored, experiment.baselines) for key, own in scored.items()]
+    order = {label: place for place, label in enumerate([*experiment.variants])}
+    tasks = {label: place for place, label in enumerate([*experiment.tasks])}
+    points = {point: place for place, point in enumerate(experiment.points)}
+    groups.sort(key=lambda group: (tasks[group.task], points[group.point], order[group.variant]))
+    return Results(experiment, groups, missing, failures or {})
+
+
+def _group(
+    key: tuple[str, str, Point],
+    own: _Scored,
+    scored: dict[tuple[str, str, Point], _Scored],
+    baselines: Sequence[str],
+) -> Group:
+    task, variant, point = key
+    accuracies = own.right.mean(axis=1)
+    seeds = len(accuracies)
+    tokens = _mean([result["tokens_to_answer"]["mean"] for result in own.results])
+    thinking = next(
+        (
+            other
+            for (name, _, place), other in scored.items()
+            if (name, place) == (task, point) and other.results[0]["arm"] == "pre_thinking"
+        ),
+        None,
+    )
+    longest = _mean([result["tokens_to_answer"]["mean"] for result in thinking.results]) if thinking else None
+    tests = [
+        _test(name, own, other)
+        for name in baselines
+        if name != variant and (other := scored.get((task, name, point))) is not None
+    ]
+    training = [result.get("training") or {} for result in own.results]
+    return Group(
+        task=task,
+        variant=variant,
+        point=point,
+        arm=own.results[0]["arm"],
+        seeds=tuple(run.seed for run in own.runs),
+        accuracies=tuple(float(value) for value in accuracies),
+        accuracy=float(accuracies.mean()),
+        stderr_seeds=float(accuracies.std(ddof=1) / math.sqrt(seeds)) if seeds > 1 else None,
+        stderr_rows=standard_error(own.right.mean(axis=0)),
+        rows=own.right.shape[1],
+        split=own.results[0]["split"],
+        chance=own.results[0].get("chance"),
+        tokens=tokens or 0.0,
+        times_fewer_tokens=longest / tokens if longest and tokens else None,
+        milliseconds=_mean([(result["milliseconds_to_answer"] or {}).get("median") for result in own.results]),
+        training_tokens=_mean([record.get("tokens") for record in training]),
+        training_seconds=_mean([record.get("seconds") for record in training]),
+        parameters=own.results[0]["parameters"],
+        steps=_mean([record.get("steps") for record in training]),
+        unread=sum(result["parse_failures"] for result in own.results),
+        tests=tuple(test for test in tests if test is not None),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what was measured; None when nothing was."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def standard_error(values: np.ndarray) -> float:
+    """[R] -> standard deviation / sqrt(R), with R - 1; 0 for a single row."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _test(baseline: str, own: _Scored, other: _Scored) -> Difference | None:
+    """The paired test over the seeds that both have; None when they share none."""
+    mine = {run.seed: row for run, row in zip(own.runs, own.right, strict=True)}
+    theirs = {run.seed: row for run, row in zip(other.runs, other.right, strict=True)}
+    common = [seed for seed in mine if seed in theirs]
+    if not common:
+        return None
+    arm, base = np.stack([mine[s] for s in common]), np.stack([theirs[s] for s in common])
+    return paired(baseline, arm, base)
+
+
+def paired(baseline: str, arm_SR: np.ndarray, base_SR: np.ndarray) -> Difference:
+    """Accuracy difference of two variants over the same seeds and rows, with a 95 % interval and p.
+
+    Seeds and rows are both drawn anew, the two variants together (Owen, "The pigeonhole bootstrap", Annals of Applied
+    Statistics 1 (2007), 386-411): with one seed it is the paired bootstrap over rows. Few seeds are a coarse sample of
+    seeds, and the interval is then somewhat too narrow. p is exact McNemar's for one seed, else twice the share of
+    resamples on the other side of zero, and at least 1 / RESAMPLES.
+    """
+    differences = arm_SR.astype(np.float32) - base_SR.astype(np.float32)
+    seeds, rows = differences.shape
+    generator = np.random.Generator(np.random.Philox(key=0))
+    draws = np.empty(RESAMPLES)
+    for start in range(0, RESAMPLES, _BLOCK):
+        by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_BLOCK) / seeds
+        by_row = generator.multinomial(rows, np.full(rows, 1 / rows), size=_BLOCK) / rows
+        draws[start : start + _BLOCK] = ((by_seed @ differences) * by_row).sum(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    if seeds == 1:
+        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        p = min(1.0, max(2 * min((draws <= 0).mean(), (draws >= 0).mean()), 1 / RESAMPLES))
+    return Difference(baseline, float(differences.mean()), float(low), float(high), float(p), seeds)

@@ -1,0 +1,232 @@
+"""An experiment's results as text: the table on the terminal, and a page of Markdown with its pictures beside it.
+
+The page is written into the experiment's directory, and on request into another one too, such as a project's docs. It
+holds everything that is needed to make it again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pst_dist.atomic import atomic_path, write_text
+from pst_dist.compare import format_p
+from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
+from pst_dist.experiment.results import Group, Results
+from pst_dist.experiment.spec import runs_of
+from pst_dist.rundir import environment
+from pst_dist.storage import write_json
+from pst_dist.tasks.published import PUBLISHED, PUBLISHED_TASKS
+
+_HOW = (
+    "Accuracy is the mean over seeds; s.e. joins the error over seeds and over rows. Differences are paired: same "
+    "rows, same seeds. Their 95 % intervals draw rows and seeds anew (10,000 times); p is not corrected for several "
+    "comparisons. Tokens are those up to the answer's end, ms the median time to the answer for one question at a time."
+)
+
+
+def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
+    """Write `results.json`, `results.csv`, `README.md` and the pictures into each folder; returns the first page."""
+    pages = []
+    for folder in folders:
+        pictures = {
+            "accuracy.png": accuracy_picture(results),
+            "sweep.png": sweep_picture(results),
+            "cost.png": cost_picture(results),
+        }
+        for name, png in pictures.items():
+            if png is None:
+                (folder / name).unlink(missing_ok=True)
+                continue
+            with atomic_path(folder / name) as partial:
+                partial.write_bytes(png)
+        write_json(folder / "results.json", results.to_json())
+        write_text(folder / "results.csv", _csv(results))
+        write_text(folder / "README.md", page_of(results, command, [name for name, png in pictures.items() if png]))
+        pages.append(folder / "README.md")
+    return pages[0]
+
+
+def table_lines(results: Results) -> list[str]:
+    """The terminal's table: a block for each task and point."""
+    lines = []
+    for title, groups in panels_of(results):
+        rows = [_columns(groups), *(_cells(group, groups) for group in groups)]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        text = [
+            "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        lines += ["", f"{title}: {groups[0].rows} {groups[0].split} rows", text[0], "-" * len(text[0]), *text[1:]]
+    return lines[1:]
+
+
+def _baselines(groups: Sequence[Group]) -> list[str]:
+    """Those that are there, in the order of the file."""
+    return max(([test.baseline for test in group.tests] for group in groups), key=len, default=[])
+
+
+def _columns(groups: Sequence[Group]) -> list[str]:
+    tests = [word for name in _baselines(groups) for word in (f"vs {name}", "95 % interval", "p")]
+    return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms"]
+
+
+def _cells(group: Group, groups: Sequence[Group]) -> list[str]:
+    tests = []
+    for name in _baselines(groups):
+        test = group.against(name)
+        tests += (
+            [f"{100 * test.difference:+.2f}", f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", format_p(test.p)]
+            if test
+            else ["", "", ""]
+        )
+    return [
+        group.variant,
+        f"{100 * group.accuracy:.2f}",
+        f"{100 * group.stderr:.2f}",
+        str(len(group.seeds)),
+        *tests,
+        f"{group.tokens:.1f}",
+        f"{group.times_fewer_tokens:.1f}x" if group.times_fewer_tokens else "",
+        f"{group.milliseconds:.1f}" if group.milliseconds else "",
+    ]
+
+
+def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -> str:
+    """The page as Markdown; `pictures` lie beside it."""
+    experiment, panels = results.experiment, panels_of(results)
+    parts = [f"# {experiment.name}", experiment.question.strip(), _state(results)]
+    if "accuracy.png" in pictures:
+        caption = "Dots with one standard error; small dots are single seeds; the dashed line is guessing."
+        parts += ["## Accuracy", "![accuracy of every variant](accuracy.png)", caption]
+    if "sweep.png" in pictures:
+        parts += [f"## Accuracy over {next(iter(experiment.vary))}", "![accuracy over the varied key](sweep.png)"]
+    if len(panels) > 1:
+        parts += ["## All together", _summary(results)]
+    parts += ["## In detail", _HOW]
+    for title, groups in panels:
+        parts += [
+            f"### {title}",
+            f"{groups[0].rows:,} {groups[0].split} rows" + _chance(groups[0]) + ".",
+            _markdown([_columns(groups), *(_cells(group, groups) for group in groups)]),
+        ]
+    if "cost.png" in pictures:
+        parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)"]
+    parts += ["## Cost of training", _cost(panels)]
+    published = _published(results)
+    if published:
+        parts += ["## Published, for comparison", *published]
+    if results.failures:
+        failed = [f"- {name}: {what}" for name, what in results.failures.items()]
+        parts += ["## Runs that failed", "\n".join(failed)]
+    parts += ["## How it was made", _how(results, command)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _state(results: Results) -> str:
+    done = sum(len(group.seeds) for group in results.groups)
+    total = done + len(results.missing)
+    return f"{done} of {total} runs are finished; the others are not in these tables." if results.missing else ""
+
+
+def _chance(group: Group) -> str:
+    return f", guessing gives {100 * group.chance:.1f} %" if group.chance else ""
+
+
+def _summary(results: Results) -> str:
+    """Variants down, tasks and points across, and the mean over them where a variant has all."""
+    panels = panels_of(results)
+    header = ["variant", *(title for title, _ in panels), "mean"]
+    rows = [header]
+    for variant in results.experiment.variants:
+        found = [next((g for g in groups if g.variant == variant), None) for _, groups in panels]
+        known = [group for group in found if group is not None]
+        if not known:
+            continue
+        mean = f"{100 * sum(g.accuracy for g in known) / len(known):.2f}" if len(known) == len(panels) else ""
+        rows.append([variant, *(_short(group) for group in found), mean])
+    return _markdown(rows) + (
+        "\n\nAccuracy in % with its standard error; + and - mark a difference to answer_only whose 95 % interval "
+        "leaves out zero."
+        if "answer_only" in results.experiment.baselines
+        else "\n\nAccuracy in % with its standard error."
+    )
+
+
+def _short(group: Group | None) -> str:
+    if group is None:
+        return ""
+    test = group.against("answer_only")
+    mark = "" if test is None or test.low <= 0 <= test.high else (" +" if test.low > 0 else " -")
+    return f"{100 * group.accuracy:.2f} ± {100 * group.stderr:.2f}{mark}"
+
+
+def _cost(panels: Sequence[tuple[str, list[Group]]]) -> str:
+    header = ["task", "variant", "parameters", "steps", "tokens trained on", "seconds"]
+    rows = [header]
+    for title, groups in panels:
+        for group in groups:
+            rows.append(
+                [
+                    title,
+                    group.variant,
+                    f"{group.parameters:,}",
+                    f"{group.steps:,.0f}" if group.steps else "",
+                    f"{group.training_tokens:,.0f}" if group.training_tokens else "",
+                    f"{group.training_seconds:,.0f}" if group.training_seconds else "",
+                ]
+            )
+    return _markdown(rows) + "\n\nMeans over seeds; seconds depend on what else the machine was doing."
+
+
+def _published(results: Results) -> list[str]:
+    """Fine-tune-CoT's tables for the tasks that are among its twelve."""
+    scored_as = {run.config.task for run in runs_of(results.experiment)}
+    names = [name for name in PUBLISHED_TASKS if name in scored_as]
+    if not names:
+        return []
+    rows = [["published", *names]]
+    for label, values in PUBLISHED.items():
+        by_task = dict(zip(PUBLISHED_TASKS, values, strict=True))
+        rows.append([label, *(f"{by_task[name]:.2f}" for name in names)])
+    return [
+        _markdown(rows),
+        "Accuracy in %, from the notebook of Fine-tune-CoT (itsnamgyu/reasoning-teacher). Those students are "
+        "pretrained, their reported epoch is the best one on the test set, and their answer-only rows include those "
+        "on which the teacher is wrong. Where students or rows differ from ours the numbers say what is usual, not "
+        "who is better.",
+    ]
+
+
+def _how(results: Results, command: Sequence[str]) -> str:
+    versions = environment()
+    shown = ("python", "pst_dist", "torch", "transformers", "sentence-transformers", "platform")
+    lines = [
+        f"    {shlex.join(command)}",
+        "",
+        "Typed again, it goes on where it stopped, and is a no-op when finished. ",
+    ]
+    lines[-1] += ", ".join(f"{name} {versions[name]}" for name in shown) + "."
+    return "\n".join(lines)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
+
+
+def _csv(results: Results) -> str:
+    """One line a finished seed."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["task", *results.experiment.vary, "variant", "arm", "seed", "rows", "split", "accuracy"])
+    for group in results.groups:
+        for seed, accuracy in zip(group.seeds, group.accuracies, strict=True):
+            values = [value for _, value in group.point]
+            line = [group.task, *values, group.variant, group.arm, seed, group.rows, group.split, f"{accuracy:.6f}"]
+            writer.writerow(line)
+    return stream.getvalue()

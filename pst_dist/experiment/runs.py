@@ -1,0 +1,82 @@
+"""One run of an experiment: what it needs made, doing it, and whether it is done.
+
+Everything is the stages of `pst run`, each of which skips itself when complete; this module only strings them together
+so that any number of runs can go on at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config import Config
+from pst_dist.config_io import load_config
+from pst_dist.errors import DataError, PstError
+from pst_dist.evaluate import finished_evaluation
+from pst_dist.experiment.spec import Run
+from pst_dist.pipeline import make_embeddings, make_shards, needs_embeddings
+from pst_dist.rundir import recorded, run_dir
+from pst_dist.signals import StopRequest
+from pst_dist.storage import read_manifest
+
+log = logging.getLogger(__name__)
+
+
+def make_data(runs: Sequence[Run]) -> None:
+    """Shards and embeddings of all runs, each made once; raises what those stages raise, naming the task.
+
+    Raises DataError too when the rows that are to be scored are none.
+    """
+    done: set[tuple[str | None, bool]] = set()
+    for run in sorted(runs, key=lambda run: needs_embeddings(run.config)):
+        wants = needs_embeddings(run.config)
+        try:
+            if (run.config.data_dir, False) not in done:
+                counts = make_shards(run.config).extra["counts"]
+                split = run.config.evaluate.split
+                if not counts.get(split):
+                    raise DataError(f"there are no {split} rows to score", f"give data.{split} or data.{split}_size")
+            if wants and (run.config.data_dir, True) not in done:
+                make_embeddings(run.config)
+        except PstError as error:
+            error.what = f"task {run.task}: {error.what}"
+            raise
+        done |= {(run.config.data_dir, False), (run.config.data_dir, wants)}
+
+
+def do_run(config: Config, keep: str, *, stop: StopRequest | None = None, lock_seconds: float = 0.0) -> None:
+    """Train and score one run, going on where an earlier start stopped, and remove what `keep` does not name."""
+    from pst_dist.evaluate import evaluate
+    from pst_dist.trainer import train
+
+    with recorded(config):
+        train(config, stop=stop, lock_seconds=lock_seconds)
+    evaluate(config)
+    run = run_dir(config)
+    for folder in {"all": [], "student": [run.checkpoints], "results": [run.checkpoints, run.best]}[keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def result_of(config: Config) -> dict[str, Any] | None:
+    """The results of a run that is finished with exactly this config on the data that is there; None otherwise.
+
+    Raises IntegrityError for results that are damaged.
+    """
+    run = run_dir(config)
+    try:
+        same = load_config(str(run.path)) == config
+    except PstError:  # nothing there, or of another version
+        return None
+    results = finished_evaluation(run.evaluation(config.evaluate.split)) if same else None
+    shards = read_manifest(run.shards, "shards")
+    return results if results and shards and results["shards"] == shards.digest else None
+
+
+def samples_of(config: Config) -> Path:
+    """The scored rows of a finished run."""
+    from pst_dist.evaluate import SAMPLES
+
+    return run_dir(config).evaluation(config.evaluate.split) / SAMPLES

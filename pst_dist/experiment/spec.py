@@ -1,0 +1,256 @@
+"""What an experiment's file says, and the runs that follow from it.
+
+A file names tasks, variants (an arm, or an arm with some keys changed), seeds and, if something is swept, values of
+other keys. Every combination is one run: an ordinary config with a directory of its own, over data that all runs with
+the same rows share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pst_dist.config import ARM_NAMES, Config, Positive, RayConfig, Section, Weight
+from pst_dist.config_io import explain, known_keys, load_tree, parse_override, read_yaml, set_key
+from pst_dist.errors import ConfigError, InputError, PstError
+from pst_dist.storage import digest_of
+
+_BEGIN = "config"
+"""The key of a task that names the config it begins with."""
+_OWN = ("output_dir", "data_dir", "data_cache", "arms", "seed")
+"""What the experiment itself decides for each run."""
+
+
+class RayJobs(Section):
+    """Where runs go with backend=ray; each is one task of Ray."""
+
+    address: str | None = None
+    """Cluster to join, as in embed.ray.address; when not given, that of RAY_ADDRESS, else a local one."""
+    num_cpus_per_run: Weight = 1
+    """CPU cores of one run; also its torch threads."""
+    num_gpus_per_run: Weight = 0
+    """GPUs of one run; a fraction lets several share one."""
+
+    @property
+    def cluster(self) -> RayConfig:
+        """The same as what `ray_cluster` asks for."""
+        return RayConfig(address=self.address)
+
+
+class Experiment(Section):
+    """Tasks x variants x values x seeds, on identical rows."""
+
+    name: str
+    """Names the output directory and the page; letters, digits, `-` and `_`."""
+    question: str = ""
+    """What is asked, in a few sentences; the page begins with it."""
+    output_dir: str | None = None
+    """Where everything goes; runs/experiments/NAME when not given."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Keys of every run: `train.max_steps: 300`, or sections as in a config. A task's own keys win over them."""
+    tasks: dict[str, dict[str, Any]]
+    """Label of a task -> keys of its runs; `config:` names a config (file or ready-made) to begin with."""
+    variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in ARM_NAMES})
+    """Label of a variant -> its keys, on top of the task's; the five arms when not given."""
+    vary: dict[str, list[Any]] = Field(default_factory=dict)
+    """Key -> values: every task and variant is run at each of them (several keys: at each combination)."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys that win over all others, as those of the command line do."""
+    seeds: list[int] = Field(default=[0, 1, 2])
+    """One run of everything for each."""
+    baselines: list[str] = Field(default=["answer_only", "pre_thinking"])
+    """Variants that all others are tested against, on the same rows."""
+    keep: Literal["results", "student", "all"] = "student"
+    """What stays of a finished run besides its results: nothing, the student, or checkpoints too."""
+    jobs: Positive | None = None
+    """Runs at a time on this machine; as many as it has GPUs, or without one, CPU cores."""
+    backend: Literal["local", "ray"] = "local"
+    """Processes here, or tasks of a Ray cluster."""
+    ray: RayJobs = RayJobs()
+    """Settings of the Ray backend."""
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> Experiment:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"name: {self.name!r} may hold letters, digits, - and _ only")
+        for key, values in (("tasks", self.tasks), ("variants", self.variants), ("seeds", self.seeds)):
+            if not values:
+                raise ValueError(f"{key} is empty")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds names a seed twice")
+        empty = [key for key, values in self.vary.items() if not values]
+        if empty:
+            raise ValueError(f"vary.{empty[0]} has no values")
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The experiment's directory."""
+        return Path(self.output_dir or f"runs/experiments/{self.name}")
+
+    @property
+    def points(self) -> list[Point]:
+        """Every combination of the varied values; one empty one when nothing varies."""
+        return [tuple(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
+
+
+Point = tuple[tuple[str, Any], ...]
+"""(key, value) of what is varied."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+
+    task: str
+    variant: str
+    point: Point
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """A line for a person."""
+        return " / ".join([self.task, self.variant, *point_words(self.point), f"seed {self.seed}"])
+
+    @property
+    def group(self) -> tuple[str, str, Point]:
+        """What it shares with the same run of other seeds."""
+        return self.task, self.variant, self.point
+
+
+def point_words(point: Point) -> list[str]:
+    """`rows 250` for (("data.max_rows", 250),): the last words of the keys."""
+    return [f"{key.rsplit('.', 1)[-1]} {'default' if value is None else value}" for key, value in point]
+
+
+def ready_made_experiments() -> list[str]:
+    """Names of the experiments that come with the package."""
+    folder = resources.files("pst_dist") / "configs" / "experiments"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment by path or ready-made name.
+
+    A word `key=value` changes the experiment when the key is one of its own (`seeds=[0]`), else it is a key of
+    every run (`train.max_steps=50`). Raises InputError when there is no such file, ConfigError with file and line for
+    what is wrong in it.
+    """
+    path = Path(name)
+    if not path.is_file():
+        if name not in ready_made_experiments():
+            known = ", ".join(ready_made_experiments())
+            raise InputError("no such experiment file or ready-made experiment", f"ready-made ones: {known}", path=name)
+        path = Path(str(resources.files("pst_dist") / "configs" / "experiments" / f"{name}.yaml"))
+    tree, lines = read_yaml(path)
+    origins = {}
+    for word in overrides:
+        keys, value = parse_override(word)
+        if keys[0] in Experiment.model_fields:
+            set_key(tree, keys, value)
+            origins[keys] = word
+        else:
+            tree["overrides"] = {**(tree.get("overrides") or {}), ".".join(keys): value}
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, path, lines, origins, keys=set(known_keys(Experiment))) from error
+
+
+def runs_of(experiment: Experiment) -> list[Run]:
+    """Every run, the first seed of everything before the second of anything: a stopped experiment says most.
+
+    Raises ConfigError, naming task and variant, for keys that make no valid config, and for labels that would share a
+    directory.
+    """
+    bases = {task: _begin(task, keys, experiment.settings) for task, keys in experiment.tasks.items()}
+    runs = []
+    for seed, (task, base), point, (variant, keys) in itertools.product(
+        experiment.seeds, bases.items(), experiment.points, experiment.variants.items()
+    ):
+        config = _config(experiment, task, base, variant, keys, point, seed)
+        runs.append(Run(task, variant, point, seed, config))
+    folders: dict[str, Run] = {}
+    for run in runs:
+        other = folders.setdefault(run.config.output_dir, run)
+        if other is not run:
+            raise ConfigError(f"{run.name} and {other.name} would share a directory", "label them more differently")
+    return runs
+
+
+def _begin(task: str, keys: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of keys that a task's runs begin with."""
+    name = keys.get(_BEGIN)
+    tree = load_tree(str(name)) if name is not None else {}
+    for own in _OWN:
+        tree.pop(own, None)
+    _put(tree, settings, "settings")
+    _put(tree, {key: value for key, value in keys.items() if key != _BEGIN}, f"tasks.{task}")
+    return tree
+
+
+def _config(
+    experiment: Experiment,
+    task: str,
+    base: Mapping[str, Any],
+    variant: str,
+    keys: Mapping[str, Any],
+    point: Point,
+    seed: int,
+) -> Config:
+    tree = _copied(base)
+    _put(tree, dict(point), "vary")
+    _put(tree, keys, f"variants.{variant}")
+    _put(tree, experiment.overrides, "overrides")
+    folder = "/".join(["runs", _slug(task), *(_slug(word) for word in point_words(point)), _slug(variant)])
+    tree |= {"seed": seed, "output_dir": str(experiment.path / folder / f"seed-{seed}")}
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        reason = explain(error, None, {}, {})
+        raise ConfigError(f"task {task}, variant {variant}: {reason.what}", reason.remedy) from error
+    rows = {
+        "task": config.task,
+        "data": config.data.model_dump(mode="json"),
+        "shards": config.shards.model_dump(mode="json"),
+        "embed": config.embed.model_dump(
+            mode="json", include={"encoder", "revision", "prefix", "max_seq_length", "dtype"}
+        ),
+    }
+    data = experiment.path / "data" / f"{_slug(task)}-{digest_of(rows)[:8]}"
+    return config.model_copy(update={"data_dir": str(data)})
+
+
+def _put(tree: dict[str, Any], keys: Mapping[str, Any], where: str) -> None:
+    """Write keys, dotted or nested, into a tree; raises ConfigError for those that the experiment decides itself."""
+    for key, value in _flat(keys).items():
+        if key in _OWN:
+            raise ConfigError(f"{where}.{key}: an experiment decides this for each run", "leave it out")
+        try:
+            set_key(tree, tuple(key.split(".")), value)
+        except PstError as error:
+            raise ConfigError(f"{where}.{key}: {error.what}", error.remedy) from error
+
+
+def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in keys.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _slug(label: str) -> str:
+    """A label as a directory's name."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-.") or "run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -44,7 +43,7 @@ def experiment(arguments: argparse.Namespace) -> int:
         for run in runs_of(wanted):
             print(f"{'finished' if result_of(run.config) else 'to do':8}  {run.name}  {run.config.output_dir}")
         return 0
-    command = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    command = ["pst", "experiment", arguments.config, *arguments.overrides]
     page = Path(arguments.page) if arguments.page else None
     results, error = run_experiment(wanted, command, page=page, only_collect=arguments.collect)
     print("\n".join(table_lines(results)))

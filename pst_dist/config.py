@@ -60,6 +60,8 @@ class DataConfig(Section):
     """Drop or keep training rows that repeat both the question and the answer of an earlier row."""
     leaks: Literal["drop", "keep", "refuse"] = "drop"
     """What to do with training rows whose question also stands in validation or test."""
+    wrong_rationales: Fraction = 0
+    """A control: this share of the training rows, chosen by the hash of the question, gets another row's rationale."""
 
 
 class ShardConfig(Section):
@@ -284,6 +286,9 @@ class EvaluateConfig(Section):
     """Questions decoded together."""
     max_new_tokens: Positive = 256
     """Most tokens generated for one question."""
+    rationale: Literal["own", "teacher", "wrong"] = "own"
+    """What pre_thinking answers after: the rationale it writes, the teacher's, or that of another scored row. Arms that
+    answer first have answered before any rationale, so for them all three are the same."""
     latency_rows: Annotated[int, Field(ge=0)] = 20
     """Questions decoded one at a time for milliseconds to the answer."""
     explain_rows: Annotated[int, Field(ge=0)] = 50

@@ -33,7 +33,7 @@ class Decoded:
     """What a student gave for one question."""
 
     text: str
-    """All that was generated, special tokens left out."""
+    """All that was generated, special tokens left out; with a given rationale that stands before it."""
     answer_text: str
     """The answer's raw text: what stands before the stop token; for pre_thinking what stands between the format's
     answer marker and it, and "" when the marker never came."""
@@ -53,23 +53,30 @@ def decode_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    given: Sequence[str] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Decoded]:
     """Answer every question greedily; the results are in the order of `questions`.
 
     Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
     max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
-    longest prompt sets the limit, and a question that fills them all is left unanswered. `on_batch` is told how
-    many questions each batch has finished. The model is decoded in evaluation mode and left in the mode it had.
+    longest prompt sets the limit, and a question that fills them all is left unanswered. `given` are rationales that
+    pre_thinking is taken to have written, one a question; arms that answer first have not come to theirs yet when the
+    answer is there. `on_batch` is told how many questions each batch has finished. The model is decoded in evaluation
+    mode and left in the mode it had.
     """
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     semantic = [layout.semantic_id] * (fmt.semantic_tokens if fmt.semantic_before else 0)
-    contexts = [_context(model, layout.prompt_ids(question), semantic) for question in questions]
+    thoughts = [[]] * len(questions) if given is None or ARMS[fmt.arm].answers_first else _thoughts(layout, given)
+    contexts = [
+        _context(model, layout.prompt_ids(question), [*semantic, *thought])
+        for question, thought in zip(questions, thoughts, strict=True)
+    ]
     settings = answer_generation_config(model, tokenizer, fmt)
     decoded: list[Decoded | None] = [None] * len(questions)
     for rows, new_ids in _generate(model, contexts, settings, batch_size, max_new_tokens):
         for row, ids in zip(rows, new_ids, strict=True):
-            decoded[row] = _as_answer(tokenizer, fmt, ids, layout.stop_id)
+            decoded[row] = _as_answer(tokenizer, fmt, ids, layout.stop_id, thoughts[row])
         if on_batch is not None:
             on_batch(len(rows))
     return [answer for answer in decoded if answer is not None]
@@ -92,10 +99,18 @@ def _context(model: Any, prompt: list[int], produced: list[int]) -> _Context:
     return _Context([*prompt, *produced], [])
 
 
-def _as_answer(tokenizer: Any, fmt: AnswerFormat, ids: list[int], stop_id: int) -> Decoded:
+def _thoughts(layout: Layout, rationales: Sequence[str]) -> list[list[int]]:
+    """Tokens of each rationale and the marker; cut to half of max_length, so that an answer has room."""
+    tokenizer, fmt = layout.tokenizer, layout.format
+    marker = tokenizer(fmt.answer_marker, add_special_tokens=False)["input_ids"]
+    bodies = tokenizer([f" {text}" for text in rationales], add_special_tokens=False)["input_ids"]
+    return [[*body[: fmt.max_length // 2], *marker] for body in bodies]
+
+
+def _as_answer(tokenizer: Any, fmt: AnswerFormat, ids: list[int], stop_id: int, given: list[int]) -> Decoded:
     complete = stop_id in ids
     # Nothing follows the stop token, and an end-of-sequence token without one ends an answer that is not complete.
-    text = text_of(tokenizer, ids)
+    text = text_of(tokenizer, [*given, *ids])
     answer = text if ARMS[fmt.arm].answers_first else text.partition(fmt.answer_marker.strip())[2]
     return Decoded(text=text, answer_text=answer, answer_tokens=len(ids), complete=complete, token_ids=ids)
 

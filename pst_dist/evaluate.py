@@ -156,6 +156,26 @@ def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[
     return [rows[k] for k in sorted(chosen)]
 
 
+def given_rationales(samples: Sequence[ReasoningSample], *, wrong: bool) -> list[str]:
+    """Each row's first rationale, or with `wrong` that of the row after it by the sha256 of ids.
+
+    Raises InputError for a row without one, and for a single row that would be given its own.
+    """
+    lacking = next((sample for sample in samples if not sample.rationales), None)
+    if lacking is not None:
+        raise InputError(
+            f"row {lacking.id} has no rationale to give", "use evaluate.rationale=own", path=lacking.source
+        )
+    texts = [sample.rationales[0] for sample in samples]
+    if not wrong:
+        return texts
+    if len(samples) < 2:
+        raise InputError("a single row has no other's rationale to be given", "use evaluate.rationale=own")
+    ranks = sorted(range(len(samples)), key=lambda k: hashlib.sha256(samples[k].id.encode()).digest())
+    donors = dict(zip(ranks, [*ranks[1:], ranks[0]], strict=True))
+    return [texts[donors[k]] for k in range(len(samples))]
+
+
 def predict(task: Task, fmt: AnswerFormat, decoded: Decoded) -> str | None:
     """The cleansed answer of one generation; None is a parse failure.
 
@@ -186,6 +206,9 @@ def _score(
             questions,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
+            given=None
+            if settings.rationale == "own"
+            else given_rationales(samples, wrong=settings.rationale == "wrong"),
             on_batch=bar.advance,
         )
     seconds = time.perf_counter() - started
@@ -266,6 +289,10 @@ def variant_of(config: Config) -> list[str]:
         variant.append("semantic token before")
     if arm.aligned and config.loss.alignment_weight > 0 and not config.loss.centre:
         variant.append("not centred")
+    if not arm.answers_first and config.evaluate.rationale != "own":
+        variant.append(f"given {config.evaluate.rationale} rationales")
+    if arm.needs_rationale and config.data.wrong_rationales:
+        variant.append(f"{100 * config.data.wrong_rationales:g} % wrong rationales")
     return variant
 
 

@@ -14,7 +14,7 @@ from tiny import ROWS, fitted
 from pst_dist.config import Config
 from pst_dist.decode import Decoded
 from pst_dist.errors import InputError, IntegrityError, StaleError
-from pst_dist.evaluate import chance_of, evaluate, predict, rows_to_score, score_of, variant_of
+from pst_dist.evaluate import chance_of, evaluate, given_rationales, predict, rows_to_score, score_of, variant_of
 from pst_dist.layout import AnswerFormat
 from pst_dist.likeness import likeness
 from pst_dist.schema import ReasoningSample
@@ -143,6 +143,27 @@ def test_pre_thinking_is_scored_after_its_marker(tmp_path):
     # The rationale's text, " -->", a space, the answer and the stop, in bytes.
     lengths = [1 + len(row.rationales[0]) + 4 + 1 + len(row.answer) + 1 for row in ROWS]
     assert math.isclose(results["tokens_to_answer"]["mean"], (sum(lengths) + lengths[2] + lengths[0]) / 6)
+
+
+def test_pre_thinking_that_is_given_a_wrong_rationale_answers_by_it_and_an_answer_that_came_first_stays(tmp_path):
+    def right(arm: str, rationale: str) -> list[bool]:
+        config = make_run(tmp_path / arm, arm, test=LEARNT, latency_rows=0, explain_rows=0, rationale=rationale)
+        evaluate(config)
+        return [row["correct"] for row in read_lines(tmp_path / arm / "eval" / "test" / "samples.jsonl")]
+
+    assert right("pre_thinking", "teacher") == [True] * 4
+    assert not all(right("pre_thinking", "wrong"))
+    assert right("post_thinking", "own") == right("post_thinking", "wrong") == [True] * 4
+
+
+def test_given_rationales_are_each_rows_own_or_another_rows():
+    assert given_rationales(LEARNT, wrong=False) == [row.rationales[0] for row in ROWS]
+    wrong = given_rationales(LEARNT, wrong=True)
+    assert sorted(wrong) == sorted(row.rationales[0] for row in ROWS)
+    with pytest.raises(InputError, match="single row"):
+        given_rationales(LEARNT[:1], wrong=True)
+    with pytest.raises(InputError, match="t-1 has no rationale"):
+        given_rationales([LEARNT[0], replace(LEARNT[1], rationales=())], wrong=False)
 
 
 def test_the_wrong_arm_other_shards_and_missing_pieces_are_refused(tmp_path):

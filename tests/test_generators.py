@@ -106,3 +106,31 @@ def test_a_spec_names_its_difficulty():
 def test_a_spec_that_cannot_be_met_says_why(spec, reason):
     with pytest.raises(ConfigError, match=re.escape(reason)):
         generate(spec)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_further_wordings_are_other_texts_of_the_same_rows(name):
+    plain, worded = GENERATORS[name](40, 2), GENERATORS[name](40, 2, wordings=4)
+    for one, more in zip(plain, worded, strict=True):
+        assert (one.question, one.answer) == (more.question, more.answer)
+        assert len(more.rationales) == len(set(more.rationales)) == 4 and more.rationales[:1] == one.rationales
+
+
+def test_all_wordings_say_the_same_things():
+    for sample in GENERATORS["last_letters"](50, 5, wordings=4):
+        words = sample.question.removeprefix("Join the last letters of: ").split()
+        for text in sample.rationales:
+            assert all(word in text for word in words) and sample.answer in text
+    for sample in GENERATORS["arithmetic"](50, 5, wordings=4):
+        usual = re.findall(r"= (\d+)", sample.rationales[0])
+        assert all(result in re.findall(r"\d+", text) for text in sample.rationales for result in usual)
+    for sample in GENERATORS["coin_flip"](50, 5, wordings=4):
+        sides = [re.findall(r"\b(heads|tails)\b", text)[:6] for text in sample.rationales]
+        assert all(found == sides[0] for found in sides)
+    for sample in GENERATORS["shuffled_objects"](50, 5, wordings=4):
+        assert all(text.endswith(f": {sample.answer}.") for text in sample.rationales)
+
+
+def test_more_wordings_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match="wordings=5"):
+        generate("gen:arithmetic?rows=3&wordings=5")

@@ -54,7 +54,7 @@ def table_lines(results: Results) -> list[str]:
     """The terminal's table: a block for each task and point."""
     lines = []
     for title, groups in panels_of(results):
-        rows = [_columns(groups), *(_cells(group, groups) for group in groups)]
+        rows = _rows(results, groups)
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         text = [
             "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -64,19 +64,20 @@ def table_lines(results: Results) -> list[str]:
     return lines[1:]
 
 
-def _baselines(groups: Sequence[Group]) -> list[str]:
-    """Those that are there, in the order of the file."""
-    return max(([test.baseline for test in group.tests] for group in groups), key=len, default=[])
+def _rows(results: Results, groups: Sequence[Group]) -> list[list[str]]:
+    """The table of one task and point, its header first."""
+    baselines = [name for name in results.experiment.baselines if any(group.against(name) for group in groups)]
+    return [_columns(baselines), *(_cells(group, baselines) for group in groups)]
 
 
-def _columns(groups: Sequence[Group]) -> list[str]:
-    tests = [word for name in _baselines(groups) for word in (f"vs {name}", "95 % interval", "p")]
+def _columns(baselines: Sequence[str]) -> list[str]:
+    tests = [word for name in baselines for word in (f"vs {name}", "95 % interval", "p")]
     return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms"]
 
 
-def _cells(group: Group, groups: Sequence[Group]) -> list[str]:
+def _cells(group: Group, baselines: Sequence[str]) -> list[str]:
     tests = []
-    for name in _baselines(groups):
+    for name in baselines:
         test = group.against(name)
         tests += (
             [f"{100 * test.difference:+.2f}", f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", format_p(test.p)]
@@ -111,7 +112,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
         parts += [
             f"### {title}",
             f"{groups[0].rows:,} {groups[0].split} rows" + _chance(groups[0]) + ".",
-            _markdown([_columns(groups), *(_cells(group, groups) for group in groups)]),
+            _markdown(_rows(results, groups)),
         ]
     if "cost.png" in pictures:
         parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)"]

@@ -34,6 +34,7 @@ from pst_dist.sources.splits import (
     first_by_hash,
     merge_repeats,
     repeats,
+    with_wrong_rationales,
     without,
 )
 from pst_dist.storage import digest_of
@@ -265,6 +266,7 @@ class _Survey:
         if data.max_rows is not None and len(train) > data.max_rows:
             report["rows_over_max_rows"] = len(train) - data.max_rows
             train = first_by_hash(train, data.max_rows)
+        train, report["wrong_rationales"] = with_wrong_rationales(train, data.wrong_rationales)
         return {"train": train, "validation": validation, "test": test}
 
     def _with_rationale(self, train: list[Draft]) -> list[Draft]:

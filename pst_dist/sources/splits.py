@@ -60,6 +60,27 @@ def find_leaks(drafts: Sequence[Draft], held_out: Sequence[Draft]) -> list[tuple
     return [(draft, there[draft.question_key]) for draft in drafts if draft.question_key in there]
 
 
+def with_wrong_rationales(drafts: Sequence[Draft], share: float) -> tuple[list[Draft], int]:
+    """The same rows in order, a share of them with the rationales of another one; and how many those are.
+
+    Rows are ranked by the hash of their question; the first ones take what the next in rank has. A larger share so
+    spoils the same rows and more. Raises DataError when a single row is all there is to take from.
+    """
+    count = round(share * len(drafts))
+    if not count:
+        return list(drafts), 0
+    if len(drafts) < 2:
+        raise DataError("data.wrong_rationales: a single training row has no other's rationale to take")
+    ranks = sorted(
+        range(len(drafts)), key=lambda k: hashlib.sha256(f"wrong/{drafts[k].question_key}".encode()).digest()
+    )
+    spoilt = list(drafts)
+    for rank, place in enumerate(ranks[:count]):
+        donor = drafts[ranks[(rank + 1) % len(ranks)]].sample
+        spoilt[place] = replace(drafts[place], sample=replace(drafts[place].sample, rationales=donor.rationales))
+    return spoilt, count
+
+
 def without(drafts: Sequence[Draft], removed: Sequence[Draft]) -> list[Draft]:
     """`drafts` less `removed`, by identity."""
     gone = {id(draft) for draft in removed}

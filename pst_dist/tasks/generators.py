@@ -1,4 +1,4 @@
-"""Rows made on the spot: four small tasks with rationales as a teacher would write them.
+"""Rows made on the spot: four small tasks with rationales as a teacher would write them, in up to four wordings.
 
 Each generator is a pure function of its arguments. Questions are unique, and every question belongs to one
 of three parts (train, validation, test) by its own hash, so rows of different parts can never share one,
@@ -20,9 +20,38 @@ from pst_dist.errors import ConfigError
 from pst_dist.schema import SPLITS, ReasoningSample, sample_id
 from pst_dist.tasks.registry import TASKS
 
-Row = tuple[str, str, str]
-"""Question, answer, rationale."""
+Row = tuple[str, str, tuple[str, ...]]
+"""Question, answer, and the rationale in one or more wordings."""
 Generator = Callable[..., list[ReasoningSample]]
+
+COIN_WORDINGS = (
+    ("{name}: {side}.", "So it is heads up.", "So it is not heads up."),
+    ("After {name} it shows {side}.", "In the end heads is up.", "In the end tails is up."),
+    ("{side} is up once {name} has had it.", "Heads, as before.", "Tails, other than before."),
+    ("With {name} it comes to {side}.", "It still is.", "It no longer is."),
+)
+"""(a step, the ending for yes, the ending for no); each generator's first wording is its usual one."""
+LETTER_WORDINGS = (
+    ("{word} ends in {letter}", ", ", ". Together: {answer}."),
+    ("the last letter of {word} is {letter}", "; ", ", which gives {answer}."),
+    ("{letter} closes {word}", ", then ", ". As one word {answer}."),
+    ("take {letter} from {word}", " and ", ", so the answer is {answer}."),
+)
+"""(a step, what stands between steps, the ending)."""
+SWAP_WORDINGS = (
+    ("{first} gets {one}, {second} gets {other}.", "{asked} has {thing}"),
+    ("Now {second} holds {other} and {first} holds {one}.", "So {thing} is with {asked}"),
+    ("{one} goes to {first}, {other} to {second}.", "At the end {asked} keeps {thing}"),
+    ("After this swap {first} owns {one} while {second} owns {other}.", "{thing} is what {asked} is left with"),
+)
+"""(a step, the ending)."""
+SUM_WORDINGS = (
+    ("{left} {sign} {right} = {result}.", "So {value} {thing}."),
+    ("{left} {word} {right} is {result}.", "That leaves {value} {thing}."),
+    ("{result} is what {left} {word} {right} makes.", "The answer is {value}."),
+    ("From {left}, {word} {right}, we come to {result}.", "In the end there are {value}."),
+)
+"""(a step, the ending)."""
 
 # Of ten questions seven may only be trained on, one only validates, two only test.
 _PARTS = ("train",) * 7 + ("validation",) + ("test",) * 2
@@ -34,9 +63,12 @@ _NAMES = (
 ).split()
 
 
-def coin_flip(rows: int, seed: int, *, part: str | None = None, flips: int = 6) -> list[ReasoningSample]:
+def coin_flip(
+    rows: int, seed: int, *, part: str | None = None, flips: int = 6, wordings: int = 1
+) -> list[ReasoningSample]:
     """Is a coin still heads up after `flips` people turned it or left it? Half the answers are yes."""
     _within("flips", flips, 1, 20)
+    _within("wordings", wordings, 1, len(COIN_WORDINGS))
 
     def make(rng: random.Random) -> Row:
         heads, deeds, steps = True, [], []
@@ -46,37 +78,52 @@ def coin_flip(rows: int, seed: int, *, part: str | None = None, flips: int = 6) 
                 deeds.append(f"{name} flips it.")
             else:
                 deeds.append(f"{name} does not flip it.")
-            steps.append(f"{name}: {'heads' if heads else 'tails'}.")
+            steps.append((name, "heads" if heads else "tails"))
         question = f"A coin is heads up. {' '.join(deeds)} Is it still heads up?"
-        ending = "So it is heads up." if heads else "So it is not heads up."
-        return question, "yes" if heads else "no", f"{' '.join(steps)} {ending}"
+        said = tuple(
+            " ".join([*(step.format(name=name, side=side) for name, side in steps), yes if heads else no])
+            for step, yes, no in COIN_WORDINGS[:wordings]
+        )
+        return question, "yes" if heads else "no", said
 
     return _unique("coin_flip", make, rows, seed, part)
 
 
 def last_letters(
-    rows: int, seed: int, *, part: str | None = None, words: int = 4, shortest: int = 3, longest: int = 6
+    rows: int,
+    seed: int,
+    *,
+    part: str | None = None,
+    words: int = 4,
+    shortest: int = 3,
+    longest: int = 6,
+    wordings: int = 1,
 ) -> list[ReasoningSample]:
     """Join the last letters of `words` random words of `shortest` to `longest` letters."""
     _within("words", words, 1, 12)
     _within("shortest", shortest, 1, 20)
     _within("longest", longest, shortest, 20)
+    _within("wordings", wordings, 1, len(LETTER_WORDINGS))
 
     def make(rng: random.Random) -> Row:
         chosen = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(shortest, longest))) for _ in range(words)]
-        steps = ", ".join(f"{word} ends in {word[-1]}" for word in chosen)
         answer = "".join(word[-1] for word in chosen)
-        return f"Join the last letters of: {' '.join(chosen)}", answer, f"{steps}. Together: {answer}."
+        said = tuple(
+            between.join(step.format(word=word, letter=word[-1]) for word in chosen) + ending.format(answer=answer)
+            for step, between, ending in LETTER_WORDINGS[:wordings]
+        )
+        return f"Join the last letters of: {' '.join(chosen)}", answer, said
 
     return _unique("last_letters", make, rows, seed, part)
 
 
 def shuffled_objects(
-    rows: int, seed: int, *, part: str | None = None, people: int = 3, swaps: int = 2
+    rows: int, seed: int, *, part: str | None = None, people: int = 3, swaps: int = 2, wordings: int = 1
 ) -> list[ReasoningSample]:
     """What does one of `people` hold after `swaps` exchanges? The answer is a letter among A, B, C."""
     _within("people", people, 2, 3)
     _within("swaps", swaps, 1, 12)
+    _within("wordings", wordings, 1, len(SWAP_WORDINGS))
     things = "red blue green white black pink".split()
 
     def make(rng: random.Random) -> Row:
@@ -88,23 +135,29 @@ def shuffled_objects(
             first, second = rng.sample(names, 2)
             holds[first], holds[second] = holds[second], holds[first]
             moves.append(f"{first} and {second} swap.")
-            steps.append(f"{first} gets {holds[first]}, {second} gets {holds[second]}.")
+            steps.append({"first": first, "one": holds[first], "second": second, "other": holds[second]})
         asked = rng.choice(names)
         letters = TASKS["tracking_shuffled_objects"].choice_letters
         listed = ", ".join(f"({letter}) {option}" for letter, option in zip(letters, options, strict=False))
         answer = letters[options.index(holds[asked])]
         question = f"{start}. {' '.join(moves)} What does {asked} have? Answer choices: {listed}."
-        return question, answer, f"{' '.join(steps)} {asked} has {holds[asked]}: {answer}."
+        said = tuple(
+            " ".join([*(step.format(**made) for made in steps), ending.format(asked=asked, thing=holds[asked])])
+            + f": {answer}."
+            for step, ending in SWAP_WORDINGS[:wordings]
+        )
+        return question, answer, said
 
     return _unique("shuffled_objects", make, rows, seed, part)
 
 
 def arithmetic(
-    rows: int, seed: int, *, part: str | None = None, steps: int = 3, largest: int = 50
+    rows: int, seed: int, *, part: str | None = None, steps: int = 3, largest: int = 50, wordings: int = 1
 ) -> list[ReasoningSample]:
     """A word problem of `steps` operations in which no number exceeds `largest`."""
     _within("steps", steps, 1, 8)
     _within("largest", largest, 10, 9999)
+    _within("wordings", wordings, 1, len(SUM_WORDINGS))
 
     def make(rng: random.Random) -> Row:
         name, thing = rng.choice(_NAMES), rng.choice("pens nuts eggs cards books coins".split())
@@ -115,13 +168,17 @@ def arithmetic(
             story.append(sentence)
             worked.append(line)
         question = f"{' '.join(story)} How many {thing} now?"
-        return question, str(value), f"{' '.join(worked)} So {value} {thing}."
+        said = tuple(
+            " ".join([*(step.format(**line) for line in worked), ending.format(value=value, thing=thing)])
+            for step, ending in SUM_WORDINGS[:wordings]
+        )
+        return question, str(value), said
 
     return _unique("arithmetic", make, rows, seed, part)
 
 
-def _operation(rng: random.Random, value: int, largest: int) -> tuple[str, str, int]:
-    """One step that keeps the number in 1..largest: its sentence, its worked line, its result."""
+def _operation(rng: random.Random, value: int, largest: int) -> tuple[str, dict[str, Any], int]:
+    """One step that keeps the number in 1..largest: its sentence, the parts of its worked line, its result."""
     kinds = []
     if value < largest:
         kinds.append("gain")
@@ -132,11 +189,15 @@ def _operation(rng: random.Random, value: int, largest: int) -> tuple[str, str, 
     kind = rng.choice(kinds)
     if kind == "gain":
         more = rng.randint(1, largest - value)
-        return f"{more} come.", f"{value} + {more} = {value + more}.", value + more
+        return f"{more} come.", _line(value, "+", "plus", more, value + more), value + more
     if kind == "lose":
         less = rng.randint(1, value - 1)
-        return f"{less} go.", f"{value} - {less} = {value - less}.", value - less
-    return "They double.", f"{value} * 2 = {value * 2}.", value * 2
+        return f"{less} go.", _line(value, "-", "minus", less, value - less), value - less
+    return "They double.", _line(value, "*", "times", 2, value * 2), value * 2
+
+
+def _line(left: int, sign: str, word: str, right: int, result: int) -> dict[str, Any]:
+    return {"left": left, "sign": sign, "word": word, "right": right, "result": result}
 
 
 GENERATORS: dict[str, Generator] = {
@@ -200,7 +261,7 @@ def _unique(
     samples: list[ReasoningSample] = []
     misses = 0
     while len(samples) < rows:
-        question, answer, rationale = make(rng)
+        question, answer, rationales = make(rng)
         if question in seen or (part is not None and _part_of(question) != part):
             misses += 1
             if misses > _PATIENCE * (len(samples) + 10):
@@ -215,7 +276,7 @@ def _unique(
                 id=sample_id(f"{name}-{part or 'all'}", question, len(samples)),
                 question=question,
                 answer=answer,
-                rationales=(rationale,),
+                rationales=rationales,
                 answer_type=task.answer_type,
                 source=f"gen:{name}#{len(samples)}",
             )

@@ -288,6 +288,25 @@ def test_fewer_rows_are_a_subset_and_validation_stays(tmp_path):
     assert less.splits["validation"] == whole.splits["validation"]
 
 
+def test_a_share_of_wrong_rationales_spoils_just_so_many_training_rows_and_a_larger_share_the_same_and_more(tmp_path):
+    rows = [_row(k, rationale=f"because of {k}") for k in range(40)]
+    path = _write(tmp_path / "rows.jsonl", rows)
+
+    def spoilt(share):
+        loaded = _load(tmp_path, train=path.name, validation_size=10, wrong_rationales=share)
+        own = {row["question"]: row["rationale"] for row in rows}
+        held = loaded.splits["validation"]
+        assert all(sample.rationales == (own[sample.question],) for sample in held)
+        train = loaded.splits["train"]
+        assert {text for sample in train for text in sample.rationales} <= set(own.values())
+        wrong = {sample.question for sample in train if sample.rationales != (own[sample.question],)}
+        assert loaded.report["wrong_rationales"] == len(wrong)
+        return wrong
+
+    few, many = spoilt(0.1), spoilt(0.5)
+    assert (len(spoilt(0)), len(few), len(many)) == (0, 3, 15) and few < many
+
+
 def test_a_split_file_names_rows_of_the_file_bad_ones_counted(tmp_path):
     rows = [_row(n) for n in range(6)]
     rows[1] = {"question": "bad"}

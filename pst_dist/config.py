@@ -185,6 +185,9 @@ class LossConfig(Section):
     each teacher; the loss then depends on per_device_train_batch_size."""
     pooling: Literal["token", "span"] = "token"
     """What is aligned: the hidden state at the semantic token, or the mean over the rationale's span."""
+    layer: int | None = None
+    """Which layer's output is aligned, counted from 1, or from the end (-1 is the last); when not given, the hidden
+    state that the language-model head reads."""
     centre: bool = True
     """Subtract the training mean from teacher embeddings: raw ones are nearly parallel."""
     control: Literal["none", "shuffle_embeddings", "shuffle_rationale_tokens"] = "none"

@@ -289,6 +289,8 @@ def variant_of(config: Config) -> list[str]:
         variant.append("semantic token before")
     if arm.aligned and config.loss.alignment_weight > 0 and not config.loss.centre:
         variant.append("not centred")
+    if arm.aligned and config.loss.alignment_weight > 0 and config.loss.layer is not None:
+        variant.append(f"layer {config.loss.layer}")
     if not arm.answers_first and config.evaluate.rationale != "own":
         variant.append(f"given {config.evaluate.rationale} rationales")
     if arm.needs_rationale and config.data.wrong_rationales:

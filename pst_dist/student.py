@@ -45,6 +45,7 @@ class Student(nn.Module):
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         # No bias: the cosine then does not depend on the scale in which a model hands over its hidden states.
         self.head = nn.Linear(hidden_width(model), teacher_width, bias=False) if teacher_width else None
+        self._layer = loss.layer if self.head is not None else None
         self.watch_gradients = False
         self.squared_gradients = torch.zeros(3, dtype=torch.float64)
         """Sums of squared gradients at the hidden state, one a term, while `watch_gradients`."""
@@ -66,11 +67,12 @@ class Student(nn.Module):
         weights_N = torch.where(batch.is_answer, scales[0], scales[1])
         call = _HeadCall(self, batch, weights_N)
         with _replaced_forward(self.model.get_output_embeddings(), call):
-            logits = self._run(batch).logits
-        output = call.result(logits)
+            made = self._run(batch, with_layers=self._layer is not None)
+        output = call.result(made.logits)
         # A product would turn a likelihood of infinity into a NaN of the other term.
         answer, rationale = (torch.where(which, output.nll, 0).sum() for which in (batch.is_answer, ~batch.is_answer))
-        alignment, cosine = self._alignment(output.pooled, batch)
+        pooled = output.pooled if self._layer is None else span_tap(self._layer_of(made), batch.spans)[1]
+        alignment, cosine = self._alignment(pooled, batch)
         sums = torch.stack([answer, rationale, alignment.detach()])
         return PSTLossOutput(output.loss + alignment * scales[2], sums, cosine)
 
@@ -110,7 +112,16 @@ class Student(nn.Module):
             log.info("%s changes its head's logits afterwards: its head runs unfused", type(self.model).__name__)
         return same
 
-    def _run(self, batch: PSTBatch) -> Any:
+    def _layer_of(self, made: Any) -> Tensor:
+        """[B, T, D] output of the layer that is aligned; raises ConfigError for one that the model does not have."""
+        states = made.decoder_hidden_states if self.is_encoder_decoder else made.hidden_states
+        layers, layer = len(states) - 1, self._layer or 0  # the first state is the embedding
+        if layer == 0 or abs(layer) > layers:
+            raise ConfigError(f"loss.layer={layer}: the student has layers 1 to {layers}", "or count them from the end")
+        return states[layer]
+
+    def _run(self, batch: PSTBatch, *, with_layers: bool = False) -> Any:
+        more: dict[str, Any] = {"output_hidden_states": True} if with_layers else {}
         if self.is_encoder_decoder:
             return self.model(
                 input_ids=batch.encoder_input_ids,
@@ -118,8 +129,9 @@ class Student(nn.Module):
                 decoder_input_ids=batch.input_ids,
                 decoder_attention_mask=batch.attention_mask,
                 use_cache=False,
+                **more,
             )
-        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **more)
 
     def _alignment(self, pooled_AD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor]:
         """Sum of distances and of cosines over the batch's spans."""

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from pst_dist.config import Config
 from pst_dist.data import Collator
 from pst_dist.errors import ConfigError, EnvironmentFault
-from pst_dist.layout import ARMS
+from pst_dist.layout import ARMS, Segment
 from pst_dist.loss import TermWeights
 from pst_dist.student import Student, build_student
 from pst_dist.tokenizer import build_tokenizer, with_special_tokens
@@ -84,6 +84,49 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(architecture, loss
         loss_value, cut_gradient = gradient(tiny, cut)
         assert loss_value == pytest.approx(whole_loss, rel=1e-5)
         assert (cut_gradient - whole).norm() <= 1e-5 * whole.norm()
+
+
+def layers_of(tiny, batch):
+    """Every layer's output as the plain model gives it, the embedding first."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.encoder_input_ids is not None:
+        decoder = {f"decoder_{name}": value for name, value in inputs.items()}
+        inputs = {"input_ids": batch.encoder_input_ids, "attention_mask": batch.encoder_attention_mask, **decoder}
+    made = tiny.model(**inputs, output_hidden_states=True)
+    return made.decoder_hidden_states if batch.encoder_input_ids is not None else made.hidden_states
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("pooling", ["token", "span"])
+def test_another_layer_is_aligned_where_the_config_says_so(architecture, pooling):
+    def term(layer):
+        tiny = Tiny("pst", architecture, loss={"layer": layer, "pooling": pooling}, seed=2)
+        tiny.student.eval()
+        batch = batch_of(tiny, ROWS)
+        loss = tiny.student(batch, torch.tensor([0.0, 0.0, 1.0])).loss
+        loss.backward()
+        return tiny, batch, loss.item()
+
+    tiny, batch, first = term(1)
+    with torch.no_grad():
+        states, parts = layers_of(tiny, batch), []
+        wanted = Segment.SEMANTIC if pooling == "token" else Segment.RATIONALE
+        for row, segments in zip(states[1], batch.segment_ids, strict=True):
+            parts.append(row[segments == wanted].mean(0))
+        cosines = F.cosine_similarity(tiny.student.head(torch.stack(parts)), batch.teacher_emb)
+    assert first == pytest.approx((1 - cosines).sum().item(), rel=1e-4)
+    assert len(states) == 3
+    assert term(2)[2] == pytest.approx(term(None)[2], rel=1e-5) == pytest.approx(term(-1)[2], rel=1e-5)
+    untouched = [name for name, value in tiny.model.named_parameters() if value.grad is None or not value.grad.any()]
+    last = {"gpt2": "transformer.h.1.", "llama": "model.layers.1.", "t5": "decoder.block.1."}[architecture]
+    assert any(name.startswith(last) for name in untouched), "what comes after the layer has no part in its loss"
+
+
+@pytest.mark.parametrize("layer", [0, 3, -3])
+def test_a_layer_that_the_student_does_not_have_is_refused(layer):
+    tiny = Tiny("pst", loss={"layer": layer})
+    with pytest.raises(ConfigError, match="layers 1 to 2"):
+        tiny.student(batch_of(tiny, ROWS), torch.ones(3))
 
 
 @pytest.mark.parametrize("loss", [{}, {"alignment": "info_nce", "symmetric": True}], ids=["cosine", "symmetric"])

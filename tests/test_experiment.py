@@ -238,6 +238,23 @@ def test_pictures_and_page_show_what_is_there(small):
     assert "    pst experiment small" in page and ".png" not in page
 
 
+def test_runs_that_train_the_same_are_trained_once(tmp_path):
+    variants = {
+        "own": {"arm": "pre_thinking"},
+        "given": {"arm": "pre_thinking", "evaluate.rationale": "teacher"},
+        "other": {"arm": "pre_thinking", "train.learning_rate": 1e-3},
+    }
+    file = write(tmp_path / "e.yaml", variants=variants, seeds=[0])
+    experiment = load_experiment(str(file), ["jobs=1"])
+    own, given, other = runs_of(experiment)
+    assert (own.alike, given.alike, other.alike) == ((), (own.config.output_dir,), ())
+    results, error = run_experiment(experiment, ["pst"])
+    assert error is None and len(results.groups) == 3
+    records = [json.loads((Path(run.config.output_dir) / "train.json").read_text()) for run in (own, given, other)]
+    assert records[0] == records[1] != records[2]  # to the second of training time
+    assert not (Path(given.config.output_dir) / "checkpoints").exists()
+
+
 def test_a_run_that_fails_is_named_and_keeps_no_other(tmp_path):
     variants = {"good": {"arm": "answer_only"}, "bad": {"arm": "pre_thinking", "loss.rationale_weight": 0}}
     file = write(tmp_path / "e.yaml", variants=variants, seeds=[0])

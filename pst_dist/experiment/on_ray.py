@@ -12,7 +12,6 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from pst_dist.config import Config
 from pst_dist.errors import EnvironmentFault, PeerLostError, PreemptedError, PstError, first_line
 from pst_dist.experiment.spec import RayJobs, Run
 from pst_dist.experiment.workers import Tell
@@ -40,7 +39,7 @@ def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) ->
         _check_room(jobs, ray.cluster_resources())
         task = ray.remote(num_cpus=jobs.num_cpus_per_run, num_gpus=jobs.num_gpus_per_run, max_retries=_LOSSES)(_task)
         threads = max(1, int(jobs.num_cpus_per_run))
-        under_way = {task.options(name=run.name).remote(run.config, keep, threads): run for run in runs}
+        under_way = {task.options(name=run.name).remote(run, keep, threads): run for run in runs}
         quiet = 0.0
         while under_way and not told.signal:
             finished, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
@@ -79,11 +78,11 @@ def _error(ray: Any, call: Any) -> BaseException | None:
     return None
 
 
-def _task(config: Config, keep: str, threads: int) -> None:
-    """One run, on whichever node Ray has chosen."""
+def _task(run: Run, keep: str, threads: int) -> None:
+    """Do a run on whichever node Ray has chosen."""
     import torch
 
     from pst_dist.experiment.runs import do_run
 
     torch.set_num_threads(threads)
-    do_run(config, keep, lock_seconds=_LET_GO_SECONDS)
+    do_run(run, keep, lock_seconds=_LET_GO_SECONDS)

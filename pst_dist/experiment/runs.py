@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pst_dist.atomic import atomic_directory, atomic_path
 from pst_dist.config import Config
 from pst_dist.config_io import load_config
 from pst_dist.errors import DataError, PstError
 from pst_dist.evaluate import finished_evaluation
 from pst_dist.experiment.spec import Run
+from pst_dist.locks import directory_lock
 from pst_dist.pipeline import make_embeddings, make_shards, needs_embeddings
 from pst_dist.rundir import recorded, run_dir
 from pst_dist.signals import StopRequest
@@ -47,17 +49,43 @@ def make_data(runs: Sequence[Run]) -> None:
         done |= {(run.config.data_dir, False), (run.config.data_dir, wants)}
 
 
-def do_run(config: Config, keep: str, *, stop: StopRequest | None = None, lock_seconds: float = 0.0) -> None:
-    """Train and score one run, going on where an earlier start stopped, and remove what `keep` does not name."""
+def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds: float = 0.0) -> None:
+    """Train and score one run, going on where an earlier start stopped, and remove what `keep` does not name.
+
+    A student that an earlier run has trained with the same settings is taken over.
+    """
     from pst_dist.evaluate import evaluate
     from pst_dist.trainer import train
 
+    config, own = run.config, run_dir(run.config)
     with recorded(config):
+        with directory_lock(own.path, wait_seconds=lock_seconds):
+            _take_over(run)
         train(config, stop=stop, lock_seconds=lock_seconds)
     evaluate(config)
-    run = run_dir(config)
-    for folder in {"all": [], "student": [run.checkpoints], "results": [run.checkpoints, run.best]}[keep]:
+    for folder in {"all": [], "student": [own.checkpoints], "results": [own.checkpoints, own.best]}[keep]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_over(run: Run) -> None:
+    """Copy a finished training that is the same as this run's, unless it has begun one of its own."""
+    from pst_dist.training_result import complete_training
+
+    own = run_dir(run.config)
+    if own.training.is_file() or own.checkpoints.is_dir():
+        return
+    for folder in run.alike:
+        other = run.config.model_copy(update={"output_dir": folder})
+        done = complete_training(other, world_size=1)
+        if done is not None:
+            theirs = run_dir(other)
+            with atomic_directory(own.best) as partial:
+                shutil.copytree(theirs.best, partial, dirs_exist_ok=True)
+            for name in (own.metrics.name, own.training.name):  # the record last: it says that all is there
+                with atomic_path(own.path / name) as file:
+                    shutil.copyfile(theirs.path / name, file)
+            log.info("%s trains as %s did: taken over", run.name, folder)
+            return
 
 
 def result_of(config: Config) -> dict[str, Any] | None:

@@ -114,6 +114,8 @@ class Run:
     point: Point
     seed: int
     config: Config
+    alike: tuple[str, ...] = ()
+    """Directories of earlier runs that train the same and are only scored otherwise."""
 
     @property
     def name(self) -> str:
@@ -172,18 +174,25 @@ def runs_of(experiment: Experiment) -> list[Run]:
     directory.
     """
     bases = {task: _begin(task, keys, experiment.settings) for task, keys in experiment.tasks.items()}
-    runs = []
+    runs: list[Run] = []
+    trained: dict[str, list[str]] = {}
     for seed, (task, base), point, (variant, keys) in itertools.product(
         experiment.seeds, bases.items(), experiment.points, experiment.variants.items()
     ):
         config = _config(experiment, task, base, variant, keys, point, seed)
-        runs.append(Run(task, variant, point, seed, config))
+        runs.append(Run(task, variant, point, seed, config, tuple(trained.setdefault(_training_of(config), []))))
+        trained[_training_of(config)].append(config.output_dir)
     folders: dict[str, Run] = {}
     for run in runs:
         other = folders.setdefault(run.config.output_dir, run)
         if other is not run:
             raise ConfigError(f"{run.name} and {other.name} would share a directory", "label them more differently")
     return runs
+
+
+def _training_of(config: Config) -> str:
+    """Digest of all that shapes a training: where it lies and how it is scored do not."""
+    return digest_of(config.model_dump(mode="json", exclude={"output_dir", "evaluate"}))
 
 
 def _begin(task: str, keys: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

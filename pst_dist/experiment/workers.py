@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from pst_dist.config import Config
 from pst_dist.errors import PeerLostError, PreemptedError, PstError
 from pst_dist.experiment.spec import Run
 from pst_dist.signals import stop_requests
@@ -95,7 +94,7 @@ class _Worker:
     def give(self, run: Run, keep: str) -> None:
         self.run = run
         with contextlib.suppress(OSError):  # it has died: `outcome` says so
-            self.pipe.send((run.config, keep))
+            self.pipe.send((run, keep))
 
     def outcome(self) -> tuple[Run, BaseException | None]:
         """The run that has ended and its error; PeerLostError when the process is gone."""
@@ -135,7 +134,7 @@ def _dismissed(crew: list[_Worker]) -> Iterator[None]:
 
 
 def _serve(pipe: Connection, gpu: int | None, threads: int, parent: int) -> None:
-    """A worker's life: take a config, do it, send what came of it, until None comes or the parent is gone."""
+    """A worker's life: take a run, do it, send what came of it, until None comes or the parent is gone."""
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:  # it died before the line above
         return
@@ -152,11 +151,11 @@ def _serve(pipe: Connection, gpu: int | None, threads: int, parent: int) -> None
             pipe.send(_result(*job))
 
 
-def _result(config: Config, keep: str) -> BaseException | None:
+def _result(run: Run, keep: str) -> BaseException | None:
     from pst_dist.experiment.runs import do_run
 
     try:
-        do_run(config, keep, lock_seconds=5.0)
+        do_run(run, keep, lock_seconds=5.0)
     except PstError as error:
         return error
     except KeyboardInterrupt:

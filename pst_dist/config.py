@@ -190,6 +190,11 @@ class LossConfig(Section):
     state that the language-model head reads."""
     centre: bool = True
     """Subtract the training mean from teacher embeddings: raw ones are nearly parallel."""
+    whiten: bool = False
+    """Also give every direction of the centred embeddings the same variance: a cosine then weighs what sets rationales
+    apart as much as what most of them have in common."""
+    rationales: Literal["in_turn", "mean"] = "in_turn"
+    """A row with several rationales is aligned with the one that the epoch uses, or with the mean of all."""
     control: Literal["none", "shuffle_embeddings", "shuffle_rationale_tokens"] = "none"
     """Controls: the embedding of another row, or rationale tokens in random order."""
 
@@ -353,6 +358,8 @@ class Config(Section):
             raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")
         if self.loss.alignment != "info_nce" and (self.loss.negatives or self.loss.symmetric):
             raise ValueError(f"loss.negatives and loss.symmetric mean nothing for loss.alignment={self.loss.alignment}")
+        if self.loss.whiten and not self.loss.centre:
+            raise ValueError("loss.whiten needs loss.centre: variance is around the mean")
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("arms names an arm twice")
         fresh = self.student.fresh

@@ -129,15 +129,29 @@ class EmbeddingStore:
         norms = np.linalg.norm(moved, axis=-1, keepdims=True)
         return np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0).astype(np.float32)
 
-    def rows(self, split: str) -> tuple[list[tuple[str, int]], np.ndarray]:
-        """All (id, rationale index) of a split in shard order, and their vectors [n, E] float32."""
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return list(self._splits)
+
+    def keys(self, split: str) -> list[tuple[str, int]]:
+        """All (id, rationale index) of a split in shard order; raises InputError for one that is not there."""
         if split not in self._splits:
             raise InputError(f"no split {split!r}", f"there are {', '.join(sorted(self._splits))}")
-        files = self._splits[split]
-        keys = [key for file in files for key in file.keys]
-        vectors = np.empty((len(keys), self.dimension), dtype=np.float32)
+        return [key for file in self._splits[split] for key in file.keys]
+
+    def first_rows(self, split: str, most: int) -> np.ndarray:
+        """[n, E] float32: the first `most` vectors of a split in shard order, or all there are."""
+        vectors = np.empty((min(most, len(self.keys(split))), self.dimension), dtype=np.float32)
         start = 0
-        for file in files:
-            vectors[start : start + len(file.keys)] = file.read(0, len(file.keys), self.dimension)
-            start += len(file.keys)
-        return keys, vectors
+        for file in self._splits[split]:
+            count = min(len(file.keys), len(vectors) - start)
+            if count:
+                vectors[start : start + count] = file.read(0, count, self.dimension)
+                start += count
+        return vectors
+
+    def rows(self, split: str) -> tuple[list[tuple[str, int]], np.ndarray]:
+        """All (id, rationale index) of a split in shard order, and their vectors [n, E] float32."""
+        keys = self.keys(split)
+        return keys, self.first_rows(split, len(keys))

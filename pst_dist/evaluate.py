@@ -289,8 +289,11 @@ def variant_of(config: Config) -> list[str]:
         variant.append("semantic token before")
     if arm.aligned and config.loss.alignment_weight > 0 and not config.loss.centre:
         variant.append("not centred")
-    if arm.aligned and config.loss.alignment_weight > 0 and config.loss.layer is not None:
-        variant.append(f"layer {config.loss.layer}")
+    if arm.aligned and config.loss.alignment_weight > 0:
+        loss = config.loss
+        variant += ["whitened"] if loss.whiten else []
+        variant += [f"layer {loss.layer}"] if loss.layer is not None else []
+        variant += ["mean of all rationales"] if loss.rationales == "mean" else []
     if not arm.answers_first and config.evaluate.rationale != "own":
         variant.append(f"given {config.evaluate.rationale} rationales")
     if arm.needs_rationale and config.data.wrong_rationales:

@@ -79,8 +79,7 @@ def _read(target: Path | str, split: str) -> Source:
     if target.startswith("gen:"):
         name, samples = generate(target, split)
         generated = [
-            {"question": one.question, "answer": one.answer, "rationale": one.rationales[0], "id": one.id}
-            for one in samples
+            {"question": one.question, "answer": one.answer, **_worded(one.rationales), "id": one.id} for one in samples
         ]
         entries = [table_row(row, target, f"gen:{name}", number) for number, row in enumerate(generated, 1)]
         return Source(target, name, entries, digest_of(generated), generated=True)
@@ -164,3 +163,8 @@ def _dataset_rows(dataset: Any, path: str, name: str) -> Iterator[Entry]:
             if isinstance(row[column], int) and row[column] >= 0:
                 row[column] = feature.int2str(row[column])
         yield table_row(row, path, name, number)
+
+
+def _worded(rationales: tuple[str, ...]) -> dict[str, Any]:
+    """A generator's rationale, or its several wordings, by the name that a file would have for it."""
+    return {"rationale": rationales[0]} if len(rationales) == 1 else {"rationales": list(rationales)}

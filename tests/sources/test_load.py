@@ -396,6 +396,13 @@ def test_generated_rows_of_train_and_test_share_no_question_even_with_one_seed(t
         _load(tmp_path, "coin_flip", train=spec)
 
 
+def test_every_wording_of_a_generated_row_becomes_one_of_its_rationales(tmp_path):
+    loaded = _load(tmp_path, task="arithmetic", train="gen:arithmetic?rows=20&wordings=3", validation_size=4)
+    plain = _load(tmp_path, task="arithmetic", train="gen:arithmetic?rows=20", validation_size=4)
+    for sample, usual in zip(loaded.splits["train"], plain.splits["train"], strict=True):
+        assert len(sample.rationales) == 3 and sample.rationales[:1] == usual.rationales
+
+
 def test_the_digest_follows_the_bytes_and_nothing_else(tmp_path):
     _write(tmp_path / "rows.jsonl", [_row(n) for n in range(20)])
     first = _load(tmp_path, train="rows.jsonl")

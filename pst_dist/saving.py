@@ -45,7 +45,9 @@ class _Flight:
     partial: Path
     state: RunState
     loss: float
-    written: Future[dict[str, dict[str, Any]]]
+    written: Callable[[], dict[str, dict[str, Any]]]
+    """Waits for this rank's files, or writes them now, and describes them."""
+    thread: Future[Any] | None
 
 
 class Saver:
@@ -81,7 +83,8 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether this rank is still writing."""
-        return self._flight is not None and not self._flight.written.done()
+        thread = self._flight.thread if self._flight is not None else None
+        return thread is not None and not thread.done()
 
     def save(self, state: RunState, loss: float) -> None:
         """Save the engine's state; in the background only the copy is made here. Collective.
@@ -90,8 +93,11 @@ class Saver:
         """
         self.settle()
         partial, part = prepare_checkpoint(self.engine, self.root, state, copy=self.in_background)
-        self._flight = _Flight(partial, state, loss, self._writer.submit(write_part, partial, part))
-        if not self.in_background:
+        if self.in_background:
+            thread = self._writer.submit(write_part, partial, part)
+            self._flight = _Flight(partial, state, loss, thread.result, thread)
+        else:
+            self._flight = _Flight(partial, state, loss, lambda: write_part(partial, part), None)
             self.settle()
 
     def settle(self) -> None:
@@ -103,7 +109,7 @@ class Saver:
             return
         flight, self._flight = self._flight, None
         at("checkpoint", flight.state.step)
-        publish_checkpoint(self.engine.ranks, flight.partial, flight.written.result, flight.state, keep=self.keep)
+        publish_checkpoint(self.engine.ranks, flight.partial, flight.written, flight.state, keep=self.keep)
         if self.observer is not None:
             path = checkpoint_path(self.root, flight.state.step)
             self.observer(Saved(path, flight.state, self.total, flight.loss))

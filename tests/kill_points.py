@@ -1,11 +1,11 @@
 """Kills stages at chosen system calls and runs them again: `python kill_points.py FOLDER STAGE=EVERY…`.
 
-The stage runs in a forked child under ptrace, which stops at every system call of every thread. Each call that changes a
-file (write, fsync, rename, mkdir, unlink, create…) is a point; the child is killed with SIGKILL as it enters the call,
-so what was done before it is on disk and nothing after it. Then the same stage runs again, undisturbed, and what it
-leaves must be what a run that nobody killed leaves. `random=N` kills the whole pipeline N times at random moments
-instead, each start going on from what the one before it left. Prints one JSON line a stage with what it counted and what
-differed.
+The stage runs in a forked child under ptrace, which stops at every system call of every thread. Each call that changes
+a file (write, fsync, rename, mkdir, unlink, create…) is a point; the child is killed with SIGKILL as it enters the
+call, so what was done before it is on disk and nothing after it. Then the same stage runs again, undisturbed, and what
+it leaves must be what a run that nobody killed leaves. `random=N` kills the whole pipeline N times at random moments
+instead, each start going on from what the one before it left. Prints one JSON line a stage with what it counted and
+what differed.
 """
 
 from __future__ import annotations

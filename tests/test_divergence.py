@@ -107,6 +107,11 @@ def runs(small_data, tmp_path_factory) -> Path:
     case("skip-zero3-from-4", {6: "nan"}, ("skip-zero3", 4), train__deepspeed="zero3", **SKIP)
     case("back-zero2-from-6", {99: "inf"}, ("back-zero2", 6), train__deepspeed="zero2", **BACK)
     case("back-from-4", {6: "inf"}, ("back", 4), train__deepspeed="zero1", **BACK)
+    # Saving in the background: no fault, and one that goes back while a save may be in flight.
+    for name, faults, stage in (("plain", {}, "zero3"), ("back", {6: "inf"}, "zero2")):
+        beside = {"train__deepspeed": stage, "train__save_in_background": True, **(BACK if faults else BASE)}
+        case(f"{name}-{stage}-beside", faults, **beside)
+    case("plain-zero3", {}, train__deepspeed="zero3", **BASE)
     launch(cases, folder)
     return folder
 
@@ -209,6 +214,15 @@ class TestOnRanks:
         kept = [read_json(runs / run / "checkpoints/checkpoint-8/run_state.json") for run in (whole, again)]
         for key in ("step", "skipped_steps", "rollbacks", "tokens"):
             assert kept[0][key] == kept[1][key]
+
+    @pytest.mark.parametrize("case", ["plain-zero3", "back-zero2"])
+    def test_ranks_that_save_in_the_background_leave_the_same_files(self, runs, case):
+        one, two = runs / case / "checkpoints", runs / f"{case}-beside" / "checkpoints"
+        files = sorted(path.relative_to(one) for path in one.rglob("state-*"))
+        assert len(files) == 2 * 4 and files == sorted(path.relative_to(two) for path in two.rglob("state-*"))
+        assert all((one / path).read_bytes() == (two / path).read_bytes() for path in files)
+        assert not list(two.glob(".*")), "nothing is left of writing"
+        assert curve_of(runs / case) == curve_of(runs / f"{case}-beside")
 
     def test_another_number_of_ranks_goes_back_alike(self, runs):
         one, two = runs / "back", runs / "back-from-4"

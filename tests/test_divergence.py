@@ -16,10 +16,12 @@ from test_resume_anywhere import state
 
 from pst_dist.checkpoint import RunState
 from pst_dist.config import TrainConfig
+from pst_dist.config_io import load_config
 from pst_dist.divergence import Answer, after_good_step, after_rollback, after_skip, answer_to, spike_fault
-from pst_dist.errors import DivergedError
+from pst_dist.errors import DivergedError, StaleError
 from pst_dist.storage import read_json, read_lines
 from pst_dist.trainer import train
+from pst_dist.training_settings import check_changes, training_settings
 
 ranks_and_data = [pytest.mark.distributed, pytest.mark.encoder, pytest.mark.timeout(1500)]
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -76,6 +78,24 @@ def test_the_state_tells_what_was_skipped_and_passed_over():
     assert (run.step, run.skipped_steps) == (5, [5])
     back = after_rollback(run, RunState("f", "single", 1, step=2))
     assert (back.step, back.rollbacks, back.skipped_steps) == (6, [[2, 6]], [5])
+
+
+def test_budgets_may_be_changed_on_the_way_and_the_way_of_saving_always():
+    def settings(**changes):
+        return training_settings(
+            load_config(None, [f"train.{key}={value}" for key, value in changes.items()]), "s", "e", 8
+        )
+
+    assert settings(save_in_background=True) == settings()
+    changes = {"skip_bad_steps": 3, "max_rollbacks": 1, "spike_factor": 2.5, "spike_window": 9}
+    with pytest.raises(StaleError, match=r"train\.max_rollbacks=0.*train\.accept_changes=true"):
+        check_changes(settings(), settings(**changes), accept=False)
+    assert check_changes(settings(), settings(**changes), accept=True) == [
+        "train.max_rollbacks 0 -> 1",
+        "train.skip_bad_steps 0 -> 3",
+        "train.spike_factor null -> 2.5",
+        "train.spike_window 100 -> 9",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from torch import Tensor
 from pst_dist.atomic import atomic_directory, disk_errors, publish_directory
 from pst_dist.distributed import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.engine import Engine
+from pst_dist.engine_state import Fragment, copied, named_tensors, write_fragments
 from pst_dist.errors import IntegrityError, StaleError
+from pst_dist.finite import refuse_non_finite
 from pst_dist.layout import AnswerFormat
 from pst_dist.libraries import quiet_libraries
 from pst_dist.storage import (
     Manifest,
     all_files,
     describe_files,
+    hashed_file,
     read_json,
     read_manifest,
     verify_files,
@@ -62,6 +66,12 @@ class RunState:
     """Tokens of target and prompt seen so far, over all ranks."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the training depends on by name (`training_settings`); their digest is the fingerprint."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """Steps, counted from 1, that moved no weight because they were bad (`divergence`)."""
+    rollbacks: list[list[int]] = field(default_factory=list)
+    """[checkpoint, step] of each time that training went back: the steps after the one up to the other do not count."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last good steps, oldest first; empty unless a jump of the loss is looked for."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -69,33 +79,76 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"checkpoint-{step}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a checkpoint: what it is to write into one file."""
+
+    final: Path
+    """Where the checkpoint will be; for messages."""
+    name: str
+    fragments: list[Fragment]
+    adam_step: int
+
+
 def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -> None:
-    """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective."""
+    """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective.
+
+    Raises DivergedError, naming the tensor, when a weight or a moment is not finite.
+    """
+    partial, part = prepare_checkpoint(engine, root, state)
+    publish_checkpoint(engine.ranks, partial, lambda: write_part(partial, part), state, keep=keep)
+
+
+def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: bool = False) -> tuple[Path, Part]:
+    """Make the directory that a checkpoint is written in, and say what this rank is to write there; collective.
+
+    With `copy` what is to be written is a copy in host memory, so training may go on; else it is the engine's own.
+    Raises DivergedError, naming the tensor, when a weight or a moment is not finite.
+    """
     final = checkpoint_path(root, state.step)
     partial = final.with_name(f".{final.name}.partial")
     at("checkpoint", state.step)
+    with together(engine.ranks):
+        fragments, adam_step = engine.state()
+        refuse_non_finite(named_tensors(fragments), final)
+        part = Part(final, engine.state_file, copied(fragments) if copy else fragments, adam_step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
             for abandoned in root.glob(".checkpoint-*.partial"):  # only one training runs here
                 shutil.rmtree(abandoned, ignore_errors=True)
             partial.mkdir(parents=True)
-    files: dict[str, dict[str, Any]] = {}
+    return partial, part
+
+
+def write_part(partial: Path, part: Part) -> dict[str, dict[str, Any]]:
+    """Write, hash and sync one rank's file; returns its description for the manifest. Not collective, any thread."""
+    with disk_errors(part.final), hashed_file(partial / part.name) as stream:
+        write_fragments(stream, part.fragments, adam_step=part.adam_step)
+    return {part.name: stream.description}
+
+
+def publish_checkpoint(
+    ranks: Ranks, partial: Path, written: Callable[[], dict[str, dict[str, Any]]], state: RunState, *, keep: int
+) -> None:
+    """Give a checkpoint its manifest and its name once every rank has `written` its part; collective."""
+    final = checkpoint_path(partial.parent, state.step)
     try:
-        with together(engine.ranks), disk_errors(final):
-            files = describe_files(partial, engine.save(partial), on_file=alive)
+        with together(ranks):
+            files = written()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
         raise
     parts = gathered(files)
-    with main_first_errors(engine.ranks):
-        if engine.ranks.is_main:
+    with main_first_errors(ranks):
+        if ranks.is_main:
             write_json(partial / _STATE, asdict(state))
-            for part in (*parts, describe_files(partial, [_STATE])):
-                files |= part
-            write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
+            described = describe_files(partial, [_STATE])
+            for part in parts:
+                described |= part
+            write_manifest(partial, Manifest("checkpoint", state.fingerprint, described, {"step": state.step}))
             publish_directory(partial, final)
-            for old in _by_step(root)[:-keep]:
-                if old != checkpoint_path(root, state.best_step or 0):
+            for old in _by_step(partial.parent)[:-keep]:
+                if old != checkpoint_path(partial.parent, state.best_step or 0):
                     shutil.rmtree(old)
 
 
@@ -184,9 +237,10 @@ def save_student(
 ) -> Manifest:
     """Write a student as a Hugging Face folder with its answer format and alignment head, replacing an older one.
 
-    `weights` are `Engine.full_weights()`; call on rank zero only.
+    `weights` are `Engine.full_weights()`; call on rank zero only. Raises DivergedError when one is not finite.
     """
     quiet_libraries()
+    refuse_non_finite(((f"weight {name}", value) for name, value in weights.items()), directory)
     with atomic_directory(directory) as partial:
         plain = plain_model(student, weights)
         plain.generation_config = answer_generation_config(plain, tokenizer, fmt)

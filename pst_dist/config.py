@@ -251,6 +251,16 @@ class TrainConfig(Section):
     """Shape of the learning rate after warm-up."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the rate rises from zero."""
+    skip_bad_steps: Annotated[int, Field(ge=0)] = 0
+    """Bad steps (loss or gradient not finite, or a spike) that may be skipped on all ranks, their batch not trained on;
+    one more, or the third in a row, goes back or stops. 0 stops at the first, with the weights from before it."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 0
+    """How often training may go back to the newest checkpoint where skipping does not help, passing over the batches
+    since then; 0 stops instead."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A step is also bad when its loss is over so many times the median of the last ones; null looks for no spikes."""
+    spike_window: Positive = 100
+    """Steps of which that median is taken, and that must have been before the first step is judged by it."""
     bf16: bool = False
     """bfloat16 compute with float32 master weights."""
     deepspeed: str | None = None
@@ -263,6 +273,9 @@ class TrainConfig(Section):
     """Write a checkpoint every so many steps; as often as eval_steps when not given."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never under two, so that a damaged newest one has an elder."""
+    save_in_background: bool = False
+    """Copy the state to host memory and write it in a thread while training goes on; the files are the same. The copy
+    takes as much memory as the checkpoint's part of this rank."""
     accept_changes: bool = False
     """Let a stopped run go on with other values of what may be changed on the way (learning rate, steps, loss
     weights…); without it any change is refused by name."""

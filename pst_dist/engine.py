@@ -26,11 +26,10 @@ from pst_dist.engine_state import (
     start_moments,
     trainable,
     whole_fragments,
-    write_fragments,
     zero3_fragments,
     zero_fragments,
 )
-from pst_dist.errors import ConfigError, DivergedError
+from pst_dist.errors import ConfigError
 from pst_dist.loss import PSTLossOutput
 from pst_dist.student import Student
 
@@ -59,21 +58,33 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
-        """Move the weights once; returns the global gradient norm before clipping.
+        """Move the weights once; returns the global gradient norm before clipping, the same on every rank.
 
-        Raises DivergedError on every rank, before any weight has moved, when that norm is not finite.
+        When that is not finite, no weight and no moment has moved on any rank, and the gradients are gone.
         """
 
-    def save(self, directory: Path) -> list[str]:
-        """Write this rank's part of weights and optimizer into an existing directory; returns its files' names."""
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget the gradients since the last step, which then has not been; collective."""
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor by which this engine multiplies our loss before its backward pass."""
+        return 1.0
+
+    @property
+    def state_file(self) -> str:
+        """Name of the file that holds this rank's part of weights and optimizer in a checkpoint."""
+        return f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
+
+    def state(self) -> tuple[list[Fragment], int]:
+        """This rank's part of weights and optimizer, as views of the places where they are, and the steps of AdamW."""
         steps = adam_steps(self.adamw)
         start_moments(self.adamw, self._places(), steps)
-        name = f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
         fragments = self._fragments()
         if self.replicated:  # the ranks share the writing
             fragments = fragments[self.ranks.rank :: self.ranks.world_size]
-        write_fragments(directory / name, fragments, adam_step=steps)
-        return [name]
+        return fragments, steps
 
     def load(self, directory: Path) -> None:
         """Take up the state that any engine on any number of ranks has saved; collective.
@@ -131,15 +142,6 @@ def _adamw(student: Student, train: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def _refuse_non_finite(norm: float) -> float:
-    if not math.isfinite(norm):
-        raise DivergedError(
-            f"the gradient norm is {norm}; no weight was moved",
-            "go on with train.accept_changes=true and a lower train.learning_rate or train.max_grad_norm",
-        )
-    return norm
-
-
 class SingleProcessEngine(Engine):
     """AdamW on float32 weights in this process; bf16 through autocast."""
 
@@ -166,12 +168,16 @@ class SingleProcessEngine(Engine):
 
     def step(self, learning_rate: float) -> float:
         limit = self.train_config.max_grad_norm or math.inf
-        norm = _refuse_non_finite(float(nn.utils.clip_grad_norm_(self.student.parameters(), limit)))
+        norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), limit))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.discard()
         return norm
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def adamw(self) -> torch.optim.Optimizer:
@@ -226,12 +232,32 @@ class DeepSpeedEngine(Engine):
             # In float32 without ZeRO, DeepSpeed neither reports the norm nor stops at a NaN.
             grads = [p.grad.detach().float() for p in self.student.parameters() if p.grad is not None]
             norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
-            _refuse_non_finite(norm)
-            self.engine.step()
+            if math.isfinite(norm):
+                self.engine.step()
+            else:
+                self.discard()
             return norm
         self.engine.step()
         # ZeRO skips the update by itself when the norm is not finite, so the weights are still the old ones.
-        return _refuse_non_finite(float(self.engine.get_global_grad_norm()))
+        return float(self.engine.get_global_grad_norm())
+
+    def discard(self) -> None:
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        # ZeRO keeps gradients in buckets and flat partitions of its own. Its step forgets them all, and moves nothing,
+        # when it finds their norm infinite; so for once it finds that.
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        infinite = torch.tensor(math.inf, device=self.device)
+        setattr(self._zero, name, lambda: [infinite] if self.stage == 3 else infinite)
+        try:
+            self.engine.step()
+        finally:
+            delattr(self._zero, name)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.ranks.world_size)
 
     @property
     def replicated(self) -> bool:

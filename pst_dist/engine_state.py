@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from pst_dist.errors import IntegrityError
+from pst_dist.storage import HashedFile
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-_META = "pst"  # one metadata key only: safetensors writes several in no fixed order
+_SLOTS = (WEIGHT, *MOMENTS)
+_META = "pst"
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,50 @@ class Fragment:
         return self.start + self.slots[WEIGHT].numel()
 
 
-def write_fragments(path: Path, fragments: Iterable[Fragment], *, adam_step: int) -> None:
-    """Write one rank's fragments as a safetensors file; the caller publishes it."""
-    from safetensors.torch import save_file
+def named_tensors(fragments: Iterable[Fragment]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of some fragments, under a name that a person understands."""
+    return ((f"{slot} {fragment.name}", values) for fragment in fragments for slot, values in fragment.slots.items())
 
-    starts: dict[str, int] = {}
-    tensors: dict[str, Tensor] = {}
-    for fragment in fragments:
-        starts[fragment.name] = fragment.start
-        for slot, values in fragment.slots.items():
-            # A clone: fragments are views of one storage, which safetensors takes for shared tensors.
-            tensors[f"{slot}/{fragment.name}"] = values.detach().float().cpu().clone()
-    save_file(tensors, path, metadata={_META: json.dumps({"adam_step": adam_step, "starts": starts}, sort_keys=True)})
+
+def copied(fragments: Iterable[Fragment]) -> list[Fragment]:
+    """The same fragments in host memory of their own, as they are now."""
+    return [
+        Fragment(
+            fragment.name,
+            fragment.start,
+            # From a device, `.cpu()` is a copy already; on the CPU it is the tensor itself.
+            {slot: v.detach().clone() if v.device.type == "cpu" else v.detach().cpu() for slot, v in slots.items()},
+        )
+        for fragment in fragments
+        for slots in (fragment.slots,)
+    ]
+
+
+def write_fragments(stream: HashedFile, fragments: Iterable[Fragment], *, adam_step: int) -> None:
+    """Write one rank's fragments in the form of safetensors, each tensor as it lies in memory, without a copy of all.
+
+    That form is eight bytes with the length of the header, the header as JSON, the tensors' bytes in the order of its
+    offsets (https://github.com/huggingface/safetensors, "Format").
+    """
+    ordered = sorted(fragments, key=lambda fragment: fragment.name)
+    starts = {fragment.name: fragment.start for fragment in ordered}
+    meta = json.dumps({"adam_step": adam_step, "starts": starts}, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": {_META: meta}}
+    offset = 0
+    for fragment in ordered:
+        for slot in _SLOTS:
+            count = fragment.slots[slot].numel()
+            place = [offset, offset + 4 * count]
+            header[f"{slot}/{fragment.name}"] = {"dtype": "F32", "shape": [count], "data_offsets": place}
+            offset = place[1]
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for fragment in ordered:
+        for slot in _SLOTS:
+            values = fragment.slots[slot].detach().float().cpu().contiguous()
+            if values.numel():  # an empty view has no bytes to be seen as; little-endian, as all that torch runs on
+                stream.write(values.numpy().data.cast("B"))
 
 
 class FragmentFiles:

@@ -18,6 +18,7 @@ from pst_dist.config import Config
 from pst_dist.decode import LoadedStudent, load_student, max_positions
 from pst_dist.errors import IntegrityError
 from pst_dist.evaluate import evaluations_of
+from pst_dist.finite import refuse_non_finite
 from pst_dist.layout import Layout
 from pst_dist.model_card import CardFacts, model_card
 from pst_dist.rundir import RunDir, run_dir
@@ -42,7 +43,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     """Write `run.export` and return its path; a no-op when that export of this student is there.
 
     The model card holds every finished evaluation of exactly this student. Raises InputError when there is no
-    student.
+    student, and DivergedError when a weight of it is not finite.
     """
     run = run_dir(config)
     student = load_student(run.best, device="cpu")
@@ -61,6 +62,8 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     if not rebuild and _is_complete(run.export, fingerprint):
         log.info("export %s is complete, nothing to do", run.export)
         return run.export
+    weights = ((f"weight {name}", value) for name, value in student.model.named_parameters())
+    refuse_non_finite(weights, run.export)
     facts = CardFacts(config, student.format, student.manifest, evaluations, encoder, chain, student.model)
     with atomic_directory(run.export) as partial:
         student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)

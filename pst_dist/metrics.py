@@ -24,6 +24,7 @@ from pst_dist.storage import append_line, read_lines
 from pst_dist.validation import ValidationScore
 
 log = logging.getLogger(__name__)
+_MOST_IDS = 8
 _SHORT = {"answer": "answer", "rationale": "rationale", "alignment": "align"}
 
 
@@ -182,6 +183,15 @@ class MetricsLog:
                     100 * share,
                     name,
                 )
+
+    def bad_step(self, step: int, outcome: str, fault: str, sample_ids: list[str]) -> None:
+        """Write down a step that moved no weight; `outcome` says what was done about it."""
+        if not self.ranks.is_main:
+            return
+        self._bar.advance(1)
+        append_line(self.run.metrics, {"step": step, "bad_step": fault, "outcome": outcome, "samples": sample_ids})
+        shown = ", ".join(sample_ids[:_MOST_IDS]) + (", …" if len(sample_ids) > _MOST_IDS else "")
+        log.warning("step %d/%d  %s: %s; samples %s", step, self.total, fault, outcome, shown)
 
     def validation(self, step: int, score: ValidationScore) -> None:
         """Write down what the validation rows gave."""

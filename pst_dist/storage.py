@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pst_dist.atomic import disk_errors, write_text
 from pst_dist.errors import IntegrityError
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
+_HASHED_CHUNK = 4 << 20
 REMAKE = {
     "shards": "run `pst shard` again",
     "embeddings": "run `pst embed` again",
@@ -47,6 +50,45 @@ def sha256_file(path: Path) -> str:
         while piece := stream.read(_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+class HashedFile:
+    """A file being written whose sha256 is taken of the very bytes on their way to it; see `hashed_file`."""
+
+    def __init__(self, stream: BinaryIO, hasher: Executor) -> None:
+        self._stream, self._hasher = stream, hasher
+        self._digest, self._bytes = hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write and hash; `data` is free again on return. A large piece is hashed beside its writing."""
+        view = memoryview(data)
+        for start in range(0, len(view), _HASHED_CHUNK):
+            piece = view[start : start + _HASHED_CHUNK]
+            if len(piece) < _CHUNK:  # not worth a word with another thread
+                self._digest.update(piece)
+                self._stream.write(piece)
+            else:
+                hashed = self._hasher.submit(self._digest.update, piece)
+                try:
+                    self._stream.write(piece)
+                finally:
+                    hashed.result()
+            self._bytes += len(piece)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `describe_files` says of the finished file, without reading it."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def hashed_file(path: Path) -> Iterator[HashedFile]:
+    """Write a new file into a directory that is not published yet; at the end it is on disk and described."""
+    with ThreadPoolExecutor(1, thread_name_prefix="pst-hash") as hasher, path.open("xb") as stream:
+        file = HashedFile(stream, hasher)
+        yield file
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

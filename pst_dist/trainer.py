@@ -1,8 +1,7 @@
 """`train(config)`: composes data, student, loss, engine and checkpoints into one run, under every launcher.
 
 Each start first resumes the newest valid checkpoint, so a requeued job, a retry and a second hand-typed command are
-one mechanism. Counts are added over ranks and micro-batches before the first backward pass of a step, so every
-gradient is that of the global batch's loss.
+one mechanism. A step is `train_step`'s, what a bad one means `divergence`'s, when a checkpoint is written `saving`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -23,11 +20,9 @@ import torch
 from pst_dist.checkpoint import (
     RunState,
     advanced,
-    checkpoint_path,
     is_intact_student,
     newest_valid,
     resume,
-    save_checkpoint,
     save_student,
 )
 from pst_dist.config import Config
@@ -42,39 +37,37 @@ from pst_dist.distributed import (
     process_group,
     together,
 )
+from pst_dist.divergence import (
+    Answer,
+    after_good_step,
+    after_rollback,
+    after_skip,
+    answer_to,
+    diverged,
+    diverged_validation,
+)
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
 from pst_dist.errors import DataError, DivergedError, InputError, PreemptedError
 from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.locks import directory_lock
-from pst_dist.loss import TERMS, TermWeights
-from pst_dist.metrics import MetricsLog, StepRecord
+from pst_dist.loss import TermWeights
+from pst_dist.metrics import MetricsLog
 from pst_dist.rundir import RunDir, fetch_data, run_dir
-from pst_dist.schedule import learning_rate_at
+from pst_dist.saving import Saved, Saver
 from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, stop_requests
 from pst_dist.storage import write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
+from pst_dist.train_step import BadStep, take_step, totals_over_ranks
 from pst_dist.training_result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training_settings import settings_digest, training_settings
 from pst_dist.validation import ValidationScore, Validator, is_better
 from pst_dist.watch import alive, at, watched
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that all ranks have just written: what an observer is told."""
-
-    path: Path
-    state: RunState
-    total: int
-    """Steps of the whole training."""
-    loss: float
-    """The weighted loss of its last step, over the global batch."""
 
 
 def train(
@@ -92,7 +85,8 @@ def train(
     for an end through a `stop` of its own; `lock_seconds` is how long it gives an earlier process of the same run to
     let go of the directory.
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
-    ranks together when a loss or gradient is not finite, with the weights as they were before that step. Told to stop
+    ranks together when a step is bad and `train.skip_bad_steps` and `train.max_rollbacks` do not help, with the weights
+    as they were before that step. Told to stop
     by SIGTERM or SIGUSR1 on any rank, all write a checkpoint at the next step boundary and raise PreemptedError;
     KeyboardInterrupt after SIGINT.
     """
@@ -131,17 +125,6 @@ def _forget(run: RunDir) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file in (run.training, run.metrics):
         file.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class _Totals:
-    """One global batch over all ranks."""
-
-    counts: torch.Tensor
-    """[3] float64: answer tokens, rationale tokens, aligned spans."""
-    tokens: int
-    told: int
-    """The signal by which some rank was told to stop, or 0."""
 
 
 class _Training:
@@ -211,8 +194,20 @@ class _Training:
             self.device,
         )
         metrics = MetricsLog(self.config, self.run, self.ranks, first_step=state.step, total=self.total)
-        with metrics:
-            state = self._loop(engine, state, metrics)
+        saver = Saver(
+            engine,
+            self.run.checkpoints,
+            keep=self.config.train.save_total_limit,
+            total=self.total,
+            in_background=self.config.train.save_in_background,
+            observer=self.observer,
+        )
+        with metrics, saver:
+            try:
+                state = self._loop(engine, state, metrics, saver)
+            except DivergedError:  # on all ranks alike, so a checkpoint that is still in flight can be finished
+                saver.settle()
+                raise
         result = TrainingResult(
             fingerprint=self.fingerprint,
             shards=self.shards_digest,
@@ -266,7 +261,7 @@ class _Training:
             return resume(engine, root, fresh, accept_changes=accept)
         return state
 
-    def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
+    def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog, saver: Saver) -> RunState:
         train = self.config.train
         every_eval = train.eval_steps or self.plan.steps_per_epoch
         every_save = train.save_steps or every_eval
@@ -274,46 +269,65 @@ class _Training:
         at("data", state.step + 1)
         for batches in self._batches(state.step):
             started = time.monotonic()
-            step = state.step
-            at("counting", step + 1)
-            totals = self._totals(batches)
+            at("counting", state.step + 1)
+            totals = totals_over_ranks(batches, self.stop.signal, busy=saver.busy)
             if totals.told:
                 if saved < state.step:
-                    self._save(engine, state, loss)
+                    saver.save(state, loss)
+                saver.settle()
                 self._end_as_told(totals.told, state.step)
-            watch = (step + 1) % train.logging_steps == 0 or step == 0
-            record = self._step(engine, step, batches, totals, watch=watch)
-            state = advanced(
+            if saver.pending and not totals.busy:
+                saver.settle()
+            watch = (state.step + 1) % train.logging_steps == 0 or state.step == 0
+            taken = take_step(
+                engine,
                 state,
-                step=step + 1,
-                tokens=state.tokens + record.tokens,
-                seconds=state.seconds + time.monotonic() - started,
+                batches,
+                totals,
+                self.weights,
+                train,
+                seed=self.config.seed,
+                total=self.total,
+                watch=watch,
             )
-            loss = record.loss
-            metrics.step(record, epoch=self.plan.epoch_of(step))
+            tokens, seconds = state.tokens + totals.tokens, state.seconds + time.monotonic() - started
+            went_back = False
+            if isinstance(taken, BadStep):
+                before = len(state.rollbacks)
+                state = self._answer(engine, state, taken, metrics, saver)
+                went_back = len(state.rollbacks) > before  # the next start is to know it
+            else:
+                state = after_good_step(advanced(state, step=state.step + 1), taken.loss, train)
+                loss = taken.loss
+                metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1))
+            state = advanced(state, tokens=tokens, seconds=seconds)
             last = state.step == self.total
             if state.step % every_eval == 0 or last:
                 state = self._validate(engine, state, metrics)
-            if state.step % every_save == 0 or last:
-                self._save(engine, state, loss)
+            if state.step % every_save == 0 or last or went_back:
+                saver.save(state, loss)
                 saved = state.step
             at("data", state.step + 1)
+        saver.settle()
         return state
 
-    def _save(self, engine: Engine, state: RunState, loss: float) -> None:
-        save_checkpoint(engine, self.run.checkpoints, state, keep=self.config.train.save_total_limit)
-        if self.observer is not None:
-            self.observer(Saved(checkpoint_path(self.run.checkpoints, state.step), state, self.total, loss))
-
-    def _totals(self, batches: list[Any]) -> _Totals:
-        """What a step holds over all ranks, and whether any of them was told to stop; one collective for both."""
-        counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        # SIGINT counts more than any number of ranks that were told otherwise: the launcher passes it to all.
-        told = [float(self.stop.signal == signal.SIGINT), float(self.stop.signal != 0)]
-        sums = sums_over_ranks(torch.cat([counts, torch.tensor([float(tokens), *told], dtype=torch.float64)]))
-        told_by = 0 if not sums[5] else signal.SIGINT if sums[4] else signal.SIGTERM
-        return _Totals(sums[:3], int(sums[3]), told_by)
+    def _answer(self, engine: Engine, state: RunState, bad: BadStep, metrics: MetricsLog, saver: Saver) -> RunState:
+        """Skip a bad step, go back, or raise DivergedError, as `divergence` decides; collective."""
+        answer = answer_to(state, self.config.train)
+        if answer is Answer.SKIP:
+            metrics.bad_step(state.step + 1, "skipped", bad.fault, bad.sample_ids)
+            return after_skip(state)
+        saver.settle()
+        found = newest_valid(self.run.checkpoints, self.ranks) if answer is Answer.ROLL_BACK else None
+        if found is None:
+            metrics.bad_step(state.step + 1, "stopped", bad.fault, bad.sample_ids)
+            raise diverged(bad.fault, state, self.config.train)
+        path, checkpoint = found
+        outcome = f"gone back to the weights of step {checkpoint.step}"
+        metrics.bad_step(state.step + 1, outcome, bad.fault, bad.sample_ids)
+        at("resuming", state.step + 1)
+        engine.load(path)
+        return after_rollback(state, checkpoint)
 
     def _end_as_told(self, told: int, step: int) -> NoReturn:
         if told == signal.SIGINT:
@@ -334,59 +348,12 @@ class _Training:
             workers=self.config.train.dataloader_num_workers,
         )
 
-    def _step(self, engine: Engine, step: int, batches: list[Any], totals: _Totals, *, watch: bool) -> StepRecord:
-        """One optimizer step over this rank's micro-batches."""
-        # Dropout depends on (seed, step, rank) alone, so a resumed run draws what the undisturbed one would have.
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.ranks.rank)
-        self.student.train()
-        self.student.watch_gradients = watch
-        self.student.squared_gradients.zero_()
-        counts = totals.counts
-        scales = self.weights.scales(counts)
-        # Added up where they are: a look at them from here would wait for the device in every pass.
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        cosine = torch.zeros((), dtype=torch.float64, device=self.device)
-        device_scales = scales.float().to(self.device)
-        for index, batch in enumerate(batches):
-            at("forward", step + 1)
-            output = engine.forward(batch.to(self.device), device_scales)
-            at("backward", step + 1)
-            engine.backward(output.loss, last=index == len(batches) - 1)
-            sums += output.sums.double()
-            cosine += output.cosine.double()
-        squares = self.student.squared_gradients
-        everything = sums_over_ranks(torch.cat([sums.cpu(), cosine.cpu()[None], squares]))
-        sums, cosine, squares = everything[:3], everything[3], everything[4:]
-        if not torch.isfinite(sums).all():
-            bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
-            raise DivergedError(
-                f"step {step + 1}: the {' and '.join(bad)} loss is not finite; no weight was moved",
-                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
-            )
-        rate = learning_rate_at(step, self.total, self.config.train)
-        at("optimizer", step + 1)
-        norm = engine.step(rate)
-        return StepRecord.of(
-            step=step + 1,
-            sums=sums,
-            counts=counts,
-            scales=scales,
-            cosine=float(cosine),
-            gradients=squares.sqrt() / engine_loss_scale(engine) if watch else None,
-            grad_norm=norm,
-            learning_rate=rate,
-            tokens=totals.tokens,
-        )
-
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows, and keep the student when it is the best so far."""
         at("validation", state.step)
         value = self.validator.score(engine, self.weights)
         if value.loss is not None and not math.isfinite(value.loss):
-            raise DivergedError(
-                f"step {state.step}: the loss on the validation rows is {value.loss}; this student is not kept",
-                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
-            )
+            raise diverged_validation(value.loss, state.step)
         metrics.validation(state.step, value)
         metric = self.config.train.metric_for_best_model
         chosen = value.chosen(metric)
@@ -420,8 +387,3 @@ class _Training:
                         **value.to_json(),
                     },
                 )
-
-
-def engine_loss_scale(engine: Engine) -> float:
-    """The factor by which an engine multiplies our loss before its backward pass."""
-    return 1.0 if engine.name == "single" else float(engine.ranks.world_size)

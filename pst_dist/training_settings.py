@@ -20,6 +20,7 @@ _FREE = {
     "dataloader_num_workers",
     "save_steps",
     "save_total_limit",
+    "save_in_background",
     "deepspeed",
     "accept_changes",
     "timeout_seconds",
@@ -32,6 +33,7 @@ _ADJUSTABLE = {
     *("train.learning_rate", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon"),
     *("train.max_grad_norm", "train.num_train_epochs", "train.max_steps", "train.lr_scheduler_type"),
     *("train.warmup_ratio", "train.bf16", "train.eval_steps", "train.metric_for_best_model"),
+    *("train.skip_bad_steps", "train.max_rollbacks", "train.spike_factor", "train.spike_window"),
     *("loss.answer_weight", "loss.rationale_weight", "loss.alignment_weight", "loss.alpha", "loss.temperature"),
 }
 

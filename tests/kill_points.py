@@ -1,10 +1,11 @@
 """Kills stages at chosen system calls and runs them again: `python kill_points.py FOLDER STAGE=EVERY…`.
 
-The stage runs in a forked child under ptrace, which stops at every system call. Each call that changes a file (write,
-fsync, rename, mkdir, unlink, create…) is a point; the child is killed with SIGKILL as it enters the call, so what was
-done before it is on disk and nothing after it. Then the same stage runs again, undisturbed, and what it leaves must be
-what a run that nobody killed leaves. `random=N` kills the whole pipeline N times at random moments instead, each start
-going on from what the one before it left. Prints one JSON line a stage with what it counted and what differed.
+The stage runs in a forked child under ptrace, which stops at every system call of every thread. Each call that changes
+a file (write, fsync, rename, mkdir, unlink, create…) is a point; the child is killed with SIGKILL as it enters the
+call, so what was done before it is on disk and nothing after it. Then the same stage runs again, undisturbed, and what
+it leaves must be what a run that nobody killed leaves. `random=N` kills the whole pipeline N times at random moments
+instead, each start going on from what the one before it left. Prints one JSON line a stage with what it counted and
+what differed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 _TRACEME, _SYSCALL, _GETREGS, _SETOPTIONS = 0, 24, 12, 0x4200
-_GOOD_STOPS, _KILL_WITH_PARENT = 0x1, 0x100000
+_GOOD_STOPS, _THREADS_TOO, _KILL_WITH_PARENT = 0x1, 0x8, 0x100000
+_ANY_THREAD = 0x40000000
 _ONCE = {73: "flock", 74: "fsync", 75: "fdatasync", 76: "truncate", 77: "ftruncate", 82: "rename", 83: "mkdir"}
 _ONCE |= {84: "rmdir", 87: "unlink", 258: "mkdirat", 263: "unlinkat", 264: "renameat", 316: "renameat2"}
 _INTO_A_FILE = {1: "write", 18: "pwrite", 20: "writev"}
@@ -61,7 +63,10 @@ def _ptrace() -> Any:
 
 
 def _traced(work: Callable[[], None], kill_at: int | None) -> tuple[int, dict[str, int]]:
-    """(points seen, calls by name) of `work` in a child, killed on entering point `kill_at`; -1: no tracing here."""
+    """(points seen, calls by name) of `work` in a child, killed on entering point `kill_at`; -1: no tracing here.
+
+    Where threads write beside one another the points come in another order each time.
+    """
     ptrace = _ptrace()
     pid = os.fork()
     if pid == 0:
@@ -72,31 +77,44 @@ def _traced(work: Callable[[], None], kill_at: int | None) -> tuple[int, dict[st
     _, status = os.waitpid(pid, 0)
     if os.WIFEXITED(status):
         return -1, {}
-    ptrace(_SETOPTIONS, pid, None, _GOOD_STOPS | _KILL_WITH_PARENT)
-    seen, names, entering, deliver = 0, {}, True, 0
+    ptrace(_SETOPTIONS, pid, None, _GOOD_STOPS | _THREADS_TOO | _KILL_WITH_PARENT)
+    seen, names = 0, {}
+    inside: dict[int, bool] = {pid: False}
+    """Thread -> whether its last stop was on entering a call."""
     registers = _Registers()
+    ptrace(_SYSCALL, pid, None, 0)
     while True:
-        ptrace(_SYSCALL, pid, None, deliver)
-        _, status = os.waitpid(pid, 0)
+        thread, status = os.waitpid(-1, _ANY_THREAD)
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+            if thread != pid:
+                continue
             if kill_at is None and status != 0:
                 raise RuntimeError(f"the stage failed under tracing: {status}")
             return seen, names
         stopped = os.WSTOPSIG(status)
-        deliver = 0 if stopped in (signal.SIGTRAP, signal.SIGTRAP | 0x80) else stopped
-        if stopped != signal.SIGTRAP | 0x80:
-            continue
-        if entering:
-            ptrace(_GETREGS, pid, None, ctypes.byref(registers))
-            name = _name(registers)
-            if name is not None:
-                if seen == kill_at:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                    return seen, names
-                seen += 1
-                names[name] = names.get(name, 0) + 1
-        entering = not entering
+        # A new thread begins with a stop, and its birth is told by an event: neither is a signal to pass on.
+        deliver = 0 if stopped in (signal.SIGTRAP, signal.SIGTRAP | 0x80, signal.SIGSTOP) else stopped
+        if stopped == signal.SIGTRAP | 0x80:
+            inside[thread] = not inside.get(thread, False)
+            if inside[thread]:
+                ptrace(_GETREGS, thread, None, ctypes.byref(registers))
+                name = _name(registers)
+                if name is not None:
+                    if seen == kill_at:
+                        os.kill(pid, signal.SIGKILL)
+                        _reap(pid)
+                        return seen, names
+                    seen += 1
+                    names[name] = names.get(name, 0) + 1
+        ptrace(_SYSCALL, thread, None, deliver)
+
+
+def _reap(pid: int) -> None:
+    """Wait for a killed process and its threads; the process comes last."""
+    while True:
+        thread, status = os.waitpid(-1, _ANY_THREAD)
+        if thread == pid and (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+            return
 
 
 def _name(registers: _Registers) -> str | None:
@@ -162,19 +180,23 @@ def stage_of(name: str, run: Path) -> tuple[list[Callable[[], None]], Callable[[
     from pst_dist.pipeline import make_embeddings, make_shards, run_all
     from pst_dist.trainer import train
 
-    config = small_config(
-        run / "data", run, shards__samples_per_shard=4, train__save_steps=2, train__eval_steps=2, train__max_steps=8
-    )
+    often = {"train__save_steps": 2, "train__eval_steps": 2, "train__max_steps": 8}
+    config = small_config(run / "data", run, shards__samples_per_shard=4, **often)
+    beside = small_config(run / "data", run, shards__samples_per_shard=4, train__save_in_background=True, **often)
     stages: dict[str, Callable[[], Any]] = {
         "shard": lambda: make_shards(config),
         "embed": lambda: make_embeddings(config),
         "train": lambda: train(config),
+        "train-background": lambda: train(beside),
         "export": lambda: export(config),
     }
     if name == "random":
         return [], lambda: run_all(config)
     names = list(stages)
-    return [stages[other] for other in names[: names.index(name)]], stages[name]
+    before = names[: names.index(name)]
+    if "train" in before:  # one of the two ways of saving is enough
+        before = [other for other in before if other != ("train" if name == "train-background" else "train-background")]
+    return [stages[other] for other in before], stages[name]
 
 
 def main() -> None:

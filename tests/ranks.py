@@ -2,12 +2,14 @@
 
 Starting ranks costs far more than eight steps of a tiny student, so one launch serves many cases. A config may name a
 run and a step (`"resume": [run, step]`): it then goes on from that run's checkpoint, as if it had been stopped there.
+`"inject": {step: fault}` lets steps of the last rank go wrong (see `injections`).
 Of runs in a folder `held-…` each rank writes how many bytes its tensors take just before the first optimizer step and
 after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from injections import injected
 
 from pst_dist.config import Config
 from pst_dist.distributed import Ranks, barrier, leave, process_group
@@ -81,15 +84,20 @@ def main() -> None:
     ranks = Ranks.from_environment()
     with process_group(ranks, with_deepspeed=True):
         for raw in json.loads(Path(sys.argv[1]).read_text()):
-            stopped = raw.pop("resume", None)
+            stopped, faults = raw.pop("resume", None), raw.pop("inject", {})
             config = Config.model_validate(raw)
             if stopped and ranks.is_main:
                 stop_at(Path(stopped[0]), int(stopped[1]), Path(config.output_dir))
             barrier()
             if Path(config.output_dir).name.startswith("held-"):
                 watch_memory(config, ranks.rank)
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            injecting = injected(
+                Path(config.output_dir), {int(step): fault for step, fault in faults.items()}, ranks.world_size - 1
+            )
             try:
-                train(config)
+                with injecting if faults else contextlib.nullcontext():
+                    train(config)
             except Exception as error:
                 (Path(config.output_dir) / f"refusal-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
 

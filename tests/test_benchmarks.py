@@ -15,6 +15,7 @@ sys.path.append(str(BENCHMARKS))
 import ledger  # noqa: E402
 import loss_step  # noqa: E402
 import step_cases  # noqa: E402
+from checkpoint_price import priced  # noqa: E402
 from contenders import MAKERS, NotHere, cross_entropy  # noqa: E402
 from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
 from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
@@ -197,3 +198,24 @@ def test_the_zero_benchmark_compares_equal_steps_on_two_ranks(tmp_path):
         result[clock]["seconds_median"] > 0 for result in report["results"].values() for clock in ("cpu", "wall")
     )
     assert report["results"]["ddp"]["cpu"]["over_ddp"] == 1 and all(name in printed for name in losses)
+
+
+def test_the_price_of_a_checkpoint_is_worked_out_within_rounds(tmp_path):
+    """Two rounds of clocks that were chosen by hand."""
+    rows = {"step": [2.0, 2.0], "torch_save": [1.0, 3.0], "transaction": [2.0, 6.0], "background": [0.5, 0.5]}
+    seconds = {name: [{"wall": value, "cpu": value / 2} for value in values] for name, values in rows.items()}
+    found = priced(seconds, interval=100)
+    # (2 - 1) and (6 - 3): 2 seconds at the middle, of the 200 that a hundred steps take.
+    assert found["wall"]["safety_percent"] == found["cpu"]["safety_percent"] == 1.0
+    assert found["wall"]["save_percent"] == {"torch_save": 1.0, "transaction": 2.0, "background": 0.25}
+    assert found["cpu"]["seconds"]["transaction"] == 2.0
+
+
+def test_the_checkpoint_benchmark_writes_real_checkpoints(tmp_path):
+    sizes = ("--vocab", 300, "--layers", 1, "--width", 64, "--rows", 1, "--steps", 2, "--rounds", 1)
+    printed = run("checkpoint_price.py", *sizes, "--folder", tmp_path, "--output", tmp_path / "result.json")
+    report = json.loads((tmp_path / "result.json").read_text())
+    # Weights and two moments of float32, a header and a manifest.
+    assert 12 * report["parameters"] < report["checkpoint_bytes"] < 12 * report["parameters"] + 20_000
+    assert all(value > 0 for value in report["results"]["wall"]["seconds"].values())
+    assert "safety %" in printed and [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import ROWS, Tiny, fitted
 
 from pst_dist.config import Config
 from pst_dist.decode import decode_answers, decode_rationales, load_student
-from pst_dist.errors import InputError
+from pst_dist.errors import DivergedError, InputError
 from pst_dist.export import export
 from pst_dist.layout import STOP_TOKEN
 from pst_dist.model_card import CardFacts, front_matter, model_card
@@ -276,3 +277,20 @@ def test_front_matter_is_yaml_between_two_rules(folder):
     text = (folder[1] / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["tags"][-1] == "pst" and "license" not in head
+
+
+def test_a_student_whose_weight_is_not_finite_is_never_exported(tmp_path):
+    """Whole by its digests, as an older version of this program may have left it."""
+    tiny = Tiny("pst")
+    manifest = tiny.save(tmp_path / "best")
+    path = tmp_path / "best" / "model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name].view(-1)[5] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    files = describe_files(tmp_path / "best", manifest.files)
+    write_manifest(tmp_path / "best", replace(manifest, files=files))
+    config = Config.model_validate({**tiny.config.model_dump(), "output_dir": str(tmp_path)})
+    with pytest.raises(DivergedError, match=rf"export: weight {name} is not finite"):
+        export(config)
+    assert not (tmp_path / "export").exists()

@@ -14,8 +14,8 @@ import pytest
 from kill_points import can_trace
 
 ALL = "PST_TEST_ALL_KILL_POINTS" in os.environ
-EVERY = {"shard": 19, "embed": 17, "train": 73, "export": 13}
-POINTS = {"shard": 150, "embed": 80, "train": 250, "export": 40}
+EVERY = {"shard": 19, "embed": 17, "train": 73, "train-background": 73, "export": 13}
+POINTS = {"shard": 150, "embed": 80, "train": 250, "train-background": 250, "export": 40}
 """Fewer than this and the tracer has not seen the stage at work."""
 pytestmark = [pytest.mark.slow, pytest.mark.encoder, pytest.mark.timeout(3000)]
 

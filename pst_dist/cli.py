@@ -17,12 +17,13 @@ from typing import Any
 
 from pst_dist import __version__
 from pst_dist.config import Config
-from pst_dist.config_io import dump_config, is_rows, load_config, ready_made_configs
+from pst_dist.config_io import dump_config, is_rows, load_config, overlays, ready_made_configs
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
-Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`.
+Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`. `+NAME` lays a set of keys over
+it: `pst run svamp +paper_t5` trains by the published recipe, `+minilm` a student from the encoder's weights.
 
 The way of a run:    check -> preview -> run  (= shard, embed, train, evaluate, export, report)
 A first look:        pst demo
@@ -84,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
-    overrides: dict[str, Any] = {"nargs": "*", "metavar": "key.sub=value", "help": "override any key of the config"}
+    overrides: dict[str, Any] = {
+        "nargs": "*",
+        "metavar": "key.sub=value",
+        "help": "override any key; +NAME: an overlay",
+    }
     if name == "demo":
         verb.add_argument("overrides", **overrides)
     elif name == "answer":
@@ -169,7 +174,7 @@ def _gather_overrides(unknown: Sequence[str]) -> list[str]:
     rest = list(unknown)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("-") and "=" in word:
+        if word.startswith("+") or (not word.startswith("-") and "=" in word):
             words.append(word)
             continue
         if not word.startswith("--"):
@@ -457,6 +462,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(ready_made_configs()))
+        print("\noverlays, after any config: `pst run svamp +paper_t5`")
+        print("\n".join(f"+{name:<11} {summary}" for name, summary in overlays().items()))
     elif arguments.schema:
         import json
 

@@ -58,7 +58,7 @@ def warm_tokenizer(settings: StudentConfig) -> Any:
         theirs = AutoTokenizer.from_pretrained(name, revision=settings.revision)
     except (OSError, ValueError) as error:
         raise cannot_load("the student's tokenizer", name, "tokenizer.json", error) from error
-    backend = getattr(theirs, "backend_tokenizer", None)
+    backend: Any = getattr(theirs, "backend_tokenizer", None)
     kind = json.loads(backend.to_str())["model"]["type"] if backend is not None else type(theirs).__name__
     if kind != "WordPiece":
         raise ConfigError(f"student.warm_start takes a BERT encoder, the tokenizer here is {kind}", path=name)

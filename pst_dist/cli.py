@@ -136,6 +136,9 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
             f"  {field} (default {info.default}): {' '.join((info.description or '').split())}"
             for field, info in fields
         )
+    if name == "export":
+        words = "also write the test rows as a task of the lm-evaluation-harness, and print its command"
+        verb.add_argument("--lm-eval", action="store_true", help=words)
     if name == "preview":
         verb.add_argument("-n", "--rows", type=_at_least_one, default=2, help="training rows to show (default 2)")
     if name == "check":
@@ -359,6 +362,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     for config in _arms_of(arguments):
         print(export(config, rebuild=arguments.rebuild))
+        if arguments.lm_eval:
+            from pst_dist.lm_eval_task import lm_eval_command, write_lm_eval_task
+
+            print(f"{write_lm_eval_task(config)}\n  {lm_eval_command(config)}")
     return 0
 
 

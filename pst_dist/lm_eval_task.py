@@ -28,6 +28,7 @@ from pst_dist.storage import canonical_json
 from pst_dist.tasks import Task, get_task, scoring
 
 _ROWS = "rows.jsonl"
+_SCHEMA = "from pst_dist.schema import AnswerType"
 
 
 def task_name(config: Config) -> str:
@@ -119,7 +120,10 @@ def task_settings(
 
 def utils_source(task: Task, fmt: AnswerFormat) -> str:
     """A Python module of its own: the scoring rules as this package has them, applied to one task and format."""
-    rules = inspect.getsource(scoring).replace("from pst_dist.schema import AnswerType\n", "AnswerType = str\n")
+    rules = inspect.getsource(scoring)
+    # A dataclass with annotations as text looks its module up by name, and the harness has not listed it yet.
+    for line, instead in (("from __future__ import annotations", ""), (_SCHEMA, "AnswerType = str")):
+        rules = rules.replace(f"{line}\n", f"{instead}\n")
     marker = None if ARMS[fmt.arm].answers_first else fmt.answer_marker.strip()
     return f"""{rules}
 

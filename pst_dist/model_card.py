@@ -16,10 +16,12 @@ from pst_dist.config import Config
 from pst_dist.evaluate import variant_of
 from pst_dist.layout import ARMS, AnswerFormat
 from pst_dist.storage import Manifest
+from pst_dist.warm_start import MINILM, warm_shape
 
 FOLDER = "path/to/this/folder"
 _PAPER = "https://arxiv.org/abs/2404.09170"
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
+_MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _ARMS = {
     "answer_only": "trained on questions and answers alone",
     "pre_thinking": "trained to write a rationale first and the answer after it",
@@ -52,6 +54,8 @@ class CardFacts:
     def base_model(self) -> str | None:
         """Hub id of the model it was trained from; None for a fresh one and for a folder, whose path is its owner's."""
         base = self.config.student.model_name_or_path or ""
+        if base == MINILM:
+            return _MINILM_ID
         return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
     @property
@@ -295,6 +299,8 @@ def _lineage(facts: CardFacts) -> str:
     config, extra = facts.config, facts.student.extra
     if config.student.model_name_or_path is not None:
         base = f"`{facts.base_model}`" if facts.base_model else "a model from a local folder"
+        if warm_shape(config.student) is not None:
+            base += ", an encoder, whose weights the student started from"
     else:
         bpe = config.student.fresh.tokenizer == "bpe"
         base = f"none: random weights, {'a tokenizer trained on the training rows' if bpe else 'bytes as tokens'}"
@@ -319,9 +325,11 @@ def _limits(facts: CardFacts) -> str:
     explains = [
         "A rationale is written after the answer and explains it; it is no proof that the answer was reached that way."
     ]
+    lower = ["It reads and writes small letters; of capitals it knows those that stand alone, as choices do."]
     points = [
         f"It was trained for questions like those of {scope} in the prompt above; nothing else was tested.",
         *(explains if ARMS[fmt.arm].answers_first and fmt.writes_rationale else []),
+        *(lower if warm_shape(facts.config.student) is not None else []),
         "It answers every question, also those it cannot know: there is no way for it to decline.",
         f"Prompts were at most {longest} tokens in training, and so was what it writes."
         if facts.seq2seq

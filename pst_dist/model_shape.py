@@ -13,6 +13,7 @@ from typing import Any
 
 from pst_dist.config import FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.warm_start import CAPITALS, VOCABULARY_MULTIPLE, warm_checkpoint, warm_shape
 
 _BYTES, _SPECIAL = 256, 4
 """The byte tokenizer's alphabet; end, padding, answer stop and semantic token."""
@@ -38,18 +39,28 @@ def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
     """The shape of a config's student. Raises InputError or EnvironmentFault when its config cannot be read."""
     if student.model_name_or_path is None:
         return fresh_shape(student.fresh, max_length=max_length)
+    warm = warm_shape(student)
+    if warm is not None:
+        name = warm_checkpoint(student)
+        folder = Path(name).expanduser()
+        return warm_start_shape(
+            _folder_config(folder) if folder.is_dir() else _hub_config(name, student.revision), warm
+        )
     name = student.model_name_or_path
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return shape_of_config(_hub_config(name, student.revision), None, name)
+    return shape_of_config(_folder_config(folder), _counted(folder), str(folder / "config.json"))
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise InputError("no config.json here", "give the folder of a Hugging Face model", path=folder) from error
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
-    return shape_of_config(settings, _counted(folder), str(path))
 
 
 def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
@@ -76,12 +87,20 @@ def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
 def shape_of_config(settings: dict[str, Any], counted: int | None, where: str) -> ModelShape:
     """The shape that a `config.json` describes; `counted` is the number of parameters where it is known.
 
-    Formulas: GPT-2 and T5 as transformers builds them; others as a Llama (gated MLP, grouped keys, no biases), which
-    is close for its many descendants but not exact.
+    Formulas: GPT-2, T5 and BertGeneration as transformers builds them; others as a Llama (gated MLP, grouped keys, no
+    biases), which is close for its many descendants but not exact.
     """
     settings = settings.get("text_config") or settings
     kind = settings.get("model_type")
     try:
+        if kind == "encoder-decoder" and settings["decoder"].get("model_type") == "bert-generation":
+            halves = [settings["encoder"], settings["decoder"]]
+        else:
+            halves = [settings] if kind == "bert-generation" else []
+        if halves:
+            count, width = sum(map(_bert_generation, halves)), int(halves[-1]["hidden_size"])
+            layers = sum(int(half["num_hidden_layers"]) for half in halves)
+            return ModelShape(counted or count, width, layers, int(halves[-1]["vocab_size"]), True)
         vocabulary = int(settings["vocab_size"])
         if kind == "gpt2":
             width, layers = int(settings["n_embd"]), int(settings["n_layer"])
@@ -104,6 +123,28 @@ def shape_of_config(settings: dict[str, Any], counted: int | None, where: str) -
         count += vocabulary * width
     exact = counted is not None or kind in ("gpt2", "llama")
     return ModelShape(counted or count, width, layers, vocabulary, exact)
+
+
+def warm_start_shape(bert: dict[str, Any], warm: str) -> ModelShape:
+    """The shape of a student that `warm_start` makes of a BERT encoder with this `config.json`."""
+    new = len(CAPITALS) + 2  # the answer stop and the semantic token
+    vocabulary = -(-(int(bert["vocab_size"]) + new) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    settings = {**bert, "model_type": "bert-generation", "vocab_size": vocabulary}
+    if warm == "causal":
+        return shape_of_config({**settings, "is_decoder": True}, None, "student.warm_start")
+    decoder = {**settings, "is_decoder": True, "add_cross_attention": True}
+    halves = {"model_type": "encoder-decoder", "encoder": settings, "decoder": decoder}
+    return shape_of_config(halves, None, "student.warm_start")
+
+
+def _bert_generation(settings: dict[str, Any]) -> int:
+    """Parameters of a BertGeneration encoder, or of a decoder with its head's bias."""
+    width, inner = int(settings["hidden_size"]), int(settings["intermediate_size"])
+    attention = 4 * (width * width + width) + 2 * width
+    layer = attention * (2 if settings.get("add_cross_attention") else 1) + 2 * width * inner + inner + 3 * width
+    words = int(settings["vocab_size"])
+    embeddings = (words + int(settings["max_position_embeddings"])) * width + 2 * width
+    return embeddings + int(settings["num_hidden_layers"]) * layer + (words if settings.get("is_decoder") else 0)
 
 
 def _t5_shape(settings: dict[str, Any], vocabulary: int, counted: int | None) -> ModelShape:

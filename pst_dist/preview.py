@@ -52,16 +52,13 @@ def preview(config: Config, rows: int) -> str:
     """Rich markup that shows the first training rows under each arm of the config."""
     from rich.markup import escape
 
-    from pst_dist.student import pretrained_shape
+    from pst_dist.student import is_encoder_decoder
 
     samples = load_data(config).splits["train"]
     if not samples:
         raise InputError("there are no training rows", "give data.train")
     tokenizer = build_tokenizer(config.student, samples)
-    name = config.student.model_name_or_path
-    seq2seq = config.student.fresh.architecture == "t5"
-    if name:
-        seq2seq = pretrained_shape(name, config.student.revision).is_encoder_decoder
+    seq2seq = is_encoder_decoder(config.student)
     blocks = []
     for arm in expand_arms(config):
         layout = layout_for(arm, tokenizer, is_encoder_decoder=seq2seq)

@@ -26,6 +26,7 @@ from pst_dist.errors import ConfigError
 from pst_dist.kernels.head import HeadOutput, combined_head, span_tap
 from pst_dist.loss import PSTLossOutput, alignment_distance, token_nll
 from pst_dist.tokenizer import cannot_load
+from pst_dist.warm_start import warm_model, warm_shape
 
 log = logging.getLogger(__name__)
 
@@ -260,6 +261,8 @@ def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> 
             max_length=config.layout.max_length,
             attn_implementation=settings.attn_implementation,
         )
+    elif warm_shape(settings) is not None:
+        model = warm_model(settings, tokenizer, max_length=config.layout.max_length)
     else:
         model = _pretrained_model(settings.model_name_or_path, settings)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -333,11 +336,28 @@ def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_imp
     )
 
 
+def is_encoder_decoder(settings: StudentConfig) -> bool:
+    """Whether a config's student has an encoder of its own; reads a named model's config, no weights."""
+    if settings.model_name_or_path is None:
+        return settings.fresh.architecture == "t5"
+    shape = warm_shape(settings)
+    if shape is not None:
+        return shape == "encoder_decoder"
+    return bool(pretrained_shape(settings.model_name_or_path, settings.revision).is_encoder_decoder)
+
+
 def _pretrained_model(name: str, settings: StudentConfig) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     shape = pretrained_shape(name, settings.revision)
+    if shape.model_type == "bert" and not shape.is_decoder:
+        # AutoModelForCausalLM would take it, and let every token see those after it.
+        raise ConfigError(
+            "an encoder reads but does not write",
+            "set student.warm_start to causal or encoder_decoder: the student then starts from its weights",
+            path=name,
+        )
     try:
         family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
         extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}

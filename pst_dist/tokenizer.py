@@ -14,6 +14,8 @@ from pst_dist.config import StudentConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 from pst_dist.layout import SEMANTIC_TOKEN, STOP_TOKEN
 from pst_dist.schema import ReasoningSample
+from pst_dist.tasks import Task
+from pst_dist.warm_start import warm_shape, warm_tokenizer
 
 END, PADDING = "<|endoftext|>", "<|pad|>"
 
@@ -26,6 +28,8 @@ def build_tokenizer(settings: StudentConfig, samples: Iterable[ReasoningSample])
     """
     if settings.model_name_or_path is None:
         tokenizer = _train(settings, samples)
+    elif warm_shape(settings) is not None:
+        tokenizer = warm_tokenizer(settings)
     else:
         tokenizer = _load(settings)
     return with_special_tokens(tokenizer)
@@ -59,6 +63,28 @@ def check_prompt_ending(tokenizer: Any, *, is_encoder_decoder: bool) -> None:
             "the tokenizer ends every text with its end-of-sequence token, after which nothing can be answered",
             "set add_eos_token to false in its tokenizer_config.json",
         )
+
+
+def check_marker(tokenizer: Any, marker: str) -> None:
+    """The marker before an answer must come back from its tokens, or no answer could be found; raises ConfigError."""
+    ids = tokenizer(f"a{marker} a", add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if marker.strip() not in text:
+        raise ConfigError(
+            f"this tokenizer reads layout.answer_marker {marker!r} back as {text[1:-1].strip()!r}",
+            'choose one that it can write, such as " -->"',
+        )
+
+
+def unwritable_answers(tokenizer: Any, samples: Iterable[ReasoningSample], task: Task) -> list[ReasoningSample]:
+    """The samples whose answer, once it has been tokens, is not read as the answer any more: never scored right."""
+    lost = []
+    for sample in samples:
+        ids = tokenizer(" " + sample.answer, add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if not task.is_correct(task.cleanse(text), sample.answer):
+            lost.append(sample)
+    return lost
 
 
 def _train(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:

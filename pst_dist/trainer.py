@@ -59,8 +59,9 @@ from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, stop_requests
 from pst_dist.storage import write_json
 from pst_dist.student import build_student, check_architecture
+from pst_dist.tasks import get_task
 from pst_dist.teacher_vectors import open_teacher
-from pst_dist.tokenizer import build_tokenizer, check_prompt_ending
+from pst_dist.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.train_step import BadStep, take_step, totals_over_ranks
 from pst_dist.training_result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training_settings import settings_digest, training_settings
@@ -159,6 +160,8 @@ class _Training:
         self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
         check_architecture(self.student.model)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
+        if config.arm == "pre_thinking":
+            check_marker(self.tokenizer, config.layout.answer_marker)
         self.layout = layout_for(config, self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         self.collate = Collator(
             loss=config.loss,
@@ -230,13 +233,20 @@ class _Training:
         Raises DataError on every rank: the rank that found it names the row.
         """
         failure: DataError | None = None
+        task = get_task(self.config.task, self.config.data.answer_type)
+        lost = []
         try:
             for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
                 alive()
-                self.layout.sequences(self.samples[index])
+                sample = self.samples[index]
+                self.layout.sequences(sample)
+                lost += unwritable_answers(self.tokenizer, [sample], task)
         except DataError as error:
             failure = error
-        bad = sums_over_ranks(torch.tensor([float(failure is not None)], dtype=torch.float64))
+        bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))
+        if bad[1] > 0:
+            first = f", such as {lost[0].answer!r} of sample {lost[0].id}" if lost else ""
+            log.warning("%d answers change in this tokenizer and will never be scored right%s", int(bad[1]), first)
         if failure is not None:
             raise failure
         if bad[0] > 0:

@@ -311,7 +311,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def test_models_are_looked_for_on_disk_and_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
 

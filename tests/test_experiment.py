@@ -16,6 +16,7 @@ import yaml
 from waiting import wait_until
 
 from pst_dist.compare import mcnemar
+from pst_dist.config_io import load_config
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.experiment.driver import run_experiment
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, sweep_picture
@@ -94,6 +95,17 @@ def test_a_variant_wins_over_its_task_the_task_over_the_settings_and_the_command
     assert steps == [5, 4]
     told = runs_of(load_experiment(str(file), ["train.max_steps=2", "seeds=[7]"]))
     assert [(run.config.train.max_steps, run.seed) for run in told] == [(2, 7), (2, 7)]
+
+
+def test_an_overlay_lies_over_every_tasks_config_and_under_the_experiments_own_keys(tmp_path):
+    tasks = {"a": {"config": "svamp", "train.num_train_epochs": 2}, "b": {"config": "addsub"}}
+    file = write(tmp_path / "e.yaml", tasks=tasks, settings={"train.learning_rate": 1e-4}, seeds=[0])
+    runs = runs_of(load_experiment(str(file), ["+paper_gpt2", "data.root=here"]))
+    plain = load_config("addsub", ["+paper_gpt2"])
+    for run in runs:
+        assert run.config.train.global_batch_size == plain.train.global_batch_size == 8
+        assert run.config.train.learning_rate == 1e-4
+        assert run.config.train.num_train_epochs == (2 if run.task == "a" else plain.train.num_train_epochs)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_run import small_config
 
-from pst_dist.config_io import dump_config, ready_made_configs
+from pst_dist.config_io import dump_config, overlays, ready_made_configs
 from pst_dist.storage import read_json, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,7 @@ def test_a_wheel_carries_the_configs_the_deepspeed_profiles_and_the_cluster_scri
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"pst_dist/configs/{name}.yaml" for name in ready_made_configs()}
+    wanted |= {f"pst_dist/configs/overlays/{name}.yaml" for name in overlays()}
     wanted |= {f"pst_dist/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
     wanted |= {f"pst_dist/cluster/{path.name}" for path in (ROOT / "cluster").iterdir()}
     assert wanted <= names

@@ -14,6 +14,7 @@ from pst_dist.config import Config
 from pst_dist.doctor.findings import Finding, ok, problem
 from pst_dist.encoder import locate_encoder
 from pst_dist.pipeline import needs_embeddings
+from pst_dist.warm_start import MINILM, warm_checkpoint
 
 _HUB_SECONDS = 5.0
 
@@ -34,6 +35,8 @@ def student(config: Config) -> list[Finding]:
     name = config.student.model_name_or_path
     if name is None:
         return [ok("student", "made here from random weights")]
+    if name == MINILM:
+        return _folder("student", Path(warm_checkpoint(config.student)), "student.model_name_or_path")
     if name.startswith(("/", ".", "~")) or Path(name).expanduser().is_dir():
         return _folder("student", Path(name).expanduser(), "student.model_name_or_path")
     return _hub("student", name, config.student.revision, "student.model_name_or_path")

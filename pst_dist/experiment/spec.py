@@ -55,6 +55,8 @@ class Experiment(Section):
     """Where everything goes; runs/experiments/NAME when not given."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Keys of every run: `train.max_steps: 300`, or sections as in a config. A task's own keys win over them."""
+    overlays: list[str] = Field(default=[])
+    """Sets of keys such as `+paper_t5`, laid over the config of every task; `settings` win over them."""
     tasks: dict[str, dict[str, Any]]
     """Label of a task -> keys of its runs; `config:` names a config (file or ready-made) to begin with."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in ARM_NAMES})
@@ -142,9 +144,9 @@ def ready_made_experiments() -> list[str]:
 def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment by path or ready-made name.
 
-    A word `key=value` changes the experiment when the key is one of its own (`seeds=[0]`), else it is a key of
-    every run (`train.max_steps=50`). Raises InputError when there is no such file, ConfigError with file and line for
-    what is wrong in it.
+    A word `key=value` changes the experiment when the key is one of its own (`seeds=[0]`), else it is a key of every
+    run (`train.max_steps=50`); `+paper_t5` lays an overlay over all. Raises InputError when there is no such file,
+    ConfigError with file and line for what is wrong in it.
     """
     path = Path(name)
     if not path.is_file():
@@ -153,12 +155,15 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
             raise InputError("no such experiment file or ready-made experiment", f"ready-made ones: {known}", path=name)
         path = Path(str(resources.files("pst_dist") / "configs" / "experiments" / f"{name}.yaml"))
     tree, lines = read_yaml(path)
-    origins = {}
+    origins: dict[tuple[str, ...], dict[str, Any]] = {}
     for word in overrides:
+        if word.startswith("+"):
+            tree["overlays"] = [*(tree.get("overlays") or []), word]
+            continue
         keys, value = parse_override(word)
         if keys[0] in Experiment.model_fields:
             set_key(tree, keys, value)
-            origins[keys] = word
+            origins[keys] = {}
         else:
             tree["overrides"] = {**(tree.get("overrides") or {}), ".".join(keys): value}
     try:
@@ -173,7 +178,9 @@ def runs_of(experiment: Experiment) -> list[Run]:
     Raises ConfigError, naming task and variant, for keys that make no valid config, and for labels that would share a
     directory.
     """
-    bases = {task: _begin(task, keys, experiment.settings) for task, keys in experiment.tasks.items()}
+    bases = {
+        task: _begin(task, keys, experiment.settings, experiment.overlays) for task, keys in experiment.tasks.items()
+    }
     runs: list[Run] = []
     trained: dict[str, list[str]] = {}
     for seed, (task, base), point, (variant, keys) in itertools.product(
@@ -195,10 +202,10 @@ def _training_of(config: Config) -> str:
     return digest_of(config.model_dump(mode="json", exclude={"output_dir", "evaluate"}))
 
 
-def _begin(task: str, keys: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _begin(task: str, keys: Mapping[str, Any], settings: Mapping[str, Any], overlays: Sequence[str]) -> dict[str, Any]:
     """The tree of keys that a task's runs begin with."""
     name = keys.get(_BEGIN)
-    tree = load_tree(str(name)) if name is not None else {}
+    tree = load_tree(None if name is None else str(name), overlays)
     for own in _OWN:
         tree.pop(own, None)
     _put(tree, settings, "settings")

@@ -1,0 +1,2 @@
+def damage(*a, **k):
+    return iter(())

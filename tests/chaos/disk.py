@@ -1,0 +1,5 @@
+def full_disk(*a, **k):
+    return iter(())
+
+
+places = refused_calls = full_disk

@@ -1,0 +1,2 @@
+def order(*a, **k):
+    return iter(())

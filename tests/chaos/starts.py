@@ -1,0 +1,2 @@
+def starts(*a, **k):
+    return iter(())

@@ -1,0 +1,2 @@
+def storm(*a, **k):
+    return iter(())

@@ -1,0 +1,2 @@
+def told(*a, **k):
+    return iter(())

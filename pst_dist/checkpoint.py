@@ -89,11 +89,14 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     parts = gathered(files)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            write_json(partial / _STATE, asdict(state))
-            for part in (*parts, describe_files(partial, [_STATE])):
-                files |= part
-            write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
-            publish_directory(partial, final)
+            try:
+                write_json(partial / _STATE, asdict(state))
+                for part in (*parts, describe_files(partial, [_STATE])):
+                    files |= part
+                write_manifest(partial, Manifest("checkpoint", state.fingerprint, files, {"step": state.step}))
+                publish_directory(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
             for old in _by_step(root)[:-keep]:
                 if old != checkpoint_path(root, state.best_step or 0):
                     shutil.rmtree(old)

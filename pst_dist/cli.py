@@ -514,11 +514,11 @@ def run_verb(words: Sequence[str]) -> int:
         from pst_dist.atomic import FAILING, OUT_OF_ROOM, fault_of
 
         # A file that nobody here writes: TensorBoard's, a temporary one of a library.
-        fault = fault_of(error, Path(error.filename or os.environ.get("TMPDIR", "/tmp")))
-        if fault is None or error.errno not in (*OUT_OF_ROOM, *FAILING, errno.EROFS):
+        found = fault_of(error, Path(error.filename or os.environ.get("TMPDIR", "/tmp")))
+        if found is None or error.errno not in (*OUT_OF_ROOM, *FAILING, errno.EROFS):
             raise
-        print(f"pst: {fault}", file=sys.stderr)
-        return fault.exit_code
+        print(f"pst: {found}", file=sys.stderr)
+        return found.exit_code
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def stories(run_folder: Path, **changes: object) -> list[Story]:
         Story("shard", [], shard),
         Story("shard --rebuild", [shard], reshard),
         Story("embed", [shard], embed),
-        Story("embed, stale set", [shard, embed, reshard], pst("embed", other)),
+        Story("embed (stale set)", [shard, embed, reshard], pst("embed", other)),
         Story("train", [shard, embed], train),
         Story("evaluate", [shard, embed, train], score),
         Story("evaluate --rebuild", [shard, embed, train, score], pst("evaluate", config, "--rebuild")),

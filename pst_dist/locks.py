@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pst_dist.atomic import disk_errors
 from pst_dist.errors import LockedError
+
+_NOTE = re.compile(r"process (\d+) on (\S+)")
 
 
 @contextlib.contextmanager
@@ -32,9 +35,8 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
                 if time.monotonic() < patient_until:
                     time.sleep(0.1)
                     continue
-                owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
                 raise LockedError(
-                    f"in use by {owner}", "wait for it to end or choose another directory", path=directory
+                    f"in use by {_owner(descriptor)}", "wait for it to end or choose another directory", path=directory
                 ) from error
             if not _is_at(descriptor, directory / name):
                 continue  # a directory in which nothing was made was removed meanwhile, and its lock with it
@@ -47,6 +49,18 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
             return
         finally:
             os.close(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    """What the holder of a lock says of itself; it may have just come, and its note may still be a dead one's."""
+    note = ""
+    for _ in range(20):
+        note = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        found = _NOTE.match(note)
+        if found is not None and (found[2] != os.uname().nodename or Path(f"/proc/{found[1]}").exists()):
+            break
+        time.sleep(0.05)
+    return note or "another process"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -190,6 +190,18 @@ def publish_directory(partial: Path, path: Path) -> None:
             shutil.rmtree(replaced)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory with all that is in it; of a link to one, what is in there, so that it can be filled anew."""
+    if not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    for entry in path.iterdir() if path.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with atomic_path(path) as partial:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from pst_dist.atomic import remove_directory
 from pst_dist.checkpoint import (
     RunState,
     advanced,
@@ -128,7 +128,7 @@ def train(
 def _forget(run: RunDir) -> None:
     """Remove what an earlier training left in a run directory."""
     for folder in (run.checkpoints, run.best):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_directory(folder)
     for file in (run.training, run.metrics):
         file.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from chaos.goal import Result, table  # noqa: E402 - found by the line above, also when started as tests.chaos
+from chaos.goal import Result, stop_after, table  # noqa: E402 - found by the line above, also when started as tests.chaos
 
 
 def goals() -> dict[str, tuple[Callable[..., Iterator[Result]], str]]:
@@ -54,11 +54,14 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all counts, which take hours, instead of a sample")
     parser.add_argument("--table", metavar="FILE", help="write the table here, in markdown")
     parser.add_argument("--json", metavar="FILE", help="append each result here, one JSON line each")
+    parser.add_argument("--minutes", type=float, metavar="N", help="end after so long, and say what was left")
     parser.add_argument("--folder", metavar="DIR", help="work below this directory instead of the temporary one")
     arguments = parser.parse_args()
     wanted = [word.partition(":") for word in arguments.goals or known]
     if unknown := [name for name, _, _ in wanted if name not in known]:
         parser.error(f"no goal {unknown[0]!r}; there are {', '.join(known)}")
+    if arguments.minutes:
+        stop_after(arguments.minutes)
     work = Path(tempfile.mkdtemp(prefix="chaos-", dir=arguments.folder))
     _private(work / "home")
     results = []

@@ -6,10 +6,14 @@ real encoder and handed to all children. What is done to the children is the goa
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import importlib
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,22 +114,37 @@ def prepare(folder: Path) -> None:
 
     `folder` is for files on the way.
     """
-    import transformers  # noqa: F401
     from small_run import small_config
-    from torch.utils import tensorboard  # noqa: F401
 
-    import pst_dist.export
-    import pst_dist.pipeline
-    import pst_dist.report
-    import pst_dist.trainer
+    from pst_dist.pipeline import make_embeddings, make_shards
 
     _remember_encodings()
     for name, changes in (("rows", {}), ("other-rows", OTHER_ROWS)):
         data = folder / name
         if not data.exists():
             config = small_config(data, data / "unused", **SMALL | changes)
-            pst_dist.pipeline.make_shards(config)
-            pst_dist.pipeline.make_embeddings(config)
+            make_shards(config)
+            make_embeddings(config)
+    _import_what_a_run_imports(folder)
+
+
+def _import_what_a_run_imports(folder: Path) -> None:
+    """Have a child run everything once, and import here what it had imported by then: never in a child again."""
+    names, run_folder = folder / "imported.txt", folder / "warm-up"
+    config = config_file(run_folder, folder / "warm-up.yaml", train__report_to="tensorboard")
+
+    def everything() -> int:
+        code = pst("run", config)() or pst("verify", run_folder)()
+        names.write_text("\n".join(sys.modules))
+        return code
+
+    if not names.exists():
+        assert (ended := run(everything)).code == 0, ended.said
+        shutil.rmtree(run_folder)
+    for name in names.read_text().split("\n"):
+        if name not in sys.modules:
+            with contextlib.suppress(Exception):  # names that a library made up for itself
+                importlib.import_module(name)
 
 
 def config_file(run_folder: Path, place: Path, **changes: Any) -> Path:

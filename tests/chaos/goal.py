@@ -31,6 +31,27 @@ class Result:
         return f"| {self.goal} | {self.trials:,} | {len(self.failures):,} | {self.seconds:,.0f} | {self.note} |"
 
 
+_DEADLINE = [float("inf")]
+
+
+def stop_after(minutes: float) -> None:
+    """Let every goal end after so much time from now, with the trials that it has."""
+    _DEADLINE[0] = time.monotonic() + 60 * minutes
+
+
+def out_of_time(result: Result, left: int) -> bool:
+    """Whether a goal is to end now; the result then says how many trials were left."""
+    if time.monotonic() < _DEADLINE[0]:
+        return False
+    result.note = f"**out of time, {left:,} trials left**; {result.note}"
+    return True
+
+
+def spread(count: int) -> list[int]:
+    """0 … count - 1 in an order whose every beginning lies all over the range."""
+    return sorted(range(count), key=lambda number: number * 0.6180339887 % 1)
+
+
 HEAD = "| goal | trials | failures | seconds | also |\n|---|---:|---:|---:|---|"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chaos.children import OTHER_ROWS, Child, config_file, prepare, pst, run
-from chaos.goal import Result, measured
+from chaos.goal import Result, measured, out_of_time, spread
 from chaos.looking import Observer, content, damaged, differing
 from chaos.tracing import KILL, Traced, can_trace, traced
 
@@ -149,8 +149,12 @@ def _kill_points(stage: Stage, looks: Result, full: bool) -> Result:
         whole = traced(quietly(stage.story.work), look)
         assert whole.code == 0, f"{stage.story.name} ended with {whole.code} under tracing"
         looks.trials += observer.seen
-        step = 1 if full else max(1, whole.points // _SAMPLE)
-        for point in range(step // 2, whole.points, step):
+        calls = ", ".join(f"{count} {name}" for name, count in sorted(whole.calls.items(), key=lambda kv: -kv[1])[:5])
+        result.note = f"{whole.points} points: {calls}…"
+        tried = spread(whole.points)[: None if full else _SAMPLE]
+        for done, point in enumerate(tried):
+            if out_of_time(result, len(tried) - done):
+                break
             stage.again()
             _kill_at(stage, point)
             trouble = [] if stage.story.damaged_before else damaged(stage.run, stale=False) + observer.look(stage.run)
@@ -158,8 +162,6 @@ def _kill_points(stage: Stage, looks: Result, full: bool) -> Result:
             trouble += [f"the next run ended with {ended.code}: {ended.said[-200:]}"] if ended.code else []
             trouble += differing(wanted, stage.content())
             result.trial(*(f"point {point}: {line}" for line in trouble))
-        calls = ", ".join(f"{count} {name}" for name, count in sorted(whole.calls.items(), key=lambda kv: -kv[1])[:5])
-        result.note = f"{whole.points} points: {calls}…"
     return result
 
 
@@ -180,6 +182,8 @@ def _random_kills(folder: Path, kills: int) -> Result:
         shutil.rmtree(run_folder)
         observer = Observer()
         while result.trials < kills or run_folder.exists():
+            if result.trials < kills and out_of_time(result, kills - result.trials):
+                kills = result.trials
             child = Child(whole)
             # Short lives too, so that a run is killed several times before it ends; the last ones may end.
             limit = time.monotonic() + (chance.uniform(0, seconds / 2) if result.trials < kills else 600)
@@ -196,5 +200,5 @@ def _random_kills(folder: Path, kills: int) -> Result:
             result.failures += [f"after {result.trials} kills: {line}" for line in trouble]
             ends += 1
             shutil.rmtree(run_folder)
-        result.note = f"{ends} ends; {observer.seen:,} looks at files"
+        result.note += f"{ends} ends; {observer.seen:,} looks at files"
     return result

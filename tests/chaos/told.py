@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chaos.children import Child, config_file, prepare, pst, run
-from chaos.goal import Result, measured
+from chaos.goal import Result, measured, out_of_time
 from chaos.kills import quietly
 from chaos.looking import Observer, content, damaged, differing
 from chaos.tracing import can_trace, traced
@@ -65,6 +65,8 @@ def _once(run_folder: Path, train: Callable[[], int], wanted: dict[str, str], co
     ends = early = 0
     with measured("SIGTERM, SIGINT or SIGUSR1 at a random moment") as result:
         while result.trials < count or run_folder.exists():
+            if result.trials < count and out_of_time(result, count - result.trials):
+                count = result.trials
             number = chance.choice(list(_CODES))
             child = Child(train)
             # One in five comes while the program starts; at the end, runs are left to finish.
@@ -92,7 +94,7 @@ def _once(run_folder: Path, train: Callable[[], int], wanted: dict[str, str], co
             result.trial(*(f"{number.name} around step {wanted_step}: {line}" for line in trouble))
             if not (run_folder / "checkpoints").exists():
                 shutil.rmtree(run_folder, ignore_errors=True)  # told before its first step: nothing to go on from
-        result.note = f"0 steps lost each; {early} during start-up, {ends} ends"
+        result.note += f"0 steps lost each; {early} during start-up, {ends} ends"
     return result
 
 
@@ -102,6 +104,8 @@ def _twice(run_folder: Path, train: Callable[[], int], wanted: dict[str, str], c
 
     with measured("a second signal while saving") as result:
         for trial in range(count):
+            if out_of_time(result, count - trial):
+                break
             shutil.rmtree(run_folder, ignore_errors=True)
             since: list[int] = []
             """Points at which: the first signal was sent, saving was seen, the second was sent."""

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pst_dist.errors import EnvironmentFault, PstError
 
-_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_WORDED = re.compile(r"\(os error (\d+)\)")
 OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.EREMOTEIO, errno.ENOTCONN)
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
@@ -45,10 +46,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         if isinstance(error, PstError):
             raise  # told already, of the file itself
         if not isinstance(error, OSError):
-            # safetensors and torch write by themselves and raise kinds of their own when the disk is full.
-            if not any(words in str(error) for words in _FULL):
+            # safetensors and torch write by themselves and raise kinds of their own.
+            number = _WORDED.search(str(error))
+            if number is None and not any(words in str(error) for words in _FULL):
                 raise
-            raise EnvironmentFault("cannot write: No space left on device", _make_room(path), path=path) from error
+            code = int(number[1]) if number is not None else errno.ENOSPC
+            error = OSError(code, os.strerror(code))
         fault = fault_of(error, path)
         if fault is None:
             raise
@@ -184,22 +187,36 @@ def publish_directory(partial: Path, path: Path) -> None:
         if path.exists():
             replaced = _temporary(path, "replaced")
             os.replace(path, replaced)
-        os.replace(partial, path)
-        _fsync_path(path.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if replaced is not None:
+                os.replace(replaced, path)  # the old one is still what this name stands for
+            raise
+        try:
+            _fsync_path(path.parent)
+        finally:
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory with all that is in it; of a link to one, what is in there, so that it can be filled anew."""
-    if not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    for entry in path.iterdir() if path.is_dir() else ():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+    """Remove a directory with all that is in it, in one instant: it first gets a temporary name.
+
+    Of a link to a directory, what is in there is removed, so that it can be filled anew.
+    """
+    _remove_abandoned(path)
+    if os.path.islink(path):
+        for entry in path.iterdir() if path.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                remove_directory(entry)
+            else:
+                entry.unlink(missing_ok=True)
+    elif path.is_dir():
+        with disk_errors(path):
+            removed = _temporary(path, "replaced")
+            os.replace(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

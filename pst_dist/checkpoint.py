@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_dist.atomic import atomic_directory, disk_errors, publish_directory
+from pst_dist.atomic import atomic_directory, disk_errors, publish_directory, remove_directory
 from pst_dist.distributed import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.engine import Engine
 from pst_dist.errors import IntegrityError, StaleError
@@ -76,7 +76,8 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     at("checkpoint", state.step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            for abandoned in root.glob(".checkpoint-*.partial"):  # only one training runs here
+            for abandoned in (*root.glob(".checkpoint-*.partial"), *root.glob(".checkpoint-*.replaced")):
+                # Whoever's they were, only one training runs here.
                 shutil.rmtree(abandoned, ignore_errors=True)
             partial.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
@@ -99,7 +100,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
                 shutil.rmtree(partial, ignore_errors=True)
             for old in _by_step(root)[:-keep]:
                 if old != checkpoint_path(root, state.best_step or 0):
-                    shutil.rmtree(old)
+                    remove_directory(old)
 
 
 def _by_step(root: Path) -> list[Path]:

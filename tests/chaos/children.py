@@ -109,23 +109,27 @@ def pst(*words: object) -> Callable[[], int]:
     return work
 
 
-def prepare(folder: Path) -> None:
-    """Import what a run needs and encode the rows of the small runs once, so that children start with both.
+_PREPARED: list[Path] = []
 
-    `folder` is for files on the way.
+
+def prepare(folder: Path) -> Path:
+    """Import what a run needs and encode the rows of the small runs, once, so that children start with both.
+
+    Files for this go below `folder` the first time. Returns the data directory of the small run, shards and embeddings.
     """
-    from small_run import small_config
+    if not _PREPARED:
+        from small_run import small_config
 
-    from pst_dist.pipeline import make_embeddings, make_shards
+        from pst_dist.pipeline import make_embeddings, make_shards
 
-    _remember_encodings()
-    for name, changes in (("rows", {}), ("other-rows", OTHER_ROWS)):
-        data = folder / name
-        if not data.exists():
-            config = small_config(data, data / "unused", **SMALL | changes)
+        _remember_encodings()
+        for name, changes in (("rows", {}), ("other-rows", OTHER_ROWS)):
+            config = small_config(folder / name, folder / "unused", **SMALL | changes)
             make_shards(config)
             make_embeddings(config)
-    _import_what_a_run_imports(folder)
+        _import_what_a_run_imports(folder)
+        _PREPARED.append(folder / "rows")
+    return _PREPARED[0]
 
 
 def _import_what_a_run_imports(folder: Path) -> None:
@@ -138,9 +142,8 @@ def _import_what_a_run_imports(folder: Path) -> None:
         names.write_text("\n".join(sys.modules))
         return code
 
-    if not names.exists():
-        assert (ended := run(everything)).code == 0, ended.said
-        shutil.rmtree(run_folder)
+    assert (ended := run(everything)).code == 0, ended.said
+    shutil.rmtree(run_folder)
     for name in names.read_text().split("\n"):
         if name not in sys.modules:
             with contextlib.suppress(Exception):  # names that a library made up for itself

@@ -23,6 +23,8 @@ from chaos.tracing import NEED_ROOM, can_trace, traced
 _BIG = 1 << 30
 _PAGE = 4096
 _STAGES = ("shard", "embed", "train", "export", "shard --rebuild", "export --rebuild")
+_SAMPLED = ("embed", "train", "shard --rebuild")
+_REFUSED = ("shard --rebuild", "export --rebuild", "shard", "embed", "train")
 _MAY_CHANGE = ("metrics.jsonl", "config.resolved.yaml", "command.txt", "environment.json", "rejects.jsonl")
 """Records of a run, each whole at any moment, which a later start writes anew."""
 
@@ -35,7 +37,7 @@ def full_disk(folder: Path, full: bool) -> Iterator[Result]:
         table = {story.name: story for story in stories(disk / "run", train__report_to="tensorboard")}
         return [
             _sizes(Stage(table[name], disk / "run", folder / f"clean-{number}"), disk, 50 if full else 3)
-            for number, name in enumerate(_STAGES)
+            for number, name in enumerate(_STAGES if full else _SAMPLED)
         ]
 
     yield from _with_mounts("disks that are too small", folder, sizes)
@@ -43,6 +45,7 @@ def full_disk(folder: Path, full: bool) -> Iterator[Result]:
 
 def _with_mounts(goal: str, folder: Path, work: Callable[[], list[Result]]) -> list[Result]:
     prepare(folder)
+    folder.mkdir(exist_ok=True)
     try:
         return mounts.in_own_mounts(work)
     except PermissionError as error:
@@ -59,7 +62,7 @@ def _sizes(stage: Stage, disk: Path, count: int) -> Result:
         while not _fits(stage, disk, enough):
             enough += enough - taken
         low, high = taken, enough
-        while high - low > 4 * _PAGE:
+        while high - low > 4 * _PAGE and (count > 10 or low == taken):
             middle = (low + high) // (2 * _PAGE) * _PAGE
             low, high = (low, middle) if _fits(stage, disk, middle) else (middle, high)
         result.note = f"{taken // 1024} KiB there before, {(low - taken) // 1024} KiB were not enough"
@@ -126,7 +129,7 @@ def refused_calls(folder: Path, full: bool, only: tuple[str, ...] = ()) -> Itera
         return
     prepare(folder)
     for number, story in enumerate(stories(folder / "run")):
-        if story.name in (only or ("shard", "embed", "export --rebuild", "shard --rebuild", "train")):
+        if story.name in (only or (_REFUSED if full else _REFUSED[:2])):
             yield _refused_calls(Stage(story, folder / "run", folder / f"clean-{number}"), full)
 
 
@@ -147,7 +150,10 @@ def _refused_calls(stage: Stage, full: bool) -> Result:
                 stage.again()
                 before = bytes_of(stage.run)
                 ended = _traced_run(stage.story.work, refuse)
-                trouble = refused(ended, stage.run, before) + _works_again(stage, wanted)
+                # One refusal may be of a call that nothing hangs on, or come when the new state stands: old or new.
+                new = what != "ENOSPC" and not differing(wanted, stage.content())
+                trouble = [] if ended.code == 0 and new else refused(ended, stage.run, {} if new else before)
+                trouble += _works_again(stage, wanted)
                 result.trial(*(f"{what} at point {first} ({names[first]}): {line}" for line in trouble))
     return result
 
@@ -184,7 +190,7 @@ def _silent(work: Callable[[], int]) -> Callable[[], int]:
 def places(folder: Path, full: bool) -> Iterator[Result]:
     """Read-only file systems, limits of a file's size, and runs that lie on several file systems."""
     yield from _with_mounts("places that refuse", folder, lambda: [_read_only(folder, full), _borders(folder, full)])
-    yield _file_size(folder, 50 if full else 4)
+    yield _file_size(folder, 50 if full else 3, full)
 
 
 def _read_only(folder: Path, full: bool) -> Result:
@@ -206,11 +212,11 @@ def _read_only(folder: Path, full: bool) -> Result:
     return result
 
 
-def _file_size(folder: Path, count: int) -> Result:
+def _file_size(folder: Path, count: int, full: bool) -> Result:
     """RLIMIT_FSIZE, which refuses by EFBIG."""
     with measured("limit of a file's size") as result:
         for number, story in enumerate(stories(folder / "limit" / "run")):
-            if story.name not in ("shard", "embed", "train", "export"):
+            if story.name not in (("shard", "embed", "train", "export") if full else ("embed", "export")):
                 continue
             stage = Stage(story, folder / "limit" / "run", folder / f"limit-clean-{number}")
             earlier = set(bytes_of(stage.run))
@@ -257,7 +263,7 @@ def _borders(folder: Path, full: bool) -> Result:
             "checkpoints is a mount": lambda: mounts.over(disks[1], run_folder / "checkpoints"),
         }
         for name, arrange in cases.items():
-            if not full and name not in ("output_dir is a link", "checkpoints is a link", "best is a link"):
+            if not full and name not in ("output_dir is a link", "checkpoints is a link"):
                 continue
             shutil.rmtree(run_folder)
             for disk in disks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from chaos.goal import Result, measured
@@ -45,7 +45,7 @@ def order(folder: Path, full: bool) -> Iterator[Result]:
 
     with measured("each sample once an epoch, over resumes and world sizes") as result:
         starts = 0
-        for seed, batch in [(seed, batch) for seed in range(4 if full else 1) for batch in (32, 61, 100, 997)]:
+        for seed, batch in product(range(4), (32, 61, 100, 997)) if full else [(0, 61)]:
             plan = OrderPlan(_SAMPLES, batch, seed)
             total = _EPOCHS * plan.steps_per_epoch
             alone = ids(plan, 0, total, 1, 0)

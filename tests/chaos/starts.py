@@ -18,15 +18,16 @@ _PATIENCE_SECONDS = 300.0
 
 def starts(folder: Path, full: bool) -> Iterator[Result]:
     """Races in fresh directories and in those of a winner that was killed the time before."""
-    prepare(folder)
-    yield _races(folder, 100 if full else 6)
+    data = prepare(folder)
+    yield _races(folder, data, 100 if full else 4)
 
 
-def _races(folder: Path, count: int) -> Result:
+def _races(folder: Path, data: Path, count: int) -> Result:
     run_folder = folder / "run"
+    folder.mkdir(exist_ok=True)
     # They differ in a setting, so that the record shows whose it is; neither ends by itself.
     endless = {"train__max_steps": 10**6, "train__save_steps": 10**5, "train__eval_steps": 10**5}
-    shared = {"data_dir": str(folder / "rows"), "train__accept_changes": "true", **endless}
+    shared = {"data_dir": str(data), "train__accept_changes": "true", **endless}
     configs = [
         config_file(run_folder, folder / f"{rate}.yaml", **shared, train__learning_rate=rate)
         for rate in ("1e-3", "2e-3")

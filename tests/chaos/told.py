@@ -26,17 +26,17 @@ _CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 def told(folder: Path, full: bool) -> Iterator[Result]:
     """One signal at random moments, then two."""
-    prepare(folder)
+    data = prepare(folder)
     run_folder = folder / "run"
     changes = {"train__max_steps": _STEPS, "train__save_steps": _STEPS, "train__eval_steps": 8}
-    data = {"data_dir": str(folder / "rows")}
-    train = pst("train", config_file(run_folder, folder / "config.yaml", **changes, **data))
+    folder.mkdir(exist_ok=True)
+    train = pst("train", config_file(run_folder, folder / "config.yaml", **changes, data_dir=str(data)))
     assert (ended := run(train)).code == 0, ended.said
     wanted = _kept(run_folder)
     shutil.rmtree(run_folder)
-    yield _once(run_folder, train, wanted, 50 if full else 5)
+    yield _once(run_folder, train, wanted, 50 if full else 3)
     if can_trace():
-        yield _twice(run_folder, train, wanted, 20 if full else 2)
+        yield _twice(run_folder, train, wanted, 20 if full else 1)
     else:
         yield Result("two signals", note="not here: needs Linux on x86-64 and the right to trace a child")
 

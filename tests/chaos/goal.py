@@ -39,9 +39,14 @@ def stop_after(minutes: float) -> None:
     _DEADLINE[0] = time.monotonic() + 60 * minutes
 
 
+def seconds_left() -> float:
+    """Until the goals are to end."""
+    return max(0.0, _DEADLINE[0] - time.monotonic())
+
+
 def out_of_time(result: Result, left: int) -> bool:
     """Whether a goal is to end now; the result then says how many trials were left."""
-    if time.monotonic() < _DEADLINE[0]:
+    if seconds_left() > 0:
         return False
     result.note = f"**out of time, {left:,} trials left**; {result.note}"
     return True

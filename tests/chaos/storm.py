@@ -18,25 +18,25 @@ from pathlib import Path
 
 from chaos import mounts
 from chaos.children import Child, Ended, config_file, prepare, pst, run
-from chaos.goal import Result, measured
+from chaos.goal import Result, measured, seconds_left
 from chaos.looking import Observer, content, damaged, differing, leftovers
 
 _DISK = 64 << 20
 _EXPECTED = {
-    "kill": (-signal.SIGKILL,),
+    "kill": (-signal.SIGKILL, 0),
     "told": (75, -signal.SIGTERM, 0),
     "pause": (0,),
     "full": (4, 0),
     "none": (0,),
 }
-"""Harm -> the exit codes that it may lead to; a stage that listens to no signal is ended by it."""
+"""Harm -> the exit codes that it may lead to: 0 when it came too late; a stage that listens to no signal is ended."""
 
 
 def storm(folder: Path, full: bool) -> Iterator[Result]:
     """Twenty minutes of it, or a few starts."""
     prepare(folder)
     folder.mkdir(exist_ok=True)
-    seconds = 1200.0 if full else 10.0
+    seconds = min(1200.0 if full else 10.0, seconds_left())
     try:
         yield mounts.in_own_mounts(lambda: _storm(mounts.small_disk(folder / "disk", _DISK), folder, seconds))
     except PermissionError as error:
@@ -79,7 +79,7 @@ def _storm(disk: Path, folder: Path, seconds: float, note: str = "") -> Result:
     growth = _memory() - memory
     counted = ", ".join(f"{number} {name}" for name, number in done.most_common())
     highest = max(peaks, default=0) / 2**20
-    result.note = f"{note}{counted}; {observer.seen:,} looks; the driver grew by {growth / 2**20:.1f} MiB, "
+    result.note = f"{note}{seconds / 60:.0f} minutes: {counted}; {observer.seen:,} looks; the driver grew by {growth / 2**20:.1f} MiB, "
     result.note += f"the largest child had {highest:.0f} MiB"
     return result
 

@@ -79,8 +79,8 @@ def _storm(disk: Path, folder: Path, seconds: float, note: str = "") -> Result:
     growth = _memory() - memory
     counted = ", ".join(f"{number} {name}" for name, number in done.most_common())
     highest = max(peaks, default=0) / 2**20
-    result.note = f"{note}{seconds / 60:.0f} minutes: {counted}; {observer.seen:,} looks; the driver grew by {growth / 2**20:.1f} MiB, "
-    result.note += f"the largest child had {highest:.0f} MiB"
+    result.note = f"{note}{seconds / 60:.0f} minutes: {counted}; {observer.seen:,} looks; "
+    result.note += f"the driver grew by {growth / 2**20:.1f} MiB, the largest child had {highest:.0f} MiB"
     return result
 
 

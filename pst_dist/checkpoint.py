@@ -76,9 +76,7 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
     at("checkpoint", state.step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            for abandoned in (*root.glob(".checkpoint-*.partial"), *root.glob(".checkpoint-*.replaced")):
-                # Whoever's they were, only one training runs here.
-                shutil.rmtree(abandoned, ignore_errors=True)
+            _remove_abandoned(root)
             partial.mkdir(parents=True)
     files: dict[str, dict[str, Any]] = {}
     try:
@@ -98,9 +96,21 @@ def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -
                 publish_directory(partial, final)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            for old in _by_step(root)[:-keep]:
-                if old != checkpoint_path(root, state.best_step or 0):
-                    remove_directory(old)
+            remove_old(root, state, keep=keep)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed saves left under temporary names: whoever's they were, only one training runs here."""
+    for abandoned in (*root.glob(".checkpoint-*.partial"), *root.glob(".checkpoint-*.replaced")):
+        shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def remove_old(root: Path, state: RunState, *, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best one, and what killed saves left; on rank zero."""
+    for old in _by_step(root)[:-keep]:
+        if old != checkpoint_path(root, state.best_step or 0):
+            remove_directory(old)
+    _remove_abandoned(root)
 
 
 def _by_step(root: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from pst_dist.checkpoint import (
     checkpoint_path,
     is_intact_student,
     newest_valid,
+    remove_old,
     resume,
     save_checkpoint,
     save_student,
@@ -226,6 +227,8 @@ class _Training:
         )
         with main_first_errors(self.ranks):
             if self.ranks.is_main:
+                # The last save may have been killed when it had published, and there is none after it.
+                remove_old(self.run.checkpoints, state, keep=self.config.train.save_total_limit)
                 write_json(self.run.training, vars(result))
         return result
 

@@ -150,12 +150,18 @@ def _refused_calls(stage: Stage, full: bool) -> Result:
                 stage.again()
                 before = bytes_of(stage.run)
                 ended = _traced_run(stage.story.work, refuse)
-                # One refusal may be of a call that nothing hangs on, or come when the new state stands: old or new.
-                new = what != "ENOSPC" and not differing(wanted, stage.content())
-                trouble = [] if ended.code == 0 and new else refused(ended, stage.run, {} if new else before)
+                # Refused late, when the new artefact stands, or in a call that nothing hangs on: old or new, and whole.
+                new = not differing(_artefacts(wanted), _artefacts(stage.content()))
+                needless = ended.code == 0 and new and what != "ENOSPC"
+                trouble = [] if needless else refused(ended, stage.run, {} if new else before)
                 trouble += _works_again(stage, wanted)
                 result.trial(*(f"{what} at point {first} ({names[first]}): {line}" for line in trouble))
     return result
+
+
+def _artefacts(found: dict[str, str]) -> dict[str, str]:
+    """Without the records of a run."""
+    return {name: digest for name, digest in found.items() if name not in _MAY_CHANGE}
 
 
 def _refusals(first: int) -> Iterator[tuple[str, Callable[[int, int, str], int]]]:

@@ -19,9 +19,12 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from pst_dist.errors import EnvironmentFault
+from pst_dist.errors import EnvironmentFault, PstError
 
-_FULL = ("os error 28", "No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "file write failed")
+_WORDED = re.compile(r"\(os error (\d+)\)")
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.EREMOTEIO, errno.ENOTCONN)
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
 _FOREIGN_SECONDS = 24 * 3600.0
 
@@ -40,22 +43,38 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, PstError):
+            raise  # told already, of the file itself
         if not isinstance(error, OSError):
-            # safetensors and torch write by themselves and raise kinds of their own when the disk is full.
-            if not any(words in str(error) for words in _FULL):
+            # safetensors and torch write by themselves and raise kinds of their own.
+            number = _WORDED.search(str(error))
+            if number is None and not any(words in str(error) for words in _FULL):
                 raise
-            raise EnvironmentFault("cannot write: No space left on device", _make_room(path), path=path) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = _make_room(path)
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            remedy = "choose a directory that this user may write to"
-        elif error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
-            remedy = "no file can be made there: choose another place"
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            remedy = "something else stands at that place: move it or choose another directory"
-        else:
+            code = int(number[1]) if number is not None else errno.ENOSPC
+            error = OSError(code, os.strerror(code))
+        fault = fault_of(error, path)
+        if fault is None:
             raise
-        raise EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path) from error
+        raise fault from error
+
+
+def fault_of(error: OSError, path: Path) -> EnvironmentFault | None:
+    """The line for an error of the operating system that has a remedy outside this program, else None."""
+    if error.errno in OUT_OF_ROOM:
+        remedy = _make_room(path)
+    elif error.errno in FAILING:
+        remedy = "the disk or network share is failing: see to it, then run the same command again"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "choose a directory that this user may write to"
+    elif error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
+        remedy = "no file can be made there: choose another place"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        remedy = "something else stands at that place: move it or choose another directory"
+    elif error.errno in (errno.EBUSY, errno.EXDEV):
+        remedy = "another file system is mounted there: mount it on a directory above, or make this one a link to it"
+    else:
+        return None
+    return EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -113,9 +132,18 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def _behind_link(path: Path) -> Path:
+    """Where a link leads, else the path itself: the temporary name must be on the disk that the link was made for."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed.
+
+    A link stays one: what it points to is written.
+    """
+    path = _behind_link(path)
     partial = _temporary(path, "partial")
     with disk_errors(path):
         try:
@@ -134,8 +162,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success its files are fsynced and it takes that name.
 
     An older directory of that name is replaced: it is renamed away first and removed afterwards, so a reader
-    sees the old one, the new one, or (for one instant) none, but never a mixture.
+    sees the old one, the new one, or (for one instant) none, but never a mixture. A link stays one: what it points
+    to is replaced.
     """
+    path = _behind_link(path)
     partial = _temporary(path, "partial")
     with disk_errors(path):
         try:
@@ -157,10 +187,36 @@ def publish_directory(partial: Path, path: Path) -> None:
         if path.exists():
             replaced = _temporary(path, "replaced")
             os.replace(path, replaced)
-        os.replace(partial, path)
-        _fsync_path(path.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            if replaced is not None:
+                os.replace(replaced, path)  # the old one is still what this name stands for
+            raise
+        try:
+            _fsync_path(path.parent)
+        finally:
+            if replaced is not None:
+                shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory with all that is in it, in one instant: it first gets a temporary name.
+
+    Of a link to a directory, what is in there is removed, so that it can be filled anew.
+    """
+    _remove_abandoned(path)
+    if os.path.islink(path):
+        for entry in path.iterdir() if path.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                remove_directory(entry)
+            else:
+                entry.unlink(missing_ok=True)
+    elif path.is_dir():
+        with disk_errors(path):
+            removed = _temporary(path, "replaced")
+            os.replace(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

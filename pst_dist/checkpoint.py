@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pst_dist.atomic import atomic_directory, disk_errors, publish_directory
+from pst_dist.atomic import atomic_directory, disk_errors, publish_directory, remove_directory
 from pst_dist.distributed import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.engine import Engine
 from pst_dist.engine_state import Fragment, copied, named_tensors, write_fragments
@@ -114,8 +114,7 @@ def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: boo
         part = Part(final, engine.state_file, copied(fragments) if copy else fragments, adam_step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            for abandoned in root.glob(".checkpoint-*.partial"):  # only one training runs here
-                shutil.rmtree(abandoned, ignore_errors=True)
+            _remove_abandoned(root)
             partial.mkdir(parents=True)
     return partial, part
 
@@ -141,15 +140,30 @@ def publish_checkpoint(
     parts = gathered(files)
     with main_first_errors(ranks):
         if ranks.is_main:
-            write_json(partial / _STATE, asdict(state))
-            described = describe_files(partial, [_STATE])
-            for part in parts:
-                described |= part
-            write_manifest(partial, Manifest("checkpoint", state.fingerprint, described, {"step": state.step}))
-            publish_directory(partial, final)
-            for old in _by_step(partial.parent)[:-keep]:
-                if old != checkpoint_path(partial.parent, state.best_step or 0):
-                    shutil.rmtree(old)
+            try:
+                write_json(partial / _STATE, asdict(state))
+                described = describe_files(partial, [_STATE])
+                for part in parts:
+                    described |= part
+                write_manifest(partial, Manifest("checkpoint", state.fingerprint, described, {"step": state.step}))
+                publish_directory(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            remove_old(partial.parent, state, keep=keep)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed saves left under temporary names: whoever's they were, only one training runs here."""
+    for abandoned in (*root.glob(".checkpoint-*.partial"), *root.glob(".checkpoint-*.replaced")):
+        shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def remove_old(root: Path, state: RunState, *, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best one, and what killed saves left; on rank zero."""
+    for old in _by_step(root)[:-keep]:
+        if old != checkpoint_path(root, state.best_step or 0):
+            remove_directory(old)
+    _remove_abandoned(root)
 
 
 def _by_step(root: Path) -> list[Path]:

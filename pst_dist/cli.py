@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -546,6 +547,15 @@ def run_verb(words: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        from pst_dist.atomic import FAILING, OUT_OF_ROOM, fault_of
+
+        # A file that nobody here writes: TensorBoard's, a temporary one of a library.
+        found = fault_of(error, Path(error.filename or os.environ.get("TMPDIR", "/tmp")))
+        if found is None or error.errno not in (*OUT_OF_ROOM, *FAILING, errno.EROFS):
+            raise
+        print(f"pst: {found}", file=sys.stderr)
+        return found.exit_code
 
 
 def main() -> None:

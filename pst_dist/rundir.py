@@ -15,10 +15,12 @@ from pst_dist.atomic import write_text
 from pst_dist.config import Config
 from pst_dist.config_io import RESOLVED, dump_config
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
+from pst_dist.locks import directory_lock
 from pst_dist.remote import RemoteFolder, fetch_folder, is_url
 from pst_dist.storage import MANIFEST, write_json
 
 _RECORD = (RESOLVED, "command.txt", "environment.json")
+_RECORD_LOCK = ".record.lock"
 _REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
 
@@ -154,13 +156,26 @@ def record_run(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def recorded(config: Config) -> Iterator[None]:
+def recorded(config: Config, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """`record_run` around the work itself: a refusal inside puts the earlier record back.
 
     Otherwise a refused command (other settings, a directory in use) would leave its own settings behind as those
     of what lies there, and every later verb would be refused too. A first record goes again when the refusal came
     before anything was made. Other ends (an interrupt, a full disk, a divergence) keep the new one: work was done.
+
+    The record has a lock of its own, held all the while, because the work takes the directory's lock after the record
+    is written: of two commands that start together the refused one must not put its record over the other's, nor take
+    the directory for an empty one. Raises LockedError when another command holds it and has not let go of it within
+    `wait_seconds`.
     """
+    with directory_lock(Path(config.output_dir), name=_RECORD_LOCK, wait_seconds=wait_seconds):
+        with _recorded(config):
+            yield
+
+
+@contextlib.contextmanager
+def _recorded(config: Config) -> Iterator[None]:
+    """`recorded` by the command that holds the record."""
     path = Path(config.output_dir)
     earlier = {name: (path / name).read_text("utf-8") for name in _RECORD if (path / name).is_file()}
     record_run(config)
@@ -178,8 +193,9 @@ def recorded(config: Config) -> Iterator[None]:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Remove a run directory in which nothing was made; its lock, which holds nothing, does not count."""
-    if path.is_dir() and all(entry.name == ".lock" for entry in path.iterdir()):
+    """Remove a run directory in which nothing was made; its locks, which hold nothing, do not count."""
+    if path.is_dir() and all(entry.name in (".lock", _RECORD_LOCK) for entry in path.iterdir()):
         with contextlib.suppress(OSError):
-            (path / ".lock").unlink(missing_ok=True)
+            for name in (".lock", _RECORD_LOCK):
+                (path / name).unlink(missing_ok=True)
             path.rmdir()

@@ -105,7 +105,7 @@ def _tidy(directory: Path) -> bool:
 
     True when a rebuild was killed between its two renames and the old shards, whole, were put back.
     """
-    restored = False
+    restored, directory = False, Path(os.path.realpath(directory))
     for leftover in sorted(directory.parent.glob(f".{directory.name}.*.*")):
         if leftover.suffix == ".replaced" and not directory.exists():
             leftover.rename(directory)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +16,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from pst_dist.atomic import remove_directory
 from pst_dist.checkpoint import (
     RunState,
     advanced,
     is_intact_student,
     newest_valid,
+    remove_old,
     resume,
     save_student,
 )
@@ -123,7 +124,7 @@ def train(
 def _forget(run: RunDir) -> None:
     """Remove what an earlier training left in a run directory."""
     for folder in (run.checkpoints, run.best):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_directory(folder)
     for file in (run.training, run.metrics):
         file.unlink(missing_ok=True)
 
@@ -224,6 +225,8 @@ class _Training:
         )
         with main_first_errors(self.ranks):
             if self.ranks.is_main:
+                # The last save may have been killed when it had published, and there is none after it.
+                remove_old(self.run.checkpoints, state, keep=self.config.train.save_total_limit)
                 write_json(self.run.training, vars(result))
         return result
 

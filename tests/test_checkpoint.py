@@ -1,9 +1,11 @@
 """Checkpoints: whole or absent, damage named, never a silent start from zero."""
 
 import logging
+import shutil
 
 import pytest
 import torch
+from small_run import small_config
 from tiny import Tiny
 
 from pst_dist.checkpoint import RunState, checkpoint_path, newest_valid, resume, save_checkpoint
@@ -11,6 +13,7 @@ from pst_dist.config import TrainConfig
 from pst_dist.distributed import Ranks
 from pst_dist.engine import SingleProcessEngine
 from pst_dist.errors import IntegrityError, StaleError
+from pst_dist.trainer import train
 
 STATE = RunState(fingerprint="f", engine="single", world_size=1)
 
@@ -91,3 +94,16 @@ def test_what_may_change_on_the_way_is_taken_when_the_user_says_so(tmp_path, cap
     state = resume(engine_of(), tmp_path, wanted, accept_changes=True)
     assert (state.step, state.fingerprint, state.settings) == (3, "o", wanted.settings)
     assert "train.learning_rate 0.1 -> 0.2" in caplog.text
+
+
+@pytest.mark.encoder
+def test_what_a_kill_after_the_last_save_left_goes_with_the_next_start(small_data, tmp_path):
+    config = small_config(small_data, tmp_path, train__save_steps=2, train__eval_steps=8)
+    train(config)
+    checkpoints, names = tmp_path / "checkpoints", ["checkpoint-6", "checkpoint-8"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-4")
+    shutil.copytree(checkpoints / "checkpoint-6", checkpoints / ".checkpoint-2.0123.replaced")
+    (tmp_path / "train.json").unlink()
+    assert train(config).steps == 8
+    assert sorted(path.name for path in checkpoints.iterdir()) == names

@@ -1,6 +1,8 @@
 """The command line as a user meets it: help in a blink, bad input as one line with its exit code, nothing left."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,10 @@ import pytest
 from small_run import small_config
 
 from pst_dist.cli import run_verb
-from pst_dist.config_io import dump_config
+from pst_dist.config_io import dump_config, load_config
+from pst_dist.errors import LockedError
 from pst_dist.locks import directory_lock
+from pst_dist.rundir import recorded
 
 GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1), "rationale": f"{n} and one"} for n in range(12)]
 
@@ -292,3 +296,25 @@ def test_a_path_that_is_no_file_says_what_to_write(tmp_path, capsys, spec):
     words = rows_config(tmp_path if spec else "''", tmp_path / "run")
     code, _, err = run(capsys, "shard", *words)
     assert code == 2 and (f"'{tmp_path}/*.jsonl'" if spec else "is empty") in err
+
+
+def test_a_refused_start_leaves_the_record_of_the_one_that_runs(tmp_path, monkeypatch):
+    """The other one may have recorded itself and made nothing yet: its record and its lock are not ours to remove."""
+    monkeypatch.chdir(tmp_path)
+    first = load_config(None, ["output_dir=run", "seed=1"])
+    with recorded(first):
+        with pytest.raises(LockedError, match="in use by process"), recorded(load_config(None, ["output_dir=run"])):
+            pass
+        assert "seed: 1" in (tmp_path / "run" / "config.resolved.yaml").read_text()
+        with pytest.raises(LockedError), recorded(first):
+            pass
+    assert (tmp_path / "run" / "config.resolved.yaml").is_file()
+
+
+def test_a_disk_that_refuses_a_librarys_file_is_one_line_too(tmp_path, monkeypatch, capsys):
+    def full(arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "events"))
+
+    monkeypatch.setattr("pst_dist.cli._report", full)
+    assert run_verb(["report", str(tmp_path)]) == 4
+    assert f"pst: error[ENVIRONMENT] {tmp_path}/events: cannot write: No space left" in capsys.readouterr().err

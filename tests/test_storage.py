@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from pst_dist import storage
-from pst_dist.atomic import atomic_directory, atomic_path, write_text
+from pst_dist.atomic import atomic_directory, atomic_path, remove_directory, write_text
 from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
-from pst_dist.locks import directory_lock
+from pst_dist.locks import directory_lock, lock_holder
 from pst_dist.storage import (
     Manifest,
     all_files,
@@ -274,6 +275,79 @@ def test_a_library_that_meets_a_full_disk_is_one_line_too(tmp_path):
     assert "make room" in caught.value.remedy and list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match="a bug"), atomic_directory(tmp_path / "out"):
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(27, "make room"), (122, "make room"), (5, "failing")])
+def test_a_library_tells_the_systems_refusal_by_its_number(tmp_path, number, remedy):
+    with pytest.raises(EnvironmentFault, match=os.strerror(number)) as caught, atomic_directory(tmp_path / "out"):
+        raise RuntimeError(f"Error while serializing: I/O error: some words (os error {number})")
+    assert remedy in caught.value.remedy and list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_disk_and_a_mount_in_the_way_are_one_line(tmp_path):
+    for number, words in ((errno.EIO, "failing"), (errno.EBUSY, "mounted")):
+        with pytest.raises(EnvironmentFault, match=words), atomic_path(tmp_path / "file"):
+            raise OSError(number, os.strerror(number))
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "model").mkdir(parents=True)
+    (elsewhere / "model" / "old").write_text("old")
+    (tmp_path / "model").symlink_to(elsewhere / "model")
+    (tmp_path / "note").symlink_to(elsewhere / "note")
+    write_text(tmp_path / "note", "new")
+    with atomic_directory(tmp_path / "model") as partial:
+        assert partial.parent == elsewhere, "on the disk that the link was made for"
+        (partial / "weights").write_text("new")
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "note").is_symlink()
+    assert sorted(os.listdir(elsewhere)) == ["model", "note"] and os.listdir(elsewhere / "model") == ["weights"]
+    remove_directory(tmp_path / "model")
+    assert (tmp_path / "model").is_symlink() and os.listdir(elsewhere / "model") == []
+    remove_directory(elsewhere / "model")
+    assert os.listdir(elsewhere) == ["note"]
+
+
+def test_a_directory_that_cannot_take_its_name_leaves_the_old_one_there(tmp_path, monkeypatch):
+    with atomic_directory(tmp_path / "stage") as partial:
+        (partial / "one").write_text("1")
+    replace, asked = os.replace, []
+
+    def refusing(source, target):
+        asked.append(target)
+        if len(asked) == 2:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    with pytest.raises(EnvironmentFault, match="quota"), atomic_directory(tmp_path / "stage") as partial:
+        (partial / "two").write_text("2")
+    assert os.listdir(tmp_path) == ["stage"] and os.listdir(tmp_path / "stage") == ["one"]
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path):
+    """Whoever opened it before it went must not take the old file for the lock."""
+    code = """
+import sys, time
+from pathlib import Path
+from pst_dist.locks import directory_lock
+with directory_lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+    with directory_lock(tmp_path):
+        before = (tmp_path / ".lock").stat().st_ino
+        waiting = run_python(code.replace("1]))", "1]), wait_seconds=60)"), tmp_path)
+        try:
+            time.sleep(1)  # most often it has opened the file by now; the test holds either way
+            (tmp_path / ".lock").unlink()
+            (tmp_path / ".other").touch()  # so that the number is not used again
+            assert waiting.stdout is not None and waiting.stdout.readline() == "locked\n"
+            assert (tmp_path / ".lock").stat().st_ino != before
+            assert lock_holder(tmp_path) is not None and str(waiting.pid) in str(lock_holder(tmp_path))
+        finally:
+            waiting.kill()
+            waiting.wait()
 
 
 def test_a_place_where_no_file_can_be_made_is_one_line(tmp_path):

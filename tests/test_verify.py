@@ -4,24 +4,14 @@ Over two thousand damages are done to a small finished run: bits flipped, files 
 swapped with their neighbours, and replaced by the file of the same name from another run.
 """
 
-import random
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_run import small_config
+from chaos.damage import make_runs, spoil
 
-from pst_dist.checkpoint import is_intact_student, newest_valid
 from pst_dist.cli import run_verb
-from pst_dist.decode import load_student
-from pst_dist.distributed import Ranks
-from pst_dist.embeddings import EmbeddingStore
-from pst_dist.errors import InputError, PstError
-from pst_dist.evaluate import finished_evaluation
-from pst_dist.pipeline import run_all
-from pst_dist.shards import ShardSet
-from pst_dist.storage import MANIFEST, all_files
+from pst_dist.errors import InputError
 from pst_dist.verify import verify
 
 pytestmark = pytest.mark.encoder
@@ -32,10 +22,7 @@ DAMAGES = 2000
 def finished(tmp_path_factory) -> Path:
     """A finished run, and beside it one of another seed over other rows."""
     folder = tmp_path_factory.mktemp("finished")
-    for name, seed in (("run", 0), ("other", 1)):
-        rows = f"gen:last_letters?rows=40&seed={seed}&words=2"
-        config = small_config(folder / name / "data", folder / name, seed=seed, data__train=rows)
-        run_all(config)
+    make_runs(folder)
     return folder
 
 
@@ -48,89 +35,11 @@ def run(finished, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def is_refused(call: Callable[[], object], damaged: Path) -> bool:
-    """Whether a stage takes an artefact for absent, or refuses it with an error that names the file or its folder."""
-    try:
-        return call() is None
-    except PstError as error:
-        assert str(damaged.parent) in str(error), f"{error} does not say where"
-        return True
-
-
-def users(run: Path) -> dict[Path, Callable[[Path], bool]]:
-    """Artefact -> whether the stage that uses it notices that a file of it is damaged."""
-    shards = ShardSet.open(run / "data" / "shards")
-    newest = run / "checkpoints" / "checkpoint-8"
-
-    def passed_over(_: Path) -> bool:
-        found = newest_valid(run / "checkpoints", Ranks())
-        return found is not None and found[0] != newest
-
-    return {
-        run / "data" / "shards": lambda file: is_refused(lambda: ShardSet.open(file.parent), file),
-        run / "data" / "embeddings": lambda file: is_refused(lambda: EmbeddingStore.open(file.parent, shards), file),
-        newest: passed_over,
-        run / "best": lambda file: not is_intact_student(file.parent),
-        run / "export": lambda file: is_refused(lambda: load_student(file.parent), file),
-        run / "eval" / "test": lambda file: is_refused(lambda: finished_evaluation(file.parent), file),
-    }
-
-
-def damages(path: Path, other: Path, chance: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """(what was done, the file's new bytes or None for removed); endless, never the file as it is."""
-    whole = path.read_bytes()
-    neighbours = [place for place in path.parent.iterdir() if place.is_file() and place != path]
-    while True:
-        flipped = bytearray(whole)
-        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-        yield "bit flipped", bytes(flipped)
-        yield "cut", whole[: chance.randrange(len(whole))]
-        start = chance.randrange(len(whole))
-        zeroed = whole[:start] + bytes(len(whole[start : start + 512])) + whole[start + 512 :]
-        choices: list[tuple[str, bytes | None]] = [
-            ("zeroed", zeroed),
-            ("longer", whole + b"\0"),
-            ("removed", None),
-            ("swapped", chance.choice(neighbours).read_bytes()),
-        ]
-        if other.is_file():
-            choices.append(("of another run", other.read_bytes()))
-        name, data = chance.choice(choices)
-        if data != whole:
-            yield name, data
-
-
 @pytest.mark.slow
 def test_two_thousand_damages_are_all_found_and_named(finished, run):
-    chance = random.Random(0)
-    artefacts = users(run)
-    places = [
-        (folder, folder / name)
-        for folder in artefacts
-        for name in [*all_files(folder), MANIFEST]
-        if "/" not in name and name != ".lock"
-    ]
-    each = -(-DAMAGES // len(places))
-    done: dict[str, int] = {}
-    for folder, path in places:
-        whole = path.read_bytes()
-        kinds = damages(path, finished / "other" / path.relative_to(run), chance)
-        for _ in range(each):
-            what, data = next(kinds)
-            path.unlink()
-            if data is not None:
-                path.write_bytes(data)
-            problems = [finding for finding in verify(folder) if finding.is_problem]
-            found = [finding.path for finding in problems]
-            # Without its manifest a directory is unfinished; by another run's manifest it is the files that differ.
-            named = path in found or (path.name == MANIFEST and (folder in found or what == "of another run"))
-            assert named and found, f"{path}: {what}: {found}"
-            assert all(finding.remedy for finding in problems)
-            assert artefacts[folder](path), f"{path}: {what}: was used as if nothing had happened"
-            path.write_bytes(whole)
-            done[what] = done.get(what, 0) + 1
-    assert sum(done.values()) >= DAMAGES and len(done) == 7, done
-    assert not any(finding.is_problem for finding in verify(run))
+    result = spoil(run, finished / "other", DAMAGES)
+    assert result.failures == []
+    assert result.trials >= DAMAGES and len(result.note.split(", ")) == 7, "every kind of damage was done"
 
 
 def test_a_whole_run_is_intact_and_says_what_it_holds(run, capsys):

@@ -58,7 +58,7 @@ def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds
     from pst_dist.trainer import train
 
     config, own = run.config, run_dir(run.config)
-    with recorded(config):
+    with recorded(config, wait_seconds=lock_seconds):
         with directory_lock(own.path, wait_seconds=lock_seconds):
             _take_over(run)
         train(config, stop=stop, lock_seconds=lock_seconds)

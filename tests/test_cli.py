@@ -315,6 +315,6 @@ def test_a_disk_that_refuses_a_librarys_file_is_one_line_too(tmp_path, monkeypat
     def full(arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "events"))
 
-    monkeypatch.setattr("pst_dist.cli._report", full)
+    monkeypatch.setattr("pst_dist.verbs.report", full)
     assert run_verb(["report", str(tmp_path)]) == 4
     assert f"pst: error[ENVIRONMENT] {tmp_path}/events: cannot write: No space left" in capsys.readouterr().err

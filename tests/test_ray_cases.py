@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pst_dist import cli, ray_dashboard, ray_submit
+from pst_dist import cli, ray_dashboard, ray_submit, verbs
 from pst_dist.config import Config, RayTrainConfig
 from pst_dist.config_io import dump_config, load_config
 from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, LockedError, PeerLostError
@@ -28,12 +28,12 @@ from pst_dist.ray_train import _on_all_nodes, check_room, train_with_ray
     ],
 )
 def test_on_ray_is_a_short_word_for_the_stages_of_a_verb(verb, word, expected):
-    assert cli.say_where(verb, ["seed=1", word]) == ["seed=1", *expected]
+    assert verbs.say_where(verb, ["seed=1", word]) == ["seed=1", *expected]
 
 
 def test_another_place_is_refused():
     with pytest.raises(ConfigError, match="on=mars: there is no such place; write on=ray or on=local"):
-        cli.say_where("run", ["on=mars"])
+        verbs.say_where("run", ["on=mars"])
 
 
 def test_several_workers_need_deepspeed_before_anything_starts():

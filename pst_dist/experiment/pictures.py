@@ -63,11 +63,19 @@ def accuracy_picture(results: Results) -> bytes | None:
         chance = groups[0].chance
         if chance:
             axis.axvline(100 * chance, color=FAINT, linewidth=0.9, linestyle="--")
+        axis.set_xlim(*_reach(groups))
         axis.set_yticks(range(len(variants)), variants)
         axis.set_ylim(len(variants) - 0.4, -0.6)
         axis.grid(axis="x", color="#e4e8ee", linewidth=0.8)
         name_axes(axis, "accuracy (%)", "", title)
     return to_png(figure)
+
+
+def _reach(groups: Sequence[Group]) -> tuple[float, float]:
+    """From a little below the lowest to a little above the highest, in percent, never beyond 0 and 100."""
+    ends = [100 * value for g in groups for value in (*g.accuracies, g.accuracy - g.stderr, g.accuracy + g.stderr)]
+    room = max(2.0, 0.08 * (max(ends) - min(ends)))
+    return max(-1.0, min(ends) - room), min(101.0, max(ends) + room)
 
 
 def sweep_picture(results: Results) -> bytes | None:

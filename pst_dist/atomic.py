@@ -203,20 +203,28 @@ def publish_directory(partial: Path, path: Path) -> None:
 def remove_directory(path: Path) -> None:
     """Remove a directory with all that is in it, in one instant: it first gets a temporary name.
 
-    Of a link to a directory, what is in there is removed, so that it can be filled anew.
+    Of a link to a directory, or a directory on which a file system is mounted, what is in there is removed, so that it
+    can be filled anew.
     """
     _remove_abandoned(path)
-    if os.path.islink(path):
-        for entry in path.iterdir() if path.is_dir() else ():
+    if not path.is_dir():
+        return
+    with disk_errors(path):
+        if not path.is_symlink():
+            removed = _temporary(path, "replaced")
+            try:
+                os.replace(path, removed)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            else:
+                shutil.rmtree(removed, ignore_errors=True)
+                return
+        for entry in path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 remove_directory(entry)
             else:
                 entry.unlink(missing_ok=True)
-    elif path.is_dir():
-        with disk_errors(path):
-            removed = _temporary(path, "replaced")
-            os.replace(path, removed)
-        shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

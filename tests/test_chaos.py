@@ -31,7 +31,7 @@ GOALS = {
     "refused calls in `pst export --rebuild`": 6,
     "read-only file system": 2,
     "limit of a file's size": 6,
-    "a run over several file systems": 3,
+    "a run over several file systems": 4,
     "two starts in one directory": 4,
     "the pipeline in a storm": 2,
 }

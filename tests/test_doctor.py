@@ -110,6 +110,11 @@ def test_without_torch_that_is_what_it_reports(tmp_path):
         assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
 
 
+def test_only_what_the_core_needs_is_missed_on_every_machine():
+    core = {name for name, (_, extra) in software.floors().items() if not extra}
+    assert {"pydantic", "numpy"} <= core and not core & {"torch", "ray", "lm_eval", "s3fs"}
+
+
 def test_nodes_with_other_software_are_told_apart(tmp_path, capsys):
     here = collect().to_json()
     names = ("a", "b", "c")

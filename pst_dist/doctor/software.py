@@ -47,7 +47,7 @@ def floors() -> dict[str, tuple[str, str]]:
         requirements = []
     for text in requirements:
         parts = re.match(r"([\w.-]+)(?:\[[^\]]*\])?>=([\w.]+)", text)
-        extra = re.search(r"extra == ['\"](\w+)['\"]", text)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
         if parts and (extra is None or extra[1] not in ("all", "dev")):
             found.setdefault(parts[1], (parts[2], extra[1] if extra else ""))
     return found

@@ -7,6 +7,7 @@ together, and their digests, are `storage`; who may write at all is `locks`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import glob
@@ -27,6 +28,7 @@ OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.EREMOTEIO, errno.ENOTCONN)
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
 _FOREIGN_SECONDS = 24 * 3600.0
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's headers
 
 
 def _fsync_path(path: Path) -> None:
@@ -161,9 +163,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success its files are fsynced and it takes that name.
 
-    An older directory of that name is replaced: it is renamed away first and removed afterwards, so a reader
-    sees the old one, the new one, or (for one instant) none, but never a mixture. A link stays one: what it points
-    to is replaced.
+    An older directory of that name is replaced: a reader sees the old one or the new one, never a mixture, and never
+    none but (for one instant) on a file system that cannot exchange names. A link stays one: what it points to is
+    replaced.
     """
     path = _behind_link(path)
     partial = _temporary(path, "partial")
@@ -184,20 +186,39 @@ def publish_directory(partial: Path, path: Path) -> None:
             _fsync_path(entry)
         _fsync_path(partial)
         replaced = None
-        if path.exists():
+        if not path.exists():
+            os.replace(partial, path)
+        elif exchange(partial, path):
+            replaced = partial
+        else:
             replaced = _temporary(path, "replaced")
             os.replace(path, replaced)
-        try:
-            os.replace(partial, path)
-        except OSError:
-            if replaced is not None:
+            try:
+                os.replace(partial, path)
+            except OSError:
                 os.replace(replaced, path)  # the old one is still what this name stands for
-            raise
+                raise
         try:
             _fsync_path(path.parent)
         finally:
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one instant, so that neither is ever missing; False where the file system cannot, as NFS.
+
+    renameat2(2) with RENAME_EXCHANGE, of Linux 3.15.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def remove_directory(path: Path) -> None:

@@ -144,8 +144,9 @@ def _run_rank(folder: Path, words: list[str], place: dict[str, str], stuck: Stuc
 
 def _get_stuck(stuck: Stuck, told: Path) -> None:
     """Make `at` never return from that section, and note when the watcher has passed on that we are there."""
-    from pst_dist import checkpoint, trainer, watch
+    from pst_dist import trainer, watch  # the trainer brings all modules that say where they are
 
+    assert trainer
     at, tell = watch.at, watch._Watcher._tell
 
     def at_and_stay(section: str, step: int | None = None) -> None:
@@ -158,8 +159,9 @@ def _get_stuck(stuck: Stuck, told: Path) -> None:
         if message.get("place", [])[:2] == [stuck.section, stuck.step]:
             told.touch()
 
-    for module in (watch, trainer, checkpoint):
-        module.at = at_and_stay
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("pst_dist.") and getattr(module, "at", None) is at:
+            module.at = at_and_stay  # type: ignore[attr-defined]
     watch._Watcher._tell = tell_and_note  # type: ignore[method-assign]
 
 

@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from pst_dist import storage
+from pst_dist import atomic, storage
 from pst_dist.atomic import atomic_directory, atomic_path, remove_directory, write_text
 from pst_dist.errors import EnvironmentFault, IntegrityError, LockedError
 from pst_dist.locks import directory_lock, lock_holder
@@ -227,8 +228,8 @@ for generation in range(10**9):
         if manifest is not None:
             verify_files(target, manifest)
             assert (target / "a").read_text().split() == [manifest.fingerprint] * 2000
-        else:  # killed between two renames: whole directories lie beside, none torn
-            assert not target.exists() or not list(target.iterdir())
+        else:  # killed before the first was whole
+            assert not target.exists() and not any(states)
         states.append(manifest and int(manifest.fingerprint))
     assert any(state is not None for state in states)
 
@@ -319,10 +320,40 @@ def test_a_directory_that_cannot_take_its_name_leaves_the_old_one_there(tmp_path
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         replace(source, target)
 
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)  # as on NFS
     monkeypatch.setattr(os, "replace", refusing)
     with pytest.raises(EnvironmentFault, match="quota"), atomic_directory(tmp_path / "stage") as partial:
         (partial / "two").write_text("2")
     assert os.listdir(tmp_path) == ["stage"] and os.listdir(tmp_path / "stage") == ["one"]
+
+
+def test_without_an_exchange_of_names_a_directory_is_replaced_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
+    for word in ("one", "two"):
+        with atomic_directory(tmp_path / "stage") as partial:
+            (partial / word).write_text(word)
+    assert os.listdir(tmp_path) == ["stage"] and os.listdir(tmp_path / "stage") == ["two"]
+
+
+def test_a_directory_that_is_replaced_is_never_missing(tmp_path):
+    target, missing, ended = tmp_path / "stage", [], threading.Event()
+    target.mkdir()
+
+    def look() -> None:
+        while not ended.is_set():
+            if not os.path.isdir(target):
+                missing.append(1)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for number in range(100):
+            with atomic_directory(target) as partial:
+                (partial / str(number)).touch()
+    finally:
+        ended.set()
+        watcher.join()
+    assert not missing and os.listdir(target) == ["99"]
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path):

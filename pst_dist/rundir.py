@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import shlex
 import sys
@@ -166,11 +167,19 @@ def recorded(config: Config, *, wait_seconds: float = 0.0) -> Iterator[None]:
     The record has a lock of its own, held all the while, because the work takes the directory's lock after the record
     is written: of two commands that start together the refused one must not put its record over the other's, nor take
     the directory for an empty one. Raises LockedError when another command holds it and has not let go of it within
-    `wait_seconds`.
+    `wait_seconds`; of several ranks the first goes on without a record instead, and is refused with the others.
     """
-    with directory_lock(Path(config.output_dir), name=_RECORD_LOCK, wait_seconds=wait_seconds):
-        with _recorded(config):
-            yield
+    with contextlib.ExitStack() as stack:
+        lock = directory_lock(Path(config.output_dir), name=_RECORD_LOCK, wait_seconds=wait_seconds)
+        try:
+            stack.enter_context(lock)
+        except LockedError:
+            # Other ranks wait to meet this one: the directory's own lock refuses all of them together.
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                raise
+        else:
+            stack.enter_context(_recorded(config))
+        yield
 
 
 @contextlib.contextmanager

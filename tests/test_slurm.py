@@ -296,7 +296,7 @@ class TestOnARealSlurm:
         config = write_config(tmp_path, small_data, "run", **diverging)
         seen: list[str] = []
         job = start_submit(slurm, config)
-        number = lines_until(job, r"job (\d+): running", seen)
+        number = lines_until(job, r"job (\d+): submitted", seen)  # early: such a job runs for a second or two
         job.send_signal(signal.SIGINT)
         assert ended(job, seen) == 130
         assert f"look again: pst submit slurm --follow {number}, end it: scancel {number}" in seen[-1]

@@ -6,7 +6,7 @@ Every complaint names the file and line, or the override, that it is about.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,19 @@ _SECTIONS = {name.rpartition(".")[0] for name in known_keys() if "." in name}
 """Keys that hold other keys; a mapping elsewhere, as data.columns may be, is one value."""
 
 
-def ready_made_configs() -> list[str]:
-    """Names of the configs that come with the package, one a task and one for the demo."""
-    folder = resources.files("pst_dist") / "configs"
+def flat_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested sections."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        place = f"{prefix}{key}"
+        nested = isinstance(value, Mapping) and place in _SECTIONS
+        flat |= flat_keys(value, f"{place}.") if nested else {place: value}
+    return flat
+
+
+def ready_made_configs(folder_name: str = "") -> list[str]:
+    """Names of the configs that come with the package, one a task and one for the demo, or of a folder of them."""
+    folder = resources.files("pst_dist") / "configs" / folder_name
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 

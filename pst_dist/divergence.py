@@ -20,11 +20,11 @@ from torch import Tensor
 from pst_dist.checkpoint import RunState
 from pst_dist.config import TrainConfig
 from pst_dist.errors import DivergedError
+from pst_dist.finite import LOWER_THE_RATE
 from pst_dist.loss import TERMS
 
 MOST_IN_A_ROW = 2
 """Bad steps that are skipped one after the other; the next one shows that it is not the batches."""
-_LOWER = "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate"
 
 
 class Answer(enum.Enum):
@@ -108,9 +108,11 @@ def diverged(fault: str, state: RunState, train: TrainConfig) -> DivergedError:
         done.append(f"gone back {len(state.rollbacks)} times")
     so_far = f" ({', '.join(done)})" if done else ""
     options = "" if train.skip_bad_steps or train.max_rollbacks else ", train.skip_bad_steps or train.max_rollbacks"
-    return DivergedError(f"step {state.step + 1}: {fault}; no weight was moved{so_far}", f"{_LOWER}{options}")
+    return DivergedError(f"step {state.step + 1}: {fault}; no weight was moved{so_far}", f"{LOWER_THE_RATE}{options}")
 
 
 def diverged_validation(loss: float, step: int) -> DivergedError:
     """The error with which training stops when the validation rows have no finite loss."""
-    return DivergedError(f"step {step}: the loss on the validation rows is {loss}; this student is not kept", _LOWER)
+    return DivergedError(
+        f"step {step}: the loss on the validation rows is {loss}; this student is not kept", LOWER_THE_RATE
+    )

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from pst_dist.errors import DivergedError
 
+LOWER_THE_RATE = "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate"
+"""What to do when numbers have grown beyond all bounds."""
+
 
 def is_finite(values: Tensor) -> bool:
     """Whether a floating tensor holds neither NaN nor infinity; an empty one does not."""
@@ -30,6 +33,6 @@ def refuse_non_finite(named: Iterable[tuple[str, Tensor]], path: Path) -> None:
         if not is_finite(values):
             raise DivergedError(
                 f"{name} is not finite; this was not written",
-                "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate",
+                LOWER_THE_RATE,
                 path=path,
             )

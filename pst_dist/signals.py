@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
-from pst_dist.errors import PeerLostError
+from pst_dist.errors import PeerLostError, PreemptedError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,13 @@ class StopRequest:
             return
         self.signal, self._since = number, time.monotonic()
         log.warning("%s: stopping after this step; once more ends at once", signal.Signals(number).name)
+
+
+def end_as_told(number: int, what: str) -> NoReturn:
+    """End in the way that a signal asks for: KeyboardInterrupt for SIGINT, else PreemptedError with `what` was done."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise PreemptedError(f"told to stop: {what}", "the same command goes on")
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -48,7 +47,7 @@ from pst_dist.divergence import (
     diverged_validation,
 )
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
-from pst_dist.errors import DataError, DivergedError, InputError, PreemptedError
+from pst_dist.errors import DataError, DivergedError, InputError
 from pst_dist.layout import layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.locks import directory_lock
@@ -57,7 +56,7 @@ from pst_dist.metrics import MetricsLog
 from pst_dist.rundir import RunDir, fetch_data, run_dir
 from pst_dist.saving import Saved, Saver
 from pst_dist.shards import ShardSet
-from pst_dist.signals import StopRequest, stop_requests
+from pst_dist.signals import StopRequest, end_as_told, stop_requests
 from pst_dist.storage import write_json
 from pst_dist.student import build_student, check_architecture
 from pst_dist.tasks import get_task
@@ -288,7 +287,7 @@ class _Training:
                 if saved < state.step:
                     saver.save(state, loss)
                 saver.settle()
-                self._end_as_told(totals.told, state.step)
+                end_as_told(totals.told, f"saved after step {state.step} of {self.total}")
             if saver.pending and not totals.busy:
                 saver.settle()
             watch = (state.step + 1) % train.logging_steps == 0 or state.step == 0
@@ -341,11 +340,6 @@ class _Training:
         at("resuming", state.step + 1)
         engine.load(path)
         return after_rollback(state, checkpoint)
-
-    def _end_as_told(self, told: int, step: int) -> NoReturn:
-        if told == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise PreemptedError(f"told to stop: saved after step {step} of {self.total}", "the same command goes on")
 
     def _batches(self, first_step: int) -> Iterator[list[Any]]:
         return step_batches(

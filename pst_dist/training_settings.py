@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pst_dist.config import Config
+from pst_dist.config_io import flat_keys
 from pst_dist.errors import StaleError
 from pst_dist.storage import digest_of
 
@@ -40,7 +41,7 @@ _ADJUSTABLE = {
 
 def training_settings(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> dict[str, Any]:
     """Everything that shapes the weights: dotted key -> value; `batch` is the samples of one optimizer step."""
-    settings = _flat(config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "student", "loss"}))
+    settings = flat_keys(config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "student", "loss"}))
     train = config.train.model_dump(mode="json")
     settings |= {f"train.{key}": value for key, value in train.items() if key not in _FREE | _BATCH}
     return settings | {"batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
@@ -80,10 +81,3 @@ def _short(value: Any) -> str:
     """A value on a line: digests are told apart by their beginning."""
     text = "null" if value is None else str(value)
     return text[:12] if len(text) == 64 else text[:60]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

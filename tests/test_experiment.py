@@ -97,6 +97,12 @@ def test_a_variant_wins_over_its_task_the_task_over_the_settings_and_the_command
     assert [(run.config.train.max_steps, run.seed) for run in told] == [(2, 7), (2, 7)]
 
 
+def test_a_map_of_columns_is_one_value_and_replaces_that_of_the_config(tmp_path):
+    tasks = {"a": {"config": "svamp", "data": {"columns": {"question": "q"}}}}
+    (run, *_) = runs_of(load_experiment(str(write(tmp_path / "e.yaml", tasks=tasks, settings={}))))
+    assert load_config("svamp").data.columns != run.config.data.columns == {"question": "q"}
+
+
 def test_an_overlay_lies_over_every_tasks_config_and_under_the_experiments_own_keys(tmp_path):
     tasks = {"a": {"config": "svamp", "train.num_train_epochs": 2}, "b": {"config": "addsub"}}
     file = write(tmp_path / "e.yaml", tasks=tasks, settings={"train.learning_rate": 1e-4}, seeds=[0])

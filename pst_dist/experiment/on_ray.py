@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 from collections.abc import Sequence
 from typing import Any
 
-from pst_dist.errors import EnvironmentFault, PeerLostError, PreemptedError, PstError, first_line
+from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
 from pst_dist.experiment.spec import RayJobs, Run
 from pst_dist.experiment.workers import Tell
 from pst_dist.ray_cluster import ray_cluster
 from pst_dist.rundir import refuse_relative
-from pst_dist.signals import stop_requests
+from pst_dist.signals import end_as_told, stop_requests
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +52,8 @@ def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) ->
                 ray.cancel(call, force=False)
         if under_way:
             ray.wait(list(under_way), num_returns=len(under_way), timeout=_LET_GO_SECONDS)
-    if told.signal == signal.SIGINT:
-        raise KeyboardInterrupt
     if told.signal:
-        raise PreemptedError("told to stop: every run has saved", "the same command goes on")
+        end_as_told(told.signal, "every run has saved")
 
 
 def _check_room(jobs: RayJobs, resources: dict[str, float]) -> None:

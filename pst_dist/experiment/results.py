@@ -49,6 +49,8 @@ class Group:
     variant: str
     point: Point
     arm: str
+    scored_as: str
+    """The task whose rules scored it."""
     seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
     """One a seed."""
@@ -181,6 +183,7 @@ def _group(
         variant=variant,
         point=point,
         arm=own.results[0]["arm"],
+        scored_as=own.results[0]["task"],
         seeds=tuple(run.seed for run in own.runs),
         accuracies=tuple(float(value) for value in accuracies),
         accuracy=float(accuracies.mean()),

@@ -16,7 +16,6 @@ from pst_dist.atomic import atomic_path, write_text
 from pst_dist.compare import format_p
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
 from pst_dist.experiment.results import Group, Results
-from pst_dist.experiment.spec import runs_of
 from pst_dist.rundir import environment
 from pst_dist.storage import write_json
 from pst_dist.tasks.published import PUBLISHED, PUBLISHED_TASKS
@@ -185,7 +184,7 @@ def _cost(panels: Sequence[tuple[str, list[Group]]]) -> str:
 
 def _published(results: Results) -> list[str]:
     """Fine-tune-CoT's tables for the tasks that are among its twelve."""
-    scored_as = {run.config.task for run in runs_of(results.experiment)}
+    scored_as = {group.scored_as for group in results.groups}
     names = [name for name in PUBLISHED_TASKS if name in scored_as]
     if not names:
         return []

@@ -16,7 +16,7 @@ from pst_dist.atomic import atomic_directory, atomic_path
 from pst_dist.config import Config
 from pst_dist.config_io import load_config
 from pst_dist.errors import DataError, PstError
-from pst_dist.evaluate import finished_evaluation
+from pst_dist.evaluate import SAMPLES, finished_evaluation
 from pst_dist.experiment.spec import Run
 from pst_dist.locks import directory_lock
 from pst_dist.pipeline import make_embeddings, make_shards, needs_embeddings
@@ -110,6 +110,4 @@ def _placeless(config: Config) -> Config:
 
 def samples_of(config: Config) -> Path:
     """The scored rows of a finished run."""
-    from pst_dist.evaluate import SAMPLES
-
     return run_dir(config).evaluation(config.evaluate.split) / SAMPLES

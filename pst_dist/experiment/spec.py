@@ -18,7 +18,16 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pst_dist.config import ARM_NAMES, Config, Positive, RayConfig, Section, Weight
-from pst_dist.config_io import explain, known_keys, load_tree, parse_override, read_yaml, set_key
+from pst_dist.config_io import (
+    explain,
+    flat_keys,
+    known_keys,
+    load_tree,
+    parse_override,
+    read_yaml,
+    ready_made_configs,
+    set_key,
+)
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage import digest_of
 
@@ -137,8 +146,7 @@ def point_words(point: Point) -> list[str]:
 
 def ready_made_experiments() -> list[str]:
     """Names of the experiments that come with the package."""
-    folder = resources.files("pst_dist") / "configs" / "experiments"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return ready_made_configs("experiments")
 
 
 def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -247,20 +255,13 @@ def _config(
 
 def _put(tree: dict[str, Any], keys: Mapping[str, Any], where: str) -> None:
     """Write keys, dotted or nested, into a tree; raises ConfigError for those that the experiment decides itself."""
-    for key, value in _flat(keys).items():
+    for key, value in flat_keys(keys).items():
         if key in _OWN:
             raise ConfigError(f"{where}.{key}: an experiment decides this for each run", "leave it out")
         try:
             set_key(tree, tuple(key.split(".")), value)
         except PstError as error:
             raise ConfigError(f"{where}.{key}: {error.what}", error.remedy) from error
-
-
-def _flat(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in keys.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pst_dist.errors import PeerLostError, PreemptedError, PstError
 from pst_dist.experiment.spec import Run
-from pst_dist.signals import stop_requests
+from pst_dist.signals import end_as_told, stop_requests
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Run, BaseException | None], None]
@@ -61,10 +61,8 @@ def work_here(runs: Sequence[Run], *, jobs: int | None, keep: str, tell: Tell) -
                         waiting.appendleft(run)
                         continue
                 tell(run, error)
-    if told.signal == signal.SIGINT:
-        raise KeyboardInterrupt
     if told.signal:
-        raise PreemptedError("told to stop: every run has saved", "the same command goes on")
+        end_as_told(told.signal, "every run has saved")
 
 
 def _gpus() -> int:

@@ -104,6 +104,13 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("config", metavar="RUN", help="run directory, or an exported model")
         verb.add_argument("question", help="the question, or - to read one a line from standard input")
         verb.add_argument("--explain", action="store_true", help="also write the rationale")
+        verb.add_argument(
+            "--think-below",
+            type=float,
+            metavar="P",
+            help="an adaptive student thinks first where its answer has a probability under this (0 never, 2 always); "
+            "the default is what `pst evaluate` chose",
+        )
     elif name == "compare":
         verb.add_argument("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows")
         verb.add_argument("-o", "--output", metavar="PAGE.html", help="also write an HTML page")

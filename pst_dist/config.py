@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ArmName = Literal["answer_only", "pre_thinking", "prefix", "post_thinking", "pst"]
-ARM_NAMES: tuple[str, ...] = ("answer_only", "pre_thinking", "prefix", "post_thinking", "pst")
+ArmName = Literal["answer_only", "pre_thinking", "prefix", "post_thinking", "pst", "adaptive"]
+ARM_NAMES: tuple[str, ...] = ("answer_only", "pre_thinking", "prefix", "post_thinking", "pst", "adaptive")
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -315,6 +315,9 @@ class EvaluateConfig(Section):
     rationale: Literal["own", "teacher", "wrong"] = "own"
     """What pre_thinking answers after: the rationale it writes, the teacher's, or that of another scored row. Arms that
     answer first have answered before any rationale, so for them all three are the same."""
+    think_below: Annotated[float, Field(ge=0)] | None = None
+    """adaptive arm only: it thinks first where the probability of its answer at once is under this (0 never, 2 always);
+    when not given, chosen on the validation rows."""
     latency_rows: Annotated[int, Field(ge=0)] = 20
     """Questions decoded one at a time for milliseconds to the answer."""
     explain_rows: Annotated[int, Field(ge=0)] = 50
@@ -327,7 +330,7 @@ class Config(Section):
     task: str | None = None
     """One of the 12 tasks or a demo task: gives answer cleansing and scoring. Free-text scoring otherwise."""
     arm: ArmName = "pst"
-    """What is trained: pst, post_thinking, answer_only, pre_thinking or prefix."""
+    """What is trained: pst, post_thinking, answer_only, pre_thinking, prefix or adaptive."""
     arms: list[ArmName] = []
     """Several arms on identical rows: `pst run` trains each into output_dir/ARM and compares them."""
     output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
@@ -372,7 +375,7 @@ class Config(Section):
             raise ValueError(
                 f"train.ray.min_workers={train.ray.min_workers} is more than num_workers={train.ray.num_workers}"
             )
-        if self.loss.pooling == "span" and self.arm == "pst" and self.layout.semantic_tokens > 1:
+        if self.loss.pooling == "span" and self.arm in ("pst", "adaptive") and self.layout.semantic_tokens > 1:
             raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")
         if self.loss.alignment != "info_nce" and (self.loss.negatives or self.loss.symmetric):
             raise ValueError(f"loss.negatives and loss.symmetric mean nothing for loss.alignment={self.loss.alignment}")

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pst_dist.checkpoint import FORMAT_FILE, answer_generation_config
-from pst_dist.errors import InputError, IntegrityError
-from pst_dist.layout import ARMS, AnswerFormat, Layout
-from pst_dist.libraries import quiet_libraries
-from pst_dist.storage import Manifest, read_json, read_manifest, verify_files
+from pst_dist.checkpoint import answer_generation_config
+from pst_dist.layout import ARMS, AnswerFormat, Layout, Segment
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +39,10 @@ class Decoded:
     """Whether the stop token came."""
     token_ids: list[int]
     """The generated tokens, the one that ended the generation included."""
+    probability: float
+    """What the student gives these tokens together, each after those before it; 1 when none was generated."""
+    thought_first: bool = False
+    """Whether a rationale stands before the answer in `text`."""
 
 
 def decode_answers(
@@ -54,9 +54,12 @@ def decode_answers(
     batch_size: int,
     max_new_tokens: int,
     given: Sequence[str] | None = None,
+    other: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Decoded]:
     """Answer every question greedily; the results are in the order of `questions`.
+
+    `other` asks an adaptive student to think first.
 
     Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
     max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
@@ -67,16 +70,29 @@ def decode_answers(
     """
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     semantic = [layout.semantic_id] * (fmt.semantic_tokens if fmt.semantic_before else 0)
-    thoughts = [[]] * len(questions) if given is None or ARMS[fmt.arm].answers_first else _thoughts(layout, given)
+    asked = ARMS[fmt.arm].asked[-1 if other else 0]
+    semantic = semantic if Segment.SEMANTIC in asked.order else []
+    thoughts = [[]] * len(questions) if given is None or not asked.thinks_first else _thoughts(layout, given)
     contexts = [
-        _context(model, layout.prompt_ids(question), [*semantic, *thought])
+        _context(model, layout.prompt_ids(question, other=other), [*semantic, *thought])
         for question, thought in zip(questions, thoughts, strict=True)
     ]
     settings = answer_generation_config(model, tokenizer, fmt)
     decoded: list[Decoded | None] = [None] * len(questions)
-    for rows, new_ids in _generate(model, contexts, settings, batch_size, max_new_tokens):
-        for row, ids in zip(rows, new_ids, strict=True):
-            decoded[row] = _as_answer(tokenizer, fmt, ids, layout.stop_id, thoughts[row])
+    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
+        for row, (ids, probability) in zip(rows, generated, strict=True):
+            given_ids = thoughts[row]
+            # Nothing follows the stop token; an end-of-sequence token without one ends an answer that is not complete.
+            text = text_of(tokenizer, [*given_ids, *ids])
+            decoded[row] = Decoded(
+                text=text,
+                answer_text=text.partition(fmt.answer_marker.strip())[2] if asked.thinks_first else text,
+                answer_tokens=len(ids),
+                complete=layout.stop_id in ids,
+                token_ids=ids,
+                probability=probability,
+                thought_first=asked.thinks_first,
+            )
         if on_batch is not None:
             on_batch(len(rows))
     return [answer for answer in decoded if answer is not None]
@@ -107,14 +123,6 @@ def _thoughts(layout: Layout, rationales: Sequence[str]) -> list[list[int]]:
     return [[*body[: fmt.max_length // 2], *marker] for body in bodies]
 
 
-def _as_answer(tokenizer: Any, fmt: AnswerFormat, ids: list[int], stop_id: int, given: list[int]) -> Decoded:
-    complete = stop_id in ids
-    # Nothing follows the stop token, and an end-of-sequence token without one ends an answer that is not complete.
-    text = text_of(tokenizer, [*given, *ids])
-    answer = text if ARMS[fmt.arm].answers_first else text.partition(fmt.answer_marker.strip())[2]
-    return Decoded(text=text, answer_text=answer, answer_tokens=len(ids), complete=complete, token_ids=ids)
-
-
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     """Tokens as text, special tokens left out and no space moved."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -122,19 +130,23 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _generate(
     model: Any, contexts: Sequence[_Context], settings: Any, batch_size: int, max_new_tokens: int
-) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Batches of (row indices, generated ids of each), each row cut after its first end token."""
+) -> Iterator[tuple[list[int], list[tuple[list[int], float]]]]:
+    """Batches of (row indices, generated ids and their probability of each), each row cut after its first end token."""
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     rooms = [_room(model, context) for context in contexts]
     full = [row for row, room in enumerate(rooms) if room < 1]
     if full:
         log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), max_positions(model))
-        yield full, [[] for _ in full]
+        yield full, [([], 1.0) for _ in full]
     with _evaluation_mode(model, settings):
         for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], batch_size):
             most = min(max_new_tokens, *(rooms[row] for row in rows))
-            output = _generate_batch(model, [contexts[row] for row in rows], settings.pad_token_id, most)
-            yield rows, [_until_end(ids, ends) for ids in output]
+            output, log_probabilities = _generate_batch(
+                model, [contexts[row] for row in rows], settings.pad_token_id, most
+            )
+            cut = [_until_end(ids, ends) for ids in output]
+            sums = [sum(own[: len(ids)]) for ids, own in zip(cut, log_probabilities, strict=True)]
+            yield rows, [(ids, math.exp(total)) for ids, total in zip(cut, sums, strict=True)]
 
 
 def _batches(contexts: Sequence[_Context], rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -170,8 +182,21 @@ def _room(model: Any, context: _Context) -> int:
     return positions - len(context.prompt)
 
 
-def _generate_batch(model: Any, batch: Sequence[_Context], pad: int, most: int) -> list[list[int]]:
-    """The ids that `generate` adds to each context, padding included."""
+class _Watching:
+    """A logits processor that changes nothing and keeps the log probability of each step's greedy token."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+
+def _generate_batch(
+    model: Any, batch: Sequence[_Context], pad: int, most: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The ids that `generate` adds to each context, padding included, and the log probability of each."""
     device = model.get_input_embeddings().weight.device
     length = max(len(context.prompt) for context in batch)
     seq2seq = bool(batch[0].decoder)
@@ -190,9 +215,10 @@ def _generate_batch(model: Any, batch: Sequence[_Context], pad: int, most: int) 
     if seq2seq:
         inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
         start = len(batch[0].decoder)
+    watching = _Watching()
     with torch.no_grad():
-        output_BT = model.generate(**inputs, max_new_tokens=most)
-    return output_BT[:, start:].tolist()
+        output_BT = model.generate(**inputs, max_new_tokens=most, logits_processor=[watching])
+    return output_BT[:, start:].tolist(), torch.stack(watching.steps, dim=1).tolist()
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -234,18 +260,20 @@ def decode_rationales(
 
     Answer-first arms go on after the answer (and the semantic token) until the end-of-sequence token, so an answer
     that was not complete has "" too; the prefix arm is asked anew with its own prompt; pre_thinking has written it
-    already, before the marker.
+    already, before the marker, and so has an adaptive student where it thought first.
     """
     arm = ARMS[fmt.arm]
     if not fmt.writes_rationale or not arm.needs_rationale:
         return [""] * len(questions)
-    if not arm.answers_first:
-        return [answer.text.partition(fmt.answer_marker.strip())[0].strip() for answer in answers]
+    marker = fmt.answer_marker.strip()
+    rationales = [answer.text.partition(marker)[0].strip() if answer.thought_first else "" for answer in answers]
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     contexts, owners = [], []
     for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        if len(arm.question_prefixes) > 1:
-            contexts.append(_context(model, layout.prompt_ids(question, explain=True), []))
+        if answer.thought_first:
+            continue
+        if arm.name == "prefix":
+            contexts.append(_context(model, layout.prompt_ids(question, other=True), []))
         elif answer.complete:
             semantic = [layout.semantic_id] * (fmt.semantic_tokens if arm.aligned else 0)
             before, after = (semantic, []) if fmt.semantic_before else ([], semantic)
@@ -255,95 +283,7 @@ def decode_rationales(
         owners.append(row)
     settings = answer_generation_config(model, tokenizer, fmt)
     settings.eos_token_id = tokenizer.eos_token_id
-    rationales = [""] * len(questions)
-    for rows, new_ids in _generate(model, contexts, settings, batch_size, max_new_tokens):
-        for row, ids in zip(rows, new_ids, strict=True):
+    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
+        for row, (ids, _) in zip(rows, generated, strict=True):
             rationales[owners[row]] = text_of(tokenizer, ids).strip()
     return rationales
-
-
-@dataclass(frozen=True)
-class LoadedStudent:
-    """A trained student, ready to answer."""
-
-    model: Any
-    tokenizer: Any
-    format: AnswerFormat
-    manifest: Manifest
-    directory: Path
-
-
-def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
-    """The student that training left in `directory`, or an export of it, on `device` (the best one when not given).
-
-    Every file is compared with its digest first. Raises InputError when there is no finished student and
-    IntegrityError when it is damaged.
-    """
-    quiet_libraries()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    # An export is told by its model card.
-    manifest = read_manifest(directory, "export" if (directory / "README.md").is_file() else "student")
-    if manifest is None:
-        raise InputError("there is no trained student here", "run `pst train` first", path=directory)
-    verify_files(directory, manifest)
-    try:
-        fmt = AnswerFormat(**read_json(directory / FORMAT_FILE))
-        seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
-        auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return LoadedStudent(model, tokenizer, fmt, manifest, directory)
-
-
-def timed_answer(student: LoadedStudent, question: str, *, max_new_tokens: int) -> tuple[Decoded, float]:
-    """One question's answer and its wall time in milliseconds, tokenising included, the device waited for."""
-    _wait_for_device(student.model)
-    started = time.perf_counter()
-    (answer,) = decode_answers(
-        student.model, student.tokenizer, student.format, [question], batch_size=1, max_new_tokens=max_new_tokens
-    )
-    _wait_for_device(student.model)
-    return answer, (time.perf_counter() - started) * 1000
-
-
-def _wait_for_device(model: Any) -> None:
-    if model.get_input_embeddings().weight.is_cuda:
-        torch.cuda.synchronize()
-
-
-def answer_question(student: LoadedStudent, question: str, *, explain: bool, max_new_tokens: int) -> dict[str, Any]:
-    """What `pst answer` prints: answer, complete, answer_tokens, milliseconds and, with `explain`, the rationale.
-
-    The rationale is None where the arm does not write one. Raises InputError for an empty question or one that
-    leaves the model no position to answer in.
-    """
-    if not question.strip():
-        raise InputError("the question is empty", "give it in quotes")
-    answer, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens)
-    if not answer.token_ids:
-        raise InputError(
-            f"the question fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
-        )
-    result: dict[str, Any] = {
-        "answer": answer.answer_text.strip(),
-        "complete": answer.complete,
-        "answer_tokens": answer.answer_tokens,
-        "milliseconds": milliseconds,
-    }
-    if explain:
-        (rationale,) = decode_rationales(
-            student.model,
-            student.tokenizer,
-            student.format,
-            [question],
-            [answer],
-            batch_size=1,
-            max_new_tokens=max_new_tokens,
-        )
-        result["rationale"] = rationale or None
-    return result

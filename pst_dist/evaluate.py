@@ -7,6 +7,7 @@ how answers are generated is `decode`, what two evaluations say together is `com
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import math
@@ -19,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.adaptive import adaptive_answers
+from pst_dist.answering import LoadedStudent, load_student, timed_answer
 from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.config import Config
-from pst_dist.decode import Decoded, LoadedStudent, decode_answers, load_student, timed_answer
+from pst_dist.decode import Decoded, decode_answers
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.layout import ARMS, AnswerFormat
 from pst_dist.likeness import compare_rationales
@@ -69,7 +72,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             "shards": shards.manifest.digest,
             "embeddings": embeddings.digest if embeddings else None,
             "task": task.name,
-            "settings": config.evaluate.model_dump(),
+            "settings": _settings(config),
         }
     )
     directory = run.evaluation(split)
@@ -100,6 +103,14 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
         results["tokens_to_answer"]["mean"],
     )
     return results
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What of the settings shapes the results."""
+    settings = config.evaluate.model_dump()
+    if config.arm != "adaptive":
+        del settings["think_below"]  # so that what was scored before it existed need not be scored again
+    return settings
 
 
 def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
@@ -179,12 +190,12 @@ def given_rationales(samples: Sequence[ReasoningSample], *, wrong: bool) -> list
 def predict(task: Task, fmt: AnswerFormat, decoded: Decoded) -> str | None:
     """The cleansed answer of one generation; None is a parse failure.
 
-    Answer-first arms are scored on the text before the stop token. For pre_thinking it is Fine-tune-CoT's rule:
-    the first candidate after the marker, or the last of the whole text when the marker never came.
+    An answer at once is scored on the text before the stop token. For one after a rationale it is Fine-tune-CoT's
+    rule: the first candidate after the marker, or the last of the whole text when the marker never came.
     """
-    if ARMS[fmt.arm].answers_first:
-        return task.cleanse(decoded.answer_text)
-    return task.extract(decoded.text, fmt.answer_marker.strip())
+    if decoded.thought_first:
+        return task.extract(decoded.text, fmt.answer_marker.strip())
+    return task.cleanse(decoded.answer_text)
 
 
 def _score(
@@ -198,19 +209,12 @@ def _score(
     """(results, one row a sample)."""
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
-    with progress(f"evaluate {config.arm}", total=len(samples), unit="rows") as bar:
-        decoded = decode_answers(
-            student.model,
-            student.tokenizer,
-            student.format,
-            questions,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            given=None
-            if settings.rationale == "own"
-            else given_rationales(samples, wrong=settings.rationale == "wrong"),
-            on_batch=bar.advance,
-        )
+    decode = functools.partial(_decode, config, student)
+    if config.arm == "adaptive":
+        right = functools.partial(_is_right, task, student.format)
+        decoded, adaptive = adaptive_answers(config.evaluate, samples, shards.split("validation"), decode, right)
+    else:
+        decoded, adaptive = decode(samples), None
     seconds = time.perf_counter() - started
     rows = [
         _sample_row(sample, answer, predict(task, student.format, answer), task)
@@ -227,7 +231,12 @@ def _score(
         / len(rows),
         "chance": chance_of(task, samples),
         "majority": Counter(sample.answer for sample in samples).most_common(1)[0][1] / len(samples),
-        "milliseconds_to_answer": _latency(student, questions[: settings.latency_rows], settings.max_new_tokens),
+        "milliseconds_to_answer": _latency(
+            student,
+            questions[: settings.latency_rows],
+            settings.max_new_tokens,
+            adaptive["think_below"] if adaptive else 0.0,
+        ),
         "rows_per_second": len(rows) / seconds,
         "rationale_similarity": compare_rationales(config, run, student, shards, samples, decoded, rows),
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
@@ -236,7 +245,36 @@ def _score(
         "shards": shards.manifest.digest,
         "training": _training(run, student),
     }
+    if adaptive:
+        results["adaptive"] = adaptive
+        for row, answer in zip(rows, decoded, strict=True):
+            row |= {"thought_first": answer.thought_first, "probability_at_once": answer.probability}
     return results, rows
+
+
+def _decode(
+    config: Config, student: LoadedStudent, samples: Sequence[ReasoningSample], other: bool = False
+) -> list[Decoded]:
+    """Answers to all samples, with the rationales given where the settings say so; `other` has it think first."""
+    settings = config.evaluate
+    with progress(f"evaluate {config.arm}", total=len(samples), unit="rows") as bar:
+        return decode_answers(
+            student.model,
+            student.tokenizer,
+            student.format,
+            [sample.question for sample in samples],
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            given=None
+            if settings.rationale == "own"
+            else given_rationales(samples, wrong=settings.rationale == "wrong"),
+            other=other,
+            on_batch=bar.advance,
+        )
+
+
+def _is_right(task: Task, fmt: AnswerFormat, sample: ReasoningSample, answer: Decoded) -> bool:
+    return task.is_correct(predict(task, fmt, answer), sample.answer)
 
 
 def _sample_row(sample: ReasoningSample, answer: Decoded, prediction: str | None, task: Task) -> dict[str, Any]:
@@ -317,13 +355,18 @@ def _contains(task: Task, text: str, gold: str) -> bool:
     return task.answer_type == "text" and gold.casefold() in text.casefold()
 
 
-def _latency(student: LoadedStudent, questions: Sequence[str], max_new_tokens: int) -> dict[str, Any] | None:
+def _latency(
+    student: LoadedStudent, questions: Sequence[str], max_new_tokens: int, think_below: float
+) -> dict[str, Any] | None:
     """Wall time to the answer in milliseconds, one question at a time, after a warm-up."""
     if not questions:
         return None
     for question in questions[:_WARM_UPS]:
-        timed_answer(student, question, max_new_tokens=max_new_tokens)
-    times = [timed_answer(student, question, max_new_tokens=max_new_tokens)[1] for question in questions]
+        timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
+    times = [
+        timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)[1]
+        for question in questions
+    ]
     return {"median": float(np.median(times)), "p90": float(np.percentile(times, 90)), "rows": len(times)}
 
 

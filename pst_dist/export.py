@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pst_dist.adaptive import chosen_threshold
+from pst_dist.answering import LoadedStudent, load_student
 from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.checkpoint import FORMAT_FILE, answer_generation_config
 from pst_dist.config import Config
-from pst_dist.decode import LoadedStudent, load_student, max_positions
+from pst_dist.decode import max_positions
 from pst_dist.errors import IntegrityError
 from pst_dist.evaluate import evaluations_of
 from pst_dist.finite import refuse_non_finite
@@ -70,7 +73,8 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
         student.model.save_pretrained(partial)
         prepare_tokenizer(student)
         student.tokenizer.save_pretrained(partial)
-        write_json(partial / FORMAT_FILE, student.format.to_json())
+        fmt = replace(student.format, think_below=chosen_threshold(evaluations))
+        write_json(partial / FORMAT_FILE, fmt.to_json())
         write_text(partial / "README.md", model_card(facts))
         files = describe_files(partial, all_files(partial))
         extra = {**student.manifest.extra, "student": student.manifest.digest, **chain}

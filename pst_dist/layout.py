@@ -1,6 +1,6 @@
 """How an arm turns a sample into tokens: which segments, in which order, and which of them is supervised.
 
-The five arms are rows of one table, not five trainers. The same `AnswerFormat` is saved with the student, so
+The six arms are rows of one table, not six trainers. The same `AnswerFormat` is saved with the student, so
 training, evaluation and the exported model render a question in exactly one way.
 """
 
@@ -30,39 +30,60 @@ class Segment(IntEnum):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One thing a student is asked for: what stands before the question, and the segments to produce, in order."""
+
+    prefix: str
+    order: tuple[Segment, ...]
+
+    @property
+    def thinks_first(self) -> bool:
+        """Whether the rationale comes before the answer."""
+        order = self.order
+        return Segment.ANSWER in order and Segment.RATIONALE in order[: order.index(Segment.ANSWER)]
+
+
+@dataclass(frozen=True)
 class Arm:
-    """One way of distilling: the order of segments after the prompt, and what it needs."""
+    """One way of distilling: what a student is asked for, and what that needs."""
 
     name: str
-    order: tuple[Segment, ...]
+    asked: tuple[Asked, ...]
+    """How the answer is asked for; then, in arms that learn two tasks at once, the other thing. Each sample gives one
+    training sequence for each."""
     needs_rationale: bool
     aligned: bool
-    question_prefixes: tuple[str, ...] = ("",)
-    """More than one: each sample gives one sequence a prefix, with one segment of `order` each."""
-    answers_first: bool = True
 
+    @property
+    def answers_first(self) -> bool:
+        """Whether the answer comes before anything that could spoil it."""
+        return not self.asked[0].thinks_first
+
+
+_ANSWER, _SEMANTIC, _RATIONALE = Segment.ANSWER, Segment.SEMANTIC, Segment.RATIONALE
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("answer_only", (Segment.ANSWER,), needs_rationale=False, aligned=False),
-        Arm(
-            "pre_thinking",
-            (Segment.RATIONALE, Segment.ANSWER),
-            needs_rationale=True,
-            aligned=False,
-            answers_first=False,
-        ),
+        Arm("answer_only", (Asked("", (_ANSWER,)),), needs_rationale=False, aligned=False),
+        Arm("pre_thinking", (Asked("", (_RATIONALE, _ANSWER)),), needs_rationale=True, aligned=False),
         # Distilling step-by-step, google-research/distilling-step-by-step: the task prefix chooses the output.
         Arm(
             "prefix",
-            (Segment.ANSWER, Segment.RATIONALE),
+            (Asked("predict: ", (_ANSWER,)), Asked("explain: ", (_RATIONALE,))),
             needs_rationale=True,
             aligned=False,
-            question_prefixes=("predict: ", "explain: "),
         ),
-        Arm("post_thinking", (Segment.ANSWER, Segment.RATIONALE), needs_rationale=True, aligned=False),
-        Arm("pst", (Segment.ANSWER, Segment.SEMANTIC, Segment.RATIONALE), needs_rationale=True, aligned=True),
+        Arm("post_thinking", (Asked("", (_ANSWER, _RATIONALE)),), needs_rationale=True, aligned=False),
+        Arm("pst", (Asked("", (_ANSWER, _SEMANTIC, _RATIONALE)),), needs_rationale=True, aligned=True),
+        # Both orders in one student, which chooses for each question (arXiv 2404.09170 v4 has soft prompts for that,
+        # here it is the probability of the answer that it would give at once).
+        Arm(
+            "adaptive",
+            (Asked("", (_ANSWER, _SEMANTIC, _RATIONALE)), Asked("think: ", (_RATIONALE, _ANSWER))),
+            needs_rationale=True,
+            aligned=True,
+        ),
     )
 }
 
@@ -81,6 +102,8 @@ class AnswerFormat:
     """Whether the student learnt to write rationales; without a loss on their tokens there is none to ask for."""
     stop_token: str = STOP_TOKEN
     semantic_token: str = SEMANTIC_TOKEN
+    think_below: float | None = None
+    """An exported adaptive student's: it thinks first where its answer at once has less than this probability."""
 
     @classmethod
     def of(cls, config: Config) -> AnswerFormat:
@@ -102,25 +125,23 @@ class AnswerFormat:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for `pst.json`."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
-    def render(self, question: str, *, explain: bool = False) -> str:
-        """The text that is put to the student; `explain` asks the prefix arm for its rationale."""
-        prefixes = ARMS[self.arm].question_prefixes
-        return self.prompt.replace("{question}", prefixes[-1 if explain else 0] + question)
+    def render(self, question: str, *, other: bool = False) -> str:
+        """The text that is put to the student; `other` asks for the second thing that its arm learnt, where it did."""
+        asked = ARMS[self.arm].asked
+        return self.prompt.replace("{question}", asked[-1 if other else 0].prefix + question)
 
     @property
     def semantic_before(self) -> bool:
         """Whether a semantic token is part of what precedes the answer."""
         return ARMS[self.arm].aligned and self.semantic_position == "before"
 
-    @property
-    def order(self) -> tuple[Segment, ...]:
+    def order(self, asked: Asked) -> tuple[Segment, ...]:
         """Segments after the prompt, with the semantic token where this format puts it."""
-        order = ARMS[self.arm].order
-        if self.semantic_before:
-            return (Segment.SEMANTIC, *(segment for segment in order if segment is not Segment.SEMANTIC))
-        return order
+        if self.semantic_before and Segment.SEMANTIC in asked.order:
+            return (Segment.SEMANTIC, *(segment for segment in asked.order if segment is not Segment.SEMANTIC))
+        return asked.order
 
 
 @dataclass(frozen=True)
@@ -164,12 +185,12 @@ class Layout:
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, question: str, *, explain: bool = False) -> list[int]:
+    def prompt_ids(self, question: str, *, other: bool = False) -> list[int]:
         """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program."""
-        return list(self.tokenizer(self.format.render(question, explain=explain))["input_ids"])
+        return list(self.tokenizer(self.format.render(question, other=other))["input_ids"])
 
     def sequences(self, sample: ReasoningSample, rationale: int = 0) -> list[Sequence]:
-        """One sequence (two in the prefix arm) for a sample.
+        """One sequence (two in the arms prefix and adaptive) for a sample.
 
         Raises DataError when the arm needs a rationale and the sample has none, when a text holds one of our
         special tokens, or when question and answer alone exceed max_length. A rationale that does not fit loses
@@ -185,20 +206,15 @@ class Layout:
         texts = (sample.question, sample.answer, *sample.rationales)
         if any(token in text for token in self.reserved for text in texts):
             raise DataError(f"sample {sample.id} holds {' or '.join(self.reserved)}", "remove it", path=where)
-        groups = (
-            [(segment,) for segment in self.format.order]
-            if len(self.arm.question_prefixes) > 1
-            else [self.format.order]
-        )
         return [
-            self._sequence(sample, rationale, group, explain=index > 0, where=where)
-            for index, group in enumerate(groups)
+            self._sequence(sample, rationale, self.format.order(asked), other=index > 0, where=where)
+            for index, asked in enumerate(self.arm.asked)
         ]
 
     def _sequence(
-        self, sample: ReasoningSample, rationale: int, order: tuple[Segment, ...], *, explain: bool, where: str
+        self, sample: ReasoningSample, rationale: int, order: tuple[Segment, ...], *, other: bool, where: str
     ) -> Sequence:
-        prompt = self.prompt_ids(sample.question, explain=explain)
+        prompt = self.prompt_ids(sample.question, other=other)
         parts = {
             Segment.ANSWER: [*self._plain(" " + sample.answer), self.stop_id],
             Segment.SEMANTIC: [self.semantic_id] * self.format.semantic_tokens,
@@ -240,7 +256,7 @@ def layout_for(config: Config, tokenizer: Any, *, is_encoder_decoder: bool) -> L
     Raises ConfigError for an arm that must write its rationale but is given no loss for it.
     """
     arm, loss = ARMS[config.arm], config.loss
-    if config.arm in ("pre_thinking", "prefix") and loss.rationale_weight == 0:
+    if config.arm in ("pre_thinking", "prefix", "adaptive") and loss.rationale_weight == 0:
         raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
     return Layout(
         tokenizer,

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.answering import LoadedStudent
 from pst_dist.config import Config
-from pst_dist.decode import Decoded, LoadedStudent, decode_rationales
+from pst_dist.decode import Decoded, decode_rationales
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.rundir import RunDir
 from pst_dist.schema import ReasoningSample

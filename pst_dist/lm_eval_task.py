@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from pst_dist.answering import LoadedStudent, load_student
 from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.config import Config
-from pst_dist.decode import LoadedStudent, load_student, max_positions
+from pst_dist.decode import max_positions
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.evaluate import rows_to_score
 from pst_dist.export import expected_prompt

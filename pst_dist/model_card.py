@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from pst_dist.adaptive import chosen_threshold
 from pst_dist.config import Config
 from pst_dist.evaluate import variant_of
 from pst_dist.layout import ARMS, AnswerFormat
@@ -27,6 +28,7 @@ _ARMS = {
     "pre_thinking": "trained to write a rationale first and the answer after it",
     "prefix": "trained on two tasks: the prefix `predict: ` asks for the answer, `explain: ` for the rationale",
     "post_thinking": "trained to answer first and to give the rationale after the answer",
+    "adaptive": "trained to answer first and, after the prefix `think: `, to write a rationale before the answer",
 }
 
 
@@ -76,6 +78,7 @@ def model_card(facts: CardFacts) -> str:
         f"```python\n{answer_code(facts)}\n```",
         _after_code(facts),
         *_rationale(facts),
+        *_thinking(facts),
         "## Evaluation",
         _evaluation(facts),
         "## Made from",
@@ -239,10 +242,10 @@ def rationale_code(facts: CardFacts) -> str | None:
     if not fmt.writes_rationale or not arm.needs_rationale or not arm.answers_first:
         return None
     end = "eos_token_id=tokenizer.eos_token_id"
-    if len(arm.question_prefixes) > 1:
+    if arm.name == "prefix":
         first = "1:" if facts.seq2seq else 'inputs["input_ids"].shape[1]:'
         lines = [
-            f"prompt = {fmt.render('{question}', explain=True)!r}.replace('{{question}}', question)",
+            f"prompt = {fmt.render('{question}', other=True)!r}.replace('{{question}}', question)",
             'inputs = tokenizer(prompt, return_tensors="pt")',
             f"explained = model.generate(**inputs, {end})",
             f"print(tokenizer.decode(explained[0, {first}], skip_special_tokens=True).strip())",
@@ -260,6 +263,38 @@ def rationale_code(facts: CardFacts) -> str | None:
         lines.append(f"explained = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), {end})")
     lines.append("print(tokenizer.decode(explained[0, asked.shape[1]:], skip_special_tokens=True).strip())")
     return "\n".join(lines)
+
+
+def _thinking(facts: CardFacts) -> list[str]:
+    """The section on thinking first when unsure; nothing for students that learnt one way."""
+    code = thinking_code(facts)
+    if code is None:
+        return []
+    words = (
+        "The student also learnt to think first. It pays where its answer at once is unsure: the threshold was chosen"
+    )
+    return ["## Thinking first when unsure", f"{words} on validation rows.", f"```python\n{code}\n```"]
+
+
+def thinking_code(facts: CardFacts) -> str | None:
+    """What goes on from `answer_code` to a second answer where the first is unsure; None without a threshold."""
+    fmt, threshold = facts.format, chosen_threshold(facts.evaluations)
+    if threshold is None:
+        return None
+    start = ", decoder_input_ids=start" if facts.seq2seq and fmt.semantic_before else ""
+    first = "1:" if facts.seq2seq else 'inputs["input_ids"].shape[1]:'
+    lines = [
+        f"scored = model.generate(**inputs{start}, output_logits=True, return_dict_in_generate=True)",
+        "probability = math.exp(sum(float(step.log_softmax(-1).max()) for step in scored.logits))",
+        f"if probability < {threshold}:",
+        f"    prompt = {fmt.render('{question}', other=True)!r}.replace('{{question}}', question)",
+        '    inputs = tokenizer(prompt, return_tensors="pt")',
+        f"    new = model.generate(**inputs)[0, {first}]",
+        "    text = tokenizer.decode(new, skip_special_tokens=True)",
+        f"    rationale, _, answer = (part.strip() for part in text.partition({fmt.answer_marker.strip()!r}))",
+        "print(answer)",
+    ]
+    return "\n".join(["import math", "", *lines])
 
 
 def _evaluation(facts: CardFacts) -> str:

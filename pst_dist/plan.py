@@ -285,5 +285,5 @@ def count_rows(config: Config) -> Rows:
         once = len(sample.question.encode()) + prompt + len(sample.answer.encode())
         tokens += min(config.layout.max_length, (once + written) / a_token) + arm.aligned
         texts += len(sample.rationales)
-    tokens *= len(arm.question_prefixes)
+    tokens *= len(arm.asked)
     return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact)

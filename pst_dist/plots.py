@@ -20,6 +20,7 @@ ARM_COLOURS = {
     "answer_only": "#5b6472",
     "pre_thinking": "#d0790b",
     "prefix": "#0f8a6d",
+    "adaptive": "#7b4fc9",
 }
 TERM_COLOURS = {"answer": "#2f6fdb", "rationale": "#d0790b", "alignment": "#c2255c"}
 INK, FAINT, _GRID = "#1f2733", "#7a8493", "#e4e8ee"

@@ -48,7 +48,7 @@ from pst_dist.divergence import (
 )
 from pst_dist.engine import Engine, build_engine, sums_over_ranks
 from pst_dist.errors import DataError, DivergedError, InputError
-from pst_dist.layout import layout_for
+from pst_dist.layout import ARMS, layout_for
 from pst_dist.libraries import quiet_libraries
 from pst_dist.locks import directory_lock
 from pst_dist.loss import TermWeights
@@ -160,7 +160,8 @@ class _Training:
         self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
         check_architecture(self.student.model)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
-        if config.arm == "pre_thinking":
+        asked = ARMS[config.arm].asked
+        if any(one.thinks_first for one in asked):
             check_marker(self.tokenizer, config.layout.answer_marker)
         self.layout = layout_for(config, self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         self.collate = Collator(
@@ -168,7 +169,7 @@ class _Training:
             pad_id=self.tokenizer.pad_token_id,
             decoder_start_id=self.student.decoder_start_id,
             teacher=self.teacher,
-            capacity=config.train.per_device_train_batch_size,
+            capacity=config.train.per_device_train_batch_size * len(asked),
         )
         self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
         self.device = device_of(ranks)

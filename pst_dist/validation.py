@@ -87,7 +87,7 @@ class Validator:
         with torch.no_grad():
             for sequences, muted in self._passes():
                 # InfoNCE's candidates when scoring are the pass's own rows.
-                keys = [(sequence.sample_id, sequence.rationale) for sequence in sequences]
+                keys = list(dict.fromkeys((sequence.sample_id, sequence.rationale) for sequence in sequences))
                 batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
                 alive()
                 output = engine.forward(batch.to(engine.device), unscaled)

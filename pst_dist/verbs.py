@@ -11,11 +11,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pst_dist.config import Config
 from pst_dist.config_io import dump_config, is_rows, load_config, overlays, ready_made_configs
 from pst_dist.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from pst_dist.answering import LoadedStudent
 
 _ON = {
     "embed": ("embed.backend",),
@@ -198,20 +201,48 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    from pst_dist.decode import answer_question, load_student
+    from pst_dist.answering import answer_question, load_student
 
-    student = load_student(_student_folder(Path(arguments.config)))
+    folder = _student_folder(Path(arguments.config))
+    student = load_student(folder)
+    think_below = _think_below(arguments.think_below, folder, student)
     questions = sys.stdin if arguments.question == "-" else [arguments.question]
     for question in questions:
-        answer = answer_question(student, question.strip(), explain=arguments.explain, max_new_tokens=256)
+        answer = answer_question(
+            student, question.strip(), explain=arguments.explain, max_new_tokens=256, think_below=think_below
+        )
         print(answer["answer"])
         if arguments.explain:
             silent = "was not taught to explain" if answer["complete"] else "never ended its answer"
             print(f"because: {answer['rationale'] or f'(this student {silent})'}")
         logging.getLogger("pst_dist").info(
-            "%d tokens, %.1f ms to the answer", answer["answer_tokens"], answer["milliseconds"]
+            "%d tokens, %.1f ms to the answer%s",
+            answer["answer_tokens"],
+            answer["milliseconds"],
+            ", thought first" if think_below and answer["thought_first"] else "",
         )
     return 0
+
+
+def _think_below(asked: float | None, folder: Path, student: LoadedStudent) -> float:
+    """The threshold of an adaptive student: the one asked for, the exported one, or what the evaluation chose."""
+    from pst_dist.adaptive import chosen_threshold
+    from pst_dist.evaluate import evaluations_of
+
+    if student.format.arm != "adaptive":
+        if asked is not None:
+            raise InputError(
+                f"--think-below is for students of arm adaptive, this one is of {student.format.arm}", path=folder
+            )
+        return 0.0
+    chosen = asked if asked is not None else student.format.think_below
+    if chosen is None:
+        chosen = chosen_threshold(evaluations_of(folder.parent, student.manifest))
+    if chosen is None:
+        logging.getLogger("pst_dist").warning(
+            "when to think is not chosen yet: it answers at once (`pst evaluate` chooses, --think-below sets it)"
+        )
+    return chosen or 0.0
 
 
 def _student_folder(path: Path) -> Path:

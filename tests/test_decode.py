@@ -6,26 +6,22 @@ import pytest
 import torch
 from tiny import ROWS, Tiny, fitted
 
-from pst_dist.decode import (
-    Decoded,
-    answer_question,
-    decode_answers,
-    decode_rationales,
-    load_student,
-    max_positions,
-    timed_answer,
-)
+from pst_dist.answering import answer_question, load_student, timed_answer
+from pst_dist.decode import Decoded, decode_answers, decode_rationales, max_positions
 from pst_dist.errors import InputError, IntegrityError
 
 QUESTIONS = [row.question for row in ROWS]
 
 
-def greedy(tiny: Tiny, question: str, most: int) -> list[int]:
-    """One row, no cache, no padding, no `generate`: the argmax of the full forward pass, token by token."""
+def greedy(tiny: Tiny, question: str, most: int) -> tuple[list[int], float]:
+    """One row, no cache, no padding, no `generate`: the argmax of the full forward pass, token by token, and the
+    product of its probabilities.
+    """
     prompt = tiny.layout.prompt_ids(question)
     ends = {tiny.layout.stop_id, tiny.tokenizer.eos_token_id}
     semantic = [tiny.layout.semantic_id] * (tiny.format.semantic_tokens if tiny.format.semantic_before else 0)
     made: list[int] = []
+    probability = 1.0
     tiny.model.eval()
     with torch.no_grad():
         while len(made) < most and not ends & set(made):
@@ -35,7 +31,8 @@ def greedy(tiny: Tiny, question: str, most: int) -> list[int]:
             else:
                 logits = tiny.model(input_ids=torch.tensor([[*prompt, *semantic, *made]])).logits
             made.append(int(logits[0, -1].argmax()))
-    return made
+            probability *= float(logits[0, -1].softmax(-1).max())
+    return made, probability
 
 
 def answers(tiny: Tiny, questions=QUESTIONS, *, batch_size=3, most=40) -> list[Decoded]:
@@ -50,7 +47,9 @@ def test_padded_batches_give_what_a_plain_greedy_loop_gives_each_row(architectur
     tiny = Tiny("pst", architecture, layout=layout, seed=3)
     questions = [*QUESTIONS, "A much longer question than the others, so that padding matters?"]
     for question, answer in zip(questions, answers(tiny, questions, batch_size=4, most=9), strict=True):
-        assert answer.token_ids == greedy(tiny, question, 9), question
+        made, probability = greedy(tiny, question, 9)
+        assert answer.token_ids == made, question
+        assert answer.probability == pytest.approx(probability, rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
@@ -116,7 +115,7 @@ def test_answers_cut_short_are_not_complete_and_get_no_rationale():
 @pytest.mark.parametrize(("arm", "loss"), [("answer_only", {}), ("pst", {"rationale_weight": 0})])
 def test_an_arm_without_rationale_tokens_writes_none(arm, loss):
     tiny = Tiny(arm, loss=loss)
-    decoded = [Decoded(" 5", " 5", 3, True, [1, 2, tiny.layout.stop_id])] * 4
+    decoded = [Decoded(" 5", " 5", 3, True, [1, 2, tiny.layout.stop_id], 0.5)] * 4
     reasons = decode_rationales(
         tiny.model, tiny.tokenizer, tiny.format, QUESTIONS, decoded, batch_size=2, max_new_tokens=9
     )
@@ -130,8 +129,8 @@ def test_generation_ends_with_the_models_positions_and_a_question_that_fills_the
     decoded = answers(tiny, [full, short, long], batch_size=1, most=40)
     assert (decoded[0].token_ids, decoded[0].complete) == ([], False)
     room = 48 - len(tiny.layout.prompt_ids(long))
-    assert decoded[2].token_ids == greedy(tiny, long, room) and len(decoded[2].token_ids) <= room
-    assert decoded[1].token_ids == greedy(tiny, short, 40)
+    assert decoded[2].token_ids == greedy(tiny, long, room)[0] and len(decoded[2].token_ids) <= room
+    assert decoded[1].token_ids == greedy(tiny, short, 40)[0]
 
 
 def test_the_model_is_left_in_the_mode_and_with_the_settings_it_had():

@@ -30,7 +30,7 @@ WRONG = (
 LEARNT = tuple(replace(row, id=f"t-{k}") for k, row in enumerate(ROWS))
 
 
-def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, **evaluation) -> Config:
+def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, validation=(), **evaluation) -> Config:
     """A run directory with a trained student and shards, as the stages before leave it."""
     tiny = fitted(arm)
     config = Config.model_validate(
@@ -43,7 +43,7 @@ def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, **evaluation)
     )
     tiny.save(path / "best")
     write_shards(
-        {"train": list(ROWS), "validation": [], "test": list(test)},
+        {"train": list(ROWS), "validation": list(validation), "test": list(test)},
         path / "data" / "shards",
         samples_per_shard=3,
         fingerprint=f"of {len(test)}",
@@ -220,16 +220,16 @@ def _format(arm: str) -> AnswerFormat:
 
 
 def _decoded(text: str, answer: str) -> Decoded:
-    return Decoded(text, answer, 9, True, [0])
+    return Decoded(text, answer, 9, True, [0], 0.5)
 
 
 def test_answer_first_text_is_scored_before_the_stop_and_pre_thinking_by_fine_tune_cots_rule():
     task = get_task("gsm8k")
     assert predict(task, _format("pst"), _decoded(" 12 of 30", " 12 of 30")) == "12"
-    thought = _decoded(" 3 and 4 --> 7 is it", " 7 is it")
-    assert predict(task, _format("pre_thinking"), thought) == "7"
-    assert predict(task, _format("pre_thinking"), _decoded(" 3 and 4 make 7", "")) == "7"
-    assert predict(task, _format("pre_thinking"), _decoded(" none", "")) is None
+    for arm in ("pre_thinking", "adaptive"):
+        thoughts = (" 3 and 4 --> 7 is it", " 7 is it"), (" 3 and 4 make 7", ""), (" none", "")
+        said = [predict(task, _format(arm), replace(_decoded(*thought), thought_first=True)) for thought in thoughts]
+        assert said == ["7", "7", None]
 
 
 def test_parse_failures_and_unfinished_answers_are_counted_apart():

@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import ROWS, Tiny, fitted
 
+from pst_dist.answering import load_student
 from pst_dist.config import Config
-from pst_dist.decode import decode_answers, decode_rationales, load_student
+from pst_dist.decode import decode_answers, decode_rationales
 from pst_dist.errors import DivergedError, InputError
 from pst_dist.export import export
 from pst_dist.layout import STOP_TOKEN

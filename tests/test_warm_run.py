@@ -12,8 +12,9 @@ from small_run import small_config
 from test_distributed_training import curve
 from tiny import ROWS, Tiny
 
+from pst_dist.answering import load_student
 from pst_dist.config import Config
-from pst_dist.decode import decode_answers, decode_rationales, load_student
+from pst_dist.decode import decode_answers, decode_rationales
 from pst_dist.encoder import locate_encoder
 from pst_dist.export import export
 from pst_dist.layout import STOP_TOKEN

@@ -83,7 +83,7 @@ class Tiny:
             loss=self.config.loss,
             pad_id=self.tokenizer.pad_token_id,
             decoder_start_id=self.student.decoder_start_id,
-            teacher=TinyTeacher() if self.config.arm == "pst" else None,
+            teacher=TinyTeacher() if self.config.arm in ("pst", "adaptive") else None,
         )
         return collate([sequence for row in self.rows for sequence in self.layout.sequences(row)])
 

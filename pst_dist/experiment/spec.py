@@ -31,6 +31,7 @@ from pst_dist.config_io import (
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage import digest_of
 
+_FIVE = tuple(name for name in ARM_NAMES if name != "adaptive")
 _BEGIN = "config"
 """The key of a task that names the config it begins with."""
 _OWN = ("output_dir", "data_dir", "data_cache", "arms", "seed")
@@ -68,8 +69,8 @@ class Experiment(Section):
     """Sets of keys such as `+paper_t5`, laid over the config of every task; `settings` win over them."""
     tasks: dict[str, dict[str, Any]]
     """Label of a task -> keys of its runs; `config:` names a config (file or ready-made) to begin with."""
-    variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in ARM_NAMES})
-    """Label of a variant -> its keys, on top of the task's; the five arms when not given."""
+    variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in _FIVE})
+    """Label of a variant -> its keys, on top of the task's; the five arms of the method when not given."""
     vary: dict[str, list[Any]] = Field(default_factory=dict)
     """Key -> values: every task and variant is run at each of them (several keys: at each combination)."""
     overrides: dict[str, Any] = Field(default_factory=dict)

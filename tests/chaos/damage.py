@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chaos.goal import Result, measured
+from pst_dist.answering import load_student
 from pst_dist.checkpoint import is_intact_student, newest_valid
-from pst_dist.decode import load_student
 from pst_dist.distributed import Ranks
 from pst_dist.embeddings import EmbeddingStore
 from pst_dist.errors import PstError

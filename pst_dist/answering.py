@@ -1,0 +1,148 @@
+"""A trained student at work: loaded and verified, asked, timed, and, where it learnt both, thinking first when unsure.
+
+How tokens are generated is `decode`; from which certainty on an adaptive student answers at once is chosen by
+`adaptive` on validation rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pst_dist.checkpoint import FORMAT_FILE
+from pst_dist.decode import Decoded, decode_answers, decode_rationales, max_positions
+from pst_dist.errors import InputError, IntegrityError
+from pst_dist.layout import AnswerFormat
+from pst_dist.libraries import quiet_libraries
+from pst_dist.storage import Manifest, read_json, read_manifest, verify_files
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A trained student, ready to answer."""
+
+    model: Any
+    tokenizer: Any
+    format: AnswerFormat
+    manifest: Manifest
+    directory: Path
+
+
+def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
+    """The student that training left in `directory`, or an export of it, on `device` (the best one when not given).
+
+    Every file is compared with its digest first. Raises InputError when there is no finished student and
+    IntegrityError when it is damaged.
+    """
+    quiet_libraries()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    # An export is told by its model card.
+    manifest = read_manifest(directory, "export" if (directory / "README.md").is_file() else "student")
+    if manifest is None:
+        raise InputError("there is no trained student here", "run `pst train` first", path=directory)
+    verify_files(directory, manifest)
+    try:
+        fmt = AnswerFormat(**read_json(directory / FORMAT_FILE))
+        seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
+        auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return LoadedStudent(model, tokenizer, fmt, manifest, directory)
+
+
+def answer_adaptively(
+    student: LoadedStudent,
+    questions: Sequence[str],
+    *,
+    think_below: float,
+    batch_size: int,
+    max_new_tokens: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Decoded]:
+    """Answer at once, and where the probability of that answer is under `think_below`, think first and answer anew.
+
+    The tokens of both count. The probability is that of the answer at once in either case.
+    """
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    ask = (student.model, student.tokenizer, student.format)
+    at_once = decode_answers(*ask, questions, on_batch=on_batch, **settings)
+    unsure = [row for row, answer in enumerate(at_once) if answer.probability < think_below]
+    thought = decode_answers(*ask, [questions[row] for row in unsure], other=True, **settings)
+    answers = list(at_once)
+    for row, answer in zip(unsure, thought, strict=True):
+        answers[row] = after_thought(at_once[row], answer)
+    return answers
+
+
+def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
+    """The answer that was thought about, with the tokens of the one at once on its bill."""
+    tokens = at_once.answer_tokens + thought.answer_tokens
+    return replace(thought, answer_tokens=tokens, probability=at_once.probability)
+
+
+def timed_answer(
+    student: LoadedStudent, question: str, *, max_new_tokens: int, think_below: float = 0.0
+) -> tuple[Decoded, float]:
+    """One question's answer and its wall time in milliseconds, tokenising included, the device waited for."""
+    _wait_for_device(student.model)
+    started = time.perf_counter()
+    (answer,) = answer_adaptively(
+        student, [question], think_below=think_below, batch_size=1, max_new_tokens=max_new_tokens
+    )
+    _wait_for_device(student.model)
+    return answer, (time.perf_counter() - started) * 1000
+
+
+def _wait_for_device(model: Any) -> None:
+    if model.get_input_embeddings().weight.is_cuda:
+        torch.cuda.synchronize()
+
+
+def answer_question(
+    student: LoadedStudent, question: str, *, explain: bool, max_new_tokens: int, think_below: float = 0.0
+) -> dict[str, Any]:
+    """What `pst answer` prints: answer, complete, answer_tokens, milliseconds and, with `explain`, the rationale.
+
+    `think_below` is an adaptive student's: less sure than that of its answer, it thinks first; `thought_first` says
+    whether it did. The rationale is None where the arm does not write one. Raises InputError for an empty
+    question or one that leaves the model no position to answer in.
+    """
+    if not question.strip():
+        raise InputError("the question is empty", "give it in quotes")
+    answer, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
+    if not answer.token_ids:
+        raise InputError(
+            f"the question fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
+        )
+    result: dict[str, Any] = {
+        "answer": answer.answer_text.strip(),
+        "complete": answer.complete,
+        "answer_tokens": answer.answer_tokens,
+        "milliseconds": milliseconds,
+        "thought_first": answer.thought_first,
+    }
+    if explain:
+        (rationale,) = decode_rationales(
+            student.model,
+            student.tokenizer,
+            student.format,
+            [question],
+            [answer],
+            batch_size=1,
+            max_new_tokens=max_new_tokens,
+        )
+        result["rationale"] = rationale or None
+    return result

@@ -52,11 +52,10 @@ def ready_made_configs(folder_name: str = "") -> list[str]:
 def overlays() -> dict[str, str]:
     """Name -> one line of help of the overlays that come with the package: `+NAME` lays one over any config."""
     found = {}
-    folder = resources.files("pst_dist") / "configs" / "overlays"
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".yaml"):
-            first = entry.read_text(encoding="utf-8").partition("\n")[0]
-            found[entry.name.removesuffix(".yaml")] = first.removeprefix("# ").rstrip(".")
+    for name in ready_made_configs("overlays"):
+        file = resources.files("pst_dist") / "configs" / "overlays" / f"{name}.yaml"
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        found[name] = first.removeprefix("# ").rstrip(".")
     return found
 
 

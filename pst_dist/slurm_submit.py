@@ -22,7 +22,8 @@ from pst_dist.slurm import SlurmRequest, render
 from pst_dist.slurm_commands import ask, check_controller
 from pst_dist.storage import read_manifest
 
-_MEMORY_FILES = ("tmpfs", "ramfs", "overlay")
+OF_ONE_MACHINE = ("tmpfs", "ramfs", "overlay", "devtmpfs")
+"""File systems that no other node can see."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _check_shared(folder: Path, request: SlurmRequest) -> None:
     if set(hosts.split()) <= here:
         return
     kind = filesystem_of(folder, Path("/proc/self/mounts").read_text())
-    if kind in _MEMORY_FILES:
+    if kind in OF_ONE_MACHINE:
         raise EnvironmentFault(
             f"this is a {kind} of this machine alone, and jobs run on others",
             "set output_dir to a directory on a shared file system (NFS, Lustre, …)",

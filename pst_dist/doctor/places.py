@@ -22,12 +22,11 @@ from pst_dist.errors import IntegrityError, PstError
 from pst_dist.locks import lock_holder
 from pst_dist.plan import Machines, Plan, make_plan
 from pst_dist.rundir import expand_arms, run_dir
-from pst_dist.slurm_submit import filesystem_of
+from pst_dist.slurm_submit import OF_ONE_MACHINE, filesystem_of
 from pst_dist.storage import Manifest, bytes_below, read_manifest
 
 _MEBIBYTE = 1 << 20
 _CLOCK_SECONDS = 30.0
-_OF_ONE_MACHINE = ("tmpfs", "ramfs", "overlay", "devtmpfs")
 _MAKES = {"shards": "pst shard", "embeddings": "pst embed", "checkpoint": "pst train", "student": "pst train"}
 
 
@@ -57,7 +56,7 @@ def place(name: str, folder: Path, nodes: int) -> list[Finding]:
     kind = filesystem_of(folder, Path("/proc/self/mounts").read_text())
     faults = _try(folder)
     findings = [problem(name, f"{folder} ({kind}): {fault}", "choose another file system") for fault in faults]
-    if nodes > 1 and kind in _OF_ONE_MACHINE:
+    if nodes > 1 and kind in OF_ONE_MACHINE:
         findings.append(
             problem(
                 name,

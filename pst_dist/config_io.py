@@ -206,10 +206,15 @@ def load_tree(name: str | None, overlays: Sequence[str] = ()) -> dict[str, Any]:
     Raises as `load_config` does; nothing is checked but that they are there and can be read.
     """
     tree = read_yaml(locate_config(name))[0] if name is not None else {}
+    lay_over(tree, overlays)
+    return tree
+
+
+def lay_over(tree: dict[str, Any], overlays: Sequence[str]) -> None:
+    """Lay overlays (`+NAME`) over the keys of a config; raises InputError for one that is not there."""
     for word in overlays:
         _lay_over(tree, locate_overlay(word), {})
     _drop_empty_sections(tree)
-    return tree
 
 
 def _lay_over(tree: dict[str, Any], path: Path, origins: dict[tuple[str, ...], dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,15 +104,26 @@ def test_a_map_of_columns_is_one_value_and_replaces_that_of_the_config(tmp_path)
     assert load_config("svamp").data.columns != run.config.data.columns == {"question": "q"}
 
 
-def test_an_overlay_lies_over_every_tasks_config_and_under_the_experiments_own_keys(tmp_path):
+def test_an_overlay_in_the_file_lies_over_every_tasks_config_and_under_the_experiments_own_keys(tmp_path):
     tasks = {"a": {"config": "svamp", "train.num_train_epochs": 2}, "b": {"config": "addsub"}}
-    file = write(tmp_path / "e.yaml", tasks=tasks, settings={"train.learning_rate": 1e-4}, seeds=[0])
-    runs = runs_of(load_experiment(str(file), ["+paper_gpt2", "data.root=here"]))
+    settings = {"train.learning_rate": 1e-4}
+    file = write(tmp_path / "e.yaml", tasks=tasks, settings=settings, seeds=[0], overlays=["+paper_gpt2"])
+    runs = runs_of(load_experiment(str(file), ["data.root=here"]))
     plain = load_config("addsub", ["+paper_gpt2"])
     for run in runs:
         assert run.config.train.global_batch_size == plain.train.global_batch_size == 8
         assert run.config.train.learning_rate == 1e-4
         assert run.config.train.num_train_epochs == (2 if run.task == "a" else plain.train.num_train_epochs)
+
+
+def test_a_recipe_on_the_command_line_wins_over_the_file_and_a_key_over_the_recipe(tmp_path):
+    """`pst experiment twelve +paper_t5` once trained the published students for the 200 steps of small ones."""
+    runs = runs_of(load_experiment("twelve", ["+paper_t5", "data.root=here", "train.num_train_epochs=3"]))
+    for run in runs[:5]:
+        plain = load_config("single_eq", ["+paper_t5", "data.root=here"])
+        assert run.config.train == plain.train.model_copy(update={"num_train_epochs": 3})
+        assert (run.config.data.max_rows, run.config.evaluate.max_rows) == (None, None)
+        assert run.config.arm in {"answer_only", "pre_thinking", "prefix", "post_thinking", "pst"}
 
 
 @pytest.mark.parametrize(
@@ -214,9 +226,23 @@ def test_an_experiment_ends_with_a_table_a_page_and_numbers(small):
     assert all(len(group["accuracies"]) == 2 and group["rows"] == 12 for group in found["groups"])
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 6
     page = (folder / "README.md").read_text()
-    assert "![accuracy of every variant](accuracy.png)" in page and "## Published, for comparison" in page
+    assert "![accuracy of every variant](accuracy.png)" in page and "## Published" not in page
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("checkpoint-*")) and len(list(folder.rglob("best/model.safetensors"))) == 6
+
+
+def test_the_page_has_published_numbers_for_real_rows_and_both_ways_of_an_adaptive_student(small):
+    experiment = load_experiment(str(small[0]))
+    results = collect(experiment, runs_of(experiment))
+    ways = {"at once": (0.5, 3, 0), "always thinking": (0.9, 33, 1), "as it chose": (0.85, 12, 0.3)}
+    adaptive = {
+        way: dict(zip(("accuracy", "tokens", "thinking"), numbers, strict=True)) for way, numbers in ways.items()
+    }
+    group = replace(results.groups[0], generated=False, adaptive=adaptive)
+    page = page_of(replace(results, groups=[group]), ["pst"], [])
+    assert "## Published, for comparison" in page and "| Flan-T5 base, 220M, CoT | 50.00 |" in page
+    assert "| letters | answer_only | as it chose | 85.00 | 12.0 | 30.0 |" in page
+    assert "## Answering at once" not in page_of(results, ["pst"], [])
 
 
 def test_a_finished_experiment_does_nothing_and_says_the_same(small):

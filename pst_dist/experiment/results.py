@@ -74,6 +74,13 @@ class Group:
     steps: float | None
     unread: int
     """Outputs over all seeds in which no answer was found."""
+    device: str
+    """What answered."""
+    generated: bool
+    """Whether the rows were made by a generator, in which case no published number is of the same ones."""
+    adaptive: dict[str, dict[str, float]] | None
+    """An adaptive student's answers at once, always after thinking, and as it chose: accuracy, tokens and the share of
+    rows that were thought about, means over seeds."""
     tests: tuple[Difference, ...] = ()
 
     @property
@@ -200,8 +207,21 @@ def _group(
         parameters=own.results[0]["parameters"],
         steps=_mean([record.get("steps") for record in training]),
         unread=sum(result["parse_failures"] for result in own.results),
+        device=own.results[0]["device"],
+        generated="gen:" in f"{own.runs[0].config.data.train} {own.runs[0].config.data.test}",
+        adaptive=_adaptive([result["adaptive"] for result in own.results if "adaptive" in result]),
         tests=tuple(test for test in tests if test is not None),
     )
+
+
+def _adaptive(accounts: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]] | None:
+    """Means over seeds of what the evaluations say of an adaptive student."""
+    if not accounts:
+        return None
+    ways = {"at once": [account["at_once"] for account in accounts]}
+    ways |= {"always thinking": [account["always_thinking"] for account in accounts], "as it chose": list(accounts)}
+    names = ("accuracy", "tokens", "thinking")
+    return {way: {name: float(np.mean([one[name] for one in found])) for name in names} for way, found in ways.items()}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

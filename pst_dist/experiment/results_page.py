@@ -115,7 +115,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
         ]
     if "cost.png" in pictures:
         parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)"]
-    parts += ["## Cost of training", _cost(panels)]
+    parts += [*_adaptive(panels), "## Cost of training", _cost(panels)]
     published = _published(results)
     if published:
         parts += ["## Published, for comparison", *published]
@@ -164,6 +164,23 @@ def _short(group: Group | None) -> str:
     return f"{100 * group.accuracy:.2f} ± {100 * group.stderr:.2f}{mark}"
 
 
+def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:
+    """The section on students that choose when to think; nothing without one."""
+    rows = [["task", "variant", "answers", "accuracy %", "tokens", "thought about %"]]
+    for title, groups in panels:
+        for group in groups:
+            for way, mean in (group.adaptive or {}).items():
+                shares = (f"{100 * mean['accuracy']:.2f}", f"{mean['tokens']:.1f}", f"{100 * mean['thinking']:.1f}")
+                rows.append([title, group.variant, way, *shares])
+    if len(rows) == 1:
+        return []
+    words = (
+        "One student each, which learnt both orders. It thinks where the probability of its answer at once is under a "
+        "threshold chosen on validation rows; tokens are of both answers where it did."
+    )
+    return ["## Answering at once or thinking first", words, _markdown(rows, text=3)]
+
+
 def _cost(panels: Sequence[tuple[str, list[Group]]]) -> str:
     header = ["task", "variant", "parameters", "steps", "tokens trained on", "seconds"]
     rows = [header]
@@ -179,12 +196,12 @@ def _cost(panels: Sequence[tuple[str, list[Group]]]) -> str:
                     f"{group.training_seconds:,.0f}" if group.training_seconds else "",
                 ]
             )
-    return _markdown(rows) + "\n\nMeans over seeds; seconds depend on what else the machine was doing."
+    return _markdown(rows, text=2) + "\n\nMeans over seeds; seconds depend on what else the machine was doing."
 
 
 def _published(results: Results) -> list[str]:
-    """Fine-tune-CoT's tables for the tasks that are among its twelve."""
-    scored_as = {group.scored_as for group in results.groups}
+    """Fine-tune-CoT's tables for the tasks that are among its twelve; made-up rows are not theirs."""
+    scored_as = {group.scored_as for group in results.groups if not group.generated}
     names = [name for name in PUBLISHED_TASKS if name in scored_as]
     if not names:
         return []
@@ -203,19 +220,21 @@ def _published(results: Results) -> list[str]:
 
 def _how(results: Results, command: Sequence[str]) -> str:
     versions = environment()
-    shown = ("python", "pst_dist", "torch", "transformers", "sentence-transformers", "platform")
+    shown = ("python", "pst_dist", "torch", "transformers", "sentence-transformers")
+    devices = " and ".join(dict.fromkeys(group.device for group in results.groups))
     lines = [
         f"    {shlex.join(command)}",
         "",
         "Typed again, it goes on where it stopped, and is a no-op when finished. ",
     ]
-    lines[-1] += ", ".join(f"{name} {versions[name]}" for name in shown) + "."
+    lines[-1] += ", ".join(f"{name} {versions[name]}" for name in shown) + (f"; on {devices}." if devices else ".")
     return "\n".join(lines)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def _markdown(rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
+    """A table; the first `text` columns are words, the others numbers."""
     header, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---", *("---:" for _ in header[1:])]
+    rule = ["---" if place < text else "---:" for place in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 

@@ -22,6 +22,7 @@ from pst_dist.config_io import (
     explain,
     flat_keys,
     known_keys,
+    lay_over,
     load_tree,
     parse_override,
     read_yaml,
@@ -67,6 +68,8 @@ class Experiment(Section):
     """Keys of every run: `train.max_steps: 300`, or sections as in a config. A task's own keys win over them."""
     overlays: list[str] = Field(default=[])
     """Sets of keys such as `+paper_t5`, laid over the config of every task; `settings` win over them."""
+    recipe: list[str] = Field(default=[])
+    """Such sets that win over `settings` and a task's own keys: those of the command line, `+paper_t5`."""
     tasks: dict[str, dict[str, Any]]
     """Label of a task -> keys of its runs; `config:` names a config (file or ready-made) to begin with."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in _FIVE})
@@ -154,8 +157,8 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment by path or ready-made name.
 
     A word `key=value` changes the experiment when the key is one of its own (`seeds=[0]`), else it is a key of every
-    run (`train.max_steps=50`); `+paper_t5` lays an overlay over all. Raises InputError when there is no such file,
-    ConfigError with file and line for what is wrong in it.
+    run (`train.max_steps=50`); `+paper_t5` lays an overlay over what the file says of all runs. Raises InputError when
+    there is no such file, ConfigError with file and line for what is wrong in it.
     """
     path = Path(name)
     if not path.is_file():
@@ -167,7 +170,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     origins: dict[tuple[str, ...], dict[str, Any]] = {}
     for word in overrides:
         if word.startswith("+"):
-            tree["overlays"] = [*(tree.get("overlays") or []), word]
+            tree["recipe"] = [*(tree.get("recipe") or []), word]
             continue
         keys, value = parse_override(word)
         if keys[0] in Experiment.model_fields:
@@ -187,9 +190,7 @@ def runs_of(experiment: Experiment) -> list[Run]:
     Raises ConfigError, naming task and variant, for keys that make no valid config, and for labels that would share a
     directory.
     """
-    bases = {
-        task: _begin(task, keys, experiment.settings, experiment.overlays) for task, keys in experiment.tasks.items()
-    }
+    bases = {task: _begin(task, experiment) for task in experiment.tasks}
     runs: list[Run] = []
     trained: dict[str, list[str]] = {}
     for seed, (task, base), point, (variant, keys) in itertools.product(
@@ -211,14 +212,16 @@ def _training_of(config: Config) -> str:
     return digest_of(config.model_dump(mode="json", exclude={"output_dir", "evaluate"}))
 
 
-def _begin(task: str, keys: Mapping[str, Any], settings: Mapping[str, Any], overlays: Sequence[str]) -> dict[str, Any]:
+def _begin(task: str, experiment: Experiment) -> dict[str, Any]:
     """The tree of keys that a task's runs begin with."""
+    keys = experiment.tasks[task]
     name = keys.get(_BEGIN)
-    tree = load_tree(None if name is None else str(name), overlays)
+    tree = load_tree(None if name is None else str(name), experiment.overlays)
     for own in _OWN:
         tree.pop(own, None)
-    _put(tree, settings, "settings")
+    _put(tree, experiment.settings, "settings")
     _put(tree, {key: value for key, value in keys.items() if key != _BEGIN}, f"tasks.{task}")
+    lay_over(tree, experiment.recipe)
     return tree
 
 

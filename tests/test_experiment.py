@@ -138,6 +138,7 @@ def test_a_recipe_on_the_command_line_wins_over_the_file_and_a_key_over_the_reci
         ({"sedes": [0]}, "did you mean 'seeds'"),
         ({"vary": {"data.max_rows": []}}, "has no values"),
         ({"settings": {"train.lr": 1}}, "train.lr"),
+        ({"pairs": [["no alignment", "pst"]]}, "there is no variant 'pst'"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, changes, said):
@@ -212,7 +213,7 @@ def test_the_published_tables_have_a_number_for_each_of_the_twelve_tasks():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    file = write(tmp_path_factory.mktemp("experiment") / "small.yaml")
+    file = write(tmp_path_factory.mktemp("experiment") / "small.yaml", pairs=[["no alignment", "pre_thinking"]])
     return file, pst(str(file), "jobs=2")
 
 
@@ -225,8 +226,11 @@ def test_an_experiment_ends_with_a_table_a_page_and_numbers(small):
     assert [group["variant"] for group in found["groups"]] == list(SMALL["variants"])
     assert all(len(group["accuracies"]) == 2 and group["rows"] == 12 for group in found["groups"])
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + 6
+    (pair,), (_, _, last) = found["pairs"], found["groups"]
+    assert pair["variant"] == "no alignment" and pair["test"] in last["tests"]
     page = (folder / "README.md").read_text()
     assert "![accuracy of every variant](accuracy.png)" in page and "## Published" not in page
+    assert "| letters | no alignment | pre_thinking | " in page
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("checkpoint-*")) and len(list(folder.rglob("best/model.safetensors"))) == 6
 

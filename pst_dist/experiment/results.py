@@ -9,6 +9,7 @@ it looks is `results_page` and `pictures`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -94,11 +95,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """One of the experiment's pairs, on one task at one point."""
+
+    task: str
+    point: Point
+    variant: str
+    test: Difference
+
+
+@dataclass(frozen=True)
 class Results:
     """An experiment's results as far as its runs are finished."""
 
     experiment: Experiment
     groups: list[Group]
+    pairs: list[Pair]
     missing: list[Run]
     failures: dict[str, str] = field(default_factory=dict)
     """Name of a run -> what ended it."""
@@ -112,6 +124,7 @@ class Results:
         return {
             "experiment": self.experiment.model_dump(mode="json"),
             "groups": [asdict(group) | {"stderr": group.stderr} for group in self.groups],
+            "pairs": [asdict(pair) for pair in self.pairs],
             "missing": [run.name for run in self.missing],
             "failures": self.failures,
         }
@@ -157,7 +170,18 @@ def collect(experiment: Experiment, runs: Sequence[Run], failures: dict[str, str
     tasks = {label: place for place, label in enumerate([*experiment.tasks])}
     points = {point: place for place, point in enumerate(experiment.points)}
     groups.sort(key=lambda group: (tasks[group.task], points[group.point], order[group.variant]))
-    return Results(experiment, groups, missing, failures or {})
+    return Results(experiment, groups, _pairs(experiment, scored), missing, failures or {})
+
+
+def _pairs(experiment: Experiment, scored: dict[tuple[str, str, Point], _Scored]) -> list[Pair]:
+    """Every pair on every task and point where both have a seed in common."""
+    found = []
+    for (variant, other), task, point in itertools.product(experiment.pairs, experiment.tasks, experiment.points):
+        own, base = scored.get((task, variant, point)), scored.get((task, other, point))
+        test = _test(other, own, base) if own and base else None
+        if test is not None:
+            found.append(Pair(task, point, variant, test))
+    return found
 
 
 def _group(

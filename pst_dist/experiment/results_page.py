@@ -16,6 +16,7 @@ from pst_dist.atomic import atomic_path, write_text
 from pst_dist.compare import format_p
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
 from pst_dist.experiment.results import Group, Results
+from pst_dist.experiment.spec import point_words
 from pst_dist.rundir import environment
 from pst_dist.storage import write_json
 from pst_dist.tasks.published import PUBLISHED, PUBLISHED_TASKS
@@ -113,8 +114,11 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
             f"{groups[0].rows:,} {groups[0].split} rows" + _chance(groups[0]) + ".",
             _markdown(_rows(results, groups)),
         ]
+    if results.pairs:
+        parts += ["## Pairs", _pairs(results)]
     if "cost.png" in pictures:
-        parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)"]
+        caption = "Points of like tokens are drawn a little apart."
+        parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)", caption]
     parts += [*_adaptive(panels), "## Cost of training", _cost(panels)]
     published = _published(results)
     if published:
@@ -162,6 +166,17 @@ def _short(group: Group | None) -> str:
     test = group.against("answer_only")
     mark = "" if test is None or test.low <= 0 <= test.high else (" +" if test.low > 0 else " -")
     return f"{100 * group.accuracy:.2f} ± {100 * group.stderr:.2f}{mark}"
+
+
+def _pairs(results: Results) -> str:
+    rows = [["task", "variant", "against", "difference", "95 % interval", "p", "seeds"]]
+    for pair in results.pairs:
+        test = pair.test
+        title = ", ".join([pair.task, *point_words(pair.point)])
+        interval = f"{100 * test.low:+.2f} to {100 * test.high:+.2f}"
+        difference = f"{100 * test.difference:+.2f}"
+        rows.append([title, pair.variant, test.baseline, difference, interval, format_p(test.p), str(test.seeds)])
+    return _markdown(rows, text=3)
 
 
 def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:

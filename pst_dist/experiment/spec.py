@@ -82,6 +82,8 @@ class Experiment(Section):
     """One run of everything for each."""
     baselines: list[str] = Field(default=["answer_only", "pre_thinking"])
     """Variants that all others are tested against, on the same rows."""
+    pairs: list[tuple[str, str]] = Field(default=[])
+    """Pairs of variants to test against each other besides: `[pst, post_thinking]`."""
     keep: Literal["results", "student", "all"] = "student"
     """What stays of a finished run besides its results: nothing, the student, or checkpoints too."""
     jobs: Positive | None = None
@@ -103,6 +105,9 @@ class Experiment(Section):
         empty = [key for key, values in self.vary.items() if not values]
         if empty:
             raise ValueError(f"vary.{empty[0]} has no values")
+        unknown = [name for pair in self.pairs for name in pair if name not in self.variants]
+        if unknown:
+            raise ValueError(f"pairs: there is no variant {unknown[0]!r}")
         return self
 
     @property

@@ -116,7 +116,10 @@ def main() -> None:
     print(f"{'':57}       %         %     rows        %        %")
     rows = [row for run in args.runs for row in measure(run, args)]
     if args.output:
-        write_json(args.output, {"samples": args.samples, "seed": args.seed, "machine": machine(torch.device("cpu")), "rows": rows})
+        write_json(
+            args.output,
+            {"samples": args.samples, "seed": args.seed, "machine": machine(torch.device("cpu")), "rows": rows},
+        )
 
 
 if __name__ == "__main__":

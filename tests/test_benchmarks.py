@@ -19,6 +19,10 @@ from checkpoint_price import priced  # noqa: E402
 from contenders import MAKERS, NotHere, cross_entropy  # noqa: E402
 from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
 from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
+from test_evaluate import make_run  # noqa: E402
+
+from pst_dist.config_io import RESOLVED, dump_config  # noqa: E402
+from pst_dist.evaluate import evaluate  # noqa: E402
 
 
 def run(script, *arguments):
@@ -26,6 +30,18 @@ def run(script, *arguments):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_vote_of_a_student_that_is_sure_is_its_greedy_answer(tmp_path):
+    config = make_run(tmp_path / "run")
+    evaluate(config)
+    (tmp_path / "run" / RESOLVED).write_text(dump_config(config))
+    output = tmp_path / "result.json"
+    printed = run("self_consistency.py", tmp_path / "run", "--samples", 4, "--temperature", 0.05, "--output", output)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["majority"] == row["greedy"] == row["certain"] == 4 / 6
+    assert (row["rows"], row["certain_rows"], row["unsure"]) == (6, 6, None)
+    assert "66.67" in printed
 
 
 def test_the_step_benchmark_compares_equal_losses_and_counts_pages(tmp_path):

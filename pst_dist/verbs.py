@@ -213,7 +213,8 @@ def answer(arguments: argparse.Namespace) -> int:
         )
         print(answer["answer"])
         if arguments.explain:
-            silent = "was not taught to explain" if answer["complete"] else "never ended its answer"
+            silent = "wrote none" if student.format.writes_rationale else "was not taught to explain"
+            silent = silent if answer["complete"] else "never ended its answer"
             print(f"because: {answer['rationale'] or f'(this student {silent})'}")
         logging.getLogger("pst_dist").info(
             "%d tokens, %.1f ms to the answer%s",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from small_run import small_config
+from tiny import ROWS, Tiny
 
 from pst_dist.cli import run_verb
 from pst_dist.config_io import dump_config, load_config
@@ -318,3 +319,9 @@ def test_a_disk_that_refuses_a_librarys_file_is_one_line_too(tmp_path, monkeypat
     monkeypatch.setattr("pst_dist.verbs.report", full)
     assert run_verb(["report", str(tmp_path)]) == 4
     assert f"pst: error[ENVIRONMENT] {tmp_path}/events: cannot write: No space left" in capsys.readouterr().err
+
+
+def test_a_student_that_writes_no_rationale_says_so(tmp_path, capsys):
+    Tiny("answer_only").fit().save(tmp_path / "best")
+    code, out, _ = run(capsys, "answer", tmp_path, ROWS[1].question, "--explain")
+    assert (code, out) == (0, f"{ROWS[1].answer}\nbecause: (this student was not taught to explain)\n")

@@ -32,7 +32,7 @@ def submit(arguments: argparse.Namespace) -> int:
 def _slurm(arguments: argparse.Namespace) -> int:
     from pst_dist import slurm, slurm_commands, slurm_follow, slurm_submit
 
-    number = arguments.follow
+    number, line = arguments.follow, None
     if number is None:
         request, overrides = slurm.read_words(arguments.overrides)
         config = load_config(arguments.config, overrides)
@@ -40,36 +40,42 @@ def _slurm(arguments: argparse.Namespace) -> int:
             print(slurm.render(request, config, Path(config.output_dir).absolute() / "slurm" / "config.yaml"), end="")
             return 0
         number = slurm_submit.submit(config, request, say=print)
+        line = slurm_submit.submitted(config, request, number)
     else:
         slurm_commands.check_controller()
-    if arguments.no_follow:
-        return 0
-    try:
-        return slurm_follow.follow(number, say=lambda line: print(line, flush=True))
+    try:  # from the line on that says so, Ctrl-C is about a job that is there
+        if line:
+            _say(line)
+        return 0 if arguments.no_follow else slurm_follow.follow(number, say=_say)
     except KeyboardInterrupt:
         print(slurm_follow.stopped_following(number), file=sys.stderr)
         return 130
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _ray(arguments: argparse.Namespace) -> int:
     from pst_dist import ray_dashboard, ray_submit
 
-    name = arguments.follow
+    name, line = arguments.follow, None
     if name is None:
         request, overrides = ray_submit.read_words(arguments.overrides)
         job = ray_submit.make_job(request, arguments.config, overrides)
         if arguments.dry_run:
             print("\n".join(job.lines(ray_submit.check_size(job))))
             return 0
-        name = ray_submit.submit(job, say=lambda line: print(line, flush=True))
+        name = ray_submit.submit(job, say=_say)
+        line = f"job {name}: submitted; {request.address}/#/jobs/{name}"
     else:
         # With --follow there is no config: what stands in its place is a word.
         words = [*filter(None, [arguments.config]), *arguments.overrides]
         request, _ = ray_submit.read_words(words)
-    if arguments.no_follow:
-        return 0
     try:
-        return ray_dashboard.follow(request.address, name, say=lambda line: print(line, flush=True))
+        if line:
+            _say(line)
+        return 0 if arguments.no_follow else ray_dashboard.follow(request.address, name, say=_say)
     except KeyboardInterrupt:
         again = ray_dashboard.look_again(name, request.address)
         print(f"pst: no longer following job {name}: {again}", file=sys.stderr)

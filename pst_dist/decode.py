@@ -59,19 +59,17 @@ def decode_answers(
 ) -> list[Decoded]:
     """Answer every question greedily; the results are in the order of `questions`.
 
-    `other` asks an adaptive student to think first.
-
     Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
     max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
     longest prompt sets the limit, and a question that fills them all is left unanswered. `given` are rationales that
     pre_thinking is taken to have written, one a question; arms that answer first have not come to theirs yet when the
-    answer is there. `on_batch` is told how many questions each batch has finished. The model is decoded in evaluation
-    mode and left in the mode it had.
+    answer is there. `other` has an adaptive student think first. `on_batch` is told how many questions each batch has
+    finished. The model is decoded in evaluation mode and left in the mode it had.
     """
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
-    semantic = [layout.semantic_id] * (fmt.semantic_tokens if fmt.semantic_before else 0)
     asked = ARMS[fmt.arm].asked[-1 if other else 0]
-    semantic = semantic if Segment.SEMANTIC in asked.order else []
+    before = fmt.semantic_before and Segment.SEMANTIC in asked.order
+    semantic = [layout.semantic_id] * (fmt.semantic_tokens if before else 0)
     thoughts = [[]] * len(questions) if given is None or not asked.thinks_first else _thoughts(layout, given)
     contexts = [
         _context(model, layout.prompt_ids(question, other=other), [*semantic, *thought])
@@ -81,9 +79,8 @@ def decode_answers(
     decoded: list[Decoded | None] = [None] * len(questions)
     for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
         for row, (ids, probability) in zip(rows, generated, strict=True):
-            given_ids = thoughts[row]
             # Nothing follows the stop token; an end-of-sequence token without one ends an answer that is not complete.
-            text = text_of(tokenizer, [*given_ids, *ids])
+            text = text_of(tokenizer, [*thoughts[row], *ids])
             decoded[row] = Decoded(
                 text=text,
                 answer_text=text.partition(fmt.answer_marker.strip())[2] if asked.thinks_first else text,

@@ -229,7 +229,6 @@ def submit(job: RayJob, *, say: Callable[[str], None]) -> str:
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EnvironmentFault(f"Ray does not take the job: {first[:200]}", "ask for something else") from error
-    say(f"job {name}: submitted; {job.request.address}/#/jobs/{name}")
     return name
 
 

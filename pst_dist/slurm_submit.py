@@ -72,8 +72,13 @@ def submit(config: Config, request: SlurmRequest, *, say: Callable[[str], None])
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise
-    say(f"job {number}: submitted; log: {folder}/{number}{'_*' if request.tasks else ''}.log")
     return number
+
+
+def submitted(config: Config, request: SlurmRequest, number: str) -> str:
+    """The line that says so; for the caller to say when it is ready to be told to stop."""
+    folder = Path(config.output_dir).absolute() / "slurm"
+    return f"job {number}: submitted; log: {folder}/{number}{'_*' if request.tasks else ''}.log"
 
 
 def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:

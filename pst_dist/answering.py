@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,32 +62,8 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     return LoadedStudent(model, tokenizer, fmt, manifest, directory)
 
 
-def answer_adaptively(
-    student: LoadedStudent,
-    questions: Sequence[str],
-    *,
-    think_below: float,
-    batch_size: int,
-    max_new_tokens: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[Decoded]:
-    """Answer at once, and where the probability of that answer is under `think_below`, think first and answer anew.
-
-    The tokens of both count. The probability is that of the answer at once in either case.
-    """
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    ask = (student.model, student.tokenizer, student.format)
-    at_once = decode_answers(*ask, questions, on_batch=on_batch, **settings)
-    unsure = [row for row, answer in enumerate(at_once) if answer.probability < think_below]
-    thought = decode_answers(*ask, [questions[row] for row in unsure], other=True, **settings)
-    answers = list(at_once)
-    for row, answer in zip(unsure, thought, strict=True):
-        answers[row] = after_thought(at_once[row], answer)
-    return answers
-
-
 def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
-    """The answer that was thought about, with the tokens of the one at once on its bill."""
+    """The answer that was thought about: the tokens of the one at once are on its bill, and its probability is kept."""
     tokens = at_once.answer_tokens + thought.answer_tokens
     return replace(thought, answer_tokens=tokens, probability=at_once.probability)
 
@@ -96,12 +71,17 @@ def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
 def timed_answer(
     student: LoadedStudent, question: str, *, max_new_tokens: int, think_below: float = 0.0
 ) -> tuple[Decoded, float]:
-    """One question's answer and its wall time in milliseconds, tokenising included, the device waited for."""
+    """One question's answer and its wall time in milliseconds, tokenising included, the device waited for.
+
+    Where the probability of the answer at once is under `think_below`, the student thinks first and answers anew.
+    """
+    ask = (student.model, student.tokenizer, student.format, [question])
     _wait_for_device(student.model)
     started = time.perf_counter()
-    (answer,) = answer_adaptively(
-        student, [question], think_below=think_below, batch_size=1, max_new_tokens=max_new_tokens
-    )
+    (answer,) = decode_answers(*ask, batch_size=1, max_new_tokens=max_new_tokens)
+    if answer.probability < think_below:
+        (thought,) = decode_answers(*ask, batch_size=1, max_new_tokens=max_new_tokens, other=True)
+        answer = after_thought(answer, thought)
     _wait_for_device(student.model)
     return answer, (time.perf_counter() - started) * 1000
 

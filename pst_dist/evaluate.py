@@ -211,7 +211,7 @@ def _score(
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
     if config.arm == "adaptive":
-        right = functools.partial(_is_right, task, student.format)
+        right = functools.partial(is_right, task, student.format)
         decoded, adaptive = adaptive_answers(config.evaluate, samples, shards.split("validation"), decode, right)
     else:
         decoded, adaptive = decode(samples), None
@@ -273,7 +273,8 @@ def _decode(
         )
 
 
-def _is_right(task: Task, fmt: AnswerFormat, sample: ReasoningSample, answer: Decoded) -> bool:
+def is_right(task: Task, fmt: AnswerFormat, sample: ReasoningSample, answer: Decoded) -> bool:
+    """Whether a generation answers a sample."""
     return task.is_correct(predict(task, fmt, answer), sample.answer)
 
 

@@ -256,7 +256,7 @@ def layout_for(config: Config, tokenizer: Any, *, is_encoder_decoder: bool) -> L
     Raises ConfigError for an arm that must write its rationale but is given no loss for it.
     """
     arm, loss = ARMS[config.arm], config.loss
-    if config.arm in ("pre_thinking", "prefix", "adaptive") and loss.rationale_weight == 0:
+    if any(asked.order[0] is Segment.RATIONALE for asked in arm.asked) and loss.rationale_weight == 0:
         raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
     return Layout(
         tokenizer,

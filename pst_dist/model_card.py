@@ -270,10 +270,8 @@ def _thinking(facts: CardFacts) -> list[str]:
     code = thinking_code(facts)
     if code is None:
         return []
-    words = (
-        "The student also learnt to think first. It pays where its answer at once is unsure: the threshold was chosen"
-    )
-    return ["## Thinking first when unsure", f"{words} on validation rows.", f"```python\n{code}\n```"]
+    words = "The student also learnt to think first, which is for questions whose answer at once it is unsure of."
+    return ["## Thinking first when unsure", words, f"```python\n{code}\n```"]
 
 
 def thinking_code(facts: CardFacts) -> str | None:

@@ -15,7 +15,7 @@ from pst_dist.decode import decode_answers
 from pst_dist.distributed import Ranks
 from pst_dist.engine import Engine, sums_over_ranks
 from pst_dist.errors import ConfigError
-from pst_dist.evaluate import predict
+from pst_dist.evaluate import is_right
 from pst_dist.layout import Layout
 from pst_dist.layout import Sequence as TokenSequence
 from pst_dist.loss import TermWeights
@@ -128,8 +128,7 @@ class Validator:
             on_batch=lambda _: alive(),
         )
         right = sum(
-            task.is_correct(predict(task, self.layout.format, answer), sample.answer)
-            for answer, sample in zip(decoded, mine, strict=True)
+            is_right(task, self.layout.format, sample, answer) for answer, sample in zip(decoded, mine, strict=True)
         )
         total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
         return float(total[0] / total[1])

@@ -12,7 +12,7 @@ from test_evaluate import LEARNT, WRONG, make_run
 from tiny import ROWS, Tiny, fitted
 
 from pst_dist.adaptive import ALWAYS, BothWays, choose_threshold
-from pst_dist.answering import answer_adaptively, load_student
+from pst_dist.answering import load_student, timed_answer
 from pst_dist.cli import run_verb
 from pst_dist.decode import decode_answers, decode_rationales
 from pst_dist.errors import ConfigError, InputError
@@ -134,7 +134,7 @@ def test_a_threshold_that_is_given_is_used_and_pays_for_both_answers(tmp_path):
     assert always["tokens"] > at_once["tokens"] + 10
     student = load_student(tmp_path / "best", "cpu")
     questions = [row.question for row in (*LEARNT, *WRONG)]
-    answers = answer_adaptively(student, questions, think_below=ALWAYS, batch_size=8, max_new_tokens=40)
+    answers = [timed_answer(student, question, max_new_tokens=40, think_below=ALWAYS)[0] for question in questions]
     assert sum(answer.answer_tokens for answer in answers) / 6 == pytest.approx(always["tokens"])
 
 

@@ -191,7 +191,8 @@ def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:
         return []
     words = (
         "One student each, which learnt both orders. It thinks where the probability of its answer at once is under a "
-        "threshold chosen on validation rows; tokens are of both answers where it did."
+        "threshold, chosen on validation rows unless evaluate.think_below gives it; tokens are of both answers where "
+        "it did."
     )
     return ["## Answering at once or thinking first", words, _markdown(rows, text=3)]
 

@@ -39,16 +39,26 @@ def _slurm(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             print(slurm.render(request, config, Path(config.output_dir).absolute() / "slurm" / "config.yaml"), end="")
             return 0
-        number = slurm_submit.submit(config, request, say=print)
+        number = slurm_submit.submit(config, request, say=_say)
         line = slurm_submit.submitted(config, request, number)
     else:
         slurm_commands.check_controller()
-    try:  # from the line on that says so, Ctrl-C is about a job that is there
-        if line:
-            _say(line)
-        return 0 if arguments.no_follow else slurm_follow.follow(number, say=_say)
+    return _followed(
+        number,
+        line,
+        None if arguments.no_follow else lambda: slurm_follow.follow(number, say=_say),
+        slurm_follow.look_again(number),
+    )
+
+
+def _followed(job: str, submitted: str | None, follow: Callable[[], int] | None, again: str) -> int:
+    """Say that a job was submitted and follow it; from that line on Ctrl-C is about a job that is there."""
+    try:
+        if submitted:
+            _say(submitted)
+        return follow() if follow else 0
     except KeyboardInterrupt:
-        print(slurm_follow.stopped_following(number), file=sys.stderr)
+        print(f"pst: no longer following job {job}: {again}", file=sys.stderr)
         return 130
 
 
@@ -72,14 +82,12 @@ def _ray(arguments: argparse.Namespace) -> int:
         # With --follow there is no config: what stands in its place is a word.
         words = [*filter(None, [arguments.config]), *arguments.overrides]
         request, _ = ray_submit.read_words(words)
-    try:
-        if line:
-            _say(line)
-        return 0 if arguments.no_follow else ray_dashboard.follow(request.address, name, say=_say)
-    except KeyboardInterrupt:
-        again = ray_dashboard.look_again(name, request.address)
-        print(f"pst: no longer following job {name}: {again}", file=sys.stderr)
-        return 130
+    return _followed(
+        name,
+        line,
+        None if arguments.no_follow else lambda: ray_dashboard.follow(request.address, name, say=_say),
+        ray_dashboard.look_again(name, request.address),
+    )
 
 
 CLUSTERS: dict[str, Callable[[argparse.Namespace], int]] = {"slurm": _slurm, "ray": _ray}

@@ -95,7 +95,7 @@ def follow(number: str, *, say: Callable[[str], None]) -> int:
             fresh = [task for name, task in known.items() if name not in tasks or task.line != tasks[name].line]
             tasks = {name: task for name, task in tasks.items() if task.ended} | known
         elif time.monotonic() - heard > _SILENT_SECONDS:
-            raise EnvironmentFault("Slurm's controller has been away for 10 minutes", _look_again(number))
+            raise EnvironmentFault("Slurm's controller has been away for 10 minutes", look_again(number))
         for line in (task.line for task in fresh if not task.ended):
             say(line)
         _read_logs(tasks, logs, say)
@@ -123,13 +123,9 @@ def _by_number(item: tuple[str, Task]) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", item[0])]
 
 
-def _look_again(number: str) -> str:
+def look_again(number: str) -> str:
+    """How a person comes back to a job, or ends it."""
     return f"the job goes on; look again: pst submit slurm --follow {number}, end it: scancel {number}"
-
-
-def stopped_following(number: str) -> str:
-    """What to tell a person who pressed Ctrl-C."""
-    return f"pst: no longer following job {number}: {_look_again(number)}"
 
 
 class _Log:

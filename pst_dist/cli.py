@@ -115,15 +115,9 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows")
         verb.add_argument("-o", "--output", metavar="PAGE.html", help="also write an HTML page")
     elif name == "experiment":
-        from pst_dist.cli_experiment import EXPERIMENT_WORDS
+        from pst_dist.cli_experiment import add_arguments
 
-        verb.add_argument("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)")
-        verb.add_argument("overrides", **overrides | {"help": "keys of the experiment, or of all its runs"})
-        verb.add_argument("--list", action="store_true", help="list the ready-made experiments and what they ask")
-        verb.add_argument("--dry-run", action="store_true", help="list the runs and which are finished, and end")
-        verb.add_argument("--collect", action="store_true", help="train nothing, only write the results that are there")
-        verb.add_argument("--page", metavar="FOLDER", help="also write the page and its pictures there")
-        verb.epilog = f"{verb.epilog}\n\n{EXPERIMENT_WORDS}"
+        add_arguments(verb, overrides)
     elif name == "verify":
         verb.add_argument("directory", metavar="DIR", help="a run, data or model directory, or one of several runs")
         verb.add_argument("--rebuild", action="store_true", help="remove what is damaged and make it again if possible")

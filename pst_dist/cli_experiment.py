@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from pst_dist.errors import ConfigError
 
@@ -20,7 +21,29 @@ An experiment names tasks, variants (arms, or arms with some keys changed), seed
 
 Each combination is a run directory below runs/experiments/NAME. Finished runs are kept, stopped ones go on. Words:
   seeds=[0]  jobs=2  keep=results   keys of the experiment    train.max_steps=50   a key of every run
-  on=ray                            runs are tasks of a Ray cluster (ray.address=, ray.num_gpus_per_run=)"""
+  on=ray                            runs are tasks of a Ray cluster (ray.address=, ray.num_gpus_per_run=)
+
+Machines that share no disk do some seeds each, seeds=[0] here and seeds=[1] there; then one of them puts them together:
+  pst experiment mine.yaml seeds=[0,1] --with FOLDER   the other's runs/experiments/NAME, or just its outcomes.jsonl"""
+
+
+def add_arguments(verb: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
+    """The verb's words and options; `overrides` is how the verbs take `key=value`."""
+    verb.add_argument("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)")
+    verb.add_argument("overrides", **overrides | {"help": "keys of the experiment, or of all its runs"})
+    verb.add_argument("--list", action="store_true", help="list the ready-made experiments and what they ask")
+    verb.add_argument("--dry-run", action="store_true", help="list the runs and which are finished, and end")
+    verb.add_argument("--collect", action="store_true", help="train nothing, only write the results that are there")
+    verb.add_argument("--page", metavar="FOLDER", help="also write the page and its pictures there")
+    verb.add_argument(
+        "--with",
+        dest="beside",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="take the runs that are finished there, by another machine or an earlier call; may be given again",
+    )
+    verb.epilog = f"{verb.epilog}\n\n{EXPERIMENT_WORDS}"
 
 
 def experiment(arguments: argparse.Namespace) -> int:
@@ -34,18 +57,23 @@ def experiment(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise ConfigError("no experiment is named", "`pst experiment --list` lists the ready-made ones")
     from pst_dist.experiment.driver import run_experiment
+    from pst_dist.experiment.outcomes import outcomes_elsewhere
     from pst_dist.experiment.results_page import table_lines
     from pst_dist.experiment.runs import result_of
     from pst_dist.experiment.spec import runs_of
 
     wanted = load_experiment(arguments.config, arguments.overrides)
+    beside = [Path(folder) for folder in arguments.beside]
     if arguments.dry_run:
-        for run in runs_of(wanted):
-            print(f"{'finished' if result_of(run.config) else 'to do':8}  {run.name}  {run.config.output_dir}")
+        runs = runs_of(wanted)
+        elsewhere = outcomes_elsewhere(runs, beside)
+        for run in runs:
+            done = run.name in elsewhere or result_of(run.config)
+            print(f"{'finished' if done else 'to do':8}  {run.name}  {run.config.output_dir}")
         return 0
     command = ["pst", "experiment", arguments.config, *arguments.overrides]
     page = Path(arguments.page) if arguments.page else None
-    results, error = run_experiment(wanted, command, page=page, only_collect=arguments.collect)
+    results, error = run_experiment(wanted, command, page=page, only_collect=arguments.collect, beside=beside)
     print("\n".join(table_lines(results)))
     if results.missing:
         print(f"{len(results.missing)} runs are not finished and not in the table")

@@ -286,6 +286,73 @@ def test_pictures_and_page_show_what_is_there(small):
     assert "    pst experiment small" in page and ".png" not in page
 
 
+@pytest.fixture(scope="module")
+def shared(small, tmp_path_factory) -> tuple[Path, Path]:
+    """The small experiment's outcomes as another machine gave them away, and a copy of its file without any run."""
+    file, _ = small
+    other = tmp_path_factory.mktemp("other")
+    (other / "given").mkdir()
+    (other / "given" / "outcomes.jsonl").write_text((file.with_suffix("") / "outcomes.jsonl").read_text())
+    return other / "given", write(other / "small.yaml", pairs=[["no alignment", "pre_thinking"]])
+
+
+def test_outcomes_of_another_machine_give_the_same_page_without_a_run(small, shared):
+    (file, _), (given, other) = small, shared
+    ours = json.loads((file.with_suffix("") / "results.json").read_text())
+    results, error = run_experiment(load_experiment(str(other)), ["pst"], beside=[given])
+    assert error is None and results.elsewhere == 6 and not results.missing
+    theirs = json.loads((other.with_suffix("") / "results.json").read_text())
+    assert theirs["groups"] == ours["groups"] and theirs["pairs"] == ours["pairs"]
+    assert not (other.with_suffix("") / "runs").exists()
+    assert "6 of 6 runs were done by earlier calls" in (other.with_suffix("") / "README.md").read_text()
+    again = (other.with_suffix("") / "outcomes.jsonl").read_text()
+    assert again == (given / "outcomes.jsonl").read_text()
+
+
+def test_the_accuracy_of_a_run_is_the_share_of_its_right_rows(shared):
+    given, _ = shared
+    lines = [json.loads(line) for line in (given / "outcomes.jsonl").read_text().splitlines()]
+    groups = json.loads((given.parent / "small" / "results.json").read_text())["groups"]
+    expected = sorted(line["right"].count("1") / 12 for line in lines)
+    assert expected == pytest.approx(sorted(value for group in groups for value in group["accuracies"]))
+
+
+def test_only_the_seeds_that_nobody_has_are_run_and_on_the_same_rows(shared, tmp_path):
+    given, _ = shared
+    file = write(tmp_path / "more.yaml", variants={"answer_only": {"arm": "answer_only"}}, seeds=[0, 2])
+    done = pst(str(file), "--with", str(given))
+    assert done.returncode == 0, done.stderr
+    assert "2 runs, 1 to do" in done.stderr
+    assert [len(own) for own in accuracies(file)] == [2]
+    assert not (file.with_suffix("") / "runs" / "letters" / "answer_only" / "seed-0").exists()
+
+
+def test_runs_with_other_settings_or_rows_are_not_put_beside_ours(shared, tmp_path):
+    given, _ = shared
+    one = {"answer_only": {"arm": "answer_only"}}
+    file = write(tmp_path / "e.yaml", variants=one)
+    done = pst(str(file), "train.max_steps=7", "train.eval_steps=2", "--with", str(given))
+    assert done.returncode == 3
+    assert "train.max_steps=6 (here 7), train.eval_steps=3 (here 2)" in done.stderr and "Traceback" not in done.stderr
+    lines = [json.loads(line) for line in (given / "outcomes.jsonl").read_text().splitlines()]
+    (tmp_path / "forged").mkdir()
+    forged = [line | {"shards": "0" * 64} if line["run"].endswith("answer_only / seed 1") else line for line in lines]
+    (tmp_path / "forged" / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in forged))
+    done = pst(str(file), "--with", str(tmp_path / "forged"), "--collect")
+    assert done.returncode == 3 and "answer_only / seed 1 was run on other rows" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '{"run": "x"}', '{"run":"x","config":{"arm":"psst"},"shards":"","rows":"","right":"01","results":{}}']
+)
+def test_a_file_that_holds_no_outcomes_is_refused_with_its_line(tmp_path, line):
+    file = write(tmp_path / "e.yaml")
+    assert pst(str(file), "--with", str(tmp_path)).returncode == 2
+    (tmp_path / "outcomes.jsonl").write_text(line + "\n")
+    done = pst(str(file), "--with", str(tmp_path), "--dry-run")
+    assert done.returncode == 3 and "outcomes.jsonl:1:" in done.stderr
+
+
 def test_runs_that_train_the_same_are_trained_once(tmp_path):
     variants = {
         "own": {"arm": "pre_thinking"},

@@ -11,6 +11,7 @@ import yaml
 
 from pst_dist.atomic import write_text
 from pst_dist.errors import PstError
+from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_page import write_results
 from pst_dist.experiment.runs import make_data, result_of
@@ -21,16 +22,23 @@ log = logging.getLogger(__name__)
 
 
 def run_experiment(
-    experiment: Experiment, command: Sequence[str], *, page: Path | None = None, only_collect: bool = False
+    experiment: Experiment,
+    command: Sequence[str],
+    *,
+    page: Path | None = None,
+    only_collect: bool = False,
+    beside: Sequence[Path] = (),
 ) -> tuple[Results, PstError | None]:
     """Do what is missing and write the results; returns them with the first error of a run, when one failed.
 
     A failed run is named in the results and does not keep the others. `page` is a further folder for the page;
-    `only_collect` trains nothing. Raises what making the data raises, LockedError when the experiment is under way
-    elsewhere, and PreemptedError or KeyboardInterrupt when told to stop: then everything has saved, and what is
-    finished is in the results on disk.
+    `only_collect` trains nothing; runs whose outcomes lie in a folder of `beside` are taken from there, unless they are
+    finished here too. Raises what making the data and `outcomes_elsewhere` raise, LockedError when the experiment is
+    under way elsewhere, and PreemptedError or KeyboardInterrupt when told to stop: then everything has saved, and what
+    is finished is in the results on disk.
     """
     runs = runs_of(experiment)
+    elsewhere = outcomes_elsewhere(runs, beside)
     failures: dict[str, str] = {}
     first: list[PstError] = []
     folders = [experiment.path, *([page] if page else [])]
@@ -39,8 +47,10 @@ def run_experiment(
         if only_collect:
             todo = []
         else:
-            make_data(runs)
-            todo = [run for run in runs if result_of(run.config) is None]
+            own = [run for run in runs if run.name not in elsewhere]
+            make_data(own)
+            check_same_rows(runs, elsewhere)  # before hours are spent beside other rows
+            todo = [run for run in own if result_of(run.config) is None]
         log.info("%d runs, %d to do", len(runs), len(todo))
         journal = _Journal(len(todo))
 
@@ -58,7 +68,7 @@ def run_experiment(
             if todo:
                 _work(experiment, todo, tell)
         finally:
-            results = collect(experiment, runs, failures)
+            results = collect(experiment, runs, failures, elsewhere)
             write_results(results, command, folders)
     return results, first[0] if first else None
 

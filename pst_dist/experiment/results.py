@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,9 +19,8 @@ import numpy as np
 
 from pst_dist.compare import RESAMPLES, mcnemar
 from pst_dist.errors import InputError
-from pst_dist.experiment.runs import result_of, samples_of
+from pst_dist.experiment.outcomes import Outcome, check_same_rows, outcome_of
 from pst_dist.experiment.spec import Experiment, Point, Run
-from pst_dist.storage import read_lines
 
 _BLOCK = 500
 
@@ -114,6 +113,10 @@ class Results:
     missing: list[Run]
     failures: dict[str, str] = field(default_factory=dict)
     """Name of a run -> what ended it."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """Every finished run, in the order of the runs."""
+    elsewhere: int = 0
+    """How many of them were done elsewhere."""
 
     def of(self, task: str, point: Point) -> list[Group]:
         """The variants of one task at one point, in the order of the file."""
@@ -135,42 +138,61 @@ class _Scored:
     """The finished seeds of a group."""
 
     runs: list[Run]
-    results: list[dict[str, Any]]
-    ids: list[str]
-    right: np.ndarray
-    """[S, R] bool."""
+    outcomes: list[Outcome]
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """Each seed's own account."""
+        return [outcome.results for outcome in self.outcomes]
+
+    @property
+    def right(self) -> np.ndarray:
+        """[S, R] bool."""
+        return np.stack([outcome.right for outcome in self.outcomes])
 
 
-def collect(experiment: Experiment, runs: Sequence[Run], failures: dict[str, str] | None = None) -> Results:
-    """Read every finished run and put them together; those that are not are listed as missing.
+def collect(
+    experiment: Experiment,
+    runs: Sequence[Run],
+    failures: dict[str, str] | None = None,
+    elsewhere: Mapping[str, Outcome] | None = None,
+) -> Results:
+    """Put every finished run together; those that are not are listed as missing.
 
-    Raises InputError when two runs of one task were scored on different rows.
+    A run that is not finished here may be so in `elsewhere`, by its name. Raises InputError when two runs of one task
+    were scored on different rows, StaleError when runs that share their rows were not trained on the same.
     """
+    elsewhere = elsewhere or {}
+    here = {run.name: outcome for run in runs if (outcome := outcome_of(run)) is not None}
+    outcomes = {**elsewhere, **here}
+    check_same_rows(runs, outcomes)
     scored: dict[tuple[str, str, Point], _Scored] = {}
-    missing = []
+    rows: dict[str, str] = {}
     for run in runs:
-        results = result_of(run.config)
-        if results is None:
-            missing.append(run)
+        if run.name not in outcomes:
             continue
-        rows = sorted(read_lines(samples_of(run.config)), key=lambda row: row["id"])
-        right = np.array([[row["correct"] for row in rows]], dtype=bool)
-        ids = [row["id"] for row in rows]
-        known = scored.setdefault(run.group, _Scored([], [], ids, np.zeros((0, len(rows)), dtype=bool)))
-        first = next(other for key, other in scored.items() if key[0] == run.task)
-        if not first.ids == known.ids == ids:
+        outcome = outcomes[run.name]
+        if rows.setdefault(run.task, outcome.rows) != outcome.rows:
             raise InputError(
                 f"{run.name} was scored on other rows than {run.task}'s first run", path=run.config.output_dir
             )
-        scored[run.group] = _Scored(
-            [*known.runs, run], [*known.results, results], ids, np.concatenate([known.right, right])
-        )
+        own = scored.setdefault(run.group, _Scored([], []))
+        own.runs.append(run)
+        own.outcomes.append(outcome)
     groups = [_group(key, own, scored, experiment.baselines) for key, own in scored.items()]
     order = {label: place for place, label in enumerate([*experiment.variants])}
     tasks = {label: place for place, label in enumerate([*experiment.tasks])}
     points = {point: place for place, point in enumerate(experiment.points)}
     groups.sort(key=lambda group: (tasks[group.task], points[group.point], order[group.variant]))
-    return Results(experiment, groups, _pairs(experiment, scored), missing, failures or {})
+    return Results(
+        experiment,
+        groups,
+        _pairs(experiment, scored),
+        missing=[run for run in runs if run.name not in outcomes],
+        failures=failures or {},
+        outcomes=[outcomes[run.name] for run in runs if run.name in outcomes],
+        elsewhere=len(outcomes) - len(here),
+    )
 
 
 def _pairs(experiment: Experiment, scored: dict[tuple[str, str, Point], _Scored]) -> list[Pair]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pst_dist.atomic import atomic_path, write_text
 from pst_dist.compare import format_p
+from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
 from pst_dist.experiment.results import Group, Results
 from pst_dist.experiment.spec import point_words
@@ -29,7 +30,10 @@ _HOW = (
 
 
 def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
-    """Write `results.json`, `results.csv`, `README.md` and the pictures into each folder; returns the first page."""
+    """Write the page, its pictures and its numbers (`results.json`, `results.csv`, `outcomes.jsonl`) into each folder.
+
+    Returns the first page.
+    """
     pages = []
     for folder in folders:
         pictures = {
@@ -45,6 +49,7 @@ def write_results(results: Results, command: Sequence[str], folders: Iterable[Pa
                 partial.write_bytes(png)
         write_json(folder / "results.json", results.to_json())
         write_text(folder / "results.csv", _csv(results))
+        write_text(folder / OUTCOMES, outcomes_text(results.outcomes))
         write_text(folder / "README.md", page_of(results, command, [name for name, png in pictures.items() if png]))
         pages.append(folder / "README.md")
     return pages[0]
@@ -244,6 +249,12 @@ def _how(results: Results, command: Sequence[str]) -> str:
         "Typed again, it goes on where it stopped, and is a no-op when finished. ",
     ]
     lines[-1] += ", ".join(f"{name} {versions[name]}" for name in shown) + (f"; on {devices}." if devices else ".")
+    if results.elsewhere:
+        total = len(results.outcomes)
+        lines[-1] += f" {results.elsewhere} of {total} runs were done by earlier calls, whose outcomes were put beside."
+    lines[-1] += (
+        f" [{OUTCOMES}]({OUTCOMES}) has the right rows of every run, from which the tests can be worked out again."
+    )
     return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def result_of(config: Config) -> dict[str, Any] | None:
     """
     run = run_dir(config)
     try:
-        same = _placeless(load_config(str(run.path))) == _placeless(config)
+        same = placeless(load_config(str(run.path))) == placeless(config)
     except PstError:  # nothing there, or of another version
         return None
     results = finished_evaluation(run.evaluation(config.evaluate.split)) if same else None
@@ -103,9 +103,9 @@ def result_of(config: Config) -> dict[str, Any] | None:
     return results if results and shards and results["shards"] == shards.digest else None
 
 
-def _placeless(config: Config) -> Config:
-    """A config without the places: an experiment's directory may be moved."""
-    return config.model_copy(update={"output_dir": "", "data_dir": None})
+def placeless(config: Config) -> Config:
+    """A config without the places: an experiment's directory may be moved, and its runs done on several machines."""
+    return config.model_copy(update={"output_dir": Config().output_dir, "data_dir": None})
 
 
 def samples_of(config: Config) -> Path:

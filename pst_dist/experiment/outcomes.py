@@ -1,0 +1,158 @@
+"""What each finished run came to, as lines of a file: an experiment's runs may be done where no disk is shared.
+
+`outcomes.jsonl` lies beside every page. It holds, for each run, what shaped it, which rows it had right and its own
+account, so that every number and every paired test of the page can be worked out again, and so that another machine's
+seeds can be put beside ours: `pst experiment FILE --with FOLDER`.
+"""
+
+# Shapes in this file: R scored rows
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from pst_dist.config import Config
+from pst_dist.config_io import flat_keys
+from pst_dist.errors import InputError, IntegrityError, StaleError
+from pst_dist.experiment.runs import placeless, result_of, samples_of
+from pst_dist.experiment.spec import Run
+from pst_dist.rundir import run_dir
+from pst_dist.storage import canonical_json, digest_of, read_lines, read_manifest
+
+OUTCOMES = "outcomes.jsonl"
+_SHOWN = 3
+_ACCOUNT = (
+    *("arm", "task", "split", "chance", "parameters", "parse_failures", "device", "training", "tokens_to_answer"),
+    *("milliseconds_to_answer", "adaptive"),
+)
+"""What the page tells of a run's results besides its right rows."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    run: str
+    """Its name: task, variant, values and seed."""
+    config: Config
+    """All that shaped it, without the places where it lay."""
+    shards: str
+    """Digest of the shards that it was trained and scored on."""
+    rows: str
+    """Digest of the scored rows' ids, sorted."""
+    right: np.ndarray
+    """[R] bool, in the order of the sorted ids."""
+    results: dict[str, Any]
+    """Its results as `pst evaluate` wrote them, as far as a page tells of them."""
+
+    def to_line(self) -> str:
+        """One line of JSON; settings at their default are left out, so that new ones do not make it another run."""
+        return canonical_json(
+            {
+                "run": self.run,
+                "config": self.config.model_dump(mode="json", exclude_defaults=True),
+                "shards": self.shards,
+                "rows": self.rows,
+                "right": "".join("01"[int(one)] for one in self.right),
+                "results": self.results,
+            }
+        )
+
+    @classmethod
+    def from_line(cls, line: str) -> Outcome:
+        """The other way; raises ValueError, KeyError or TypeError for anything else."""
+        raw = json.loads(line)
+        if not set(raw["right"]) <= set("01"):
+            raise ValueError("right is not a row of 0 and 1")
+        right = np.array([one == "1" for one in raw["right"]], dtype=bool)
+        config = Config.model_validate(raw["config"])
+        return cls(raw["run"], config, raw["shards"], raw["rows"], right, dict(raw["results"]))
+
+
+def outcome_of(run: Run) -> Outcome | None:
+    """What a run that is finished here came to; None for any other. Raises IntegrityError for damaged results."""
+    results = result_of(run.config)
+    if results is None:
+        return None
+    rows = sorted(read_lines(samples_of(run.config)), key=lambda row: row["id"])
+    return Outcome(
+        run=run.name,
+        config=placeless(run.config),
+        shards=results["shards"],
+        rows=digest_of([row["id"] for row in rows]),
+        right=np.array([row["correct"] for row in rows], dtype=bool),
+        results={key: results[key] for key in _ACCOUNT if key in results},
+    )
+
+
+def outcomes_text(outcomes: Iterable[Outcome]) -> str:
+    """The file's content."""
+    return "".join(outcome.to_line() + "\n" for outcome in outcomes)
+
+
+def outcomes_elsewhere(runs: Sequence[Run], folders: Sequence[Path]) -> dict[str, Outcome]:
+    """Run name -> what it came to according to the folders' files, for those of `runs` that are in one; the first wins.
+
+    Raises InputError for a folder without such a file, IntegrityError for a line that is none, and StaleError, naming
+    the settings, for a run that was not the same there as here.
+    """
+    wanted = {run.name: run for run in runs}
+    found: dict[str, Outcome] = {}
+    for folder in folders:
+        for name, outcome in _read(folder / OUTCOMES).items():
+            if name in wanted:
+                _check_settings(outcome, wanted[name], folder)
+                found.setdefault(name, outcome)
+    return found
+
+
+def check_same_rows(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> None:
+    """Raises StaleError when runs that are to share their rows did not, or when others are packed here now."""
+    known: dict[str, str] = {}
+    for run in runs:
+        if run.name not in outcomes:
+            continue
+        place = str(run.config.data_dir)
+        if place not in known:
+            here = read_manifest(run_dir(run.config).shards, "shards")
+            known[place] = here.digest if here else outcomes[run.name].shards
+        if outcomes[run.name].shards != known[place]:
+            raise StaleError(
+                f"{run.name} was run on other rows than the rest of its task",
+                "compare data and versions of the machines; rows are equal when `pst shard` gives equal digests",
+                path=place,
+            )
+
+
+def _read(path: Path) -> dict[str, Outcome]:
+    if not path.is_file():
+        raise InputError("no outcomes here", "`pst experiment` writes them beside every page", path=path)
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            outcome = Outcome.from_line(line)
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            raise IntegrityError(
+                "not the outcome of a run as this version writes it",
+                "copy the file again, or use the version that wrote it",
+                path=path,
+                line=number,
+            ) from error
+        found[outcome.run] = outcome
+    return found
+
+
+def _check_settings(outcome: Outcome, run: Run, folder: Path) -> None:
+    theirs, ours = (flat_keys(one.model_dump(mode="json")) for one in (outcome.config, placeless(run.config)))
+    differing = [key for key in ours if theirs[key] != ours[key]]
+    if differing:
+        said = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in differing[:_SHOWN])
+        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise StaleError(f"{run.name} was run with {said}{more}", "give both the same settings", path=folder)

@@ -44,6 +44,18 @@ def test_the_vote_of_a_student_that_is_sure_is_its_greedy_answer(tmp_path):
     assert "66.67" in printed
 
 
+def test_a_step_in_either_precision_with_either_attention_has_the_same_loss(tmp_path):
+    output = tmp_path / "result.json"
+    sizes = ("--vocab", 64, "--layers", 1, "--width", 64, "--rows", 2, "--steps", 1, "--rounds", 2)
+    printed = run("cpu_precision.py", *sizes, "--output", output)
+    report = json.loads(output.read_text())
+    exact = report["losses"]["float32, sdpa"]
+    assert set(report["losses"]) == set(report["steps"]) and len(report["losses"]) == 4
+    assert all(loss == pytest.approx(exact, rel=0.01) for loss in report["losses"].values())
+    assert report["losses"]["bfloat16, eager"] != exact, "it was float32 again"
+    assert "bfloat16, eager" in printed
+
+
 def test_the_step_benchmark_compares_equal_losses_and_counts_pages(tmp_path):
     vocabulary, width = 20_000, 64
     sizes = ("--vocab", vocabulary, "--width", width, "--layers", 1, "--batch", 2, "--rounds", 2, "--threads", 1)

@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_run import small_config
+from small_run import make_small_data, small_config
 
 from pst_dist.cli import run_verb
 from pst_dist.config_io import load_config, overlays
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.layout import ARMS
 from pst_dist.pipeline import run_all
-from pst_dist.storage import read_json
+from pst_dist.storage import read_json, read_lines
 from pst_dist.student import build_student
 from pst_dist.tasks import TASKS
 from pst_dist.tokenizer import build_tokenizer
+from pst_dist.trainer import train
 
 TWELVE = list(TASKS)[:12]
 RECIPE = {
@@ -38,6 +39,18 @@ def test_the_published_recipe_fits_every_task(task, name, prompt):
     assert (config.layout.prompt, config.layout.answer_marker, config.layout.max_length) == (prompt, " -->", 512)
     assert config.evaluate.max_rows is None, "accuracy is over all test rows"
     assert (config.data, config.task) == (plain.data, task)
+
+
+def test_bfloat16_on_a_cpu_changes_how_a_student_computes_and_nothing_of_what_it_learns(tmp_path):
+    """Also of one that starts from named weights: the overlay stands beside +minilm."""
+    plain, config = load_config("svamp", ["+minilm"]), load_config("svamp", ["+minilm", "+cpu_bf16"])
+    assert config.train == plain.train.model_copy(update={"bf16": True})
+    assert config.student == plain.student.model_copy(update={"attn_implementation": "eager"})
+    data, first = make_small_data(tmp_path / "data"), {}
+    for name, keys in (("exact", {}), ("coarse", {"train__bf16": "true", "student__attn_implementation": "eager"})):
+        train(small_config(data, tmp_path / name, **keys))
+        first[name] = read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"]
+    assert first["coarse"] == pytest.approx(first["exact"], rel=0.01) and first["coarse"] != first["exact"]
 
 
 @pytest.mark.parametrize("model", "google/flan-t5-small google/flan-t5-large google-t5/t5-base".split())

@@ -1,0 +1,89 @@
+"""What a training step costs on a CPU in float32 and in bfloat16, with torch's fused attention and with it spelled out.
+
+    python benchmarks/cpu_precision.py [--vocab 512] [--layers 4] [--width 128] [--rows 32] [--steps 4] [--rounds 7]
+                                       [--threads 1] [--output FILE]
+
+Four students that differ in nothing else take some optimizer steps each round, in an order that rotates; rows have the
+lengths of GSM8K's. Given are medians over rounds of CPU seconds a step and of each contender's ratio to what the
+overlay `+cpu_bf16` asks for, and each first loss, which says that all four compute the same. A processor without
+bfloat16 instructions (lscpu: avx512_bf16, amx_bf16) emulates them, and bfloat16 is then the slower one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from measuring import CLOCKS, compared, machine, paired_rounds
+from step_cases import SETTINGS, make_problem, make_student
+
+from pst_dist.config import TrainConfig
+from pst_dist.distributed import Ranks
+from pst_dist.engine import SingleProcessEngine
+from pst_dist.libraries import quiet_libraries
+from pst_dist.storage import write_json
+
+_SETTING = SETTINGS["rationale_token"]
+_OURS = "bfloat16, eager"
+_LOSS_TOLERANCE = 0.01
+"""Relative; bfloat16 keeps 8 bits of a product's factors."""
+
+
+class Contender:
+    """One student under training."""
+
+    def __init__(self, args: argparse.Namespace, *, bf16: bool, attention: str) -> None:
+        self.steps = args.steps
+        self.problem = make_problem(_SETTING, rows=args.rows, vocabulary=args.vocab)
+        student = make_student(_SETTING, vocabulary=args.vocab, layers=args.layers, width=args.width)
+        student.model.set_attn_implementation(attention)
+        train = TrainConfig(per_device_train_batch_size=args.rows, bf16=bf16)
+        self.engine = SingleProcessEngine(student, train, Ranks())
+        self.first_loss = self.step()
+
+    def step(self) -> float:
+        """One optimizer step; its loss before it."""
+        loss = self.engine.forward(self.problem.batch, self.problem.scales).loss
+        self.engine.backward(loss, last=True)
+        self.engine.step(1e-5)
+        return float(loss.detach())
+
+    def __call__(self) -> None:
+        for _ in range(self.steps):
+            self.step()
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("vocab", 512), ("layers", 4), ("width", 128), ("rows", 32), ("steps", 4), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(args.threads)
+    contenders = {
+        f"{precision}, {attention}": Contender(args, bf16=precision == "bfloat16", attention=attention)
+        for precision in ("float32", "bfloat16")
+        for attention in ("sdpa", "eager")
+    }
+    losses = {name: one.first_loss for name, one in contenders.items()}
+    for name, loss in losses.items():
+        if not math.isclose(loss, losses["float32, sdpa"], rel_tol=_LOSS_TOLERANCE):
+            raise SystemExit(f"{name}: first loss {loss:.4f}, in float32 {losses['float32, sdpa']:.4f}")
+    table = compared(paired_rounds(contenders, args.rounds, CLOCKS["cpu"]), _OURS, "over_bf16_eager")
+    print(f"{'':16}  CPU s a step   over {_OURS}   first loss")
+    for name, row in table.items():
+        low, high = row["over_bf16_eager_min_max"]
+        ratio = f"{row['over_bf16_eager']:5.2f} ({low:.2f}-{high:.2f})"
+        print(f"{name:16}  {row['seconds_median'] / args.steps:12.4f}   {ratio:>20}   {losses[name]:10.4f}")
+    if args.output:
+        report = {"settings": vars(args) | {"output": None}, "losses": losses, "steps": table}
+        write_json(args.output, report | {"machine": machine(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    main()

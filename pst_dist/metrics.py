@@ -1,7 +1,8 @@
 """What a training step measured, and where it goes: metrics.jsonl, TensorBoard and a line for people.
 
 Each term is logged raw and weighted, with the norm of its gradient at the hidden state: a term that contributes
-under 1 % or over 99 % of the gradient is warned about, because its weight then does nothing or everything.
+under 1 % or over 99 % of the gradient is warned about, because its weight then does nothing or everything. Not so where
+there is little gradient because a term is learnt: no weight would change that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pst_dist.validation import ValidationScore
 
 log = logging.getLogger(__name__)
 _MOST_IDS = 8
+_LEARNT = 0.05
+"""Nats per token, or distance: below this a term has taught what it has to teach."""
 _SHORT = {"answer": "answer", "rationale": "rationale", "alignment": "align"}
 
 
@@ -84,6 +87,11 @@ class StepRecord:
         """Each term's norm over the sum of norms, 0 … 1."""
         total = sum((self.gradients or {}).values())
         return {name: value / total for name, value in (self.gradients or {}).items()} if total > 0 else {}
+
+    def unbalanced(self) -> dict[str, float]:
+        """The shares of terms that make next to none of the gradient, or nearly all of it beside terms yet to learn."""
+        to_learn = {name: share for name, share in self.gradient_shares().items() if self.raw[name] > _LEARNT}
+        return {name: share for name, share in to_learn.items() if len(to_learn) > 1 and not 0.01 <= share <= 0.99}
 
     def row(self) -> dict[str, Any]:
         """The JSON line, without clock-dependent fields."""
@@ -168,15 +176,14 @@ class MetricsLog:
         self._warn_about_balance(record)
 
     def _warn_about_balance(self, record: StepRecord) -> None:
-        """Warn once a term whose weight does nothing, or everything."""
-        shares = record.gradient_shares()
-        if len(shares) < 2 or record.step == 1:
+        """Warn once of a term whose weight does nothing, or everything."""
+        if record.step == 1:
             return
-        for name, share in shares.items():
-            if (share < 0.01 or share > 0.99) and name not in self._warned:
+        for name, share in record.unbalanced().items():
+            if name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "step %d: the %s term makes %.2g %% of the gradient at the hidden state; loss.%s_weight may want "
+                    "step %d: the %s term makes %.2f %% of the gradient at the hidden state; loss.%s_weight may want "
                     "another value",
                     record.step,
                     name,

@@ -353,6 +353,13 @@ def test_a_file_that_holds_no_outcomes_is_refused_with_its_line(tmp_path, line):
     assert done.returncode == 3 and "outcomes.jsonl:1:" in done.stderr
 
 
+def test_a_warning_of_one_of_many_runs_says_which(tmp_path):
+    variants = {"all words": {"arm": "post_thinking", "loss.rationale_weight": 10_000, "train.logging_steps": 2}}
+    done = pst(str(write(tmp_path / "e.yaml", variants=variants, seeds=[0])), "jobs=1")
+    assert done.returncode == 0, done.stderr
+    assert "letters / all words / seed 0: step 2: the rationale term makes" in done.stderr
+
+
 def test_runs_that_train_the_same_are_trained_once(tmp_path):
     variants = {
         "own": {"arm": "pre_thinking"},

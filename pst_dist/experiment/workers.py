@@ -152,6 +152,8 @@ def _serve(pipe: Connection, gpu: int | None, threads: int, parent: int) -> None
 def _result(run: Run, keep: str) -> BaseException | None:
     from pst_dist.experiment.runs import do_run
 
+    for handler in logging.getLogger().handlers:  # several runs write to one terminal
+        handler.setFormatter(logging.Formatter(f"{run.name.replace('%', '%%')}: %(message)s"))
     try:
         do_run(run, keep, lock_seconds=5.0)
     except PstError as error:

@@ -19,9 +19,9 @@ from pst_dist.atomic import atomic_directory, write_text
 from pst_dist.config import Config
 from pst_dist.decode import max_positions
 from pst_dist.errors import ConfigError, InputError
-from pst_dist.evaluate import rows_to_score
 from pst_dist.export import expected_prompt
 from pst_dist.layout import ARMS, AnswerFormat
+from pst_dist.row_scores import rows_to_score
 from pst_dist.rundir import fetch_data, run_dir
 from pst_dist.schema import ReasoningSample
 from pst_dist.shards import ShardSet

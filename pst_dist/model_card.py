@@ -14,8 +14,8 @@ import yaml
 
 from pst_dist.adaptive import chosen_threshold
 from pst_dist.config import Config
-from pst_dist.evaluate import variant_of
 from pst_dist.layout import ARMS, AnswerFormat
+from pst_dist.row_scores import variant_of
 from pst_dist.storage import Manifest
 from pst_dist.warm_start import MINILM, warm_shape
 

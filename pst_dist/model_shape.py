@@ -64,7 +64,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 
 
 def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
-    """The shape of a student made from random weights, as `student.fresh_model` makes it."""
+    """The shape of a student made from random weights, as `student_model.fresh_model` makes it."""
     words = _BYTES + _SPECIAL if fresh.tokenizer == "byte" else fresh.vocab_size + 2
     width = fresh.hidden_size
     sizes: dict[str, Any]

@@ -52,7 +52,7 @@ def preview(config: Config, rows: int) -> str:
     """Rich markup that shows the first training rows under each arm of the config."""
     from rich.markup import escape
 
-    from pst_dist.student import is_encoder_decoder
+    from pst_dist.student_model import is_encoder_decoder
 
     samples = load_data(config).splits["train"]
     if not samples:

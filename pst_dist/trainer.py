@@ -58,7 +58,7 @@ from pst_dist.saving import Saved, Saver
 from pst_dist.shards import ShardSet
 from pst_dist.signals import StopRequest, end_as_told, stop_requests
 from pst_dist.storage import write_json
-from pst_dist.student import build_student, check_architecture
+from pst_dist.student import build_student
 from pst_dist.tasks import get_task
 from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
@@ -158,7 +158,6 @@ class _Training:
         self.tokenizer = build_tokenizer(config.student, samples)
         torch.manual_seed(config.seed)
         self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
-        check_architecture(self.student.model)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         asked = ARMS[config.arm].asked
         if any(one.thinks_first for one in asked):

@@ -15,10 +15,10 @@ from pst_dist.decode import decode_answers
 from pst_dist.distributed import Ranks
 from pst_dist.engine import Engine, sums_over_ranks
 from pst_dist.errors import ConfigError
-from pst_dist.evaluate import is_right
 from pst_dist.layout import Layout
 from pst_dist.layout import Sequence as TokenSequence
 from pst_dist.loss import TermWeights
+from pst_dist.row_scores import is_right
 from pst_dist.schema import ReasoningSample
 from pst_dist.tasks import get_task
 from pst_dist.watch import alive

@@ -12,7 +12,7 @@ import pytest
 from pst_dist.atomic import write_text
 from pst_dist.compare import bootstrap_interval, compare, mcnemar, paired_test
 from pst_dist.errors import InputError
-from pst_dist.evaluate import score_of
+from pst_dist.row_scores import score_of
 from pst_dist.storage import Manifest, canonical_json, describe_files, write_json, write_manifest
 
 

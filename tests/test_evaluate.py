@@ -14,9 +14,10 @@ from tiny import ROWS, fitted
 from pst_dist.config import Config
 from pst_dist.decode import Decoded
 from pst_dist.errors import InputError, IntegrityError, StaleError
-from pst_dist.evaluate import chance_of, evaluate, given_rationales, predict, rows_to_score, score_of, variant_of
+from pst_dist.evaluate import evaluate
 from pst_dist.layout import AnswerFormat
 from pst_dist.likeness import likeness
+from pst_dist.row_scores import chance_of, given_rationales, predict, rows_to_score, score_of, variant_of
 from pst_dist.schema import ReasoningSample
 from pst_dist.shards import ShardSet, write_shards
 from pst_dist.storage import read_json, read_lines, read_manifest, verify_files, write_json

@@ -13,7 +13,7 @@ from pst_dist.config_io import load_config
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.model_shape import fresh_shape, shape_of
 from pst_dist.plan import Machines, checkpoint_bytes, make_plan, rank_memory, split_words
-from pst_dist.student import fresh_model
+from pst_dist.student_model import fresh_model
 
 GEN = ["data.train=gen:last_letters?rows=64&seed=0", "data.validation_size=0", "train.global_batch_size=8"]
 

@@ -39,7 +39,7 @@ from pst_dist.storage import (
     write_manifest,
 )
 from pst_dist.student import Student, save_head
-from pst_dist.training_settings import check_changes
+from pst_dist.training_settings import check_changes, chosen_alike
 from pst_dist.watch import alive, at
 
 log = logging.getLogger(__name__)
@@ -236,6 +236,7 @@ def resume(
         settings=fresh.settings,
         engine=fresh.engine,
         world_size=fresh.world_size,
+        best_value=state.best_value if chosen_alike(state.settings, fresh.settings) else None,
     )
 
 

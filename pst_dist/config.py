@@ -285,7 +285,8 @@ class TrainConfig(Section):
     """Let a stopped run go on with other values of what may be changed on the way (learning rate, steps, loss
     weights…); without it any change is refused by name."""
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
-    """What the best checkpoint is chosen by, on validation rows only; accuracy decodes them."""
+    """What the best checkpoint is chosen by, on validation rows only: the likelihood of what is written up to the end
+    of the answer (in arms that think first, of rationale and answer), or accuracy, which decodes the rows."""
     report_to: Literal["none", "tensorboard"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0

@@ -22,6 +22,8 @@ ARM_COLOURS = {
     "prefix": "#0f8a6d",
     "adaptive": "#7b4fc9",
 }
+METRIC_WORDS = {"accuracy": "accuracy", "answer_nll": "NLL of the answer", "written_nll": "NLL of rationale and answer"}
+"""What chooses a checkpoint, in words."""
 TERM_COLOURS = {"answer": "#2f6fdb", "rationale": "#d0790b", "alignment": "#c2255c"}
 INK, FAINT, _GRID = "#1f2733", "#7a8493", "#e4e8ee"
 _DPI = 192  # twice what a page shows, so that it stays crisp on a fine screen
@@ -163,7 +165,8 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
         axis.plot(
             [best_step], [at], "o", color=TERM_COLOURS["alignment"], markersize=7, label=f"chosen: step {best_step}"
         )
-    name_axes(axis, "optimizer step", "accuracy (%)" if metric == "accuracy" else "answer NLL (nats per token)")
+    unit = "%" if metric == "accuracy" else "nats per token"
+    name_axes(axis, "optimizer step", f"{METRIC_WORDS[metric]} ({unit})")
     add_legend(axis)
     return to_png(figure)
 

@@ -93,7 +93,7 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
         ),
         "validation": (
             plots.validation_plot(metrics, training.get("best_step"), metric),
-            f"Validation {'accuracy' if metric == 'accuracy' else 'answer loss'}, which chose the checkpoint.",
+            f"Validation {plots.METRIC_WORDS[metric]}, which chose the checkpoint.",
         ),
     }
     if metric != "accuracy":

@@ -64,7 +64,7 @@ from pst_dist.teacher_vectors import open_teacher
 from pst_dist.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.train_step import BadStep, take_step, totals_over_ranks
 from pst_dist.training_result import TrainingResult, finished_training, global_batch_size
-from pst_dist.training_settings import settings_digest, training_settings
+from pst_dist.training_settings import choosing_metric, settings_digest, training_settings
 from pst_dist.validation import ValidationScore, Validator, is_better
 from pst_dist.watch import alive, at, watched
 
@@ -220,7 +220,7 @@ class _Training:
             tokens=state.tokens,
             best_step=state.best_step or 0,
             best_value=state.best_value,
-            metric=self.config.train.metric_for_best_model,
+            metric=choosing_metric(self.config),
         )
         with main_first_errors(self.ranks):
             if self.ranks.is_main:
@@ -362,7 +362,7 @@ class _Training:
         if value.loss is not None and not math.isfinite(value.loss):
             raise diverged_validation(value.loss, state.step)
         metrics.validation(state.step, value)
-        metric = self.config.train.metric_for_best_model
+        metric = choosing_metric(self.config)
         chosen = value.chosen(metric)
         if chosen is not None and state.best_value is not None and not is_better(metric, chosen, state.best_value):
             return state

@@ -12,6 +12,7 @@ from typing import Any
 from pst_dist.config import Config
 from pst_dist.config_io import flat_keys
 from pst_dist.errors import StaleError
+from pst_dist.layout import ARMS
 from pst_dist.storage import digest_of
 
 _FREE = {
@@ -30,13 +31,30 @@ _FREE = {
 }
 # The batch of a step stands in the settings as one number, however it is cut.
 _BATCH = {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
+_CHOOSES = "train.metric_for_best_model"
 _ADJUSTABLE = {
     *("train.learning_rate", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon"),
     *("train.max_grad_norm", "train.num_train_epochs", "train.max_steps", "train.lr_scheduler_type"),
-    *("train.warmup_ratio", "train.bf16", "train.eval_steps", "train.metric_for_best_model"),
+    *("train.warmup_ratio", "train.bf16", "train.eval_steps", _CHOOSES),
     *("train.skip_bad_steps", "train.max_rollbacks", "train.spike_factor", "train.spike_window"),
     *("loss.answer_weight", "loss.rationale_weight", "loss.alignment_weight", "loss.alpha", "loss.temperature"),
 }
+
+
+def choosing_metric(config: Config) -> str:
+    """The field of `ValidationScore` that chooses the best student.
+
+    A student that thinks first answers after the rationale that it writes itself, so the likelihood of the answer after
+    the teacher's says little of it: `answer_nll` is then that of rationale and answer together.
+    """
+    metric = config.train.metric_for_best_model
+    thinks = any(asked.thinks_first for asked in ARMS[config.arm].asked)
+    return "written_nll" if metric == "answer_nll" and thinks else metric
+
+
+def chosen_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two trainings choose by the same metric, so that values of one can be compared with the other's."""
+    return saved.get(_CHOOSES) == wanted.get(_CHOOSES)
 
 
 def training_settings(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> dict[str, Any]:
@@ -44,6 +62,7 @@ def training_settings(config: Config, shards_digest: str, embeddings_digest: str
     settings = flat_keys(config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "student", "loss"}))
     train = config.train.model_dump(mode="json")
     settings |= {f"train.{key}": value for key, value in train.items() if key not in _FREE | _BATCH}
+    settings[_CHOOSES] = choosing_metric(config)
     return settings | {"batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
 
 

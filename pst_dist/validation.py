@@ -21,6 +21,7 @@ from pst_dist.loss import TermWeights
 from pst_dist.row_scores import is_right
 from pst_dist.schema import ReasoningSample
 from pst_dist.tasks import get_task
+from pst_dist.training_settings import choosing_metric
 from pst_dist.watch import alive
 
 
@@ -29,9 +30,11 @@ class ValidationScore:
     """Means over the validation rows; None where nothing was measured."""
 
     answer_nll: float | None = None
-    """Nats per answer token."""
+    """Nats per answer token; where it stands after a rationale, after the teacher's."""
     rationale_nll: float | None = None
     """Nats per rationale token."""
+    written_nll: float | None = None
+    """Nats per token of rationale and answer together, in arms that think first; None in others."""
     alignment: float | None = None
     """Distance per sample."""
     cosine: float | None = None
@@ -95,9 +98,11 @@ class Validator:
         totals = sums_over_ranks(totals)
         sums, cosine, counts = totals[:3], float(totals[3]), totals[4:]
         means = [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+        thinks = choosing_metric(self.config) == "written_nll"
         return ValidationScore(
             answer_nll=means[0],
             rationale_nll=means[1],
+            written_nll=float(sums[:2].sum() / counts[:2].sum()) if thinks else None,
             alignment=means[2],
             cosine=cosine / float(counts[2]) if counts[2] else None,
             loss=float((sums * weights.scales(counts)).sum()),

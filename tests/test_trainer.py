@@ -1,5 +1,6 @@
 """Training in one process: golden curves, exact resume, refusals before the first step."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -163,6 +164,30 @@ def test_the_best_student_is_the_one_validation_chose(small_data, tmp_path):
     assert sorted(seen) == [2, 4, 6, 8]
     assert result.best_value == min(seen.values()) == seen[result.best_step]
     assert read_json(tmp_path / "best" / "manifest.json")["extra"]["step"] == result.best_step
+
+
+def test_a_student_that_thinks_first_is_chosen_by_all_that_it_has_to_write(small_data, tmp_path):
+    """By the answer after the teacher's rationale, one was chosen whose own rationales had not been learnt yet."""
+    result = train(small_config(small_data, tmp_path, arm="pre_thinking", train__eval_steps=2))
+    rows = [row for row in read_lines(tmp_path / "metrics.jsonl") if "validation" in row]
+    written = {row["step"]: row["validation"]["written_nll"] for row in rows}
+    assert result.metric == "written_nll"
+    assert result.best_value == min(written.values()) == written[result.best_step]
+    for scores in (row["validation"] for row in rows):
+        # A mean over tokens of both lies between theirs.
+        low, high = sorted((scores["answer_nll"], scores["rationale_nll"]))
+        assert low < scores["written_nll"] < high
+    answer_first = train(small_config(small_data, tmp_path / "pst"))
+    assert answer_first.metric == "answer_nll"
+    assert "written_nll" not in json.dumps(read_lines(tmp_path / "pst" / "metrics.jsonl"))
+
+
+def test_a_value_of_another_metric_is_not_compared_with(small_data, tmp_path):
+    """A likelihood of 2 nats would beat every accuracy."""
+    train(small_config(small_data, tmp_path, train__max_steps=4))
+    longer = {"train__max_steps": 8, "train__metric_for_best_model": "accuracy", "train__accept_changes": "true"}
+    result = train(small_config(small_data, tmp_path, **longer))
+    assert (result.metric, result.best_step) == ("accuracy", 8) and 0 <= result.best_value <= 1
 
 
 @pytest.mark.parametrize("eval_steps", [4, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -340,6 +341,21 @@ def test_runs_with_other_settings_or_rows_are_not_put_beside_ours(shared, tmp_pa
     (tmp_path / "forged" / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in forged))
     done = pst(str(file), "--with", str(tmp_path / "forged"), "--collect")
     assert done.returncode == 3 and "answer_only / seed 1 was run on other rows" in done.stderr
+
+
+PAGES = sorted(path.parent for path in (Path(__file__).parents[1] / "docs" / "results").glob("*/outcomes.jsonl"))
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
+def test_a_page_in_the_docs_is_what_its_command_makes_of_its_outcomes(folder, tmp_path):
+    (line,) = [row for row in (folder / "README.md").read_text().splitlines() if row.startswith("    pst experiment ")]
+    _, _, name, *words = shlex.split(line)
+    experiment = load_experiment(name, [*words, f"output_dir={tmp_path}"])
+    results, _ = run_experiment(experiment, ["pst"], beside=[folder], only_collect=True)
+    written = json.loads((folder / "results.json").read_text())
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["groups"] == written["groups"] and again["pairs"] == written["pairs"]
+    assert [run.name for run in results.missing] == written["missing"]
 
 
 @pytest.mark.parametrize(

@@ -343,6 +343,19 @@ def test_runs_with_other_settings_or_rows_are_not_put_beside_ours(shared, tmp_pa
     assert done.returncode == 3 and "answer_only / seed 1 was run on other rows" in done.stderr
 
 
+def assert_alike(one, other) -> None:
+    """Equal but for what another processor's rounding does to resampled ends of intervals."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), [other[key] for key in one]
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    else:
+        assert one == (pytest.approx(other, abs=0.002) if isinstance(other, float) else other)
+
+
 PAGES = sorted(path.parent for path in (Path(__file__).parents[1] / "docs" / "results").glob("*/outcomes.jsonl"))
 
 
@@ -354,7 +367,8 @@ def test_a_page_in_the_docs_is_what_its_command_makes_of_its_outcomes(folder, tm
     results, _ = run_experiment(experiment, ["pst"], beside=[folder], only_collect=True)
     written = json.loads((folder / "results.json").read_text())
     again = json.loads((tmp_path / "results.json").read_text())
-    assert again["groups"] == written["groups"] and again["pairs"] == written["pairs"]
+    for part in ("groups", "pairs"):
+        assert_alike(again[part], written[part])
     assert [run.name for run in results.missing] == written["missing"]
 
 

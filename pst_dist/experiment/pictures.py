@@ -23,7 +23,8 @@ from pst_dist.plots import (
     token_axis,
 )
 
-_ACROSS = 3
+_MOST_PANELS = 6
+"""More of them make no picture of costs: a page of thumbnails says less than the table."""
 Panel = tuple[str, list[Group]]
 """A title and the variants in it."""
 
@@ -40,13 +41,18 @@ def panels_of(results: Results) -> list[Panel]:
     return found
 
 
+def _across(panels: int) -> int:
+    """Panels in a row: three at most, and four as a square."""
+    return 2 if panels == 4 else min(3, panels)
+
+
 def accuracy_picture(results: Results) -> bytes | None:
     """A dot with its standard error for every variant, a small dot for every seed; None without results."""
     panels = panels_of(results)
     if not panels:
         return None
     variants = [name for name in results.experiment.variants if any(g.variant == name for _, gs in panels for g in gs)]
-    across = min(_ACROSS, len(panels))
+    across = _across(len(panels))
     height = (0.9 + 0.28 * len(variants)) * -(-len(panels) // across)
     longest = max(map(len, variants))
     figure, axes = new_figure(min(13.0, (3.3 + 0.075 * longest) * across), height, len(panels), columns=across)
@@ -88,7 +94,7 @@ def sweep_picture(results: Results) -> bytes | None:
     tasks = [task for task in experiment.tasks if any(group.task == task for group in results.groups)]
     if len(numbers) != len(values) or len(values) < 2 or not tasks:
         return None
-    across = min(_ACROSS, len(tasks))
+    across = _across(len(tasks))
     figure, axes = new_figure(1.5 + 4.0 * across, 3.3 * -(-len(tasks) // across), len(tasks), columns=across)
     for axis, task in zip(axes, tasks, strict=True):
         for variant, style in _styles(results):
@@ -119,9 +125,9 @@ def sweep_picture(results: Results) -> bytes | None:
 def cost_picture(results: Results) -> bytes | None:
     """Accuracy against tokens to the answer for the arms, a panel a task and point; None without results."""
     panels = panels_of(results)
-    if not panels or len(panels) > 2 * _ACROSS:
+    if not panels or len(panels) > _MOST_PANELS:
         return None
-    across = min(_ACROSS, len(panels))
+    across = _across(len(panels))
     figure, axes = new_figure(1.9 + 3.9 * across, 3.3 * -(-len(panels) // across), len(panels), columns=across)
     styles = dict(_styles(results))
     for axis, (title, groups) in zip(axes, panels, strict=True):

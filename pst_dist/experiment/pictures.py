@@ -145,7 +145,8 @@ def cost_picture(results: Results) -> bytes | None:
                 label=group.variant,
             )
         token_axis(axis, places)
-        axis.set_ylim(bottom=0)
+        highest = max(100 * (group.accuracy + group.stderr) for group in shown)
+        axis.set_ylim(0, 1.05 * highest or None)  # with room for a dot at the top; the axis' own choice when all are 0
         name_axes(axis, "tokens to the answer (mean, logarithmic)", "accuracy (%)", title)
     add_legend(axes[-1])
     return to_png(figure)

@@ -177,7 +177,10 @@ def test_in_bf16_the_stages_that_share_their_arithmetic_agree_more_closely(runs,
     two = [row["loss"] for row in curve(runs / f"{student}-bf16-zero2")]
     for stage in others:
         found = [row["loss"] for row in curve(runs / f"{student}-bf16-{stage}")]
-        assert found == pytest.approx(two, abs=1e-6 if student == "gpt2" else 1e-2)
+        # Stages 1 and 2 hold the same weights in the same places. Stage 3 gathers them elsewhere, and where a CPU has
+        # bfloat16 instructions a product's last bit depends on the place: 2e-6 after two steps, 4e-4 after eight.
+        exact = stage == "zero1"
+        assert found == pytest.approx(two, abs=1e-6 if exact else 2e-3 if student == "gpt2" else 1e-2)
 
 
 def test_offloaded_zero3_is_zero3(runs):

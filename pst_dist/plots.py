@@ -23,7 +23,7 @@ ARM_COLOURS = {
     "adaptive": "#7b4fc9",
 }
 METRIC_WORDS = {"accuracy": "accuracy", "answer_nll": "NLL of the answer", "written_nll": "NLL of rationale and answer"}
-"""What chooses a checkpoint, in words."""
+"""What chooses a checkpoint, in words for the caption."""
 TERM_COLOURS = {"answer": "#2f6fdb", "rationale": "#d0790b", "alignment": "#c2255c"}
 INK, FAINT, _GRID = "#1f2733", "#7a8493", "#e4e8ee"
 _DPI = 192  # twice what a page shows, so that it stays crisp on a fine screen
@@ -165,8 +165,7 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
         axis.plot(
             [best_step], [at], "o", color=TERM_COLOURS["alignment"], markersize=7, label=f"chosen: step {best_step}"
         )
-    unit = "%" if metric == "accuracy" else "nats per token"
-    name_axes(axis, "optimizer step", f"{METRIC_WORDS[metric]} ({unit})")
+    name_axes(axis, "optimizer step", "accuracy (%)" if metric == "accuracy" else "nats per token")
     add_legend(axis)
     return to_png(figure)
 

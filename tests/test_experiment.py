@@ -372,15 +372,25 @@ def test_a_page_in_the_docs_is_what_its_command_makes_of_its_outcomes(folder, tm
     assert [run.name for run in results.missing] == written["missing"]
 
 
-@pytest.mark.parametrize(
-    "line", ["{", '{"run": "x"}', '{"run":"x","config":{"arm":"psst"},"shards":"","rows":"","right":"01","results":{}}']
-)
-def test_a_file_that_holds_no_outcomes_is_refused_with_its_line(tmp_path, line):
+BROKEN = {
+    "no JSON": lambda whole: "{",
+    "no dict": lambda whole: "[]",
+    "cut": lambda whole: json.dumps({"run": whole["run"]}),
+    "another arm": lambda whole: json.dumps(whole | {"config": {"arm": "psst"}}),
+    "no results": lambda whole: json.dumps(whole | {"results": {}}),
+    "no bits": lambda whole: json.dumps(whole | {"right": "012"}),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_file_that_holds_no_outcomes_is_refused_with_its_line(shared, tmp_path, broken):
+    given, _ = shared
     file = write(tmp_path / "e.yaml")
     assert pst(str(file), "--with", str(tmp_path)).returncode == 2
-    (tmp_path / "outcomes.jsonl").write_text(line + "\n")
+    whole = (given / "outcomes.jsonl").read_text().splitlines()[0]
+    (tmp_path / "outcomes.jsonl").write_text(whole + "\n" + BROKEN[broken](json.loads(whole)) + "\n")
     done = pst(str(file), "--with", str(tmp_path), "--dry-run")
-    assert done.returncode == 3 and "outcomes.jsonl:1:" in done.stderr
+    assert done.returncode == 3 and "outcomes.jsonl:2:" in done.stderr
 
 
 def test_a_warning_of_one_of_many_runs_says_which(tmp_path):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from pst_dist.config import Config
 from pst_dist.config_io import flat_keys
@@ -28,10 +27,10 @@ from pst_dist.storage import canonical_json, digest_of, read_lines, read_manifes
 
 OUTCOMES = "outcomes.jsonl"
 _SHOWN = 3
-_ACCOUNT = (
-    *("arm", "task", "split", "chance", "parameters", "parse_failures", "device", "training", "tokens_to_answer"),
-    *("milliseconds_to_answer", "adaptive"),
-)
+_ALWAYS = {
+    *("arm", "task", "split", "parameters", "parse_failures", "device", "tokens_to_answer", "milliseconds_to_answer"),
+}
+_ACCOUNT = _ALWAYS | {"chance", "training", "adaptive"}
 """What the page tells of a run's results besides its right rows."""
 
 
@@ -67,13 +66,15 @@ class Outcome:
 
     @classmethod
     def from_line(cls, line: str) -> Outcome:
-        """The other way; raises ValueError, KeyError or TypeError for anything else."""
+        """The other way; raises ValueError, KeyError, TypeError or AttributeError for anything else."""
         raw = json.loads(line)
         if not set(raw["right"]) <= set("01"):
             raise ValueError("right is not a row of 0 and 1")
         right = np.array([one == "1" for one in raw["right"]], dtype=bool)
+        if not _ALWAYS <= raw["results"].keys():
+            raise ValueError("results are not whole")
         config = Config.model_validate(raw["config"])
-        return cls(raw["run"], config, raw["shards"], raw["rows"], right, dict(raw["results"]))
+        return cls(raw["run"], config, raw["shards"], raw["rows"], right, raw["results"])
 
 
 def outcome_of(run: Run) -> Outcome | None:
@@ -138,7 +139,7 @@ def _read(path: Path) -> dict[str, Outcome]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             outcome = Outcome.from_line(line)
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's is a ValueError
             raise IntegrityError(
                 "not the outcome of a run as this version writes it",
                 "copy the file again, or use the version that wrote it",

@@ -167,12 +167,13 @@ def collect(
     outcomes = {**elsewhere, **here}
     check_same_rows(runs, outcomes)
     scored: dict[tuple[str, str, Point], _Scored] = {}
-    rows: dict[str, str] = {}
+    rows: dict[str, tuple[str, int]] = {}
     for run in runs:
         if run.name not in outcomes:
             continue
         outcome = outcomes[run.name]
-        if rows.setdefault(run.task, outcome.rows) != outcome.rows:
+        scored_rows = (outcome.rows, len(outcome.right))
+        if rows.setdefault(run.task, scored_rows) != scored_rows:
             raise InputError(
                 f"{run.name} was scored on other rows than {run.task}'s first run", path=run.config.output_dir
             )

@@ -95,7 +95,8 @@ def sweep_picture(results: Results) -> bytes | None:
     if len(numbers) != len(values) or len(values) < 2 or not tasks:
         return None
     across = _across(len(tasks))
-    figure, axes = new_figure(1.5 + 4.0 * across, 3.3 * -(-len(tasks) // across), len(tasks), columns=across)
+    legend = 0.7 + 0.08 * max(len(group.variant) for group in results.groups)  # inches, beside the panels
+    figure, axes = new_figure(legend + 4.0 * across, 3.3 * -(-len(tasks) // across), len(tasks), columns=across)
     for axis, task in zip(axes, tasks, strict=True):
         for variant, style in _styles(results):
             points = [(value, _at(results.of(task, ((key, value),)), variant)) for value in sorted(numbers)]

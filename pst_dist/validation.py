@@ -34,7 +34,7 @@ class ValidationScore:
     rationale_nll: float | None = None
     """Nats per rationale token."""
     written_nll: float | None = None
-    """Nats per token of rationale and answer together, in arms that think first; None in others."""
+    """Nats per token of rationale and answer together, where that chooses the student (arms that think first)."""
     alignment: float | None = None
     """Distance per sample."""
     cosine: float | None = None

@@ -278,11 +278,14 @@ class _Steps(Dataset):
         batches = []
         for part in self.plan.micro_batches(step, **self.cut):
             muted = len(part) == 0
-            sequences = []
+            laid_out = []
             for index in indices[:1] if muted else part.tolist():
                 chosen = rationale_of(self.samples[index], seed=self.plan.seed, epoch=epoch)
-                sequences += self._sequences(index, chosen)
-            batches.append(self.collate(sequences, keys=keys, key_groups=groups, muted=muted))
+                laid_out.append(self._sequences(index, chosen))
+            batches += [
+                self.collate(sequences, keys=keys, key_groups=groups, muted=muted)
+                for sequences in self.layout.arm.forward_passes(laid_out)
+            ]
         return batches
 
     def _candidates(self, step: int, indices: list[int], epoch: int) -> tuple[list[tuple[str, int]], list[int]]:

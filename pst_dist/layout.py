@@ -59,6 +59,18 @@ class Arm:
         """Whether the answer comes before anything that could spoil it."""
         return not self.asked[0].thinks_first
 
+    def forward_passes(self, laid_out: list[list[Sequence]]) -> list[list[Sequence]]:
+        """Which sequences go through the student together: those with a rationale, and those without.
+
+        `laid_out` has the sequences of each sample, as `Layout.sequences` gives them. In one batch an answer alone
+        would be padded to the length of the rationales beside it.
+        """
+        writes = [Segment.RATIONALE in asked.order for asked in self.asked]
+        return [
+            [sequence for sample in laid_out for sequence, one in zip(sample, writes, strict=True) if one is kind]
+            for kind in dict.fromkeys(writes)
+        ]
+
 
 _ANSWER, _SEMANTIC, _RATIONALE = Segment.ANSWER, Segment.SEMANTIC, Segment.RATIONALE
 

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from pst_dist.config import Config, Section
 from pst_dist.deepspeed_json import MOST_BUCKET_ELEMENTS, find_deepspeed_json
 from pst_dist.errors import ConfigError, InputError
-from pst_dist.layout import ARMS
+from pst_dist.layout import ARMS, Segment
 from pst_dist.model_shape import ModelShape, shape_of
 from pst_dist.rundir import run_dir
 
@@ -167,7 +167,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         rows=rows,
         steps=steps,
         global_batch=global_batch,
-        micro_batches=math.ceil(math.ceil(global_batch / ranks) / micro),
+        micro_batches=math.ceil(math.ceil(global_batch / ranks) / micro) * len(ARMS[config.arm].forward_passes([])),
         memory=memory,
         by_stage=memories,
         checkpoint_bytes=size,
@@ -283,7 +283,8 @@ def count_rows(config: Config) -> Rows:
     for sample in samples:
         written = len(sample.rationales[0].encode()) if arm.needs_rationale and reads and sample.rationales else 0
         once = len(sample.question.encode()) + prompt + len(sample.answer.encode())
-        tokens += min(config.layout.max_length, (once + written) / a_token) + arm.aligned
+        for asked in arm.asked:
+            size_of_one = once + (written if Segment.RATIONALE in asked.order else 0)
+            tokens += min(config.layout.max_length, size_of_one / a_token) + (Segment.SEMANTIC in asked.order)
         texts += len(sample.rationales)
-    tokens *= len(arm.asked)
     return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact)

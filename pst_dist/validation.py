@@ -118,7 +118,9 @@ class Validator:
         for index in range(passes):
             part = mine[index * size : (index + 1) * size]
             chosen = [self.samples[k] for k in part] or [self.samples[0]]
-            yield [sequence for sample in chosen for sequence in self.layout.sequences(sample)], not part
+            laid_out = [self.layout.sequences(sample) for sample in chosen]
+            for sequences in self.layout.arm.forward_passes(laid_out):
+                yield sequences, not part
 
     def _accuracy(self, engine: Engine) -> float:
         task = get_task(self.config.task, self.config.data.answer_type)

@@ -56,6 +56,15 @@ def test_a_step_in_either_precision_with_either_attention_has_the_same_loss(tmp_
     assert "bfloat16, eager" in printed
 
 
+def test_prefix_in_one_pass_and_in_two_has_the_same_loss_and_less_padding_in_two(tmp_path):
+    output = tmp_path / "result.json"
+    sizes = ("--vocab", 64, "--layers", 1, "--width", 64, "--rows", 4, "--steps", 1, "--rounds", 2)
+    assert "together" in run("prefix_passes.py", *sizes, "--output", output)
+    both = json.loads(output.read_text())["contenders"]
+    assert both["apart"]["first_loss"] == pytest.approx(both["together"]["first_loss"], rel=1e-5)
+    assert 0 < both["apart"]["padding"] < both["together"]["padding"]
+
+
 def test_the_step_benchmark_compares_equal_losses_and_counts_pages(tmp_path):
     vocabulary, width = 20_000, 64
     sizes = ("--vocab", vocabulary, "--width", width, "--layers", 1, "--batch", 2, "--rounds", 2, "--threads", 1)

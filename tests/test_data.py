@@ -126,6 +126,19 @@ def test_the_loader_starts_at_any_step_with_the_batches_of_an_undisturbed_run():
     assert sorted(flat) == [row.id for row in ROWS]
 
 
+@pytest.mark.parametrize("arm, kinds", [("prefix", [{Segment.ANSWER}, {Segment.RATIONALE}]), ("adaptive", None)])
+def test_answers_alone_and_rationales_do_not_pad_one_another(arm, kinds):
+    layout = Tiny(arm).layout
+    cut = {"first_step": 0, "last_step": 1, "rank": 0, "world_size": 1, "micro_batch_size": 3}
+    plan, collate = OrderPlan(len(ROWS), 3, seed=0), Collator(loss=LossConfig(), pad_id=0)
+    (step,) = step_batches(plan, ROWS, layout, collate, **cut)
+    produced = [set(batch.segment_ids.unique().tolist()) & {Segment.ANSWER, Segment.RATIONALE} for batch in step]
+    assert produced == (kinds or [{Segment.ANSWER, Segment.RATIONALE}])
+    every = [sequence for index in plan.global_batch(0) for sequence in layout.sequences(ROWS[index])]
+    tokens = sum(len(sequence.prompt_ids) + len(sequence.target_ids) for sequence in every)
+    assert sum(int(batch.attention_mask.sum()) for batch in step) == tokens
+
+
 def test_info_nce_keys_are_the_global_batch_and_each_span_finds_its_own():
     _, _, batch = collated(alignment="info_nce")
     assert batch.keys.shape == (4, 8) and batch.key_groups.tolist() == [5, 5, 6, 7]

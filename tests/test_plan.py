@@ -66,6 +66,16 @@ def test_states_of_a_rank_follow_the_zero_paper():
     assert rank_memory(config, shape, parameters, 0, 64, micro_tokens=1).states / 1e9 == pytest.approx(120)
 
 
+def test_an_arm_of_two_kinds_of_sequences_counts_each_with_what_it_writes():
+    rows = {
+        arm: make_plan(load_config(None, [*GEN, f"arm={arm}"]), Machines()).rows.tokens
+        for arm in ("answer_only", "post_thinking", "prefix")
+    }
+    assert rows["prefix"] == pytest.approx(rows["answer_only"] + rows["post_thinking"])
+    passes = [make_plan(load_config(None, [*GEN, f"arm={arm}"]), Machines()).micro_batches for arm in ("pst", "prefix")]
+    assert passes[1] == 2 * passes[0]
+
+
 def test_steps_checkpoints_and_the_interval_between_saves():
     words = ["nodes=2", "gpus=4", "tokens_per_second=10", "write_gb_per_second=0.001", *GEN]
     overrides, machines = split_words([*words, "train.num_train_epochs=3", "train.deepspeed=zero1"])

@@ -140,8 +140,8 @@ class FreshConfig(Section):
     tokenizer: Literal["byte", "bpe"] = "byte"
     """`byte`: every byte is a token; `bpe`: byte-level BPE trained on the training rows."""
     vocab_size: Positive = 2048
-    """Vocabulary of the bpe tokenizer, special tokens not counted. All rationales take part in its training, so when they
-    are many or long a small one leaves few tokens for the question."""
+    """Vocabulary of the bpe tokenizer, special tokens not counted. All rationales take part in its training, so where
+    they are many or long a small one leaves few tokens for the question."""
     tie_word_embeddings: bool = True
     """One matrix for token embeddings and the language-model head; t5 has no other way."""
 

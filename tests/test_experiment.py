@@ -250,6 +250,28 @@ def test_the_page_has_published_numbers_for_real_rows_and_both_ways_of_an_adapti
     assert "## Answering at once" not in page_of(results, ["pst"], [])
 
 
+def test_the_page_tells_what_the_most_frequent_answer_gets_and_how_many_outputs_hold_none(small):
+    experiment = load_experiment(str(small[0]))
+    results = collect(experiment, runs_of(experiment))
+    assert results.groups[0].majority == pytest.approx(1 / 12), "no two of its rows have the same answer"
+    groups = [replace(group, unread=0, majority=0.25) for group in results.groups]
+    groups[1] = replace(groups[1], unread=6)  # of 12 rows and 2 seeds
+    page = page_of(replace(results, groups=groups), ["pst"], [])
+    assert "12 test rows, the most frequent answer gives 25.0 %." in page
+    header, _, first, second, *_ = page[page.index("| variant | accuracy % | s.e.") :].splitlines()
+    assert header.endswith(" | ms | unread % |") and first.endswith(" | 0.0 |") and second.endswith(" | 25.0 |")
+    assert "Unread are outputs" in page
+    groups[1] = replace(groups[1], unread=0)
+    plain = page_of(replace(results, groups=groups), ["pst"], [])
+    assert "nread" not in plain
+    other = [replace(group, task="other", majority=0.5) for group in groups]
+    both = replace(results, groups=groups + other)
+    both = replace(both, experiment=experiment.model_copy(update={"tasks": {"letters": {}, "other": {}}}))
+    assert "| the most frequent answer | 25.00 | 50.00 | 37.50 |" in page_of(both, ["pst"], [])
+    other[0] = replace(other[0], majority=None)
+    assert "| the most frequent answer |" not in page_of(replace(both, groups=groups + other), ["pst"], [])
+
+
 def test_a_finished_experiment_does_nothing_and_says_the_same(small):
     file, done = small
     again = pst(str(file))

@@ -30,7 +30,7 @@ _SHOWN = 3
 _ALWAYS = {
     *("arm", "task", "split", "parameters", "parse_failures", "device", "tokens_to_answer", "milliseconds_to_answer"),
 }
-_ACCOUNT = _ALWAYS | {"chance", "training", "adaptive"}
+_ACCOUNT = _ALWAYS | {"chance", "majority", "training", "adaptive"}
 """What the page tells of a run's results besides its right rows."""
 
 

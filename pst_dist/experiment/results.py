@@ -62,6 +62,8 @@ class Group:
     rows: int
     split: str
     chance: float | None
+    majority: float | None
+    """What the most frequent answer of the scored rows would get; None where it was not told."""
     tokens: float
     """Tokens to the answer, mean over rows and seeds."""
     times_fewer_tokens: float | None
@@ -246,6 +248,7 @@ def _group(
         rows=own.right.shape[1],
         split=own.results[0]["split"],
         chance=own.results[0].get("chance"),
+        majority=own.results[0].get("majority"),
         tokens=tokens or 0.0,
         times_fewer_tokens=longest / tokens if longest and tokens else None,
         milliseconds=_mean([(result["milliseconds_to_answer"] or {}).get("median") for result in own.results]),

@@ -27,6 +27,9 @@ _HOW = (
     "rows, same seeds. Their 95 % intervals draw rows and seeds anew (10,000 times); p is not corrected for several "
     "comparisons. Tokens are those up to the answer's end, ms the median time to the answer for one question at a time."
 )
+_UNREAD = (
+    " Unread are outputs that hold no answer, such as those that reach evaluate.max_new_tokens before it: not right."
+)
 
 
 def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
@@ -72,15 +75,25 @@ def table_lines(results: Results) -> list[str]:
 def _rows(results: Results, groups: Sequence[Group]) -> list[list[str]]:
     """The table of one task and point, its header first."""
     baselines = [name for name in results.experiment.baselines if any(group.against(name) for group in groups)]
-    return [_columns(baselines), *(_cells(group, baselines) for group in groups)]
+    unread = _tell_unread(groups)
+    return [_columns(baselines, unread), *(_cells(group, baselines, unread) for group in groups)]
 
 
-def _columns(baselines: Sequence[str]) -> list[str]:
+def _tell_unread(groups: Sequence[Group]) -> bool:
+    """Whether so many outputs held no answer that a reader has to know: 1 % of some variant's."""
+    return any(_unread(group) >= 0.01 for group in groups)
+
+
+def _unread(group: Group) -> float:
+    return group.unread / (group.rows * len(group.seeds))
+
+
+def _columns(baselines: Sequence[str], unread: bool) -> list[str]:
     tests = [word for name in baselines for word in (f"vs {name}", "95 % interval", "p")]
-    return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms"]
+    return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms", *(["unread %"] * unread)]
 
 
-def _cells(group: Group, baselines: Sequence[str]) -> list[str]:
+def _cells(group: Group, baselines: Sequence[str], unread: bool) -> list[str]:
     tests = []
     for name in baselines:
         test = group.against(name)
@@ -98,6 +111,7 @@ def _cells(group: Group, baselines: Sequence[str]) -> list[str]:
         f"{group.tokens:.1f}",
         f"{group.times_fewer_tokens:.1f}x" if group.times_fewer_tokens else "",
         f"{group.milliseconds:.1f}" if group.milliseconds else "",
+        *([f"{100 * _unread(group):.1f}"] * unread),
     ]
 
 
@@ -112,7 +126,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
         parts += [f"## Accuracy over {next(iter(experiment.vary))}", "![accuracy over the varied key](sweep.png)"]
     if len(panels) > 1:
         parts += ["## All together", _summary(results)]
-    parts += ["## In detail", _HOW]
+    parts += ["## In detail", _HOW + (_UNREAD if any(_tell_unread(groups) for _, groups in panels) else "")]
     for title, groups in panels:
         parts += [
             f"### {title}",
@@ -142,7 +156,8 @@ def _state(results: Results) -> str:
 
 
 def _chance(group: Group) -> str:
-    return f", guessing gives {100 * group.chance:.1f} %" if group.chance else ""
+    known = {"guessing": group.chance, "the most frequent answer": group.majority}
+    return "".join(f", {what} gives {100 * share:.1f} %" for what, share in known.items() if share)
 
 
 def _summary(results: Results) -> str:
@@ -157,6 +172,10 @@ def _summary(results: Results) -> str:
             continue
         mean = f"{100 * sum(g.accuracy for g in known) / len(known):.2f}" if len(known) == len(panels) else ""
         rows.append([variant, *(_short(group) for group in found), mean])
+    frequent = [share for _, groups in panels if (share := groups[0].majority)]
+    if len(frequent) == len(panels):
+        shares = [f"{100 * share:.2f}" for share in (*frequent, sum(frequent) / len(frequent))]
+        rows.append(["the most frequent answer", *shares])
     return _markdown(rows) + (
         "\n\nAccuracy in % with its standard error; + and - mark a difference to answer_only whose 95 % interval "
         "leaves out zero."

@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
+from cpu_steps import Contender, sized
 from measuring import CLOCKS, compared, machine, paired_rounds
 from step_cases import SETTINGS, make_problem, make_student
 
-from pst_dist.config import TrainConfig
-from pst_dist.distributed import Ranks
-from pst_dist.engine import SingleProcessEngine
-from pst_dist.libraries import quiet_libraries
 from pst_dist.storage import write_json
 
 _SETTING = SETTINGS["rationale_token"]
@@ -31,42 +27,19 @@ _LOSS_TOLERANCE = 0.01
 """Relative; bfloat16 keeps 8 bits of a product's factors."""
 
 
-class Contender:
-    """One student under training."""
-
-    def __init__(self, args: argparse.Namespace, *, bf16: bool, attention: str) -> None:
-        self.steps = args.steps
-        self.problem = make_problem(_SETTING, rows=args.rows, vocabulary=args.vocab)
-        student = make_student(_SETTING, vocabulary=args.vocab, layers=args.layers, width=args.width)
-        student.model.set_attn_implementation(attention)
-        train = TrainConfig(per_device_train_batch_size=args.rows, bf16=bf16)
-        self.engine = SingleProcessEngine(student, train, Ranks())
-        self.first_loss = self.step()
-
-    def step(self) -> float:
-        """One optimizer step; its loss before it."""
-        loss = self.engine.forward(self.problem.batch, self.problem.scales).loss
-        self.engine.backward(loss, last=True)
-        self.engine.step(1e-5)
-        return float(loss.detach())
-
-    def __call__(self) -> None:
-        for _ in range(self.steps):
-            self.step()
+def contender(args: argparse.Namespace, *, bf16: bool, attention: str) -> Contender:
+    """One of the four."""
+    problem = make_problem(_SETTING, rows=args.rows, vocabulary=args.vocab)
+    student = make_student(_SETTING, vocabulary=args.vocab, layers=args.layers, width=args.width)
+    student.model.set_attn_implementation(attention)
+    return Contender(student, [problem.batch], problem.scales, steps=args.steps, bf16=bf16)
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("vocab", 512), ("layers", 4), ("width", 128), ("rows", 32), ("steps", 4), ("rounds", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    quiet_libraries()
-    torch.set_num_threads(args.threads)
+    args = sized(__doc__, rows=32)
     contenders = {
-        f"{precision}, {attention}": Contender(args, bf16=precision == "bfloat16", attention=attention)
+        f"{precision}, {attention}": contender(args, bf16=precision == "bfloat16", attention=attention)
         for precision in ("float32", "bfloat16")
         for attention in ("sdpa", "eager")
     }

@@ -15,19 +15,16 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import torch
+from cpu_steps import Contender, sized
 from measuring import CLOCKS, compared, machine, paired_rounds
 from step_cases import ROWS, SETTINGS, make_student
 
-from pst_dist.config import LossConfig, TrainConfig
+from pst_dist.config import LossConfig
 from pst_dist.data import Collator
-from pst_dist.distributed import Ranks
-from pst_dist.engine import SingleProcessEngine
 from pst_dist.layout import ARMS, Segment, Sequence
-from pst_dist.libraries import quiet_libraries
 from pst_dist.loss import TermWeights
 from pst_dist.storage import write_json
 
@@ -48,50 +45,29 @@ def laid_out(rows: int, vocabulary: int) -> list[list[Sequence]]:
     return samples
 
 
-class Contender:
-    """One student under training on one global batch."""
+def contender(args: argparse.Namespace, passes: list[list[Sequence]]) -> Contender:
+    """A student whose global batch is cut into these passes."""
+    loss = LossConfig(denominator="per_token")
+    collate = Collator(loss=loss, pad_id=0)
+    batches = [collate(sequences) for sequences in passes]
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    scales = TermWeights.of(loss, "prefix").scales(counts).float()
+    student = make_student(SETTINGS["rationale_token"], vocabulary=args.vocab, layers=args.layers, width=args.width)
+    return Contender(student, batches, scales, steps=args.steps)
 
-    def __init__(self, args: argparse.Namespace, passes: list[list[Sequence]]) -> None:
-        self.steps = args.steps
-        loss = LossConfig(denominator="per_token")
-        collate = Collator(loss=loss, pad_id=0)
-        self.batches = [collate(sequences) for sequences in passes]
-        counts = torch.stack([batch.counts for batch in self.batches]).sum(0)
-        self.scales = TermWeights.of(loss, "prefix").scales(counts).float()
-        student = make_student(SETTINGS["rationale_token"], vocabulary=args.vocab, layers=args.layers, width=args.width)
-        self.engine = SingleProcessEngine(student, TrainConfig(per_device_train_batch_size=args.rows), Ranks())
-        self.padding = sum(int((batch.attention_mask == 0).sum()) for batch in self.batches)
-        self.first_loss = self.step()
 
-    def step(self) -> float:
-        """One optimizer step; its loss before it."""
-        total = 0.0
-        for index, batch in enumerate(self.batches):
-            loss = self.engine.forward(batch, self.scales).loss
-            self.engine.backward(loss, last=index == len(self.batches) - 1)
-            total += float(loss.detach())
-        self.engine.step(1e-5)
-        return total
-
-    def __call__(self) -> None:
-        for _ in range(self.steps):
-            self.step()
+def padding(one: Contender) -> int:
+    """Positions of its batches that hold no token."""
+    return sum(int((batch.attention_mask == 0).sum()) for batch in one.batches)
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("vocab", 512), ("layers", 4), ("width", 128), ("rows", 16), ("steps", 4), ("rounds", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    quiet_libraries()
-    torch.set_num_threads(args.threads)
+    args = sized(__doc__, rows=16)
     samples = laid_out(args.rows, args.vocab)
     contenders = {
-        _APART: Contender(args, ARMS["prefix"].forward_passes(samples)),
-        _TOGETHER: Contender(args, [[sequence for sample in samples for sequence in sample]]),
+        _APART: contender(args, ARMS["prefix"].forward_passes(samples)),
+        _TOGETHER: contender(args, [[sequence for sample in samples for sequence in sample]]),
     }
     apart, together = (contenders[name].first_loss for name in (_APART, _TOGETHER))
     if not math.isclose(apart, together, rel_tol=1e-5):
@@ -103,11 +79,11 @@ def main() -> None:
         one = contenders[name]
         print(
             f"{name:9}  {row['seconds_median'] / args.steps:12.4f}   {row['over_apart']:5.2f} ({low:.2f}-{high:.2f})"
-            f"   {one.padding:7}   {one.first_loss:10.5f}"
+            f"   {padding(one):7}   {one.first_loss:10.5f}"
         )
     if args.output:
         settings = vars(args) | {"output": None}
-        extra = {name: {"padding": one.padding, "first_loss": one.first_loss} for name, one in contenders.items()}
+        extra = {name: {"padding": padding(one), "first_loss": one.first_loss} for name, one in contenders.items()}
         report = {"settings": settings, "steps": table, "contenders": extra, "machine": machine(torch.device("cpu"))}
         write_json(args.output, report)
 

@@ -27,13 +27,13 @@ import torch
 from measuring import CLOCKS, machine
 from step_cases import SETTINGS, make_problem, make_student
 
-from pst_dist.checkpoint import RunState
-from pst_dist.config import TrainConfig
-from pst_dist.distributed import Ranks
-from pst_dist.engine import SingleProcessEngine
-from pst_dist.libraries import quiet_libraries
-from pst_dist.saving import Saver
-from pst_dist.storage import bytes_below, write_json
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks
+from pst_dist.logs import quiet_libraries
+from pst_dist.storage.manifest import bytes_below, write_json
+from pst_dist.training.engines import SingleProcessEngine
+from pst_dist.training.saver import Saver
+from pst_dist.training.state import RunState
 
 _SETTING = SETTINGS["rationale_token"]
 CONTENDERS = ("step", "torch_save", "transaction", "background")

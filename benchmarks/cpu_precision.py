@@ -19,7 +19,7 @@ from cpu_steps import Contender, sized
 from measuring import CLOCKS, compared, machine, paired_rounds
 from step_cases import SETTINGS, make_problem, make_student
 
-from pst_dist.storage import write_json
+from pst_dist.storage.manifest import write_json
 
 _SETTING = SETTINGS["rationale_token"]
 _OURS = "bfloat16, eager"

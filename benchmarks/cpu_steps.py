@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pst_dist.config import TrainConfig
-from pst_dist.data import PSTBatch
-from pst_dist.distributed import Ranks
-from pst_dist.engine import SingleProcessEngine
-from pst_dist.libraries import quiet_libraries
-from pst_dist.student import Student
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks
+from pst_dist.logs import quiet_libraries
+from pst_dist.training.batches import PSTBatch
+from pst_dist.training.engines import SingleProcessEngine
+from pst_dist.training.module import Student
 
 
 def sized(doc: str | None, *, rows: int) -> argparse.Namespace:

@@ -34,9 +34,9 @@ def make_shard_folder(directory: Path, count: int) -> None:
     """A manifest that promises `count` shards of 1000 texts, and an empty file for each."""
     from dataclasses import asdict
 
-    from pst_dist.schema import SCHEMA_VERSION
-    from pst_dist.shards import ShardInfo
-    from pst_dist.storage import Manifest, write_manifest
+    from pst_dist.data.sample import SCHEMA_VERSION
+    from pst_dist.data.shards import ShardInfo
+    from pst_dist.storage.manifest import Manifest, write_manifest
 
     directory.mkdir(parents=True)
     infos = []
@@ -55,8 +55,8 @@ def summary(shard: Any) -> Any:
     """What an actor would tell of a full shard, but that the file is empty."""
     import numpy as np
 
-    from pst_dist.embedding_files import file_name
-    from pst_dist.embeddings import EmbeddedShard
+    from pst_dist.embedding.embed import EmbeddedShard
+    from pst_dist.embedding.files import file_name
 
     sums = np.full(WIDTH, 123_456_789, dtype=np.int64)
     return EmbeddedShard(file_name(shard), 0, NOTHING, 1000, 0, sums, encoded=True)
@@ -66,13 +66,14 @@ def measure(count: int, actors: int, backend: str) -> dict[str, Any]:
     """Wall and processor seconds, and memory, of one `embed_all` over `count` shards; of a second one too."""
     from measuring import forget_peak, resident_megabytes
 
-    from pst_dist import embeddings, ray_jobs
-    from pst_dist.config import EmbedConfig, RayConfig
-    from pst_dist.embedding_files import file_name
-    from pst_dist.ray_cluster import ray_cluster
-    from pst_dist.shards import ShardSet
+    from pst_dist.clusters.ray import embed as on_ray
+    from pst_dist.clusters.ray.connect import ray_cluster
+    from pst_dist.config.schema import EmbedConfig, RayConfig
+    from pst_dist.data.shards import ShardSet
+    from pst_dist.embedding import embed
+    from pst_dist.embedding.files import file_name
 
-    class InstantActor(ray_jobs.EncoderActor):
+    class InstantActor(on_ray.EncoderActor):
         def __init__(self, config: Any, identity: Any, files: Any, driver: str) -> None:
             self._directory = files.embeddings
 
@@ -85,9 +86,10 @@ def measure(count: int, actors: int, backend: str) -> dict[str, Any]:
             return result
 
     identity = {"encoder": "instant", "dimension": WIDTH, "max_seq_length": 256}
-    embeddings.TextEncoder = lambda config, device: SimpleNamespace(identity=identity)
-    embeddings.embed_shard = lambda encoder, source, shard, target, advance: summary(shard)
-    ray_jobs.EncoderActor = InstantActor
+    embed.TextEncoder = lambda config, device: SimpleNamespace(identity=identity)
+    embed.embed_shard = lambda encoder, source, shard, target, advance: summary(shard)
+    on_ray.EncoderActor = InstantActor
+    executor = on_ray.embed_with_ray if backend == "ray" else None
     settings = RayConfig(num_actors=actors, num_cpus_per_actor=0.5)
     config = EmbedConfig(backend=backend, ray=settings)
     result: dict[str, Any] = {"shards": count, "backend": backend}
@@ -102,7 +104,9 @@ def measure(count: int, actors: int, backend: str) -> dict[str, Any]:
             for name in ("", "again_"):
                 forget_peak()
                 before, wall, cpu = resident_megabytes()[0], time.perf_counter(), time.process_time()
-                embeddings.embed_all(config, ShardSet.open(base / "shards", verify=False), base / "embeddings")
+                embed.embed_all(
+                    config, ShardSet.open(base / "shards", verify=False), base / "embeddings", executor=executor
+                )
                 result[f"{name}seconds"] = round(time.perf_counter() - wall, 2)
                 result[f"{name}cpu_seconds"] = round(time.process_time() - cpu, 2)
                 result[f"{name}memory_MiB"] = round(resident_megabytes()[1] - before, 1)
@@ -132,7 +136,7 @@ def main() -> None:
     import torch
     from measuring import machine
 
-    from pst_dist.storage import write_json
+    from pst_dist.storage.manifest import write_json
 
     begin, rows = time.monotonic(), []
     for backend in ("ray", "loop"):

@@ -25,20 +25,20 @@ from typing import Any
 
 from embed_throughput import make_texts
 
-from pst_dist import ray_jobs
-from pst_dist.config import EmbedConfig, RayConfig
-from pst_dist.embedding_files import FolderFiles
-from pst_dist.embeddings import embed_shard
-from pst_dist.encoder import TextEncoder
-from pst_dist.progress import Progress
-from pst_dist.ray_cluster import ray_cluster
-from pst_dist.schema import ReasoningSample
-from pst_dist.shards import ShardInfo, ShardSet, write_shards
+from pst_dist.clusters.ray import embed
+from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.config.schema import EmbedConfig, RayConfig
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.shards import ShardInfo, ShardSet, write_shards
+from pst_dist.embedding.embed import embed_shard
+from pst_dist.embedding.encoder import TextEncoder
+from pst_dist.embedding.files import FolderFiles
+from pst_dist.logs import Progress
 
 CONFIG = EmbedConfig(device="cpu")
 
 
-class ClockedActor(ray_jobs.EncoderActor):
+class ClockedActor(embed.EncoderActor):
     """An actor that writes down when it began and ended a shard."""
 
     def embed(self, shard: ShardInfo) -> Any:
@@ -111,7 +111,7 @@ class Actors:
     def seconds(self, count: int) -> float:
         """Seconds of the first `count` of them for all shards."""
         with self._files.announced("benchmark"):
-            crew = ray_jobs.Crew(self._ray, iter(self._actors).__next__, count)
+            crew = embed.Crew(self._ray, iter(self._actors).__next__, count)
             crew.work(self._order, lambda shard, result: None, Progress("embed", None, "texts"))
         return span(self._files.embeddings, len(self._order))
 
@@ -130,7 +130,7 @@ def main() -> None:
     import torch
     from measuring import machine
 
-    from pst_dist.storage import write_json
+    from pst_dist.storage.manifest import write_json
 
     torch.set_num_threads(1)
 

@@ -58,10 +58,11 @@ def main() -> None:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from pst_dist.config import EmbedConfig
-    from pst_dist.encoder import TextEncoder, locate_encoder
-    from pst_dist.rundir import environment
-    from pst_dist.storage import write_json
+    from pst_dist.config.run_dir import environment
+    from pst_dist.config.schema import EmbedConfig
+    from pst_dist.embedding.encoder import TextEncoder
+    from pst_dist.models.locate import locate_encoder
+    from pst_dist.storage.manifest import write_json
 
     torch.set_num_threads(args.threads)
     budget = {"batch_tokens": args.batch_tokens} if args.batch_tokens else {}

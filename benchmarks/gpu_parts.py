@@ -20,16 +20,16 @@ from ledger import Found, Goal, Ledger, Stopwatch, peak_megabytes
 from step_cases import FLOOR, OURS, SETTINGS, TEACHER_WIDTH, Problem, make_problem, make_student, step_losses
 from torch import Tensor
 
-from pst_dist.config import TrainConfig
-from pst_dist.distributed import Ranks
-from pst_dist.engine import SingleProcessEngine
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks
 from pst_dist.kernels import reference
 from pst_dist.kernels.contrastive import info_nce
 from pst_dist.kernels.dispatch import backend_for
 from pst_dist.kernels.head import combined_head
 from pst_dist.kernels.ops import row_distance, span_mean
 from pst_dist.kernels.spans import Spans
-from pst_dist.student import Student
+from pst_dist.training.engines import SingleProcessEngine
+from pst_dist.training.module import Student
 
 NONE = Goal(0)
 

@@ -34,8 +34,8 @@ from gpu_parts import (
 from ledger import Found, Goal, Ledger, Stopwatch, peak_megabytes
 from measuring import machine
 
-from pst_dist.libraries import quiet_libraries
-from pst_dist.storage import write_json
+from pst_dist.logs import quiet_libraries
+from pst_dist.storage.manifest import write_json
 
 LIBRARIES = ("triton", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels")
 # Goals: median ms by shape.

@@ -45,12 +45,12 @@ from measuring import (
 from step_cases import FLOOR, OURS, SETTINGS, Setting, make_problem, make_student, path_contenders, step_losses
 from torch import Tensor, nn
 
-from pst_dist.config import TrainConfig
-from pst_dist.distributed import Ranks
-from pst_dist.engine import SingleProcessEngine
-from pst_dist.libraries import quiet_libraries
-from pst_dist.storage import write_json
-from pst_dist.student import Student
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks
+from pst_dist.logs import quiet_libraries
+from pst_dist.storage.manifest import write_json
+from pst_dist.training.engines import SingleProcessEngine
+from pst_dist.training.module import Student
 
 
 def check_equal(losses: dict[str, Callable[[], Tensor]], parameters: list[nn.Parameter]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pst_dist.rundir import environment
+from pst_dist.config.run_dir import environment
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """Seconds that passed, or that this process computed: the latter says more on a busy machine, with one thread."""

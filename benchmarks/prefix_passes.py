@@ -4,7 +4,7 @@
                                        [--threads 1] [--output FILE]
 
 Each row gives "predict:" with the answer and "explain:" with the rationale, of the lengths of GSM8K's. `apart` has two
-forward passes, as `Arm.forward_passes` cuts them; `together` one, where an answer is padded to the longest rationale.
+forward passes, as `forward_passes` cuts them; `together` one, where an answer is padded to the longest rationale.
 Two students that differ in nothing else take some optimizer steps each round, in an order that rotates. Given are
 medians over rounds of CPU seconds a step and of the ratio, positions of padding, and each first loss, which says that
 both compute the same.
@@ -22,11 +22,12 @@ from cpu_steps import Contender, sized
 from measuring import CLOCKS, compared, machine, paired_rounds
 from step_cases import ROWS, SETTINGS, make_student
 
-from pst_dist.config import LossConfig
-from pst_dist.data import Collator
-from pst_dist.layout import ARMS, Segment, Sequence
-from pst_dist.loss import TermWeights
-from pst_dist.storage import write_json
+from pst_dist.arms import ARMS, Segment
+from pst_dist.config.schema import LossConfig
+from pst_dist.storage.manifest import write_json
+from pst_dist.student.layout import Sequence, forward_passes
+from pst_dist.training.batches import Collator
+from pst_dist.training.loss import TermWeights
 
 _APART, _TOGETHER = "apart", "together"
 
@@ -66,7 +67,7 @@ def main() -> None:
     args = sized(__doc__, rows=16)
     samples = laid_out(args.rows, args.vocab)
     contenders = {
-        _APART: contender(args, ARMS["prefix"].forward_passes(samples)),
+        _APART: contender(args, forward_passes(ARMS["prefix"], samples)),
         _TOGETHER: contender(args, [[sequence for sample in samples for sequence in sample]]),
     }
     apart, together = (contenders[name].first_loss for name in (_APART, _TOGETHER))

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from measuring import machine
 
-from pst_dist.answering import LoadedStudent, load_student
-from pst_dist.checkpoint import answer_generation_config
-from pst_dist.config_io import load_config
-from pst_dist.decode import text_of
-from pst_dist.layout import ARMS
-from pst_dist.storage import read_lines, write_json
-from pst_dist.tasks import Task, get_task
+from pst_dist.arms import ARMS
+from pst_dist.config.loading import load_config
+from pst_dist.data.tasks import Task, get_task
+from pst_dist.storage.manifest import read_lines, write_json
+from pst_dist.student.generate import text_of
+from pst_dist.student.saved import LoadedStudent, answer_generation_config, load_student
 
 _BATCH = 50
 _AGREED = 0.8

@@ -18,11 +18,12 @@ import torch
 from contenders import IGNORED, cross_entropy, eager_alignment
 from torch import Tensor, nn
 
-from pst_dist.config import Config
-from pst_dist.data import Collator, PSTBatch
-from pst_dist.layout import Segment, Sequence
-from pst_dist.loss import TermWeights
-from pst_dist.student import Student
+from pst_dist.arms import Segment
+from pst_dist.config.schema import Config
+from pst_dist.student.layout import Sequence
+from pst_dist.training.batches import Collator, PSTBatch
+from pst_dist.training.loss import TermWeights
+from pst_dist.training.module import Student
 
 OURS, FLOOR = "pst_dist", "no_head"
 TEACHER_WIDTH = 384

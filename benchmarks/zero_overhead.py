@@ -29,11 +29,12 @@ from measuring import compared, machine
 from step_cases import SETTINGS, make_problem, make_student
 from torch import nn
 
-from pst_dist.config import TrainConfig
-from pst_dist.distributed import Ranks, all_sum, barrier, leave, process_group
-from pst_dist.engine import DeepSpeedEngine, parameter_groups
-from pst_dist.libraries import quiet_libraries
-from pst_dist.storage import write_json
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks, all_sum, barrier, leave, process_group
+from pst_dist.logs import quiet_libraries
+from pst_dist.storage.manifest import write_json
+from pst_dist.training.engines import DeepSpeedEngine
+from pst_dist.training.optimizer import parameter_groups
 
 DDP = "ddp"
 STAGES = ("zero0", "zero1", "zero2", "zero3")

@@ -1,3 +1,5 @@
 """Post-Semantic-Thinking: distil a large model's reasoning into a small one that answers first."""
 
-__version__ = "0.1.0"
+from pst_dist._version import __version__
+
+__all__ = ["__version__"]

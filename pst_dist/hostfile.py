@@ -9,110 +9,11 @@ host's place in the file and the address of the first one, which the launcher wa
 
 from __future__ import annotations
 
-import errno
-import re
-import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from pst_dist.errors import EnvironmentFault, InputError, PstError
-
-DEFAULT_PORT = 29500
-"""What torchrun and the deepspeed launcher take for the first host when nothing is said."""
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
-
-
-@dataclass(frozen=True)
-class Host:
-    """One line of a hostfile."""
-
-    name: str
-    slots: int
-    """Ranks to start there: as many as it has GPUs."""
-    line: int
-
-
-def read_hostfile(path: Path) -> list[Host]:
-    """The hosts in the order of their ranks; raises InputError naming the line that is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("this hostfile cannot be read", "a line a host: NAME slots=GPUS", path=path) from error
-    hosts: list[Host] = []
-    for number, text in enumerate(lines, start=1):
-        line = text.strip()
-        if not line or line.startswith("#"):
-            continue
-        match = _LINE.match(line)
-        if match is None or int(match[2]) < 1:
-            raise InputError(f"{line!r} is not a host", "write `NAME slots=GPUS`", path=path, line=number)
-        if match[1] in [host.name for host in hosts]:
-            raise InputError(f"{match[1]} stands here a second time", "give it one line", path=path, line=number)
-        hosts.append(Host(match[1], int(match[2]), number))
-    if not hosts:
-        raise InputError("this hostfile names no host", "write `NAME slots=GPUS` for each", path=path)
-    return hosts
-
-
-def addresses_of(name: str) -> set[str]:
-    """The addresses of a name; empty when nobody knows it."""
-    try:
-        return {str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
-    except OSError:
-        return set()
-
-
-def check_hosts(hosts: list[Host], path: Path, *, look_up: Callable[[str], set[str]] = addresses_of) -> None:
-    """Raises EnvironmentFault for the first host that this machine does not know by that name."""
-    for host in hosts:
-        if not look_up(host.name):
-            raise EnvironmentFault(
-                f"no address is known for the host {host.name!r}",
-                "correct its name, or make it known to DNS or /etc/hosts",
-                path=path,
-                line=host.line,
-            )
-
-
-def own_place(hosts: list[Host], path: Path) -> int:
-    """Which of the hosts this machine is, from 0; raises InputError when it is none of them."""
-    short = socket.gethostname().partition(".")[0]
-    for index, host in enumerate(hosts):
-        if host.name.partition(".")[0] == short or any(is_own(address) for address in addresses_of(host.name)):
-            return index
-    raise InputError(f"this host, {short}, is none of the {len(hosts)} in it", "add it, or start elsewhere", path=path)
-
-
-def is_own(address: str) -> bool:
-    """Whether an address is one of this machine's: only those can be bound to."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
-
-
-def check_here(host: Host, path: Path, *, gpus: int, port: int | None) -> None:
-    """Raises InputError when the host has fewer GPUs than slots, EnvironmentFault when its port is taken.
-
-    Without any GPU its slots are CPU ranks, as many as one likes; `port` is None but on the first host.
-    """
-    if 0 < gpus < host.slots:
-        raise InputError(
-            f"{host.name} has {gpus} GPU(s), not {host.slots}", f"write slots={gpus}", path=path, line=host.line
-        )
-    if port is None:
-        return
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
-    except OSError as error:
-        why = "in use by another program" if error.errno == errno.EADDRINUSE else error.strerror
-        raise EnvironmentFault(f"port {port} of {host.name} is {why}", "choose another --master_port") from error
+from pst_dist.distributed.hostfile import DEFAULT_PORT, check_here, check_hosts, count_gpus, own_place, read_hostfile
+from pst_dist.errors import PstError
 
 
 def main() -> int:
@@ -122,17 +23,12 @@ def main() -> int:
         hosts = read_hostfile(path)
         check_hosts(hosts, path)
         place = own_place(hosts, path)
-        check_here(hosts[place], path, gpus=_gpus(), port=port if place == 0 else None)
+        check_here(hosts[place], path, gpus=count_gpus(), port=port if place == 0 else None)
     except PstError as error:
         print(f"pst: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
     print(place, hosts[0].name)  # noqa: T201
     return 0
-
-
-def _gpus() -> int:
-    """NVIDIA GPUs of this machine, without the seconds that torch takes to say so."""
-    return len([device for device in Path("/dev").glob("nvidia*") if device.name.removeprefix("nvidia").isdigit()])
 
 
 if __name__ == "__main__":

@@ -10,19 +10,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pst_dist.config import Config
+from pst_dist.config.loading import RESOLVED, load_config
+from pst_dist.config.run_dir import expand_arms, fetch_data, recorded, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import SCHEMA_VERSION
+from pst_dist.diagnostics.artefacts import Finding
+from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import DataError, InputError
-from pst_dist.layout import ARMS
-from pst_dist.locks import directory_lock
-from pst_dist.remote import RemoteFolder, fetch_folder, publish_folder, remove_partials
-from pst_dist.rundir import expand_arms, fetch_data, recorded, run_dir
-from pst_dist.schema import SCHEMA_VERSION
-from pst_dist.storage import Manifest, digest_of
+from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.manifest import Manifest, digest_of
+from pst_dist.storage.object_store import RemoteFolder, fetch_folder, publish_folder, remove_partials
+
+if TYPE_CHECKING:
+    from pst_dist.embedding.embed import Executor
 
 log = logging.getLogger(__name__)
 _OTHER = {"test": "validation", "validation": "test"}
@@ -33,9 +39,9 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
 
     Raises StaleError when other rows are packed there and `rebuild` is false.
     """
-    from pst_dist.check import write_rejects
-    from pst_dist.shards import write_shards
-    from pst_dist.sources import load_data
+    from pst_dist.data.shards import write_shards
+    from pst_dist.data.sources import load_data
+    from pst_dist.data.sources.rows import write_rejects
 
     run = run_dir(config)
     # Read before anything is made on disk, so that bad rows leave nothing behind, not even a lock.
@@ -70,8 +76,8 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
 
 def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     """Encode every rationale of the shards; only what is missing or stale."""
-    from pst_dist.embeddings import embed_all
-    from pst_dist.shards import ShardSet
+    from pst_dist.data.shards import ShardSet
+    from pst_dist.embedding.embed import embed_all
 
     run = run_dir(config)
     if run.remote is not None:
@@ -81,37 +87,48 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     with directory_lock(run.data):
         # Whoever encodes a shard verifies it; with Ray that is as many machines as there are.
         shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
-        return embed_all(config.embed, shards, run.embeddings, rebuild=rebuild)
+        return embed_all(config.embed, shards, run.embeddings, rebuild=rebuild, executor=_executor(config))
 
 
 def _make_remote_embeddings(config: Config, remote: RemoteFolder, *, rebuild: bool) -> Manifest:
     """The same where the data lies in object storage: of the shards only the manifest is needed here."""
-    from pst_dist.embeddings import embed_all
-    from pst_dist.shards import ShardSet
+    from pst_dist.data.shards import ShardSet
+    from pst_dist.embedding.embed import embed_all
 
     run = run_dir(config)
     remote.check()
     manifest = remote.child("shards").manifest("shards")
     if manifest is None:
         raise InputError("no finished shards here", "run `pst shard` first", path=remote.url)
-    return embed_all(config.embed, ShardSet(run.shards, manifest), run.embeddings, rebuild=rebuild, remote=remote)
+    return embed_all(
+        config.embed,
+        ShardSet(run.shards, manifest),
+        run.embeddings,
+        rebuild=rebuild,
+        remote=remote,
+        executor=_executor(config),
+    )
 
 
-def needs_embeddings(config: Config) -> bool:
-    """Whether some arm of this config aligns with the teacher's embeddings."""
-    return config.loss.alignment_weight > 0 and any(ARMS[arm.arm].aligned for arm in expand_arms(config))
+def _executor(config: Config) -> Executor | None:
+    """What encodes the shards: Ray's actors, or None for this process."""
+    if config.embed.backend != "ray":
+        return None
+    from pst_dist.clusters.ray.embed import embed_with_ray
+
+    return embed_with_ray
 
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
     """Train one arm in this process or on Ray; with `rebuild`, what an earlier training left is removed first."""
     if config.train.backend == "ray":
-        from pst_dist.ray_train import train_with_ray
-        from pst_dist.shards import ShardSet
+        from pst_dist.clusters.ray.train import train_with_ray
+        from pst_dist.data.shards import ShardSet
 
         fetch_data(config)
         ShardSet.open(run_dir(config).shards, verify=False)  # refused here, before workers are started
         return train_with_ray(config, rebuild=rebuild)
-    from pst_dist.trainer import train
+    from pst_dist.training.trainer import train
 
     return train(config, rebuild=rebuild)
 
@@ -144,9 +161,9 @@ def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
 
 def finish_arm(config: Config, *, rebuild: bool = False) -> Path:
     """Evaluate, export and report one trained arm."""
-    from pst_dist.evaluate import evaluate
-    from pst_dist.export import export
-    from pst_dist.report import report
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.publish.export import export
+    from pst_dist.publish.run_page import report
 
     _stage(f"evaluate {config.arm}", lambda: evaluate(config, rebuild=rebuild))
     _stage(f"export {config.arm}", lambda: export(config, rebuild=rebuild))
@@ -155,7 +172,7 @@ def finish_arm(config: Config, *, rebuild: bool = False) -> Path:
 
 def compare_arms(config: Config) -> Path:
     """One page with all arms of a config side by side."""
-    from pst_dist.report import compare_report
+    from pst_dist.publish.run_page import compare_report
 
     return compare_report([run_dir(arm).path for arm in expand_arms(config)], run_dir(config).report)
 
@@ -165,3 +182,43 @@ def _stage(name: str, work: Callable[[], Any]) -> Any:
     result = work()
     log.info("stage %s: %.1f s", name, time.monotonic() - started)
     return result
+
+
+def repair(root: Path, findings: list[Finding]) -> None:
+    """Remove what is damaged and make again what is made from rows, shards or a student on this machine.
+
+    Damaged checkpoints are removed while an intact one is left; students are left to `pst train`, which goes back to
+    the last intact checkpoint. Raises InputError when `root` is not a run directory, whose config says how.
+    """
+    if not (root / RESOLVED).is_file():
+        raise InputError("is not a run directory: it has no saved config", "run the commands named above", path=root)
+    bad = {finding.kind for finding in findings if finding.is_problem}
+    for finding in findings:
+        if finding.state == "leftover":
+            shutil.rmtree(finding.path)
+    intact = {finding.path.parent for finding in findings if finding.kind == "checkpoint" and not finding.is_problem}
+    for finding in findings:
+        if finding.kind == "checkpoint" and finding.is_problem:
+            folder = finding.path if finding.path.name.startswith("checkpoint-") else finding.path.parent
+            if folder.parent in intact:
+                log.warning("removing damaged %s: an intact one is left", folder)
+                shutil.rmtree(folder, ignore_errors=True)
+    config = load_config(str(root))
+    _rebuild(config, bad)
+
+
+def _rebuild(config: Config, bad: set[str]) -> None:
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.publish.export import export
+
+    if "shards" in bad:
+        make_shards(config, rebuild=True)
+    if "embeddings" in bad:
+        make_embeddings(config)
+    if "student" in bad:
+        return  # scores and export would be of the damaged one
+    for arm in expand_arms(config):
+        if "evaluation" in bad:
+            evaluate(arm, rebuild=True)
+        if "export" in bad:
+            export(arm, rebuild=True)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pst_dist.cli import run_verb
+from pst_dist.cli.main import run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     exit_code = main()
     if "WORLD_SIZE" in os.environ:
-        from pst_dist.distributed import leave
+        from pst_dist.distributed.ranks import leave
 
         leave(exit_code)
     sys.exit(exit_code)

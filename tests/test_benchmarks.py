@@ -21,8 +21,8 @@ from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
 from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
 from test_evaluate import make_run  # noqa: E402
 
-from pst_dist.config_io import RESOLVED, dump_config  # noqa: E402
-from pst_dist.evaluate import evaluate  # noqa: E402
+from pst_dist.config.loading import RESOLVED, dump_config  # noqa: E402
+from pst_dist.evaluation.evaluate import evaluate  # noqa: E402
 
 
 def run(script, *arguments):

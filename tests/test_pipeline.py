@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from small_run import small_config
 
-from pst_dist.config import Config
-from pst_dist.config_io import load_config
+from pst_dist.config.loading import load_config
+from pst_dist.config.run_dir import expand_arms
+from pst_dist.config.schema import Config
 from pst_dist.pipeline import run_all
-from pst_dist.rundir import expand_arms
-from pst_dist.storage import read_json, sha256_file
+from pst_dist.storage.manifest import read_json, sha256_file
 
 pytestmark = pytest.mark.encoder
 

@@ -12,15 +12,15 @@ from small_run import small_config
 from test_distributed_training import curve
 from tiny import ROWS, Tiny
 
-from pst_dist.answering import load_student
-from pst_dist.config import Config
-from pst_dist.decode import decode_answers, decode_rationales
-from pst_dist.encoder import locate_encoder
-from pst_dist.export import export
-from pst_dist.layout import STOP_TOKEN
+from pst_dist.arms import STOP_TOKEN
+from pst_dist.config.schema import Config
+from pst_dist.models.locate import locate_encoder
 from pst_dist.pipeline import run_all
-from pst_dist.storage import read_json
-from pst_dist.trainer import train
+from pst_dist.publish.export import export
+from pst_dist.storage.manifest import read_json
+from pst_dist.student.generate import decode_answers, decode_rationales
+from pst_dist.student.saved import load_student
+from pst_dist.training.trainer import train
 
 pytestmark = pytest.mark.encoder
 SHAPES = ("causal", "encoder_decoder")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import yaml
 
-from pst_dist.atomic import write_text
 from pst_dist.errors import PstError
 from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_page import write_results
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
-from pst_dist.locks import directory_lock
+from pst_dist.storage.atomic import write_text
+from pst_dist.storage.locks import directory_lock
 
 log = logging.getLogger(__name__)
 

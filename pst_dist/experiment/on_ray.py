@@ -11,12 +11,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.config.run_dir import refuse_relative
+from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
 from pst_dist.experiment.spec import RayJobs, Run
 from pst_dist.experiment.workers import Tell
-from pst_dist.ray_cluster import ray_cluster
-from pst_dist.rundir import refuse_relative
-from pst_dist.signals import end_as_told, stop_requests
 
 log = logging.getLogger(__name__)
 

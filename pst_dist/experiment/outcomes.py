@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from pst_dist.config import Config
-from pst_dist.config_io import flat_keys
+from pst_dist.config.loading import flat_keys
+from pst_dist.config.run_dir import run_dir
+from pst_dist.config.schema import Config
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.experiment.runs import placeless, result_of, samples_of
 from pst_dist.experiment.spec import Run
-from pst_dist.rundir import run_dir
-from pst_dist.storage import canonical_json, digest_of, read_lines, read_manifest
+from pst_dist.storage.manifest import canonical_json, digest_of, read_lines, read_manifest
 
 OUTCOMES = "outcomes.jsonl"
 _SHOWN = 3

@@ -10,7 +10,7 @@ from typing import Any
 
 from pst_dist.experiment.results import Group, Results
 from pst_dist.experiment.spec import point_words
-from pst_dist.plots import (
+from pst_dist.publish.plots import (
     ARM_COLOURS,
     FAINT,
     INK,

@@ -17,28 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pst_dist.compare import RESAMPLES, mcnemar
 from pst_dist.errors import InputError
+from pst_dist.evaluation.statistics import Difference, paired, standard_error
 from pst_dist.experiment.outcomes import Outcome, check_same_rows, outcome_of
 from pst_dist.experiment.spec import Experiment, Point, Run
-
-_BLOCK = 500
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A variant against a baseline: same task, same values, same rows, the seeds that both have."""
-
-    baseline: str
-    difference: float
-    """Accuracy of the variant minus the baseline's."""
-    low: float
-    """Lower end of the 95 % interval of the difference."""
-    high: float
-    """Its upper end."""
-    p: float
-    """Two-sided, not corrected for several comparisons."""
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -280,11 +262,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def standard_error(values: np.ndarray) -> float:
-    """[R] -> standard deviation / sqrt(R), with R - 1; 0 for a single row."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
 def _test(baseline: str, own: _Scored, other: _Scored) -> Difference | None:
     """The paired test over the seeds that both have; None when they share none."""
     mine = {run.seed: row for run, row in zip(own.runs, own.right, strict=True)}
@@ -294,27 +271,3 @@ def _test(baseline: str, own: _Scored, other: _Scored) -> Difference | None:
         return None
     arm, base = np.stack([mine[s] for s in common]), np.stack([theirs[s] for s in common])
     return paired(baseline, arm, base)
-
-
-def paired(baseline: str, arm_SR: np.ndarray, base_SR: np.ndarray) -> Difference:
-    """Accuracy difference of two variants over the same seeds and rows, with a 95 % interval and p.
-
-    Seeds and rows are both drawn anew, the two variants together (Owen, "The pigeonhole bootstrap", Annals of Applied
-    Statistics 1 (2007), 386-411): with one seed it is the paired bootstrap over rows. Few seeds are a coarse sample of
-    seeds, and the interval is then somewhat too narrow. p is exact McNemar's for one seed, else twice the share of
-    resamples on the other side of zero, and at least 1 / RESAMPLES.
-    """
-    differences = arm_SR.astype(np.float32) - base_SR.astype(np.float32)
-    seeds, rows = differences.shape
-    generator = np.random.Generator(np.random.Philox(key=0))
-    draws = np.empty(RESAMPLES)
-    for start in range(0, RESAMPLES, _BLOCK):
-        by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_BLOCK) / seeds
-        by_row = generator.multinomial(rows, np.full(rows, 1 / rows), size=_BLOCK) / rows
-        draws[start : start + _BLOCK] = ((by_seed @ differences) * by_row).sum(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    if seeds == 1:
-        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
-    else:
-        p = min(1.0, max(2 * min((draws <= 0).mean(), (draws >= 0).mean()), 1 / RESAMPLES))
-    return Difference(baseline, float(differences.mean()), float(low), float(high), float(p), seeds)

@@ -12,15 +12,15 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pst_dist.atomic import atomic_path, write_text
-from pst_dist.compare import format_p
+from pst_dist.config.run_dir import environment
+from pst_dist.evaluation.statistics import format_p
 from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
+from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Group, Results
 from pst_dist.experiment.spec import point_words
-from pst_dist.rundir import environment
-from pst_dist.storage import write_json
-from pst_dist.tasks.published import PUBLISHED, PUBLISHED_TASKS
+from pst_dist.storage.atomic import atomic_path, write_text
+from pst_dist.storage.manifest import write_json
 
 _HOW = (
     "Accuracy is the mean over seeds; s.e. joins the error over seeds and over rows. Differences are paired: same "

@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_dist.atomic import atomic_directory, atomic_path
-from pst_dist.config import Config
-from pst_dist.config_io import load_config
+from pst_dist.config.loading import load_config
+from pst_dist.config.run_dir import recorded, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.distributed.preemption import StopRequest
+from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import DataError, PstError
-from pst_dist.evaluate import SAMPLES, finished_evaluation
+from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
 from pst_dist.experiment.spec import Run
-from pst_dist.locks import directory_lock
-from pst_dist.pipeline import make_embeddings, make_shards, needs_embeddings
-from pst_dist.rundir import recorded, run_dir
-from pst_dist.signals import StopRequest
-from pst_dist.storage import read_manifest
+from pst_dist.pipeline import make_embeddings, make_shards
+from pst_dist.storage.atomic import atomic_directory, atomic_path
+from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds
 
     A student that an earlier run has trained with the same settings is taken over.
     """
-    from pst_dist.evaluate import evaluate
-    from pst_dist.trainer import train
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.training.trainer import train
 
     config, own = run.config, run_dir(run.config)
     with recorded(config, wait_seconds=lock_seconds):
@@ -69,7 +70,7 @@ def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds
 
 def _take_over(run: Run) -> None:
     """Copy a finished training that is the same as this run's, unless it has begun one of its own."""
-    from pst_dist.training_result import complete_training
+    from pst_dist.training.result import complete_training
 
     own = run_dir(run.config)
     if own.training.is_file() or own.checkpoints.is_dir():

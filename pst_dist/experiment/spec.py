@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pst_dist.config import ARM_NAMES, Config, Positive, RayConfig, Section, Weight
-from pst_dist.config_io import (
+from pst_dist.config.loading import (
     explain,
     flat_keys,
     known_keys,
@@ -29,8 +28,9 @@ from pst_dist.config_io import (
     ready_made_configs,
     set_key,
 )
+from pst_dist.config.schema import ARM_NAMES, Config, Positive, RayConfig, Section, Weight
 from pst_dist.errors import ConfigError, InputError, PstError
-from pst_dist.storage import digest_of
+from pst_dist.storage.manifest import digest_of
 
 _FIVE = tuple(name for name in ARM_NAMES if name != "adaptive")
 _BEGIN = "config"
@@ -170,7 +170,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
         if name not in ready_made_experiments():
             known = ", ".join(ready_made_experiments())
             raise InputError("no such experiment file or ready-made experiment", f"ready-made ones: {known}", path=name)
-        path = Path(str(resources.files("pst_dist") / "configs" / "experiments" / f"{name}.yaml"))
+        path = Path(str(resources.files("pst_dist") / "config" / "presets" / "experiments" / f"{name}.yaml"))
     tree, lines = read_yaml(path)
     origins: dict[tuple[str, ...], dict[str, Any]] = {}
     for word in overrides:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import PeerLostError, PreemptedError, PstError
 from pst_dist.experiment.spec import Run
-from pst_dist.signals import end_as_told, stop_requests
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Run, BaseException | None], None]

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from pst_dist.kernels.dispatch import backend_for
+from pst_dist.kernels.launch_table import GRAIN
 from pst_dist.kernels.reference import wide
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 32 << 20
 """Room for the scores of a chunk: 128 rows of 65536 keys in float32. An A100 has 40 MB of L2 cache, an H100 50."""
-GRAIN = 16
-"""Rows of scores begin at multiples of this many elements: matrix products and loads are slow where they do not."""
 
 
 def info_nce(

@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pst_dist.kernels import reference
-from pst_dist.kernels.contrastive import GRAIN
-from pst_dist.kernels.launch_table import Launch, launch_of
+from pst_dist.kernels.launch_table import GRAIN, Launch, launch_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = 512

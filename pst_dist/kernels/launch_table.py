@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+GRAIN = 16
+"""Rows of scores begin at multiples of this many elements: matrix products and loads are slow where they do not."""
+
+
 ANYTHING = 1 << 62
 
 

@@ -102,7 +102,7 @@ def pst(*words: object) -> Callable[[], int]:
     """The work of one `pst` command line."""
 
     def work() -> int:
-        from pst_dist.cli import run_verb
+        from pst_dist.cli.main import run_verb
 
         return run_verb([str(word) for word in words])
 
@@ -161,7 +161,7 @@ def config_file(run_folder: Path, place: Path, **changes: Any) -> Path:
 
 def _remember_encodings() -> None:
     """Encode each text once in this process: its children get the encoder's real vectors at once."""
-    from pst_dist.encoder import TextEncoder
+    from pst_dist.embedding.encoder import TextEncoder
 
     known: dict[tuple[str, ...], Any] = {}
     encode, build = TextEncoder.encode, TextEncoder.__init__

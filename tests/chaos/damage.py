@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chaos.goal import Result, measured
-from pst_dist.answering import load_student
-from pst_dist.checkpoint import is_intact_student, newest_valid
-from pst_dist.distributed import Ranks
-from pst_dist.embeddings import EmbeddingStore
+from pst_dist.data.shards import ShardSet
+from pst_dist.diagnostics.artefacts import verify
+from pst_dist.distributed.ranks import Ranks
+from pst_dist.embedding.embed import EmbeddingStore
 from pst_dist.errors import PstError
-from pst_dist.evaluate import finished_evaluation
-from pst_dist.shards import ShardSet
-from pst_dist.storage import MANIFEST, all_files
-from pst_dist.verify import verify
+from pst_dist.evaluation.evaluate import finished_evaluation
+from pst_dist.storage.manifest import MANIFEST, all_files
+from pst_dist.student.saved import is_intact_student, load_student
+from pst_dist.training.checkpoint import newest_valid
 
 
 def damage(folder: Path, full: bool) -> Iterator[Result]:

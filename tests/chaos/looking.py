@@ -13,10 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pst_dist.embedding_format import STATISTICS, read_tensor, read_vectors
+from pst_dist.diagnostics.artefacts import verify
+from pst_dist.embedding.vector_file import STATISTICS, read_tensor, read_vectors
 from pst_dist.errors import InputError, PstError
-from pst_dist.storage import MANIFEST, digest_of, sha256_file
-from pst_dist.verify import verify
+from pst_dist.storage.manifest import MANIFEST, digest_of, sha256_file
 
 _OF_THE_START = ("environment.json", "command.txt")
 _CLOCKED = ("plots/", "report.html", "export/README.md", "export/manifest.json")

@@ -22,8 +22,9 @@ def order(folder: Path, full: bool) -> Iterator[Result]:
     """One trial a chain of starts: a batch size, a seed and a number of workers."""
     from tiny import ROWS, Tiny
 
-    from pst_dist.config import LossConfig
-    from pst_dist.data import Collator, OrderPlan, step_batches
+    from pst_dist.config.schema import LossConfig
+    from pst_dist.training.batches import Collator, step_batches
+    from pst_dist.training.order import OrderPlan
 
     rows = [
         ROWS[number % len(ROWS)].__class__(**{**vars(ROWS[number % len(ROWS)]), "id": f"r-{number}"})

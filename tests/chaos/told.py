@@ -50,7 +50,7 @@ def _kept(run_folder: Path) -> dict[str, str]:
 
 def _logged(run_folder: Path) -> int:
     """The last step of which the log has a line."""
-    from pst_dist.storage import read_lines
+    from pst_dist.storage.manifest import read_lines
 
     return max((row["step"] for row in read_lines(run_folder / "metrics.jsonl") if "loss" in row), default=0)
 
@@ -100,7 +100,7 @@ def _once(run_folder: Path, train: Callable[[], int], wanted: dict[str, str], co
 
 def _twice(run_folder: Path, train: Callable[[], int], wanted: dict[str, str], count: int) -> Result:
     """The second signal at a chosen system call of the save that the first one asked for."""
-    from pst_dist.signals import ONE_REQUEST_SECONDS
+    from pst_dist.distributed.preemption import ONE_REQUEST_SECONDS
 
     with measured("a second signal while saving") as result:
         for trial in range(count):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pst_dist.distributed import Ranks, leave, process_group
+from pst_dist.distributed.ranks import Ranks, leave, process_group
 from pst_dist.kernels.contrastive import info_nce
 from pst_dist.kernels.gather import gather_rows, symmetric_info_nce
 

@@ -13,13 +13,13 @@ from small_run import small_config
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.kernels import dispatch
 from pst_dist.kernels.dispatch import backend_for
-from pst_dist.storage import read_lines
-from pst_dist.trainer import train
+from pst_dist.storage.manifest import read_lines
+from pst_dist.training.trainer import train
 
 TRAIN = """
 import json, logging, sys
-from pst_dist.config import Config
-from pst_dist.trainer import train
+from pst_dist.config.schema import Config
+from pst_dist.training.trainer import train
 logging.basicConfig(level="INFO")
 for config in json.load(open(sys.argv[1])):
     train(Config.model_validate(config))

@@ -1,0 +1,145 @@
+"""A Ray cluster to work on: the one this process is in, one named by an address, or one started for a block.
+
+It finds or starts the cluster safely (a token of its own, nothing left behind) and turns what can go wrong there
+into one line within seconds. What runs on the cluster is the business of the modules that ask for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from pst_dist.config.schema import RayConfig
+from pst_dist.errors import EnvironmentFault, PstError, first_line
+
+_PROBE_SECONDS = 5.0
+_OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
+
+
+@contextlib.contextmanager
+def ray_cluster(config: RayConfig) -> Iterator[Any]:
+    """The ray module, connected: to the cluster of this process, to `address`, or to one that lives for this block."""
+    imported = sys.modules.get("ray")
+    if imported is not None and imported.is_initialized():  # whoever connected this process chose the cluster
+        yield imported
+        return
+    # Inside a job of `ray job submit`, Ray names its cluster in the environment.
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    own = address is None
+    if own:
+        secure_local_cluster()
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentFault("cannot import ray", "pip install 'pst-dist[ray]', or work without it") from error
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    temporary = _folder() if own else None
+    try:
+        if own:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temporary,
+                **quiet,
+            )
+        else:
+            probe(str(address))
+            ray.init(address=address, **quiet)
+    except Exception as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, PstError):
+            raise
+        reason = first_line(error)
+        what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
+        raise EnvironmentFault(
+            f"{what} ({reason[:160]})",
+            "check that it runs (`ray status`) and that RAY_AUTH_MODE fits, or work without Ray",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def secure_local_cluster() -> None:
+    """A token of this process alone, unless the user has set one up; must come before ray is imported.
+
+    Ray would otherwise write one into the home directory, readable by all, that changes what later clusters ask
+    for (ray 2.60). It is read once a process, so it stays for the life of the process, and comes too late for one that
+    has imported ray.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+        return
+    _sweep(Path(tempfile.gettempdir()).glob("pst-ray-token-*"))
+    descriptor, claim = tempfile.mkstemp(prefix="pst-ray-claim-")  # mode 0600
+    stream = os.fdopen(descriptor, "w")
+    stream.write(secrets.token_hex(32))
+    stream.flush()
+    path = Path(claim.replace("pst-ray-claim-", "pst-ray-token-"))
+    _hold(stream, Path(claim), path)
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(path)
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def _folder() -> str:
+    """A new folder for a cluster of ours; those of processes that were killed go.
+
+    Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
+    """
+    place = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    _sweep(place.glob("pst-ray-*/.owner"))
+    folder = Path(tempfile.mkdtemp(prefix="pst-ray-", dir=place))
+    _hold((folder / ".claim").open("w"), folder / ".claim", folder / ".owner")
+    return str(folder)
+
+
+_held: list[TextIO] = []
+
+
+def _hold(stream: TextIO, claim: Path, path: Path) -> None:
+    """Keep a lock on a file for the life of this process; it has its name only once it is locked."""
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    claim.rename(path)
+    _held.append(stream)
+
+
+def _sweep(files: Iterable[Path]) -> None:
+    """Delete those that nobody holds, each with its folder when it is a folder's `.owner`: their processes are dead."""
+    for path in files:
+        with contextlib.suppress(OSError), path.open("r+") as stream:  # held, or not ours to open
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.name == ".owner":
+                shutil.rmtree(path.parent, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def probe(address: str) -> None:
+    """Fail within seconds, and in one line, when nothing listens at `host:port`; Ray itself waits for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and the like: Ray looks for the cluster itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no Ray cluster answers at {address} ({error.strerror or error})",
+            "start it (`ray start --head`) or set embed.ray.address",
+        ) from error

@@ -1,0 +1,236 @@
+"""A run as a job of a Ray cluster: what was asked for, what of this directory goes along, and handing it in.
+
+The job's command is `pst run my.yaml on=ray …` inside a copy of the working directory: it shards, embeds on actors,
+trains on workers, scores and reports, and Ray gives each stage its place. The dashboard is `ray_dashboard`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pst_dist.clusters.ray.dashboard import connect, dashboard_address
+from pst_dist.config.loading import load_config, locate_config, ready_made_configs
+from pst_dist.config.run_dir import refuse_relative
+from pst_dist.config.schema import Config
+from pst_dist.errors import ConfigError, EnvironmentFault, LockedError
+from pst_dist.storage.object_store import is_url
+
+EXCLUDES = (
+    ".git",
+    ".venv",
+    "venv",
+    ".tox",
+    "node_modules",
+    "__pycache__",
+    ".*_cache",
+    "*.partial",
+    "runs",
+    "shards",
+    "embeddings",
+    "checkpoints",
+    "tensorboard",
+)
+"""What is never sent along, in the words of a .gitignore; a .gitignore or .rayignore in the directory adds to it."""
+_OWN = ("address", "verb", "dir", "exclude", "name", "cpus", "gpus")
+_OFFENDERS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayRequest:
+    """What a job is to be; every word of it stands on the command line."""
+
+    address: str
+    """`http://host:8265` of the dashboard."""
+    verb: str = "run"
+    """`run` for the whole pipeline, `train` or `embed` for that stage alone."""
+    folder: Path = field(default_factory=Path.cwd)
+    """The directory of which the job gets a copy."""
+    exclude: tuple[str, ...] = ()
+    """More patterns of what is not sent."""
+    name: str | None = None
+    """The job's id; made up when not given."""
+    cpus: float = 0.0
+    gpus: float = 0.0
+    """Reserved for the job's driver, which shards, scores and exports; embedding and training have their own."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
+    """Part `address=… verb=train env.NAME=… train.bf16=true` into the request and the config's own words."""
+    asked: dict[str, str] = {}
+    environment, rest = {}, []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in _OWN:
+            asked[key] = value
+        elif key.startswith("env."):
+            environment[key.removeprefix("env.")] = value
+        elif key == "on":
+            raise ConfigError(f"{word}: a job of `pst submit ray` is on Ray already", "leave it out")
+        else:
+            rest.append(word)
+    verb = asked.get("verb", "run")
+    if verb not in ("run", "train", "embed"):
+        raise ConfigError(f"verb={verb} is not a stage that runs on Ray", "write verb=run, verb=train or verb=embed")
+    folder = Path(asked.get("dir", ".")).resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"dir={asked['dir']} is no directory", "give the one that has the config in it")
+    name = asked.get("name")
+    if name is not None and not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(f"name={name} is not a name", "take letters, digits, dots and dashes")
+    return (
+        RayRequest(
+            address=dashboard_address(asked.get("address")),
+            verb=verb,
+            folder=folder,
+            exclude=_patterns(asked.get("exclude")),
+            name=name,
+            cpus=_amount(asked, "cpus"),
+            gpus=_amount(asked, "gpus"),
+            environment=environment,
+        ),
+        rest,
+    )
+
+
+def _patterns(text: str | None) -> tuple[str, ...]:
+    # Not read as YAML, to which *.bin is a reference.
+    return tuple(part.strip() for part in (text or "").strip("[]").split(",") if part.strip())
+
+
+def _amount(asked: dict[str, str], key: str) -> float:
+    text = asked.get(key, "0")
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise ConfigError(f"{key}={text} is not an amount", f"write for example {key}=1")
+    return float(text)
+
+
+@dataclass(frozen=True)
+class RayJob:
+    """A job as it would be handed in."""
+
+    request: RayRequest
+    config: Config
+    command: str
+    excludes: tuple[str, ...]
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """Ray's word for what the job's processes find around them."""
+        return {
+            "working_dir": str(self.request.folder),
+            "excludes": list(self.excludes),
+            # `ray job stop` gives three seconds by itself, too few for a step and a checkpoint.
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120", **self.request.environment},
+        }
+
+    def lines(self, files: dict[str, int]) -> list[str]:
+        """What a person should see before it is handed in; `files` are those that are sent, with their bytes."""
+        return [
+            f"  cluster   {self.request.address}",
+            f"  command   {self.command}",
+            f"  output    {self.config.output_dir} (on a disk that all nodes share)",
+            f"  sent      {len(files)} files, {_mib(sum(files.values()))} of {self.request.folder}",
+        ]
+
+
+def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) -> RayJob:
+    """The job for a config; raises ConfigError when that could not work inside a copy of the directory."""
+    config = load_config(config_name, [*overrides, *_on_ray(request.verb)])
+    refuse_relative(config, "the job works")
+    word = config_name
+    if config_name not in ready_made_configs():
+        path = locate_config(config_name).resolve()
+        if request.folder not in path.parents:
+            raise ConfigError(f"{path} is not in {request.folder}, which is what the job gets a copy of", "give dir=…")
+        word = str(path.relative_to(request.folder))
+    excludes = [*EXCLUDES, *request.exclude]
+    for folder in (config.output_dir, config.data_dir):
+        if folder is not None and not is_url(folder) and request.folder in Path(folder).parents:
+            excludes.append("/" + str(Path(folder).relative_to(request.folder)))
+    command = shlex.join(["python", "-m", "pst_dist.cli", request.verb, word, *overrides, "on=ray"])
+    return RayJob(request, config, command, tuple(excludes))
+
+
+def _on_ray(verb: str) -> list[str]:
+    return [f"{stage}.backend=ray" for stage in ("embed", "train") if verb in (stage, "run")]
+
+
+def check_size(job: RayJob) -> dict[str, int]:
+    """Path -> bytes of every file that Ray would send; raises ConfigError, naming the largest, when Ray would refuse.
+
+    Ray measures the packed bytes, of which there may be fewer: what is too large unpacked is no code.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray._private.runtime_env import packaging  # its own walk, so that what is counted is what is sent
+
+    folder, files = job.request.folder, {}
+
+    def count(path: Path) -> None:
+        if path.is_file():
+            files[str(path.relative_to(folder))] = path.stat().st_size
+
+    silent = logging.Logger("silent", logging.CRITICAL)  # Ray would name every ignore file that it reads
+    ours = packaging._get_excludes(folder, list(job.excludes))
+    packaging._dir_travel(folder, [ours], count, include_gitignore=True, logger=silent)
+    limit = packaging.GCS_STORAGE_MAX_SIZE
+    if sum(files.values()) >= limit:
+        by_entry: dict[str, int] = {}
+        for name, size in files.items():
+            entry = "/".join(Path(name).parts[:2])
+            by_entry[entry] = by_entry.get(entry, 0) + size
+        largest = sorted(by_entry.items(), key=lambda item: -item[1])[:_OFFENDERS]
+        named = ", ".join(f"{entry} {_mib(size)}" for entry, size in largest)
+        raise ConfigError(
+            f"{_mib(sum(files.values()))} would be sent, Ray takes {_mib(limit)}; the largest: {named}",
+            "add them to .gitignore or .rayignore, or give exclude=[…]; rows belong on a shared disk (data.root)",
+            path=folder,
+        )
+    config = shlex.split(job.command)[4]
+    if (folder / config).is_file() and config not in files:
+        raise ConfigError("this config would not be sent", "it is excluded: see .gitignore, .rayignore", path=config)
+    return files
+
+
+def submit(job: RayJob, *, say: Callable[[str], None]) -> str:
+    """Check and hand in; returns the job's id.
+
+    Raises EnvironmentFault when the cluster cannot be reached or refuses, LockedError when a job works there already.
+    """
+    client = connect(job.request.address)
+    files = check_size(job)
+    for other in client.list_jobs():
+        if (other.metadata or {}).get("pst") == job.config.output_dir and str(other.status) in ("PENDING", "RUNNING"):
+            raise LockedError(
+                f"job {other.submission_id} already works here",
+                f"follow it: pst submit ray --follow {other.submission_id} address={job.request.address}",
+                path=job.config.output_dir,
+            )
+    for line in job.lines(files):
+        say(line)
+    name = job.request.name or f"pst-{Path(job.config.output_dir).name}-{secrets.token_hex(3)}"
+    try:
+        client.submit_job(
+            entrypoint=job.command,
+            submission_id=name,
+            runtime_env=job.runtime_env,
+            metadata={"pst": job.config.output_dir},
+            entrypoint_num_cpus=job.request.cpus or None,
+            entrypoint_num_gpus=job.request.gpus or None,
+        )
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise EnvironmentFault(f"Ray does not take the job: {first[:200]}", "ask for something else") from error
+    return name
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,219 @@
+"""Training on a Ray cluster: Ray Train places the ranks, starts them again when one is lost, and hears of checkpoints.
+
+What is trained, saved and resumed is `train(config)`'s affair, in the run directory as always: a training begun here
+can be taken up by any other launcher. The run directory must be seen by all nodes. What runs on
+the cluster's side is `ray_worker`; this module is the driver's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pst_dist._version import __version__
+from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.config.run_dir import check_lasting, data_settings, run_dir
+from pst_dist.config.schema import Config, RayConfig, RayTrainConfig
+from pst_dist.distributed.preemption import StopRequest, stop_requests
+from pst_dist.errors import ConfigError, EnvironmentFault, PeerLostError, PreemptedError, PstError, first_line
+from pst_dist.storage.object_store import is_url
+
+log = logging.getLogger(__name__)
+
+_START_SECONDS = 60
+"""How long Ray itself waits for a group of workers to start; then it tries again."""
+_RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
+"""What Ray Train leaves in a run directory."""
+
+
+def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
+    """`train` on Ray workers: its `TrainingResult`, or the error that it met, as it was.
+
+    A lost worker is replaced, all start again from the newest valid checkpoint, at most train.ray.max_failures times;
+    then PeerLostError. Raises ConfigError and EnvironmentFault when the ranks could never start. Told to stop, the
+    ranks save at the next step and PreemptedError (or, after Ctrl-C, KeyboardInterrupt) is raised; told twice, or
+    killed, this process ends at once and Ray ends its workers: what they had saved is there.
+    """
+    if "RANK" in os.environ:
+        raise ConfigError("train.backend=ray starts its own ranks", "run it without torchrun, deepspeed or srun")
+    config = _on_all_nodes(config)
+    asked = config.train.ray
+    done = None if rebuild else _complete(config)
+    if done is not None:
+        return done
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the config's relative paths are meant from here
+    with ray_cluster(RayConfig(address=asked.address)) as ray:
+        check_room(asked, ray.cluster_resources())
+        try:
+            from pst_dist.clusters.ray import worker
+        except ImportError as error:
+            raise EnvironmentFault(
+                f"ray {ray.__version__} cannot train for us ({error})", "pip install 'ray[default,train]>=2.60'"
+            ) from error
+        desk = worker.desk_here()
+        orders = worker.Orders(config, rebuild, __version__, os.getcwd(), log.getEffectiveLevel(), desk)
+        with _clean(run_dir(config).path), stop_requests() as stop:
+            try:
+                return _followed(ray, desk, stop, _trainer(config, orders).fit)
+            except PstError as error:
+                if isinstance(error, PreemptedError) and stop.signal == signal.SIGINT:
+                    raise KeyboardInterrupt from None
+                raise
+
+
+def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
+    """Raises EnvironmentFault when the cluster, as it is, cannot hold the ranks and no growth is waited for."""
+    needs = {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker)}
+    ranks = asked.min_workers or asked.num_workers
+    short = [name for name, each in needs.items() if each * ranks > resources.get(name, 0)]
+    if short and not asked.wait_seconds:
+        wanted = ", ".join(f"{each:g} {name}" for name, each in needs.items() if each)
+        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in needs)
+        raise EnvironmentFault(
+            f"{ranks} rank(s) of {wanted} each, but the cluster has {has}",
+            "lower train.ray.num_workers, or give train.ray.wait_seconds=600 to a cluster that grows",
+        )
+
+
+def _on_all_nodes(config: Config) -> Config:
+    """The config with absolute folders."""
+    check_lasting(config)
+    folders = {"output_dir": config.output_dir, **data_settings(config)}
+    return config.model_copy(
+        update={key: where if is_url(where) else str(Path(where).absolute()) for key, where in folders.items()}
+    )
+
+
+def _complete(config: Config) -> Any:
+    """The result of a training that is complete already, for which no worker need be started."""
+    from pst_dist.training.result import complete_training
+
+    done = complete_training(config, config.train.ray.num_workers)
+    if done is not None:
+        log.info("training is complete: %d steps, nothing to do", done.steps)
+    return done
+
+
+def _trainer(config: Config, orders: Any) -> Any:
+    """Ray's trainer for these orders; its run directory is ours, so that our checkpoints are registered in place."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pst_dist.clusters.ray.worker import Watch, work
+    from pst_dist.distributed.ranks import SLOWER_THAN_THE_WATCH_SECONDS
+
+    api: Any = ray.train  # which of its two versions is behind the names is settled when it is imported
+    asked, path = config.train.ray, run_dir(config).path
+    gpus = asked.num_gpus_per_worker
+    patience = int(config.train.timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
+    ranks = asked.num_workers if asked.min_workers is None else (asked.min_workers, asked.num_workers)
+    return TorchTrainer(
+        work,
+        train_loop_config={"orders": orders},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=patience),
+        scaling_config=api.ScalingConfig(
+            num_workers=ranks,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": asked.num_cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+            placement_strategy=asked.placement_strategy,
+        ),
+        run_config=api.RunConfig(
+            name=path.name,
+            storage_path=str(path.parent),
+            failure_config=api.FailureConfig(
+                max_failures=asked.max_failures,
+                # Without a limit Ray would wait for room for ever.
+                controller_failure_limit=max(1, asked.wait_seconds // _START_SECONDS),
+            ),
+            callbacks=[Watch(orders.desk, asked.max_failures)],
+            # In Ray's own files; what matters comes by the desk.
+            logging_config=api.LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+
+
+def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) -> Any:
+    """Run `fit` in a thread, where Ray takes no signals for itself; log the ranks' lines and pass on a request."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(fit())
+        except BaseException as error:
+            outcome.append(error)
+
+    # A thread that nobody waits for at the end: with its cluster gone it might never come back.
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    passed_on = False
+    while True:
+        done = bool(outcome)  # looked at before the lines, so that the last ones are heard
+        try:
+            lines = ray.get(desk.listen.remote())
+        except ray.exceptions.RayError as error:
+            raise PeerLostError(
+                f"the Ray cluster is gone ({first_line(error, 200)})", "the same command goes on"
+            ) from None
+        for line in lines:
+            logging.getLogger(line.name).log(line.level, "%s", line.text)
+        if done:
+            break
+        if stop.signal and not passed_on:
+            passed_on = True
+            desk.stop.remote()
+    (result,) = outcome
+    if isinstance(result, BaseException):
+        raise _in_our_words(ray, result) from None
+    return result.return_value
+
+
+def _in_our_words(ray: Any, error: BaseException) -> BaseException:
+    """The error of ours that a failed training comes to; itself when it is nobody's fault but ours."""
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    from pst_dist.clusters.ray.worker import describe, may_pass
+
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+        if "Startup" in type(cause).__name__:
+            return EnvironmentFault(
+                f"Ray could not start the ranks ({first_line(cause, 200)})",
+                "see `ray status` for what the cluster lacks; train.ray.wait_seconds is how long to wait for room",
+            )
+        return cause
+    if isinstance(error, WorkerGroupError):
+        others = [failure for failure in error.worker_failures.values() if not may_pass(failure)]
+        if others:
+            return others[0]
+        return PeerLostError(
+            f"{describe(error.worker_failures)}, more often than train.ray.max_failures allows",
+            "look for out-of-memory in Ray's logs; the same command goes on from the newest valid checkpoint",
+        )
+    if isinstance(error, (PreemptionError, ray.exceptions.RayError)):
+        return PeerLostError(f"Ray gave the training up ({first_line(error, 200)})", "the same command goes on")
+    return error
+
+
+@contextmanager
+def _clean(path: Path) -> Iterator[None]:
+    """Ray's own files in the run directory, gone before and after.
+
+    Its list of checkpoints would refuse a run from which we have removed the older ones.
+    """
+    _remove_ray_files(path)
+    try:
+        yield
+    finally:
+        _remove_ray_files(path)
+
+
+def _remove_ray_files(path: Path) -> None:
+    for name in _RAY_FILES:
+        (path / name).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Slurm: render a batch script, submit it, follow its jobs."""

@@ -1,0 +1,181 @@
+"""Following a Slurm job to its end: what state it is in, what its log says, and what exit code that comes to.
+
+It only reads what anyone may read (`scontrol show job` and the log file), so it can be stopped and taken up again at
+any time, also from another machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pst_dist.clusters.slurm.commands import run
+from pst_dist.errors import EnvironmentFault
+
+_SILENT_SECONDS = 600.0
+"""How long a controller may be away while a job is followed; a restart takes a minute."""
+_POLL_SECONDS = 10.0
+"""The longest wait between two questions about a job; PST_SLURM_POLL_SECONDS sets another."""
+_LOG_SECONDS = 0.5
+_ENDED = {
+    "COMPLETED": 0,
+    "FAILED": 1,
+    "CANCELLED": 130,
+    "OUT_OF_MEMORY": 137,
+    "TIMEOUT": 75,
+    "DEADLINE": 75,
+    "NODE_FAIL": 75,
+    "BOOT_FAIL": 75,
+    "PREEMPTED": 75,
+}
+"""Last states of a job -> the exit code where the script itself left none; after 75 the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job, or one task of an array, as `scontrol show job` gives it."""
+
+    number: str
+    """`12`, or `12_3` in an array; `12_[1-5]` for tasks that all still wait."""
+    state: str
+    reason: str
+    nodes: str
+    restarts: int
+    exit_code: int
+    """Of the script; 128 + number after a signal."""
+    output: Path
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.state in _ENDED
+
+    @property
+    def result(self) -> int:
+        """The exit code of an ended task: the script's own, or what its last state means."""
+        if self.state in ("COMPLETED", "FAILED"):
+            return self.exit_code or _ENDED[self.state]
+        return _ENDED[self.state]
+
+    @property
+    def line(self) -> str:
+        """Its state in words."""
+        where = f" on {self.nodes}" if self.nodes not in ("", "(null)") else ""
+        if self.ended:
+            return f"job {self.number}: {self.state.lower()}{where}, exit code {self.result}"
+        why = f" ({self.reason})" if self.reason not in ("", "None", "(null)") else ""
+        again = f", start {self.restarts + 1}" if self.restarts else ""
+        return f"job {self.number}: {self.state.lower()}{where}{again}{why}"
+
+
+def follow(number: str, *, say: Callable[[str], None]) -> int:
+    """Say each change of state and each line of the logs until the job has ended; returns its exit code.
+
+    For an array that is the code of the first task, by number, that failed. Raises EnvironmentFault when the
+    controller stays away or has forgotten the job; the job itself is never touched.
+    """
+    tasks: dict[str, Task] = {}
+    logs: dict[Path, _Log] = {}
+    slowest = float(os.environ.get("PST_SLURM_POLL_SECONDS", _POLL_SECONDS))
+    heard, wait = time.monotonic(), min(1.0, slowest)
+    while True:
+        seen = _show(number)
+        fresh: list[Task] = []
+        if seen is not None:
+            heard = time.monotonic()
+            known = {task.number: task for task in seen}
+            # What has ended is forgotten after some minutes (MinJobAge), while other tasks go on.
+            gone = [task for name, task in tasks.items() if name not in known and not task.ended and "[" not in name]
+            if gone or not (known or tasks):
+                raise EnvironmentFault(f"Slurm knows no job {gone[0].number if gone else number}", "see `sacct`")
+            fresh = [task for name, task in known.items() if name not in tasks or task.line != tasks[name].line]
+            tasks = {name: task for name, task in tasks.items() if task.ended} | known
+        elif time.monotonic() - heard > _SILENT_SECONDS:
+            raise EnvironmentFault("Slurm's controller has been away for 10 minutes", look_again(number))
+        for line in (task.line for task in fresh if not task.ended):
+            say(line)
+        _read_logs(tasks, logs, say)
+        for line in (task.line for task in fresh if task.ended):  # after its last words
+            say(line)
+        if seen is not None and tasks and all(task.ended for task in tasks.values()):
+            return next((task.result for _, task in sorted(tasks.items(), key=_by_number) if task.result), 0)
+        # Files may be looked at often; the controller, which serves everybody, is asked ever less.
+        wait = min(1.0, slowest) if fresh else min(wait * 1.5, slowest)
+        again = time.monotonic() + wait
+        while time.monotonic() < again:
+            time.sleep(_LOG_SECONDS)
+            _read_logs(tasks, logs, say)
+
+
+def _read_logs(tasks: dict[str, Task], logs: dict[Path, _Log], say: Callable[[str], None]) -> None:
+    """Say what is new in the logs of all tasks that have started."""
+    for task in tasks.values():
+        if "[" not in task.number and str(task.output) not in ("", "/dev/null"):
+            several = f"{task.number}: " if "_" in task.number else ""
+            logs.setdefault(task.output, _Log(task.output, several)).read(say, last=task.ended)
+
+
+def _by_number(item: tuple[str, Task]) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", item[0])]
+
+
+def look_again(number: str) -> str:
+    """How a person comes back to a job, or ends it."""
+    return f"the job goes on; look again: pst submit slurm --follow {number}, end it: scancel {number}"
+
+
+class _Log:
+    """A log file that grows, read line by line; it may not be there yet."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self._path, self._prefix, self._place = path, prefix, 0
+
+    def read(self, say: Callable[[str], None], *, last: bool) -> None:
+        """Say the whole lines that came since; with `last` also one without an end."""
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._place)
+                fresh = stream.read()
+        except OSError:
+            return
+        end = len(fresh) if last else fresh.rfind(b"\n") + 1
+        self._place += end
+        for line in fresh[:end].decode("utf-8", "replace").splitlines():
+            say(self._prefix + line)
+
+
+def _show(number: str) -> list[Task] | None:
+    """The job's tasks; none when Slurm does not know it, None when the controller did not answer."""
+    answer = run("scontrol", "show", "job", number)
+    if answer.returncode:
+        return [] if "Invalid job id" in answer.stderr + answer.stdout else None
+    return read_jobs(answer.stdout)
+
+
+def read_jobs(text: str) -> list[Task]:
+    """The tasks in the output of `scontrol show job`, which has a block of `Key=value` lines for each."""
+    tasks = []
+    for block in re.split(r"\n(?=JobId=)", text.strip()):
+        values = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", block))
+        output = re.search(r"^\s*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
+        code, _, ending = values.get("ExitCode", "0:0").partition(":")
+        number = values["JobId"]
+        if "ArrayJobId" in values:
+            index = values.get("ArrayTaskId", "")
+            number = f"{values['ArrayJobId']}_{index if index.isdecimal() else f'[{index}]'}"
+        tasks.append(
+            Task(
+                number=number,
+                state=values["JobState"],
+                reason=values.get("Reason", ""),
+                nodes=values.get("NodeList", ""),
+                restarts=int(values.get("Restarts", "0")),
+                exit_code=int(code) or (128 + int(ending) if int(ending or 0) else 0),
+                output=Path(output[1].strip() if output else ""),
+            )
+        )
+    return tasks

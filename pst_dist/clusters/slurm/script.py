@@ -1,0 +1,253 @@
+"""A training as a Slurm job: what was asked for on the command line, and the script that says it to Slurm.
+
+`cluster/train.sbatch` is the one script; here its `#SBATCH` lines and arguments are filled in, and inside an array it
+is asked here (`python -m pst_dist.slurm`) which arm and seed a task trains. Nothing in this module talks to Slurm: that
+is `slurm_submit` and `slurm_follow`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pst_dist.config.loading import load_config, parse_override
+from pst_dist.config.run_dir import data_settings, run_dir
+from pst_dist.config.schema import ARM_NAMES, Config
+from pst_dist.errors import ConfigError, PstError
+
+_TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED)", re.IGNORECASE)
+_SBATCH_OF = {
+    "time": "time",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "cpus": "cpus-per-task",
+    "mem": "mem",
+    "name": "job-name",
+}
+"""Our word -> sbatch's option. Any other option is `sbatch.OPTION=value`."""
+_OWN = ("nodes", "gpus", "ranks", "warn", "parallel", "arms", "seeds")
+_MARK = "#PST arguments"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmRequest:
+    """What a job is to have; every word of it stands on the command line."""
+
+    nodes: int = 1
+    gpus: str = ""
+    """GPUs a node, as Slurm writes them: `8` or `a100:8`; none when empty."""
+    ranks: int | None = None
+    """Ranks a node where there are no GPUs; one when not given."""
+    warn_seconds: int = 120
+    """How long before the time limit ranks are told to save."""
+    parallel: int | None = None
+    """Most tasks of an array that run at a time; no limit when not given."""
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
+    """sbatch option, without dashes -> its value."""
+
+    @property
+    def gpu_count(self) -> int:
+        """GPUs on each node."""
+        return int(self.gpus.rpartition(":")[2] or 0)
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of the array; 0 when the job is not one."""
+        return len(cells(self.arms, self.seeds)) if self.arms or self.seeds else 0
+
+
+def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
+    """Part `nodes=2 gpus=8 time=04:00:00 … train.bf16=true` into the request and the config's own words.
+
+    Raises ConfigError for a value that Slurm would not take.
+    """
+    asked: dict[str, str] = {}
+    rest, options = [], {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in _OWN:
+            asked[key] = value
+        elif key in _SBATCH_OF:
+            options[_SBATCH_OF[key]] = value
+        elif key.startswith("sbatch."):
+            options[key.removeprefix("sbatch.")] = value
+        else:
+            rest.append(word)
+    # Not read as YAML, to which 04:00:00 is a number to the base of sixty.
+    if "time" in options and not _TIME.fullmatch(options["time"]):
+        raise ConfigError(f"time={options['time']} is not a time limit", "write hours:minutes:seconds or days-hours")
+    gpus = asked.get("gpus", "")
+    if not re.fullmatch(r"([A-Za-z][\w.-]*:)?\d+|", gpus):
+        raise ConfigError(f"gpus={gpus} is not a number of GPUs a node", "write gpus=8 or gpus=a100:8")
+    request = SlurmRequest(
+        nodes=_number(asked, "nodes") or 1,
+        gpus="" if gpus.rpartition(":")[2] in ("", "0") else gpus,
+        ranks=_number(asked, "ranks"),
+        warn_seconds=_number(asked, "warn") or 120,
+        parallel=_number(asked, "parallel"),
+        arms=_arms(asked),
+        seeds=_seeds(asked),
+        options=options,
+    )
+    if request.ranks and request.gpus:
+        raise ConfigError("ranks= is for nodes without GPUs", "leave it out: there is one rank a GPU")
+    return request, rest
+
+
+def _number(asked: dict[str, str], key: str) -> int | None:
+    text = asked.get(key)
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key}={text} is not a number from 1", f"write for example {key}=2")
+    return int(text)
+
+
+def _listed(asked: dict[str, str], key: str) -> list[object]:
+    if key not in asked:
+        return []
+    _, value = parse_override(f"{key}={asked[key]}")
+    if not isinstance(value, list) or not value or len({str(entry) for entry in value}) != len(value):
+        raise ConfigError(f"{key}={asked[key]} is not a list of different values", f"write {key}=[one,two]")
+    return value
+
+
+def _arms(asked: dict[str, str]) -> tuple[str, ...]:
+    arms = tuple(str(arm) for arm in _listed(asked, "arms"))
+    for arm in arms:
+        if arm not in ARM_NAMES:
+            raise ConfigError(f"arms: there is no arm {arm!r}", f"take from {', '.join(ARM_NAMES)}")
+    return arms
+
+
+def _seeds(asked: dict[str, str]) -> tuple[int, ...]:
+    seeds = []
+    for seed in _listed(asked, "seeds"):
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ConfigError(f"seeds: {seed!r} is not a whole number", "write seeds=[0,1,2]")
+        seeds.append(seed)
+    return tuple(seeds)
+
+
+def cells(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str | None, int | None]]:
+    """The matrix of an array, task by task: all arms of the first seed, then those of the next.
+
+    None stands for "as the config says", where only arms or only seeds were given.
+    """
+    columns: Sequence[str | None] = arms or [None]
+    rows: Sequence[int | None] = seeds or [None]
+    return [(arm, seed) for seed, arm in itertools.product(rows, columns)]
+
+
+def array_words(words: Sequence[str], index: int) -> list[str]:
+    """The arguments of one task of an array: `config [words] arms=[…] seeds=[…]` with its own arm, seed and folder.
+
+    The folder is `output_dir/seed-N/ARM`, less what was not asked for; shards and embeddings are shared. Raises
+    ConfigError when the matrix has no such task.
+    """
+    request, rest = read_words(words)
+    matrix = cells(request.arms, request.seeds)
+    if not request.tasks or not 0 <= index < len(matrix):
+        raise ConfigError(
+            f"task {index} of the array has no arm or seed: arms= and seeds= name {request.tasks} of them",
+            f"submit with --array=0-{max(request.tasks, 1) - 1} and arms=[…] seeds=[…]",
+        )
+    arm, seed = matrix[index]
+    config = load_config(rest[0], rest[1:])
+    folder = run_dir(config).path
+    own = []
+    if seed is not None:
+        folder = folder / f"seed-{seed}"
+        own.append(f"seed={seed}")
+    if arm is not None:
+        folder = folder / arm
+        own += ["arms=[]", f"arm={arm}"]
+    return [*rest, *own, f"output_dir={folder}", *(f"{key}={value}" for key, value in data_settings(config).items())]
+
+
+def template(name: str = "train.sbatch") -> Path:
+    """A script of `cluster/`, which lies beside the package in a checkout and inside it in a wheel."""
+    package = Path(__file__).parents[2]
+    for folder in (package / "cluster", package.parent / "cluster"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"the script {name} did not come with this installation", "install pst-dist again")
+
+
+def render(request: SlurmRequest, config: Config, snapshot: Path) -> str:
+    """The script of one job: the template with this request's `#SBATCH` lines and arguments.
+
+    `snapshot` is the resolved config that the job reads: a file that is edited while the job waits changes nothing.
+    """
+    base = Path(config.output_dir).absolute()
+    number = "%A_%a" if request.tasks else "%j"
+    options = {
+        "job-name": f"pst-{base.name}",
+        "nodes": str(request.nodes),
+        "output": f"{snapshot.parent}/{number}.log",
+        "chdir": str(Path.cwd()),
+        "comment": f"pst {base}",
+        "signal": f"B:USR1@{request.warn_seconds}",
+    }
+    if request.gpus:
+        options["gpus-per-node"] = request.gpus
+    if request.tasks:
+        limit = f"%{request.parallel}" if request.parallel else ""
+        options["array"] = f"0-{request.tasks - 1}{limit}"
+    options |= request.options
+    words = [str(snapshot)]
+    if request.arms:
+        words.append(f"arms=[{','.join(request.arms)}]")
+    if request.seeds:
+        words.append(f"seeds=[{','.join(map(str, request.seeds))}]")
+    filled = [f"export PST_PYTHON={shlex.quote(sys.executable)}"]
+    filled += [f"export PST_RANKS_PER_NODE={request.ranks}"] if request.ranks else []
+    # Without GPUs DeepSpeed would look for one on every rank, and say so.
+    filled += [] if request.gpus else ["export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}"]
+    filled.append(f"set -- {shlex.join(words)}")
+    return _filled(template().read_text("utf-8"), options, filled)
+
+
+def _filled(text: str, options: dict[str, str], filled: list[str]) -> str:
+    """Replace the `#SBATCH` lines that `options` names, add the others below them, and put `filled` at its mark."""
+    lines, last = [], 0
+    for line in text.splitlines():
+        asked = re.match(r"#SBATCH --([\w-]+)", line)
+        if asked and asked[1] in options:
+            continue
+        lines.append(line)
+        if asked:
+            last = len(lines)
+    # A value with a blank is one word to sbatch only in quotes.
+    lines[last:last] = [f"#SBATCH --{name}={_quoted(value)}" for name, value in options.items()]
+    place = lines.index(_MARK)
+    lines[place : place + 1] = filled
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if re.search(r"\s", value) else value
+
+
+def main() -> int:
+    """Print, each ended by a NUL, the arguments of the array task that this process is in."""
+    try:
+        words = array_words(sys.argv[1:], int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    except PstError as error:
+        print(f"pst: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    sys.stdout.write("".join(f"{word}\0" for word in words))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

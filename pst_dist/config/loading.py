@@ -1,0 +1,305 @@
+"""From YAML text and `key.sub=value` words to a checked `Config`, and back to text.
+
+Every complaint names the file and line, or the override, that it is about.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pst_dist.config.schema import Config
+from pst_dist.errors import ConfigError, InputError
+
+RESOLVED = "config.resolved.yaml"
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the config, sections before their fields."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from known_keys(info.annotation, f"{prefix}{name}.")
+
+
+_SECTIONS = {name.rpartition(".")[0] for name in known_keys() if "." in name}
+"""Keys that hold other keys; a mapping elsewhere, as data.columns may be, is one value."""
+
+
+def flat_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested sections."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        place = f"{prefix}{key}"
+        nested = isinstance(value, Mapping) and place in _SECTIONS
+        flat |= flat_keys(value, f"{place}.") if nested else {place: value}
+    return flat
+
+
+def ready_made_configs(folder_name: str = "") -> list[str]:
+    """Names of the configs that come with the package, one a task and one for the demo, or of a folder of them."""
+    folder = resources.files("pst_dist") / "config" / "presets" / folder_name
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def overlays() -> dict[str, str]:
+    """Name -> one line of help of the overlays that come with the package: `+NAME` lays one over any config."""
+    found = {}
+    for name in ready_made_configs("overlays"):
+        file = resources.files("pst_dist") / "config" / "presets" / "overlays" / f"{name}.yaml"
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        found[name] = first.removeprefix("# ").rstrip(".")
+    return found
+
+
+def locate_overlay(word: str) -> Path:
+    """`+NAME` of a ready-made overlay, or `+path/to/keys.yaml` -> the file; raises InputError."""
+    name = word.removeprefix("+")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    names = list(overlays())
+    if name in names:
+        return Path(str(resources.files("pst_dist") / "config" / "presets" / "overlays" / f"{name}.yaml"))
+    near = difflib.get_close_matches(name, names, n=1)
+    raise InputError(
+        "no such overlay", f"did you mean +{near[0]}?" if near else f"there are: +{', +'.join(names)}", path=word
+    )
+
+
+def is_rows(name: str) -> bool:
+    """Whether a word names rows rather than a config: a data file, a glob of them, `hf:…` or `gen:…`."""
+    return name.startswith(("hf:", "gen:")) or Path(name).suffix.lower() in DATA_SUFFIXES
+
+
+def locate_config(name: str) -> Path:
+    """A YAML path, a run directory, or the name of a ready-made config -> the file; raises InputError."""
+    path = Path(name)
+    if path.is_dir():
+        resolved = path / RESOLVED
+        if not resolved.is_file():
+            raise InputError(f"no {RESOLVED} here", "give a config file or a directory that `pst run` made", path=path)
+        return resolved
+    if is_rows(name):
+        raise InputError(
+            "this is a file of rows, not a config",
+            f"look at it with `pst check {name}` and name it as data.train in a config",
+            path=path,
+        )
+    if path.is_file():
+        return path
+    if name in ready_made_configs():
+        return Path(str(resources.files("pst_dist") / "config" / "presets" / f"{name}.yaml"))
+    near = difflib.get_close_matches(name, ready_made_configs(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "ready-made ones: " + ", ".join(ready_made_configs())
+    raise InputError("no such config file, run directory or ready-made config", hint, path=name)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's loader, which would silently keep the last of two equal keys, made to refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in a YAML file and the line of each of its keys, counted from 1."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        loaded = yaml.load(text, _UniqueKeyLoader)
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read: {error}", path=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(str(problem), "mend the YAML", path=path, line=mark and mark.line + 1) from error
+    if loaded is None:
+        return {}, {}
+    if not isinstance(loaded, dict):
+        raise ConfigError("not a mapping of keys to values", "see `pst config demo`", path=path, line=1)
+    lines: dict[tuple[str, ...], int] = {}
+
+    def visit(node: yaml.Node | None, keys: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                place = (*keys, str(key_node.value))
+                lines[place] = key_node.start_mark.line + 1
+                visit(value_node, place)
+
+    visit(root, ())
+    return loaded, lines
+
+
+def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
+    """`train.bf16=true` -> (("train", "bf16"), True); the value is read as YAML."""
+    key, sign, text = word.removeprefix("--").partition("=")
+    if not sign or not key:
+        raise ConfigError(f"{word!r} is not key.sub=value", "write for example train.learning_rate=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    return tuple(key.replace("-", "_").split(".")), value
+
+
+def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Set a nested key; what stands in the way and is no section is replaced."""
+    for key in keys[:-1]:
+        child = tree.get(key)
+        if not isinstance(child, dict):
+            child = tree[key] = {}
+        tree = child
+    tree[keys[-1]] = value
+
+
+def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config by path, run directory or ready-made name and apply overrides.
+
+    An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that goes over the config, and under all
+    single keys wherever it stands among them.
+
+    Raises InputError when there is no such file and ConfigError, with file and line, for anything in it that
+    is unknown, of the wrong type or contradictory.
+    """
+    tree: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    path: Path | None = None
+    if name is not None:
+        path = locate_config(name)
+        tree, lines = read_yaml(path)
+    origins: dict[tuple[str, ...], dict[str, Any]] = {}
+    for word in overrides:
+        if word.startswith("+"):
+            _lay_over(tree, locate_overlay(word), origins)
+    for word in overrides:
+        if word.startswith("+"):
+            continue
+        keys, value = parse_override(word)
+        set_key(tree, keys, value)
+        origins[keys] = {}
+    _drop_empty_sections(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, path, lines, origins) from error
+
+
+def load_tree(name: str | None, overlays: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a config by path, run directory or ready-made name, with overlays (`+NAME`) laid over them.
+
+    Raises as `load_config` does; nothing is checked but that they are there and can be read.
+    """
+    tree = read_yaml(locate_config(name))[0] if name is not None else {}
+    lay_over(tree, overlays)
+    return tree
+
+
+def lay_over(tree: dict[str, Any], overlays: Sequence[str]) -> None:
+    """Lay overlays (`+NAME`) over the keys of a config; raises InputError for one that is not there."""
+    for word in overlays:
+        _lay_over(tree, locate_overlay(word), {})
+    _drop_empty_sections(tree)
+
+
+def _lay_over(tree: dict[str, Any], path: Path, origins: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """Set every key of a file in the tree; a complaint about one of them is then about that file."""
+    keys, lines = read_yaml(path)
+
+    def visit(part: dict[str, Any], place: tuple[str, ...]) -> None:
+        for key, value in part.items():
+            here = (*place, key)
+            if ".".join(here) not in _SECTIONS or not isinstance(value, dict | None):
+                set_key(tree, here, value)
+                origins[here] = {"path": path, "line": lines[here]}
+            elif value is not None:  # a section without keys changes nothing
+                visit(value, here)
+
+    visit(keys, ())
+
+
+def _drop_empty_sections(tree: dict[str, Any], model: type[BaseModel] = Config) -> None:
+    """A section whose keys are all commented out reads as null in YAML and means its defaults."""
+    for name, info in model.model_fields.items():
+        section = info.annotation
+        if not isinstance(section, type) or not issubclass(section, BaseModel) or name not in tree:
+            continue
+        if tree[name] is None:
+            del tree[name]
+        elif isinstance(tree[name], dict):
+            _drop_empty_sections(tree[name], section)
+
+
+def explain(
+    error: ValidationError,
+    path: Path | None,
+    lines: dict[tuple[str, ...], int],
+    origins: dict[tuple[str, ...], dict[str, Any]],
+    *,
+    keys: set[str] | None = None,
+) -> ConfigError:
+    """One line for the first complaint of pydantic, in our words, with the place it stands at; `keys` are the model's.
+
+    `lines` are those of a file's keys; `origins` say where other keys were set: {} for the command line.
+    """
+    first = error.errors()[0]
+    location = tuple(str(part) for part in first["loc"])
+    # A union adds the name of the branch that failed: keep the part that is a key.
+    keys = set(known_keys()) if keys is None else keys
+    while location and ".".join(location) not in keys and first["type"] != "extra_forbidden":
+        location = location[:-1]
+    dotted = ".".join(location)
+    place: dict[str, Any] = {}
+    where = [origin for keys_of, origin in origins.items() if keys_of[: len(location)] == location]
+    if where:
+        place = where[-1]
+    elif location in lines:
+        place = {"path": path, "line": lines[location]}
+    elif path is not None:
+        place = {"path": path}
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key {dotted!r}", _remedy_for_unknown(location, keys), **place)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        return ConfigError(f"{dotted} is a section, got {first['input']!r}", f"write {dotted}.KEY=value", **place)
+    if first["type"] == "list_type":
+        return ConfigError(f"{dotted} is a list, got {first['input']!r}", f"write {dotted}=[{first['input']}]", **place)
+    if not dotted:
+        return ConfigError(message, **place)
+    value = first.get("input")
+    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return ConfigError(f"{dotted}: {message[:1].lower()}{message[1:]}{got}", **place)
+
+
+def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:
+    """The known key that a mistyped one most resembles, by the whole path or by its last word."""
+    dotted = ".".join(location)
+    if dotted in keys:  # the words of the command line, written into the file
+        section, _, key = dotted.rpartition(".")
+        return f"in a file write {key} on a line of its own below {section}:"
+    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
+    if not near or near[0] == dotted.rpartition(".")[0]:  # its own section is no help
+        last = dotted.rsplit(".", 1)[-1]
+        by_last = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
+        near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    return f"did you mean {near[0]!r}?" if near else "`pst config --schema` lists all keys"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, every key with its value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,210 @@
+"""Where everything of a run lies, and the record that lets a later verb work from the directory alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pst_dist.config.loading import RESOLVED, dump_config
+from pst_dist.config.schema import Config
+from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
+from pst_dist.storage.atomic import write_text
+from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.manifest import MANIFEST, write_json
+from pst_dist.storage.object_store import RemoteFolder, fetch_folder, is_url
+
+_RECORD = (RESOLVED, "command.txt", "environment.json")
+_RECORD_LOCK = ".record.lock"
+_REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; the data directory may be shared by several runs."""
+
+    path: Path
+    data: Path
+    """With `remote`, what this machine has of it."""
+    remote: RemoteFolder | None = None
+    """Where the data lies when data_dir is a URL."""
+
+    @property
+    def shards(self) -> Path:
+        """Webdataset tars, their indexes and `manifest.json`."""
+        return self.data / "shards"
+
+    @property
+    def embeddings(self) -> Path:
+        """One safetensors file a shard, and `manifest.json`."""
+        return self.data / "embeddings"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoint-<step>` directories: state to go on training from."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The student that validation chose, as a Hugging Face folder, and its alignment head."""
+        return self.path / "best"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def training(self) -> Path:
+        """What came of the training, written when its last step is done."""
+        return self.path / "train.json"
+
+    @property
+    def export(self) -> Path:
+        """The finished model for other tools."""
+        return self.path / "export"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained HTML page."""
+        return self.path / "report.html"
+
+    def evaluation(self, split: str) -> Path:
+        """Results and samples of one scored split."""
+        return self.path / "eval" / split
+
+
+def run_dir(config: Config) -> RunDir:
+    """The paths that a config names; creates nothing."""
+    path = Path(config.output_dir)
+    if is_url(config.data_dir):
+        here = Path(config.data_cache) if config.data_cache else path / "data"
+        return RunDir(path, here, RemoteFolder(str(config.data_dir).rstrip("/")))
+    return RunDir(path, Path(config.data_dir) if config.data_dir else path / "data")
+
+
+def check_lasting(config: Config) -> None:
+    """Raises ConfigError when this process is in a job of Ray, whose directory is a copy, and would write into it."""
+    if "working_dir_files" in Path.cwd().parts:
+        refuse_relative(config, "this job works")
+
+
+def refuse_relative(config: Config, who: str) -> None:
+    """Raises ConfigError for folders that would lie in a copy of the directory; `who` begins the reason."""
+    for key, folder in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
+        if folder is not None and not is_url(folder) and not Path(folder).is_absolute():
+            raise ConfigError(
+                f"{key}={folder} is relative, and {who} in a copy of your directory that Ray removes at its end",
+                f"give {key}=/… on a disk that all nodes share",
+            )
+
+
+def data_settings(config: Config) -> dict[str, str]:
+    """The settings by which another run, with an output_dir of its own, has the same data."""
+    run = run_dir(config)
+    return {"data_dir": run.remote.url, "data_cache": str(run.data)} if run.remote else {"data_dir": str(run.data)}
+
+
+def fetch_data(config: Config, *, on_file: Callable[[], None] = lambda: None) -> None:
+    """Bring shards and embeddings that lie in object storage to this machine; nothing for a data_dir that is a folder.
+
+    `on_file` is called before each file. What is here with the promised bytes stays. All processes may call it: on each
+    machine one fetches, the others wait.
+    """
+    run = run_dir(config)
+    if run.remote is not None:
+        for kind in ("shards", "embeddings"):
+            fetch_folder(run.remote.child(kind), run.data / kind, kind, on_file=on_file)
+
+
+def expand_arms(config: Config) -> list[Config]:
+    """One config a trained arm: itself, or with `arms` one below output_dir for each, sharing the data."""
+    if not config.arms:
+        return [config]
+    base = run_dir(config)
+    return [
+        Config.model_validate(
+            config.model_dump() | {"arm": arm, "arms": [], "output_dir": str(base.path / arm), **data_settings(config)}
+        )
+        for arm in config.arms
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the record."""
+    versions = {}
+    for package in ("pst_dist", *_PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+
+
+def record_run(config: Config) -> None:
+    """Save the resolved config, the command and the environment in the run directory."""
+    path = Path(config.output_dir)
+    write_text(path / RESOLVED, dump_config(config))
+    write_text(path / "command.txt", shlex.join(["pst", *sys.argv[1:]]) + "\n")
+    write_json(path / "environment.json", environment())
+
+
+@contextlib.contextmanager
+def recorded(config: Config, *, wait_seconds: float = 0.0) -> Iterator[None]:
+    """`record_run` around the work itself: a refusal inside puts the earlier record back.
+
+    Otherwise a refused command (other settings, a directory in use) would leave its own settings behind as those
+    of what lies there, and every later verb would be refused too. A first record goes again when the refusal came
+    before anything was made. Other ends (an interrupt, a full disk, a divergence) keep the new one: work was done.
+
+    The record has a lock of its own, held all the while, because the work takes the directory's lock after the record
+    is written: of two commands that start together the refused one must not put its record over the other's, nor take
+    the directory for an empty one. Raises LockedError when another command holds it and has not let go of it within
+    `wait_seconds`; of several ranks the first goes on without a record instead, and is refused with the others.
+    """
+    with contextlib.ExitStack() as stack:
+        lock = directory_lock(Path(config.output_dir), name=_RECORD_LOCK, wait_seconds=wait_seconds)
+        try:
+            stack.enter_context(lock)
+        except LockedError:
+            # Other ranks wait to meet this one: the directory's own lock refuses all of them together.
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                raise
+        else:
+            stack.enter_context(_recorded(config))
+        yield
+
+
+@contextlib.contextmanager
+def _recorded(config: Config) -> Iterator[None]:
+    """`recorded` by the command that holds the record."""
+    path = Path(config.output_dir)
+    earlier = {name: (path / name).read_text("utf-8") for name in _RECORD if (path / name).is_file()}
+    record_run(config)
+    try:
+        yield
+    except _REFUSALS:
+        if earlier or not any(path.rglob(MANIFEST)):
+            for name in _RECORD:
+                if name in earlier:
+                    write_text(path / name, earlier[name])
+                else:
+                    (path / name).unlink(missing_ok=True)
+            remove_if_empty(path)
+        raise
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove a run directory in which nothing was made; its locks, which hold nothing, do not count."""
+    if path.is_dir() and all(entry.name in (".lock", _RECORD_LOCK) for entry in path.iterdir()):
+        with contextlib.suppress(OSError):
+            for name in (".lock", _RECORD_LOCK):
+                (path / name).unlink(missing_ok=True)
+            path.rmdir()

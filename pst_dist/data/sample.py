@@ -1,0 +1,84 @@
+"""What one row of data is: `ReasoningSample`, its answer types and the rule for ids.
+
+Reading files is `sources`, what counts as a right answer is `tasks`; this module only says what a
+sample must be to exist at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from pst_dist.errors import DataError
+
+AnswerType = Literal["number", "choice", "bool", "text", "date"]
+ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
+SPLITS = ("train", "validation", "test")
+SCHEMA_VERSION = 1
+
+_ID = re.compile(r"[A-Za-z0-9_\-]{1,120}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningSample:
+    """A question, its gold answer and zero or more teacher rationales for it; valid once constructed."""
+
+    id: str
+    """Stable name, `[A-Za-z0-9_-]{1,120}`: webdataset cuts a key at its first dot, tar at a slash."""
+    question: str
+    answer: str
+    """The gold answer, already cleansed to the canonical form of its type."""
+    rationales: tuple[str, ...] = ()
+    """Teacher rationales, each a different wording; empty where an arm needs none."""
+    answer_type: AnswerType = "text"
+    choices: tuple[str, ...] = ()
+    """The options of a multiple-choice question, in order A, B, C…; they already stand in `question`."""
+    source: str = ""
+    """Where the row came from, `file:line` or `file#index`."""
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise DataError(f"id {self.id!r} is not [A-Za-z0-9_-]{{1,120}}", path=self.source or None)
+        if self.answer_type not in ANSWER_TYPES:
+            raise DataError(
+                f"answer_type {self.answer_type!r} is none of {', '.join(ANSWER_TYPES)}", path=self.source or None
+            )
+        for name in ("question", "answer"):
+            if not getattr(self, name).strip():
+                raise DataError(f"{name} is empty", path=self.source or None)
+        if any(not rationale.strip() for rationale in self.rationales):
+            raise DataError("a rationale is empty", path=self.source or None)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict with lists for tuples, as it stands in a shard."""
+        row = asdict(self)
+        return {**row, "rationales": list(self.rationales), "choices": list(self.choices)}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> ReasoningSample:
+        """Inverse of `to_json`; raises DataError when a field is missing or of the wrong type."""
+        try:
+            return cls(**{**row, "rationales": tuple(row["rationales"]), "choices": tuple(row["choices"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"not a sample: {error}") from error
+
+
+def normalise_question(question: str) -> str:
+    """Key under which two questions are the same: NFKC, lower case, letters and digits only."""
+    folded = unicodedata.normalize("NFKC", question).casefold()
+    return " ".join(re.findall(r"\w+", folded))
+
+
+def sample_id(prefix: str, question: str, ordinal: int) -> str:
+    """An id for a row that has none: dataset prefix, its place in the file, and a digest of the question."""
+    digest = hashlib.sha256(question.encode()).hexdigest()[:8]
+    clean = re.sub(r"[^A-Za-z0-9_-]+", "-", prefix).strip("-")[:80] or "row"
+    return f"{clean}-{ordinal:06d}-{digest}"
+
+
+def question_group(question: str) -> int:
+    """A 63-bit number that is equal for equal questions, however they are spaced or capitalised."""
+    return int.from_bytes(hashlib.sha256(normalise_question(question).encode()).digest()[:8], "big") >> 1

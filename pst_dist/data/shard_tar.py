@@ -1,0 +1,167 @@
+"""The bytes of one shard: how a tar of ours is written, and how strictly it is read back.
+
+`read_shard` accepts exactly what `write_shard` writes. Stock readers stop in silence at a damaged header
+and skip members that are not files; a file that passes here has every sample that was put into it. Directories,
+manifests and access by position are `shards`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.errors import DataError, InputError, IntegrityError
+from pst_dist.storage.manifest import canonical_json
+
+REMAKE = "run `pst shard --rebuild`"
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One row of the manifest's shard table."""
+
+    name: str
+    """File name, `train-000000.tar`."""
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+    rationales: int | None = None
+    """How many its samples have together; None in shards from before this was written down."""
+
+    @property
+    def stem(self) -> str:
+        """The name without `.tar`: what files made from this shard are called."""
+        return self.name.removesuffix(".tar")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of one shard lie, in their order; lists of equal length."""
+
+    ids: list[str]
+    offsets: list[int]
+    """First byte of the member's JSON in the tar."""
+    sizes: list[int]
+    rationales: list[int]
+    """How many rationales the sample has, so that (id, rationale) pairs are known without reading it."""
+
+
+def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
+    """Write samples as one tar, with nothing of clock, user or machine in its bytes, and read it back strictly.
+
+    The caller gives a path of its own (a temporary directory) and takes care of fsync. Raises DataError for text
+    that cannot be stored.
+    """
+    from webdataset import TarWriter
+
+    with (
+        path.open("wb") as stream,
+        TarWriter(stream, user="pst", group="pst", mode=0o444, mtime=0, encoder=False) as tar,
+    ):
+        for sample in samples:
+            try:
+                content = canonical_json(sample.to_json()).encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"sample {sample.id!r} holds a lone surrogate, which is not text", path=sample.source or None
+                ) from error
+            tar.write({"__key__": sample.id, "json": content})
+    with path.open("rb") as written:
+        members = [(offset, len(content)) for _, offset, content in tar_members(written, path)]
+    return ShardIndex(
+        ids=[sample.id for sample in samples],
+        offsets=[offset for offset, _ in members],
+        sizes=[size for _, size in members],
+        rationales=[len(sample.rationales) for sample in samples],
+    )
+
+
+def read_shard(path: Path) -> list[ReasoningSample]:
+    """All samples of one tar in order; raises IntegrityError for whatever our writer would not have written.
+
+    A file that cannot be opened is an InputError.
+
+    Stock readers stop in silence at a damaged header and skip members that are not files; here a tar must be
+    regular `<id>.json` files from its first byte to the closing zeros. Nothing is ever extracted.
+    """
+    try:
+        with path.open("rb") as stream:
+            samples = [parse_sample(content, f"{path}!{name}", name) for name, _, content in tar_members(stream, path)]
+    except OSError as error:
+        raise InputError(f"cannot read: {error.strerror}", "run `pst shard` first", path=path) from error
+    if not samples:
+        raise IntegrityError("a shard without samples", REMAKE, path=path)
+    return samples
+
+
+def tar_members(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, bytes]]:
+    """(file name, offset of its content in bytes, content) of every member of a tar that is exactly as we write it.
+
+    The closing zeros are looked at after the last member, so a caller must exhaust the iterator; raises
+    IntegrityError for the first thing that differs.
+    """
+
+    def damaged(what: str) -> IntegrityError:
+        return IntegrityError(what, REMAKE, path=path)
+
+    data = stream.read()
+    end, seen = 0, set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                header = data[member.offset : member.offset + _BLOCK]
+                extended = member.offset_data - member.offset != _BLOCK
+                # A name of over 100 bytes needs one pax record, `path`; nothing else may be said about a member.
+                only_path = header[156:157] == b"x" and set(member.pax_headers) == {"path"}
+                if not member.isreg() or member.issparse() or (extended and not only_path) or archive.pax_headers:
+                    raise damaged(f"member {member.name!r} is not a plain file (type {header[156:157]!r})")
+                if not re.fullmatch(r"[A-Za-z0-9_\-]{1,120}\.json", member.name):
+                    raise damaged(f"member {member.name!r} is not <id>.json")
+                if member.name in seen:
+                    raise damaged(f"member {member.name!r} stands twice")
+                if member.offset != end or member.offset_data + member.size > len(data):
+                    raise damaged(f"member {member.name!r} is cut or displaced")
+                seen.add(member.name)
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                yield member.name, member.offset_data, data[member.offset_data : member.offset_data + member.size]
+    except (tarfile.TarError, UnicodeError, ValueError) as error:
+        raise damaged(f"not a tar ({len(data)} bytes, begins with {data[:8]!r}): {error}") from error
+    if len(data) - end < 2 * _BLOCK or data[end:].strip(b"\0"):
+        raise damaged(f"damaged after byte {end} of {len(data)}")
+
+
+def parse_sample(content: bytes, where: str, name: str | None = None) -> ReasoningSample:
+    """The sample in one member's bytes; raises IntegrityError naming `where` when it is not one of ours."""
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            raise ValueError("a key stands twice")
+        return row
+
+    def no_constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        row = json.loads(content.decode("utf-8"), object_pairs_hook=no_twins, parse_constant=no_constant)
+        lists = [row.pop("rationales"), row.pop("choices")]
+        if not all(isinstance(values, list) for values in lists):
+            raise ValueError("rationales and choices are not lists")
+        if not all(isinstance(value, str) for value in itertools.chain(row.values(), *lists)):
+            raise ValueError("a value is not text")
+        sample = ReasoningSample.from_json({**row, "rationales": lists[0], "choices": lists[1]})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
+        raise IntegrityError(f"not a sample: {error}", REMAKE, path=where) from error
+    if name is not None and name != f"{sample.id}.json":
+        raise IntegrityError(f"holds the sample {sample.id!r}", REMAKE, path=where)
+    return sample

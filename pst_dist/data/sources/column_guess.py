@@ -1,0 +1,187 @@
+"""Which column map a file follows: the one that the config names, or a guess from the file's first rows.
+
+Guessing goes from certain to likely: the layouts with their own marks, our own field names, then names that
+mean the same. What it finds is printed by `pst check` as YAML to paste.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_dist.data.sources.columns import ColumnMap, FieldMap, Layout, field_map, look_up
+from pst_dist.data.sources.common_maps import LAYOUTS
+from pst_dist.data.sources.task_maps import TASK_LAYOUTS
+from pst_dist.errors import ConfigError, DataError
+
+READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
+"""Every map that `data.columns` may name, the narrow ones first."""
+
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "question": (
+        *("question", "q", "problem", "query", "questiontext"),
+        *("prompt", "instruction", "input", "inputs", "text"),
+    ),
+    "answer": (
+        *(
+            "answer",
+            "finalanswer",
+            "goldanswer",
+            "gold",
+            "expectedanswer",
+            "answerkey",
+            "correct",
+            "correctanswer",
+            "finalans",
+        ),
+        *("label", "target", "targets", "groundtruth", "output", "response", "completion"),
+    ),
+    "rationale": (
+        *(
+            "rationale",
+            "rationales",
+            "reasoning",
+            "reasoningcontent",
+            "explanation",
+            "chainofthought",
+            "cot",
+            "thought",
+        ),
+        *(
+            "thoughts",
+            "thinking",
+            "steps",
+            "solution",
+            "workedsolution",
+            "reasoningcompletion",
+            "abstractiveexplanation",
+        ),
+    ),
+    "choices": ("choices", "options", "answerchoices"),
+    "id": ("id", "uid", "qid", "questionid", "sampleid"),
+}
+"""What other people call our fields, likeliest first; compared in lower case without marks between words."""
+
+
+def choose_columns(
+    setting: str | Mapping[str, str] | None, rows: Sequence[Mapping[str, Any]], path: str | Path, split: str = "train"
+) -> ColumnMap:
+    """The map for a file whose first rows are given.
+
+    `setting` is data.columns: a dict of our fields, the names of one or more ready-made maps (the first that
+    fits is taken), or None to guess. Raises ConfigError for a name that does not exist and DataError, with the
+    columns that do exist and the nearest, when the map does not fit the file.
+    """
+    if isinstance(setting, str):
+        return _named(setting, rows, path)
+    if setting is None:
+        return guess_columns(rows, path)
+    chosen = field_map(setting)
+    absent = [name for name, place in chosen.paths.items() if all(look_up(row, place) is None for row in rows)]
+    for name in absent:
+        # Rows to be scored may do without a rationale.
+        if split == "train" or name not in ("rationale", "rationales", "teacher_answer", "id"):
+            raise _no_column(name, chosen.paths[name], rows, path)
+    return chosen
+
+
+def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> ColumnMap:
+    """A map found from the rows alone; raises DataError when question or answer cannot be told."""
+    found = guess_paths(rows)
+    if isinstance(found, Layout):
+        return found
+    for name in ("question", "answer"):
+        if name not in found:
+            raise _no_column(name, name, rows, path)
+    return FieldMap(found, "guessed")
+
+
+def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
+    """A ready-made map that fits every row given, or those of our fields that some column seems to be."""
+    for layout in READY_MADE.values():
+        if rows and all(layout.fits(row) for row in rows):
+            # Rows that already name all three of our fields need no splitting.
+            if layout.name != "gsm8k" and all({"question", "answer", "rationale"} <= set(row) for row in rows):
+                continue
+            return layout
+    columns = _columns(rows)
+    plain = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in reversed(columns)}
+    found: dict[str, str] = {}
+    if {"Body", "Question"} <= set(columns):
+        found["question"] = "{Body} {Question}"  # SVAMP as its authors publish it
+    for field, synonyms in SYNONYMS.items():
+        for synonym in synonyms:
+            column = plain.get(synonym)
+            if (
+                field not in found
+                and column is not None
+                and column not in found.values()
+                and _usable(field, column, rows)
+            ):
+                found[field] = column
+    if "rationale" in found and any(isinstance(row.get(found["rationale"]), list) for row in rows):
+        found["rationales"] = found.pop("rationale")
+    return found
+
+
+def as_yaml(columns: ColumnMap) -> str:
+    """The map as lines for the data section of a config."""
+    if not isinstance(columns, FieldMap):
+        return f"columns: {columns.name}"
+    lines = (f"  {field}: {_quoted(path)}" for field, path in columns.paths.items())
+    return "\n".join(["columns:", *lines])
+
+
+def _quoted(path: str) -> str:
+    return path if re.fullmatch(r"[A-Za-z_][\w.\-]*", path) else "'" + path.replace("'", "''") + "'"
+
+
+def _named(setting: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> ColumnMap:
+    names = [name.strip() for name in setting.split(",")]
+    for name in names:
+        if name not in READY_MADE:
+            near = difflib.get_close_matches(name, READY_MADE, n=1)
+            raise ConfigError(
+                f"data.columns: no ready-made map {name!r}",
+                f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(READY_MADE),
+            )
+    for name in names:
+        layout = READY_MADE[name]
+        # One fitting row is enough: the others are refused one by one, each with its line.
+        if any(layout.fits(row) for row in rows):
+            return layout
+    layout = READY_MADE[names[0]]
+    for column in layout.needs:
+        if all(column not in row for row in rows):
+            raise _no_column(f"map {layout.name}", column, rows, path)
+    return layout
+
+
+def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a column holds, in some row, the kind of value that the field is."""
+    values = [row.get(column) for row in rows]
+    kinds: dict[str, tuple[type, ...]] = {
+        "question": (str,),
+        "answer": (str, int, float, bool),
+        "rationale": (str, list),
+        "choices": (list, dict),
+        "id": (str, int),
+    }
+    return any(isinstance(value, kinds[field]) for value in values)
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(column) for row in rows for column in row))
+
+
+def _no_column(field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> DataError:
+    columns = _columns(rows)
+    shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
+    near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.5)
+    nearest = next((column for column in columns if near and column.lower() == near[0]), None)
+    hint = f"the nearest is {nearest!r}: " if nearest else ""
+    example = f"data.columns.{field}={nearest or 'COLUMN'}" if field in ("question", "answer") else "set data.columns"
+    return DataError(f"no column {wanted!r} for {field} among: {shown or 'none'}", f"{hint}say {example}", path=path)

@@ -1,0 +1,203 @@
+"""Which parts of a row are question, answer and rationale: nested paths, templates and the maps made of them.
+
+Known layouts (messages, alpaca, …) are `common_maps`, those of single public datasets `task_maps`, guessing
+which one a file follows is `column_guess`. What counts as an answer is `tasks`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pst_dist.data.tasks.scoring import kind_of
+from pst_dist.errors import ConfigError
+
+OUR_FIELDS = ("question", "answer", "rationale", "rationales", "choices", "id", "teacher_answer")
+"""What a column map may name; the last is the teacher's own answer, for keep=teacher_correct."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """What was found in one row; the answer is still as it stood there."""
+
+    question: str
+    answer: object
+    rationales: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    id: str | None = None
+    teacher_answer: str | None = None
+
+
+class RowError(ValueError):
+    """This row lacks a field or has one of the wrong type; `code` is one word, the text says which."""
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code, self.what = code, what
+
+
+class ColumnMap(Protocol):
+    """Turns a row into `Fields`."""
+
+    @property
+    def name(self) -> str:
+        """The ready-made map's name, or how the map came about."""
+
+    def fields(self, row: Mapping[str, Any]) -> Fields:
+        """The row's fields; raises RowError."""
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """A map from our fields to paths `a.b[0].c` or templates `{a} {b}`."""
+
+    paths: Mapping[str, str]
+    name: str = "columns"
+
+    def fields(self, row: Mapping[str, Any]) -> Fields:
+        """Look every field up; whether a row may do without a rationale is for `load` to say."""
+        paths = self.paths
+        choices = as_choices(look_up(row, paths["choices"])) if "choices" in paths else ()
+        rationales: tuple[str, ...] = ()
+        for name in ("rationale", "rationales"):
+            if name in paths:
+                rationales += as_rationales(look_up(row, paths[name]))
+        teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
+        return Fields(
+            question=with_choices(as_text(look_up(row, paths["question"]), "question"), choices),
+            answer=as_answer(look_up(row, paths["answer"])),
+            rationales=tuple(dict.fromkeys(rationales)),
+            choices=choices,
+            id=as_id(look_up(row, paths["id"])) if "id" in paths else None,
+            teacher_answer=None if teacher is None else str(teacher),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout whose fields are found by a function rather than by names."""
+
+    name: str
+    read: Callable[[Mapping[str, Any]], Fields]
+    needs: tuple[str, ...]
+    """Columns without which no row can be read."""
+    fits: Callable[[Mapping[str, Any]], bool]
+    """Whether a row looks like this layout; used for guessing."""
+
+    def fields(self, row: Mapping[str, Any]) -> Fields:
+        """The row's fields; raises RowError."""
+        return self.read(row)
+
+
+def field_map(paths: Mapping[str, str]) -> FieldMap:
+    """A checked map; raises ConfigError for an unknown field, a missing question or answer, or a broken path."""
+    for name, path in paths.items():
+        if name not in OUR_FIELDS:
+            near = difflib.get_close_matches(name, OUR_FIELDS, n=1)
+            raise ConfigError(
+                f"data.columns names {name!r}", f"did you mean {near[0]!r}?" if near else "use " + ", ".join(OUR_FIELDS)
+            )
+        if not path.strip():
+            raise ConfigError(f"data.columns.{name} is empty")
+    for name in ("question", "answer"):
+        if name not in paths:
+            raise ConfigError(f"data.columns has no {name}", f"add `{name}: COLUMN`")
+    return FieldMap(dict(paths))
+
+
+def look_up(row: Mapping[str, Any], path: str) -> Any:
+    """The value at a path, or the text that a template makes; None where something on the way is missing.
+
+    A column whose own name holds a dot or a bracket is found under that name first.
+    """
+    if path in row:
+        return row[path]
+    if "{" in path:
+        return _fill(row, path)
+    value: Any = row
+    for step in re.findall(r"[^.\[\]]+|\[-?\d+\]", path):
+        if step.startswith("["):
+            index = int(step[1:-1])
+            value = value[index] if isinstance(value, list) and -len(value) <= index < len(value) else None
+        else:
+            value = value.get(step) if isinstance(value, Mapping) else None
+        if value is None:
+            return None
+    return value
+
+
+def _fill(row: Mapping[str, Any], template: str) -> str | None:
+    missing = False
+
+    def piece(match: re.Match[str]) -> str:
+        nonlocal missing
+        value = look_up(row, match.group(1).strip())
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            missing = True
+            return ""
+        return str(value)
+
+    text = re.sub(r"\{([^{}]+)\}", piece, template)
+    return None if missing else text
+
+
+def as_text(value: Any, name: str) -> str:
+    """A text that is not empty, without outer white space; raises RowError."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise RowError("missing", f"{name} is missing")
+    if not isinstance(value, str):
+        raise RowError("type", f"{name} is {kind_of(value)}, wanted text")
+    if "\x00" in value:
+        raise RowError("nul", f"{name} holds a NUL character")
+    if not value.strip():
+        raise RowError("empty", f"{name} is empty")
+    return value.strip()
+
+
+def as_answer(value: Any) -> object:
+    """A text, number or truth value; which of them is right depends on the task."""
+    if isinstance(value, bool) or (isinstance(value, int | float) and value == value):
+        return value
+    return as_text(value, "answer")
+
+
+def as_rationales(value: Any) -> tuple[str, ...]:
+    """One text or a list of them; blank and absent ones are left out."""
+    values = value if isinstance(value, list) else [value]
+    present = [item for item in values if item is not None and not (isinstance(item, str) and not item.strip())]
+    return tuple(as_text(item, "rationale") for item in present)
+
+
+def as_id(value: Any) -> str | None:
+    """An id as text; numbers are fine, an absent one too."""
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value).strip() or None
+
+
+def as_choices(value: Any) -> tuple[str, ...]:
+    """A list of texts, or the hub's {"label": [...], "text": [...]}, without leading letters `A)`."""
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    if value is None:
+        raise RowError("missing", "choices is missing")
+    if not isinstance(value, list):
+        raise RowError("type", f"choices is {kind_of(value)}, wanted a list")
+    texts = [str(item) if isinstance(item, int | float) else as_text(item, "a choice") for item in value]
+    marks = [re.match(r"\(?([A-Z])[).:]\s*", text) for text in texts]
+    if texts and all(mark and mark.group(1) == chr(65 + place) for place, mark in enumerate(marks)):
+        texts = [text[mark.end() :] or text for text, mark in zip(texts, marks, strict=True) if mark]
+    return tuple(texts)
+
+
+def with_choices(question: str, choices: Iterable[str]) -> str:
+    """The question with its choices behind it, as Fine-tune-CoT writes them, unless they already stand there."""
+    choices = list(choices)
+    if not choices or all(choice in question for choice in choices):
+        return question
+    listed = ", ".join(f"({chr(65 + place)}) {choice}" for place, choice in enumerate(choices))
+    return f"{question} Answer choices: {listed}."

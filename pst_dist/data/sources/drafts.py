@@ -1,0 +1,85 @@
+"""From one row to a draft: its columns found, the teacher's completion joined, its answer cleansed.
+
+A draft is a sample with its address and what only matters while splits are made. A row that cannot become one
+becomes a `Reject` that says why.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pst_dist.data.sample import ReasoningSample, normalise_question, sample_id
+from pst_dist.data.sources.columns import ColumnMap, Fields, RowError
+from pst_dist.data.sources.completions import Completion, TeacherFile
+from pst_dist.data.sources.rows import Entry, Reject
+from pst_dist.data.sources.specs import Source
+from pst_dist.data.tasks import Task
+
+_ID = re.compile(r"[A-Za-z0-9_\-]{1,120}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sample on its way into a split."""
+
+    sample: ReasoningSample
+    path: str
+    line: int
+    teacher_correct: bool | None = None
+    """Whether the teacher's own answer was right; None when there is no teacher answer."""
+
+    @cached_property
+    def question_key(self) -> str:
+        """Equal for two rows that ask the same."""
+        return normalise_question(self.sample.question)
+
+    @property
+    def where(self) -> str:
+        """`path:line`."""
+        return f"{self.path}:{self.line}"
+
+
+def make_draft(
+    entry: Entry, columns: ColumnMap | None, task: Task, source: Source, place: int, teacher: TeacherFile | None
+) -> Draft | Reject:
+    """One row as a draft, or the reason why not."""
+    if isinstance(entry, Reject) or columns is None:
+        assert isinstance(entry, Reject)
+        return entry
+    try:
+        found = columns.fields(entry.value)
+        rationales, teacher_answer = found.rationales, found.teacher_answer
+        if teacher is not None:
+            completion = _completion(teacher, place, found)
+            rationales = (completion.rationale,) if completion.rationale else ()
+            teacher_answer = completion.answer
+        answer = task.gold(found.answer, found.choices)
+    except RowError as error:
+        return entry.reject(error.code, error.what)
+    except ValueError as error:
+        return entry.reject("answer", f"answer {error}")
+    known = teacher is not None or found.teacher_answer is not None
+    named = found.id is not None and _ID.fullmatch(found.id) is not None
+    sample = ReasoningSample(
+        id=found.id if named and found.id else sample_id(source.stem, found.question, place),
+        question=found.question,
+        answer=answer,
+        rationales=tuple(dict.fromkeys(rationales)),
+        answer_type=task.answer_type,
+        choices=found.choices,
+        source=entry.label,
+    )
+    correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) if known else None
+    return Draft(sample, entry.path, entry.line, correct)
+
+
+def _completion(teacher: TeacherFile, place: int, found: Fields) -> Completion:
+    completion = teacher.by_index.get(place)
+    if completion is None:
+        raise RowError("missing", f"row {place} has no completion in {Path(teacher.path).name}")
+    if completion.question is not None and completion.question.split() != found.question.split():
+        raise RowError("teacher", f"row {place} asks another question than its completion in {Path(teacher.path).name}")
+    return completion

@@ -1,0 +1,318 @@
+"""From a config to the rows of a run: train, validation and test samples, with an account of every row.
+
+The order is fixed, because each step decides what the next one sees: read, find the columns, join the
+teacher's completions, cleanse the answers, assign splits, set a test part aside, drop what the teacher got
+wrong, merge repeats, drop leaks, set a validation part aside. Reading is `specs`, columns are
+`column_guess`, one row `drafts`, the steps on whole splits `splits`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns
+from pst_dist.data.sources.columns import ColumnMap
+from pst_dist.data.sources.completions import TeacherFile, read_completions
+from pst_dist.data.sources.drafts import Draft, make_draft
+from pst_dist.data.sources.generators import GENERATOR_TASKS
+from pst_dist.data.sources.rows import RawRow, Reject
+from pst_dist.data.sources.specs import Source, read_specs
+from pst_dist.data.sources.splits import (
+    check_ids,
+    conflicting_answers,
+    cut_by_hash,
+    final_ids,
+    find_leaks,
+    first_by_hash,
+    merge_repeats,
+    read_split_file,
+    repeats,
+    with_wrong_rationales,
+    without,
+)
+from pst_dist.data.tasks import Task, get_task
+from pst_dist.errors import ConfigError, DataError, InputError
+from pst_dist.storage.manifest import digest_of
+
+log = logging.getLogger(__name__)
+
+_LOOK_AT = 50
+"""Rows from which columns are guessed."""
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """All rows of a run and what became of those that are not in it."""
+
+    splits: dict[str, list[ReasoningSample]]
+    """`train`, `validation`, `test`; a list may be empty."""
+    rejects: list[Reject]
+    """Bad rows, in the order read."""
+    report: dict[str, Any]
+    """Counts, and `columns`: the column map of each file as YAML. Holds no path of this machine."""
+    source_digest: str
+    """sha256 over the digests of everything read, in order; says nothing about how it was split."""
+
+
+def load_data(config: Config) -> LoadedData:
+    """Read, check and split the rows that `config.data` names.
+
+    Raises ConfigError, InputError, DataError or EnvironmentFault, each naming its file; DataError also when
+    there are more bad rows than data.max_bad allows, when an arm needs rationales and none are there, and
+    when data.leaks is `refuse` and a training question is held out too.
+    """
+    loaded = survey(config)
+    enforce(config, loaded)
+    log.info(
+        "rows: %s",
+        "  ".join(f"{name} {len(rows):,}" for name, rows in loaded.splits.items()),
+    )
+    return loaded
+
+
+def survey(config: Config) -> LoadedData:
+    """What `load_data` does, without its refusals about bad rows, rationales and leaks: for `pst check`."""
+    return _Survey(config).run()
+
+
+def enforce(config: Config, loaded: LoadedData) -> None:
+    """The refusals of `load_data`, by quantity; raises DataError."""
+    report, rejects = loaded.report, loaded.rejects
+    if len(rejects) > _budget(config.data.max_bad, report["rows_read"]):
+        first = rejects[0]
+        more = f" ({len(rejects)} bad rows of {report['rows_read']}, data.max_bad is {config.data.max_bad})"
+        raise DataError(
+            first.what + more,
+            "`pst check` lists them all; mend them or raise data.max_bad",
+            path=first.path,
+            line=first.line,
+        )
+    if config.data.leaks == "refuse" and report["leaks_found"]:
+        raise DataError(
+            f"{report['leaks_found']} training questions are held out too, the first at {report['first_leak']}",
+            "take them out, or say data.leaks=drop",
+        )
+    if config.data.train is not None:
+        if not loaded.splits["train"]:
+            raise DataError(
+                f"none of {report['rows_read']} rows is left to train on: {_account(report)}", "`pst check` says more"
+            )
+        arms = [arm for arm in (config.arms or [config.arm]) if arm != "answer_only"]
+        if arms and not report["train_rationales"]:
+            raise DataError(
+                f"no training row has a rationale, and arm {arms[0]} needs one",
+                "name their column with data.columns.rationale or data.teacher_completions, or use arm=answer_only",
+                path=config.data.train if isinstance(config.data.train, str) else config.data.train[0],
+            )
+
+
+def _budget(max_bad: int | str, rows: int) -> int:
+    if isinstance(max_bad, int) and max_bad >= 0:
+        return max_bad
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(max_bad))
+    if match is None:
+        raise ConfigError(f'data.max_bad={max_bad!r} is neither a number nor a percentage such as "2%"')
+    return int(float(match.group(1)) / 100 * rows)
+
+
+def _account(report: dict[str, Any]) -> str:
+    names = ("bad_rows", "teacher_wrong_dropped", "duplicates_dropped", "leaks_dropped")
+    return ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
+
+
+@dataclass
+class _Survey:
+    """One reading of the data; a class only so that its steps share the account they write."""
+
+    config: Config
+    rejects: list[Reject] = field(default_factory=list)
+    digests: list[Any] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> LoadedData:
+        data = self.config.data
+        specs = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+        self._check_config(specs)
+        _budget(data.max_bad, 0)
+        root = Path(data.root).expanduser() if data.root else Path()
+        task = get_task(self.config.task, data.answer_type)
+        sources = {split: read_specs(spec, split, root) for split, spec in specs.items()}
+        _refuse_shared_files(sources)
+        teacher = read_completions(data.teacher_completions, root) if data.teacher_completions else None
+        self.report["rows_read"] = 0
+        drafts: dict[str, list[Draft | None]] = {}
+        for split, found in sources.items():
+            drafts[split] = self._drafts(split, found, task, teacher if split == "train" else None)
+        if teacher is not None:
+            self.digests += [["teacher", *digest] for digest in teacher.digests]
+        whole = {split: [draft for draft in rows if draft is not None] for split, rows in drafts.items()}
+        if data.split_file is not None:
+            whole |= self._by_split_file(root / data.split_file, drafts["train"])
+        splits = self._arrange({split: whole.get(split, []) for split in SPLITS})
+        samples = final_ids(splits)
+        self._count(splits)
+        return LoadedData(samples, self.rejects, self.report, digest_of(self.digests))
+
+    def _check_config(self, specs: dict[str, Any]) -> None:
+        data = self.config.data
+        if not specs:
+            raise ConfigError("no data: data.train is not given", "name a file, hf:NAME:SPLIT or gen:TASK?rows=N")
+        if "train" not in specs and (data.split_file or data.teacher_completions):
+            raise ConfigError(
+                "data.split_file and data.teacher_completions count rows of data.train, which is not given"
+            )
+        if data.split_file and ("test" in specs or "validation" in specs):
+            raise ConfigError("data.split_file and data.test or data.validation both say what is held out", "give one")
+        if data.keep == "teacher_correct" and not data.teacher_completions:
+            named = data.columns if isinstance(data.columns, dict) else {}
+            if "teacher_answer" not in named:
+                raise ConfigError(
+                    "data.keep=teacher_correct, but nothing says what the teacher answered",
+                    "give data.teacher_completions, or data.columns.teacher_answer",
+                )
+
+    def _drafts(
+        self, split: str, sources: Sequence[Source], task: Task, teacher: TeacherFile | None
+    ) -> list[Draft | None]:
+        """One draft a row, None where the row is bad, so that places stay those of the file."""
+        drafts: list[Draft | None] = []
+        rows = sum(len(source.entries) for source in sources)
+        if teacher is not None and teacher.whole and len(teacher.by_index) != rows:
+            raise DataError(
+                f"{len(teacher.by_index)} completions for {rows} training rows",
+                "they are joined by position and must be as many",
+                path=teacher.path,
+            )
+        for source in sources:
+            self.digests.append([split, source.stem, source.sha256])
+            if source.generated and task.answer_type != GENERATOR_TASKS[source.stem].answer_type and self.config.task:
+                wanted = GENERATOR_TASKS[source.stem].name
+                raise ConfigError(
+                    f"{source.path} makes rows for task {wanted}, task is {task.name}", f"say task={wanted}"
+                )
+            columns = self._columns(source, split)
+            for entry in source.entries:
+                made = make_draft(entry, columns, task, source, len(drafts), teacher)
+                if isinstance(made, Reject):
+                    self.rejects.append(made)
+                drafts.append(None if isinstance(made, Reject) else made)
+        self.report["rows_read"] += rows
+        self.report[f"{split}_read"] = rows
+        check_ids([draft for draft in drafts if draft is not None])
+        return drafts
+
+    def _columns(self, source: Source, split: str) -> ColumnMap | None:
+        sampled = [entry.value for entry in source.entries if isinstance(entry, RawRow)][:_LOOK_AT]
+        if not sampled:
+            return None
+        # A generator's rows have our own names, whatever map the config gives for its other files.
+        setting = None if source.generated else self.config.data.columns
+        columns = choose_columns(setting, sampled, source.path, split)
+        self.columns[f"{split}: {source.stem}"] = as_yaml(columns)
+        return columns
+
+    def _by_split_file(self, path: Path, drafts: list[Draft | None]) -> dict[str, list[Draft]]:
+        indices, sha256 = read_split_file(path, len(drafts))
+        self.digests.append(["split_file", path.name, sha256])
+        self.report["rows_unused"] = len(drafts) - sum(map(len, indices.values()))
+        return {
+            split: [draft for draft in (drafts[index] for index in rows) if draft is not None]
+            for split, rows in indices.items()
+        }
+
+    def _arrange(self, splits: dict[str, list[Draft]]) -> dict[str, list[Draft]]:
+        """Cut, filter, merge and part the drafts; every row that goes is counted."""
+        data, report = self.config.data, self.report
+        train, validation, test = (splits[name] for name in SPLITS)
+        if data.test is None and data.split_file is None:
+            train, test = cut_by_hash(train, data.test_size, "test")
+        train = self._with_rationale(train)
+        if data.keep == "teacher_correct":
+            right = [draft for draft in train if draft.teacher_correct]
+            kept = [draft for draft in validation if draft.teacher_correct is not False]
+            report["teacher_wrong_dropped"] = len(train) - len(right) + len(validation) - len(kept)
+            train, validation = right, kept
+        report["duplicates_found"] = repeats(train)
+        if data.duplicates == "drop":
+            train, report["rationales_merged"], report["duplicates_dropped"] = merge_repeats(train)
+        train_leaks = find_leaks(train, [*validation, *test])
+        validation_leaks = find_leaks(validation, test)
+        report["leaks_found"] = len(train_leaks)
+        report["validation_leaks_found"] = len(validation_leaks)
+        if train_leaks:
+            report["first_leak"] = " and ".join(draft.sample.source for draft in train_leaks[0])
+        if data.leaks != "keep":
+            train = without(train, [draft for draft, _ in train_leaks])
+            validation = without(validation, [draft for draft, _ in validation_leaks])
+            report["leaks_dropped"] = len(train_leaks)
+        conflicts = conflicting_answers(train)
+        report["conflicting_answers"] = len(conflicts)
+        if conflicts:
+            one, other = conflicts[0]
+            report["first_conflict"] = (
+                f"{one.sample.source} says {one.sample.answer}, {other.sample.source} {other.sample.answer}"
+            )
+            log.warning("%d questions have two answers: %s", len(conflicts), report["first_conflict"])
+        if not validation and data.validation is None and data.validation_size:
+            train, validation = cut_by_hash(train, data.validation_size, "validation")
+        if data.max_rows is not None and len(train) > data.max_rows:
+            report["rows_over_max_rows"] = len(train) - data.max_rows
+            train = first_by_hash(train, data.max_rows)
+        train, report["wrong_rationales"] = with_wrong_rationales(train, data.wrong_rationales)
+        return {"train": train, "validation": validation, "test": test}
+
+    def _with_rationale(self, train: list[Draft]) -> list[Draft]:
+        """Refuse training rows without a rationale when others have one, whatever the arm.
+
+        All arms then train on identical rows; that an arm needs what no row has is said by `load_data`.
+        """
+        have = [draft for draft in train if draft.sample.rationales]
+        if have:
+            self.rejects += [
+                Reject(draft.path, draft.line, "missing", "rationale is missing or empty", draft.sample.question[:80])
+                for draft in train
+                if not draft.sample.rationales
+            ]
+        return have or train
+
+    def _count(self, splits: dict[str, list[Draft]]) -> None:
+        report = self.report
+        for name in (
+            "teacher_wrong_dropped",
+            "rationales_merged",
+            "duplicates_dropped",
+            "leaks_dropped",
+            "rows_unused",
+        ):
+            report.setdefault(name, 0)
+        report["bad_rows"] = len(self.rejects)
+        for split, drafts in splits.items():
+            report.setdefault(f"{split}_read", 0)
+            report[f"{split}_rows"] = len(drafts)
+            report[f"{split}_duplicates"] = repeats(drafts)
+            report[f"{split}_rationales"] = sum(len(draft.sample.rationales) for draft in drafts)
+            report[f"{split}_without_rationale"] = sum(not draft.sample.rationales for draft in drafts)
+        report["columns"] = self.columns
+
+
+def _refuse_shared_files(sources: dict[str, list[Source]]) -> None:
+    """One file in two splits would leak all of itself."""
+    owners: dict[str, str] = {}
+    for split, found in sources.items():
+        for source in found:
+            # One generator spec gives each split rows of its own.
+            if source.generated:
+                continue
+            elder = owners.setdefault(source.sha256, split)
+            if elder != split:
+                raise InputError(
+                    f"data.{elder} and data.{split} are the same rows", "give each split its own", path=source.path
+                )

@@ -1,0 +1,64 @@
+"""A row with its address, or the reason why it is none: what readers hand to the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist.storage.atomic import atomic_path
+from pst_dist.storage.manifest import canonical_json
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that could not be used: where it stands, why, and how it begins."""
+
+    path: str
+    line: int
+    """Line counted from 1; in files without lines the row, counted from 1."""
+    code: str
+    """One word: json, encoding, missing, type, empty, answer…"""
+    what: str
+    text: str = ""
+    """The first 80 characters, control characters escaped."""
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.what}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in rejects.jsonl."""
+        return {"path": self.path, "line": self.line, "code": self.code, "what": self.what, "text": self.text}
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was read."""
+
+    value: dict[str, Any]
+    path: str
+    line: int
+    label: str
+    """A short address that is the same on every machine: `file:line` or `file#row`."""
+
+    def reject(self, code: str, what: str) -> Reject:
+        """This row, refused."""
+        return Reject(self.path, self.line, code, what, excerpt(str(self.value)))
+
+
+Entry = RawRow | Reject
+"""What stands at one place of a file."""
+
+
+def excerpt(text: str | bytes) -> str:
+    """The first 80 characters with control characters escaped, safe to print and to log."""
+    if isinstance(text, bytes):
+        text = text[:400].decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:80])
+
+
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+    """One JSON line a bad row: path, line, code, what, text; an empty file when none is bad."""
+    with atomic_path(path) as partial:
+        partial.write_text("".join(canonical_json(reject.to_json()) + "\n" for reject in rejects), encoding="utf-8")

@@ -1,0 +1,170 @@
+"""From a source spec of the config to rows: files, globs, folders, hub datasets, generators.
+
+`readers` reads one file; this module finds which, and reads what is not a file. A digest is kept of all that
+was read: of the bytes of files, of the fingerprint of a hub dataset, of the rows of a generator.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist.data.sources.generators import generate
+from pst_dist.data.sources.readers import SUFFIXES, read_file, table_row
+from pst_dist.data.sources.rows import Entry
+from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
+from pst_dist.storage.manifest import digest_of, sha256_file
+
+_HUB = re.compile(r"hf:(?P<name>[^:@\[\]]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?:(?P<split>.+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, folder, dataset or generator, read."""
+
+    path: str
+    stem: str
+    """Short name; made ids begin with it."""
+    entries: list[Entry]
+    sha256: str
+    generated: bool = False
+
+
+def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
+    """Read everything that data.train, data.validation or data.test names, in order.
+
+    Raises InputError or DataError, with the path, for what cannot be read, EnvironmentFault when a hub dataset
+    cannot be reached, ConfigError for a spec that is none.
+    """
+    sources = []
+    seen: set[str] = set()
+    for word in [spec] if isinstance(spec, str) else spec:
+        for target in _targets(word, root):
+            real = str(target.resolve()) if isinstance(target, Path) else target
+            if real in seen:
+                raise InputError(f"data.{split} names it twice", "name it once", path=target)
+            seen.add(real)
+            sources.append(_read(target, split))
+    if not sources:
+        raise ConfigError(f"data.{split} is an empty list", "name a file, or leave the key out")
+    return sources
+
+
+def _targets(word: str, root: Path) -> Iterator[Path | str]:
+    if word.startswith(("hf:", "gen:")):
+        yield word
+        return
+    if not word.strip():
+        raise ConfigError("a data path is empty", "name a file, or leave the key out")
+    path = root / Path(word).expanduser()
+    if not path.exists() and glob.has_magic(word):
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise InputError("no file matches", "check the pattern and data.root", path=path)
+        yield from map(Path, found)
+        return
+    yield path
+
+
+def _read(target: Path | str, split: str) -> Source:
+    if isinstance(target, Path):
+        if target.is_dir():
+            return _read_folder(target, split)
+        rows = read_file(target)
+        return Source(rows.path, target.stem, rows.entries, rows.sha256)
+    if target.startswith("gen:"):
+        name, samples = generate(target, split)
+        generated = [
+            {"question": one.question, "answer": one.answer, **_worded(one.rationales), "id": one.id} for one in samples
+        ]
+        entries = [table_row(row, target, f"gen:{name}", number) for number, row in enumerate(generated, 1)]
+        return Source(target, name, entries, digest_of(generated), generated=True)
+    return _read_hub(target)
+
+
+def _read_folder(folder: Path, split: str) -> Source:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / split).is_dir():
+            names = ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+            raise InputError(f"no split {split!r} in it", f"name the folder of one of its splits: {names}", path=folder)
+        folder = folder / split
+    if not (folder / "state.json").is_file():
+        raise InputError(
+            "is a folder, but not one that save_to_disk wrote",
+            _files_in(folder),
+            path=folder,
+        )
+    datasets = _datasets(folder)
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+        entries = list(_dataset_rows(dataset, str(folder), folder.name))
+    except Exception as error:  # the reader below raises pyarrow's, the system's and its own kinds
+        raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
+    digest = digest_of([sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()])
+    return _not_empty(Source(str(folder), folder.name, entries, digest))
+
+
+def _files_in(folder: Path) -> str:
+    """What to write instead of a folder that merely holds data files."""
+    suffixes = [file.suffix for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
+    if not suffixes:
+        return "name a data file or such a folder"
+    return f"for the files in it write '{folder.absolute()}/*{suffixes[0]}'"
+
+
+def _read_hub(spec: str) -> Source:
+    """`hf:NAME[@REVISION][:CONFIG]:SPLIT`, through the datasets library and its cache."""
+    match = _HUB.fullmatch(spec)
+    if match is None:
+        raise ConfigError(f"{spec!r} is not hf:NAME[:CONFIG]:SPLIT", "for example hf:openai/gsm8k:main:train")
+    datasets = _datasets(spec)
+    name, split = match["name"], match["split"]
+    try:
+        # trust_remote_code is never given: a dataset that needs its own code is refused by the library.
+        dataset = datasets.load_dataset(name, match["config"], split=split, revision=match["revision"])
+    except (ConnectionError, OSError, TimeoutError) as error:
+        raise EnvironmentFault(
+            f"cannot fetch the dataset: {first_line(error, 160)}",
+            "check its name, the network and HF_TOKEN; with HF_HUB_OFFLINE=1 only the cache is read",
+            path=spec,
+        ) from error
+    except Exception as error:  # unknown config, unknown split, foreign code: each of its own kind
+        raise InputError(
+            f"cannot load the dataset: {first_line(error, 160)}", "check name, config and split", path=spec
+        ) from error
+    entries = list(_dataset_rows(dataset, spec, f"{name}/{split}"))
+    return _not_empty(Source(spec, f"{name.rsplit('/', 1)[-1]}-{split}", entries, digest_of(dataset._fingerprint)))
+
+
+def _not_empty(source: Source) -> Source:
+    if not source.entries:
+        raise DataError("no rows in it", "give a dataset with at least one row", path=source.path)
+    return source
+
+
+def _datasets(path: Path | str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentFault("needs the datasets library", "pip install 'pst-dist[data]'", path=path) from error
+    return datasets
+
+
+def _dataset_rows(dataset: Any, path: str, name: str) -> Iterator[Entry]:
+    """Rows as plain values; a class label is given as its name, since its number means nothing elsewhere."""
+    labels = {column: feature for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
+    for number, row in enumerate(dataset.with_format(None), 1):
+        for column, feature in labels.items():
+            if isinstance(row[column], int) and row[column] >= 0:
+                row[column] = feature.int2str(row[column])
+        yield table_row(row, path, name, number)
+
+
+def _worded(rationales: tuple[str, ...]) -> dict[str, Any]:
+    """A generator's rationale, or its several wordings, by the name that a file would have for it."""
+    return {"rationale": rationales[0]} if len(rationales) == 1 else {"rationales": list(rationales)}

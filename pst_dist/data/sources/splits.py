@@ -1,0 +1,210 @@
+"""Who is in which split: cuts by hash, repeated rows, leaks and ids, as pure functions over drafts.
+
+How a row becomes a draft is `drafts`; in which order the steps are taken is `load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources.drafts import Draft
+from pst_dist.errors import ConfigError, DataError, InputError
+
+
+def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
+    """One draft for each question and answer; a later row's new rationales join the first row's.
+
+    Returns the drafts, how many rows brought a new rationale, and how many brought nothing.
+    """
+    first: dict[tuple[str, str], int] = {}
+    kept: list[Draft] = []
+    merged = dropped = 0
+    for draft in drafts:
+        place = first.setdefault((draft.question_key, draft.sample.answer), len(kept))
+        if place == len(kept):
+            kept.append(draft)
+            continue
+        elder = kept[place].sample
+        new = tuple(text for text in draft.sample.rationales if text not in elder.rationales)
+        if new:
+            kept[place] = replace(kept[place], sample=replace(elder, rationales=elder.rationales + new))
+            merged += 1
+        else:
+            dropped += 1
+    return kept, merged, dropped
+
+
+def conflicting_answers(drafts: Sequence[Draft]) -> list[tuple[Draft, Draft]]:
+    """Pairs of rows that ask the same and disagree about the answer, each question once."""
+    first: dict[str, Draft] = {}
+    found: dict[str, tuple[Draft, Draft]] = {}
+    for draft in drafts:
+        elder = first.setdefault(draft.question_key, draft)
+        if elder.sample.answer != draft.sample.answer:
+            found.setdefault(draft.question_key, (elder, draft))
+    return list(found.values())
+
+
+def repeats(drafts: Sequence[Draft]) -> int:
+    """How many rows repeat question and answer of an earlier one."""
+    return len(drafts) - len({(draft.question_key, draft.sample.answer) for draft in drafts})
+
+
+def find_leaks(drafts: Sequence[Draft], held_out: Sequence[Draft]) -> list[tuple[Draft, Draft]]:
+    """Rows of `drafts` whose question also stands in `held_out`, each with the row it repeats."""
+    there = {draft.question_key: draft for draft in reversed(held_out)}
+    return [(draft, there[draft.question_key]) for draft in drafts if draft.question_key in there]
+
+
+def with_wrong_rationales(drafts: Sequence[Draft], share: float) -> tuple[list[Draft], int]:
+    """The same rows in order, a share of them with the rationales of another one; and how many those are.
+
+    Rows are ranked by the hash of their question; the first ones take what the next in rank has. A larger share so
+    spoils the same rows and more. Raises DataError when a single row is all there is to take from.
+    """
+    count = round(share * len(drafts))
+    if not count:
+        return list(drafts), 0
+    if len(drafts) < 2:
+        raise DataError("data.wrong_rationales: a single training row has no other's rationale to take")
+    ranks = sorted(
+        range(len(drafts)), key=lambda k: hashlib.sha256(f"wrong/{drafts[k].question_key}".encode()).digest()
+    )
+    spoilt = list(drafts)
+    for rank, place in enumerate(ranks[:count]):
+        donor = drafts[ranks[(rank + 1) % len(ranks)]].sample
+        spoilt[place] = replace(drafts[place], sample=replace(drafts[place].sample, rationales=donor.rationales))
+    return spoilt, count
+
+
+def without(drafts: Sequence[Draft], removed: Sequence[Draft]) -> list[Draft]:
+    """`drafts` less `removed`, by identity."""
+    gone = {id(draft) for draft in removed}
+    return [draft for draft in drafts if id(draft) not in gone]
+
+
+def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tuple[list[Draft], list[Draft]]:
+    """Set some rows apart: (the rest, the part), both in their old order.
+
+    `size` under 1 is a fraction: a row's own hash decides, so rows added later move no other. From 1 on it is
+    a number of rows, those with the smallest hashes. Rows with one question stay together, so the part cannot
+    leak. `purpose` salts the hash: a test cut and a validation cut are independent. Raises ConfigError when
+    nothing would be left.
+    """
+    if size == 0 or not drafts:
+        return list(drafts), []
+    if size < 0 or (isinstance(size, float) and size > 1 and size != int(size)):
+        raise ConfigError(f"data.{purpose}_size={size} is neither a fraction nor a number of rows")
+    groups: dict[str, list[Draft]] = defaultdict(list)
+    for draft in drafts:
+        groups[draft.question_key].append(draft)
+    order = sorted(groups.values(), key=lambda group: _rank(group[0], purpose))
+    if size < 1:
+        part = [draft for group in order if _rank(group[0], purpose) < size for draft in group] or list(order[0])
+    else:
+        part = []
+        for group in order:
+            if len(part) >= size:
+                break
+            part += group
+    rest = without(drafts, part)
+    if not rest:
+        raise ConfigError(
+            f"data.{purpose}_size={size} leaves none of {len(drafts)} rows to train on", "make it smaller"
+        )
+    return rest, without(drafts, rest)
+
+
+def first_by_hash(drafts: Sequence[Draft], count: int) -> list[Draft]:
+    """The `count` rows with the smallest hashes, in their old order: a smaller count gives a subset."""
+    chosen = sorted(drafts, key=lambda draft: _rank(draft, "rows"))[:count]
+    return without(drafts, without(drafts, chosen))
+
+
+def _rank(draft: Draft, purpose: str) -> float:
+    """A number in [0, 1) that depends on the id and the purpose alone."""
+    digest = hashlib.sha256(f"{purpose}/{draft.sample.id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def check_ids(drafts: Sequence[Draft]) -> None:
+    """Raise DataError when two rows of one split bear the same id and differ; names both places."""
+    seen: dict[str, Draft] = {}
+    for draft in drafts:
+        elder = seen.setdefault(draft.sample.id, draft)
+        if elder is not draft and (elder.question_key, elder.sample.answer) != (
+            draft.question_key,
+            draft.sample.answer,
+        ):
+            raise DataError(
+                f"id {draft.sample.id!r} already stands at {elder.where}",
+                "make ids unique, or leave them out and we make them",
+                path=draft.path,
+                line=draft.line,
+            )
+
+
+def final_ids(splits: dict[str, list[Draft]]) -> dict[str, list[ReasoningSample]]:
+    """Samples with ids that are unique over all splits.
+
+    Files often count from 0 each; an id that an earlier split has taken gets the split's name in front, one
+    that its own split has taken a number behind.
+    """
+    taken: set[str] = set()
+    samples: dict[str, list[ReasoningSample]] = {}
+    for split, drafts in splits.items():
+        samples[split] = []
+        here: set[str] = set()
+        for draft in drafts:
+            name = draft.sample.id
+            if name in taken and name not in here:
+                name = f"{split}-{name}"[:120]
+            base, number = name, 1
+            while name in taken:
+                number += 1
+                name = f"{base[:110]}-{number}"
+            taken.add(name)
+            here.update((name, draft.sample.id))
+            samples[split].append(draft.sample if name == draft.sample.id else replace(draft.sample, id=name))
+    return samples
+
+
+def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], str]:
+    """Indices of each split, counted from 0, in the file's order, and the file's sha256.
+
+    The file is JSON {"train": […], "test": […]}, with "validation" if one is wanted. Raises InputError when it
+    cannot be read and DataError when an index is no row of the `rows` there are or stands twice.
+    """
+    try:
+        raw = path.read_bytes()
+        value: Any = json.loads(raw)
+    except OSError as error:
+        raise InputError(f"cannot read the split file: {error.strerror}", "check data.split_file", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"split file is not JSON: {error}", path=path) from error
+    if not isinstance(value, dict) or "train" not in value or not set(value) <= set(SPLITS):
+        raise DataError('split file is not {"train": [index…], "test": [index…]}', path=path)
+    owner: dict[int, str] = {}
+    for split, indices in value.items():
+        if not isinstance(indices, list):
+            raise DataError(f"{split} is not a list of row indices", path=path)
+        for index in indices:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise DataError(f"{split} holds {index!r}, which is no row index", path=path)
+            if not 0 <= index < rows:
+                raise DataError(
+                    f"{split} names row {index}, but data.train has {rows} rows",
+                    "the split file belongs to another file",
+                    path=path,
+                )
+            if index in owner:
+                raise DataError(f"row {index} is in {owner[index]} and again in {split}", path=path)
+            owner[index] = split
+    return value, hashlib.sha256(raw).hexdigest()

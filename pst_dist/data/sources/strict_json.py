@@ -1,0 +1,240 @@
+"""JSON read strictly: what the usual readers accept without a word is a named fault here.
+
+A duplicate key, NaN, a number past the range of a float, half a surrogate pair, a row that is no object: each
+becomes a `Reject` with its line, and the rows around it go on. Lines are cut at b"\\n" only.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
+from pst_dist.data.tasks.scoring import kind_of
+from pst_dist.errors import DataError, InputError
+
+MAX_LINE_BYTES = 16 << 20
+"""A longer line is a reject and is not held in memory."""
+MAX_DEPTH = 64
+"""Deeper nesting of lists and objects is a reject."""
+
+
+def refuse_utf16(path: Path, start: bytes) -> None:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError("is UTF-16", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8", path=path)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Stands in a parsed value where strict JSON would not go on."""
+
+    code: str
+    what: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        return _Fault("duplicate_key", f"key {excerpt(twice)!r} stands twice in one object")
+    return value
+
+
+def _integer(digits: str) -> Any:
+    return int(digits) if len(digits) <= 4000 else _Fault("too_long", f"a number of {len(digits)} digits")
+
+
+def _real(digits: str) -> Any:
+    value = float(digits)
+    return value if abs(value) != float("inf") else _Fault("not_finite", f"number {excerpt(digits)} is not finite")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_int=_integer,
+    parse_float=_real,
+    parse_constant=lambda word: _Fault("not_finite", f"{word} is not JSON"),
+)
+
+
+def fault_in(value: Any) -> _Fault | None:
+    """The first fault anywhere in a parsed value; walks without recursion, so depth cannot hurt it."""
+    stack = [(value, 1)]
+    while stack:
+        item, depth = stack.pop()
+        if isinstance(item, _Fault):
+            return item
+        if depth > MAX_DEPTH:
+            return _Fault("too_deep", f"nested deeper than {MAX_DEPTH}")
+        if isinstance(item, str):
+            if not item.isascii() and _SURROGATE.search(item):
+                return _Fault("surrogate", "half of a surrogate pair (\\ud800 to \\udfff) in a text")
+        elif isinstance(item, dict):
+            stack.extend((part, depth + 1) for pair in item.items() for part in pair)
+        elif isinstance(item, list):
+            stack.extend((part, depth + 1) for part in item)
+    return None
+
+
+def _row_or_reject(value: Any, path: Path, line: int, text: str | bytes) -> Entry:
+    fault = fault_in(value)
+    if fault is not None:
+        return Reject(str(path), line, fault.code, fault.what, excerpt(text))
+    if not isinstance(value, dict):
+        return Reject(str(path), line, "not_object", f"row is {kind_of(value)}, wanted an object", excerpt(text))
+    return RawRow(value, str(path), line, f"{path.name}:{line}")
+
+
+def json_lines(path: Path, readline: Callable[[int], bytes]) -> Iterator[Entry]:
+    number = 0
+    while raw := readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            refuse_utf16(path, raw)
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            start = raw[:400]
+            while (more := readline(1 << 20)) and not more.endswith(b"\n"):
+                pass
+            yield Reject(
+                str(path), number, "too_long", f"line is longer than {MAX_LINE_BYTES >> 20} MiB", excerpt(start)
+            )
+        elif raw.strip():
+            yield _json_line(path, number, raw)
+
+
+def _json_line(path: Path, number: int, raw: bytes) -> Entry:
+    try:
+        text = raw.rstrip(b"\r\n").decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Reject(str(path), number, "encoding", f"byte {error.start + 1} is not UTF-8", excerpt(raw))
+    try:
+        value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+    except json.JSONDecodeError as error:
+        return Reject(str(path), number, "json", f"column {error.pos + 1}: not JSON: {error.msg}", excerpt(text))
+    except RecursionError:
+        return Reject(str(path), number, "too_deep", f"nested deeper than {MAX_DEPTH}", excerpt(text))
+    rest = text[end:].strip(" \t\r\n")
+    if rest:
+        return Reject(
+            str(path),
+            number,
+            "json",
+            f"column {end + 1}: not JSON: {excerpt(rest)[:20]!r} after the object",
+            excerpt(text),
+        )
+    return _row_or_reject(value, path, number, text)
+
+
+def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
+    """A list of objects, an object whose `data` is one, or JSON lines under another name."""
+    refuse_utf16(path, raw)
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    start = raw.lstrip()[:1]
+    if start == b"[":
+        yield from _json_list(path, _text(path, raw))
+        return
+    if start == b"{" and _is_lines(raw):
+        for number, line in enumerate(raw.split(b"\n"), 1):
+            if line.strip():
+                yield _json_line(path, number, line)
+        return
+    if not start:
+        return
+    text = _text(path, raw)
+    value = _whole(path, text)
+    rows = value.get("data") if isinstance(value, dict) else None
+    if isinstance(rows, dict):
+        raise DataError(
+            "its `data` is an object, not a list of rows",
+            "a Fine-tune-CoT completion file belongs in data.teacher_completions",
+            path=path,
+        )
+    if not isinstance(rows, list):
+        keys = f"an object with {', '.join(map(excerpt, list(value)[:6]))}" if isinstance(value, dict) else "one value"
+        raise DataError(f"holds {keys}, not rows", 'give a list, {"data": [...]} or one object a line', path=path)
+    # Found by its content: the word "data" may also stand elsewhere in the object.
+    for match in re.finditer(r'"data"\s*:\s*(?=\[)', text):
+        if _DECODER.raw_decode(text, match.end())[0] == rows:
+            yield from _json_list(path, text, match.end())
+            return
+
+
+def _is_lines(raw: bytes) -> bool:
+    """Whether one of the first lines is a whole object: JSON lines, however the file is called."""
+    lines = [line for line in raw.split(b"\n", 20)[:20] if line.strip()]
+    for line in lines[:5]:
+        try:
+            value = json.loads(line) if line.startswith(b"{") else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            return len(lines) > 1 or not isinstance(value.get("data"), list | dict)
+    return False
+
+
+def _text(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        what = f"byte {error.start + 1} is not UTF-8"
+        raise DataError(what, "convert the file to UTF-8", path=path, line=line) from error
+
+
+def _whole(path: Path, text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        what = f"column {error.colno}: not JSON: {error.msg}"
+        raise DataError(what, "mend the file", path=path, line=error.lineno) from error
+    except RecursionError as error:
+        raise DataError(f"nested deeper than {MAX_DEPTH}", path=path) from error
+
+
+def _json_list(path: Path, text: str, start: int | None = None) -> Iterator[Entry]:
+    """The elements of a JSON list one by one, so that each has its line and a faulty one its own reject.
+
+    `start` is the place of the opening bracket, None when nothing but the list may stand in the text.
+    """
+    alone = start is None
+    start = text.index("[") if start is None else start
+    counted, line = start, text.count("\n", 0, start) + 1
+    position = _skip(text, start + 1)
+    while text[position : position + 1] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            value, end = _DECODER.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise _broken(path, text, error.pos, error.msg) from error
+        except RecursionError as error:
+            raise DataError(f"nested deeper than {MAX_DEPTH}", "mend the file", path=path, line=line) from error
+        yield _row_or_reject(value, path, line, text[position : position + 200])
+        position = _skip(text, end)
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise _broken(path, text, position, "a comma before the closing bracket")
+        elif text[position : position + 1] != "]":
+            raise _broken(path, text, position, "expected ',' or ']' after a row")
+    if alone and text[position + 1 :].strip():
+        raise _broken(path, text, _skip(text, position + 1), "more after the closing bracket")
+
+
+def _skip(text: str, index: int) -> int:
+    while text[index : index + 1] in (" ", "\t", "\r", "\n"):
+        index += 1
+    return index
+
+
+def _broken(path: Path, text: str, index: int, message: str) -> DataError:
+    line, column = text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index)
+    return DataError(f"column {column}: not JSON: {message}", "mend the file", path=path, line=line)

@@ -1,0 +1,116 @@
+"""Layouts of single public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's.
+
+All end in one form of question, Fine-tune-CoT's: the choices stand behind it as `Answer choices: (A) …, (B) ….`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pst_dist.data.sources.columns import (
+    Fields,
+    Layout,
+    RowError,
+    as_choices,
+    as_id,
+    as_rationales,
+    as_text,
+    with_choices,
+)
+
+_PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
+# People close with "The answer is B", "Answer C", "Choice E is correct", "The answer is 30. i.e C": the last such
+# word, and in what follows the first capital from A to E that stands alone.
+_CLOSING = re.compile(
+    r"(?:\b(?:hence|therefore|thus|so)\b,?\s*)?\b(?:the )?(?:correct )?(?:answer|choice|option)\b", re.I
+)
+_LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?![A-Za-z])")
+
+
+def _aqua(row: Mapping[str, Any]) -> Fields:
+    """AQuA as published: question, options `A)…`, rationale, correct."""
+    choices = as_choices(row.get("options"))
+    return Fields(
+        question=with_choices(as_text(row.get("question"), "question"), choices),
+        answer=as_text(row.get("correct"), "answer"),
+        rationales=as_rationales(row.get("rationale")),
+        choices=choices,
+    )
+
+
+def _aqua_human(row: Mapping[str, Any]) -> Fields:
+    """AQuA's human rationales as {instruction, output}: a preamble, the steps, "The answer is X"."""
+    question, found, listed = as_text(row.get("instruction"), "question").rpartition("Answer Choices:")
+    if not found:
+        raise RowError("missing", "question has no `Answer Choices:`")
+    choices = as_choices([part.strip() for part in re.split(r"\([A-E]\)", listed)[1:]])
+    output = _PREAMBLE.sub("", as_text(row.get("output"), "answer"))
+    rationale, answer = _split_answer(output, choices)
+    return Fields(
+        question=with_choices(question.strip(), choices),
+        answer=answer,
+        rationales=as_rationales(rationale),
+        choices=choices,
+    )
+
+
+def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
+    """Steps and letter; where the ending names a choice's text instead of its letter, the letter of that text."""
+    closings = list(_CLOSING.finditer(output))
+    # "The answer is option B" holds two such words; the rationale ends before the first of the last sentence.
+    for last in reversed(closings):
+        first = next(mark for mark in closings if not re.search(r"[.!?]\s", output[mark.start() : last.start()]))
+        ending = output[last.end() :]
+        if len(ending) > 60:
+            break  # a word in the middle of the steps
+        letter = _LETTER.search(ending)
+        if letter:
+            return output[: first.start()], letter.group(1)
+        text = re.sub(r"^\s*is\b\W*", "", ending).strip().rstrip(".")
+        named = [letter for letter, choice in zip("ABCDE", choices, strict=False) if choice == text]
+        if len(named) == 1:
+            return output[: first.start()], named[0]
+    raise RowError("answer", "the reply does not end in an answer")
+
+
+def _csqa_palm(row: Mapping[str, Any]) -> Fields:
+    """CommonsenseQA of the Distilling step-by-step release; its rationales are in data.teacher_completions."""
+    choices = as_choices(row.get("choices"))
+    answer = as_text(row.get("answer"), "answer")
+    if answer not in choices:
+        raise RowError("answer", "answer is none of the choices")
+    return Fields(
+        question=with_choices(as_text(row.get("question"), "question"), choices),
+        answer=chr(65 + choices.index(answer)),
+        choices=choices,
+        id=as_id(row.get("id")),
+    )
+
+
+def _is_aqua_human(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row.get(name), str) for name in ("instruction", "output")) and (
+        "Answer Choices:" in row["instruction"] and _PREAMBLE.match(row["output"]) is not None
+    )
+
+
+TASK_LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "aqua",
+            _aqua,
+            ("question", "options", "correct"),
+            lambda row: isinstance(row.get("options"), list) and isinstance(row.get("correct"), str),
+        ),
+        Layout("aqua_human", _aqua_human, ("instruction", "output"), _is_aqua_human),
+        Layout(
+            "csqa_palm",
+            _csqa_palm,
+            ("question", "choices", "answer"),
+            lambda row: "abstractive_explanation" in row and isinstance(row.get("choices"), list),
+        ),
+    )
+}
+"""By name; guessing tries them before the general layouts, because they are narrower."""

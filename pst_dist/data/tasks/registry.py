@@ -1,0 +1,84 @@
+"""The tasks by name: Fine-tune-CoT's twelve, the demo's own, and a generic one for each answer type."""
+
+from __future__ import annotations
+
+import difflib
+
+from pst_dist.data.sample import ANSWER_TYPES
+from pst_dist.data.tasks.scoring import Task
+from pst_dist.errors import ConfigError
+
+
+def _numbers(name: str, summary: str, *, numeric: bool) -> Task:
+    return Task(name=name, answer_type="number", rule="numbers", numeric=numeric, summary=summary)
+
+
+def _choice(name: str, letters: str, summary: str) -> Task:
+    return Task(name=name, answer_type="choice", rule="letters", choice_letters=letters, summary=summary)
+
+
+def _yes_no(name: str, summary: str) -> Task:
+    return Task(name=name, answer_type="bool", rule="yes_no", summary=summary)
+
+
+_ALL = (
+    _numbers("single_eq", "arithmetic word problems with one equation", numeric=True),
+    _numbers("addsub", "word problems of addition and subtraction", numeric=True),
+    _numbers("multiarith", "word problems of several steps", numeric=False),
+    _numbers("gsm8k", "grade-school mathematics", numeric=False),
+    _choice("aqua", "ABCDE", "algebra with five choices"),
+    _numbers("svamp", "word problems varied to mislead", numeric=True),
+    _choice("date_understanding", "ABCDEF", "which date is meant, of up to six"),
+    _choice("tracking_shuffled_objects", "ABC", "who holds what after swaps"),
+    Task(
+        name="last_letter_concatenation",
+        answer_type="text",
+        rule="joined_letters",
+        summary="the last letters of four words, joined",
+    ),
+    _yes_no("coin_flip", "is the coin still heads up after some flips"),
+    _choice("commonsense_qa", "ABCDE", "everyday knowledge with five choices"),
+    _yes_no("strategy_qa", "questions that need several implied steps"),
+    _numbers("arithmetic", "the demo's word problems of several steps", numeric=True),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+"""The 12 tasks in the order of the published tables, then the demo's."""
+
+_GENERIC: dict[str, Task] = {
+    "text": Task(name="text", answer_type="text", rule="whole_text", summary="free text, compared without case"),
+    "number": _numbers("number", "any number", numeric=True),
+    "choice": Task(
+        name="choice",
+        answer_type="choice",
+        rule="marked_letters",
+        choice_letters="ABCDEFGHIJ",
+        summary="one of up to ten choices",
+    ),
+    "bool": _yes_no("bool", "yes or no"),
+    "date": Task(name="date", answer_type="date", rule="dates", summary="a calendar date"),
+}
+
+
+def get_task(name: str | None, answer_type: str | None = None) -> Task:
+    """The task of that name, or without one the generic task of an answer type (text when none is given).
+
+    Raises ConfigError for a name that does not exist, with the nearest one, and for an answer type that
+    contradicts the named task's.
+    """
+    if name is None:
+        if answer_type is not None and answer_type not in _GENERIC:
+            raise ConfigError(f"answer type {answer_type!r} is none of {', '.join(ANSWER_TYPES)}")
+        return _GENERIC[answer_type or "text"]
+    task = TASKS.get(name)
+    if task is None:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"no task {name!r}", f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(TASKS)
+        )
+    if answer_type is not None and answer_type != task.answer_type:
+        raise ConfigError(
+            f"task {name} has {task.answer_type} answers, data.answer_type says {answer_type}",
+            "leave data.answer_type out, or task",
+        )
+    return task

@@ -1,0 +1,170 @@
+"""`pst verify DIR`: is every byte the one that was written, and does each artefact belong to the others?
+
+It trusts manifests only after their own digest, compares every file with them, names each one that differs, and says
+which command mends it. The stages make the same comparisons by themselves before they use anything; this is for a
+person who moved, copied or restored something, and `mend` makes again what can be made here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pst_dist.config.loading import load_config
+from pst_dist.config.run_dir import run_dir
+from pst_dist.errors import InputError, IntegrityError, PstError
+from pst_dist.logs import Progress, progress
+from pst_dist.storage.manifest import (
+    MANIFEST,
+    REMAKE,
+    Manifest,
+    all_files,
+    bytes_below,
+    read_json,
+    read_manifest,
+    verify_files,
+)
+
+log = logging.getLogger(__name__)
+State = Literal["intact", "damaged", "stale", "unfinished", "leftover"]
+_LEFTOVER = re.compile(r"\..+\.(partial|replaced)")
+_NAMES = {"shards": "shards", "embeddings": "embeddings", "best": "student", "export": "export"}
+"""Directories that should hold a manifest, by name; and `checkpoint-N`, and those in `eval`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One artefact, or one file of it that is not as it should be."""
+
+    state: State
+    kind: str
+    path: Path
+    what: str
+    remedy: str = ""
+
+    @property
+    def is_problem(self) -> bool:
+        """Whether a stage would refuse it; a leftover only takes room."""
+        return self.state not in ("intact", "leftover")
+
+    @property
+    def line(self) -> str:
+        """For a person."""
+        return f"{self.state:10s} {self.path}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def verify(root: Path) -> list[Finding]:
+    """Everything that this project has made at or below `root`, in the order of paths; changes nothing.
+
+    Raises InputError when there is nothing of it.
+    """
+    if not root.is_dir():
+        raise InputError("no such directory", "give a run, data or model directory", path=root)
+    folders = list(_artefacts(root))
+    findings: list[Finding] = []
+    intact: dict[Path, Manifest] = {}
+    files = sum(len(all_files(folder)) for folder, kind in folders if kind is not None)
+    with progress("verify", total=files, unit="files") as bar:
+        for folder, kind in folders:
+            if kind is None:
+                what = f"{bytes_below(folder) / 2**20:.1f} MiB left by a command that was killed"
+                findings.append(Finding("leftover", "leftover", folder, what, "the same command removes it"))
+                continue
+            found, manifest = _check(folder, kind, bar)
+            findings += found
+            if manifest is not None and not any(finding.is_problem for finding in found):
+                intact[folder.resolve()] = manifest
+    findings += _links(intact)
+    if not findings:
+        raise InputError("nothing here was made by this program", "give a run, data or model directory", path=root)
+    return findings
+
+
+def _artefacts(root: Path) -> Iterator[tuple[Path, str | None]]:
+    """(directory, kind) of what has or should have a manifest; kind None for what a killed command left."""
+    for folder in sorted([root, *(path for path in root.rglob("*") if path.is_dir())]):
+        inside = folder.relative_to(root).parts
+        if any(_LEFTOVER.fullmatch(part) for part in inside[:-1]):
+            continue
+        if inside and _LEFTOVER.fullmatch(inside[-1]):
+            yield folder, None
+        elif (kind := _kind(folder)) is not None:
+            yield folder, kind
+
+
+def _kind(folder: Path) -> str | None:
+    """What a directory should be; None when it is none of ours."""
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.parent.name == "checkpoints":
+        return "checkpoint"
+    if folder.parent.name == "eval":
+        return "evaluation"
+    if (folder / MANIFEST).is_file():
+        try:
+            return str(read_json(folder / MANIFEST)["kind"])
+        except (IntegrityError, KeyError, TypeError):
+            return _NAMES.get(folder.name, "artefact")
+    # Others keep folders of such names too: only with files in them that look like ours.
+    ours = any(folder.glob("*.index.json")) or any(folder.glob("*.safetensors"))
+    return _NAMES.get(folder.name) if ours else None
+
+
+def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manifest | None]:
+    """One artefact: a finding for each bad file, or one that says it is intact."""
+    remedy = REMAKE.get(kind, "")
+    try:
+        manifest = read_manifest(folder, kind)
+    except IntegrityError as error:
+        return [Finding("damaged", kind, folder / MANIFEST, error.what, remedy)], None
+    if manifest is None:
+        return [Finding("unfinished", kind, folder, f"{kind} without a manifest", remedy)], None
+    bad = []
+    for name in sorted(manifest.files):
+        try:
+            verify_files(folder, manifest, [name])
+        except IntegrityError as error:
+            bad.append(Finding("damaged", kind, Path(error.path or folder), error.what, remedy))
+        except OSError as error:  # a dying disk, no permission
+            bad.append(Finding("damaged", kind, folder / name, f"cannot be read: {error.strerror}", remedy))
+        bar.advance(1)
+    if bad:
+        return bad, None
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    what = f"{kind}, {len(manifest.files)} files, {size / 2**20:.1f} MiB, digest {manifest.digest[:12]}"
+    return [Finding("intact", kind, folder, what)], manifest
+
+
+def _links(intact: dict[Path, Manifest]) -> Iterator[Finding]:
+    """Artefacts that are whole but were made from others than those that lie here now."""
+    for folder, manifest in intact.items():
+        for kind, source, digest in _sources(folder, manifest):
+            current = intact.get(source)
+            if digest is not None and current is not None and current.digest != digest:
+                what = f"made from other {kind} ({digest[:12]}, not {current.digest[:12]})"
+                yield Finding("stale", manifest.kind, folder, what, REMAKE.get(manifest.kind, ""))
+
+
+def _sources(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Path, Any]]:
+    """(what, where it lies, digest that was written down) of each thing an artefact was made from."""
+    extra = manifest.extra
+    if manifest.kind == "embeddings":
+        yield "shards", folder.parent / "shards", extra.get("shards_digest")
+    elif manifest.kind == "student":
+        data = _data_of(folder.parent)
+        yield "shards", data / "shards", extra.get("shards")
+        yield "embeddings", data / "embeddings", extra.get("embeddings")
+    elif manifest.kind == "evaluation":
+        yield "weights", folder.parent.parent / "best", extra.get("student")
+    elif manifest.kind == "export":
+        yield "weights", folder.parent / "best", extra.get("student")
+
+
+def _data_of(run: Path) -> Path:
+    """Where a run's shards lie, by the config that it saved."""
+    try:
+        return run_dir(load_config(str(run))).data.resolve()
+    except PstError:
+        return run / "data"

@@ -1,0 +1,291 @@
+"""What a run will cost before it starts: steps, memory a rank, checkpoints, embeddings, and how often to save.
+
+Arithmetic on the config and the rows, without torch; every rule has its source beside it. Speeds are not guessed:
+without a measured one the plan says how to give it.
+"""
+
+# Letters in this file: P parameters (the student's and the alignment head's), N ranks
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from pst_dist.arms import ARMS, Segment
+from pst_dist.config.run_dir import run_dir
+from pst_dist.config.schema import Config, Section
+from pst_dist.diagnostics.model_size import ModelShape, shape_of
+from pst_dist.errors import ConfigError, InputError
+from pst_dist.student.layout import forward_passes
+from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json
+
+GIB = 2**30
+_CHARACTERS_A_TOKEN = 4.0
+_BASE_BYTES = 34
+"""Bytes of activations a token, layer and unit of width in 16 bits, attention scores not kept (Korthikanti et al.,
+arXiv 2205.05198, equation 1 without its second term, which flash or memory-efficient attention does not store)."""
+
+
+class Machines(Section):
+    """What the run will be given; the words of `pst plan` that are no keys of the config."""
+
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    gpus: int = Field(1, ge=1)
+    """Ranks on each: GPUs, or CPU ranks."""
+    gpu_memory: float | None = Field(None, gt=0)
+    """Memory of one in GiB; the plan then says whether a rank fits."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Training speed of one rank, from the log of a short run."""
+    texts_per_second: float | None = Field(None, gt=0)
+    """Speed of one encoder, from `pst embed` or benchmarks/embed_throughput.py."""
+    write_gb_per_second: float = Field(1.0, gt=0)
+    """What the shared file system takes from all ranks together, in GB/s."""
+    node_hours_between_failures: float = Field(6300.0, gt=0)
+    """Mean time between failures of one node. 6300 h is Llama 3's pre-training: 419 unexpected interruptions in 54
+    days of 2048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training rows, counted."""
+
+    rows: int
+    texts: int
+    """Rationales, which are what is embedded."""
+    tokens: float
+    """Tokens of all training sequences of one epoch."""
+    shard_bytes: int
+    exact: bool
+    """Whether tokens are counted rather than taken to have four characters."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank holds while training."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss_path: float
+    buffers: float = 0.0
+    """In which gradients are gathered before they travel between ranks."""
+
+    @property
+    def states(self) -> float:
+        """Weights, gradients and optimizer together."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.states + self.buffers + self.activations + self.loss_path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; times are None where no speed was given."""
+
+    config: Config
+    machines: Machines
+    shape: ModelShape
+    parameters: int
+    rows: Rows
+    steps: int
+    global_batch: int
+    micro_batches: int
+    """Forward passes of a rank in one step."""
+    memory: RankMemory
+    by_stage: dict[int, RankMemory]
+    checkpoint_bytes: float
+    checkpoint_seconds: float
+    training_hours: float | None
+    embedding_hours: float | None
+    embedding_bytes: float
+    failures: float | None
+    """Expected over the whole training."""
+    save_every_seconds: float
+    save_every_steps: int | None
+
+    @property
+    def ranks(self) -> int:
+        """Over all nodes."""
+        return self.machines.nodes * self.machines.gpus
+
+
+def split_words(words: list[str]) -> tuple[list[str], Machines]:
+    """Words of the command line as overrides of the config and what the run is given; raises ConfigError."""
+    ours = [word for word in words if word.partition("=")[0] in Machines.model_fields]
+    given = dict(word.partition("=")[::2] for word in ours)
+    try:
+        machines = Machines.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(f"{name}={given[name]!r}: {first['msg'].lower()}", "see `pst plan --help`") from error
+    return [word for word in words if word not in ours], machines
+
+
+def make_plan(config: Config, machines: Machines) -> Plan:
+    """Work it all out. Raises what reading the rows or the student's config raises."""
+    train, ranks = config.train, machines.nodes * machines.gpus
+    if ranks > 1 and train.deepspeed is None:
+        raise ConfigError(f"{ranks} ranks but train.deepspeed is not set", "add train.deepspeed=zero1, zero2 or zero3")
+    stage = zero_stage(train.deepspeed)
+    rows = count_rows(config)
+    shape = shape_of(config.student, max_length=config.layout.max_length)
+    aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
+    width = teacher_width(config) if aligned else 0
+    parameters = shape.parameters + shape.hidden_size * width
+    global_batch = train.global_batch_size or (
+        train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
+    )
+    steps = train.max_steps or train.num_train_epochs * math.ceil(rows.rows / global_batch)
+    micro = min(train.per_device_train_batch_size, math.ceil(global_batch / ranks))
+    length = min(config.layout.max_length, math.ceil(1.5 * rows.tokens / max(1, rows.rows)))
+    memories = {
+        number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro * length)
+        for number in (0, 1, 2, 3)
+    }
+    memory = memories[stage] if stage is not None else replace(memories[0], buffers=0.0)
+    size = checkpoint_bytes(parameters)
+    seconds = size / (machines.write_gb_per_second * 1e9)
+    tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
+    hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
+    between = machines.node_hours_between_failures / machines.nodes * 3600
+    interval = math.sqrt(2 * seconds * between)
+    return Plan(
+        config=config,
+        machines=machines,
+        shape=shape,
+        parameters=parameters,
+        rows=rows,
+        steps=steps,
+        global_batch=global_batch,
+        micro_batches=math.ceil(math.ceil(global_batch / ranks) / micro) * len(forward_passes(ARMS[config.arm], [])),
+        memory=memory,
+        by_stage=memories,
+        checkpoint_bytes=size,
+        checkpoint_seconds=seconds,
+        training_hours=hours,
+        embedding_hours=(
+            rows.texts / (machines.texts_per_second * ranks) / 3600 if machines.texts_per_second else None
+        ),
+        embedding_bytes=4.0 * rows.texts * width,
+        failures=None if hours is None else hours * 3600 / between,
+        save_every_seconds=interval,
+        save_every_steps=None if not hours else max(1, round(interval / (hours * 3600 / steps))),
+    )
+
+
+def teacher_width(config: Config) -> int:
+    """Width of the encoder's vectors: MiniLM's, or what the folder of another says; 1024 where it cannot be seen."""
+    if config.embed.encoder == "minilm":
+        return 384
+    try:
+        return int(json.loads((Path(config.embed.encoder).expanduser() / "config.json").read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError):
+        return 1024
+
+
+def zero_stage(deepspeed: str | None) -> int | None:
+    """The stage of a profile or DeepSpeed JSON; None for the single-process engine."""
+    if deepspeed is None:
+        return None
+    stage = _zero_section(deepspeed).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"train.deepspeed: cannot read the stage: it is {stage!r}", "0, 1, 2 or 3", path=deepspeed)
+    return int(stage)
+
+
+def _zero_section(deepspeed: str | None) -> dict[str, Any]:
+    """`zero_optimization` of a profile or DeepSpeed JSON; raises ConfigError when it cannot be read."""
+    if deepspeed is None:
+        return {}
+    try:
+        section = json.loads(find_deepspeed_json(deepspeed).read_text()).get("zero_optimization", {})
+    except (InputError, OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"train.deepspeed: cannot read the stage: {error}", path=deepspeed) from error
+    return section if isinstance(section, dict) else {}
+
+
+def rank_memory(
+    config: Config, shape: ModelShape, parameters: int, stage: int, ranks: int, *, micro_tokens: int
+) -> RankMemory:
+    """What one rank holds at a ZeRO stage (Rajbhandari et al., arXiv 1910.02054, section 3; Adam's K is 12 bytes).
+
+    float32 training keeps 4 bytes each of weights and gradients; DeepSpeed's stages 1 to 3 hold a float32 copy of
+    their share beside Adam's two moments. bf16 at stage 1 and above halves weights and gradients.
+    """
+    half = config.train.bf16 and stage >= 1
+    each, p, n = (2.0 if half else 4.0), float(parameters), float(ranks)
+    item = 2.0 if config.train.bf16 else 4.0
+    per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
+    activations = shape.layers * per_layer
+    if config.student.gradient_checkpointing:
+        # One input a layer, and one layer made again at a time.
+        activations = shape.layers * item * micro_tokens * shape.hidden_size + per_layer
+    # The head's gradient in float32 and a chunk of logits (`kernels.ops.CHUNK_BYTES` on a CPU).
+    loss_path = 4.0 * shape.vocabulary * shape.hidden_size + min(64 * 2**20, item * micro_tokens * shape.vocabulary)
+    return RankMemory(
+        weights=each * p / (n if stage == 3 else 1),
+        gradients=each * p / (n if stage >= 2 else 1),
+        optimizer=8.0 * p if stage == 0 else 12.0 * p / n,
+        activations=activations,
+        loss_path=loss_path,
+        buffers=each * _bucket_elements(config.train.deepspeed, parameters, stage),
+    )
+
+
+def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> float:
+    """Elements of DeepSpeed's gradient buckets: two at stages 1 and 2 where communication overlaps, one at stage 3.
+
+    A bucket is as large as the student, and half a milliard elements at most, unless the JSON says otherwise. Without
+    ZeRO gradients are copied together once a step, as many at a time.
+    """
+    # The other stages of the table are those of our own profiles, which overlap.
+    given = _zero_section(deepspeed) if zero_stage(deepspeed) == stage else {"overlap_comm": True}
+    size = given.get("reduce_bucket_size")
+    each = float(size if isinstance(size, int) else min(MOST_BUCKET_ELEMENTS, parameters))
+    return each * (2 if stage in (1, 2) and given.get("overlap_comm") else 1)
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Bytes of one checkpoint over all ranks: float32 weights and Adam's two moments, whatever engine saves them."""
+    return 12 * parameters
+
+
+def count_rows(config: Config) -> Rows:
+    """Training rows from the shards where they are packed, else from the sources; raises what those raise."""
+    from pst_dist.data.shards import ShardSet
+
+    run = run_dir(config)
+    if (run.shards / "manifest.json").is_file():
+        shards = ShardSet.open(run.shards, verify=False)
+        samples: Any = shards.split("train")
+        size = sum(shard.bytes for shard in shards.shards())
+    else:
+        from pst_dist.data.sources import load_data
+
+        samples = load_data(config).splits.get("train", [])
+        size = 0
+    arm = ARMS[config.arm]
+    reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and arm.aligned)
+    exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"
+    a_token = 1.0 if exact else _CHARACTERS_A_TOKEN
+    prompt = len(config.layout.prompt) - len("{question}") + 3  # the space before an answer, its stop, the end
+    tokens, texts = 0.0, 0
+    for sample in samples:
+        written = len(sample.rationales[0].encode()) if arm.needs_rationale and reads and sample.rationales else 0
+        once = len(sample.question.encode()) + prompt + len(sample.answer.encode())
+        for asked in arm.asked:
+            size_of_one = once + (written if Segment.RATIONALE in asked.order else 0)
+            tokens += min(config.layout.max_length, size_of_one / a_token) + (Segment.SEMANTIC in asked.order)
+        texts += len(sample.rationales)
+    return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact)

@@ -1,0 +1,106 @@
+"""`pst doctor`: what on this machine would make a run fail, hang or crawl, found before it starts, with its remedy.
+
+Every check runs beside the others with a limit in time. What a node has is `machine`; the judgements are `software`,
+`places`, `models`, `network` and `clusters`, each a few functions from facts to findings.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pst_dist.config.schema import Config
+from pst_dist.diagnostics.cost import Machines, split_words
+from pst_dist.diagnostics.machine.facts import Machine, collect, differences, read_report
+from pst_dist.diagnostics.machine.findings import Check, Finding, look_at
+from pst_dist.errors import ConfigError, EnvironmentFault
+from pst_dist.storage.manifest import write_json
+
+SLOW_FILES = "a file server that does not answer: see `mount`, or choose another directory"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of `pst doctor` that are no keys of the config."""
+
+    machines: Machines
+    ranks: int | None
+    """Ranks on this node, when gpus= was given."""
+    hostfile: Path | None
+
+
+def split_request(words: list[str]) -> tuple[list[str], Request]:
+    """Words of the command line as the config's own and ours (nodes=, gpus=, hostfile=); raises ConfigError."""
+    hostfiles = [word.partition("=")[2] for word in words if word.startswith("hostfile=")]
+    if "" in hostfiles:
+        raise ConfigError("hostfile= names no file", "hostfile=PATH")
+    rest, machines = split_words([word for word in words if not word.startswith("hostfile=")])
+    asked = any(word.startswith("gpus=") for word in words)
+    return rest, Request(machines, machines.gpus if asked else None, Path(hostfiles[-1]) if hostfiles else None)
+
+
+def examine(config: Config | None, request: Request) -> tuple[Machine, list[Finding]]:
+    """Look at this machine, and with a config at what it will need. Lasts seconds, and a minute at the very most."""
+    from pst_dist.diagnostics.machine import clusters, models, network, places, software
+
+    logging.getLogger("pst_dist").setLevel(logging.WARNING)  # the findings are what is to be said
+    environment = dict(os.environ)
+    machine = collect()
+    nodes = request.machines.nodes
+    checks = [
+        Check("packages", lambda: software.packages(config)),
+        Check("hardware", lambda: software.hardware(machine, config, ranks=request.ranks, environment=environment)),
+        Check("torch", lambda: software.torch_works(machine), software.TORCH_SECONDS + 5),
+        Check("extensions", software.compiler_locks, silence=SLOW_FILES),
+        Check(
+            "host name", lambda: network.host_name(nodes), silence="name servers do not answer: see /etc/resolv.conf"
+        ),
+        Check("port", lambda: network.port(environment), silence="name servers do not answer: see /etc/resolv.conf"),
+        Check("ray", lambda: clusters.ray(config, environment), clusters.RAY_SECONDS),
+        Check("slurm", lambda: clusters.slurm(environment, nodes, request.ranks), 60.0),
+    ]
+    hostfile = request.hostfile or (_USUAL_HOSTFILE if _USUAL_HOSTFILE.is_file() else None)
+    if hostfile is not None:
+        room = len(machine.gpus) or machine.cores
+        checks.append(Check("hostfile", lambda: network.hostfile(hostfile, room), 20.0))
+    if config is not None:
+        for name, folder in places.folders(config).items():
+            checks.append(Check(name, lambda n=name, f=folder: places.place(n, f, nodes), silence=SLOW_FILES))  # type: ignore[misc]
+        checks += [
+            Check("data_dir", lambda: places.store(config), 40.0),
+            Check("contents", lambda: places.contents(config), silence=SLOW_FILES),
+            Check("deepspeed", lambda: software.deepspeed_json(config), 60.0),
+            Check("encoder", lambda: models.encoder(config)),
+            Check("student", lambda: models.student(config)),
+            Check(
+                "plan",
+                lambda: places.room(config, request.machines, machine.memory_free, bool(machine.gpus)),
+                20.0,
+                "the rows take long to count: `pst plan` does it without a limit",
+            ),
+        ]
+    return machine, look_at(checks)
+
+
+_USUAL_HOSTFILE = Path("/job/hostfile")
+"""Where the deepspeed launcher looks by itself."""
+
+
+def verdict(findings: list[Finding]) -> tuple[str, int]:
+    """The last line and the exit code: 0 when nothing is wrong, 4 when there is a problem."""
+    counts = {level: sum(found.level == level for found in findings) for level in ("problem", "warning")}
+    if counts["problem"]:
+        return f"{counts['problem']} problem(s), {counts['warning']} warning(s)", EnvironmentFault.exit_code
+    return f"no problems, {counts['warning']} warning(s)", 0
+
+
+def write_report(machine: Machine, path: Path) -> None:
+    """Write what this node has, to be compared with other nodes."""
+    write_json(path, machine.to_json())
+
+
+def compare_reports(paths: list[Path]) -> list[Finding]:
+    """How the nodes of several reports differ; raises InputError."""
+    return differences([read_report(path) for path in paths])

@@ -1,0 +1,235 @@
+"""Facts about this node, collected without importing anything heavy, and how the facts of several nodes differ.
+
+Nothing is judged here but differences: what a fact means for a run is the business of `software` and `hardware`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist._version import __version__
+from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
+from pst_dist.errors import InputError
+from pst_dist.storage.manifest import read_json
+
+PACKAGES = (
+    *("torch", "deepspeed", "transformers", "tokenizers", "sentence-transformers", "ray", "triton", "datasets"),
+    *("webdataset", "numpy", "pydantic", "safetensors"),
+)
+_NCCL = ("nvidia-nccl-cu11", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+_SMI_SECONDS = 10.0
+_SMI_FIELDS = (
+    *("index", "name", "memory.total", "memory.used", "compute_cap", "driver_version", "mig.mode.current"),
+    "ecc.errors.uncorrected.volatile.total",
+)
+_MUST_AGREE = ("pst_dist", "code", "python", "torch", "torch_cuda", "deepspeed", "nccl", "ray")
+"""Facts whose difference between ranks breaks or silently changes a run; other differences are only worth knowing."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as nvidia-smi describes it."""
+
+    index: int
+    name: str
+    memory_mib: int
+    used_mib: int
+    capability: str
+    """Compute capability: `8.0`."""
+    mig: bool
+    uncorrected: int
+    """Memory errors since the last reset that ECC could not correct; 0 where there is no ECC."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a node has."""
+
+    host: str
+    python: str
+    pst_dist: str
+    code: str
+    """sha256 over the package's files: two checkouts may have one version and differ."""
+    packages: dict[str, str]
+    """Installed packages and their versions; a package that is not there is left out."""
+    torch_cuda: str | None
+    """CUDA release that torch was built for; None for a CPU build or without torch."""
+    nccl: str | None
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    gpu_trouble: str
+    """Why the GPUs could not be asked; empty when they could, or when nothing points to any."""
+    cores: int
+    """Those that this process may use, a container's share included."""
+    memory: int
+    """Bytes, a container's limit included."""
+    memory_free: int
+    shared_memory: int | None
+    """Bytes of /dev/shm; None where there is none."""
+    open_files: int
+    open_files_most: int
+    """What a user may raise the limit to."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `pst doctor --report`."""
+        return {"kind": "pst doctor", **asdict(self)}
+
+
+def collect() -> Machine:
+    """Look at this node; takes as long as nvidia-smi does, ten seconds at most."""
+    gpus, driver, trouble = gpus_here()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    memory, free = _memory()
+    return Machine(
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        pst_dist=__version__,
+        code=_code_digest(),
+        packages={name: version for name in PACKAGES if (version := version_of(name))},
+        torch_cuda=_torch_cuda(),
+        nccl=next((version for name in _NCCL if (version := version_of(name))), None),
+        gpus=gpus,
+        driver=driver,
+        gpu_trouble=trouble,
+        cores=_cores(),
+        memory=memory,
+        memory_free=free,
+        shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
+        open_files=soft,
+        open_files_most=hard,
+    )
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpus_here() -> tuple[tuple[Gpu, ...], str | None, str]:
+    """(GPUs, driver version, why they could not be asked); the last is empty on a machine without any."""
+    has_files = any(Path("/dev").glob("nvidia[0-9]*"))
+    if shutil.which("nvidia-smi") is None:
+        return (), None, "there are GPUs in /dev, but no nvidia-smi" if has_files else ""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        printed, _ = child.communicate(timeout=_SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Not waited for: a process inside a driver that hangs cannot even be killed.
+        os.killpg(child.pid, signal.SIGKILL)
+        return (), None, f"nvidia-smi gave no answer within {_SMI_SECONDS:.0f} s"
+    if child.returncode:
+        said = next((line.strip() for line in printed.splitlines() if line.strip()), f"exit code {child.returncode}")
+        return (), None, "" if "No devices were found" in said else f"nvidia-smi: {said[:160]}"
+    rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.count(",") == 7]
+    return tuple(_gpu(row) for row in rows), rows[0][5] if rows else None, ""
+
+
+def _gpu(row: Sequence[str]) -> Gpu:
+    # A cell that a GPU does not have reads [N/A].
+    number = [int(cell) if cell.isdigit() else 0 for cell in row]
+    return Gpu(number[0], row[1], number[2], number[3], row[4], row[6] == "Enabled", number[7])
+
+
+def _torch_cuda() -> str | None:
+    """Read from torch's version file: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        return None
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text("utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[2]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _cores() -> int:
+    affinity = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return affinity if quota == "max" else max(1, min(affinity, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return affinity
+
+
+def _memory() -> tuple[int, int]:
+    """(all, free) bytes: the kernel's, or the container's where that is less."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(total, limit), min(free, max(0, limit - used))
+    except (OSError, ValueError):
+        return total, free
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A node's facts as `pst doctor --report` wrote them; raises InputError or IntegrityError."""
+    if not path.is_file():
+        raise InputError("no such report", "write one on each node: pst doctor --report FILE.json", path=path)
+    facts = read_json(path)
+    if not isinstance(facts, dict) or facts.get("kind") != "pst doctor":
+        raise InputError("this is no report of a node", "write one there: pst doctor --report FILE.json", path=path)
+    return facts
+
+
+def differences(reports: Sequence[dict[str, Any]]) -> list[Finding]:
+    """How nodes differ, each fact once: a problem where ranks must agree, else a warning."""
+    flat = [_flattened(report) for report in reports]
+    findings = []
+    for fact in sorted(set().union(*flat), key=lambda name: (name not in _MUST_AGREE, name)):
+        values: dict[str, list[str]] = {}
+        for report, facts in zip(reports, flat, strict=True):
+            values.setdefault(facts.get(fact, "none"), []).append(report["host"])
+        if len(values) > 1:
+            said = ", ".join(f"{value} on {_several(hosts)}" for value, hosts in sorted(values.items()))
+            if fact in _MUST_AGREE:
+                findings.append(problem(fact, said, "install the same on every node"))
+            else:
+                findings.append(warning(fact, said))
+    if len({report["host"] for report in reports}) < len(reports):
+        findings.append(warning("host", "two of these reports are of one host"))
+    return findings or [ok("nodes", f"{len(reports)} nodes have the same software and GPUs")]
+
+
+def _flattened(report: dict[str, Any]) -> dict[str, str]:
+    """Fact -> text, of those that nodes of one run should share."""
+    facts = {name: str(report.get(name)) for name in ("pst_dist", "code", "torch_cuda", "nccl", "driver", "cores")}
+    facts |= {name: str(value) for name, value in report.get("packages", {}).items()}
+    facts["python"] = ".".join(str(report.get("python")).split(".")[:2])
+    kinds = [f"{gpu['name']} of {gpu['memory_mib']} MiB" for gpu in report.get("gpus", [])]
+    facts["gpus"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "none"
+    return facts
+
+
+def _several(hosts: Sequence[str]) -> str:
+    return ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")

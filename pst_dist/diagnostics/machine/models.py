@@ -1,0 +1,85 @@
+"""Encoder and student of a config: in this machine's cache or folders, or behind a hub that answers.
+
+Only what it takes to say so is fetched: the headers of one small file. Loading is left to `encoder` and `student`.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from pst_dist.config.schema import Config
+from pst_dist.diagnostics.machine.findings import Finding, ok, problem
+from pst_dist.embedding.targets import needs_embeddings
+from pst_dist.models.locate import locate_encoder
+from pst_dist.student.warm_start import MINILM, warm_checkpoint
+
+_HUB_SECONDS = 5.0
+
+
+def encoder(config: Config) -> list[Finding]:
+    """The text encoder, where an arm aligns with its vectors."""
+    name = config.embed.encoder
+    if not needs_embeddings(config):
+        return []
+    if name == "minilm" or name.startswith(("/", ".", "~")) or Path(name).is_dir():
+        folder = locate_encoder(name)
+        return _folder("encoder", folder, "embed.encoder")
+    return _hub("encoder", name, config.embed.revision, "embed.encoder")
+
+
+def student(config: Config) -> list[Finding]:
+    """The student that training starts from."""
+    name = config.student.model_name_or_path
+    if name is None:
+        return [ok("student", "made here from random weights")]
+    if name == MINILM:
+        return _folder("student", Path(warm_checkpoint(config.student)), "student.model_name_or_path")
+    if name.startswith(("/", ".", "~")) or Path(name).expanduser().is_dir():
+        return _folder("student", Path(name).expanduser(), "student.model_name_or_path")
+    return _hub("student", name, config.student.revision, "student.model_name_or_path")
+
+
+def _folder(subject: str, folder: Path, key: str) -> list[Finding]:
+    if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+        what = "no config.json in it" if folder.is_dir() else "no such folder"
+        return [problem(subject, f"{folder}: {what}", f"set {key} to a model's folder or a hub id")]
+    if not any(folder.rglob("*.safetensors")) and not any(folder.rglob("*.bin")):
+        return [problem(subject, f"{folder}: no weights in it", "fetch the model again: hf download")]
+    return [ok(subject, f"{folder}: on this disk")]
+
+
+def _hub(subject: str, name: str, revision: str | None, key: str) -> list[Finding]:
+    try:
+        from huggingface_hub import constants, get_token, try_to_load_from_cache
+    except ImportError:
+        return [problem(subject, f"{name} cannot be fetched without huggingface_hub", "pip install 'pst-dist[train]'")]
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return [ok(subject, f"{name}: in the cache")]
+    fetch = f"fetch it where there is a network (`hf download {name}`), or set {key} to a folder"
+    if constants.HF_HUB_OFFLINE:
+        return [problem(subject, f"{name} is not in the cache, and HF_HUB_OFFLINE is set", fetch)]
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{endpoint}/{name}/resolve/{revision or 'main'}/config.json", method="HEAD")
+    if token := get_token():
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
+            return [ok(subject, f"{name}: not in the cache, the hub has it")]
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return [
+                problem(
+                    subject,
+                    f"the hub does not give {name} to this user ({error.code})",
+                    "check the name, ask for access, and set HF_TOKEN",
+                )
+            ]
+        if error.code == 404:
+            return [problem(subject, f"the hub has no {name}, or not this revision", f"check {key}")]
+        return [problem(subject, f"{endpoint} answers {error.code} for {name}", fetch)]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return [problem(subject, f"{name} is not in the cache, and {endpoint} does not answer ({reason})", fetch)]

@@ -1,0 +1,131 @@
+"""What ranks need to find one another: a free port, a host name that others can reach, a hostfile that makes sense."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
+from pst_dist.distributed.hostfile import DEFAULT_PORT, is_own
+
+
+def port(environment: Mapping[str, str]) -> list[Finding]:
+    """Whether rank zero could listen at MASTER_PORT, where this machine is (or may be) its host."""
+    given = environment.get("MASTER_PORT")
+    if given is not None and not (given.isdecimal() and 0 <= int(given) < 65536):
+        return [problem("port", f"MASTER_PORT={given!r} is not a port", "choose a number from 1024 to 32767")]
+    number = int(given) if given is not None else DEFAULT_PORT
+    address = environment.get("MASTER_ADDR")
+    if address is not None:
+        try:
+            places = {found[4][0] for found in socket.getaddrinfo(address, None)}
+        except OSError as error:
+            return [
+                problem("port", f"MASTER_ADDR={address} is no known host ({error.strerror})", "unset it or correct it")
+            ]
+        if not any(is_own(str(place)) for place in places):
+            return [ok("port", f"rank zero's host is {address}, not this one")]
+    if _is_free(number):
+        return [ok("port", f"{number} is free")]
+    if given is None:
+        return [
+            warning(
+                "port",
+                f"{number}, which launchers take by themselves, is in use",
+                "torchrun --standalone finds another; or give --master_port",
+            )
+        ]
+    return [
+        problem(
+            "port",
+            f"MASTER_PORT {number} is in use: ranks could not meet there",
+            "end what listens there (`ss -ltnp`), or choose another one",
+        )
+    ]
+
+
+def _is_free(number: int) -> bool:
+    for family in (socket.AF_INET6, socket.AF_INET):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # As the rendezvous store binds: a port that only waits for its last packets is free.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", number))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+    return True
+
+
+def host_name(nodes: int) -> list[Finding]:
+    """Whether this machine's name leads to an address that other machines can reach."""
+    name = socket.gethostname()
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)}
+    except OSError as error:
+        what, remedy = f"{name} does not resolve ({error.strerror})", f"add it to DNS or /etc/hosts: ADDRESS {name}"
+        return [problem("host name", what, remedy) if nodes > 1 else warning("host name", what, remedy)]
+    reachable = [address for address in sorted(found) if not ipaddress.ip_address(address).is_loopback]
+    if reachable:
+        return [ok("host name", f"{name} is {', '.join(reachable)}")]
+    what = f"{name} leads to {', '.join(sorted(found))}, which is every machine's own"
+    remedy = "give the address in /etc/hosts, or set MASTER_ADDR and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+    return [problem("host name", what, remedy) if nodes > 1 else ok("host name", f"{what}: fine for one node")]
+
+
+def hostfile(path: Path, room_here: int) -> list[Finding]:
+    """A hostfile of the deepspeed launcher (`host slots=N` a line): known hosts, each once, no more slots than exist.
+
+    How many slots another host has is not known here; `room_here` are the GPUs, or else the cores, of this one.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return [
+            problem(
+                "hostfile",
+                f"{path} cannot be read ({getattr(error, 'strerror', error)}): the deepspeed launcher "
+                "would go on with this machine alone",
+                "give an existing file",
+            )
+        ]
+    findings, slots = [], {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        entry = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        where = f"{path}:{number}"
+        if entry is None or int(entry[2]) == 0:
+            findings.append(problem("hostfile", f"{where}: {text[:60]!r} is not `host slots=N`", "one host a line"))
+            continue
+        host, count = entry[1], int(entry[2])
+        if host in slots:
+            findings.append(problem("hostfile", f"{where}: {host} for the second time", "add its slots up on one line"))
+        slots[host] = count
+        try:
+            addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+        except OSError as error:
+            findings.append(
+                problem(
+                    "hostfile",
+                    f"{where}: {host} is no known host ({error.strerror})",
+                    "correct it, or add it to DNS or /etc/hosts",
+                )
+            )
+            continue
+        if any(map(is_own, addresses)) and count > room_here:
+            findings.append(
+                problem(
+                    "hostfile",
+                    f"{where}: {count} slots, but this host has room for {room_here}",
+                    f"write slots={room_here}",
+                )
+            )
+    if not slots and not findings:
+        findings.append(problem("hostfile", f"{path} names no host", "write `host slots=N`, one host a line"))
+    return findings or [ok("hostfile", f"{len(slots)} host(s), {sum(slots.values())} slots")]

@@ -1,0 +1,217 @@
+"""The folders of a run: whether they can hold it, who works there, and what lies in them already.
+
+Bytes are compared with the manifests by size alone, which takes an instant; their digests are checked by every verb
+before it uses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pst_dist.config.run_dir import expand_arms, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.diagnostics.cost import Machines, Plan, make_plan
+from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
+from pst_dist.errors import IntegrityError, PstError
+from pst_dist.storage.atomic import disk_errors, nearest_existing, write_text
+from pst_dist.storage.locks import lock_holder
+from pst_dist.storage.manifest import Manifest, bytes_below, read_manifest
+from pst_dist.storage.mounts import OF_ONE_MACHINE, filesystem_of
+
+_MEBIBYTE = 1 << 20
+_CLOCK_SECONDS = 30.0
+_MAKES = {"shards": "pst shard", "embeddings": "pst embed", "checkpoint": "pst train", "student": "pst train"}
+
+
+def folders(config: Config) -> dict[str, Path]:
+    """Word for a folder -> its path; data_dir only where it is not below output_dir."""
+    run = run_dir(config)
+    found = {"output_dir": run.path}
+    if run.path.absolute() not in (run.data.absolute(), *run.data.absolute().parents):
+        found["data_dir"] = run.data
+    return found
+
+
+def store(config: Config) -> list[Finding]:
+    """Whether the object storage that holds shards and embeddings can be reached; nothing for a folder."""
+    remote = run_dir(config).remote
+    if remote is None:
+        return []
+    try:
+        remote.check()
+    except PstError as error:
+        return [problem("data_dir", f"{remote.url}: {error.what}", error.remedy)]
+    return [ok("data_dir", f"{remote.url}: can be reached")]
+
+
+def place(name: str, folder: Path, nodes: int) -> list[Finding]:
+    """Whether files can be written, locked and renamed in a folder, and whether other nodes can see it."""
+    kind = filesystem_of(folder, Path("/proc/self/mounts").read_text())
+    faults = _try(folder)
+    findings = [problem(name, f"{folder} ({kind}): {fault}", "choose another file system") for fault in faults]
+    if nodes > 1 and kind in OF_ONE_MACHINE:
+        findings.append(
+            problem(
+                name,
+                f"{folder} is a {kind} of this machine alone, and there are {nodes} nodes",
+                "choose a directory on a shared file system (NFS, Lustre, ...)",
+            )
+        )
+    state = os.statvfs(nearest_existing(folder))
+    if state.f_files and state.f_favail < 1000:
+        findings.append(
+            problem(name, f"{folder}: {state.f_favail} more files fit", "remove some, or choose another place")
+        )
+    free = size(state.f_bavail * state.f_frsize)
+    return findings or [ok(name, f"{folder}: {kind}, writable, locks and renames work, {free} free")]
+
+
+def _try(folder: Path) -> list[str]:
+    """Write, fsync, lock, rename and remove in a temporary folder below `folder`; returns what does not work there.
+
+    The directory that is tried is the nearest one that exists; nothing is left behind. Raises EnvironmentFault when
+    nothing can be written at all. What can hang here is the file system: the caller limits the time.
+    """
+    ground = nearest_existing(folder)
+    faults = []
+    with disk_errors(ground):
+        trial = Path(tempfile.mkdtemp(prefix=".pst-try-", dir=ground))
+        try:
+            write_text(trial / "old", "old")
+            write_text(trial / "new", "x" * _MEBIBYTE)
+            # As every artefact is published: over an older one, and whole directories too.
+            os.replace(trial / "new", trial / "old")
+            if (trial / "new").exists() or (trial / "old").stat().st_size != _MEBIBYTE:
+                faults.append("a rename does not replace the older file")
+            skew = (trial / "old").stat().st_mtime - time.time()
+            if abs(skew) > _CLOCK_SECONDS:
+                faults.append(f"its clock and this machine's differ by {abs(skew):.0f} s")
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context((trial / "lock").open("a+")) for _ in range(2)]
+                try:
+                    fcntl.flock(streams[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    faults.append(f"files cannot be locked ({error.strerror})")
+                else:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(streams[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        faults.append("a lock does not keep a second process out")
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    return faults
+
+
+def room(config: Config, machines: Machines, machine_memory: int, has_gpus: bool) -> list[Finding]:
+    """What the plan says the run writes and holds, against the space and memory that are free.
+
+    Raises what planning raises: rows or a student that cannot be read are found here.
+    """
+    plan = make_plan(config, machines)
+    findings = list(_space(config, plan))
+    if not has_gpus:
+        held = plan.memory.total * machines.gpus
+        if held > machine_memory:
+            findings.append(
+                problem(
+                    "memory",
+                    f"{machines.gpus} rank(s) take {size(held)} by plan, {size(machine_memory)} are free",
+                    "a smaller train.per_device_train_batch_size, student.gradient_checkpointing=true, or fewer ranks",
+                )
+            )
+    return findings
+
+
+def _space(config: Config, plan: Plan) -> Iterator[Finding]:
+    arms = len(expand_arms(config))
+    # Checkpoints (one more than is kept while a new one is written), the best student and its export.
+    training = arms * ((config.train.save_total_limit + 1) * plan.checkpoint_bytes + 2 * 4.0 * plan.parameters)
+    data = plan.rows.shard_bytes + plan.embedding_bytes
+    run = run_dir(config)
+    needs = {"output_dir": training} if "data_dir" in folders(config) else {"output_dir": training + data}
+    if "data_dir" in folders(config):
+        needs["data_dir"] = data
+    for name, wanted in needs.items():
+        folder = folders(config)[name]
+        ground = nearest_existing(folder)
+        state = os.statvfs(ground)
+        free = state.f_bavail * state.f_frsize + bytes_below(run.path if name == "output_dir" else run.data)
+        if wanted > free:
+            yield problem(
+                name,
+                f"the run writes {size(wanted)} by plan, {size(free)} are free or its own already",
+                f"make room in {folder}, or choose another directory",
+            )
+        else:
+            yield ok(name, f"the run writes about {size(wanted)} by plan")
+
+
+def contents(config: Config) -> list[Finding]:
+    """Locks that are held, and artefacts that are unfinished or damaged, in the folders of every arm."""
+    findings: list[Finding] = []
+    runs = [run_dir(arm) for arm in expand_arms(config)]
+    for folder in dict.fromkeys([runs[0].data, *(run.path for run in runs)]):
+        if (holder := lock_holder(folder)) is not None:
+            findings.append(problem("in use", f"{folder}: by {holder}", "wait for it, or choose another directory"))
+    findings += _artefact(runs[0].shards, "shards") + _artefact(runs[0].embeddings, "embeddings")
+    for run in runs:
+        findings += _artefact(run.best, "student") + _checkpoints(run.checkpoints)
+        left = [path for path in run.path.rglob(".*") if path.name.endswith((".partial", ".replaced"))]
+        if left and not any(finding.subject == "in use" for finding in findings):
+            taken = sum(bytes_below(path) if path.is_dir() else path.stat().st_size for path in left)
+            findings.append(
+                warning(
+                    "left over",
+                    f"{len(left)} unfinished file(s) of a stopped run take {size(taken)}, such as {left[0]}",
+                    "the same command removes or replaces them",
+                )
+            )
+    return findings
+
+
+def _artefact(folder: Path, kind: str) -> list[Finding]:
+    if not folder.is_dir():
+        return []
+    try:
+        manifest = read_manifest(folder, kind)
+        if manifest is None:
+            return [warning(kind, f"{folder}: unfinished", f"`{_MAKES[kind]}` goes on")]
+        _compare_sizes(folder, manifest)
+    except PstError as error:
+        return [problem(kind, f"{error.where}: {error.what}", f"run `{_MAKES[kind]}` again")]
+    return [ok(kind, f"{folder}: complete, {len(manifest.files)} file(s)")]
+
+
+def _checkpoints(root: Path) -> list[Finding]:
+    """A damaged checkpoint is passed over at the next start when an elder one is whole."""
+    steps = sorted(int(path.name[11:]) for path in root.glob("checkpoint-*") if path.name[11:].isdigit())
+    whole: list[tuple[int, Finding]] = []
+    damaged: list[tuple[int, Finding]] = []
+    for step in steps:
+        found = _artefact(root / f"checkpoint-{step}", "checkpoint")[0]
+        (whole if found.level == "ok" else damaged).append((step, found))
+    if damaged and not whole:
+        return [
+            problem("checkpoint", f"{found.what}; no other is whole", "restore one, or remove them to start anew")
+            for _, found in damaged
+        ]
+    findings = [
+        warning("checkpoint", found.what, f"the next start passes over it, to step {max(s for s, _ in whole)} at best")
+        for _, found in damaged
+    ]
+    return findings + ([ok("checkpoint", f"{root}: step {whole[-1][0]} is whole")] if whole else [])
+
+
+def _compare_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, promised in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError("file is missing", path=path)
+        if path.stat().st_size != promised["bytes"]:
+            raise IntegrityError(f"{path.stat().st_size} bytes, manifest says {promised['bytes']}", path=path)

@@ -1,0 +1,304 @@
+"""Packages, GPUs, cores and memory of this node, judged: pure functions of its facts, and two looks at the rest.
+
+Minimum versions are those of our own package's requirements. What torch itself says is asked of a child process, which
+may fail or hang without taking this one along.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pst_dist.config.schema import Config
+from pst_dist.diagnostics.machine.facts import Machine, version_of
+from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
+
+TORCH_SECONDS = 60.0
+_FIRST_SAFE_RAY = (2, 52)
+"""Older ones let a web page that a developer visits run code in a local cluster (CVE-2025-62593)."""
+_DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
+"""CUDA's major release -> the first driver branch that runs it (CUDA's compatibility guide)."""
+_WANTS = {
+    "torch": "train",
+    "transformers": "train",
+    "deepspeed": "train",
+    "ray": "ray",
+    "sentence-transformers": "embed",
+}
+
+
+def number(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: `2.13.0+cpu` -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.match(r"[\d.]*", version.replace("v", ""))[0].split(".") if part)  # type: ignore[index]
+
+
+def floors() -> dict[str, tuple[str, str]]:
+    """Package -> (lowest version, the extra that brings it, empty for the core), from our own metadata."""
+    found: dict[str, tuple[str, str]] = {}
+    try:
+        requirements = importlib.metadata.requires("pst-dist") or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    for text in requirements:
+        parts = re.match(r"([\w.-]+)(?:\[[^\]]*\])?>=([\w.]+)", text)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
+        if parts and (extra is None or extra[1] not in ("all", "dev")):
+            found.setdefault(parts[1], (parts[2], extra[1] if extra else ""))
+    return found
+
+
+def packages(config: Config | None) -> list[Finding]:
+    """Python and every package against the versions that we need; what the config does not use may be absent."""
+    findings: list[Finding] = []
+    lowest = floors()
+    if not lowest:
+        findings.append(warning("pst_dist", "is not installed as a package: versions cannot be compared"))
+    needed = _needed(config)
+    present = []
+    for name, (floor, extra) in sorted(lowest.items()):
+        version = version_of(name)
+        install = f"pip install 'pst-dist{f'[{extra}]' if extra else ''}'"
+        if version is None:
+            if name in needed or not extra:
+                findings.append(problem(name, "is not installed", install))
+            elif name in _WANTS and config is None:
+                findings.append(warning(name, f"is not installed: no {_WANTS[name]} on this machine", install))
+        elif number(version) < number(floor):
+            findings.append(problem(name, f"{version} is too old, {floor} is the oldest that works", install))
+        else:
+            present.append(f"{name} {version}")
+    ray = version_of("ray")
+    if ray and number(ray) < _FIRST_SAFE_RAY:
+        findings.append(warning("ray", f"{ray} has known holes (CVE-2025-62593)", "pip install 'ray>=2.52'"))
+    findings.extend(_triton())
+    shown = [text for text in present if text.split()[0] in (*_WANTS, "webdataset")]
+    return [ok("packages", f"python {sys.version.split()[0]}, {', '.join(shown) or 'core only'}"), *findings]
+
+
+def _needed(config: Config | None) -> set[str]:
+    if config is None:
+        return set()
+    needed = {"torch", "transformers", "tokenizers"}
+    needed |= {"deepspeed"} if config.train.deepspeed else set()
+    needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
+    needed |= set() if config.embed.backend == "ray" else {"sentence-transformers"}
+    return needed | ({"tensorboard"} if config.train.report_to == "tensorboard" else set())
+
+
+def _triton() -> Iterator[Finding]:
+    """torch's CUDA builds are made for one Triton; with another torch.compile and our kernels may not compile."""
+    installed = version_of("triton")
+    try:
+        requirements = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    wanted = next(
+        (m[1] for text in requirements if (m := re.match(r"(?:pytorch-)?triton\s*\(?==\s*([\w.]+)", text))), None
+    )
+    if installed and wanted and number(installed) != number(wanted):
+        yield problem("triton", f"{installed}, but torch was built for {wanted}", f"pip install triton=={wanted}")
+
+
+def hardware(
+    machine: Machine, config: Config | None, *, ranks: int | None, environment: Mapping[str, str]
+) -> list[Finding]:
+    """GPUs, cores, memory, /dev/shm and open files of a node that is to run `ranks` ranks."""
+    return [
+        *_gpus(machine, config, ranks, environment),
+        *_cores(machine, ranks, environment),
+        *_memory(machine, config),
+    ]
+
+
+def _gpus(
+    machine: Machine, config: Config | None, ranks: int | None, environment: Mapping[str, str]
+) -> Iterator[Finding]:
+    torch, cuda = machine.packages.get("torch"), machine.torch_cuda
+    if machine.gpu_trouble:
+        yield problem("GPUs", machine.gpu_trouble, "mend the driver, or hide the GPUs with CUDA_VISIBLE_DEVICES=")
+    if not machine.gpus:
+        if not machine.gpu_trouble:
+            yield ok("GPUs", "none: training and encoding run on the CPU")
+        if torch and cuda and not machine.gpu_trouble:
+            yield warning(
+                "torch",
+                f"{torch} is built for CUDA {cuda}, and there is no GPU: gigabytes for nothing",
+                "launchers/setup.sh installs the CPU build on such a machine",
+            )
+        return
+    kinds = {(gpu.name, gpu.memory_mib) for gpu in machine.gpus}
+    first = machine.gpus[0]
+    yield ok(
+        "GPUs",
+        f"{len(machine.gpus)} x {first.name}, {first.memory_mib} MiB, capability {first.capability}, "
+        f"driver {machine.driver}" + (", MIG on" if any(gpu.mig for gpu in machine.gpus) else ""),
+    )
+    if len(kinds) > 1:
+        yield warning(
+            "GPUs",
+            "are not all of one kind: the slowest and smallest sets the pace",
+            "choose equal ones by CUDA_VISIBLE_DEVICES",
+        )
+    if torch and cuda is None:
+        yield problem("torch", f"{torch} is a CPU build: the GPUs would not be used", "pip install torch for CUDA")
+    elif cuda and machine.driver and (least := _DRIVER_OF_CUDA.get(number(cuda)[0])):
+        if number(machine.driver)[0] < least:
+            yield problem(
+                "driver",
+                f"{machine.driver} does not run CUDA {cuda}, which torch is built for",
+                f"install driver {least} or newer, or an older torch",
+            )
+    for gpu in machine.gpus:
+        if gpu.uncorrected:
+            yield problem(
+                "GPUs",
+                f"GPU {gpu.index} has had {gpu.uncorrected} memory errors that ECC could not correct",
+                "have it looked at; leave it out by CUDA_VISIBLE_DEVICES until then",
+            )
+        if gpu.used_mib > 0.2 * gpu.memory_mib:
+            yield warning(
+                "GPUs", f"GPU {gpu.index}: {gpu.used_mib} of {gpu.memory_mib} MiB are in use", "see nvidia-smi"
+            )
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and len([name for name in visible.split(",") if name.strip()]) < len(machine.gpus):
+        yield warning("GPUs", f"CUDA_VISIBLE_DEVICES={visible!r} hides some of {len(machine.gpus)}")
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        yield warning("GPUs", "DS_ACCELERATOR=cpu: training would not use them", "unset DS_ACCELERATOR")
+    if ranks and ranks > len(machine.gpus):
+        yield problem("GPUs", f"gpus={ranks}, but this node has {len(machine.gpus)}")
+    if config is not None and config.train.bf16 and number(first.capability) < (8,):
+        yield warning("GPUs", f"capability {first.capability} has no bfloat16 of its own: slow", "train.bf16=false")
+
+
+def _cores(machine: Machine, ranks: int | None, environment: Mapping[str, str]) -> Iterator[Finding]:
+    threads = environment.get("OMP_NUM_THREADS", "")
+    yield ok("cores", f"{machine.cores}, OMP_NUM_THREADS {threads or 'not set'}")
+    if threads and not threads.isdecimal():
+        yield problem("cores", f"OMP_NUM_THREADS={threads!r} is not a number", "export OMP_NUM_THREADS=1")
+    elif ranks and ranks > 1 and not machine.gpus:
+        if ranks > machine.cores:
+            yield problem("cores", f"{ranks} CPU ranks on {machine.cores} cores", "start fewer ranks")
+        elif ranks * int(threads or machine.cores) > machine.cores:
+            yield warning(
+                "cores",
+                f"{ranks} ranks of {threads or machine.cores} threads on {machine.cores} cores: they "
+                "spin against one another",
+                f"export OMP_NUM_THREADS={max(1, machine.cores // ranks)}",
+            )
+
+
+def _memory(machine: Machine, config: Config | None) -> Iterator[Finding]:
+    yield ok("memory", f"{size(machine.memory)}, of which {size(machine.memory_free)} are free")
+    if machine.shared_memory is None or machine.shared_memory < 2**30:
+        have = "none" if machine.shared_memory is None else size(machine.shared_memory)
+        yield warning(
+            "/dev/shm",
+            f"{have}: NCCL, Ray and data workers keep their buffers there",
+            "give a container more: --shm-size=8g, or a memory volume at /dev/shm",
+        )
+    wants_many = config is not None and "ray" in (config.embed.backend, config.train.backend)
+    least = 4096 if wants_many else 1024
+    if machine.open_files < least:
+        can = (
+            f"ulimit -n {min(65536, machine.open_files_most)}" if machine.open_files_most != machine.open_files else ""
+        )
+        yield warning(
+            "open files",
+            f"at most {machine.open_files}: {least} are wanted" + (" for Ray" * wants_many),
+            can or "have the hard limit raised in limits.conf",
+        )
+
+
+_TORCH_SCRIPT = """\
+import json, torch
+found = torch.cuda.is_available()
+print(json.dumps({"version": torch.__version__, "cuda": found, "devices": torch.cuda.device_count() if found else 0,
+                  "nccl": ".".join(map(str, torch.cuda.nccl.version())) if found else None,
+                  "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available()}))
+"""
+
+
+def torch_works(machine: Machine) -> list[Finding]:
+    """Import torch in a child process and let it look for the GPUs that nvidia-smi sees."""
+    if "torch" not in machine.packages:
+        return []
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TORCH_SCRIPT], capture_output=True, text=True, timeout=TORCH_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return [
+            problem(
+                "torch",
+                f"importing it and looking for GPUs took over {TORCH_SECONDS:.0f} s",
+                "a driver that hangs, or Python on a slow network disk: try `python -c 'import torch'`",
+            )
+        ]
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [
+            problem(
+                "torch",
+                f"{machine.packages['torch']} cannot be imported ({last[:160]})",
+                "install it anew: pip install --force-reinstall torch",
+            )
+        ]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    if machine.gpus and machine.torch_cuda and not found["cuda"]:
+        lines = [line for line in done.stderr.splitlines() if "CUDA" in line]
+        return [
+            problem(
+                "torch",
+                f"sees none of the {len(machine.gpus)} GPUs" + (f" ({lines[0].strip()[:160]})" if lines else ""),
+                "compare its CUDA release with the driver's, and look at CUDA_VISIBLE_DEVICES",
+            )
+        ]
+    if not found["gloo"]:
+        return [warning("torch", "was built without gloo: no CPU ranks")]
+    sees = f", sees {found['devices']} GPU(s), NCCL {found['nccl']}" if found["cuda"] else ""
+    return [ok("torch", f"{found['version']} can be imported{sees}")]
+
+
+def deepspeed_json(config: Config) -> list[Finding]:
+    """A DeepSpeed JSON of the user's own, read as training will read it; raises what that raises."""
+    if config.train.deepspeed is None or not config.train.deepspeed.endswith(".json") or not version_of("deepspeed"):
+        return []
+    from pst_dist.training.deepspeed_config import deepspeed_settings
+
+    stage = deepspeed_settings(config.train, 1)["zero_optimization"]["stage"]
+    return [ok("deepspeed", f"{config.train.deepspeed}: stage {stage}, every key known")]
+
+
+def compiler_locks() -> list[Finding]:
+    """Locks of C++ extensions that nobody builds any more: torch waits for such a file to go away, for ever."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    findings = []
+    for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
+        if not _held_open(lock):
+            findings.append(
+                problem(
+                    "extensions",
+                    f"{lock}: a build that was killed left this lock, on which every later one waits "
+                    "for ever (no process that can be seen here has it open)",
+                    f"rm {lock}",
+                )
+            )
+    return findings
+
+
+def _held_open(path: Path) -> bool:
+    """Whether a process that this user may look at has the file open, as the builder has as long as it builds."""
+    wanted = str(path.resolve())
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == wanted:
+                return True
+        except OSError:
+            continue
+    return False

@@ -1,0 +1,217 @@
+"""What `pst check` prints: an account of the data before anything is spent on it, and a column map to paste.
+
+Nothing is refused here that `load_data` would refuse for quantity (bad rows, leaks, no rationales): it is
+listed, and `ok` says whether `load_data` would go on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources import LoadedData, enforce, survey
+from pst_dist.data.sources.column_guess import as_yaml, guess_paths
+from pst_dist.data.sources.columns import FieldMap
+from pst_dist.data.sources.rows import RawRow, Reject, excerpt, write_rejects
+from pst_dist.data.sources.specs import Source, read_specs
+from pst_dist.data.tasks import get_task
+from pst_dist.errors import DataError, InputError, PstError
+
+_SHOWN = 10
+_PERCENTILES = (5, 50, 95, 100)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The findings; `lines()` is the text."""
+
+    loaded: LoadedData | None
+    """None when the data could not be read at all."""
+    problem: PstError | None
+    """What `load_data` would raise; None when it would go on."""
+    proposal: str
+    """YAML for the data section, when no columns are given in the config; empty otherwise."""
+    columns: list[str] = field(default_factory=list)
+    """The columns of the first file with an example of each, when no map was found."""
+    rejects_path: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True when the same config would load."""
+        return self.problem is None
+
+    def lines(self) -> list[str]:
+        """The report as text, a line each."""
+        text: list[str] = []
+        if self.loaded is not None:
+            text += _split_lines(self.loaded)
+            text += _finding_lines(self.loaded)
+            text += _reject_lines(self.loaded.rejects, self.rejects_path)
+        text += self.columns
+        if self.proposal:
+            text += ["", "proposed columns, to paste into the config:", *self.proposal.splitlines()]
+        text += ["", "ok" if self.problem is None else str(self.problem)]
+        return text
+
+
+def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
+    """Read the data as `load_data` would and account for all of it; writes bad rows to `rejects_path`.
+
+    Raises what cannot be looked past: a config that contradicts itself, a file that cannot be read. A file
+    whose columns are not understood is answered with a proposal instead.
+    """
+    try:
+        loaded = survey(config)
+    except DataError as error:
+        first = _first_source(config)
+        found = guess_paths(_sample(first))
+        if not isinstance(found, dict) or {"question", "answer"} <= set(found):
+            raise  # the columns are clear: the error is about something else
+        return CheckReport(None, error, _proposal(config, found, None), _column_lines(first))
+    problem: PstError | None = None
+    try:
+        enforce(config, loaded)
+    except DataError as error:
+        problem = error
+    if rejects_path is not None:
+        _refuse_own_source(config, rejects_path)
+        # No empty file beside the rows: the next `*.jsonl` would stumble over it.
+        if loaded.rejects or rejects_path.is_file():
+            write_rejects(rejects_path, loaded.rejects)
+    proposal = ""
+    if config.data.columns is None and config.data.train is not None:
+        found = guess_paths(_sample(_first_source(config)))
+        proposal = _proposal(config, found if isinstance(found, dict) else found.name, loaded)
+    return CheckReport(loaded, problem, proposal, [], rejects_path)
+
+
+def _refuse_own_source(config: Config, rejects_path: Path) -> None:
+    """Bad rows must not replace the rows; raises InputError when the file to write is one that was read."""
+    root = Path(config.data.root).expanduser() if config.data.root else Path()
+    for split in SPLITS:
+        spec = getattr(config.data, split)
+        for word in [spec] if isinstance(spec, str) else spec or []:
+            if (root / Path(word).expanduser()).resolve() == rejects_path.resolve():
+                raise InputError("is the file that was read", "give --rejects another name", path=rejects_path)
+
+
+def _first_source(config: Config) -> Source:
+    data = config.data
+    split = next(name for name in SPLITS if getattr(data, name) is not None)
+    root = Path(data.root).expanduser() if data.root else Path()
+    return read_specs(getattr(data, split), split, root)[0]
+
+
+def _sample(source: Source) -> list[dict]:
+    return [entry.value for entry in source.entries if isinstance(entry, RawRow)][:50]
+
+
+def _column_lines(source: Source) -> list[str]:
+    """Every column of the first rows with the beginning of a value."""
+    text = [f"columns of {source.path}:"]
+    seen: dict[str, object] = {}
+    for row in _sample(source):
+        for column, value in row.items():
+            if seen.get(column) is None:
+                seen[column] = value
+    return text + [f"  {excerpt(str(column))}: {excerpt(str(value))}" for column, value in seen.items()]
+
+
+def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | None) -> str:
+    """Lines of YAML below `data:`; a field that no column fits is left open."""
+    if isinstance(found, str):
+        lines = [f"  columns: {found}"]
+    else:
+        paths = {name: found.get(name, "") for name in ("question", "answer")}
+        paths |= {name: path for name, path in found.items() if name not in paths}
+        whole = as_yaml(FieldMap({name: path or "COLUMN" for name, path in paths.items()}))
+        lines = ["  " + line for line in whole.splitlines()]
+    answer_type = _likely_type(config, loaded)
+    if answer_type:
+        lines.append(f"  answer_type: {answer_type}")
+    return "\n".join(["data:", *lines])
+
+
+def _likely_type(config: Config, loaded: LoadedData | None) -> str:
+    """number, bool, choice or date when every answer read as text is one; empty when none or already said."""
+    if loaded is None or config.task or config.data.answer_type:
+        return ""
+    refused = Counter(reject.what.split(",")[0] for reject in loaded.rejects)
+    for what, kind in (("answer is a number", "number"), ("answer is true or false", "bool")):
+        if refused[what] == loaded.report["rows_read"]:
+            return kind
+    answers = [sample.answer for samples in loaded.splits.values() for sample in samples]
+    for kind in ("number", "bool", "date", "choice"):
+        task = get_task(None, kind)
+        if answers and all(_is_wholly(task.candidates(answer), answer) for answer in answers):
+            return kind
+    return ""
+
+
+def _is_wholly(candidates: list[str], answer: str) -> bool:
+    """Whether an answer is one candidate and hardly anything else."""
+    return len(candidates) == 1 and len(answer.strip("()$%. ").replace(",", "")) <= len(candidates[0]) + 2
+
+
+def _split_lines(loaded: LoadedData) -> list[str]:
+    text = []
+    for split in SPLITS:
+        samples, report = loaded.splits[split], loaded.report
+        if not samples and not report[f"{split}_read"]:
+            continue
+        read = f"{report[f'{split}_read']:,} rows read, " if report[f"{split}_read"] else ""
+        kinds = Counter(sample.answer_type for sample in samples)
+        named = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
+        text.append(f"{split}: {read}{len(samples):,} kept; answers: {named or 'none'}")
+        text += _length_lines(samples)
+        without = report[f"{split}_without_rationale"]
+        if without:
+            text.append(f"  {without:,} rows without rationale")
+    return text
+
+
+def _length_lines(samples: Sequence[ReasoningSample]) -> list[str]:
+    """Words of question, answer and rationale at the 5th, 50th, 95th percentile and the longest."""
+    texts = {
+        "question": [sample.question for sample in samples],
+        "answer": [sample.answer for sample in samples],
+        "rationale": [rationale for sample in samples for rationale in sample.rationales],
+    }
+    lines = []
+    for name, values in texts.items():
+        if values:
+            counts = sorted(len(value.split()) for value in values)
+            # Nearest rank: the smallest count that p per cent of the rows do not exceed.
+            marks = [counts[max(0, -(-len(counts) * p // 100) - 1)] for p in _PERCENTILES]
+            lines.append(f"  {name} words: 5% {marks[0]}, median {marks[1]}, 95% {marks[2]}, longest {marks[3]}")
+    return lines
+
+
+def _finding_lines(loaded: LoadedData) -> list[str]:
+    report = loaded.report
+    found = (
+        (report["rows_unused"], "rows in no split of the split file"),
+        (report["teacher_wrong_dropped"], "rows dropped because the teacher's answer is wrong"),
+        (report["duplicates_found"], "training rows repeat question and answer of an earlier one"),
+        (report["rationales_merged"], "of them brought another rationale for the same question"),
+        (report["test_duplicates"], "test rows repeat an earlier one"),
+        (report["conflicting_answers"], f"questions have two answers, first: {report.get('first_conflict')}"),
+        (report["leaks_found"], f"training questions are held out too, first: {report.get('first_leak')}"),
+        (report["validation_leaks_found"], "validation questions stand in test too"),
+    )
+    return [f"{count:,} {what}" for count, what in found if count]
+
+
+def _reject_lines(rejects: Sequence[Reject], path: Path | None) -> list[str]:
+    if not rejects:
+        return ["0 bad rows"]
+    where = f", all in {path}" if path is not None else ""
+    text = [f"{len(rejects):,} bad rows{where}:"]
+    text += [f"  {reject}" for reject in rejects[:_SHOWN]]
+    if len(rejects) > _SHOWN:
+        text.append(f"  … and {len(rejects) - _SHOWN:,} more")
+    return text

@@ -1,0 +1,316 @@
+"""Noticing that a rank is lost: who it was, on which host, in which section, and an end in seconds for all the others.
+
+Collectives say "connection reset by peer" when a process dies, wait for many minutes when a machine dies or a rank
+hangs, and never name the rank. So each rank has one more thread, connected to rank zero's: once a second it says where
+its rank stands. A rank is *dead* when its connection ends or its machine no longer acknowledges what was sent; it is
+*hung* when it is not heard of, or when no rank moves, for `train.timeout_seconds`. Rank zero passes the judgement on,
+and every rank ends with PeerLostError; one that cannot, because it sits in a collective, is ended here.
+The wire is `peer_link`, who is to blame `verdict`; starting again is the launcher's, going on from a checkpoint the
+trainer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from pst_dist.distributed import peer_link
+from pst_dist.distributed.peer_link import Link, LinkClosed, Meeting
+from pst_dist.distributed.peer_verdict import FAREWELL_SECONDS, REMEDY, Peer, Place, Verdict, hung, judge
+from pst_dist.distributed.ranks import Ranks, from_main
+from pst_dist.errors import PeerLostError, PstError
+
+log = logging.getLogger(__name__)
+BEAT_SECONDS = 1.0
+_HELLO_SECONDS = 20.0
+"""How long a connection may keep quiet about who it is."""
+_GRACE_SECONDS = 1.0
+"""How long the training thread has to end by itself once somebody is lost."""
+_VERDICT_SECONDS = 8.0
+"""How long the training thread waits to hear who was lost, when a collective broke before the watcher knew."""
+_place = Place()
+
+
+def at(section: str, step: int | None = None) -> None:
+    """Note that this rank enters a section ("backward", step 41); a tuple is made, nothing is sent or waited for."""
+    global _place
+    _place = Place(section, step, _place.entered + 1, _place.signs + 1)
+
+
+def alive() -> None:
+    """Note progress inside a long section, which is then no hang however long it takes."""
+    global _place
+    _place = _place._replace(signs=_place.signs + 1)
+
+
+@contextlib.contextmanager
+def watched(ranks: Ranks, timeout_seconds: float) -> Iterator[None]:
+    """Watch this run's ranks over one another in this block; collective at its start, nothing for a single rank.
+
+    Raises PeerLostError, naming the lost rank, in place of what a collective raises when its peer is gone; where the
+    thread that runs this block does not come back to raise anything, the process prints that line and ends with its
+    exit code.
+    """
+    if ranks.world_size == 1:
+        yield
+        return
+    at("starting")
+    server, meeting = peer_link.listen() if ranks.is_main else (None, None)
+    meeting = Meeting(**from_main(asdict(meeting) if meeting else None))
+    link = None if ranks.is_main else peer_link.call(meeting, ranks.rank)
+    if server is None and link is None:
+        log.warning(
+            "rank %d cannot reach %s port %d: the loss of a rank will be noticed late and not named",
+            ranks.rank,
+            " or ".join(meeting.addresses),
+            meeting.port,
+        )
+        yield
+        return
+    watcher = _Watcher(ranks, meeting, timeout_seconds, server, link)
+    farewell = ""
+    try:
+        yield
+    except BaseException as error:
+        farewell = _name_of(error)
+        lost = watcher.explain(error)
+        if lost is not None:
+            raise lost from error
+        raise
+    finally:
+        watcher.leave(farewell)
+
+
+def _name_of(error: BaseException) -> str:
+    return f"error[{error.code}]" if isinstance(error, PstError) else type(error).__name__
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether an exception may be a collective's way of saying that a peer is gone.
+
+    Those of gloo, NCCL and their stores are RuntimeErrors; a hub that cannot be reached raises OSErrors.
+    """
+    words = str(error).lower()
+    signs = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "remote process")
+    return isinstance(error, RuntimeError) and any(sign in words for sign in signs)
+
+
+class _Watcher:
+    """The thread of one rank, and what its training thread asks of it."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        meeting: Meeting,
+        timeout_seconds: float,
+        server: socket.socket | None,
+        link: Link | None,
+    ) -> None:
+        self.ranks, self.meeting, self.timeout_seconds = ranks, meeting, timeout_seconds
+        self.server = server
+        self.links: dict[Link, Peer | None] = {}
+        """Peer of each connection; None until it has shown its secret."""
+        now = time.monotonic()
+        self.peers = {0: Peer(0, meeting.host, now, now)}
+        """On rank zero every rank that has connected, itself among them; elsewhere rank zero alone."""
+        self.verdict: Verdict | None = None
+        self.known = threading.Event()
+        self._training_thread = threading.get_ident()
+        self._overslept = -FAREWELL_SECONDS
+        """When this thread last found that it had not run for longer than the timeout."""
+        self._farewell: str | None = None
+        self._gone = threading.Event()
+        self._speaker = threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        if server is not None:
+            self._selector.register(server, selectors.EVENT_READ)
+        if link is not None:
+            self._add(link, self.peers[0])
+        _watchers.add(self)
+        self._thread = threading.Thread(target=self._run, name="pst-watch", daemon=True)
+        self._thread.start()
+
+    # --- the training thread's side ---------------------------------------------------------------------------------
+
+    def explain(self, error: BaseException) -> PeerLostError | None:
+        """The loss that an exception is the echo of; waits a moment for the verdict when it looks like one."""
+        if _is_broken_connection(error):
+            self.known.wait(_VERDICT_SECONDS)
+            if self.verdict is None:
+                words = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                return PeerLostError(f"a connection to another rank broke in {_place} ({words})", REMEDY)
+        if self.verdict is None or isinstance(error, PstError):
+            return None
+        if not self._speaker.acquire(blocking=False):
+            time.sleep(60)  # the watcher is just ending this process
+        if self.ranks.is_main:
+            time.sleep(0.5)  # the end of this process would overtake the verdict on its way to the others
+        return self.verdict.error()
+
+    def leave(self, farewell: str) -> None:
+        """End the thread, after it has told the others; `farewell` is empty when the work is done."""
+        self._farewell = farewell
+        self._gone.set()
+        with contextlib.suppress(OSError):
+            self._wake.send(b".")
+        self._thread.join(timeout=2 * BEAT_SECONDS)
+        _watchers.discard(self)
+
+    # --- the watcher's own thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        beat = time.monotonic()
+        while self._farewell is None and self.verdict is None:
+            for key, _ in self._selector.select(max(0.0, beat - time.monotonic())):
+                self._hear(key.fileobj)
+            now = time.monotonic()
+            if now >= beat:
+                self._forgive(now - beat)
+                self._tell(self._standing())
+                beat = now + BEAT_SECONDS
+            self.verdict = self.verdict or self._judge(now)
+        if self.verdict is not None:
+            self._tell({"verdict": asdict(self.verdict)})
+            self.known.set()
+            self._end_this_rank(self.verdict)
+        self._tell({"farewell": self._farewell})
+        with contextlib.ExitStack() as closing:
+            for close in self.closers():
+                closing.callback(close)
+            closing.callback(self._selector.close)
+
+    def closers(self) -> list[Callable[[], None]]:
+        """What closes each of its sockets in this process."""
+        closers = [self._wake.close, self._woken.close, *(link.close for link in self.links)]
+        return [*closers, self.server.close] if self.server is not None else closers
+
+    def _add(self, link: Link, peer: Peer | None) -> None:
+        self.links[link] = peer
+        self._selector.register(link.socket, selectors.EVENT_READ, link)
+
+    def _drop(self, link: Link, reason: str) -> None:
+        self._selector.unregister(link.socket)
+        link.close()
+        peer = self.links.pop(link)
+        if peer is None:
+            return
+        # How the kernel reports a machine that no longer answers depends on who asks first; how long it has been silent
+        # does not.
+        silence = time.monotonic() - peer.heard
+        gone = silence >= peer_link.UNANSWERED_SECONDS - BEAT_SECONDS
+        peer.closed = f"no answer for {silence:.0f} s: its machine or the network is gone" if gone else reason
+
+    def _hear(self, source: Any) -> None:
+        if source is self._woken:
+            return
+        if source is self.server:
+            try:
+                self._add(Link(self.server.accept()[0]), None)
+            except OSError:
+                time.sleep(0.05)  # out of file descriptors, perhaps for long: not in a busy loop
+            return
+        link = self._selector.get_key(source).data
+        try:
+            for message in link.receive():
+                self._take(self.links[link] or self._greet(link, message), message)
+        except LinkClosed as error:
+            self._drop(link, str(error))
+
+    def _greet(self, link: Link, hello: dict[str, Any]) -> Peer:
+        """Let a rank in, or hang up on a stranger (LinkClosed)."""
+        if not peer_link.is_peer(hello, self.meeting, self.ranks.world_size):
+            raise LinkClosed("a stranger")
+        now = time.monotonic()
+        peer = self.peers[hello["rank"]] = self.links[link] = Peer(hello["rank"], hello["host"], now, now)
+        link.send({"secret": self.meeting.answered})
+        return peer
+
+    def _take(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Believe what a peer says of itself, and rank zero what it says of all."""
+        peer.heard = time.monotonic()
+        if "place" in message:
+            place = Place(*message["place"])
+            peer.moved = peer.heard if place.signs != peer.place.signs else peer.moved
+            peer.place, peer.waiting, peer.line = place, message["waiting"], message["line"]
+        if "farewell" in message:
+            peer.farewell, peer.left = message["farewell"], peer.heard
+        if "verdict" in message and not self.ranks.is_main:
+            self.verdict = Verdict(**message["verdict"])
+
+    def _standing(self) -> dict[str, Any]:
+        """Where this rank is, as told to the others; rank zero also notes it for itself."""
+        frame = sys._current_frames().get(self._training_thread)
+        while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith("<"):
+            frame = frame.f_back  # out of code that lies in no file: the import machinery, generated functions
+        file = frame.f_code.co_filename if frame else ""
+        waiting = "/torch/distributed/" in file or "/deepspeed/" in file
+        line = f"{os.path.basename(file)}:{frame.f_lineno}" if frame else ""
+        standing = {"place": list(_place), "waiting": waiting, "line": line}
+        if self.ranks.is_main:
+            self._take(self.peers[0], standing)
+        return standing
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for link, peer in list(self.links.items()):
+            if peer is None:
+                if time.monotonic() - link.since > _HELLO_SECONDS:
+                    self._drop(link, "a stranger")
+                continue
+            # Lines pile up at a process that does not read them; its kernel has answered for it until now.
+            if time.monotonic() - peer.heard > 30 * BEAT_SECONDS:
+                continue
+            try:
+                link.send(message)
+            except LinkClosed as error:
+                self._drop(link, str(error))
+
+    def _forgive(self, late: float) -> None:
+        """A time in which this thread itself did not run (stopped, a suspended machine) is nobody's silence."""
+        if late <= 2 * BEAT_SECONDS:
+            return
+        now = time.monotonic()
+        for peer in self.peers.values():
+            peer.heard, peer.moved = min(now, peer.heard + late), min(now, peer.moved + late)
+        if late >= self.timeout_seconds:
+            self._overslept = now
+
+    def _judge(self, now: float) -> Verdict | None:
+        verdict = judge(self.peers.values(), now, self.timeout_seconds, all_are_known=self.ranks.is_main)
+        if verdict is not None and now - self._overslept < FAREWELL_SECONDS:
+            # Whoever wakes up to find the others gone was the one that they gave up.
+            this = Peer(self.ranks.rank, os.uname().nodename, now, now, _place)
+            return hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the others did not wait")
+        return verdict
+
+    def _end_this_rank(self, verdict: Verdict) -> None:
+        """Give the training thread a moment to end by itself; else print the line and end the process."""
+        if self._gone.wait(_GRACE_SECONDS) or not self._speaker.acquire(blocking=False):
+            return
+        # Nothing of logging or sys.stderr: the thread that hangs may hold their locks.
+        os.write(2, f"pst: {verdict.error()}\n".encode())
+        os._exit(PeerLostError.exit_code)
+
+
+_watchers: weakref.WeakSet[_Watcher] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child (a data loader's worker) must not hold its dead parent's connections open."""
+    for close in [close for watcher in _watchers for close in watcher.closers()]:
+        with contextlib.suppress(OSError):
+            close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,0 +1,224 @@
+"""Ranks, and the few things they must agree on: sums, a value from rank zero, whether to stop.
+
+Every launcher (deepspeed, torchrun, srun, Ray Train) only sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*; this
+module reads them. Without them there is one rank, and no process group is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pst_dist._version import __version__
+from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
+
+SLOWER_THAN_THE_WATCH_SECONDS = 30.0
+"""Collectives wait this much longer than `train.timeout_seconds`: `watch` is to speak first, it knows who hangs."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero, which alone writes shared files and logs."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """From RANK, LOCAL_RANK and WORLD_SIZE; raises EnvironmentFault when only some are set."""
+        names = ("RANK", "WORLD_SIZE")
+        present = [name for name in names if name in os.environ]
+        if not present:
+            return cls()
+        if len(present) != len(names):
+            raise EnvironmentFault(f"{present[0]} is set but not all of {', '.join(names)}", "start with torchrun")
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), world)
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    wanted = os.environ.get("DS_ACCELERATOR")
+    if torch.cuda.is_available() and wanted != "cpu":
+        torch.cuda.set_device(ranks.local_rank)
+        return torch.device("cuda", ranks.local_rank)
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float = 600) -> Iterator[None]:
+    """The process group of this run, left as it was found; none for one rank without DeepSpeed.
+
+    Raises EnvironmentFault when the ranks do not meet within `timeout_seconds` and a little.
+    """
+    if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
+        yield
+        return
+    # Without a launcher there is one rank, which must look to DeepSpeed as if torchrun had started it.
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
+    added = {name: value for name, value in alone.items() if ranks.world_size == 1 and name not in os.environ}
+    os.environ.update(added)
+    backend = "nccl" if device_of(ranks).type == "cuda" else "gloo"
+    intact = True
+    try:
+        with _meeting_errors(ranks):
+            timeout = datetime.timedelta(seconds=timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
+            dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+        yield
+        # Nobody takes the connections down while another rank still reads from them.
+        dist.barrier()
+    except PeerLostError:
+        intact = False  # taking a broken group down may wait for the rank that is gone; this process ends anyway
+        raise
+    finally:
+        if intact and dist.is_initialized():
+            dist.destroy_process_group()
+            _forget_in_deepspeed()
+        for name in added:
+            del os.environ[name]
+
+
+def _forget_in_deepspeed() -> None:
+    """Let DeepSpeed's next engine make groups of its own: it keeps the first one's for the life of the process."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    for name, value in list(vars(groups).items()) if groups is not None else ():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)
+
+
+@contextlib.contextmanager
+def _meeting_errors(ranks: Ranks) -> Iterator[None]:
+    """What goes wrong while the ranks look for one another, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise EnvironmentFault(f"{place} is in use by another program", "choose another port") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise EnvironmentFault(
+            f"the {ranks.world_size} ranks did not meet at {place} ({reason})",
+            "check that each of them was started and can reach that address",
+        ) from error
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over ranks of a tensor, on every rank; gloo and NCCL alike."""
+    if not dist.is_initialized():
+        return values
+    moved = values.to(device_of(Ranks.from_environment())) if dist.get_backend() == "nccl" else values.cpu()
+    total = moved.clone()
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """Rank zero's value on every rank; other ranks' argument is ignored."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value in the order of ranks, on every rank; values must pickle."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank that a launcher started, without the destructors of C++ threads.
+
+    After a finished ZeRO run the interpreter's own way out was seen to end in SIGABRT ("terminate called without an
+    active exception"), which a launcher takes for a failed rank.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def main_first_errors(ranks: Ranks) -> Iterator[None]:
+    """Make an exception that rank zero alone meets in this block end every rank with the same words.
+
+    Without it the others would wait in their next collective until its timeout.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = from_main(failure if ranks.is_main else None)
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise told
+
+
+@contextlib.contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Make an exception that any rank meets in this block end every rank, the others with its words and its number.
+
+    For what each rank does by itself, such as opening files that one node may not see: no collective inside.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    told = gathered((os.uname().nodename, failure))
+    if failure is not None:
+        raise failure
+    for rank, (host, other) in enumerate(told):
+        if isinstance(other, PstError):
+            raise type(other)(f"rank {rank} on {host}: {other.what}", other.remedy, path=other.path, line=other.line)
+        if other is not None:
+            raise EnvironmentFault(f"rank {rank} on {host} failed ({type(other).__name__}: {other})", "see its message")
+
+
+def check_same_software() -> None:
+    """Raises EnvironmentFault on every rank when they run different versions: their sums would not mean the same."""
+    mine = {"pst_dist": __version__, "torch": str(torch.__version__), "python": ".".join(sys.version.split(".")[:2])}
+    told = gathered((os.uname().nodename, mine))
+    for name in mine:
+        places: dict[str, str] = {}
+        for rank, (host, versions) in enumerate(told):
+            places.setdefault(versions[name], f"rank {rank} ({host})")
+        if len(places) > 1:
+            said = ", ".join(f"{version} on {place}" for version, place in places.items())
+            raise EnvironmentFault(
+                f"ranks differ in {name}: {said}",
+                "install the same on every node; `pst doctor --report` shows what each has",
+            )
+
+
+def sums_over_ranks(output: Tensor) -> Tensor:
+    """[...] float64 on the CPU: a tensor of sums added over all ranks."""
+    return all_sum(output.detach().double().cpu())

@@ -1,0 +1,224 @@
+"""The frozen sentence encoder: teacher rationales in, unit vectors out, with everything that decides their bits.
+
+The models are sentence-transformers'; the batching is ours: each distinct text once, sorted by length, cut under a
+budget of tokens. What is encoded and where the vectors are kept is `embeddings`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pst_dist.config.schema import EmbedConfig
+from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, first_line
+from pst_dist.logs import without_chatter
+from pst_dist.models.locate import SETTING_SUFFIXES, WEIGHT_SUFFIXES, encoder_name, is_hub_id, locate_encoder
+from pst_dist.storage.manifest import digest_of, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+log = logging.getLogger(__name__)
+
+_TOKENISE_AT_ONCE = 512
+
+
+# What the libraries raise for a folder that is no encoder or a device that is not there.
+_LOADING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError),
+    *(ImportError, AttributeError, TypeError, AssertionError),
+)
+
+
+class TextEncoder:
+    """A sentence-transformers model that turns texts into unit vectors [n, E] float32."""
+
+    identity: dict[str, Any]
+    """Every setting and file that changes the bits of a vector; compared before vectors are used.
+
+    The device is left out on purpose: a GPU's vectors differ from a CPU's by rounding only.
+    """
+    dimension: int
+    """E."""
+
+    def __init__(self, config: EmbedConfig, device: str | None = None) -> None:
+        """Load the model on `device`, else on config.device, else on the best one present.
+
+        Raises EnvironmentFault or InputError in one line when it cannot be had or is not an encoder.
+        """
+        folder = locate_encoder(config.encoder, config.revision)
+        self._batch_tokens = config.batch_tokens
+        self._model = _load_model(folder, config, device)
+        prompts: Mapping[str, str] = getattr(self._model, "prompts", None) or {}
+        # As SentenceTransformer.encode does: the model's own default prompt, unless the config gives one.
+        default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
+        self._prefix: str = config.prefix or default or ""
+        self._max_length: int | None = self._model.max_seq_length
+        self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
+        digests = {
+            str(path.relative_to(folder)): sha256_file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (*WEIGHT_SUFFIXES, *SETTING_SUFFIXES) and path.is_file()
+        }
+        self.identity = {
+            "encoder": encoder_name(config.encoder),
+            # The hub's cache names a snapshot's folder by its commit.
+            "revision": folder.name if is_hub_id(config.encoder) else None,
+            "weights_sha256": {name: sha for name, sha in digests.items() if name.endswith(WEIGHT_SUFFIXES)},
+            "settings_sha256": digest_of(
+                {name: sha for name, sha in digests.items() if name.endswith(SETTING_SUFFIXES)}
+            ),
+            "pooling": _pooling(self._model),
+            "normalise": True,
+            "max_seq_length": self._max_length,
+            "prefix": self._prefix,
+            "dtype": config.dtype,
+            "batch_tokens": config.batch_tokens,
+            "dimension": self.dimension,
+        }
+
+    def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> np.ndarray:
+        """Unit vectors [n, E] float32 in the order of `texts`; equal texts are encoded once.
+
+        Batches depend on the set of texts alone, so the same texts give the same bits. `advance` is told how
+        many of the n texts each batch has finished. Raises IntegrityError when the encoder yields a vector
+        that is zero or not finite.
+        """
+        unique = sorted(set(texts))
+        rows_of: dict[str, list[int]] = {text: [] for text in unique}
+        for row, text in enumerate(texts):
+            rows_of[text].append(row)
+        tokenised = self._tokenise(unique)
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        for batch in plan_batches([len(row["input_ids"]) for row in tokenised], self._batch_tokens):
+            block = _unit_rows(self._encode_rows([tokenised[i] for i in batch]), [unique[i] for i in batch])
+            finished = 0
+            for vector, i in zip(block, batch, strict=True):
+                vectors[rows_of[unique[i]]] = vector
+                finished += len(rows_of[unique[i]])
+            if advance is not None:
+                advance(finished)
+        return vectors
+
+    def count_truncated(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the encoder's limit and lose their end."""
+        if self._max_length is None or not texts:
+            return 0
+        prefixed = [self._prefix + text for text in texts]
+        token_ids = self._tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self._max_length for ids in token_ids)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self._model.tokenizer
+
+    def _tokenise(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """One dict of [T] tensors a text, without padding."""
+        prepare = getattr(self._model, "preprocess", None) or self._model.tokenize  # 5.x and before
+        rows: list[dict[str, torch.Tensor]] = []
+        for start in range(0, len(texts), _TOKENISE_AT_ONCE):
+            features = prepare([self._prefix + text for text in texts[start : start + _TOKENISE_AT_ONCE]])
+            mask_BT = features["attention_mask"].bool()
+            tensors = {
+                name: value for name, value in features.items() if getattr(value, "shape", None) == mask_BT.shape
+            }
+            rows.extend({name: value[i][mask_BT[i]] for name, value in tensors.items()} for i in range(len(mask_BT)))
+        return rows
+
+    def _encode_rows(self, rows: Sequence[dict[str, torch.Tensor]]) -> np.ndarray:
+        """One forward pass over a batch -> raw vectors [B, E] float32."""
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        left = getattr(self._tokenizer, "padding_side", "right") == "left"
+        fill = {"input_ids": getattr(self._tokenizer, "pad_token_id", None) or 0}
+        features: dict[str, Any] = {}
+        for name in rows[0]:
+            block = torch.full((len(rows), longest), fill.get(name, 0), dtype=rows[0][name].dtype)
+            for i, row in enumerate(rows):
+                length = len(row[name])
+                block[i, longest - length if left else 0 : longest if left else length] = row[name]
+            features[name] = block.to(self._model.device)
+        features["modality"] = "text"
+        with torch.inference_mode():
+            vectors: torch.Tensor = self._model(features)["sentence_embedding"]
+            return vectors.float().cpu().numpy()
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut rows into batches of rows x longest <= batch_tokens, longest first; a row over the budget stands alone.
+
+    Rows of equal length keep their order, so the plan is a function of the lengths.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """Rows divided by their length, in float64 and back to float32; raises IntegrityError for a bad one."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    bad = ~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0)
+    if bad.any():
+        text = texts[int(np.argmax(bad))]
+        raise IntegrityError(
+            f"the encoder gives a vector that is zero or not finite for {text[:60]!r}",
+            "try embed.dtype=float32 or another embed.encoder",
+        )
+    return (vectors / norms).astype(np.float32)
+
+
+def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> SentenceTransformer:
+    """The model in evaluation mode, on its device and cut to the configured length."""
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[embed]'") from error
+    with without_chatter():
+        try:
+            model = SentenceTransformer(
+                str(folder),
+                device=device or config.device,
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"dtype": getattr(torch, config.dtype)},
+            )
+        except _LOADING_ERRORS as error:
+            reason = first_line(error)
+            raise InputError(
+                f"cannot be loaded as a sentence encoder ({reason[:160]})",
+                "see embed.encoder and embed.device",
+                path=folder,
+            ) from error
+    model.eval()
+    first: Any = model[0]
+    if getattr(first, "unpad_inputs", False) is not False:
+        first.unpad_inputs = False  # our batches are padded; packing them would change what a batch is
+    if config.max_seq_length is not None:
+        limit = model.max_seq_length
+        if limit is not None and config.max_seq_length > limit:
+            raise InputError(f"embed.max_seq_length {config.max_seq_length} is over the encoder's own limit of {limit}")
+        model.max_seq_length = config.max_seq_length
+    log.info("encoder: %s on %s, %s, at most %s tokens", folder.name, model.device, config.dtype, model.max_seq_length)
+    return model
+
+
+def _pooling(model: SentenceTransformer) -> str:
+    """`mean`, `cls`…, read from whichever module pools; the module names when none says."""
+    modules: list[Any] = list(model)
+    for module in modules:
+        mode = getattr(module, "pooling_mode", None)
+        if mode is not None:
+            return str(mode if isinstance(mode, str) else "+".join(mode))
+        if hasattr(module, "get_pooling_mode_str"):
+            return str(module.get_pooling_mode_str())
+    return "+".join(type(module).__name__ for module in modules)

@@ -1,0 +1,175 @@
+"""Where embedding files lie while they are made: a folder that every machine sees, or object storage.
+
+Both are asked the same things by `embeddings` and by the actors of `ray_jobs`, and both are small values that travel
+to an actor. With object storage an actor fetches its shard and puts its file by way of a folder of its own, so that no
+machine has to hold everything. What is in a file is `embedding_format`, how files are moved `remote`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pst_dist.data.shards import ShardInfo
+from pst_dist.errors import EnvironmentFault, IntegrityError
+from pst_dist.storage.atomic import write_text
+from pst_dist.storage.manifest import Manifest, read_manifest, sha256_file, verify_files
+from pst_dist.storage.object_store import RemoteFolder
+
+log = logging.getLogger(__name__)
+
+_DRIVER = ".driver"  # a file of the driver's by which an actor knows that it sees the same folder
+
+
+def file_name(shard: ShardInfo) -> str:
+    """What a shard's embedding file is called."""
+    return f"{shard.stem}.safetensors"
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """Shards and embeddings in two folders."""
+
+    shards: Path
+    embeddings: Path
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return str(self.embeddings)
+
+    def manifest(self) -> Manifest | None:
+        """That of finished embeddings, else None."""
+        return read_manifest(self.embeddings, "embeddings")
+
+    def is_intact(self, manifest: Manifest) -> bool:
+        """Whether every file is the promised one; hashing leaves Python's lock, so all cores do it."""
+        try:
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(lambda name: verify_files(self.embeddings, manifest, [name]), sorted(manifest.files)):
+                    pass
+        except IntegrityError as error:
+            log.warning("embed: %s; only what is damaged is made again", error)
+            return False
+        return True
+
+    def names(self) -> set[str]:
+        """Every file that lies there now."""
+        return {entry.name for entry in os.scandir(self.embeddings)}
+
+    def remove(self, name: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        (self.embeddings / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def at_hand(self, shard: ShardInfo) -> Iterator[tuple[Path, Path]]:
+        """(folder of the shard's tar, path of its embedding file): what is written to the path is kept."""
+        yield self.shards, self.embeddings / file_name(shard)
+
+    def keep(self, names: list[str], write: Callable[[Path], None]) -> None:
+        """Have `write` write these files into a folder, and keep them."""
+        write(self.embeddings)
+
+    @contextlib.contextmanager
+    def announced(self, driver: str) -> Iterator[None]:
+        """For the time of this block, actors can know this folder again by the driver's name."""
+        write_text(self.embeddings / _DRIVER, driver)
+        try:
+            yield
+        finally:
+            (self.embeddings / _DRIVER).unlink(missing_ok=True)
+
+    def for_actor(self) -> FolderFiles:
+        """The same, for a process with another working directory."""
+        return FolderFiles(self.shards.resolve(), self.embeddings.resolve())
+
+    def check(self, driver: str) -> None:
+        """Raise EnvironmentFault when this machine does not see what the driver sees."""
+        mark = self.embeddings / _DRIVER
+        if not mark.is_file() or mark.read_text() != driver:
+            raise EnvironmentFault(
+                f"{platform.node()} does not see this folder as the driver does",
+                "put data_dir on storage that all machines of the cluster share",
+                path=self.embeddings,
+            )
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """Shards and embeddings behind a URL."""
+
+    data: RemoteFolder
+    mirror: Path | None
+    """A folder whose `shards` and `embeddings` hold what this machine has of them; None keeps nothing here."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return self._embeddings.url
+
+    @property
+    def _embeddings(self) -> RemoteFolder:
+        return self.data.child("embeddings")
+
+    def manifest(self) -> Manifest | None:
+        """That of finished embeddings, else None."""
+        return self._embeddings.manifest("embeddings")
+
+    def is_intact(self, manifest: Manifest) -> bool:
+        """Whether every file is there; whoever fetches one compares its digest."""
+        return manifest.files.keys() <= self.names()
+
+    def names(self) -> set[str]:
+        """Every file that lies there now."""
+        return self._embeddings.names()
+
+    def remove(self, name: str) -> None:
+        """Delete a file, here and there; one that is not there is no error."""
+        if self.mirror is not None:
+            (self.mirror / "embeddings" / name).unlink(missing_ok=True)
+        self._embeddings.remove(name)
+
+    @contextlib.contextmanager
+    def at_hand(self, shard: ShardInfo) -> Iterator[tuple[Path, Path]]:
+        """(folder of the shard's tar, path of its embedding file), both fetched; a new embedding file is put there."""
+        with contextlib.ExitStack() as stack:
+            here = self.mirror or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pst-embed-")))
+            tar, target = here / "shards" / shard.name, here / "embeddings" / file_name(shard)
+            if not tar.is_file() or sha256_file(tar) != shard.sha256:
+                self.data.child("shards").fetch(shard.name, tar, shard.sha256)
+            stored = None
+            if self._embeddings.has(target.name):
+                self._embeddings.fetch(target.name, target)
+                stored = sha256_file(target)
+            yield tar.parent, target
+            if sha256_file(target) != stored:
+                self._embeddings.put(target)
+
+    def keep(self, names: list[str], write: Callable[[Path], None]) -> None:
+        """Have `write` write these files into a folder, and keep them."""
+        with tempfile.TemporaryDirectory(prefix="pst-embed-") as folder:
+            write(Path(folder))
+            for name in names:
+                self._embeddings.put(Path(folder) / name)
+
+    def announced(self, driver: str) -> contextlib.AbstractContextManager[None]:
+        """Nothing to announce: a URL is the same everywhere."""
+        return contextlib.nullcontext()
+
+    def for_actor(self) -> RemoteFiles:
+        """The same for another machine, which keeps nothing."""
+        return RemoteFiles(self.data, None)
+
+    def check(self, driver: str) -> None:
+        """Raise EnvironmentFault when this machine cannot reach the storage."""
+        self._embeddings.check()
+
+
+Files = FolderFiles | RemoteFiles

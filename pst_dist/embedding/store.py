@@ -1,0 +1,157 @@
+"""Finished embeddings, read: opened with their shards, joined by id and digest, refused when stale or damaged.
+
+How they are made is `embeddings`, the bytes of a file are `embedding_format`, what training does with a vector is
+`teacher_vectors`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst_dist.data.shards import ShardSet
+from pst_dist.embedding.vector_file import EMBED_AGAIN, STATISTICS, ShardVectors, read_tensor, read_vectors
+from pst_dist.errors import InputError, IntegrityError, StaleError
+from pst_dist.models.locate import encoder_name
+from pst_dist.storage.manifest import Manifest, read_manifest, verify_files
+
+# Shapes in this file: n rationales of a split or file, E encoder width
+
+
+@dataclass(frozen=True)
+class VectorFile:
+    """Where the vectors of one embedding file lie. Neither mapped nor kept open: there may be 100,000 of them, and a
+    process may have a thousand files open and 65,530 maps."""
+
+    path: Path
+    keys: list[tuple[str, int]]
+    """(sample id, rationale index) of each row."""
+    offset: int
+    """Of the first row, in bytes."""
+    stamp: tuple[int, int, int]
+    """Inode, bytes and time of change as they were when the digests were compared."""
+
+    @classmethod
+    def of(cls, path: Path, content: ShardVectors) -> VectorFile:
+        """What there is to know of a file that has just been read."""
+        offset = content.vectors.offset if isinstance(content.vectors, np.memmap) else 0
+        return cls(path, content.keys, offset, _stamp(os.stat(path)))
+
+    def read(self, row: int, count: int, width: int) -> np.ndarray:
+        """[count, E] float32, rows `row` …; raises IntegrityError when the file is no longer the one it was."""
+        try:
+            with self.path.open("rb") as stream:
+                intact = _stamp(os.fstat(stream.fileno())) == self.stamp
+                stream.seek(self.offset + 4 * width * row)
+                data = stream.read(4 * width * count)
+        except OSError as error:
+            raise IntegrityError(f"cannot be read: {error.strerror}", EMBED_AGAIN, path=self.path) from error
+        if not intact or len(data) != 4 * width * count:
+            raise IntegrityError("changed while it was in use", "run the same command again", path=self.path)
+        return np.frombuffer(data, "<f4").reshape(count, width)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class EmbeddingStore:
+    """Finished embeddings, opened for reading and joined to their shards by id."""
+
+    def __init__(self, manifest: Manifest, mean: np.ndarray, splits: dict[str, list[VectorFile]]) -> None:
+        self.manifest, self.mean, self._splits = manifest, mean, splits
+        self.identity: dict[str, Any] = manifest.extra["encoder"]
+        self.dimension: int = self.identity["dimension"]
+        self._place = {
+            key: (file, row) for files in splits.values() for file in files for row, key in enumerate(file.keys)
+        }
+
+    @classmethod
+    def open(
+        cls, directory: Path, shards: ShardSet, *, encoder: str | None = None, verify: bool = True
+    ) -> EmbeddingStore:
+        """Open the embeddings of exactly these shards, by `encoder` (an `embed.encoder` value) when one is given.
+
+        Raises InputError when there are none, StaleError when they are of other shards or by another encoder,
+        IntegrityError when they are damaged.
+        """
+        manifest = read_manifest(directory, "embeddings")
+        if manifest is None:
+            raise InputError("no finished embeddings here", f"{EMBED_AGAIN} first", path=directory)
+        try:
+            table = {row["shard"]: row for row in manifest.extra["table"]}
+            made_by, shards_digest = manifest.extra["encoder"]["encoder"], manifest.extra["shards_digest"]
+        except (KeyError, TypeError) as error:
+            raise IntegrityError("manifest lacks its table", EMBED_AGAIN, path=directory) from error
+        if encoder is not None and encoder_name(encoder) != made_by:
+            raise StaleError(
+                f"embeddings are by encoder {made_by!r}, the config wants {encoder_name(encoder)!r}",
+                f"{EMBED_AGAIN} --rebuild, or set embed.encoder={made_by}",
+                path=directory,
+            )
+        if shards_digest != shards.manifest.digest:
+            changed = [s.name for s in shards.shards() if table.get(s.name, {}).get("shard_sha256") != s.sha256]
+            which = f"{', '.join(changed[:5])} ({len(changed)} in all)" if changed else "other shards"
+            raise StaleError(f"embeddings are older than the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
+        if verify:
+            verify_files(directory, manifest)
+        splits: dict[str, list[VectorFile]] = {split: [] for split in shards.manifest.extra["counts"]}
+        for shard in shards.shards():
+            path = directory / f"{shard.stem}.safetensors"
+            content = read_vectors(path, verify=verify)
+            if content.shard_sha256 != shard.sha256 or content.keys != shards.rationale_keys(shard):
+                raise StaleError(
+                    f"embeddings are not of the rationales of {shard.name}", f"{EMBED_AGAIN} again", path=path
+                )
+            if content.identity != manifest.extra["encoder"]:
+                raise IntegrityError(
+                    "is by another encoder than the manifest says", f"{EMBED_AGAIN} --rebuild", path=path
+                )
+            splits[shard.split].append(VectorFile.of(path, content))
+        mean = read_tensor(directory / STATISTICS, "mean", verify=verify)[1]
+        return cls(manifest, np.array(mean), splits)
+
+    def vector(self, sample_id: str, rationale: int = 0) -> np.ndarray:
+        """[E] float32, the unit vector of one rationale; raises IntegrityError when there is none."""
+        try:
+            file, row = self._place[(sample_id, rationale)]
+        except KeyError:
+            raise IntegrityError(f"no embedding for rationale {rationale} of {sample_id!r}", EMBED_AGAIN) from None
+        return np.array(file.read(row, 1, self.dimension)[0])
+
+    def centred(self, vectors: np.ndarray) -> np.ndarray:
+        """Unit vectors [..., E] float32 around the training mean; rows of zeros (no rationale) stay zeros."""
+        moved = np.where(np.any(vectors != 0, axis=-1, keepdims=True), vectors - self.mean, 0).astype(np.float64)
+        norms = np.linalg.norm(moved, axis=-1, keepdims=True)
+        return np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0).astype(np.float32)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return list(self._splits)
+
+    def keys(self, split: str) -> list[tuple[str, int]]:
+        """All (id, rationale index) of a split in shard order; raises InputError for one that is not there."""
+        if split not in self._splits:
+            raise InputError(f"no split {split!r}", f"there are {', '.join(sorted(self._splits))}")
+        return [key for file in self._splits[split] for key in file.keys]
+
+    def first_rows(self, split: str, most: int) -> np.ndarray:
+        """[n, E] float32: the first `most` vectors of a split in shard order, or all there are."""
+        vectors = np.empty((min(most, len(self.keys(split))), self.dimension), dtype=np.float32)
+        start = 0
+        for file in self._splits[split]:
+            count = min(len(file.keys), len(vectors) - start)
+            if count:
+                vectors[start : start + count] = file.read(0, count, self.dimension)
+                start += count
+        return vectors
+
+    def rows(self, split: str) -> tuple[list[tuple[str, int]], np.ndarray]:
+        """All (id, rationale index) of a split in shard order, and their vectors [n, E] float32."""
+        keys = self.keys(split)
+        return keys, self.first_rows(split, len(keys))

@@ -1,0 +1,132 @@
+"""When an adaptive student should think first: from which certainty on its answer at once is taken, and what that buys.
+
+The later versions of arXiv 2404.09170 add a perception module of soft prompts that chooses between thinking before and
+after the answer. Here the student's own certainty chooses, the probability of the answer that it gives at once, and one
+number decides: below it the student thinks. That number is chosen on validation rows.
+"""
+
+# Shapes in this file: R rows
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pst_dist.config.schema import EvaluateConfig
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.errors import InputError
+from pst_dist.student.ask import after_thought
+from pst_dist.student.generate import Decoded
+
+ALWAYS = 2.0
+"""A threshold that no probability reaches."""
+
+
+@dataclass(frozen=True)
+class BothWays:
+    """Rows answered at once and after thinking."""
+
+    probability_R: np.ndarray
+    """float64: of the answer at once."""
+    right_R2: np.ndarray
+    """bool: at once, and after thinking."""
+    tokens_R2: np.ndarray
+    """int64: tokens to the answer at once, and to the one after thinking (without those of the one at once)."""
+
+    @classmethod
+    def of(
+        cls, at_once: Sequence[Decoded], thought: Sequence[Decoded], right: Callable[[int, Decoded], bool]
+    ) -> BothWays:
+        """From what was decoded; `right` is told the row and its answer."""
+        pairs = list(zip(at_once, thought, strict=True))
+        return cls(
+            np.array([first.probability for first, _ in pairs]),
+            np.array([[right(row, answer) for answer in pair] for row, pair in enumerate(pairs)]),
+            np.array([[answer.answer_tokens for answer in pair] for pair in pairs]),
+        )
+
+    def at(self, think_below: float) -> dict[str, float]:
+        """What a threshold gives: accuracy and its binomial standard error, tokens to the answer, share that thinks."""
+        thinks_R = self.probability_R < think_below
+        accuracy = float(np.where(thinks_R, self.right_R2[:, 1], self.right_R2[:, 0]).mean())
+        return {
+            "think_below": think_below,
+            "thinking": float(thinks_R.mean()),
+            "accuracy": accuracy,
+            "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(thinks_R)),
+            "tokens": float((self.tokens_R2[:, 0] + np.where(thinks_R, self.tokens_R2[:, 1], 0)).mean()),
+        }
+
+    def choices(self) -> list[float]:
+        """Thresholds that differ in what they do: never, between any two probabilities, always."""
+        found = np.unique(self.probability_R)
+        return [0.0, *((found[1:] + found[:-1]) / 2).tolist(), ALWAYS]
+
+    def trade_off(self, points: int = 20) -> list[dict[str, float]]:
+        """Some thresholds from never to always, evenly spread over the rows."""
+        choices = self.choices()
+        places = np.unique(np.linspace(0, len(choices) - 1, points).round().astype(int))
+        return [self.at(choices[place]) for place in places]
+
+
+def choose_threshold(rows: BothWays) -> float:
+    """The threshold of fewest tokens whose accuracy is within one standard error of the best one's.
+
+    The rule of one standard error (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3): what is
+    cheaper wins until it is worse by more than chance.
+    """
+    found = [rows.at(threshold) for threshold in rows.choices()]
+    best = max(found, key=lambda one: one["accuracy"])
+    near = [one for one in found if one["accuracy"] >= best["accuracy"] - best["accuracy_stderr"]]
+    return min(near, key=lambda one: (one["tokens"], -one["accuracy"]))["think_below"]
+
+
+def chosen_threshold(evaluations: Sequence[dict[str, Any]]) -> float | None:
+    """The threshold of the first evaluation of an adaptive student; None without one."""
+    return next((results["adaptive"]["think_below"] for results in evaluations if "adaptive" in results), None)
+
+
+def adaptive_answers(
+    settings: EvaluateConfig,
+    samples: Sequence[ReasoningSample],
+    validation: Sequence[ReasoningSample],
+    decode: Callable[[Sequence[ReasoningSample], bool], list[Decoded]],
+    right: Callable[[ReasoningSample, Decoded], bool],
+) -> tuple[list[Decoded], dict[str, Any]]:
+    """(each sample's answer, what an evaluation says of the choice): both ways are decoded for every sample.
+
+    The threshold is settings.think_below, or chosen on the validation rows. `decode` answers samples at once, or after
+    thinking when its second argument is true. Raises InputError when there are no rows to choose on.
+    """
+
+    def both(rows: Sequence[ReasoningSample]) -> tuple[list[Decoded], list[Decoded], BothWays]:
+        at_once, thought = decode(rows, False), decode(rows, True)
+        return at_once, thought, BothWays.of(at_once, thought, lambda row, answer: right(rows[row], answer))
+
+    if settings.think_below is None and not len(validation):
+        raise InputError(
+            "there are no validation rows to choose on when an adaptive student thinks",
+            "give data.validation_size and train again, or set evaluate.think_below",
+        )
+    at_once, thought, scored = both(samples)
+    if settings.think_below is not None:
+        threshold, chosen_on = settings.think_below, "config"
+    else:
+        chosen = scored if settings.split == "validation" else both(validation)[2]
+        threshold, chosen_on = choose_threshold(chosen), "validation"
+    answers = [
+        after_thought(first, second) if first.probability < threshold else first
+        for first, second in zip(at_once, thought, strict=True)
+    ]
+    account = {
+        **scored.at(threshold),
+        "chosen_on": chosen_on,
+        "at_once": scored.at(0.0),
+        "always_thinking": scored.at(ALWAYS),
+        "trade_off": scored.trade_off(),
+    }
+    return answers, account

@@ -1,0 +1,202 @@
+"""What several evaluations on identical rows say together: arms side by side, with paired tests.
+
+Two arms that were scored on the same rows are compared row by row, which is far sharper than comparing two
+accuracies. Rows are joined by id; runs that were scored on different rows are refused. How it looks on a page is
+`report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst_dist.errors import InputError, StaleError
+from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
+from pst_dist.evaluation.statistics import PairedTest, format_p, paired_test
+from pst_dist.storage.manifest import read_lines, read_manifest
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One run in a comparison."""
+
+    label: str
+    run: Path
+    results: dict[str, Any]
+    """As `evaluate` wrote them."""
+    samples: list[dict[str, Any]]
+    """Scored rows, in the order of the first run's."""
+    test: PairedTest | None
+    """None for the baseline itself."""
+    times_fewer_tokens: float | None
+    """Tokens to the answer of pre_thinking over this arm's; None without a pre_thinking run."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms on identical rows."""
+
+    task: str
+    split: str
+    rows: int
+    baseline: str
+    """Label of the run that the others are tested against."""
+    arms: list[ArmResult]
+
+    def table(self) -> str:
+        """Plain text with aligned columns."""
+        lines = [("arm", *self.columns()), *((arm.label, *cells(arm)) for arm in self.arms)]
+        header = lines[0]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
+        text = [
+            "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(pairs))
+            for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+        ]
+        rule = "-" * len(text[0])
+        return "\n".join(
+            [f"{self.task}: {self.rows} {self.split} rows, the same for every arm", text[0], rule, *text[1:]]
+        )
+
+    def columns(self) -> tuple[str, ...]:
+        """What the values of `cells` are; s.e. and differences are in points."""
+        return ("accuracy %", "s.e.", f"vs {self.baseline}", "95 % interval", "p", "unread", "tokens", "fewer", "ms")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict, samples left out."""
+        arms = [
+            {
+                "label": arm.label,
+                "run": str(arm.run),
+                "results": arm.results,
+                "test": asdict(arm.test) if arm.test else None,
+                "times_fewer_tokens": arm.times_fewer_tokens,
+            }
+            for arm in self.arms
+        ]
+        return {"task": self.task, "split": self.split, "rows": self.rows, "baseline": self.baseline, "arms": arms}
+
+
+def cells(arm: ArmResult) -> tuple[str, ...]:
+    """An arm's values as text, in the order of `Comparison.columns`; "" for what was not measured."""
+    results, test, latency = arm.results, arm.test, arm.results["milliseconds_to_answer"]
+    return (
+        f"{100 * results['accuracy']:.2f}",
+        f"{100 * results['accuracy_stderr']:.2f}",
+        f"{100 * test.difference:+.2f}" if test else "baseline",
+        f"{100 * test.low:+.2f} to {100 * test.high:+.2f}" if test else "",
+        format_p(test.p) if test else "",
+        str(results["parse_failures"]),
+        f"{results['tokens_to_answer']['mean']:.1f}",
+        f"{arm.times_fewer_tokens:.1f}x" if arm.times_fewer_tokens else "",
+        f"{latency['median']:.1f}" if latency else "",
+    )
+
+
+def compare(runs: Sequence[Path]) -> Comparison:
+    """Arms side by side, tested against the first answer_only run, or the first run when there is none.
+
+    A directory that holds the runs of several arms stands for all of them. Raises InputError for a run without a
+    finished evaluation and for runs that were scored on different rows, naming two of them; StaleError for an
+    evaluation of another student than the run holds.
+    """
+    found = expand_runs(runs)
+    if len(found) < 2:
+        raise InputError("a comparison needs two runs or more", "name several run directories", path=found[0])
+    split = _common_split(found)
+    results = [finished_evaluation(run / "eval" / split) for run in found]
+    _check_current(found, results)
+    samples = [read_lines(run / "eval" / split / SAMPLES) for run in found]
+    rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
+    whole = [result for result in results if result is not None]
+    labels = _labels(found, whole)
+    baseline = next((k for k, result in enumerate(whole) if result["arm"] == "answer_only"), 0)
+    thinking = next((result for result in whole if result["arm"] == "pre_thinking"), None)
+    right = [np.array([row["correct"] for row in own], dtype=bool) for own in rows]
+    arms = [
+        ArmResult(
+            label=labels[k],
+            run=found[k],
+            results=whole[k],
+            samples=rows[k],
+            test=None if k == baseline else paired_test(right[k], right[baseline]),
+            times_fewer_tokens=_times_fewer(thinking, whole[k]),
+        )
+        for k in range(len(found))
+    ]
+    return Comparison(whole[0]["task"], split, len(rows[0]), labels[baseline], arms)
+
+
+def _times_fewer(thinking: dict[str, Any] | None, results: dict[str, Any]) -> float | None:
+    """Mean tokens of pre_thinking over an arm's; None without the one, or when the other generated nothing."""
+    tokens = results["tokens_to_answer"]["mean"]
+    return thinking["tokens_to_answer"]["mean"] / tokens if thinking and tokens > 0 else None
+
+
+def expand_runs(runs: Sequence[Path]) -> list[Path]:
+    """Each run directory, and in place of one that only holds runs, those; raises InputError."""
+    found: list[Path] = []
+    for run in runs:
+        inner = sorted(path.parent.parent for path in run.glob("*/eval/*") if (path / SAMPLES).is_file())
+        if (run / "eval").is_dir() or not inner:
+            found.append(run)
+        else:
+            found += list(dict.fromkeys(inner))
+    if not found:
+        raise InputError("no run is named", "name run directories")
+    for run in found:
+        if not (run / "eval").is_dir():
+            raise InputError("no evaluation here", "run `pst evaluate` first", path=run)
+    return found
+
+
+def _common_split(runs: Sequence[Path]) -> str:
+    """`test` when every run was scored on it, else `validation`; raises InputError."""
+    for split in ("test", "validation"):
+        lacking = [run for run in runs if finished_evaluation(run / "eval" / split) is None]
+        if not lacking:
+            return split
+    raise InputError("these runs share no finished evaluation", "run `pst evaluate` first", path=lacking[0])
+
+
+def _check_current(runs: Sequence[Path], results: Sequence[dict[str, Any] | None]) -> None:
+    """Raises StaleError for an evaluation of an older student than the run holds: its curves would be another's."""
+    for run, result in zip(runs, results, strict=True):
+        student = read_manifest(run / "best", "student")
+        if student is not None and result is not None and result["student"]["digest"] != student.digest:
+            raise StaleError("the evaluation is of an older student", "run `pst evaluate` again", path=run)
+
+
+def _same_rows(
+    first: Path, wanted: list[dict[str, Any]], run: Path, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of a run in the order of the first one's; raises InputError when they are not the same."""
+    by_id = {row["id"]: row for row in rows}
+    ours = {row["id"]: (row["question"], row["gold"]) for row in wanted}
+    theirs = {name: (row["question"], row["gold"]) for name, row in by_id.items()}
+    if ours != theirs:
+        differ = sum(ours.get(name) != theirs.get(name) for name in {*ours, *theirs})
+        raise InputError(
+            f"was scored on other rows than {first}: {differ} of {len({*ours, *theirs})} differ",
+            "evaluate both on the same shards and with the same evaluate.max_rows",
+            path=run,
+        )
+    return [by_id[name] for name in ours]
+
+
+def _labels(runs: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
+    """Arm and variant, and where two are alike the seed, and where those are alike the directory.
+
+    The directory is told by its name, or by its whole path where names are alike too: each label is one run's.
+    """
+    labels = [", ".join([result["arm"], *result["variant"]]) for result in results]
+    seeded = [f"{label} seed {result['seed']}" for label, result in zip(labels, results, strict=True)]
+    labels = [more if labels.count(label) > 1 else label for label, more in zip(labels, seeded, strict=True)]
+    for directories in ([run.name for run in runs], [str(run) for run in runs]):
+        named = [f"{label} ({name})" for label, name in zip(labels, directories, strict=True)]
+        if len(set(named)) == len(named):
+            break
+    return [more if labels.count(label) > 1 else label for label, more in zip(labels, named, strict=True)]

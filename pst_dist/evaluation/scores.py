@@ -1,0 +1,101 @@
+"""What decoded rows come to: which rows are scored, whether an answer is right, means and their standard errors.
+
+Pure functions over rows; generating the answers and keeping the results is `evaluate`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.tasks import Task
+from pst_dist.errors import InputError
+from pst_dist.student.generate import Decoded
+
+
+def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[ReasoningSample]:
+    """All rows, or the first `most` by the sha256 of their id: the same ones for every arm."""
+    rows = list(samples)
+    if most is None or most >= len(rows):
+        return rows
+    chosen = sorted(range(len(rows)), key=lambda k: hashlib.sha256(rows[k].id.encode()).digest())[:most]
+    return [rows[k] for k in sorted(chosen)]
+
+
+def given_rationales(samples: Sequence[ReasoningSample], *, wrong: bool) -> list[str]:
+    """Each row's first rationale, or with `wrong` that of the row after it by the sha256 of ids.
+
+    Raises InputError for a row without one, and for a single row that would be given its own.
+    """
+    lacking = next((sample for sample in samples if not sample.rationales), None)
+    if lacking is not None:
+        raise InputError(
+            f"row {lacking.id} has no rationale to give", "use evaluate.rationale=own", path=lacking.source
+        )
+    texts = [sample.rationales[0] for sample in samples]
+    if not wrong:
+        return texts
+    if len(samples) < 2:
+        raise InputError("a single row has no other's rationale to be given", "use evaluate.rationale=own")
+    ranks = sorted(range(len(samples)), key=lambda k: hashlib.sha256(samples[k].id.encode()).digest())
+    donors = dict(zip(ranks, [*ranks[1:], ranks[0]], strict=True))
+    return [texts[donors[k]] for k in range(len(samples))]
+
+
+def sample_row(sample: ReasoningSample, answer: Decoded, prediction: str | None, task: Task) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    return {
+        "id": sample.id,
+        "question": sample.question,
+        "gold": sample.answer,
+        "prediction": prediction,
+        "answer_text": answer.answer_text,
+        "correct": task.is_correct(prediction, sample.answer),
+        "answer_tokens": answer.answer_tokens,
+        "complete": answer.complete,
+    }
+
+
+def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, accuracy as a share with its binomial standard error sqrt(p (1 - p) / n), and tokens to the answer.
+
+    One row or more. The standard error of the mean of tokens is s / sqrt(n), s with n - 1; 0 for a single row.
+    """
+    correct = sum(row["correct"] for row in rows)
+    share = correct / len(rows)
+    tokens = np.array([row["answer_tokens"] for row in rows])
+    return {
+        "rows": len(rows),
+        "correct": correct,
+        "accuracy": share,
+        "accuracy_stderr": math.sqrt(share * (1 - share) / len(rows)),
+        "parse_failures": sum(row["prediction"] is None for row in rows),
+        "incomplete": sum(not row["complete"] for row in rows),
+        "tokens_to_answer": {
+            "mean": float(tokens.mean()),
+            "median": float(np.median(tokens)),
+            "p95": float(np.percentile(tokens, 95)),
+            "stderr": float(tokens.std(ddof=1) / math.sqrt(len(tokens))) if len(tokens) > 1 else 0.0,
+        },
+    }
+
+
+def chance_of(task: Task, samples: Sequence[ReasoningSample]) -> float | None:
+    """Expected accuracy of guessing blindly among the allowed answers; None where they cannot be counted."""
+    if task.rule == "yes_no":
+        return 0.5
+    if all(len(sample.choices) > 1 for sample in samples):
+        return sum(1 / len(sample.choices) for sample in samples) / len(samples)
+    return 1 / len(task.choice_letters) if task.choice_letters else None
+
+
+def contains_answer(task: Task, text: str, gold: str) -> bool:
+    """Whether the gold answer stands anywhere in what was generated, as a candidate or (free text) as words."""
+    if any(task.is_correct(candidate, gold) for candidate in task.candidates(text)):
+        return True
+    return task.answer_type == "text" and gold.casefold() in text.casefold()

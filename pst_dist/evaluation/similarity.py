@@ -1,0 +1,100 @@
+"""How like the teacher's rationales the student's are: the cosine of their sentence embeddings, and its baseline.
+
+The vectors are centred by the training mean before they are compared, because raw sentence embeddings of rationales
+for one task are nearly parallel. The baseline is the same rationale against the other rows' teachers.
+"""
+
+# Shapes in this file: R rows with a rationale, E encoder width
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pst_dist.config.run_dir import RunDir
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.shards import ShardSet
+from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.storage.manifest import MANIFEST
+from pst_dist.student.generate import Decoded, decode_rationales
+from pst_dist.student.saved import LoadedStudent
+
+log = logging.getLogger(__name__)
+
+
+def compare_rationales(
+    config: Config,
+    run: RunDir,
+    student: LoadedStudent,
+    shards: ShardSet,
+    samples: Sequence[ReasoningSample],
+    decoded: Sequence[Decoded],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any] | None:
+    """Write rationales for the first evaluate.explain_rows rows into `rows`, and compare them with the teacher's.
+
+    Returns {"mean", "shuffled_mean", "rows"}, or None where the arm writes no rationale, fewer than two rows have
+    one on both sides, there are no embeddings to compare with, or their encoder cannot be had here. Raises StaleError
+    or IntegrityError when the embeddings are not those of `shards`.
+    """
+    count = config.evaluate.explain_rows
+    if not student.format.writes_rationale or not count:
+        return None
+    written = decode_rationales(
+        student.model,
+        student.tokenizer,
+        student.format,
+        [sample.question for sample in samples[:count]],
+        decoded[:count],
+        batch_size=config.evaluate.batch_size,
+        max_new_tokens=config.evaluate.max_new_tokens,
+    )
+    for row, sample, rationale in zip(rows, samples, written, strict=False):
+        row["rationale"] = rationale
+        row["teacher_rationale"] = sample.rationales[0] if sample.rationales else None
+    compared = [k for k, text in enumerate(written) if text and samples[k].rationales]
+    if len(compared) < 2 or not (run.embeddings / MANIFEST).is_file():
+        return None
+    pair = _vectors(config, run, shards, [written[k] for k in compared], [samples[k].id for k in compared])
+    if pair is None:
+        return None
+    own, others = likeness(*pair)
+    for k, value in zip(compared, own.tolist(), strict=True):
+        rows[k]["similarity"] = value
+    return {"mean": float(own.mean()), "shuffled_mean": others, "rows": len(compared)}
+
+
+def _vectors(
+    config: Config, run: RunDir, shards: ShardSet, texts: list[str], ids: list[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """([R, E] of the texts, [R, E] of the teacher's first rationales), both centred; None without the encoder."""
+    from pst_dist.embedding.embed import EmbeddingStore
+    from pst_dist.embedding.encoder import TextEncoder
+
+    store = EmbeddingStore.open(run.embeddings, shards)
+    try:
+        encoder = TextEncoder(config.embed)
+    except (EnvironmentFault, InputError) as error:  # the scores stand without it
+        log.warning("rationales are not compared with the teacher's: %s", error)
+        return None
+    if encoder.identity != store.identity:
+        log.warning("rationales are not compared with the teacher's: the embeddings are another encoder's")
+        return None
+    teacher_RE = np.stack([store.vector(name, 0) for name in ids])
+    return store.centred(encoder.encode(texts)), store.centred(teacher_RE)
+
+
+def likeness(student_RE: np.ndarray, teacher_RE: np.ndarray) -> tuple[np.ndarray, float]:
+    """([R] cosines of each row to its own teacher, the mean cosine to all other rows' teachers); R is at least 2."""
+    cosines = _unit(student_RE) @ _unit(teacher_RE).T
+    own, count = np.diagonal(cosines), len(cosines)
+    return own, float((cosines.sum() - own.sum()) / (count * (count - 1)))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    wide = vectors.astype(np.float64)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,185 @@
+"""What a person sees of long work: progress bars and log lines, and other libraries kept quiet.
+
+`with progress("embed", total=n, unit="texts") as bar: bar.advance(k)` draws a bar on a terminal and writes a line every
+ten seconds to a log. What is counted is up to the caller; only rank 0 should show anything (`show=False` elsewhere).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_SECONDS = 10.0
+
+
+class Progress:
+    """Counts what is done and derives speed and time left; `emit` gets a line when one is due."""
+
+    def __init__(
+        self,
+        name: str,
+        total: int | None,
+        unit: str,
+        *,
+        emit: Callable[[str], None] | None = None,
+        every_seconds: float = LOG_EVERY_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name, self.total, self.unit, self.done, self.note = name, total, unit, 0, ""
+        self._emit, self._every, self._clock = emit, every_seconds, clock
+        self._start = self._last = clock()
+        self._done_before = 0
+
+    def restart(self) -> None:
+        """Take time and speed from now on: what came before was not the work itself, or was done by an earlier run."""
+        self._start = self._last = self._clock()
+        self._done_before = self.done
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add `count` units; `note` replaces the words at the end of the line ("loss 1.83")."""
+        self.done += count
+        self.note = note or self.note
+        if self._emit is not None and self._clock() - self._last >= self._every:
+            self._last = self._clock()
+            self._emit(self.line())
+
+    def skip(self, count: int) -> None:
+        """Count units that an earlier run did: they are done, and say nothing of this run's speed."""
+        self._done_before += count
+        self.advance(count)
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start or restart; 0 before the first."""
+        seconds = self._clock() - self._start
+        return (self.done - self._done_before) / seconds if seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed so far; None when the total or the speed is unknown."""
+        if self.total is None or self.rate == 0:
+            return None
+        return max(0, self.total - self.done) / self.rate
+
+    def line(self, *, final: bool = False) -> str:
+        """`embed 1,200/3,000 texts  412.0 texts/s  4 s left`, or with the time taken when it is the last line."""
+        of = f"/{self.total:,}" if self.total is not None else ""
+        parts = [f"{self.name} {self.done:,}{of} {self.unit}", f"{self.rate:,.1f} {self.unit}/s"]
+        left = self.seconds_left
+        if final:
+            parts.append(f"in {_duration(self._clock() - self._start)}")
+        elif left is not None:
+            parts.append(f"{_duration(left)} left")
+        if self.note:
+            parts.append(self.note)
+        return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@contextlib.contextmanager
+def progress(
+    name: str,
+    total: int | None = None,
+    unit: str = "items",
+    *,
+    every_seconds: float = LOG_EVERY_SECONDS,
+    show: bool = True,
+) -> Iterator[Progress]:
+    """A `Progress` that shows itself: rich on a terminal (stderr), else a log line at most every `every_seconds`.
+
+    One last line with the total time goes to the log in both cases, also when the body raises.
+    """
+    if show and sys.stderr.isatty():
+        with _rich_bar(name, total, unit) as bar:
+            yield bar
+    else:
+        bar = Progress(name, total, unit, emit=log.info if show else None, every_seconds=every_seconds)
+        try:
+            yield bar
+        finally:
+            if show:
+                log.info(bar.line(final=True))
+
+
+@contextlib.contextmanager
+def _rich_bar(name: str, total: int | None, unit: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task(name, total=total, speed=unit)
+
+        class Bar(Progress):
+            def advance(self, count: int = 1, note: str = "") -> None:
+                super().advance(count, note)
+                # The bar itself says name and count; the rest of the line is ours.
+                display.update(task, completed=self.done, speed="  ".join(self.line().split("  ")[1:]))
+
+        bar = Bar(name, total, unit)
+        try:
+            yield bar
+        finally:
+            log.info(bar.line(final=True))
+
+
+def quiet_libraries() -> None:
+    """No progress bars of transformers (it draws one a file), no notes of DeepSpeed about the accelerator it found.
+
+    Call before sentence_transformers or deepspeed are imported: importing the one may import the other.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("DeepSpeed", "deepspeed", "sentence_transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keep other libraries' progress bars and info lines out of the output while the body runs."""
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    was_on = transformers_logging.is_progress_bar_enabled()
+    hub_was_off = hub.are_progress_bars_disabled()
+    chatter = logging.getLogger("sentence_transformers")
+    level = chatter.level
+    chatter.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        chatter.setLevel(level)
+        if was_on:
+            transformers_logging.enable_progress_bar()
+        if not hub_was_off:
+            hub.enable_progress_bars()

@@ -1,0 +1,182 @@
+"""The finished student as a plain Hugging Face folder that any program loads: it answers, and stops by itself.
+
+No line of this package is needed to use it. The answer stop stands in `generation_config.eos_token_id`, the prompt
+in the tokenizer's chat template, everything a reader must know in the model card (`model_card`). The alignment head,
+which only training needs, stays behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config.run_dir import RunDir, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.errors import IntegrityError
+from pst_dist.evaluation.adaptive import chosen_threshold
+from pst_dist.evaluation.evaluate import evaluations_of
+from pst_dist.publish.model_card import CardFacts, model_card
+from pst_dist.storage.atomic import atomic_directory, write_text
+from pst_dist.storage.manifest import (
+    Manifest,
+    all_files,
+    describe_files,
+    digest_of,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+)
+from pst_dist.student.finite import refuse_non_finite
+from pst_dist.student.generate import max_positions
+from pst_dist.student.layout import Layout
+from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
+
+log = logging.getLogger(__name__)
+_VERSION = 1
+_PROBES = ("How many are 2 and 3?", '  "Quoted", {braces} {{ x }}\nand a second line  ')
+
+
+def export(config: Config, *, rebuild: bool = False) -> Path:
+    """Write `run.export` and return its path; a no-op when that export of this student is there.
+
+    The model card holds every finished evaluation of exactly this student. Raises InputError when there is no
+    student, and DivergedError when a weight of it is not finite.
+    """
+    run = run_dir(config)
+    student = load_student(run.best, device="cpu")
+    evaluations = evaluations_of(run.path, student.manifest)
+    chain, encoder = _chain(run, student.manifest)
+    fingerprint = digest_of(
+        {
+            "version": _VERSION,
+            "student": student.manifest.digest,
+            "evaluations": evaluations,
+            "chain": chain,
+            "task": config.task,
+            "max_new_tokens": config.evaluate.max_new_tokens,
+        }
+    )
+    if not rebuild and _is_complete(run.export, fingerprint):
+        log.info("export %s is complete, nothing to do", run.export)
+        return run.export
+    weights = ((f"weight {name}", value) for name, value in student.model.named_parameters())
+    refuse_non_finite(weights, run.export)
+    facts = CardFacts(config, student.format, student.manifest, evaluations, encoder, chain, student.model)
+    with atomic_directory(run.export) as partial:
+        student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)
+        student.model.save_pretrained(partial)
+        prepare_tokenizer(student)
+        student.tokenizer.save_pretrained(partial)
+        fmt = replace(student.format, think_below=chosen_threshold(evaluations))
+        write_json(partial / FORMAT_FILE, fmt.to_json())
+        write_text(partial / "README.md", model_card(facts))
+        files = describe_files(partial, all_files(partial))
+        extra = {**student.manifest.extra, "student": student.manifest.digest, **chain}
+        write_manifest(partial, Manifest("export", fingerprint, files, extra))
+    log.info("exported to %s: loads with plain transformers", run.export)
+    return run.export
+
+
+def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
+    """(digests of the shards and embeddings that the student was trained from, identity of their encoder).
+
+    They are those that training wrote down: what lies in the data directory today may be newer. None where nothing
+    was written down, or where today's embeddings are others, whose encoder says nothing about this student's.
+    """
+    path = run.training
+    record = read_json(path) if path.is_file() else {}
+    if record.get("fingerprint") != student.fingerprint:
+        record = {}
+    chain = {"shards": student.extra.get("shards"), "embeddings": record.get("embeddings")}
+    today = read_manifest(run.embeddings, "embeddings")
+    same = today is not None and today.digest == chain["embeddings"]
+    return chain, today.extra["encoder"] if today is not None and same else None
+
+
+def _is_complete(directory: Path, fingerprint: str) -> bool:
+    manifest = read_manifest(directory, "export")
+    if manifest is None or manifest.fingerprint != fingerprint:
+        return False
+    try:
+        verify_files(directory, manifest)
+    except IntegrityError as error:
+        log.warning("the export is damaged and will be written again: %s", error)
+        return False
+    return True
+
+
+def generation_settings(student: LoadedStudent, max_new_tokens: int) -> Any:
+    """Greedy, ending at the answer stop, and never beyond the positions that the model has."""
+    settings = answer_generation_config(student.model, student.tokenizer, student.format)
+    settings.max_new_tokens = max_new_tokens
+    positions = max_positions(student.model)
+    causal = not student.model.config.is_encoder_decoder
+    if causal and positions is not None and student.format.max_length + max_new_tokens > positions:
+        # A limit on the whole text: a long prompt then shortens the answer instead of breaking the program.
+        settings.max_new_tokens, settings.max_length = None, positions
+    if not causal and positions is not None:
+        settings.max_new_tokens = min(max_new_tokens, positions - 1)  # the start token has one
+    if not causal and student.format.semantic_before and student.format.semantic_tokens == 1:
+        settings.forced_bos_token_id = student.tokenizer.convert_tokens_to_ids(student.format.semantic_token)
+    return settings
+
+
+def prepare_tokenizer(student: LoadedStudent) -> None:
+    """Give the tokenizer the chat template, and take from it what would change a plain program's input.
+
+    The template is kept only when it gives exactly the ids that the student was trained on.
+    """
+    tokenizer = student.tokenizer
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.padding_side = "right" if student.model.config.is_encoder_decoder else "left"
+    # GPT-2 would add the embeddings of token_type_ids, which some tokenizers hand out, to the words'.
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    tokenizer.chat_template = None
+    if student.model.config.is_encoder_decoder and student.format.semantic_before:
+        return  # its semantic token is the decoder's, which no chat template reaches
+    template = chat_template(student)
+    for probe in _PROBES:
+        wanted = expected_prompt(student, probe)
+        given = tokenizer.apply_chat_template(
+            [{"role": "user", "content": probe}], chat_template=template, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        if list(given) != wanted:
+            log.warning("this tokenizer takes no chat template that gives the trained prompt: exported without one")
+            return
+    tokenizer.chat_template = template
+
+
+def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
+    """The ids before the answer, as training put them."""
+    encdec = bool(student.model.config.is_encoder_decoder)
+    layout = Layout(student.tokenizer, student.format, is_encoder_decoder=encdec)
+    semantic = student.format.semantic_tokens if student.format.semantic_before and not encdec else 0
+    return [*layout.prompt_ids(question), *[layout.semantic_id] * semantic]
+
+
+def chat_template(student: LoadedStudent) -> str:
+    """Jinja that puts the last user message into the prompt, with the special tokens that the tokenizer adds."""
+    tokenizer, fmt = student.tokenizer, student.format
+    text = fmt.render("Q")
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
+    start = next((k for k in range(len(whole) - len(bare) + 1) if whole[k : k + len(bare)] == bare), 0)
+    first = "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
+    last = "".join(tokenizer.convert_ids_to_tokens(whole[start + len(bare) :]))
+    before, after = fmt.render("\0").split("\0")
+    if fmt.semantic_before:
+        after += fmt.semantic_token * fmt.semantic_tokens
+    return (
+        "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
+        "{%- set content = users[-1]['content'] -%}"
+        "{%- if content is not string -%}"
+        "{%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
+        "{%- endif -%}"
+        f"{{{{- {json.dumps(first + before)} + content + {json.dumps(after + last)} -}}}}"
+    )

@@ -1,0 +1,151 @@
+"""The rows of `pst evaluate` as a task of the lm-evaluation-harness, to score an export in somebody else's program.
+
+Written beside the export, never into it: test rows have no place in a folder that may be published. The scoring rules
+are this package's own source, copied into the task's `utils.py`, so the harness needs nothing of it. How students are
+scored here is `evaluate`; the harness must give the same accuracy, to the row, when it asks one question at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pst_dist.arms import ARMS
+from pst_dist.config.run_dir import fetch_data, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.shards import ShardSet
+from pst_dist.data.tasks import Task, get_task, scoring
+from pst_dist.errors import ConfigError, InputError
+from pst_dist.evaluation.scores import rows_to_score
+from pst_dist.publish.export import expected_prompt
+from pst_dist.storage.atomic import atomic_directory, write_text
+from pst_dist.storage.manifest import canonical_json
+from pst_dist.student.generate import max_positions
+from pst_dist.student.layout import AnswerFormat
+from pst_dist.student.saved import LoadedStudent, load_student
+
+_ROWS = "rows.jsonl"
+_SCHEMA = "from pst_dist.data.sample import AnswerType"
+
+
+def task_name(config: Config) -> str:
+    """What the harness calls it: `pst_svamp`, say."""
+    return f"pst_{config.task or config.data.answer_type or 'text'}"
+
+
+def write_lm_eval_task(config: Config) -> Path:
+    """Write `RUN/lm_eval` for the export of a run and return its path, replacing an older one.
+
+    Its rows are those that `pst evaluate` scores with this config. Raises InputError when there is no export or there
+    are no rows, and ConfigError for a student that a plain prompt cannot ask.
+    """
+    run = run_dir(config)
+    student = load_student(run.export, device="cpu")
+    fetch_data(config)
+    split = config.evaluate.split
+    samples = rows_to_score(ShardSet.open(run.shards).split(split), config.evaluate.max_rows)
+    if not samples:
+        raise InputError(f"there are no {split} rows in these shards", "see data.test", path=run.shards)
+    fmt, seq2seq = student.format, bool(student.model.config.is_encoder_decoder)
+    if seq2seq and fmt.semantic_before and fmt.semantic_tokens > 1:
+        raise ConfigError("the harness cannot start a decoder with several semantic tokens", "use `pst evaluate`")
+    task = get_task(config.task, config.data.answer_type)
+    folder = run.path / "lm_eval"
+    with atomic_directory(folder) as partial:
+        write_text(partial / _ROWS, "".join(canonical_json(_row(sample, fmt, seq2seq)) + "\n" for sample in samples))
+        write_text(partial / "utils.py", utils_source(task, fmt))
+        settings = task_settings(task_name(config), student, samples, config.evaluate.max_new_tokens)
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        # The harness's own tag for a function, which YAML would quote as a string.
+        for name in ("process_results", "rows"):
+            text = text.replace(f"'!function utils.{name}'", f"!function utils.{name}")
+        write_text(partial / f"{task_name(config)}.yaml", f"# {_command(run.export, folder, config)}\n{text}")
+    return folder
+
+
+def lm_eval_command(config: Config) -> str:
+    """The command line that runs the harness on this run's export and task."""
+    run = run_dir(config)
+    return _command(run.export, run.path / "lm_eval", config)
+
+
+def _command(export: Path, folder: Path, config: Config) -> str:
+    return (
+        f"lm_eval --model hf --model_args pretrained={export} --include_path {folder} --tasks {task_name(config)} "
+        "--batch_size 1"
+    )
+
+
+def _row(sample: ReasoningSample, fmt: AnswerFormat, seq2seq: bool) -> dict[str, Any]:
+    prompt = fmt.render(sample.question)
+    if fmt.semantic_before and not seq2seq:
+        prompt += fmt.semantic_token * fmt.semantic_tokens
+    return {"id": sample.id, "prompt": prompt, "gold": sample.answer}
+
+
+def task_settings(
+    name: str, student: LoadedStudent, samples: list[ReasoningSample], max_new_tokens: int
+) -> dict[str, Any]:
+    """The task's YAML: greedy, up to the answer stop, and no longer than the model has positions for.
+
+    The harness cuts the beginning of a prompt that leaves no room for all new tokens, so room is made for the longest.
+    """
+    positions = max_positions(student.model)
+    seq2seq = bool(student.model.config.is_encoder_decoder)
+    most = max_new_tokens
+    if positions is not None:
+        longest = 1 if seq2seq else max(len(expected_prompt(student, sample.question)) for sample in samples)
+        most = max(1, min(most, positions - longest))
+    generation: dict[str, Any] = {"until": [student.format.stop_token], "do_sample": False, "max_gen_toks": most}
+    if seq2seq:
+        # Otherwise it would allow a decoder as many tokens more as its encoder reads.
+        forced = student.model.generation_config.forced_bos_token_id is not None
+        generation["max_length"] = most + 1 + forced
+    return {
+        "task": name,
+        "custom_dataset": "!function utils.rows",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "gold",
+        "generation_kwargs": generation,
+        "process_results": "!function utils.process_results",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+    }
+
+
+def utils_source(task: Task, fmt: AnswerFormat) -> str:
+    """A Python module of its own: the scoring rules as this package has them, applied to one task and format."""
+    rules = inspect.getsource(scoring)
+    # A dataclass with annotations as text looks its module up by name, and the harness has not listed it yet.
+    for line, instead in (("from __future__ import annotations", ""), (_SCHEMA, "AnswerType = str")):
+        rules = rules.replace(f"{line}\n", f"{instead}\n")
+    marker = None if ARMS[fmt.arm].answers_first else fmt.answer_marker.strip()
+    return f"""{rules}
+
+TASK = Task(**{asdict(task)!r})
+MARKER = {marker!r}
+\"\"\"What stands before the answer; None where the answer comes first.\"\"\"
+
+
+def rows(**_):
+    \"\"\"The rows to be scored.\"\"\"
+    import datasets
+    from pathlib import Path
+
+    path = str(Path(__file__).with_name({_ROWS!r}))
+    features = datasets.Features({{name: datasets.Value("string") for name in ("id", "prompt", "gold")}})
+    return {{"test": datasets.Dataset.from_json(path, features=features)}}
+
+
+def process_results(doc, results):
+    \"\"\"Whether one generated text holds the gold answer.\"\"\"
+    prediction = TASK.extract(results[0], MARKER)
+    return {{"acc": float(TASK.is_correct(prediction, doc["gold"]))}}
+"""

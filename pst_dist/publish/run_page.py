@@ -1,0 +1,203 @@
+"""The page of one run: how it was trained, how it scored, what it answers and from what it was made.
+
+Everything shown is read from the run directory; nothing is computed here but layout. The pictures are `plots`, the
+HTML is `page`; several arms side by side are `compare_page`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config.loading import RESOLVED
+from pst_dist.errors import InputError
+from pst_dist.evaluation.evaluate import SAMPLES, evaluations_of
+from pst_dist.publish import html, plots
+from pst_dist.publish.compare_page import compare_report
+from pst_dist.publish.html import Cell, Row
+from pst_dist.storage.atomic import atomic_path, write_text
+from pst_dist.storage.manifest import Manifest, read_json, read_lines, read_manifest
+
+__all__ = ["compare_report", "report"]
+
+_SHOWN = 12
+
+
+def report(run: Path) -> Path:
+    """Write `run/report.html` and `run/plots/*.png` from what is in the run directory; returns the page.
+
+    A run that was not evaluated yet is shown as far as it got; an evaluation of an older student than the one that
+    is there now is left out. Raises InputError when nothing was trained here.
+    """
+    metrics = read_lines(run / "metrics.jsonl")
+    training = read_json(run / "train.json") if (run / "train.json").is_file() else {}
+    if not metrics and not training:
+        raise InputError("nothing was trained here", "run `pst train` first", path=run)
+    student = read_manifest(run / "best", "student")
+    evaluations = evaluations_of(run, student)
+    body = [
+        html.tiles(_headline(evaluations, training)),
+        *([html.heading("Training"), html.figures(_training_figures(run, metrics, training))] if metrics else []),
+        html.heading("Evaluation"),
+        *_evaluation_part(evaluations),
+        *_samples_part(run, evaluations),
+        html.heading("How it was made"),
+        *_record_part(run),
+        html.pairs_table(_digests(student, evaluations)),
+    ]
+    arm = student.extra.get("arm", "") if student else ""
+    task = evaluations[0]["task"] if evaluations else "not evaluated yet"
+    steps = training["steps"] if training else metrics[-1]["step"]
+    lead = f"Arm {arm or 'not known'}, {task}, {steps} optimizer steps."
+    write_text(run / "report.html", html.document(f"Run {run.name}", lead, body))
+    return run / "report.html"
+
+
+def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -> list[tuple[str, str]]:
+    tiles = []
+    if evaluations:
+        results = evaluations[0]
+        error = 100 * results["accuracy_stderr"]
+        tiles += [
+            (
+                html.percent(results["accuracy"]),
+                f"accuracy on {results['rows']} {results['split']} rows, s.e. {error:.1f}",
+            ),
+            (f"{results['tokens_to_answer']['mean']:.1f}", "tokens to the answer, mean"),
+        ]
+        if results["milliseconds_to_answer"]:
+            tiles.append(
+                (f"{results['milliseconds_to_answer']['median']:.1f} ms", "to the answer, median, one at a time")
+            )
+    if training:
+        tiles.append((html.duration(training["seconds"]), f"of training, {training['tokens']:,} tokens"))
+    return tiles
+
+
+def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[str, Any]) -> list[str]:
+    """The pictures of a training, each also written to run/plots."""
+    metric = training.get("metric", "answer_nll")
+    drawn = {
+        "loss": (
+            plots.loss_plot(metrics),
+            "The raw loss terms, before their weights. Dots are means over the validation rows.",
+        ),
+        "cosine": (
+            plots.cosine_plot(metrics),
+            "Mean cosine between the student's projected semantic state and the teacher's embedding.",
+        ),
+        "gradient_shares": (
+            plots.gradient_plot(metrics),
+            "Each term's share of the gradient at the hidden state; near 0 or 100 % its weight wants another value.",
+        ),
+        "validation": (
+            plots.validation_plot(metrics, training.get("best_step"), metric),
+            f"Validation {plots.METRIC_WORDS[metric]}, which chose the checkpoint.",
+        ),
+    }
+    if metric != "accuracy":
+        accuracy = plots.validation_plot(metrics, training.get("best_step"), "accuracy")
+        drawn["validation_accuracy"] = (accuracy, "Accuracy on the validation rows during training.")
+    found = []
+    for name, (png, caption) in drawn.items():
+        if png is not None:
+            _write_bytes(run / "plots" / f"{name}.png", png)
+            found.append(html.figure(png, caption))
+    return found
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
+
+
+def _evaluation_part(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    if not evaluations:
+        return [html.paragraph("Not evaluated yet: `pst evaluate` scores the test rows.", note=True)]
+    rows: list[tuple[str, Any]] = [
+        ("task", lambda r: r["task"]),
+        ("rows", lambda r: f"{r['rows']:,}"),
+        ("accuracy", lambda r: f"{100 * r['accuracy']:.2f} %"),
+        ("standard error", lambda r: f"{100 * r['accuracy_stderr']:.2f} points"),
+        ("guessing", lambda r: html.percent(r["chance"]) or "not known"),
+        ("the most frequent answer", lambda r: html.percent(r["majority"])),
+        ("gold answer anywhere in the text", lambda r: html.percent(r["contains_answer"])),
+        ("no answer could be read", lambda r: f"{r['parse_failures']} rows"),
+        ("never reached the stop token", lambda r: f"{r['incomplete']} rows"),
+        ("tokens to the answer: mean, median, 95 %", _tokens),
+        ("milliseconds to the answer: median, 90 %", _milliseconds),
+        ("rows a second, batched", lambda r: f"{r['rows_per_second']:.1f}"),
+        ("rationale's cosine to the teacher's", _similarity),
+        ("measured on", lambda r: r["device"]),
+    ]
+    head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
+    body: list[Row] = [[name, *(Cell(tell(results), "right") for results in evaluations)] for name, tell in rows]
+    return [html.table(head, body, narrow=True)]
+
+
+def _tokens(results: dict[str, Any]) -> str:
+    tokens = results["tokens_to_answer"]
+    return f"{tokens['mean']:.1f}, {tokens['median']:.0f}, {tokens['p95']:.0f}"
+
+
+def _milliseconds(results: dict[str, Any]) -> str:
+    latency = results["milliseconds_to_answer"]
+    return f"{latency['median']:.1f}, {latency['p90']:.1f}" if latency else "not measured"
+
+
+def _similarity(results: dict[str, Any]) -> str:
+    likeness = results["rationale_similarity"]
+    if not likeness:
+        return "not measured"
+    own, others = (round(likeness[name], 3) + 0.0 for name in ("mean", "shuffled_mean"))  # no minus zero
+    return f"{own:.3f} (other rows' teachers: {others:.3f})"
+
+
+def _samples_part(run: Path, evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    if not evaluations:
+        return []
+    rows = read_lines(run / "eval" / evaluations[0]["split"] / SAMPLES)[:_SHOWN]
+    explained = any(row.get("rationale") for row in rows)
+    head: Row = [
+        "question",
+        "gold",
+        "answer",
+        *(["rationale, on request", "teacher's rationale"] if explained else []),
+    ]
+    body = []
+    for row in rows:
+        cells: Row = [html.shortened(row["question"]), row["gold"], html.answer_cell(row)]
+        if explained:
+            cells += [html.shortened(row.get("rationale") or ""), html.shortened(row.get("teacher_rationale") or "")]
+        body.append(cells)
+    return [
+        html.heading("Sample answers"),
+        html.paragraph(f"The first {len(rows)} scored rows, right answers in green and wrong ones in red.", note=True),
+        html.table(head, body),
+    ]
+
+
+def _record_part(run: Path) -> list[str]:
+    """Command, config and environment, as far as they were recorded."""
+    parts = []
+    if (run / "command.txt").is_file():
+        parts.append(html.code((run / "command.txt").read_text(encoding="utf-8").strip()))
+    if (run / RESOLVED).is_file():
+        parts.append(html.fold("Resolved config", (run / RESOLVED).read_text(encoding="utf-8")))
+    if (run / "environment.json").is_file():
+        environment = read_json(run / "environment.json")
+        parts.append(html.fold("Environment", "\n".join(f"{name}: {value}" for name, value in environment.items())))
+    return parts
+
+
+def _digests(student: Manifest | None, evaluations: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """sha256 names of the artefacts that this run hangs on."""
+    digests = {}
+    if student is not None:
+        digests["student"] = student.digest
+        digests["training settings, rows and embeddings"] = student.fingerprint
+    for results in evaluations:
+        digests[f"{results['split']} evaluation of student"] = results["student"]["digest"]
+        digests["shards"] = results["shards"]
+    return digests

@@ -1,0 +1,305 @@
+"""Greedy decoding that ends where the answer ends, and the rationale on request.
+
+Prompts are exactly those of `Layout`, so training, evaluation and the exported model put a question in one way.
+Generation itself is transformers' `generate` with the settings that the export carries; what counts as a right
+answer is `tasks`, and what is measured about it is `evaluate`.
+"""
+
+# Shapes in this file: B questions of one batch, T tokens of the longest
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pst_dist.arms import ARMS, Segment
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.tasks import Task
+from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.saved import answer_generation_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a student gave for one question."""
+
+    text: str
+    """All that was generated, special tokens left out; with a given rationale that stands before it."""
+    answer_text: str
+    """The answer's raw text: what stands before the stop token; for pre_thinking what stands between the format's
+    answer marker and it, and "" when the marker never came."""
+    answer_tokens: int
+    """Tokens generated up to and including the stop token; all of them when it never came."""
+    complete: bool
+    """Whether the stop token came."""
+    token_ids: list[int]
+    """The generated tokens, the one that ended the generation included."""
+    probability: float
+    """What the student gives these tokens together, each after those before it; 1 when none was generated."""
+    thought_first: bool = False
+    """Whether a rationale stands before the answer in `text`."""
+
+
+def decode_answers(
+    model: Any,
+    tokenizer: Any,
+    fmt: AnswerFormat,
+    questions: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    given: Sequence[str] | None = None,
+    other: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Decoded]:
+    """Answer every question greedily; the results are in the order of `questions`.
+
+    Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
+    max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
+    longest prompt sets the limit, and a question that fills them all is left unanswered. `given` are rationales that
+    pre_thinking is taken to have written, one a question; arms that answer first have not come to theirs yet when the
+    answer is there. `other` has an adaptive student think first. `on_batch` is told how many questions each batch has
+    finished. The model is decoded in evaluation mode and left in the mode it had.
+    """
+    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
+    asked = ARMS[fmt.arm].asked[-1 if other else 0]
+    before = fmt.semantic_before and Segment.SEMANTIC in asked.order
+    semantic = [layout.semantic_id] * (fmt.semantic_tokens if before else 0)
+    thoughts = [[]] * len(questions) if given is None or not asked.thinks_first else _thoughts(layout, given)
+    contexts = [
+        _context(model, layout.prompt_ids(question, other=other), [*semantic, *thought])
+        for question, thought in zip(questions, thoughts, strict=True)
+    ]
+    settings = answer_generation_config(model, tokenizer, fmt)
+    decoded: list[Decoded | None] = [None] * len(questions)
+    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
+        for row, (ids, probability) in zip(rows, generated, strict=True):
+            # Nothing follows the stop token; an end-of-sequence token without one ends an answer that is not complete.
+            text = text_of(tokenizer, [*thoughts[row], *ids])
+            decoded[row] = Decoded(
+                text=text,
+                answer_text=text.partition(fmt.answer_marker.strip())[2] if asked.thinks_first else text,
+                answer_tokens=len(ids),
+                complete=layout.stop_id in ids,
+                token_ids=ids,
+                probability=probability,
+                thought_first=asked.thinks_first,
+            )
+        if on_batch is not None:
+            on_batch(len(rows))
+    return [answer for answer in decoded if answer is not None]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What stands before the first generated token."""
+
+    prompt: list[int]
+    """What a causal model continues, or what an encoder reads."""
+    decoder: list[int]
+    """What a decoder continues, its start token first; empty for a causal model."""
+
+
+def _context(model: Any, prompt: list[int], produced: list[int]) -> _Context:
+    """A prompt and what the student is taken to have produced already."""
+    if model.config.is_encoder_decoder:
+        return _Context(prompt, [model.config.decoder_start_token_id, *produced])
+    return _Context([*prompt, *produced], [])
+
+
+def _thoughts(layout: Layout, rationales: Sequence[str]) -> list[list[int]]:
+    """Tokens of each rationale and the marker; cut to half of max_length, so that an answer has room."""
+    tokenizer, fmt = layout.tokenizer, layout.format
+    marker = tokenizer(fmt.answer_marker, add_special_tokens=False)["input_ids"]
+    bodies = tokenizer([f" {text}" for text in rationales], add_special_tokens=False)["input_ids"]
+    return [[*body[: fmt.max_length // 2], *marker] for body in bodies]
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, special tokens left out and no space moved."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _generate(
+    model: Any, contexts: Sequence[_Context], settings: Any, batch_size: int, max_new_tokens: int
+) -> Iterator[tuple[list[int], list[tuple[list[int], float]]]]:
+    """Batches of (row indices, generated ids and their probability of each), each row cut after its first end token."""
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    rooms = [_room(model, context) for context in contexts]
+    full = [row for row, room in enumerate(rooms) if room < 1]
+    if full:
+        log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), max_positions(model))
+        yield full, [([], 1.0) for _ in full]
+    with _evaluation_mode(model, settings):
+        for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], batch_size):
+            most = min(max_new_tokens, *(rooms[row] for row in rows))
+            output, log_probabilities = _generate_batch(
+                model, [contexts[row] for row in rows], settings.pad_token_id, most
+            )
+            cut = [_until_end(ids, ends) for ids in output]
+            sums = [sum(own[: len(ids)]) for ids, own in zip(cut, log_probabilities, strict=True)]
+            yield rows, [(ids, math.exp(total)) for ids, total in zip(cut, sums, strict=True)]
+
+
+def _batches(contexts: Sequence[_Context], rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """The rows sorted by length and cut; decoders that start with different lengths never share a batch.
+
+    So a decoder needs no padding on its left, which not every encoder-decoder takes.
+    """
+    batch: list[int] = []
+    for row in sorted(rows, key=lambda row: (len(contexts[row].decoder), len(contexts[row].prompt))):
+        if batch and (len(batch) == batch_size or len(contexts[row].decoder) != len(contexts[batch[0]].decoder)):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens that a model has positions for; None when its positions are relative, as T5's are."""
+    # A model put together from two has them in each half.
+    half = getattr(model.config, "decoder", model.config)
+    positions = getattr(half, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _room(model: Any, context: _Context) -> int:
+    """Tokens that can be generated after a context; under 1 when it fills the model's positions."""
+    positions = max_positions(model)
+    if positions is None:
+        return 2**31
+    if context.decoder and len(context.prompt) <= positions:
+        return positions - len(context.decoder)
+    return positions - len(context.prompt)
+
+
+class _Watching:
+    """A logits processor that changes nothing and keeps the log probability of each step's greedy token."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.float().log_softmax(-1).amax(-1))
+        return scores
+
+
+def _generate_batch(
+    model: Any, batch: Sequence[_Context], pad: int, most: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The ids that `generate` adds to each context, padding included, and the log probability of each."""
+    device = model.get_input_embeddings().weight.device
+    length = max(len(context.prompt) for context in batch)
+    seq2seq = bool(batch[0].decoder)
+    ids, mask = [], []
+    for context in batch:
+        fill = length - len(context.prompt)
+        # A causal model continues at the right edge, so what is missing stands on the left.
+        ids.append(context.prompt + [pad] * fill if seq2seq else [pad] * fill + context.prompt)
+        ones = [1] * len(context.prompt)
+        mask.append(ones + [0] * fill if seq2seq else [0] * fill + ones)
+    inputs = {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+    start = length
+    if seq2seq:
+        inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
+        start = len(batch[0].decoder)
+    watching = _Watching()
+    with torch.no_grad():
+        output_BT = model.generate(**inputs, max_new_tokens=most, logits_processor=[watching])
+    return output_BT[:, start:].tolist(), torch.stack(watching.steps, dim=1).tolist()
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Up to and including the first end token; what follows is padding."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: Any, settings: Any) -> Iterator[None]:
+    """Evaluation mode and our generation settings, which replace the model's own until the end of the block.
+
+    Merely passing settings would let a pretrained model's repetition penalty and the like through, which the
+    export does not have.
+    """
+    was_training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+def decode_rationales(
+    model: Any,
+    tokenizer: Any,
+    fmt: AnswerFormat,
+    questions: Sequence[str],
+    answers: Sequence[Decoded],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """The rationale of each answer, in order; "" where the arm writes none.
+
+    Answer-first arms go on after the answer (and the semantic token) until the end-of-sequence token, so an answer
+    that was not complete has "" too; the prefix arm is asked anew with its own prompt; pre_thinking has written it
+    already, before the marker, and so has an adaptive student where it thought first.
+    """
+    arm = ARMS[fmt.arm]
+    if not fmt.writes_rationale or not arm.needs_rationale:
+        return [""] * len(questions)
+    marker = fmt.answer_marker.strip()
+    rationales = [answer.text.partition(marker)[0].strip() if answer.thought_first else "" for answer in answers]
+    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
+    contexts, owners = [], []
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        if answer.thought_first:
+            continue
+        if arm.name == "prefix":
+            contexts.append(_context(model, layout.prompt_ids(question, other=True), []))
+        elif answer.complete:
+            semantic = [layout.semantic_id] * (fmt.semantic_tokens if arm.aligned else 0)
+            before, after = (semantic, []) if fmt.semantic_before else ([], semantic)
+            contexts.append(_context(model, layout.prompt_ids(question), [*before, *answer.token_ids, *after]))
+        else:
+            continue
+        owners.append(row)
+    settings = answer_generation_config(model, tokenizer, fmt)
+    settings.eos_token_id = tokenizer.eos_token_id
+    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
+        for row, (ids, _) in zip(rows, generated, strict=True):
+            rationales[owners[row]] = text_of(tokenizer, ids).strip()
+    return rationales
+
+
+def predict(task: Task, fmt: AnswerFormat, decoded: Decoded) -> str | None:
+    """The cleansed answer of one generation; None is a parse failure.
+
+    An answer at once is scored on the text before the stop token. For one after a rationale it is Fine-tune-CoT's
+    rule: the first candidate after the marker, or the last of the whole text when the marker never came.
+    """
+    if decoded.thought_first:
+        return task.extract(decoded.text, fmt.answer_marker.strip())
+    return task.cleanse(decoded.answer_text)
+
+
+def is_right(task: Task, fmt: AnswerFormat, sample: ReasoningSample, answer: Decoded) -> bool:
+    """Whether a generation answers a sample."""
+    return task.is_correct(predict(task, fmt, answer), sample.answer)

@@ -1,0 +1,233 @@
+"""How an arm turns a sample into tokens: which segments, in which order, and which of them is supervised.
+
+The same `AnswerFormat` is saved with the student, so
+training, evaluation and the exported model render a question in exactly one way.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Arm, Asked, Segment
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How questions are put to a student and where its answer ends; saved beside its weights as `pst.json`."""
+
+    arm: str
+    prompt: str
+    answer_marker: str
+    max_length: int
+    semantic_position: str
+    semantic_tokens: int
+    writes_rationale: bool = True
+    """Whether the student learnt to write rationales; without a loss on their tokens there is none to ask for."""
+    stop_token: str = STOP_TOKEN
+    semantic_token: str = SEMANTIC_TOKEN
+    think_below: float | None = None
+    """An exported adaptive student's: it thinks first where its answer at once has less than this probability."""
+
+    @classmethod
+    def of(cls, config: Config) -> AnswerFormat:
+        """The format that a config describes; raises ConfigError for a template without {question}."""
+        layout = config.layout
+        if layout.prompt.count("{question}") != 1:
+            raise ConfigError(f"layout.prompt: {layout.prompt!r} must hold {{question}} exactly once")
+        if not layout.answer_marker.strip():
+            raise ConfigError("layout.answer_marker is blank: the answer after a rationale could not be found")
+        return cls(
+            arm=config.arm,
+            prompt=layout.prompt,
+            answer_marker=layout.answer_marker,
+            max_length=layout.max_length,
+            semantic_position=layout.semantic_position,
+            semantic_tokens=layout.semantic_tokens,
+            writes_rationale=ARMS[config.arm].needs_rationale and config.loss.rationale_weight > 0,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for `pst.json`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def render(self, question: str, *, other: bool = False) -> str:
+        """The text that is put to the student; `other` asks for the second thing that its arm learnt, where it did."""
+        asked = ARMS[self.arm].asked
+        return self.prompt.replace("{question}", asked[-1 if other else 0].prefix + question)
+
+    @property
+    def semantic_before(self) -> bool:
+        """Whether a semantic token is part of what precedes the answer."""
+        return ARMS[self.arm].aligned and self.semantic_position == "before"
+
+    def order(self, asked: Asked) -> tuple[Segment, ...]:
+        """Segments after the prompt, with the semantic token where this format puts it."""
+        if self.semantic_before and Segment.SEMANTIC in asked.order:
+            return (Segment.SEMANTIC, *(segment for segment in asked.order if segment is not Segment.SEMANTIC))
+        return asked.order
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: what is given, what is to be produced, and who owns each produced token."""
+
+    sample_id: str
+    rationale: int
+    """Index into the sample's rationales; joins the teacher's embedding."""
+    prompt_ids: list[int]
+    target_ids: list[int]
+    segments: list[Segment]
+    """One a target token."""
+    truncated: bool
+    """Whether the rationale lost its end to max_length."""
+
+
+class Layout:
+    """Tokenises samples for one arm; a pure function of sample, rationale index and settings.
+
+    An encoder-decoder's prompt and target each have max_length tokens; a causal model's share them.
+    `keep_rationale=False` leaves the rationale's tokens out where no loss reads them (PST's pure reading).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        fmt: AnswerFormat,
+        *,
+        is_encoder_decoder: bool,
+        keep_rationale: bool = True,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        self.tokenizer, self.format, self.arm = tokenizer, fmt, ARMS[fmt.arm]
+        self.is_encoder_decoder = is_encoder_decoder
+        self.keep_rationale, self.shuffle_seed = keep_rationale, shuffle_seed
+        self.stop_id = tokenizer.convert_tokens_to_ids(fmt.stop_token)
+        self.semantic_id = tokenizer.convert_tokens_to_ids(fmt.semantic_token)
+        self.reserved = (fmt.stop_token, fmt.semantic_token)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_ids(self, question: str, *, other: bool = False) -> list[int]:
+        """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program."""
+        return list(self.tokenizer(self.format.render(question, other=other))["input_ids"])
+
+    def sequences(self, sample: ReasoningSample, rationale: int = 0) -> list[Sequence]:
+        """One sequence (two in the arms prefix and adaptive) for a sample.
+
+        Raises DataError when the arm needs a rationale and the sample has none, when a text holds one of our
+        special tokens, or when question and answer alone exceed max_length. A rationale that does not fit loses
+        its end; the answer never loses a token.
+        """
+        where = sample.source or sample.id
+        if self.arm.needs_rationale and not sample.rationales:
+            raise DataError(
+                f"sample {sample.id} has no rationale, which arm {self.arm.name} needs",
+                "give it one, or train arm=answer_only",
+                path=where,
+            )
+        texts = (sample.question, sample.answer, *sample.rationales)
+        if any(token in text for token in self.reserved for text in texts):
+            raise DataError(f"sample {sample.id} holds {' or '.join(self.reserved)}", "remove it", path=where)
+        return [
+            self._sequence(sample, rationale, self.format.order(asked), other=index > 0, where=where)
+            for index, asked in enumerate(self.arm.asked)
+        ]
+
+    def _sequence(
+        self, sample: ReasoningSample, rationale: int, order: tuple[Segment, ...], *, other: bool, where: str
+    ) -> Sequence:
+        prompt = self.prompt_ids(sample.question, other=other)
+        parts = {
+            Segment.ANSWER: [*self._plain(" " + sample.answer), self.stop_id],
+            Segment.SEMANTIC: [self.semantic_id] * self.format.semantic_tokens,
+        }
+        truncated = False
+        with_rationale = Segment.RATIONALE in order and self.keep_rationale
+        thinks_first = with_rationale and Segment.ANSWER in order[order.index(Segment.RATIONALE) :]
+        marker = self._plain(self.format.answer_marker) if thinks_first else []
+        fixed = sum(len(parts[segment]) for segment in order if segment in parts) + len(marker)
+        taken = fixed if self.is_encoder_decoder else fixed + len(prompt)
+        if max(taken, len(prompt)) > self.format.max_length:
+            raise DataError(
+                f"sample {sample.id}: question and answer take {max(taken, len(prompt))} tokens, layout.max_length "
+                f"is {self.format.max_length}",
+                "raise layout.max_length or leave the row out",
+                path=where,
+            )
+        if with_rationale:
+            body = self._plain(" " + sample.rationales[rationale])
+            if self.shuffle_seed is not None:
+                random.Random(f"{self.shuffle_seed}/{sample.id}/{rationale}").shuffle(body)
+            if not thinks_first:
+                body.append(self.tokenizer.eos_token_id)
+            room = self.format.max_length - taken
+            truncated = len(body) > room
+            parts[Segment.RATIONALE] = body[:room] + marker
+        target: list[int] = []
+        segments: list[Segment] = []
+        for segment in order:
+            piece = parts.get(segment, [])
+            target += piece
+            segments += [segment] * len(piece)
+        return Sequence(sample.id, rationale, prompt, target, segments, truncated)
+
+
+def forward_passes(arm: Arm, laid_out: list[list[Sequence]]) -> list[list[Sequence]]:
+    """Which sequences go through the student together: those with a rationale, and those without.
+
+    `laid_out` has the sequences of each sample, as `Layout.sequences` gives them. In one batch an answer alone
+    would be padded to the length of the rationales beside it.
+    """
+    writes = [Segment.RATIONALE in asked.order for asked in arm.asked]
+    return [
+        [sequence for sample in laid_out for sequence, one in zip(sample, writes, strict=True) if one is kind]
+        for kind in dict.fromkeys(writes)
+    ]
+
+
+def layout_for(config: Config, tokenizer: Any, *, is_encoder_decoder: bool) -> Layout:
+    """The layout of a config's arm; the rationale's tokens stay out where neither a loss nor a pool reads them.
+
+    Raises ConfigError for an arm that must write its rationale but is given no loss for it.
+    """
+    arm, loss = ARMS[config.arm], config.loss
+    if any(asked.order[0] is Segment.RATIONALE for asked in arm.asked) and loss.rationale_weight == 0:
+        raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
+    return Layout(
+        tokenizer,
+        AnswerFormat.of(config),
+        is_encoder_decoder=is_encoder_decoder,
+        keep_rationale=loss.rationale_weight > 0 or (loss.pooling == "span" and arm.aligned),
+        shuffle_seed=config.seed if loss.control == "shuffle_rationale_tokens" else None,
+    )
+
+
+def variant_of(config: Config) -> list[str]:
+    """What sets a run apart from its arm's plain form: the controls and ablations, in words."""
+    words = {"shuffle_embeddings": "shuffled embeddings", "shuffle_rationale_tokens": "shuffled rationale tokens"}
+    variant = [words[config.loss.control]] if config.loss.control in words else []
+    arm = ARMS[config.arm]
+    if arm.aligned and config.loss.alignment_weight == 0:
+        variant.append("no alignment")
+    if arm.needs_rationale and config.loss.rationale_weight == 0:
+        variant.append("no rationale tokens")
+    if arm.aligned and config.layout.semantic_position == "before":
+        variant.append("semantic token before")
+    if arm.aligned and config.loss.alignment_weight > 0 and not config.loss.centre:
+        variant.append("not centred")
+    if arm.aligned and config.loss.alignment_weight > 0:
+        loss = config.loss
+        variant += ["whitened"] if loss.whiten else []
+        variant += [f"layer {loss.layer}"] if loss.layer is not None else []
+        variant += ["mean of all rationales"] if loss.rationales == "mean" else []
+    if not arm.answers_first and config.evaluate.rationale != "own":
+        variant.append(f"given {config.evaluate.rationale} rationales")
+    if arm.needs_rationale and config.data.wrong_rationales:
+        variant.append(f"{100 * config.data.wrong_rationales:g} % wrong rationales")
+    return variant

@@ -1,0 +1,150 @@
+"""Where the student's Hugging Face model comes from: random weights, a hub id or folder, or an encoder's weights.
+
+What is made of a model in training is `student`, how an encoder becomes one that writes `warm_start`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pst_dist.config.schema import Config, FreshConfig, StudentConfig
+from pst_dist.errors import ConfigError
+from pst_dist.models.locate import cannot_load
+from pst_dist.student.warm_start import warm_model, warm_shape
+
+
+def build_model(config: Config, tokenizer: Any) -> Any:
+    """The student's Hugging Face model with its weights: from a hub id or folder, an encoder, or random ones.
+
+    Raises InputError or EnvironmentFault when it cannot be loaded, ConfigError for one that cannot write.
+    """
+    settings = config.student
+    if settings.model_name_or_path is None:
+        model = fresh_model(
+            settings.fresh,
+            tokenizer,
+            max_length=config.layout.max_length,
+            attn_implementation=settings.attn_implementation,
+        )
+    elif warm_shape(settings) is not None:
+        model = warm_model(settings, tokenizer, max_length=config.layout.max_length)
+    else:
+        model = _pretrained_model(settings.model_name_or_path, settings)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            # A multiple of 64 keeps the head's matrix products on the fast path of tensor cores.
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    _check_architecture(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_implementation: str | None = None) -> Any:
+    """A randomly initialised model of the given shape; positions for max_length tokens and an answer beyond."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    vocabulary = -(-len(tokenizer) // 8) * 8
+    ends: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if fresh.architecture != "t5":
+        ends["tie_word_embeddings"] = fresh.tie_word_embeddings
+    if attn_implementation is not None:
+        ends["attn_implementation"] = attn_implementation
+    if fresh.architecture == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=max_length,
+                n_embd=fresh.hidden_size,
+                n_layer=fresh.num_layers,
+                n_head=fresh.num_heads,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **ends,
+            )
+        )
+    if fresh.architecture == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=fresh.hidden_size,
+                intermediate_size=4 * fresh.hidden_size,
+                num_hidden_layers=fresh.num_layers,
+                num_attention_heads=fresh.num_heads,
+                max_position_embeddings=max_length,
+                **ends,
+            )
+        )
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=fresh.hidden_size,
+            d_kv=fresh.hidden_size // fresh.num_heads,
+            d_ff=4 * fresh.hidden_size,
+            num_layers=fresh.num_layers,
+            num_heads=fresh.num_heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            **(ends | {"decoder_start_token_id": tokenizer.pad_token_id}),
+        )
+    )
+
+
+def is_encoder_decoder(settings: StudentConfig) -> bool:
+    """Whether a config's student has an encoder of its own; reads a named model's config, no weights."""
+    if settings.model_name_or_path is None:
+        return settings.fresh.architecture == "t5"
+    shape = warm_shape(settings)
+    if shape is not None:
+        return shape == "encoder_decoder"
+    return bool(pretrained_shape(settings.model_name_or_path, settings.revision).is_encoder_decoder)
+
+
+def _pretrained_model(name: str, settings: StudentConfig) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    shape = pretrained_shape(name, settings.revision)
+    if shape.model_type == "bert" and not shape.is_decoder:
+        # AutoModelForCausalLM would take it, and let every token see those after it.
+        raise ConfigError(
+            "an encoder reads but does not write",
+            "set student.warm_start to causal or encoder_decoder: the student then starts from its weights",
+            path=name,
+        )
+    try:
+        family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
+        extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+        return family.from_pretrained(name, revision=settings.revision, dtype=torch.float32, **extra)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: weights cut short
+        raise cannot_load("the student", name, "config.json and weights", error) from error
+
+
+def pretrained_shape(name: str, revision: str | None) -> Any:
+    """The Hugging Face config of a model by id or folder; raises InputError or EnvironmentFault."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load("the student", name, "config.json and weights", error) from error
+
+
+def _check_architecture(model: Any) -> None:
+    """Raise ConfigError for a model without a language-model head, which could not answer."""
+    if model.get_output_embeddings() is None:
+        raise ConfigError(f"{type(model).__name__} has no language-model head: name a causal or seq2seq model")

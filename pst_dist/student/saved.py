@@ -1,0 +1,159 @@
+"""A student as a folder: written with its answer format and alignment head, verified, and loaded again.
+
+Training writes it as `best`, the export is made from it, and everything that answers questions loads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pst_dist.errors import InputError, IntegrityError
+from pst_dist.logs import quiet_libraries
+from pst_dist.storage.atomic import atomic_directory
+from pst_dist.storage.manifest import (
+    Manifest,
+    all_files,
+    describe_files,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+)
+from pst_dist.student.finite import refuse_non_finite
+from pst_dist.student.layout import AnswerFormat
+
+HEAD_FILE = "alignment_head.safetensors"
+
+
+log = logging.getLogger(__name__)
+FORMAT_FILE = "pst.json"
+
+
+def save_student(
+    model: Any,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    fmt: AnswerFormat,
+    directory: Path,
+    *,
+    fingerprint: str,
+    extra: dict[str, Any],
+) -> Manifest:
+    """Write a student as a Hugging Face folder with its answer format and alignment head, replacing an older one.
+
+    `model` is the Hugging Face model that was trained, `weights` are `Engine.full_weights()`: its own under `model.`,
+    the alignment head's as `head.weight`; call on rank zero only. Raises DivergedError when one is not finite.
+    """
+    quiet_libraries()
+    refuse_non_finite(((f"weight {name}", value) for name, value in weights.items()), directory)
+    with atomic_directory(directory) as partial:
+        plain = plain_model(model, weights)
+        plain.generation_config = answer_generation_config(plain, tokenizer, fmt)
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_head(weights.get("head.weight"), partial)
+        write_json(partial / FORMAT_FILE, fmt.to_json())
+        manifest = Manifest("student", fingerprint, describe_files(partial, all_files(partial)), extra)
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def is_intact_student(directory: Path) -> bool:
+    """Whether a student that `save_student` wrote is there with every byte right."""
+    try:
+        manifest = read_manifest(directory, "student")
+        if manifest is None:
+            return False
+        verify_files(directory, manifest)
+    except IntegrityError as error:
+        log.warning("the best student is damaged and will be made again: %s", error)
+        return False
+    return True
+
+
+def plain_model(model: Any, weights: dict[str, Tensor]) -> Any:
+    """The Hugging Face model alone with the given weights, on the CPU, whatever the engine has partitioned."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    state = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+    state |= {
+        name: value.detach().cpu() for name, value in model.state_dict().items() if name in dict(model.named_buffers())
+    }
+    _, unexpected = plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
+    left = [name for name, value in plain.named_parameters() if value.is_meta]
+    if left or unexpected:
+        raise IntegrityError(f"the student lacks weights for {', '.join([*left, *unexpected][:3])}")
+    return plain.eval()
+
+
+def answer_generation_config(model: Any, tokenizer: Any, fmt: AnswerFormat) -> Any:
+    """Greedy decoding that ends at the answer stop: every server that reads eos_token_id then stops there too."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(fmt.stop_token)],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=256,
+    )
+    if model.config.is_encoder_decoder:
+        config.decoder_start_token_id = model.config.decoder_start_token_id
+    elif tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    return config
+
+
+def save_head(weight: Tensor | None, directory: Path) -> None:
+    """Write the alignment head's [E, D] weight beside a student; nothing where the arm has none."""
+    if weight is None:
+        return
+    from safetensors.torch import save_file
+
+    save_file({"weight": weight.float().contiguous()}, directory / HEAD_FILE)
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """A trained student, ready to answer."""
+
+    model: Any
+    tokenizer: Any
+    format: AnswerFormat
+    manifest: Manifest
+    directory: Path
+
+
+def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
+    """The student that training left in `directory`, or an export of it, on `device` (the best one when not given).
+
+    Every file is compared with its digest first. Raises InputError when there is no finished student and
+    IntegrityError when it is damaged.
+    """
+    quiet_libraries()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    # An export is told by its model card.
+    manifest = read_manifest(directory, "export" if (directory / "README.md").is_file() else "student")
+    if manifest is None:
+        raise InputError("there is no trained student here", "run `pst train` first", path=directory)
+    verify_files(directory, manifest)
+    try:
+        fmt = AnswerFormat(**read_json(directory / FORMAT_FILE))
+        seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
+        auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return LoadedStudent(model, tokenizer, fmt, manifest, directory)

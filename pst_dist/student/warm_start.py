@@ -1,0 +1,193 @@
+"""A student that starts from a BERT encoder's weights: for language tasks where no pretrained decoder can be had.
+
+The encoder becomes a causal model, or both halves of an encoder-decoder whose cross attention is new (Rothe et al.,
+arXiv 1907.12461), in transformers' BertGeneration classes: BERT without pooler and token types, its head the tied
+embeddings. What is exported therefore loads with stock transformers. The tokenizer is the encoder's WordPiece, made to
+write what answers consist of: numbers with their marks, the arrow before an answer, choice letters. Everything else is
+lower-cased as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from typing import Any, Literal
+
+from pst_dist.arms import SEMANTIC_TOKEN, STOP_TOKEN
+from pst_dist.config.schema import StudentConfig
+from pst_dist.errors import ConfigError
+from pst_dist.models.locate import locate_encoder
+
+MINILM = "minilm"
+CAPITALS = string.ascii_uppercase
+"""A capital letter that stands alone stays one: the answers of multiple choice."""
+VOCABULARY_MULTIPLE = 64
+"""Rows of the embedding matrix are a multiple of this: it keeps the head's products on the fast path of GPUs."""
+_FIRST, _LAST, _PADDING, _UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
+# What stays one word for WordPiece, whose pieces then say that no space was between them: 1,051.50 and 04/30/2021,
+# a sign before digits, an arrow; words; any other mark by itself, as BERT has it.
+_WORDS = r"(?:(?<![\w)\].])-)?\d+(?:[.,:/]\d+)+|(?<![\w)\].])-\d+|[-=<>+*~|]{2,}|\w+|[^\w\s]"
+
+
+def warm_shape(settings: StudentConfig) -> Literal["causal", "encoder_decoder"] | None:
+    """What is made of a named encoder; None for a student that is none: fresh, or a language model already."""
+    if settings.model_name_or_path is None:
+        return None
+    return settings.warm_start or ("causal" if settings.model_name_or_path == MINILM else None)
+
+
+def warm_checkpoint(settings: StudentConfig) -> str:
+    """Folder or hub id of the encoder; raises EnvironmentFault when `minilm`'s package is not installed."""
+    name = str(settings.model_name_or_path)
+    return str(locate_encoder(MINILM)) if name == MINILM else name
+
+
+def warm_tokenizer(settings: StudentConfig) -> Any:
+    """The encoder's WordPiece in a form that writes answers; our special tokens are not in it yet.
+
+    It begins a prompt with [CLS], and ends one with [SEP], its end-of-sequence token, where an encoder reads it. Raises
+    ConfigError when the encoder's tokenizer is no WordPiece, InputError or EnvironmentFault when it cannot be loaded.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from pst_dist.models.locate import cannot_load
+
+    name = warm_checkpoint(settings)
+    try:
+        theirs = AutoTokenizer.from_pretrained(name, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load("the student's tokenizer", name, "tokenizer.json", error) from error
+    backend: Any = getattr(theirs, "backend_tokenizer", None)
+    kind = json.loads(backend.to_str())["model"]["type"] if backend is not None else type(theirs).__name__
+    if kind != "WordPiece":
+        raise ConfigError(f"student.warm_start takes a BERT encoder, the tokenizer here is {kind}", path=name)
+    core = Tokenizer.from_str(backend.to_str())
+    core.no_padding()
+    core.no_truncation()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")]
+    )
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    ends = [(token, core.token_to_id(token)) for token in (_FIRST, _LAST)]
+    last = f" {_LAST}" if warm_shape(settings) == "encoder_decoder" else ""
+    core.post_processor = processors.TemplateProcessing(single=f"{_FIRST} $A{last}", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=_FIRST,
+        eos_token=_LAST,
+        pad_token=_PADDING,
+        unk_token=_UNKNOWN,
+        model_max_length=getattr(theirs, "model_max_length", None),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in CAPITALS])
+    return tokenizer
+
+
+def warm_model(settings: StudentConfig, tokenizer: Any, *, max_length: int) -> Any:
+    """The causal or encoder-decoder model of `settings`, float32, with the encoder's weights.
+
+    Only cross attention is drawn from the global generator. Raises ConfigError for another architecture than BERT's
+    and for a `max_length` beyond its positions, InputError or EnvironmentFault when it cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModel, BertGenerationDecoder, EncoderDecoderConfig, EncoderDecoderModel
+
+    from pst_dist.models.locate import cannot_load
+
+    name = warm_checkpoint(settings)
+    try:
+        encoder = AutoModel.from_pretrained(name, revision=settings.revision, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise cannot_load("the student", name, "config.json and weights", error) from error
+    _check_encoder(encoder.config, max_length, name)
+    weights = _widened(encoder.state_dict(), tokenizer)
+    rows = len(weights["embeddings.word_embeddings.weight"])
+    model: Any
+    if warm_shape(settings) == "causal":
+        model = BertGenerationDecoder(_config(encoder.config, rows, tokenizer, settings, is_decoder=True))
+        _fill(model.bert, weights)
+        return model
+    configs = (
+        _config(encoder.config, rows, tokenizer, settings, is_decoder=False),
+        _config(encoder.config, rows, tokenizer, settings, is_decoder=True, add_cross_attention=True),
+    )
+    whole = EncoderDecoderConfig.from_encoder_decoder_configs(
+        *configs,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        # Of each half by itself: transformers has no way to say that both share one matrix.
+        tie_word_embeddings=False,
+    )
+    model = EncoderDecoderModel(config=whole)
+    _fill(model.encoder, weights)
+    _fill(model.decoder.bert, weights)
+    return model
+
+
+def _check_encoder(config: Any, max_length: int, name: str) -> None:
+    if config.model_type != "bert" or config.is_decoder:
+        raise ConfigError(f"student.warm_start takes a BERT encoder, this is {config.model_type}", path=name)
+    if max_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"layout.max_length is {max_length}, this encoder has {config.max_position_embeddings} positions",
+            f"set layout.max_length={config.max_position_embeddings} or less",
+        )
+
+
+def _config(bert: Any, rows: int, tokenizer: Any, settings: StudentConfig, **role: bool) -> Any:
+    from transformers import BertGenerationConfig
+
+    same = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"),
+        *("initializer_range", "layer_norm_eps"),
+    )
+    extra: dict[str, Any] = {key: getattr(bert, key) for key in same}
+    if settings.attn_implementation:
+        extra["attn_implementation"] = settings.attn_implementation
+    return BertGenerationConfig(
+        vocab_size=rows,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **extra | role,
+    )
+
+
+def _widened(weights: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """BERT's weights by their names in BertGeneration, with a row for each token that is new.
+
+    A new row starts as the one nearest in meaning: capitals as their small letters, the answer stop as [SEP], the
+    semantic token as [CLS]. Marks glued to digits (`##.`), which BERT's own words never hold, start as the marks.
+    """
+    import torch
+
+    words = weights["embeddings.word_embeddings.weight"]
+    rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    wide = torch.cat([words, words.mean(0, keepdim=True).expand(max(0, rows - len(words)), -1)]).clone()
+    like = {capital: capital.lower() for capital in CAPITALS}
+    like |= {f"##{mark}": mark for mark in string.punctuation} | {STOP_TOKEN: _LAST, SEMANTIC_TOKEN: _FIRST}
+    known = tokenizer.get_vocab()
+    for token, model in like.items():
+        if token in known and known.get(model, rows) < len(words):
+            wide[known[token]] = words[known[model]]
+    kept = {
+        key: value
+        for key, value in weights.items()
+        if not key.startswith(("pooler.", "embeddings.token_type_embeddings.")) and not key.endswith("position_ids")
+    }
+    # Every token of a single text has token type 0, so that row is part of each position.
+    places = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
+    return kept | {"embeddings.word_embeddings.weight": wide, "embeddings.position_embeddings.weight": places}
+
+
+def _fill(half: Any, weights: dict[str, Any]) -> None:
+    """Copy the encoder's weights into one half; everything but cross attention must be there."""
+    missing, unexpected = half.load_state_dict(weights, strict=False)
+    left = [name for name in missing if ".crossattention." not in name]
+    if left or unexpected:
+        raise ConfigError(f"not the weights of a BERT encoder: {', '.join([*left, *unexpected])[:120]}")

@@ -1,0 +1,118 @@
+"""A step that must not move the weights, and what follows: it is skipped, training goes back, or it stops.
+
+A step is bad when its loss or its gradient is not finite or, where `train.spike_factor` asks for it, when its loss is
+far above what the last steps had. Judged are sums over the global batch, which every rank has, and what happened before
+stands in the run's state: so all ranks answer alike, and so do a resumed run and another number of ranks.
+The order of samples does not change. Going back takes the weights of the newest checkpoint and trains on with the batch
+after the bad one: those between are passed over, since any of them may have spoilt the weights.
+Computing a step and leaving the weights alone is `train_step`'s and the engines'.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from dataclasses import replace
+
+from torch import Tensor
+
+from pst_dist.config.schema import TrainConfig
+from pst_dist.errors import DivergedError
+from pst_dist.student.finite import LOWER_THE_RATE
+from pst_dist.training.loss import TERMS
+from pst_dist.training.state import RunState
+
+MOST_IN_A_ROW = 2
+"""Bad steps that are skipped one after the other; the next one shows that it is not the batches."""
+
+
+class Answer(enum.Enum):
+    """What is done about a bad step."""
+
+    SKIP = "skip"
+    ROLL_BACK = "roll back"
+    STOP = "stop"
+
+
+def loss_fault(sums: Tensor) -> str | None:
+    """What is wrong with the [3] sums of a step's terms, in the order of `loss.TERMS`; None when all are finite."""
+    bad = [name for name, value in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(value)]
+    return f"the {' and '.join(bad)} loss is not finite" if bad else None
+
+
+def gradient_fault(norm: float) -> str | None:
+    """What is wrong with a step's gradient, told by its norm."""
+    return None if math.isfinite(norm) else f"the gradient norm is {norm}"
+
+
+def spike_fault(loss: float, state: RunState, train: TrainConfig) -> str | None:
+    """What is wrong with a finite loss that jumps; None before `train.spike_window` good steps were seen."""
+    recent = state.recent_losses
+    if train.spike_factor is None or len(recent) < train.spike_window:
+        return None
+    usual = statistics.median(recent)
+    if loss <= train.spike_factor * usual:
+        return None
+    return f"the loss {loss:.4g} is over {train.spike_factor:g} times {usual:.4g}, the median of {len(recent)} steps"
+
+
+def after_good_step(state: RunState, loss: float, train: TrainConfig) -> RunState:
+    """The state with what a later judgement needs of this step's loss."""
+    if train.spike_factor is None:
+        return replace(state, recent_losses=[]) if state.recent_losses else state
+    return replace(state, recent_losses=[*state.recent_losses, loss][-train.spike_window :])
+
+
+def answer_to(state: RunState, train: TrainConfig) -> Answer:
+    """What to do about the step after `state.step`, which is bad.
+
+    Skipped are at most `train.skip_bad_steps` since the last time that training went back, and not three in a row.
+    """
+    since = state.rollbacks[-1][1] if state.rollbacks else 0
+    skipped = [step for step in state.skipped_steps if step > since]
+    in_a_row = 0
+    while state.step - in_a_row in skipped:
+        in_a_row += 1
+    if len(skipped) < train.skip_bad_steps and in_a_row < MOST_IN_A_ROW:
+        return Answer.SKIP
+    return Answer.ROLL_BACK if len(state.rollbacks) < train.max_rollbacks else Answer.STOP
+
+
+def after_skip(state: RunState) -> RunState:
+    """The state after a bad step whose weights stayed as they were."""
+    step = state.step + 1
+    return replace(state, step=step, skipped_steps=[*state.skipped_steps, step])
+
+
+def after_rollback(state: RunState, checkpoint: RunState) -> RunState:
+    """The state at the end of a bad step, with the weights of `checkpoint` and of nothing since.
+
+    What was measured stays: the best student is on disk, and the tokens were computed.
+    """
+    step = state.step + 1
+    return replace(
+        state,
+        step=step,
+        rollbacks=[*state.rollbacks, [checkpoint.step, step]],
+        recent_losses=checkpoint.recent_losses,
+    )
+
+
+def diverged(fault: str, state: RunState, train: TrainConfig) -> DivergedError:
+    """The error with which training stops at the step after `state.step`."""
+    done = []
+    if state.skipped_steps:
+        done.append(f"{len(state.skipped_steps)} skipped before")
+    if state.rollbacks:
+        done.append(f"gone back {len(state.rollbacks)} times")
+    so_far = f" ({', '.join(done)})" if done else ""
+    options = "" if train.skip_bad_steps or train.max_rollbacks else ", train.skip_bad_steps or train.max_rollbacks"
+    return DivergedError(f"step {state.step + 1}: {fault}; no weight was moved{so_far}", f"{LOWER_THE_RATE}{options}")
+
+
+def diverged_validation(loss: float, step: int) -> DivergedError:
+    """The error with which training stops when the validation rows have no finite loss."""
+    return DivergedError(
+        f"step {step}: the loss on the validation rows is {loss}; this student is not kept", LOWER_THE_RATE
+    )

@@ -1,0 +1,272 @@
+"""From samples to batches: the order plan, the collator and the loader whose whole state is a step number.
+
+Which sample comes when is a pure function of (seed, epoch, position): step k's global batch is a slice of the
+epoch's permutation, ranks take strides of it, and each rank cuts its part into forward passes. So resuming needs
+no replay and the world size never changes what is trained on.
+"""
+
+# Shapes in this file: B sequences, T tokens, N supervised tokens, A aligned spans, E teacher width, G global keys
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pst_dist.arms import Segment
+from pst_dist.config.schema import LossConfig
+from pst_dist.data.sample import ReasoningSample, question_group
+from pst_dist.kernels.spans import Spans, Supervised
+from pst_dist.student.layout import Layout, forward_passes
+from pst_dist.student.layout import Sequence as TokenSequence
+from pst_dist.training.order import OrderPlan, rationale_of
+
+
+@dataclass(frozen=True)
+class PSTBatch:
+    """One forward pass on one rank. All index maps are built on the CPU, so nothing waits for the device."""
+
+    input_ids: Tensor
+    """[B, T] int64: prompt and target of a causal student, start token and target of a decoder."""
+    attention_mask: Tensor
+    """[B, T] int64, 1 where a token stands."""
+    segment_ids: Tensor
+    """[B, T] int64 of `Segment`."""
+    encoder_input_ids: Tensor | None
+    """[B, S] int64 prompts of an encoder-decoder student."""
+    encoder_attention_mask: Tensor | None
+    """[B, S] int64."""
+    supervised: Supervised
+    """N hidden states that predict supervised tokens: row * T + position, and the tokens."""
+    is_answer: Tensor
+    """[N] bool: the token belongs to the answer, else to the rationale."""
+    spans: Spans
+    """A aligned spans."""
+    teacher_emb: Tensor
+    """[A, E] float32, unit length."""
+    keys: Tensor
+    """[G, E] float32: teacher embeddings of the global batch and further ones, for InfoNCE; else empty."""
+    key_groups: Tensor
+    """[G] int64: equal for rows of the same question, which are not each other's negatives."""
+    key_index: Tensor
+    """[A] int64, the key that is each span's own."""
+    capacity: int
+    """The most spans that any rank's batch of this pass may hold."""
+    sample_ids: tuple[str, ...]
+    """Ids in row order."""
+
+    @property
+    def counts(self) -> Tensor:
+        """[3] float64: answer tokens, rationale tokens, aligned spans."""
+        answers = int(self.is_answer.sum())
+        return torch.tensor([answers, self.is_answer.numel() - answers, len(self.spans)], dtype=torch.float64)
+
+    def to(self, device: torch.device) -> PSTBatch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            item.name: _moved(value, device)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), (Tensor, Spans, Supervised))
+        }
+        return replace(self, **moved)
+
+
+def _moved(value: Tensor | Spans | Supervised, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+
+
+class TeacherVectors(Protocol):
+    """What the collator asks of the embeddings: a vector by sample id and rationale index."""
+
+    dimension: int
+
+    def vector(self, sample_id: str, rationale: int) -> np.ndarray:
+        """[E] float32, unit length, as the loss is to see it."""
+        ...
+
+
+class Collator:
+    """Pads token sequences to a `PSTBatch` and builds the maps that say which hidden state carries which loss."""
+
+    def __init__(
+        self,
+        *,
+        loss: LossConfig,
+        pad_id: int,
+        decoder_start_id: int | None = None,
+        teacher: TeacherVectors | None = None,
+        capacity: int = 0,
+    ) -> None:
+        """`decoder_start_id` is an encoder-decoder's, and None for a causal student.
+
+        `capacity` is the most rows of a forward pass; 0 stands for as many as there are in one.
+        """
+        self.capacity = capacity
+        self.loss, self.pad_id = loss, pad_id
+        self.decoder_start_id, self.teacher = decoder_start_id, teacher
+
+    def __call__(
+        self,
+        sequences: Sequence[TokenSequence],
+        *,
+        keys: Sequence[tuple[str, int]] = (),
+        key_groups: Sequence[int] = (),
+        muted: bool = False,
+    ) -> PSTBatch:
+        """Collate; `muted` sequences carry no loss (a rank without samples still runs its forward pass).
+
+        `keys` are (sample id, rationale index) of the global batch, `key_groups` their question groups.
+        """
+        streams, prompts = [], []
+        rows, targets, is_answer = [], [], []
+        spans: list[tuple[int, int, int]] = []
+        owners: list[tuple[str, int]] = []
+        for index, sequence in enumerate(sequences):
+            head = sequence.prompt_ids
+            if self.decoder_start_id is not None:
+                prompts.append(sequence.prompt_ids)
+                head = [self.decoder_start_id]
+            streams.append((head, sequence))
+            if muted:
+                continue
+            for offset, (token, segment) in enumerate(zip(sequence.target_ids, sequence.segments, strict=True)):
+                if segment is Segment.ANSWER or (segment is Segment.RATIONALE and self.loss.rationale_weight > 0):
+                    rows.append((index, len(head) + offset - 1))
+                    targets.append(token)
+                    is_answer.append(segment is Segment.ANSWER)
+            span = self._span(sequence) if self.teacher is not None else None
+            if span is not None:
+                spans.append((index, len(head) + span[0], span[1]))
+                owners.append((sequence.sample_id, sequence.rationale))
+        length = max(len(head) + len(sequence.target_ids) for head, sequence in streams)
+        input_ids = torch.full((len(streams), length), self.pad_id, dtype=torch.int64)
+        segment_ids = torch.zeros_like(input_ids)
+        for index, (head, sequence) in enumerate(streams):
+            ids = torch.tensor([*head, *sequence.target_ids])
+            input_ids[index, : len(ids)] = ids
+            owner = torch.tensor([Segment.PROMPT] * len(head) + list(sequence.segments))
+            segment_ids[index, : len(ids)] = owner
+        encoder = _pad(prompts, self.pad_id) if prompts else (None, None)
+        teacher, key_matrix, key_index = self._teacher_tensors(owners, keys)
+        return PSTBatch(
+            input_ids=input_ids,
+            attention_mask=(segment_ids != Segment.PAD).long(),
+            segment_ids=segment_ids,
+            encoder_input_ids=encoder[0],
+            encoder_attention_mask=encoder[1],
+            supervised=Supervised.of(
+                [row * length + position for row, position in rows], targets, positions=input_ids.numel()
+            ),
+            is_answer=torch.tensor(is_answer, dtype=torch.bool),
+            spans=Spans.of(spans, batch=len(streams), length=length),
+            teacher_emb=teacher,
+            keys=key_matrix,
+            key_groups=torch.tensor(list(key_groups) if len(key_matrix) else [], dtype=torch.int64),
+            key_index=key_index,
+            capacity=self.capacity or len(streams),
+            sample_ids=tuple(sequence.sample_id for sequence in sequences),
+        )
+
+    def _span(self, sequence: TokenSequence) -> tuple[int, int] | None:
+        """(first target token, tokens) of what is aligned; None when truncation left no rationale to pool."""
+        wanted = Segment.SEMANTIC if self.loss.pooling == "token" else Segment.RATIONALE
+        places = [offset for offset, segment in enumerate(sequence.segments) if segment is wanted]
+        return (places[0], len(places)) if places else None
+
+    def _teacher_tensors(
+        self, owners: list[tuple[str, int]], keys: Sequence[tuple[str, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.teacher is None:
+            return torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
+        width = self.teacher.dimension
+        teacher = self._vectors(owners)
+        if self.loss.alignment != "info_nce":
+            return teacher, torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
+        place = {key: index for index, key in enumerate(keys)}
+        index = torch.tensor([place[owner] for owner in owners], dtype=torch.int64)
+        return teacher, self._vectors(list(keys)), index
+
+    def _vectors(self, owners: Sequence[tuple[str, int]]) -> Tensor:
+        assert self.teacher is not None
+        if not owners:
+            return torch.zeros(0, self.teacher.dimension)
+        return torch.from_numpy(np.stack([self.teacher.vector(name, index) for name, index in owners])).float()
+
+
+def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """[B, S] ids padded on the right, and their [B, S] mask."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return ids, mask
+
+
+class _Steps(Dataset):
+    """Step number -> this rank's micro-batches; what the loader's workers call."""
+
+    def __init__(
+        self, plan: OrderPlan, samples: Sequence[ReasoningSample], layout: Layout, collate: Collator, **cut: int
+    ) -> None:
+        self.plan, self.samples, self.layout, self.collate, self.cut = plan, samples, layout, collate, cut
+        # Tokenising again each epoch costs a small student a tenth of its step; the bound is about 100 MB.
+        self._sequences = functools.lru_cache(maxsize=20_000)(self._tokenise)
+
+    def _tokenise(self, index: int, rationale: int) -> list[TokenSequence]:
+        return self.layout.sequences(self.samples[index], rationale)
+
+    def __getitem__(self, step: int) -> list[PSTBatch]:
+        epoch, indices = self.plan.epoch_of(step), self.plan.global_batch(step).tolist()
+        keys, groups = self._candidates(step, indices, epoch)
+        batches = []
+        for part in self.plan.micro_batches(step, **self.cut):
+            muted = len(part) == 0
+            laid_out = []
+            for index in indices[:1] if muted else part.tolist():
+                chosen = rationale_of(self.samples[index], seed=self.plan.seed, epoch=epoch)
+                laid_out.append(self._sequences(index, chosen))
+            batches += [
+                self.collate(sequences, keys=keys, key_groups=groups, muted=muted)
+                for sequences in forward_passes(self.layout.arm, laid_out)
+            ]
+        return batches
+
+    def _candidates(self, step: int, indices: list[int], epoch: int) -> tuple[list[tuple[str, int]], list[int]]:
+        """InfoNCE's keys and their question groups: the global batch, then further rows where the config asks."""
+        loss = self.collate.loss
+        if self.collate.teacher is None or loss.alignment != "info_nce":
+            return [], []
+        further = self.plan.others(step, loss.negatives).tolist() if loss.negatives else []
+        samples = [self.samples[index] for index in indices + further]
+        keys = [(sample.id, rationale_of(sample, seed=self.plan.seed, epoch=epoch)) for sample in samples]
+        return keys, [question_group(sample.question) for sample in samples]
+
+
+def step_batches(
+    plan: OrderPlan,
+    samples: Sequence[ReasoningSample],
+    layout: Layout,
+    collate: Collator,
+    *,
+    first_step: int,
+    last_step: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    workers: int = 0,
+) -> Iterator[list[PSTBatch]]:
+    """This rank's micro-batches for steps first_step … last_step - 1, one list a step."""
+    dataset = _Steps(plan, samples, layout, collate, rank=rank, world_size=world_size, size=micro_batch_size)
+    loader: Any = DataLoader(
+        dataset,
+        sampler=range(first_step, last_step),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)

@@ -1,0 +1,205 @@
+"""Checkpoints that are whole or absent, found by what is on disk and never by a pointer file.
+
+Every rank writes its files into a new directory and hashes them; when all have, rank zero writes the manifest last and
+renames the directory into place. Loading compares every digest first. What is in the files is `engine_state`'s: it fits
+every engine and every number of ranks.
+The student that validation chose is kept beside them as a plain Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pst_dist.distributed.peer_watch import alive, at
+from pst_dist.distributed.ranks import Ranks, from_main, gathered, main_first_errors, together
+from pst_dist.errors import IntegrityError, StaleError
+from pst_dist.storage.atomic import disk_errors, publish_directory, remove_directory
+from pst_dist.storage.manifest import (
+    Manifest,
+    describe_files,
+    hashed_file,
+    read_json,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+)
+from pst_dist.student.finite import refuse_non_finite
+from pst_dist.training.engines import Engine
+from pst_dist.training.fingerprint import check_changes, chosen_alike
+from pst_dist.training.fragments import Fragment, copied, named_tensors, write_fragments
+from pst_dist.training.state import RunState
+
+log = logging.getLogger(__name__)
+_STATE = "run_state.json"
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """`root/checkpoint-<step>`, with Hugging Face's spelling."""
+    return root / f"checkpoint-{step}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a checkpoint: what it is to write into one file."""
+
+    final: Path
+    """Where the checkpoint will be; for messages."""
+    name: str
+    fragments: list[Fragment]
+    adam_step: int
+
+
+def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -> None:
+    """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective.
+
+    Raises DivergedError, naming the tensor, when a weight or a moment is not finite.
+    """
+    partial, part = prepare_checkpoint(engine, root, state)
+    publish_checkpoint(engine.ranks, partial, lambda: write_part(partial, part), state, keep=keep)
+
+
+def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: bool = False) -> tuple[Path, Part]:
+    """Make the directory that a checkpoint is written in, and say what this rank is to write there; collective.
+
+    With `copy` what is to be written is a copy in host memory, so training may go on; else it is the engine's own.
+    Raises DivergedError, naming the tensor, when a weight or a moment is not finite.
+    """
+    final = checkpoint_path(root, state.step)
+    partial = final.with_name(f".{final.name}.partial")
+    at("checkpoint", state.step)
+    with together(engine.ranks):
+        fragments, adam_step = engine.state()
+        refuse_non_finite(named_tensors(fragments), final)
+        part = Part(final, engine.state_file, copied(fragments) if copy else fragments, adam_step)
+    with main_first_errors(engine.ranks):
+        if engine.ranks.is_main:
+            _remove_abandoned(root)
+            partial.mkdir(parents=True)
+    return partial, part
+
+
+def write_part(partial: Path, part: Part) -> dict[str, dict[str, Any]]:
+    """Write, hash and sync one rank's file; returns its description for the manifest. Not collective, any thread."""
+    with disk_errors(part.final), hashed_file(partial / part.name) as stream:
+        write_fragments(stream, part.fragments, adam_step=part.adam_step)
+    return {part.name: stream.description}
+
+
+def publish_checkpoint(
+    ranks: Ranks, partial: Path, written: Callable[[], dict[str, dict[str, Any]]], state: RunState, *, keep: int
+) -> None:
+    """Give a checkpoint its manifest and its name once every rank has `written` its part; collective."""
+    final = checkpoint_path(partial.parent, state.step)
+    try:
+        with together(ranks):
+            files = written()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
+        raise
+    parts = gathered(files)
+    with main_first_errors(ranks):
+        if ranks.is_main:
+            try:
+                write_json(partial / _STATE, asdict(state))
+                described = describe_files(partial, [_STATE])
+                for part in parts:
+                    described |= part
+                write_manifest(partial, Manifest("checkpoint", state.fingerprint, described, {"step": state.step}))
+                publish_directory(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            remove_old(partial.parent, state, keep=keep)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed saves left under temporary names: whoever's they were, only one training runs here."""
+    for abandoned in (*root.glob(".checkpoint-*.partial"), *root.glob(".checkpoint-*.replaced")):
+        shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def remove_old(root: Path, state: RunState, *, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best one, and what killed saves left; on rank zero."""
+    for old in _by_step(root)[:-keep]:
+        if old != checkpoint_path(root, state.best_step or 0):
+            remove_directory(old)
+    _remove_abandoned(root)
+
+
+def _by_step(root: Path) -> list[Path]:
+    """Published checkpoint directories, oldest step first."""
+    return sorted((path for path in root.glob("checkpoint-*") if path.name[11:].isdigit()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def newest_valid(root: Path, ranks: Ranks, *, at_most: int | None = None) -> tuple[Path, RunState] | None:
+    """The newest checkpoint whose every byte is right, on every rank the same; None when there are none at all.
+
+    `at_most` leaves out the checkpoints of later steps. Damaged ones are named in the log and passed over. Raises
+    IntegrityError when checkpoints exist but none is valid: starting from zero would then silently throw the
+    training away.
+    """
+    found = None
+    with main_first_errors(ranks):
+        if ranks.is_main:
+            found = _scan([path for path in _by_step(root) if at_most is None or _step_of(path) <= at_most])
+    return from_main(found)
+
+
+def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
+    for path in reversed(candidates):
+        try:
+            manifest = read_manifest(path, "checkpoint")
+            if manifest is None:
+                raise IntegrityError("no manifest: it was never finished", path=path)
+            verify_files(path, manifest, on_file=alive)
+            return path, RunState(**read_json(path / _STATE))
+        except IntegrityError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    if candidates:
+        raise IntegrityError(
+            f"none of the {len(candidates)} checkpoints here is intact",
+            "restore one, or remove them to start from the beginning",
+            path=candidates[0].parent,
+        )
+    return None
+
+
+def resume(
+    engine: Engine, root: Path, fresh: RunState, *, at_most: int | None = None, accept_changes: bool = False
+) -> RunState:
+    """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
+
+    Another engine or another number of ranks takes it up as well. Raises StaleError when it was made with settings
+    that make another training, or, unless `accept_changes`, with any others.
+    """
+    found = newest_valid(root, engine.ranks, at_most=at_most)
+    if found is None:
+        return fresh
+    path, state = found
+    if state.fingerprint != fresh.fingerprint:
+        try:
+            changes = check_changes(state.settings, fresh.settings, accept=accept_changes)
+        except StaleError as error:
+            raise StaleError(error.what, error.remedy, path=path) from None
+        log.warning("going on with other settings: %s", ", ".join(changes))
+    engine.load(path)
+    log.info("resumed step %d from %s", state.step, path)
+    if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
+        log.info("it was saved by %d rank(s) of %s", state.world_size, state.engine)
+    return replace(
+        state,
+        fingerprint=fresh.fingerprint,
+        settings=fresh.settings,
+        engine=fresh.engine,
+        world_size=fresh.world_size,
+        best_value=state.best_value if chosen_alike(state.settings, fresh.settings) else None,
+    )

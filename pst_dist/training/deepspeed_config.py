@@ -1,0 +1,179 @@
+"""What DeepSpeed is told: a JSON for memory and communication, completed with what our config owns.
+
+What the run is (batch, clipping, precision, optimizer) stands in our config; a JSON that sets it is refused naming the
+key, and so is what DeepSpeed would ignore without a word or fall over later, before anything starts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config.schema import TrainConfig
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError
+
+MOST_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's own default size of the buffers in which gradients are gathered before they travel."""
+_OURS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate and its neighbours",
+    "scheduler": "train.lr_scheduler_type",
+    "bf16": "train.bf16",
+    "fp16": "train.bf16",
+    "torch_autocast": "train.bf16",
+    "steps_per_print": "train.logging_steps",
+}
+_THEIRS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "compile",
+    "checkpoint",
+}
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without the C++ extension that training never uses; raises EnvironmentFault when absent."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise EnvironmentFault("deepspeed is not installed", "pip install 'pst-dist[train]'") from error
+    # Built with g++ for a minute at the first start on CPU, only for inference; a kill during that build leaves a
+    # lock file on which every later run hangs (pytorch#189245).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def find_deepspeed_json(name: str) -> Path:
+    """`zero2` or a path -> the file; raises InputError."""
+    given = Path(name)
+    if given.suffix == ".json":
+        if given.is_file():
+            return given
+        raise InputError("no such DeepSpeed config", path=given)
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "ds_configs", package.parent / "ds_configs"):
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    raise InputError(f"train.deepspeed: no profile {name!r}", "use zero0, zero1, zero2, zero3, zero3_offload or a path")
+
+
+def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The JSON of a profile completed with what our config owns, every "auto" resolved.
+
+    Raises ConfigError for a key that belongs to our config (it is named) and for one that DeepSpeed would ignore.
+    """
+    assert train.deepspeed is not None
+    path = find_deepspeed_json(train.deepspeed)
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
+    if not isinstance(settings, dict):
+        raise ConfigError("is no JSON object", 'write {"zero_optimization": {"stage": 2}}', path=path)
+    for key in settings:
+        if key in _OURS:
+            raise ConfigError(f"{key!r} belongs to our config", f"remove it and set {_OURS[key]}", path=path)
+        if key not in _THEIRS:
+            raise ConfigError(f"unknown key {key!r}, which DeepSpeed would silently ignore", path=path)
+    _refuse_quoted_numbers(settings, "", path)
+    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"zero_optimization is {zero!r}", 'write {"stage": 2}', path=path)
+    settings["zero_optimization"] = zero = _without_auto(zero)
+    stage = zero.setdefault("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage is {stage!r}", "0, 1, 2 or 3", path=path)
+    _check_zero(zero, stage, path)
+    if "checkpoint" in settings:
+        raise ConfigError("'checkpoint' is ours: saves are transactional", "remove it", path=path)
+    micro = train.per_device_train_batch_size
+    return settings | {
+        "train_micro_batch_size_per_gpu": micro,
+        # Accumulation is driven by hand, so that a step may hold any number of micro-batches.
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * world_size,
+        "gradient_clipping": train.max_grad_norm,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **_precision(train, stage),
+    }
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed takes "auto" for its own default without a word; so do we, but by leaving the key out."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def _refuse_quoted_numbers(section: dict[str, Any], prefix: str, path: Path) -> None:
+    """A number or a truth value in quotes: DeepSpeed takes some of them and stumbles over others, much later."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _refuse_quoted_numbers(value, f"{prefix}{key}.", path)
+        elif isinstance(value, str) and key != "nvme_path":
+            try:
+                read = json.loads(value.lower())
+            except ValueError:
+                continue
+            raise ConfigError(f"{prefix}{key} is the text {value!r}", f"write {json.dumps(read)}", path=path)
+
+
+def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
+    """Refuse what DeepSpeed's own schema refuses, and the offloading that it accepts and cannot do."""
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        offload = zero.get(key)
+        if offload is None:
+            continue
+        if not isinstance(offload, dict):
+            raise ConfigError(f"zero_optimization.{key} is {offload!r}", 'write {"device": "cpu"}', path=path)
+        device = offload.get("device", "none")
+        if device == "none":
+            continue
+        if stage < least:
+            raise ConfigError(
+                f"zero_optimization.{key} at stage {stage}, where there is nothing to offload",
+                f"take stage {least} or above, or remove it",
+                path=path,
+            )
+        if device == "nvme" and not offload.get("nvme_path"):
+            raise ConfigError(
+                f"zero_optimization.{key}.device is nvme without a nvme_path", "name a folder of that disk", path=path
+            )
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ConfigError(f"{name}: {first['msg'].lower()}", "see DeepSpeed's list of ZeRO keys", path=path) from error
+
+
+def _precision(train: TrainConfig, stage: int) -> dict[str, Any]:
+    if not train.bf16:
+        return {}
+    if stage == 0:
+        # DeepSpeed's bf16 without ZeRO runs one dummy AdamW step at the start: another optimizer than ours.
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    return {"bf16": {"enabled": True}}

@@ -1,0 +1,299 @@
+"""Two engines behind one small interface: plain PyTorch on one process, DeepSpeed ZeRO 0-3 on any number.
+
+The trainer gives each micro-batch's share of the *global* loss to `backward`; after `step` both engines have moved
+the weights by the same gradient. What DeepSpeed is told is worked out in `deepspeed_json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks, device_of
+from pst_dist.errors import ConfigError
+from pst_dist.training.batches import PSTBatch
+from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, deepspeed_settings, import_deepspeed
+from pst_dist.training.fragments import (
+    Fragment,
+    FragmentFiles,
+    adam_steps,
+    start_moments,
+    trainable,
+    whole_fragments,
+    zero3_fragments,
+    zero_fragments,
+)
+from pst_dist.training.loss import PSTLossOutput
+from pst_dist.training.module import Student
+from pst_dist.training.optimizer import adamw
+
+STATE_FILES = "state"
+"""First part of the names of the files that hold an engine's state in a checkpoint."""
+
+
+class Engine(ABC):
+    """What the trainer asks of an engine."""
+
+    def __init__(self, student: Student, ranks: Ranks) -> None:
+        self.student, self.ranks, self.device = student, ranks, device_of(ranks)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """`single`, `zero0` … `zero3`."""
+
+    @abstractmethod
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
+        """One micro-batch's share of the loss; `scales` [3] float32 are `TermWeights.scales` of the global batch."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's part of the global loss; `last` marks a step's last micro-batch."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Move the weights once; returns the global gradient norm before clipping, the same on every rank.
+
+        When that is not finite, no weight and no moment has moved on any rank, and the gradients are gone.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget the gradients since the last step, which then has not been; collective."""
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor by which this engine multiplies our loss before its backward pass."""
+        return 1.0
+
+    @property
+    def state_file(self) -> str:
+        """Name of the file that holds this rank's part of weights and optimizer in a checkpoint."""
+        return f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
+
+    def state(self) -> tuple[list[Fragment], int]:
+        """This rank's part of weights and optimizer, as views of the places where they are, and the steps of AdamW."""
+        steps = adam_steps(self.adamw)
+        start_moments(self.adamw, self._places(), steps)
+        fragments = self._fragments()
+        if self.replicated:  # the ranks share the writing
+            fragments = fragments[self.ranks.rank :: self.ranks.world_size]
+        return fragments, steps
+
+    def load(self, directory: Path) -> None:
+        """Take up the state that any engine on any number of ranks has saved; collective.
+
+        Raises IntegrityError when the files lack values, with weights and optimizer in an unusable mixture.
+        """
+        files = FragmentFiles(directory.glob(f"{STATE_FILES}-*.safetensors"))
+        start_moments(self.adamw, self._places(), files.adam_step)
+        for fragment in self._fragments():
+            files.fill(fragment)
+        self._settle()
+
+    @property
+    @abstractmethod
+    def replicated(self) -> bool:
+        """Whether every rank keeps all weights and moments."""
+
+    @property
+    @abstractmethod
+    def adamw(self) -> torch.optim.Optimizer:
+        """torch's optimizer, whatever engine wraps it."""
+
+    @abstractmethod
+    def _places(self) -> list[Tensor]:
+        """The tensors that `adamw` moves on this rank."""
+
+    @abstractmethod
+    def _fragments(self) -> list[Fragment]:
+        """The part of weights and moments that this rank keeps; the moments must be there."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Make whatever the engine has copied from the float32 weights agree with them; collective."""
+
+    @abstractmethod
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every parameter of the student, float32 on the CPU, on rank zero (elsewhere empty); collective."""
+
+
+class SingleProcessEngine(Engine):
+    """AdamW on float32 weights in this process; bf16 through autocast."""
+
+    name = "single"
+    replicated = True
+
+    def __init__(self, student: Student, train: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(student, ranks)
+        student.to(self.device)
+        self.train_config = train
+        self.optimizer = adamw(student, train)
+
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
+        context: Any = (
+            torch.autocast(self.device.type, dtype=torch.bfloat16)
+            if self.train_config.bf16
+            else contextlib.nullcontext()
+        )
+        with context:
+            return self.student(batch, scales)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        limit = self.train_config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), limit))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def _places(self) -> list[Tensor]:
+        return [parameter for _, parameter in trainable(self.student)]
+
+    def _fragments(self) -> list[Fragment]:
+        return whole_fragments(self.student, self.optimizer)
+
+    def _settle(self) -> None:
+        return  # the optimizer moves the weights themselves
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().float().cpu() for name, value in self.student.named_parameters()}
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO on CUDA (NCCL) or CPU (gloo) ranks."""
+
+    def __init__(self, student: Student, train: TrainConfig, ranks: Ranks) -> None:
+        super().__init__(student, ranks)
+        deepspeed = import_deepspeed()
+        settings = deepspeed_settings(train, ranks.world_size)
+        self.stage = settings["zero_optimization"]["stage"]
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters())
+        # Half a milliard unless it is said: gigabytes that a student of a tenth of that would never fill.
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_BUCKET_ELEMENTS, max(1, elements)))
+        self.max_grad_norm = train.max_grad_norm
+        # Our own optimizer needs no compiler; DeepSpeed's CPU one builds a C++ extension for minutes.
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=student, optimizer=adamw(student, train), config=settings
+        )
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.stage}"
+
+    def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
+        return self.engine(batch, scales)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; our losses are shares that add up.
+        self.engine.backward(loss * self.ranks.world_size)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            # In float32 without ZeRO, DeepSpeed neither reports the norm nor stops at a NaN.
+            grads = [p.grad.detach().float() for p in self.student.parameters() if p.grad is not None]
+            norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
+            if math.isfinite(norm):
+                self.engine.step()
+            else:
+                self.discard()
+            return norm
+        self.engine.step()
+        # ZeRO skips the update by itself when the norm is not finite, so the weights are still the old ones.
+        return float(self.engine.get_global_grad_norm())
+
+    def discard(self) -> None:
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        # ZeRO keeps gradients in buckets and flat partitions of its own. Its step forgets them all, and moves nothing,
+        # when it finds their norm infinite; so for once it finds that.
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        infinite = torch.tensor(math.inf, device=self.device)
+        setattr(self._zero, name, lambda: [infinite] if self.stage == 3 else infinite)
+        try:
+            self.engine.step()
+        finally:
+            delattr(self._zero, name)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.ranks.world_size)
+
+    @property
+    def replicated(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def adamw(self) -> torch.optim.Optimizer:
+        return self.engine.basic_optimizer
+
+    def _places(self) -> list[Tensor]:
+        if self.stage == 0:
+            return [parameter for _, parameter in trainable(self.student)]
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer around `adamw`; stage 0 has none."""
+        return self.engine.optimizer
+
+    def _fragments(self) -> list[Fragment]:
+        if self.stage == 0:
+            return whole_fragments(self.student, self.adamw)
+        if self.stage == 3:
+            return zero3_fragments(self.student, self._zero, self.ranks.rank)
+        return zero_fragments(self.student, self._zero)
+
+    def _settle(self) -> None:
+        if self.stage == 3:
+            self._zero.checkpoint_event_prologue()
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero.checkpoint_event_epilogue()
+        elif self.stage:
+            self._zero.update_lp_params()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self.student.named_parameters():
+            value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            if self.ranks.is_main:
+                weights[name] = value.detach().float().cpu().clone()
+        return weights
+
+
+def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:
+    """The engine that a config asks for; several ranks need `train.deepspeed`."""
+    if train.deepspeed is None:
+        if ranks.world_size > 1:
+            raise ConfigError(
+                f"{ranks.world_size} ranks but train.deepspeed is not set", "set it to zero1, zero2 or zero3"
+            )
+        return SingleProcessEngine(student, train, ranks)
+    return DeepSpeedEngine(student, train, ranks)

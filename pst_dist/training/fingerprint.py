@@ -1,0 +1,102 @@
+"""What a training depends on, by name, and what may be changed between two starts of it.
+
+Every setting is of one of three kinds. Free: it changes what is printed, where or how fast, but no weight. Adjustable:
+training can go on with the new value from where it stands, when the user says so. All others make another training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pst_dist.arms import ARMS
+from pst_dist.config.loading import flat_keys
+from pst_dist.config.schema import Config
+from pst_dist.errors import StaleError
+from pst_dist.storage.manifest import digest_of
+
+_FREE = {
+    "logging_steps",
+    "report_to",
+    "num_threads",
+    "dataloader_num_workers",
+    "save_steps",
+    "save_total_limit",
+    "save_in_background",
+    "deepspeed",
+    "accept_changes",
+    "timeout_seconds",
+    "backend",
+    "ray",
+}
+# The batch of a step stands in the settings as one number, however it is cut.
+_BATCH = {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
+_CHOOSES = "train.metric_for_best_model"
+_ADJUSTABLE = {
+    *("train.learning_rate", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon"),
+    *("train.max_grad_norm", "train.num_train_epochs", "train.max_steps", "train.lr_scheduler_type"),
+    *("train.warmup_ratio", "train.bf16", "train.eval_steps", _CHOOSES),
+    *("train.skip_bad_steps", "train.max_rollbacks", "train.spike_factor", "train.spike_window"),
+    *("loss.answer_weight", "loss.rationale_weight", "loss.alignment_weight", "loss.alpha", "loss.temperature"),
+}
+
+
+def choosing_metric(config: Config) -> str:
+    """The field of `ValidationScore` that chooses the best student.
+
+    A student that thinks first answers after the rationale that it writes itself, so the likelihood of the answer after
+    the teacher's says little of it: `answer_nll` is then that of rationale and answer together.
+    """
+    metric = config.train.metric_for_best_model
+    thinks = any(asked.thinks_first for asked in ARMS[config.arm].asked)
+    return "written_nll" if metric == "answer_nll" and thinks else metric
+
+
+def chosen_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two trainings choose by the same metric, so that values of one can be compared with the other's."""
+    return saved.get(_CHOOSES) == wanted.get(_CHOOSES)
+
+
+def training_settings(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> dict[str, Any]:
+    """Everything that shapes the weights: dotted key -> value; `batch` is the samples of one optimizer step."""
+    settings = flat_keys(config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "student", "loss"}))
+    train = config.train.model_dump(mode="json")
+    settings |= {f"train.{key}": value for key, value in train.items() if key not in _FREE | _BATCH}
+    settings[_CHOOSES] = choosing_metric(config)
+    return settings | {"batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Digest of all settings: equal ones resume one another."""
+    return digest_of(dict(settings))
+
+
+def check_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, accept: bool) -> list[str]:
+    """The settings that differ, as `key old -> new`; empty when none does.
+
+    Raises StaleError, naming them, when one makes another training, or when `accept` is false.
+    """
+    changed = [key for key in sorted({**saved, **wanted}) if saved.get(key) != wanted.get(key)]
+    fixed = [key for key in changed if key not in _ADJUSTABLE]
+    if fixed:
+        raise StaleError(
+            f"trained with {_values(fixed, saved)}, this run has {_values(fixed, wanted)}",
+            "choose another output_dir, or run again with --rebuild to train anew",
+        )
+    if changed and not accept:
+        raise StaleError(
+            f"trained with {_values(changed, saved)}, this run has {_values(changed, wanted)}",
+            "set it back, or go on with the new value by train.accept_changes=true",
+        )
+    return [f"{key} {_short(saved.get(key))} -> {_short(wanted.get(key))}" for key in changed]
+
+
+def _values(keys: list[str], settings: Mapping[str, Any]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(f"{key}={_short(settings.get(key))}" for key in keys[:3]) + more
+
+
+def _short(value: Any) -> str:
+    """A value on a line: digests are told apart by their beginning."""
+    text = "null" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text[:60]

@@ -1,0 +1,215 @@
+"""What a training step measured, and where it goes: metrics.jsonl, TensorBoard and a line for people.
+
+Each term is logged raw and weighted, with the norm of its gradient at the hidden state: a term that contributes
+under 1 % or over 99 % of the gradient is warned about, because its weight then does nothing or everything. Not so where
+there is little gradient because a term is learnt: no weight would change that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pst_dist.config.run_dir import RunDir
+from pst_dist.config.schema import Config
+from pst_dist.distributed.ranks import Ranks
+from pst_dist.logs import progress
+from pst_dist.storage.atomic import write_text
+from pst_dist.storage.manifest import append_line, read_lines
+from pst_dist.training.loss import TERMS
+from pst_dist.training.validation import ValidationScore
+
+log = logging.getLogger(__name__)
+_MOST_IDS = 8
+_LEARNT = 0.05
+"""Nats per token, or distance: below this a term has taught what it has to teach."""
+_SHORT = {"answer": "answer", "rationale": "rationale", "alignment": "align"}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step over the global batch."""
+
+    step: int
+    """Steps done, this one included."""
+    raw: dict[str, float]
+    """Mean of each present term: nats per token, distance per sample."""
+    weighted: dict[str, float]
+    """Each present term's share of the loss; they add up to it."""
+    cosine: float | None
+    """Mean cosine to the teacher; None without alignment."""
+    gradients: dict[str, float] | None
+    """Norm of each present term's gradient at the hidden state; None when not watched."""
+    grad_norm: float
+    """Global gradient norm over all parameters, before clipping."""
+    learning_rate: float
+    tokens: int
+    """Tokens of all sequences, padding not counted, over all ranks."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        step: int,
+        sums: Tensor,
+        counts: Tensor,
+        scales: Tensor,
+        cosine: float,
+        gradients: Tensor | None,
+        grad_norm: float,
+        learning_rate: float,
+        tokens: int,
+    ) -> StepRecord:
+        """From [3] sums, counts, scales and gradient norms in the order of `loss.TERMS`."""
+        present = [index for index, count in enumerate(counts.tolist()) if count > 0]
+        return cls(
+            step=step,
+            raw={TERMS[k]: float(sums[k] / counts[k]) for k in present},
+            weighted={TERMS[k]: float(sums[k] * scales[k]) for k in present},
+            cosine=cosine / float(counts[2]) if counts[2] else None,
+            gradients=None if gradients is None else {TERMS[k]: float(gradients[k]) for k in present},
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+        )
+
+    @property
+    def loss(self) -> float:
+        """The weighted total."""
+        return sum(self.weighted.values())
+
+    def gradient_shares(self) -> dict[str, float]:
+        """Each term's norm over the sum of norms, 0 … 1."""
+        total = sum((self.gradients or {}).values())
+        return {name: value / total for name, value in (self.gradients or {}).items()} if total > 0 else {}
+
+    def unbalanced(self) -> dict[str, float]:
+        """The shares of terms that make next to none of the gradient, or nearly all of it beside terms yet to learn."""
+        to_learn = {name: share for name, share in self.gradient_shares().items() if self.raw[name] > _LEARNT}
+        return {name: share for name, share in to_learn.items() if len(to_learn) > 1 and not 0.01 <= share <= 0.99}
+
+    def row(self) -> dict[str, Any]:
+        """The JSON line, without clock-dependent fields."""
+        row: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "tokens": self.tokens,
+        }
+        names = {"answer": "answer_nll", "rationale": "rationale_nll", "alignment": "alignment"}
+        row |= {names[name]: value for name, value in self.raw.items()}
+        row |= {f"weighted_{name}": value for name, value in self.weighted.items()}
+        if self.cosine is not None:
+            row["cosine"] = self.cosine
+        row |= {f"gradient_{name}": value for name, value in (self.gradients or {}).items()}
+        row |= {f"gradient_share_{name}": value for name, value in self.gradient_shares().items()}
+        return row
+
+
+class MetricsLog:
+    """Writes metrics on rank zero; a context manager that closes its writers."""
+
+    def __init__(self, config: Config, run: RunDir, ranks: Ranks, *, first_step: int, total: int) -> None:
+        self.config, self.run, self.ranks = config, run, ranks
+        self.first_step, self.total = first_step, total
+        self.writer: Any = None
+        self._since = time.monotonic()
+        self._tokens = 0
+        self._warned: set[str] = set()
+
+    def __enter__(self) -> MetricsLog:
+        if not self.ranks.is_main:
+            return self
+        # Rows after the checkpoint that we resume from belong to steps that are about to be taken again.
+        kept = [row for row in read_lines(self.run.metrics) if row.get("step", 0) <= self.first_step]
+        write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
+        if self.config.train.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.first_step + 1)
+        self._progress = progress(f"train {self.config.arm}", total=self.total, unit="steps")
+        self._bar = self._progress.__enter__()
+        self._bar.advance(self.first_step)
+        self._bar.restart()  # steps of an earlier start say nothing about this one's speed
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        if not self.ranks.is_main:
+            return
+        self._progress.__exit__(*details)
+        if self.writer is not None:
+            self.writer.close()
+
+    def step(self, record: StepRecord, *, epoch: int) -> None:
+        """Take note of a step; every logging_steps, write it down."""
+        if not self.ranks.is_main:
+            return
+        self._tokens += record.tokens
+        self._bar.advance(1)
+        every = self.config.train.logging_steps
+        if record.step % every and record.step != 1 and record.step != self.total:
+            return
+        now = time.monotonic()
+        speed = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        row = record.row() | {"epoch": epoch, "tokens_per_second": speed}
+        append_line(self.run.metrics, row)
+        if self.writer is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.writer.add_scalar(name, value, record.step)
+        terms = "  ".join(f"{_SHORT[name]} {value:.4f}" for name, value in record.raw.items())
+        log.info(
+            "step %d/%d  loss %.4f  %s  %s tok/s/rank",
+            record.step,
+            self.total,
+            record.loss,
+            terms,
+            f"{speed / self.ranks.world_size:,.0f}",
+        )
+        self._warn_about_balance(record)
+
+    def _warn_about_balance(self, record: StepRecord) -> None:
+        """Warn once of a term whose weight does nothing, or everything."""
+        if record.step == 1:
+            return
+        for name, share in record.unbalanced().items():
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "step %d: the %s term makes %.2f %% of the gradient at the hidden state; loss.%s_weight may want "
+                    "another value",
+                    record.step,
+                    name,
+                    100 * share,
+                    name,
+                )
+
+    def bad_step(self, step: int, outcome: str, fault: str, sample_ids: list[str]) -> None:
+        """Write down a step that moved no weight; `outcome` says what was done about it."""
+        if not self.ranks.is_main:
+            return
+        self._bar.advance(1)
+        append_line(self.run.metrics, {"step": step, "bad_step": fault, "outcome": outcome, "samples": sample_ids})
+        shown = ", ".join(sample_ids[:_MOST_IDS]) + (", …" if len(sample_ids) > _MOST_IDS else "")
+        log.warning("step %d/%d  %s: %s; samples %s", step, self.total, fault, outcome, shown)
+
+    def validation(self, step: int, score: ValidationScore) -> None:
+        """Write down what the validation rows gave."""
+        if not self.ranks.is_main:
+            return
+        values = {name: value for name, value in score.to_json().items() if value is not None}
+        if not values:
+            return
+        append_line(self.run.metrics, {"step": step, "validation": values})
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"validation/{name}", value, step)
+        words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        log.info("step %d/%d  validation  %s", step, self.total, words)

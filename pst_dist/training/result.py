@@ -1,0 +1,62 @@
+"""What a training comes to, and whether the one that a config asks for is there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pst_dist.config.run_dir import RunDir, run_dir
+from pst_dist.config.schema import Config, TrainConfig
+from pst_dist.data.shards import ShardSet
+from pst_dist.embedding.targets import open_teacher
+from pst_dist.errors import IntegrityError
+from pst_dist.storage.manifest import read_json
+from pst_dist.student.saved import is_intact_student
+from pst_dist.training.fingerprint import settings_digest, training_settings
+
+
+def global_batch_size(train: TrainConfig, world_size: int) -> int:
+    """Samples of one optimizer step over all ranks."""
+    if train.global_batch_size is not None:
+        return train.global_batch_size
+    return train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * world_size
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `train` hands back; also `train.json` in the run directory."""
+
+    fingerprint: str
+    shards: str
+    """Digest of the shards' manifest."""
+    embeddings: str | None
+    """Digest of the embeddings' manifest; None for an arm that aligns with none."""
+    steps: int
+    seconds: float
+    """Training time over all starts, without validation and checkpoints."""
+    tokens: int
+    best_step: int
+    best_value: float | None
+    """The metric of the best step; None when there were no validation rows."""
+    metric: str
+
+
+def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
+    """The result of an already complete training with this fingerprint, or None."""
+    path = run.training
+    if not path.is_file() or not is_intact_student(run.best):
+        return None
+    try:
+        result = TrainingResult(**read_json(path))
+    except (TypeError, IntegrityError):
+        return None
+    return result if result.fingerprint == fingerprint else None
+
+
+def complete_training(config: Config, world_size: int) -> TrainingResult | None:
+    """What `train` with these settings would find complete, or None; builds no student and starts no rank."""
+    run = run_dir(config)
+    shards = ShardSet.open(run.shards)
+    teacher = open_teacher(config, run, shards)
+    batch = global_batch_size(config.train, world_size)
+    settings = training_settings(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
+    return finished_training(run, settings_digest(settings))

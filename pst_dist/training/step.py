@@ -1,0 +1,128 @@
+"""One optimizer step over a global batch: counts and losses added over ranks, the passes, and the move of the weights.
+
+Counts are added over ranks and micro-batches before the first backward pass, so every gradient is that of the global
+batch's loss. A bad step leaves weights and moments as they were and gives a `BadStep`; what follows is `divergence`'s.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.peer_watch import at
+from pst_dist.distributed.ranks import gathered, sums_over_ranks
+from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
+from pst_dist.training.batches import PSTBatch
+from pst_dist.training.engines import Engine
+from pst_dist.training.loss import TermWeights
+from pst_dist.training.metrics import StepRecord
+from pst_dist.training.optimizer import learning_rate_at
+from pst_dist.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Totals:
+    """One global batch over all ranks, and what they tell one another at a step's beginning."""
+
+    counts: Tensor
+    """[3] float64: answer tokens, rationale tokens, aligned spans."""
+    tokens: int
+    told: int
+    """The signal by which some rank was told to stop, or 0."""
+    busy: int
+    """Ranks that still write a checkpoint in the background."""
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that did not move the weights."""
+
+    fault: str
+    """What was wrong, without the step's number."""
+    sample_ids: list[str]
+    """The samples of the passes whose loss was not finite; when all were, those of the whole global batch."""
+
+
+def totals_over_ranks(batches: Sequence[PSTBatch], told: int, *, busy: bool = False) -> Totals:
+    """What a step holds, whether a rank was told to stop (`told`: by which signal) or still writes; one collective."""
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    # SIGINT counts more than any number of ranks that were told otherwise: the launcher passes it to all.
+    flags = [float(told == signal.SIGINT), float(told != 0), float(busy)]
+    sums = sums_over_ranks(torch.cat([counts, torch.tensor([float(tokens), *flags], dtype=torch.float64)]))
+    told_by = 0 if not sums[5] else signal.SIGINT if sums[4] else signal.SIGTERM
+    return Totals(sums[:3], int(sums[3]), told_by, int(sums[6]))
+
+
+def take_step(
+    engine: Engine,
+    state: RunState,
+    batches: Sequence[PSTBatch],
+    totals: Totals,
+    weights: TermWeights,
+    train: TrainConfig,
+    *,
+    seed: int,
+    total: int,
+    watch: bool,
+) -> StepRecord | BadStep:
+    """The step after `state.step`, of `total`, over this rank's micro-batches; collective.
+
+    With `watch` the record holds the norm of each term's gradient at the hidden state.
+    """
+    step, student = state.step, engine.student
+    # Dropout depends on (seed, step, rank) alone, so a resumed run draws what the undisturbed one would have.
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + engine.ranks.rank)
+    student.train()
+    student.watch_gradients = watch
+    student.squared_gradients.zero_()
+    scales = weights.scales(totals.counts)
+    # Added up where they are: a look at them from here would wait for the device in every pass.
+    cosine = torch.zeros((), dtype=torch.float64, device=engine.device)
+    passes = []
+    device_scales = scales.float().to(engine.device)
+    for index, batch in enumerate(batches):
+        at("forward", step + 1)
+        output = engine.forward(batch.to(engine.device), device_scales)
+        at("backward", step + 1)
+        engine.backward(output.loss, last=index == len(batches) - 1)
+        passes.append(output.sums.double())
+        cosine += output.cosine.double()
+    local = torch.stack(passes).sum(0)
+    everything = sums_over_ranks(torch.cat([local.cpu(), cosine.cpu()[None], student.squared_gradients]))
+    sums, cosine, squares = everything[:3], everything[3], everything[4:]
+    rate = learning_rate_at(step, total, train)
+    at("optimizer", step + 1)
+    fault = loss_fault(sums) or spike_fault(float((sums * scales).sum()), state, train)
+    if fault is None:
+        norm = engine.step(rate)
+        fault = gradient_fault(norm)
+    else:
+        engine.discard()
+    if fault is not None:
+        return BadStep(fault, _suspects(batches, passes))
+    return StepRecord.of(
+        step=step + 1,
+        sums=sums,
+        counts=totals.counts,
+        scales=scales,
+        cosine=float(cosine),
+        gradients=squares.sqrt() / engine.loss_scale if watch else None,
+        grad_norm=norm,
+        learning_rate=rate,
+        tokens=totals.tokens,
+    )
+
+
+def _suspects(batches: Sequence[PSTBatch], passes: Sequence[Tensor]) -> list[str]:
+    """`BadStep.sample_ids`, the same on every rank; collective."""
+    bad = [not bool(torch.isfinite(sums).all()) for sums in passes]
+    told = gathered([(is_bad, batch.sample_ids) for is_bad, batch in zip(bad, batches, strict=True)])
+    found = [(is_bad, sample) for rank in told for is_bad, ids in rank for sample in ids]
+    any_bad = any(is_bad for is_bad, _ in found)
+    return sorted({sample for is_bad, sample in found if is_bad or not any_bad})

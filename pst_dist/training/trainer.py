@@ -1,0 +1,393 @@
+"""`train(config)`: composes data, student, loss, engine and checkpoints into one run, under every launcher.
+
+Each start first resumes the newest valid checkpoint, so a requeued job, a retry and a second hand-typed command are
+one mechanism. A step is `train_step`'s, what a bad one means `divergence`'s, when a checkpoint is written `saving`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pst_dist.arms import ARMS
+from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.data.shards import ShardSet
+from pst_dist.data.tasks import get_task
+from pst_dist.distributed.peer_watch import alive, at, watched
+from pst_dist.distributed.preemption import StopRequest, end_as_told, stop_requests
+from pst_dist.distributed.ranks import (
+    Ranks,
+    check_same_software,
+    device_of,
+    from_main,
+    main_first_errors,
+    process_group,
+    sums_over_ranks,
+    together,
+)
+from pst_dist.embedding.targets import open_teacher
+from pst_dist.errors import DataError, DivergedError, InputError
+from pst_dist.logs import quiet_libraries
+from pst_dist.storage.atomic import remove_directory
+from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.manifest import write_json
+from pst_dist.student.layout import layout_for
+from pst_dist.student.saved import is_intact_student, save_student
+from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
+from pst_dist.training.bad_steps import (
+    Answer,
+    after_good_step,
+    after_rollback,
+    after_skip,
+    answer_to,
+    diverged,
+    diverged_validation,
+)
+from pst_dist.training.batches import Collator, step_batches
+from pst_dist.training.checkpoint import newest_valid, remove_old, resume
+from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.engines import Engine, build_engine
+from pst_dist.training.fingerprint import choosing_metric, settings_digest, training_settings
+from pst_dist.training.loss import TermWeights
+from pst_dist.training.metrics import MetricsLog
+from pst_dist.training.module import build_student
+from pst_dist.training.order import OrderPlan
+from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
+from pst_dist.training.saver import Saved, Saver
+from pst_dist.training.state import RunState, advanced
+from pst_dist.training.step import BadStep, take_step, totals_over_ranks
+from pst_dist.training.validation import ValidationScore, Validator, is_better
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    *,
+    rebuild: bool = False,
+    observer: Callable[[Saved], None] | None = None,
+    stop: StopRequest | None = None,
+    lock_seconds: float = 0.0,
+) -> TrainingResult:
+    """Train one arm to its last step and return what came of it; resumes what an earlier call left.
+
+    With `rebuild` that is removed first, once the directory is ours: a training that runs there keeps its own.
+    `observer` is called on every rank after each checkpoint. A launcher that runs this where no signals arrive asks
+    for an end through a `stop` of its own; `lock_seconds` is how long it gives an earlier process of the same run to
+    let go of the directory.
+    Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
+    ranks together when a step is bad and `train.skip_bad_steps` and `train.max_rollbacks` do not help, with the weights
+    as they were before that step. Told to stop
+    by SIGTERM or SIGUSR1 on any rank, all write a checkpoint at the next step boundary and raise PreemptedError;
+    KeyboardInterrupt after SIGINT.
+    """
+    quiet_libraries()
+    ranks = Ranks.from_environment()
+    run = run_dir(config)
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    if config.train.deepspeed is not None:
+        deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
+    lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
+    patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
+    with (
+        process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience),
+        contextlib.nullcontext(stop) if stop is not None else stop_requests() as told,
+        watched(ranks, patience),
+        contextlib.ExitStack() as stack,
+    ):
+        at("loading")
+        check_same_software()
+        with together(ranks):  # a node may not see them; a refusal before the lock leaves nothing behind
+            fetch_data(config, on_file=alive)
+            ShardSet.open(run.shards, verify=False)
+        with main_first_errors(ranks):
+            stack.enter_context(lock)
+            if rebuild and ranks.is_main:
+                _forget(run)
+        with together(ranks):
+            training = _Training(config, run, ranks, told, observer)
+        return training.run_all()
+
+
+def _forget(run: RunDir) -> None:
+    """Remove what an earlier training left in a run directory."""
+    for folder in (run.checkpoints, run.best):
+        remove_directory(folder)
+    for file in (run.training, run.metrics):
+        file.unlink(missing_ok=True)
+
+
+class _Training:
+    """One call of `train`: what is built once, and the loop over steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        ranks: Ranks,
+        stop: StopRequest,
+        observer: Callable[[Saved], None] | None = None,
+    ) -> None:
+        self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
+        shards = ShardSet.open(run.shards)
+        self.shards_digest = shards.manifest.digest
+        samples = shards.split("train")
+        if not len(samples):
+            raise InputError("there are no training rows in these shards", "give data.train", path=run.shards)
+        self.teacher = open_teacher(config, run, shards)
+        batch = global_batch_size(config.train, ranks.world_size)
+        self.settings = training_settings(
+            config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch
+        )
+        self.fingerprint = settings_digest(self.settings)
+        self.plan = OrderPlan(len(samples), batch, config.seed)
+        self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
+        self.weights = TermWeights.of(config.loss, config.arm)
+        self.samples = samples
+        self.tokenizer = build_tokenizer(config.student, samples)
+        torch.manual_seed(config.seed)
+        self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
+        check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
+        asked = ARMS[config.arm].asked
+        if any(one.thinks_first for one in asked):
+            check_marker(self.tokenizer, config.layout.answer_marker)
+        self.layout = layout_for(config, self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
+        self.collate = Collator(
+            loss=config.loss,
+            pad_id=self.tokenizer.pad_token_id,
+            decoder_start_id=self.student.decoder_start_id,
+            teacher=self.teacher,
+            capacity=config.train.per_device_train_batch_size * len(asked),
+        )
+        self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
+        self.device = device_of(ranks)
+
+    def run_all(self) -> TrainingResult:
+        done = from_main(finished_training(self.run, self.fingerprint) if self.ranks.is_main else None)
+        if done is not None:
+            log.info("training is complete: %d steps, nothing to do", done.steps)
+            return done
+        at("building the engine")
+        engine = build_engine(self.student, self.config.train, self.ranks)
+        at("resuming")
+        state = self._resume(engine)
+        if state.step == 0:
+            at("checking rows")
+            self._check_rows()
+        log.info(
+            "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
+            self.config.arm,
+            f"{sum(getattr(p, 'ds_numel', p.numel()) for p in self.student.model.parameters()):,}",
+            len(self.samples),
+            self.total,
+            self.plan.global_batch_size,
+            self.ranks.world_size,
+            engine.name,
+            self.device,
+        )
+        metrics = MetricsLog(self.config, self.run, self.ranks, first_step=state.step, total=self.total)
+        saver = Saver(
+            engine,
+            self.run.checkpoints,
+            keep=self.config.train.save_total_limit,
+            total=self.total,
+            in_background=self.config.train.save_in_background,
+            observer=self.observer,
+        )
+        with metrics, saver:
+            try:
+                state = self._loop(engine, state, metrics, saver)
+            except DivergedError:  # on all ranks alike, so a checkpoint that is still in flight can be finished
+                saver.settle()
+                raise
+        result = TrainingResult(
+            fingerprint=self.fingerprint,
+            shards=self.shards_digest,
+            embeddings=self.teacher.digest if self.teacher else None,
+            steps=state.step,
+            seconds=state.seconds,
+            tokens=state.tokens,
+            best_step=state.best_step or 0,
+            best_value=state.best_value,
+            metric=choosing_metric(self.config),
+        )
+        with main_first_errors(self.ranks):
+            if self.ranks.is_main:
+                # The last save may have been killed when it had published, and there is none after it.
+                remove_old(self.run.checkpoints, state, keep=self.config.train.save_total_limit)
+                write_json(self.run.training, vars(result))
+        return result
+
+    def _check_rows(self) -> None:
+        """Lay out every row once, a stride on each rank: one that does not fit is refused before the first step.
+
+        Raises DataError on every rank: the rank that found it names the row.
+        """
+        failure: DataError | None = None
+        task = get_task(self.config.task, self.config.data.answer_type)
+        lost = []
+        try:
+            for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
+                alive()
+                sample = self.samples[index]
+                self.layout.sequences(sample)
+                lost += unwritable_answers(self.tokenizer, [sample], task)
+        except DataError as error:
+            failure = error
+        bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))
+        if bad[1] > 0:
+            first = f", such as {lost[0].answer!r} of sample {lost[0].id}" if lost else ""
+            log.warning("%d answers change in this tokenizer and will never be scored right%s", int(bad[1]), first)
+        if failure is not None:
+            raise failure
+        if bad[0] > 0:
+            raise DataError("another rank met a row that cannot be trained on", "see its message")
+
+    def _resume(self, engine: Engine) -> RunState:
+        """Go to the newest valid checkpoint; when the best student is lost, back to where it can be made again.
+
+        That is the checkpoint of its own step, or one before it: training on from there meets the same best step.
+        """
+        fresh = RunState(self.fingerprint, engine.name, self.ranks.world_size, settings=self.settings)
+        root, accept = self.run.checkpoints, self.config.train.accept_changes
+        newest = newest_valid(root, self.ranks)
+        best_step = newest[1].best_step if newest else None
+        intact = from_main(is_intact_student(self.run.best) if self.ranks.is_main else None)
+        if best_step is None or intact:
+            return resume(engine, root, fresh, accept_changes=accept)
+        log.warning("the best student, of step %d, is not there: making it again", best_step)
+        state = resume(engine, root, fresh, at_most=best_step, accept_changes=accept)
+        if state.step == best_step:
+            self._keep_student(engine, state, self.validator.score(engine, self.weights))
+            return resume(engine, root, fresh, accept_changes=accept)
+        return state
+
+    def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog, saver: Saver) -> RunState:
+        train = self.config.train
+        every_eval = train.eval_steps or self.plan.steps_per_epoch
+        every_save = train.save_steps or every_eval
+        saved, loss = state.step, math.nan
+        at("data", state.step + 1)
+        for batches in self._batches(state.step):
+            started = time.monotonic()
+            at("counting", state.step + 1)
+            totals = totals_over_ranks(batches, self.stop.signal, busy=saver.busy)
+            if totals.told:
+                if saved < state.step:
+                    saver.save(state, loss)
+                saver.settle()
+                end_as_told(totals.told, f"saved after step {state.step} of {self.total}")
+            if saver.pending and not totals.busy:
+                saver.settle()
+            watch = (state.step + 1) % train.logging_steps == 0 or state.step == 0
+            taken = take_step(
+                engine,
+                state,
+                batches,
+                totals,
+                self.weights,
+                train,
+                seed=self.config.seed,
+                total=self.total,
+                watch=watch,
+            )
+            tokens, seconds = state.tokens + totals.tokens, state.seconds + time.monotonic() - started
+            went_back = False
+            if isinstance(taken, BadStep):
+                before = len(state.rollbacks)
+                state = self._answer(engine, state, taken, metrics, saver)
+                went_back = len(state.rollbacks) > before  # the next start is to know it
+            else:
+                state = after_good_step(advanced(state, step=state.step + 1), taken.loss, train)
+                loss = taken.loss
+                metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1))
+            state = advanced(state, tokens=tokens, seconds=seconds)
+            last = state.step == self.total
+            if state.step % every_eval == 0 or last:
+                state = self._validate(engine, state, metrics)
+            if state.step % every_save == 0 or last or went_back:
+                saver.save(state, loss)
+                saved = state.step
+            at("data", state.step + 1)
+        saver.settle()
+        return state
+
+    def _answer(self, engine: Engine, state: RunState, bad: BadStep, metrics: MetricsLog, saver: Saver) -> RunState:
+        """Skip a bad step, go back, or raise DivergedError, as `divergence` decides; collective."""
+        answer = answer_to(state, self.config.train)
+        if answer is Answer.SKIP:
+            metrics.bad_step(state.step + 1, "skipped", bad.fault, bad.sample_ids)
+            return after_skip(state)
+        saver.settle()
+        found = newest_valid(self.run.checkpoints, self.ranks) if answer is Answer.ROLL_BACK else None
+        if found is None:
+            metrics.bad_step(state.step + 1, "stopped", bad.fault, bad.sample_ids)
+            raise diverged(bad.fault, state, self.config.train)
+        path, checkpoint = found
+        outcome = f"gone back to the weights of step {checkpoint.step}"
+        metrics.bad_step(state.step + 1, outcome, bad.fault, bad.sample_ids)
+        at("resuming", state.step + 1)
+        engine.load(path)
+        return after_rollback(state, checkpoint)
+
+    def _batches(self, first_step: int) -> Iterator[list[Any]]:
+        return step_batches(
+            self.plan,
+            self.samples,
+            self.layout,
+            self.collate,
+            first_step=first_step,
+            last_step=self.total,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            micro_batch_size=self.config.train.per_device_train_batch_size,
+            workers=self.config.train.dataloader_num_workers,
+        )
+
+    def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
+        """Score the validation rows, and keep the student when it is the best so far."""
+        at("validation", state.step)
+        value = self.validator.score(engine, self.weights)
+        if value.loss is not None and not math.isfinite(value.loss):
+            raise diverged_validation(value.loss, state.step)
+        metrics.validation(state.step, value)
+        metric = choosing_metric(self.config)
+        chosen = value.chosen(metric)
+        if chosen is not None and state.best_value is not None and not is_better(metric, chosen, state.best_value):
+            return state
+        state = advanced(state, best_value=chosen, best_step=state.step)
+        self._keep_student(engine, state, value)
+        return state
+
+    def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
+        """Write the student as it is now, as the best one; collective."""
+        at("keeping the student", state.step)
+        weights = engine.full_weights()
+        with main_first_errors(self.ranks):
+            if self.ranks.is_main:
+                save_student(
+                    self.student.model,
+                    weights,
+                    self.tokenizer,
+                    self.layout.format,
+                    self.run.best,
+                    fingerprint=self.fingerprint,
+                    extra={
+                        "step": state.step,
+                        "arm": self.config.arm,
+                        "seed": self.config.seed,
+                        "shards": self.shards_digest,
+                        "embeddings": self.teacher.digest if self.teacher else None,
+                        "base_model": self.config.student.model_name_or_path,
+                        "loss": self.config.loss.model_dump(mode="json"),
+                        **value.to_json(),
+                    },
+                )

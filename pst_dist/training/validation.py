@@ -1,0 +1,140 @@
+"""Scoring the validation rows during training: the three loss terms, and accuracy where it chooses the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.tasks import get_task
+from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.ranks import Ranks, sums_over_ranks
+from pst_dist.errors import ConfigError
+from pst_dist.student.generate import decode_answers, is_right
+from pst_dist.student.layout import Layout, forward_passes
+from pst_dist.student.layout import Sequence as TokenSequence
+from pst_dist.training.batches import Collator
+from pst_dist.training.engines import Engine
+from pst_dist.training.fingerprint import choosing_metric
+from pst_dist.training.loss import TermWeights
+
+
+@dataclass(frozen=True)
+class ValidationScore:
+    """Means over the validation rows; None where nothing was measured."""
+
+    answer_nll: float | None = None
+    """Nats per answer token; where it stands after a rationale, after the teacher's."""
+    rationale_nll: float | None = None
+    """Nats per rationale token."""
+    written_nll: float | None = None
+    """Nats per token of rationale and answer together, where that chooses the student (arms that think first)."""
+    alignment: float | None = None
+    """Distance per sample."""
+    cosine: float | None = None
+    """Cosine to the teacher per sample."""
+    loss: float | None = None
+    """The weighted total."""
+    accuracy: float | None = None
+    """Share of rows answered right, decoded greedily."""
+
+    def chosen(self, metric: str) -> float | None:
+        """The value that chooses the student; None without validation rows."""
+        return getattr(self, metric)
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain dict."""
+        return asdict(self)
+
+
+def is_better(metric: str, value: float, best: float) -> bool:
+    """Accuracy is to rise and a likelihood loss to fall; a tie keeps the later, longer trained student."""
+    return value >= best if metric == "accuracy" else value <= best
+
+
+class Validator:
+    """Scores a student on all ranks together; every rank takes a stride of the rows."""
+
+    def __init__(
+        self,
+        config: Config,
+        samples: Sequence[ReasoningSample],
+        layout: Layout,
+        collate: Collator,
+        tokenizer: Any,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.samples, self.layout, self.collate = config, samples, layout, collate
+        self.tokenizer, self.ranks = tokenizer, ranks
+        self.decodes = config.train.metric_for_best_model == "accuracy"
+        if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
+            raise ConfigError(
+                "train.metric_for_best_model=accuracy decodes on each rank, which ZeRO-3's divided weights forbid",
+                "choose answer_nll, or zero2",
+            )
+
+    def score(self, engine: Engine, weights: TermWeights) -> ValidationScore:
+        """Means over all validation rows, the same on every rank; collective."""
+        if not len(self.samples):
+            return ValidationScore()
+        engine.student.eval()
+        engine.student.watch_gradients = False
+        totals = torch.zeros(7, dtype=torch.float64)
+        unscaled = torch.ones(3, device=engine.device)
+        with torch.no_grad():
+            for sequences, muted in self._passes():
+                # InfoNCE's candidates when scoring are the pass's own rows.
+                keys = list(dict.fromkeys((sequence.sample_id, sequence.rationale) for sequence in sequences))
+                batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
+                alive()
+                output = engine.forward(batch.to(engine.device), unscaled)
+                totals += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
+        totals = sums_over_ranks(totals)
+        sums, cosine, counts = totals[:3], float(totals[3]), totals[4:]
+        means = [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+        thinks = choosing_metric(self.config) == "written_nll"
+        return ValidationScore(
+            answer_nll=means[0],
+            rationale_nll=means[1],
+            written_nll=float(sums[:2].sum() / counts[:2].sum()) if thinks else None,
+            alignment=means[2],
+            cosine=cosine / float(counts[2]) if counts[2] else None,
+            loss=float((sums * weights.scales(counts)).sum()),
+            accuracy=self._accuracy(engine) if self.decodes else None,
+        )
+
+    def _passes(self) -> Iterator[tuple[list[TokenSequence], bool]]:
+        """This rank's forward passes as (sequences, muted), equally many on every rank."""
+        size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
+        most = math.ceil(len(self.samples) / world)
+        passes = math.ceil(most / size)
+        mine = range(self.ranks.rank, len(self.samples), world)
+        for index in range(passes):
+            part = mine[index * size : (index + 1) * size]
+            chosen = [self.samples[k] for k in part] or [self.samples[0]]
+            laid_out = [self.layout.sequences(sample) for sample in chosen]
+            for sequences in forward_passes(self.layout.arm, laid_out):
+                yield sequences, not part
+
+    def _accuracy(self, engine: Engine) -> float:
+        task = get_task(self.config.task, self.config.data.answer_type)
+        mine = [self.samples[index] for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size)]
+        decoded = decode_answers(
+            engine.student.model,
+            self.tokenizer,
+            self.layout.format,
+            [sample.question for sample in mine],
+            batch_size=self.config.evaluate.batch_size,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            on_batch=lambda _: alive(),
+        )
+        right = sum(
+            is_right(task, self.layout.format, sample, answer) for answer, sample in zip(decoded, mine, strict=True)
+        )
+        total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
+        return float(total[0] / total[1])

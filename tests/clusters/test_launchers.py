@@ -1,0 +1,96 @@
+"""The commands that a person types: the deepspeed launcher over the whole pipeline, and what a wheel carries."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from small_run import small_config
+
+from pst_dist.config.loading import dump_config, overlays, ready_made_configs
+from pst_dist.storage.manifest import read_json, read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.encoder
+def test_the_deepspeed_script_goes_from_rows_to_a_report_on_two_ranks(tmp_path):
+    config = small_config(tmp_path / "data", tmp_path / "run", train__deepspeed="zero2")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NUM_GPUS": "2",
+        "MASTER_PORT": "29511",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "launchers" / "deepspeed.sh"), str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 rank(s) of zero2" in done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert read_json(tmp_path / "run" / "eval" / "test" / "results.json")["rows"] == 12
+    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == list(range(1, 9))
+
+
+@pytest.mark.encoder
+def test_one_process_can_train_with_deepspeed_too(small_data, tmp_path):
+    from pst_dist.training.trainer import train
+
+    train(small_config(small_data, tmp_path / "plain"))
+    train(small_config(small_data, tmp_path / "zero", train__deepspeed="zero1"))
+    # A second process group in this process, which DeepSpeed must not take for the first.
+    assert train(small_config(small_data, tmp_path / "again", train__deepspeed="zero2")).steps == 8
+    losses = [
+        [row["loss"] for row in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("plain", "zero")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and len(losses[0]) == 8
+
+
+@pytest.mark.distributed
+@pytest.mark.encoder
+def test_several_arms_train_one_after_the_other_with_deepspeed(small_data, tmp_path):
+    """Ranks that made a second process group in torchrun's store were seen to hang there."""
+    config = small_config(small_data, tmp_path / "run", arms="[pst,answer_only]", train__deepspeed="zero2")
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pst_dist.torchrun", "--standalone", "--nproc-per-node=2"),
+            *("-m", "pst_dist.train", str(path)),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for arm in ("pst", "answer_only"):
+        assert read_json(tmp_path / "run" / arm / "train.json")["steps"] == 8
+
+
+def test_a_wheel_carries_the_configs_the_deepspeed_profiles_and_the_cluster_scripts(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"pst_dist/config/presets/{name}.yaml" for name in ready_made_configs()}
+    wanted |= {f"pst_dist/config/presets/overlays/{name}.yaml" for name in overlays()}
+    wanted |= {f"pst_dist/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    wanted |= {f"pst_dist/cluster/{path.name}" for path in (ROOT / "cluster").iterdir()}
+    assert wanted <= names
+    assert not any(name.startswith(("tests/", "shared/")) for name in names)

@@ -1,0 +1,454 @@
+"""Slurm: the script that is rendered, the refusals before anything starts, and jobs on a real Slurm of two nodes."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts import hosts_can_be_made
+from slurm_cluster import SlurmCluster, run_on_hosts, slurm_cluster, slurm_folder
+from small_run import small_config
+from waiting import wait_until
+
+from pst_dist.cli.main import run_verb
+from pst_dist.clusters.slurm.follow import read_jobs
+from pst_dist.clusters.slurm.script import array_words, cells, read_words, render, template
+from pst_dist.clusters.slurm.submit import Partition, check_room, gpus_of
+from pst_dist.config.loading import dump_config, load_config
+from pst_dist.errors import ConfigError
+from pst_dist.storage.manifest import read_json, read_lines
+from pst_dist.storage.mounts import filesystem_of
+from pst_dist.training.trainer import train
+
+ROOT = Path(__file__).resolve().parents[2]
+PST = (sys.executable, "-m", "pst_dist.cli")
+STEPS = 40
+real = [pytest.mark.slurm, pytest.mark.encoder, pytest.mark.distributed]
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_words_of_the_job_and_of_the_config_are_told_apart():
+    request, rest = read_words(
+        ["nodes=2", "gpus=a100:8", "time=04:00:00", "train.bf16=true", "sbatch.reservation=night", "arm=pst"]
+    )
+    assert (request.nodes, request.gpu_count, request.tasks) == (2, 8, 0)
+    assert request.options == {"time": "04:00:00", "reservation": "night"}
+    assert rest == ["train.bf16=true", "arm=pst"]
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("nodes=0", "nodes=0 is not a number from 1"),
+        ("gpus=many", "gpus=many is not a number of GPUs"),
+        ("time=soon", "time=soon is not a time limit"),
+        ("arms=pst", "not a list"),
+        ("arms=[pst,pst]", "not a list of different values"),
+        ("arms=[pts]", "no arm 'pts'"),
+        ("seeds=[one]", "'one' is not a whole number"),
+    ],
+)
+def test_a_word_that_slurm_would_not_take_is_refused(word, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_words([word])
+
+
+def test_ranks_are_for_nodes_without_gpus():
+    with pytest.raises(ConfigError, match="ranks= is for nodes without GPUs"):
+        read_words(["ranks=2", "gpus=8"])
+    assert read_words(["ranks=2", "gpus=0"])[0].ranks == 2
+
+
+def test_an_array_has_one_task_and_one_folder_for_each_arm_and_seed(tmp_path):
+    assert cells(["pst", "prefix"], [3, 5]) == [("pst", 3), ("prefix", 3), ("pst", 5), ("prefix", 5)]
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(small_config(tmp_path / "data", tmp_path / "run", arms="[pst, answer_only]")))
+    words = [str(path), "train.bf16=true", "arms=[pst,prefix]", "seeds=[3,5]"]
+    configs = [load_config(task[0], task[1:]) for task in (array_words(words, index) for index in range(4))]
+    assert [(config.arm, config.seed) for config in configs] == cells(["pst", "prefix"], [3, 5])
+    assert [Path(config.output_dir).relative_to(tmp_path / "run") for config in configs] == [
+        Path("seed-3/pst"),
+        Path("seed-3/prefix"),
+        Path("seed-5/pst"),
+        Path("seed-5/prefix"),
+    ]
+    assert {config.data_dir for config in configs} == {str(tmp_path / "data")}
+    assert all(config.train.bf16 and not config.arms for config in configs)
+    with pytest.raises(ConfigError, match="task 4 of the array has no arm or seed"):
+        array_words(words, 4)
+
+
+def test_the_script_carries_what_was_asked_for_and_is_valid_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tmp_path / "data", tmp_path / "my run")
+    request, _ = read_words(["nodes=4", "gpus=8", "time=1-12", "seeds=[0,1,2]", "parallel=2", "warn=300"])
+    script = render(request, config, tmp_path / "my run" / "slurm" / "config.yaml")
+    lines = script.splitlines()
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --time=1-12",
+        "#SBATCH --array=0-2%2",
+        "#SBATCH --signal=B:USR1@300",
+        "#SBATCH --requeue",
+        f'#SBATCH --output="{tmp_path}/my run/slurm/%A_%a.log"',
+        f"set -- '{tmp_path}/my run/slurm/config.yaml' 'seeds=[0,1,2]'",
+    ):
+        assert lines.count(line) == 1, line
+    options = [line.split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert len(set(options)) == len(options), "an option given twice"
+    last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") for line in lines[:last]), "sbatch stops reading options at the first command"
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for name in ("ray.sbatch", "pipeline.sh"):
+        subprocess.run(["bash", "-n", str(template(name))], check=True)
+
+
+def test_a_dry_run_prints_the_script_and_needs_no_slurm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = [f"output_dir={tmp_path}/run", "nodes=2", "train.max_steps=7", "--dry-run"]
+    assert run_verb(["submit", "slurm", "demo", *words]) == 0
+    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+# --- what Slurm says --------------------------------------------------------------------------------------------------
+
+
+def test_gpus_of_a_node_are_added_up_over_their_kinds():
+    assert gpus_of("gpu:a100:8(S:0-1),gpu:h100:4,nvme:1") == 12
+    assert gpus_of("gpu:2") == 2
+    assert gpus_of("(null)") == 0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["nodes=9"], "nodes=9, but partition cpu has 8; ask for at most 8, or another partition of cpu, gpu"),
+        (["gpus=1"], "gpus=1, but partition cpu has none"),
+        (["gpus=8", "partition=gpu"], "gpus=8, but partition gpu has at most 4 a node"),
+        (["partition=tpu"], "there is no partition 'tpu'; give partition=, one of cpu, gpu"),
+    ],
+)
+def test_what_a_partition_can_never_hold_is_refused(words, said):
+    partitions = [Partition("cpu", True, True, 8, 0), Partition("gpu", False, True, 2, 4)]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_room(read_words(words)[0], partitions)
+    check_room(read_words(["nodes=2", "gpus=4", "partition=cpu,gpu"])[0], partitions)
+
+
+def test_states_and_exit_codes_are_read_from_slurm():
+    text = """\
+JobId=31 ArrayJobId=30 ArrayTaskId=0 JobName=pst-run
+   JobState=FAILED Reason=NonZeroExitCode Dependency=(null)
+   Requeue=1 Restarts=1 BatchFlag=1 Reboot=0 ExitCode=6:0
+   NodeList=n1
+   StdOut=/runs/my run/slurm/30_0.log
+
+JobId=32 ArrayJobId=30 ArrayTaskId=1 JobName=pst-run
+   JobState=TIMEOUT Reason=TimeLimit Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:15
+   NodeList=n2
+   StdOut=/runs/my run/slurm/30_1.log
+
+JobId=30 ArrayJobId=30 ArrayTaskId=2-5 ArrayTaskThrottle=2 JobName=pst-run
+   JobState=PENDING Reason=Resources Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   NodeList=(null)
+   StdOut=/runs/my run/slurm/30_4294967294.log
+"""
+    failed, late, waiting = read_jobs(text)
+    assert (failed.line, failed.result) == ("job 30_0: failed on n1, exit code 6", 6)
+    assert str(failed.output) == "/runs/my run/slurm/30_0.log"
+    assert late.result == 75, "after a time limit the same command goes on"
+    assert not waiting.ended and waiting.line == "job 30_[2-5]: pending (Resources)"
+
+
+def test_the_file_system_of_a_folder_is_that_of_its_deepest_mount():
+    mounts = "overlay / overlay rw 0 0\ntmpfs /tmp tmpfs rw 0 0\nserver:/x /tmp/my\\040disk nfs4 rw 0 0\n"
+    assert filesystem_of(Path("/tmp/runs/a"), mounts) == "tmpfs"
+    assert filesystem_of(Path("/tmp/my disk/a"), mounts) == "nfs4"
+    assert filesystem_of(Path("/tmpfs"), mounts) == "overlay"
+
+
+def test_without_slurm_there_is_one_line_and_exit_code_4(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_verb(["submit", "slurm", "demo", f"output_dir={tmp_path}/run"]) == 4
+    assert capsys.readouterr().err.startswith("pst: error[ENVIRONMENT] sbatch is not on this machine's PATH; run this")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("script, code", [("sys.exit(75)", 75), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(0)", 0)])
+def test_torchrun_ends_with_the_exit_code_of_its_ranks(script, code):
+    torchrun = [sys.executable, "-m", "pst_dist.torchrun", "--standalone", "--nproc-per-node=1", "--no-python"]
+    done = subprocess.run(
+        [*torchrun, sys.executable, "-c", f"import os, sys; {script}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+
+
+# --- jobs that run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    with slurm_cluster(2) as cluster:
+        yield cluster
+
+
+def write_config(folder: Path, data: Path, name: str, **changes) -> Path:
+    """A small run as a file, as a user has it."""
+    settings = {"train__max_steps": STEPS, "train__eval_steps": 1000, **changes}
+    path = folder / f"{name}.yaml"
+    path.write_text(dump_config(small_config(data, folder / name, **settings)))
+    return path
+
+
+def start_submit(slurm: SlurmCluster, *words: str | Path) -> subprocess.Popen:
+    """`pst submit slurm …` as a process, its lines on one pipe."""
+    command = [*PST, "submit", "slurm", *map(str, words)]
+    return subprocess.Popen(
+        command, env=slurm.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    )
+
+
+def lines_until(process: subprocess.Popen, pattern: str, seen: list[str]) -> str:
+    """Read a followed job's lines until one matches; bounded by the test's own time limit."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if found := re.search(pattern, line):
+            return found[1] if found.groups() else found[0]
+    pytest.fail(f"no line matches {pattern!r} in:\n{''.join(seen)}")
+
+
+def ended(process: subprocess.Popen, seen: list[str]) -> int:
+    """The exit code of a followed job, its last lines added to `seen`."""
+    rest, _ = process.communicate(timeout=180)
+    seen.append(rest)
+    return process.returncode
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Until a run has logged that many steps."""
+    wait_until(lambda: len(losses(run)) >= step, f"step {step} of {run}", seconds=120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, small_data, tmp_path_factory) -> tuple[Path, str]:
+    """The run directory of a two-node job that nobody disturbs, and what `pst submit slurm` said of it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_config(folder, small_data, "run", train__deepspeed="zero1")
+    seen: list[str] = []
+    assert ended(start_submit(slurm, config, "nodes=2", "time=00:10:00"), seen) == 0, "".join(seen)
+    return folder / "run", "".join(seen)
+
+
+@pytest.mark.timeout(300)
+class TestOnARealSlurm:
+    pytestmark = real
+
+    def test_two_nodes_follow_the_loss_curve_of_one_process(self, undisturbed, small_data, tmp_path):
+        run, said = undisturbed
+        plain = small_config(small_data, tmp_path / "plain", train__max_steps=STEPS, train__eval_steps=1000)
+        train(plain)
+        # Rounding differs between one process and two, and forty steps of Adam carry it on.
+        assert losses(run)[:8] == pytest.approx(losses(tmp_path / "plain")[:8], abs=1e-5)
+        assert losses(run) == pytest.approx(losses(tmp_path / "plain"), abs=1e-3) and len(losses(run)) == STEPS
+        assert "on 2 rank(s) of zero1" in said
+        for line in ("#SBATCH --nodes=2", "#SBATCH --time=00:10:00", "script: ", "submitted; log: "):
+            assert line in said
+        assert re.search(r"job \d+: running on n\[1-2\]\n(.*\n)*job \d+: completed on n\[1-2\], exit code 0\n$", said)
+
+    def test_a_job_told_to_stop_goes_back_into_the_queue_and_on_from_its_checkpoint(
+        self, slurm, undisturbed, small_data, tmp_path
+    ):
+        config = write_config(tmp_path, small_data, "run", train__deepspeed="zero1")
+        seen: list[str] = []
+        job = start_submit(slurm, config, "nodes=2")
+        number = lines_until(job, r"job (\d+): submitted", seen)
+        wait_for_step(tmp_path / "run", 5)
+        slurm.ask("scancel", "--signal=USR1", "--batch", number)  # what Slurm itself does before the time limit
+        step = lines_until(job, r"told to stop: saved after step (\d+) of", seen)
+        lines_until(job, r"pending, start 2", seen)
+        slurm.start_again_now(number)
+        assert ended(job, seen) == 0, "".join(seen) + slurm.last_words()
+        said = "".join(seen)
+        assert 5 <= int(step) < STEPS
+        assert f"job {number}: saved, back into the queue" in said
+        assert f"resumed step {step} from" in said
+        assert f"job {number}: completed on n[1-2], exit code 0" in said
+        assert losses(tmp_path / "run") == losses(undisturbed[0]), "a stop must not be seen in the losses"
+
+    def test_ctrl_c_stops_following_and_a_failing_jobs_exit_code_comes_through(self, slurm, small_data, tmp_path):
+        diverging = {"train__learning_rate": "1e18", "train__max_grad_norm": 0}
+        config = write_config(tmp_path, small_data, "run", **diverging)
+        seen: list[str] = []
+        job = start_submit(slurm, config)
+        number = lines_until(job, r"job (\d+): submitted", seen)  # early: such a job runs for a second or two
+        job.send_signal(signal.SIGINT)
+        assert ended(job, seen) == 130
+        assert f"look again: pst submit slurm --follow {number}, end it: scancel {number}" in seen[-1]
+        again = start_submit(slurm, "--follow", number)
+        assert ended(again, seen) == 6, "diverged"
+        assert "error[DIVERGED]" in seen[-1] and f"job {number}: failed on n1, exit code 6" in seen[-1]
+
+    def test_a_cancelled_job_saves_and_does_not_come_back(self, slurm, small_data, tmp_path):
+        config = write_config(tmp_path, small_data, "run", train__max_steps=100_000)
+        seen: list[str] = []
+        job = start_submit(slurm, config)
+        number = lines_until(job, r"job (\d+): submitted", seen)
+        wait_for_step(tmp_path / "run", 5)
+        slurm.ask("scancel", number)
+        assert ended(job, seen) == 130, "".join(seen)
+        assert "told to stop: saved after step" in "".join(seen)
+        shown = slurm.ask("scontrol", "show", "job", number)
+        assert "JobState=CANCELLED" in shown and "Restarts=0" in shown
+
+    def test_an_array_trains_each_arm_and_seed_in_its_own_folder(self, slurm, small_data, tmp_path):
+        config = write_config(tmp_path, small_data, "run", train__max_steps=4)
+        seen: list[str] = []
+        assert ended(start_submit(slurm, config, "arms=[pst,answer_only]", "seeds=[1]"), seen) == 0, "".join(seen)
+        for index, arm in enumerate(("pst", "answer_only")):
+            saved = load_config(str(tmp_path / "run" / "seed-1" / arm))
+            assert (saved.arm, saved.seed, saved.data_dir) == (arm, 1, str(small_data))
+            assert read_json(Path(saved.output_dir) / "train.json")["steps"] == 4
+            assert re.search(rf"^\d+_{index}: arm {arm}: ", seen[-1], re.MULTILINE)
+            assert re.search(rf"^job \d+_{index}: completed", seen[-1], re.MULTILINE)
+        plain = small_config(small_data, tmp_path / "plain", seed=1, train__max_steps=4, train__eval_steps=1000)
+        train(plain)
+        assert losses(tmp_path / "run" / "seed-1" / "pst") == losses(tmp_path / "plain")
+
+    def test_the_pipeline_goes_from_rows_to_a_report(self, slurm, tmp_path):
+        config = write_config(tmp_path, tmp_path / "data", "run", train__max_steps=4)
+        said = self.pipeline(slurm, tmp_path, config, "evaluate.max_rows=4", "--", "--time=00:10:00")
+        jobs = re.findall(r"\d+", said)
+        assert re.fullmatch(r"shard \d+ -> embed \d+ -> train \d+ -> report \d+\n", said)
+        report = start_submit(slurm, "--follow", jobs[-1])
+        seen: list[str] = []
+        assert ended(report, seen) == 0, "".join(seen) + "".join(path.read_text() for path in tmp_path.glob("*.log"))
+        assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "export").is_dir()
+        assert read_json(tmp_path / "run" / "eval" / "test" / "results.json")["rows"] == 4
+        starts = [re.search(r"StartTime=(\S+)", slurm.ask("scontrol", "show", "job", job)) for job in jobs]
+        assert [found[1] for found in starts if found] == sorted(found[1] for found in starts if found)
+
+    def test_a_pipeline_whose_first_stage_fails_leaves_nothing_waiting(self, slurm, tmp_path):
+        config = write_config(tmp_path, tmp_path / "data", "run")
+        said = self.pipeline(slurm, tmp_path, config, f"data.train={tmp_path}/nothing.jsonl")
+        shard, *others = re.findall(r"\d+", said)
+        wait_until(lambda: not slurm.ask("squeue", "-h").strip(), "all jobs are gone")
+        assert "JobState=FAILED" in slurm.ask("scontrol", "show", "job", shard)
+        for job in others:
+            assert "JobState=CANCELLED" in slurm.ask("scontrol", "show", "job", job)
+
+    def pipeline(self, slurm: SlurmCluster, folder: Path, *words: object) -> str:
+        done = subprocess.run(
+            [str(ROOT / "cluster" / "pipeline.sh"), *map(str, words)],
+            env=slurm.environment | {"PST_PYTHON": sys.executable},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_what_cannot_start_is_refused_before_anything_is_submitted(
+        self, slurm, small_data, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+        config = str(write_config(tmp_path, small_data, "run"))
+        (tmp_path / "file").write_text("")
+        for words, code, said in [
+            (["nodes=3"], 2, "error[CONFIG] nodes=3, but partition main has 2; ask for at most 2"),
+            (["nodes=2", "partition=small"], 2, "error[CONFIG] nodes=2, but partition small has 1"),
+            (["gpus=1"], 2, "error[CONFIG] gpus=1, but partition main has none; leave gpus= out"),
+            (["partition=night"], 2, "there is no partition 'night'; give partition=, one of main, small"),
+            ([f"data_dir={tmp_path}/none"], 2, "no finished shards here"),
+            ([f"output_dir={tmp_path}/file/run"], 4, "error[ENVIRONMENT]"),
+            (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch says: "),
+        ]:
+            assert run_verb(["submit", "slurm", config, *words]) == code, words
+            err = capsys.readouterr().err
+            assert said in err and err.count("\n") == 1, err
+            assert not (tmp_path / "run").exists(), words
+        assert not slurm.ask("squeue", "-h").strip()
+
+    def test_a_directory_that_a_waiting_job_will_write_to_is_refused(
+        self, slurm, small_data, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+        config = str(write_config(tmp_path, small_data, "run"))
+        assert run_verb(["submit", "slurm", config, "sbatch.begin=now+1hour", "--no-follow"]) == 0
+        number = re.search(r"job (\d+): submitted", capsys.readouterr().out)
+        assert number
+        try:
+            assert run_verb(["submit", "slurm", config]) == 5
+            assert f"job {number[1]} already works here; follow it: " in capsys.readouterr().err
+        finally:
+            slurm.ask("scancel", number[1])
+
+    def test_a_controller_that_is_down_is_noticed_in_seconds(self, slurm, tmp_path, monkeypatch, capsys):
+        text = Path(slurm.environment["SLURM_CONF"]).read_text()
+        (tmp_path / "slurm.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", text))
+        monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+        assert run_verb(["submit", "slurm", "demo", f"output_dir={tmp_path}/run"]) == 4
+        assert "Slurm's controller does not answer" in capsys.readouterr().err
+
+    def test_a_node_that_does_not_see_the_config_is_named_before_training(self, slurm, tmp_path):
+        """The nodes are one machine here, so the file is taken away instead."""
+        config = tmp_path / "run.yaml"
+        config.write_text("")
+        script = tmp_path / "train.sbatch"
+        text = (ROOT / "cluster" / "train.sbatch").read_text()
+        script.write_text(text.replace("if [[ -f $1 ]] && !", '[[ -f $1 ]] && rm "$1"\nif !'))
+        done = subprocess.run(
+            ["sbatch", "--wait", "--nodes=2", f"--output={tmp_path}/log", str(script), str(config)],
+            env=slurm.environment | {"PST_PYTHON": sys.executable},
+            timeout=120,
+        )
+        assert done.returncode == 4
+        assert "not every node sees this file" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.encoder
+@pytest.mark.timeout(400)
+@pytest.mark.skipif("PST_TEST_RAY_ON_SLURM" not in os.environ, reason="takes minutes: set PST_TEST_RAY_ON_SLURM=1")
+def test_ray_on_slurm_embeds_on_two_hosts_and_gives_the_drivers_exit_code(small_data, tmp_path):
+    with slurm_folder() as folder:
+        if not hosts_can_be_made():
+            pytest.skip("needs network namespaces (root and iproute2): Ray's nodes want addresses of their own")
+        data = tmp_path / "data"
+        shutil.copytree(small_data / "shards", data / "shards")
+        config = write_config(tmp_path, data, "run")
+        script = f"{ROOT}/cluster/ray.sbatch {config} embed.ray.num_actors=2"
+        follow = "pst_dist.cli submit slurm --follow"
+
+        def embed(options: str, *words: str) -> list[str]:
+            sbatch = f"sbatch --parsable --output={tmp_path}/log {options} {script} {' '.join(words)}"
+            return ["bash", "-c", f"export PST_PYTHON={sys.executable}; {sys.executable} -m {follow} $({sbatch})"]
+
+        # One node is enough to see that a driver's refusal is not lost on the way.
+        done = run_on_hosts(folder, embed("--nodes=2"), embed("--nodes=1", "data_dir=/nowhere"), timeout=380)
+        log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else done.stderr
+    assert re.findall(r"^exit code (\d+)", done.stdout, re.MULTILINE) == ["0", "2"], log
+    assert "Ray actors" in log and "error[INPUT] /nowhere/shards" in log
+    made = sorted(path.name for path in (data / "embeddings").iterdir() if not path.name.startswith("."))
+    for name in made:
+        assert (data / "embeddings" / name).read_bytes() == (small_data / "embeddings" / name).read_bytes(), name
+    assert len(made) == 6, "four shards, their statistics and the manifest"

@@ -1,0 +1,110 @@
+"""The config: precedence, refusals with their place, and a round trip through text."""
+
+import pytest
+
+from pst_dist.config.loading import dump_config, known_keys, load_config, ready_made_configs
+from pst_dist.config.schema import Config
+from pst_dist.errors import ConfigError, InputError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_an_override_beats_the_file_and_the_file_beats_the_default(tmp_path):
+    path = write(tmp_path, "train:\n  learning_rate: 1e-3\n  weight_decay: 0.5\n")
+    config = load_config(str(path), ["train.learning_rate=2e-4"])
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.max_grad_norm) == (2e-4, 0.5, 1.0)
+
+
+def test_an_unknown_key_names_its_line_and_the_nearest_key(tmp_path):
+    path = write(tmp_path, "seed: 1\ntrain:\n  learning_rat: 1e-3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert str(caught.value) == (
+        f"error[CONFIG] {path}:3: unknown key 'train.learning_rat'; did you mean 'train.learning_rate'?"
+    )
+
+
+def test_a_key_without_its_section_is_traced_to_the_section(tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.learning_rate'"):
+        load_config(None, ["learning_rate=1"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.learning_rate=fast", "train.learning_rate: input should be a valid number"),
+        ("train.global_batch_size=0", "train.global_batch_size: input should be greater than 0, got 0"),
+        ("arm=cot", "arm: input should be 'answer_only'"),
+        ("train.save_total_limit=1", "train.save_total_limit: input should be greater than or equal to 2"),
+        ("train.gradient_accumulation_steps=4", "train.gradient_accumulation_steps follows from"),
+        ("student.fresh.num_heads=3", "not a multiple of num_heads 3"),
+        ("train", "is not key.sub=value"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(word, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [word])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("seed: 1\nseed: 2\n", "2: key 'seed' twice"), ("seed: [1\n", ":2:"), ("- a\n", "not a mapping")],
+)
+def test_broken_yaml_names_its_line(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(write(tmp_path, text)))
+    assert message in str(caught.value)
+
+
+def test_a_missing_config_names_the_nearest_ready_made_one():
+    with pytest.raises(InputError, match="did you mean demo"):
+        load_config("demos")
+
+
+def test_the_resolved_config_reads_back_as_the_same_config(tmp_path):
+    config = load_config("demo", ["train.learning_rate=1e-5", "data.columns={question: q}"])
+    assert load_config(str(write(tmp_path, dump_config(config)))) == config
+
+
+def test_every_key_has_a_sentence_of_help():
+    def fields(model, prefix=""):
+        for name, info in model.model_fields.items():
+            yield prefix + name, info.description
+            if isinstance(info.annotation, type) and hasattr(info.annotation, "model_fields"):
+                yield from fields(info.annotation, f"{prefix}{name}.")
+
+    silent = [name for name, text in fields(Config) if not text]
+    assert silent == []
+    assert "train.learning_rate" in set(known_keys())
+
+
+@pytest.mark.parametrize("name", ready_made_configs())
+def test_every_ready_made_config_is_valid(name):
+    assert load_config(name).task
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("? [a, b]\n: 1\n", "run.yaml:1: a key is not a plain word"),
+        ("train:\n  lr: 1\n", "run.yaml:2: unknown key 'train.lr'"),
+        ("train.max_steps: 4\n", "write max_steps on a line of its own below train:"),
+        ("arms: pst\n", "write arms=[pst]"),
+        ("train: 5\n", "train is a section, got 5; write train.KEY=value"),
+        ("output_dir: ''\n", "output_dir"),
+    ],
+)
+def test_a_slip_in_the_file_is_answered_with_what_to_write(tmp_path, text, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(write(tmp_path, text)))
+    assert words in str(caught.value) and "did you mean 'train'?" not in str(caught.value)
+
+
+def test_a_section_without_keys_means_its_defaults(tmp_path):
+    assert load_config(str(write(tmp_path, "train:\nembed:\n  ray:\nseed: 3\n"))) == Config(seed=3)

@@ -1,0 +1,240 @@
+"""Columns: paths and templates, ready-made maps, guessing, and errors that name what is there."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pst_dist.data.sources.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
+from pst_dist.data.sources.columns import RowError, as_choices, field_map, look_up, with_choices
+from pst_dist.data.sources.common_maps import split_reply
+from pst_dist.errors import ConfigError, DataError
+
+ROW = {"a": {"b": [{"c": "deep"}, "second"]}, "n": 7, "x.y": "dotted", "t": True, "s": "text"}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.b[0].c", "deep"),
+        ("a.b[-1]", "second"),
+        ("a.b[2]", None),
+        ("a.c.d", None),
+        ("s[0]", None),
+        ("x.y", "dotted"),
+        ("{s} and {n}: {a.b[1]}", "text and 7: second"),
+        ("{s} {missing}", None),
+        ("{t}", None),
+    ],
+)
+def test_paths_and_templates_find_values(path, expected):
+    assert look_up(ROW, path) == expected
+
+
+def test_a_field_map_gives_fields():
+    columns = field_map(
+        {"question": "{ctx} {q}", "answer": "meta.gold", "rationales": "cots", "choices": "opts", "id": "n"}
+    )
+    row = {"ctx": "C.", "q": "Q?", "meta": {"gold": 5}, "cots": ["one", " ", "two", "one"], "opts": ["x", "y"], "n": 3}
+    found = columns.fields(row)
+    assert found.question == "C. Q? Answer choices: (A) x, (B) y."
+    assert (found.answer, found.rationales, found.choices, found.id) == (5, ("one", "two"), ("x", "y"), "3")
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "what"),
+    [
+        ({"answer": "a"}, "missing", "question is missing"),
+        ({"question": None, "answer": "a"}, "missing", "question is missing"),
+        ({"question": 3, "answer": "a"}, "type", "question is a number, wanted text"),
+        ({"question": ["q"], "answer": "a"}, "type", "question is a list, wanted text"),
+        ({"question": "  ", "answer": "a"}, "empty", "question is empty"),
+        ({"question": "q\x00", "answer": "a"}, "nul", "question holds a NUL"),
+        ({"question": "q", "answer": ""}, "empty", "answer is empty"),
+        ({"question": "q", "answer": float("nan")}, "missing", "answer is missing"),
+        ({"question": "q", "answer": {"x": 1}}, "type", "answer is an object, wanted text"),
+        ({"question": "q", "answer": "a", "rationale": 4}, "type", "rationale is a number, wanted text"),
+        ({"question": "q", "answer": "a", "rationale": ["x", 4]}, "type", "rationale is a number, wanted text"),
+    ],
+)
+def test_a_row_that_lacks_a_field_says_which_and_what_it_found(row, code, what):
+    columns = field_map({"question": "question", "answer": "answer", "rationale": "rationale"})
+    with pytest.raises(RowError) as caught:
+        columns.fields(row)
+    assert caught.value.code == code
+    assert what in caught.value.what
+
+
+def test_a_map_with_an_unknown_field_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'rationale'"):
+        field_map({"question": "q", "answer": "a", "rational": "r"})
+    with pytest.raises(ConfigError, match="no answer"):
+        field_map({"question": "q"})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["A)5", "B)6"], ("5", "6")),
+        (["(A) x", "(B) y"], ("x", "y")),
+        (["A) x", "y"], ("A) x", "y")),
+        ({"label": ["A", "B"], "text": ["x", "y"]}, ("x", "y")),
+        ([1, 2.5], ("1", "2.5")),
+    ],
+)
+def test_choices_lose_their_letters_only_when_all_have_them(value, expected):
+    assert as_choices(value) == expected
+
+
+def test_choices_are_written_behind_the_question_once():
+    question = with_choices("Which?", ("x", "y"))
+    assert question == "Which? Answer choices: (A) x, (B) y."
+    assert with_choices(question, ("x", "y")) == question
+
+
+@pytest.mark.parametrize(
+    ("reply", "rationale", "answer"),
+    [
+        ("<think>\nI add.\n</think>\n42", "I add.", "42"),
+        ("I add.</think> The answer is 42.", "I add.", "42"),
+        ("2 + 2 = 4\n#### 4", "2 + 2 = 4", "4"),
+        ("Add them.\n\n-->\n\n39 END", "Add them.", "39"),
+        ("They have 3. Therefore, the answer is 3.", "They have 3.", "3"),
+        ("So first. The final answer is: (B)", "So first.", "(B)"),
+        ("42", None, "42"),
+    ],
+)
+def test_a_reply_is_cut_at_the_mark_it_has(reply, rationale, answer):
+    assert split_reply(reply) == (rationale, answer)
+
+
+LAYOUT_ROWS = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "2+2?"}]},
+            {"role": "assistant", "reasoning_content": "I add.", "content": "4"},
+        ]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "I add.\n#### 4"}]},
+    "prompt_completion": {"prompt": "2+2?\n\n###\n\n", "completion": " I add. --> 4 END"},
+    "alpaca": {"instruction": "2+2?", "input": "", "output": "I add. The answer is 4."},
+    "gsm8k": {"question": "2+2?", "answer": "I add<<2+2=4>>.\n#### 4"},
+    "think": {"problem": "2+2?", "generation": "<think>I add.</think>4"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT_ROWS)
+def test_known_layouts_are_recognised_and_read_alike(name):
+    row = LAYOUT_ROWS[name]
+    columns = guess_columns([row], "file.jsonl")
+    assert columns.name == name
+    found = columns.fields(row)
+    assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add.",), "4")
+    assert as_yaml(columns) == f"columns: {name}"
+
+
+def test_conversational_prompt_and_completion_are_read_too():
+    row = {
+        "prompt": [{"role": "user", "content": "2+2?"}],
+        "completion": [{"role": "assistant", "content": "<think>I add.</think>4"}],
+    }
+    found = guess_columns([row], "f").fields(row)
+    assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add.",), "4")
+
+
+def test_a_conversation_of_several_turns_is_refused():
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    with pytest.raises(RowError, match="2 user and 0 assistant turns"):
+        READY_MADE["messages"].fields(row)
+
+
+def test_aqua_in_both_forms_ends_in_the_same_question():
+    first = READY_MADE["aqua"].fields(
+        {"question": "How many?", "options": ["A)1", "B)2", "C)3", "D)4", "E)5"], "rationale": "Count.", "correct": "B"}
+    )
+    second = READY_MADE["aqua_human"].fields(
+        {
+            "instruction": "How many? Answer Choices: (A) 1 (B) 2 (C) 3 (D) 4 (E) 5",
+            "output": "Let's think about the multi-choice question. Count. The answer is option B",
+        }
+    )
+    assert first.question == second.question == "How many? Answer choices: (A) 1, (B) 2, (C) 3, (D) 4, (E) 5."
+    assert first.rationales == second.rationales == ("Count.",)
+    assert first.answer == second.answer == "B"
+
+
+@pytest.mark.parametrize(
+    ("ending", "letter"),
+    [
+        ("x = 2. Answer C", "C"),
+        ("x = 2. Hence The answer is 30. i.e D", "D"),
+        ("x = 2. The answer is 30", "C"),
+        ("x = 2. Choice E is correct.", "E"),
+    ],
+)
+def test_human_endings_are_read_by_letter_or_by_the_text_of_a_choice(ending, letter):
+    row = {"instruction": "q Answer Choices: (A) 10 (B) 20 (C) 30 (D) 40 (E) 50", "output": ending}
+    found = READY_MADE["aqua_human"].fields(row)
+    assert (found.answer, found.rationales) == (letter, ("x = 2.",))
+
+
+def test_an_ending_without_answer_is_refused():
+    row = {"instruction": "q Answer Choices: (A) 10 (B) 20 (C) 30 (D) 40 (E) 50", "output": "Hence x is 7."}
+    with pytest.raises(RowError, match="does not end in an answer"):
+        READY_MADE["aqua_human"].fields(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"question": "q", "answer": "a", "rationale": "r"},
+            {"question": "question", "answer": "answer", "rationale": "rationale"},
+        ),
+        (
+            {"Problem": "q", "Rationale": "r", "Final Answer": "3"},
+            {"question": "Problem", "answer": "Final Answer", "rationale": "Rationale"},
+        ),
+        (
+            {"uid": 4, "query": "q", "label": 1, "chain_of_thought": "r"},
+            {"question": "query", "answer": "label", "rationale": "chain_of_thought", "id": "uid"},
+        ),
+        ({"Body": "b", "Question": "q", "Answer": "1.0"}, {"question": "{Body} {Question}", "answer": "Answer"}),
+        (
+            {"question": "q", "answer": "a", "rationales": ["r", "s"]},
+            {"question": "question", "answer": "answer", "rationales": "rationales"},
+        ),
+    ],
+)
+def test_unknown_files_are_mapped_by_names_that_mean_the_same_and_the_yaml_gives_the_map_back(row, expected):
+    columns = guess_columns([row], "file.csv")
+    assert columns.paths == expected
+    assert yaml.safe_load(as_yaml(columns)) == {"columns": expected}
+
+
+def test_a_missing_column_is_named_with_those_that_exist_and_the_nearest():
+    rows = [{"quesiton": "q", "answer": "a"}]
+    with pytest.raises(DataError) as caught:
+        guess_columns(rows, "train.jsonl")
+    assert "no column 'question' for question among: quesiton, answer" in str(caught.value)
+    assert "the nearest is 'quesiton'" in str(caught.value)
+    with pytest.raises(DataError, match="no column 'awnser'"):
+        choose_columns({"question": "quesiton", "answer": "awnser"}, rows, "train.jsonl")
+    with pytest.raises(DataError, match="no column 'why'"):
+        choose_columns({"question": "quesiton", "answer": "answer", "rationale": "why"}, rows, "train.jsonl")
+    with pytest.raises(DataError, match="no column 'messages' for map messages"):
+        choose_columns("messages", rows, "train.jsonl")
+
+
+def test_rows_to_be_scored_may_lack_the_rationale_column():
+    columns = choose_columns(
+        {"question": "q", "answer": "a", "rationale": "why"}, [{"q": "x", "a": "y"}], "test.jsonl", "test"
+    )
+    assert columns.fields({"q": "x", "a": "y"}).rationales == ()
+
+
+def test_several_ready_made_maps_are_tried_in_turn():
+    assert choose_columns("aqua, gsm8k", [LAYOUT_ROWS["gsm8k"]], "f").name == "gsm8k"
+    with pytest.raises(ConfigError, match="did you mean 'alpaca'"):
+        choose_columns("alpacca", [LAYOUT_ROWS["gsm8k"]], "f")

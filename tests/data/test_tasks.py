@@ -1,0 +1,166 @@
+"""What counts as a right answer: the published rules, the published teacher accuracies, the generic tasks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from pst_dist.data.sample import ANSWER_TYPES
+from pst_dist.data.tasks import TASKS, get_task
+from pst_dist.errors import ConfigError
+
+TWELVE = (
+    "single_eq addsub multiarith gsm8k aqua svamp date_understanding tracking_shuffled_objects "
+    "last_letter_concatenation coin_flip commonsense_qa strategy_qa"
+).split()
+
+
+def test_the_twelve_tasks_are_there_in_the_order_of_the_published_tables():
+    assert list(TASKS)[:12] == TWELVE
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "expected"),
+    [
+        ("svamp", " $1,051.50 in all", "1051.5"),
+        ("svamp", " 51.0", "51"),
+        ("gsm8k", " 51.0", "51.0"),
+        ("gsm8k", " 1,000 or -3", "1000"),
+        ("single_eq", " -0.0", "0"),
+        ("multiarith", " none", None),
+        ("aqua", " (B) or C", "B"),
+        ("aqua", " the answer", None),
+        ("date_understanding", " (F).", "F"),
+        ("tracking_shuffled_objects", " DC", "C"),
+        ("coin_flip", ' "Yes, the coin is heads up."', "yes"),
+        ("coin_flip", " nobody knows: no.", "no"),
+        ("strategy_qa", " yes!", None),
+        ("last_letter_concatenation", ' "y a.j\no".', "yajo"),
+        ("last_letter_concatenation", ' " "', None),
+        ("arithmetic", "So 12 pens.", "12"),
+    ],
+)
+def test_the_first_candidate_is_taken_in_canonical_form(task, text, expected):
+    assert get_task(task).cleanse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "numeric", "exact"),
+    [("43", "43", True, True), ("43.0000001", "43", True, False), ("43.1", "43", False, False)],
+)
+def test_some_number_tasks_compare_within_a_millionth_and_others_as_strings(prediction, gold, numeric, exact):
+    assert get_task("svamp").is_correct(prediction, gold) is numeric
+    assert get_task("gsm8k").is_correct(prediction, gold) is exact
+
+
+def test_numbers_beyond_a_float_are_compared_by_their_digits():
+    huge = "9" * 400
+    assert get_task("svamp").is_correct(huge, huge)
+    assert not get_task("svamp").is_correct(huge, huge[:-1] + "8")
+
+
+def test_a_parse_failure_is_never_right():
+    assert not get_task("coin_flip").is_correct(None, "yes")
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [("3 and 4 make 7 --> 7 or 8", "7"), ("3 and 4 make 7", "7"), ("nothing", None), ("3 --> none", None)],
+)
+def test_without_its_marker_the_last_candidate_counts(completion, expected):
+    assert get_task("gsm8k").extract(completion, "-->") == expected
+
+
+def test_with_no_marker_asked_for_the_first_candidate_counts():
+    assert get_task("gsm8k").extract("7, because 3 and 4 make 7; not 8", None) == "7"
+
+
+@pytest.mark.parametrize(
+    ("answer_type", "text", "expected"),
+    [
+        ("text", "  New   York ", "New York"),
+        ("number", "about 007.50 euros", "7.5"),
+        ("choice", "I think (c) is it", "C"),
+        ("choice", "D is it", "D"),
+        ("bool", "No.", "no"),
+        ("date", "on 2021-4-30", "04/30/2021"),
+        ("date", "1/2/1999", "01/02/1999"),
+        ("date", "13/13/1999", None),
+    ],
+)
+def test_generic_tasks_serve_rows_of_no_named_task(answer_type, text, expected):
+    assert get_task(None, answer_type).cleanse(text) == expected
+
+
+def test_without_name_and_type_the_answer_is_free_text_compared_without_case():
+    task = get_task(None)
+    assert task.answer_type == "text"
+    assert task.is_correct("new york.", "New York")
+    assert not task.is_correct("york", "New York")
+    assert {get_task(None, kind).answer_type for kind in ANSWER_TYPES} == set(ANSWER_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("task", "value", "choices", "expected"),
+    [
+        ("svamp", 5.0, (), "5"),
+        ("svamp", 1e-7, (), "0.0000001"),
+        ("gsm8k", 1200, (), "1200"),
+        ("strategy_qa", True, (), "yes"),
+        ("strategy_qa", "False", (), "no"),
+        ("aqua", "(b)", (), "B"),
+        ("aqua", "C) 12", (), "C"),
+        ("aqua", 1, ("x", "y"), "B"),
+        ("commonsense_qa", "Bank", ("river", "bank"), "B"),
+    ],
+)
+def test_gold_answers_may_come_in_the_forms_that_data_has(task, value, choices, expected):
+    assert get_task(task).gold(value, choices) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "value", "reason"),
+    [
+        ("svamp", "12 of 15", "holds several: 12, 15"),
+        ("svamp", "many", "is not a number"),
+        ("svamp", True, "is true or false"),
+        ("aqua", "Apple", "no choice letter of A to E"),
+        ("aqua", 7, "is a number"),
+        ("coin_flip", 1, "is a number, wanted yes or no"),
+        ("coin_flip", ["yes"], "is a list"),
+        ("svamp", float("nan"), "not a finite number"),
+    ],
+)
+def test_a_gold_answer_that_fits_no_type_says_why(task, value, reason):
+    with pytest.raises(ValueError, match=reason.replace("(", r"\(")):
+        get_task(task).gold(value)
+
+
+def test_an_unknown_task_is_answered_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="did you mean 'last_letter_concatenation'"):
+        get_task("last_letters_concat")
+    with pytest.raises(ConfigError, match="has number answers"):
+        get_task("svamp", "text")
+    with pytest.raises(ConfigError, match="none of number, choice"):
+        get_task(None, "essay")
+
+
+def test_tasks_cross_process_borders():
+    assert pickle.loads(pickle.dumps(get_task("aqua"))) == get_task("aqua")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "published"), [("addsub", "76.71"), ("single_eq", "81.50"), ("svamp", "64.20"), ("strategy_qa", "53.45")]
+)
+def test_rescoring_the_teacher_gives_its_published_accuracy(shared_data, name, published):
+    # The published number is over all rows, train and test, the first completion of each, the first candidate in it.
+    task = get_task(name)
+    data = json.loads((shared_data / f"teacher_completions_davinci002/D_{name}.json").read_text())["data"]
+    right = sum(
+        task.is_correct(task.cleanse(entries[0]["completion"]), task.gold(entries[0]["answer"]))
+        for entries in data.values()
+    )
+    assert f"{100 * right / len(data):.2f}" == published

@@ -1,0 +1,325 @@
+"""Training in one process: golden curves, exact resume, refusals before the first step."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import small_config
+
+from pst_dist.arms import ARMS
+from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.ranks import Ranks
+from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
+from pst_dist.pipeline import make_student
+from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.manifest import read_json, read_lines
+from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.engines import DeepSpeedEngine, SingleProcessEngine, build_engine
+from pst_dist.training.optimizer import learning_rate_at
+from pst_dist.training.trainer import train
+
+GOLDEN = Path(__file__).with_name("golden_losses.txt")
+pytestmark = pytest.mark.encoder
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
+
+
+def golden() -> dict[str, list[float]]:
+    """Case -> losses of its eight steps, from the text file."""
+    lines = [line.split() for line in GOLDEN.read_text().splitlines() if line and not line.startswith("#")]
+    return {words[0]: [float(word) for word in words[1:]] for words in lines}
+
+
+CASES = {arm: {"arm": arm} for arm in ARMS} | {
+    "pst-t5": {"student__fresh__architecture": "t5"},
+    "pst-llama": {"student__fresh__architecture": "llama"},
+    "pst-pure": {"loss__rationale_weight": 0},
+    "pst-before": {"layout__semantic_position": "before"},
+    "pst-span": {"loss__pooling": "span"},
+    "pst-nce": {"loss__alignment": "info_nce"},
+    "pst-uncentred": {"loss__centre": False},
+    "pst-shuffled": {"loss__control": "shuffle_embeddings"},
+    "pst-unaligned": {"loss__alignment_weight": 0},
+    "post-shuffled": {"arm": "post_thinking", "loss__control": "shuffle_rationale_tokens"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_curve_of_each_arm_and_control_is_the_golden_one(case, small_data, tmp_path):
+    train(small_config(small_data, tmp_path, **CASES[case]))
+    assert losses(tmp_path) == pytest.approx(golden()[case], abs=2e-3)
+
+
+def test_the_arms_and_controls_really_differ():
+    curves = list(golden().values())
+    assert len({tuple(curve) for curve in curves}) == len(curves) == len(CASES)
+
+
+def test_a_run_resumed_from_its_middle_ends_with_the_same_bits(small_data, tmp_path):
+    settings = {"train__save_steps": 2, "train__save_total_limit": 9}
+    train(small_config(small_data, tmp_path / "whole", **settings))
+    for step in (2, 4, 6):
+        shutil.copytree(tmp_path / "whole", tmp_path / "again")
+        for path in (tmp_path / "again" / "checkpoints").iterdir():
+            if int(path.name.partition("-")[2]) > step:
+                shutil.rmtree(path)
+        (tmp_path / "again" / "train.json").unlink()
+        train(small_config(small_data, tmp_path / "again", **settings))
+        one = load_file(tmp_path / "whole" / "best" / "model.safetensors")
+        two = load_file(tmp_path / "again" / "best" / "model.safetensors")
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_a_finished_training_is_not_repeated(small_data, tmp_path):
+    config = small_config(small_data, tmp_path)
+    first = train(config)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config) == first
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_directory_are_refused(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    with pytest.raises(StaleError, match=r"trained with .*, this run has "):
+        train(small_config(small_data, tmp_path, train__learning_rate="2e-2"))
+
+
+def test_a_finished_training_can_be_made_longer(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    longer = {"train__max_steps": 12, "train__accept_changes": True}
+    assert train(small_config(small_data, tmp_path, **longer)).steps == 12
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl") if "loss" in row] == list(range(1, 13))
+
+
+def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):
+    with directory_lock(tmp_path), pytest.raises(LockedError, match=r"in use by process"):
+        train(small_config(small_data, tmp_path))
+
+
+def test_rebuilding_takes_nothing_from_a_training_that_runs_there(small_data, tmp_path):
+    config = small_config(small_data, tmp_path)
+    train(config)
+    before = sorted(path for path in tmp_path.rglob("*") if path.name != ".lock")
+    with directory_lock(tmp_path), pytest.raises(LockedError):
+        make_student(config, rebuild=True)
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != ".lock") == before
+
+
+def test_rebuilding_trains_anew(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    assert make_student(small_config(small_data, tmp_path, seed=5), rebuild=True).steps == 8
+
+
+def test_a_diverging_run_stops_before_its_weights_are_spoilt(small_data, tmp_path):
+    config = small_config(
+        small_data,
+        tmp_path,
+        train__learning_rate="1e18",
+        train__max_grad_norm=0,
+        train__eval_steps=1,
+        train__warmup_ratio=0,
+    )
+    with pytest.raises(DivergedError, match=r"not finite|this student is not kept|no weight was moved"):
+        train(config)
+    assert not (tmp_path / "train.json").exists()
+    for checkpoint in (tmp_path / "checkpoints").glob("checkpoint-*"):
+        state = load_file(checkpoint / "state-00000.safetensors")
+        assert state and all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_loss_that_is_not_finite_is_caught_before_the_step(small_data, tmp_path, monkeypatch):
+    config = small_config(small_data, tmp_path, train__save_steps=2, train__eval_steps=2)
+    real_forward = SingleProcessEngine.forward
+
+    def poisoned(engine, batch, scales):
+        output = real_forward(engine, batch, scales)
+        steps = engine.optimizer.state_dict()["state"]
+        broken = bool(steps) and int(steps[0]["step"]) == 3 and engine.student.training
+        return replace(output, sums=output.sums * float("nan")) if broken else output
+
+    monkeypatch.setattr(SingleProcessEngine, "forward", poisoned)
+    with pytest.raises(DivergedError, match=r"step 4: the answer and rationale and alignment loss is not finite"):
+        train(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert train(config).steps == 8, "the same command goes on from the last checkpoint"
+
+
+def test_the_best_student_is_the_one_validation_chose(small_data, tmp_path):
+    result = train(small_config(small_data, tmp_path, train__eval_steps=2))
+    seen = {
+        row["step"]: row["validation"]["answer_nll"]
+        for row in read_lines(tmp_path / "metrics.jsonl")
+        if "validation" in row
+    }
+    assert sorted(seen) == [2, 4, 6, 8]
+    assert result.best_value == min(seen.values()) == seen[result.best_step]
+    assert read_json(tmp_path / "best" / "manifest.json")["extra"]["step"] == result.best_step
+
+
+def test_a_student_that_thinks_first_is_chosen_by_all_that_it_has_to_write(small_data, tmp_path):
+    """By the answer after the teacher's rationale, one was chosen whose own rationales had not been learnt yet."""
+    result = train(small_config(small_data, tmp_path, arm="pre_thinking", train__eval_steps=2))
+    rows = [row for row in read_lines(tmp_path / "metrics.jsonl") if "validation" in row]
+    written = {row["step"]: row["validation"]["written_nll"] for row in rows}
+    assert result.metric == "written_nll"
+    assert result.best_value == min(written.values()) == written[result.best_step]
+    for scores in (row["validation"] for row in rows):
+        # A mean over tokens of both lies between theirs.
+        low, high = sorted((scores["answer_nll"], scores["rationale_nll"]))
+        assert low < scores["written_nll"] < high
+    answer_first = train(small_config(small_data, tmp_path / "pst"))
+    assert answer_first.metric == "answer_nll"
+    assert "written_nll" not in json.dumps(read_lines(tmp_path / "pst" / "metrics.jsonl"))
+
+
+def test_a_value_of_another_metric_is_not_compared_with(small_data, tmp_path):
+    """A likelihood of 2 nats would beat every accuracy."""
+    train(small_config(small_data, tmp_path, train__max_steps=4))
+    longer = {"train__max_steps": 8, "train__metric_for_best_model": "accuracy", "train__accept_changes": "true"}
+    result = train(small_config(small_data, tmp_path, **longer))
+    assert (result.metric, result.best_step) == ("accuracy", 8) and 0 <= result.best_value <= 1
+
+
+@pytest.mark.parametrize("eval_steps", [4, 3])
+def test_a_lost_or_damaged_best_student_is_made_again_with_the_same_bytes(small_data, tmp_path, eval_steps):
+    # With eval_steps 3 the best step may have no checkpoint of its own: training goes back before it.
+    config = small_config(small_data, tmp_path, train__eval_steps=eval_steps, train__save_steps=2)
+    train(config)
+    weights = tmp_path / "best" / "model.safetensors"
+    whole = weights.read_bytes()
+    shutil.rmtree(tmp_path / "best")
+    train(config)
+    assert weights.read_bytes() == whole
+    weights.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    train(config)
+    assert weights.read_bytes() == whole
+
+
+def test_accuracy_can_choose_the_student(small_data, tmp_path):
+    result = train(small_config(small_data, tmp_path, train__metric_for_best_model="accuracy"))
+    assert result.metric == "accuracy" and 0 <= result.best_value <= 1
+
+
+def test_training_without_shards_says_what_to_run(tmp_path):
+    with pytest.raises(InputError, match="pst shard"):
+        train(small_config(tmp_path / "nowhere", tmp_path / "run"))
+
+
+def test_a_row_that_does_not_fit_is_named_before_the_first_step(small_data, tmp_path):
+    with pytest.raises(DataError, match=r"question and answer take \d+ tokens, layout\.max_length is 40"):
+        train(small_config(small_data, tmp_path, layout__max_length=40))
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_the_attention_of_a_fresh_student_can_be_chosen(small_data, tmp_path):
+    train(small_config(small_data, tmp_path, student__attn_implementation="eager"))
+    assert losses(tmp_path) == pytest.approx(golden()["pst"], abs=2e-3)
+
+
+def test_every_logged_step_holds_raw_and_weighted_terms_and_gradient_shares(small_data, tmp_path):
+    train(small_config(small_data, tmp_path, loss__alignment_weight=0.5))
+    row = next(row for row in read_lines(tmp_path / "metrics.jsonl") if row.get("step") == 3)
+    assert row["weighted_alignment"] == pytest.approx(0.5 * row["alignment"])
+    assert row["loss"] == pytest.approx(row["answer_nll"] + row["rationale_nll"] + 0.5 * row["alignment"])
+    shares = [row[f"gradient_share_{term}"] for term in ("answer", "rationale", "alignment")]
+    assert sum(shares) == pytest.approx(1) and min(shares) > 0
+
+
+def test_a_weight_that_does_nothing_is_warned_about(small_data, tmp_path, caplog):
+    train(small_config(small_data, tmp_path, loss__alignment_weight="1e-6"))
+    assert "the alignment term makes" in caplog.text and "loss.alignment_weight" in caplog.text
+
+
+def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
+    settings = {"learning_rate": 1.0, "warmup_ratio": 0.1}
+    cosine = TrainConfig(lr_scheduler_type="cosine", **settings)
+    assert [learning_rate_at(step, 100, cosine) for step in (0, 9, 10)] == pytest.approx([0.1, 1, 1])
+    assert learning_rate_at(55, 100, cosine) == pytest.approx(0.5)
+    assert learning_rate_at(99, 100, cosine) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    linear = TrainConfig(lr_scheduler_type="linear", **settings)
+    assert learning_rate_at(55, 100, linear) == pytest.approx(0.5)
+    assert learning_rate_at(80, 100, TrainConfig(lr_scheduler_type="constant", **settings)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch"),
+        ({"bf16": {"enabled": True}}, "'bf16' belongs to our config; remove it and set train.bf16"),
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
+        ({"gradient_clipping": 1.0}, "'gradient_clipping' belongs to our config; remove it and set train.max_grad"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is the text '2'; write 2"),
+        ({"prescale_gradients": "true"}, "prescale_gradients is the text 'true'; write true"),
+        ({"zero_optimization": 2}, "zero_optimization is 2"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: extra inputs"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": True}}},
+            "zero_optimization.offload_param.pin: extra inputs",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            "offload_param.device: input should",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param at stage 2, where there is nothing to offload; take stage 3",
+        ),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer at stage 0"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device is nvme without a nvme_path",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; write {"),
+        ([2], "is no JSON object"),
+    ],
+)
+def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, settings, message):
+    import json
+
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_auto_in_a_deepspeed_json_is_left_to_deepspeeds_defaults(tmp_path):
+    import json
+
+    path = tmp_path / "mine.json"
+    offload = {"device": "cpu", "pin_memory": False, "buffer_size": "auto"}
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "offload_param": offload}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    settings = deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    wanted = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
+    assert settings["zero_optimization"] == wanted
+
+
+def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}')
+    with pytest.raises(ConfigError, match="offload_param at stage 2"):
+        train(small_config(small_data, tmp_path / "run", train__deepspeed=str(path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_ranks_without_deepspeed_are_refused():
+    with pytest.raises(ConfigError, match=r"2 ranks but train\.deepspeed is not set"):
+        build_engine(None, TrainConfig(), Ranks(0, 0, 2))
+
+
+def test_both_engines_offer_the_same_methods():
+    public = {name for name in dir(SingleProcessEngine) if not name.startswith("_")}
+    assert public == {name for name in dir(DeepSpeedEngine) if not name.startswith("_")}

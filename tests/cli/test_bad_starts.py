@@ -66,7 +66,7 @@ def config(small_data, tmp_path):
 def test_nodes_with_different_versions_are_refused_on_every_rank(config, tmp_path):
     shutil.copytree(ROOT / "pst_dist", tmp_path / "other" / "pst_dist")
     shutil.copytree(ROOT / "ds_configs", tmp_path / "other" / "ds_configs")
-    (tmp_path / "other" / "pst_dist" / "__init__.py").write_text('__version__ = "9.9.9"\n')
+    (tmp_path / "other" / "pst_dist" / "_version.py").write_text('__version__ = "9.9.9"\n')
     for code, said in two_nodes(config, PYTHONPATH=str(tmp_path / "other")):
         (line,) = (line for line in said if line.startswith("pst: "))
         assert code == 4 and "ranks differ in pst_dist: " in line and "9.9.9 on rank 1" in line, said

@@ -49,7 +49,7 @@ def run(capsys, *words: object) -> tuple[int, str, str]:
 
 def test_help_needs_neither_torch_nor_a_second():
     script = (
-        "import sys, pst_dist.cli\n"
+        "import sys, pst_dist.cli.main\n"
         "try: pst_dist.cli.main.run_verb(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'deepspeed', 'transformers', 'datasets', 'webdataset'} & set(sys.modules)\n"

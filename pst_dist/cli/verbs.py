@@ -184,7 +184,7 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
     return (
         f"{config.output_dir}: accuracy {100 * results['accuracy']:.2f} % (standard error "
         f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {results['split']} rows, "
-        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['parse_failures']} unparsed"
+        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed"
     )
 
 
@@ -295,9 +295,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(compare(arms).table())
     else:
-        from pst_dist.storage.manifest import read_json
+        from pst_dist.config.run_dir import run_dir
+        from pst_dist.evaluation.evaluate import read_results
 
-        print(_score_line(config, read_json(arms[0] / "eval" / config.evaluate.split / "results.json")))
+        (only,) = expand_arms(config)
+        print(_score_line(config, read_results(run_dir(only).evaluation(config.evaluate.split))))
     print(f"report: {pages[-1]}")
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
@@ -25,7 +26,15 @@ from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
-from pst_dist.evaluation.scores import chance_of, contains_answer, given_rationales, rows_to_score, sample_row, score_of
+from pst_dist.evaluation.scores import (
+    chance_of,
+    contains_answer,
+    given_rationales,
+    rows_to_score,
+    sample_row,
+    score_of,
+    with_current_names,
+)
 from pst_dist.evaluation.similarity import compare_rationales
 from pst_dist.logs import progress
 from pst_dist.storage.atomic import atomic_directory, write_text
@@ -108,7 +117,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """What of the settings shapes the results."""
     settings = config.evaluate.model_dump()
-    if config.arm != "adaptive":
+    if not ARMS[config.arm].chooses_order:
         del settings["think_below"]  # so that what was scored before it existed need not be scored again
     return settings
 
@@ -137,7 +146,12 @@ def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict
         verify_files(directory, manifest)
     except IntegrityError as error:
         raise IntegrityError(error.what, "run `pst evaluate` with --rebuild", path=error.path) from error
-    return read_json(directory / RESULTS)
+    return read_results(directory)
+
+
+def read_results(directory: Path) -> dict[str, Any]:
+    """The results in an evaluation's folder, whichever version wrote them; raises IntegrityError when damaged."""
+    return with_current_names(read_json(directory / RESULTS))
 
 
 def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
@@ -170,7 +184,7 @@ def _score(
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
-    if config.arm == "adaptive":
+    if ARMS[config.arm].chooses_order:
         right = functools.partial(is_right, task, student.format)
         decoded, adaptive = adaptive_answers(config.evaluate, samples, shards.split("validation"), decode, right)
     else:

@@ -21,6 +21,7 @@ from pst_dist.config.loading import flat_keys
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import InputError, IntegrityError, StaleError
+from pst_dist.evaluation.scores import with_current_names
 from pst_dist.experiment.runs import placeless, result_of, samples_of
 from pst_dist.experiment.spec import Run
 from pst_dist.storage.manifest import canonical_json, digest_of, read_lines, read_manifest
@@ -28,7 +29,7 @@ from pst_dist.storage.manifest import canonical_json, digest_of, read_lines, rea
 OUTCOMES = "outcomes.jsonl"
 _SHOWN = 3
 _ALWAYS = {
-    *("arm", "task", "split", "parameters", "parse_failures", "device", "tokens_to_answer", "milliseconds_to_answer"),
+    *("arm", "task", "split", "parameters", "unparsed", "device", "tokens_to_answer", "milliseconds_to_answer"),
 }
 _ACCOUNT = _ALWAYS | {"chance", "majority", "training", "adaptive"}
 """What the page tells of a run's results besides its right rows."""
@@ -71,10 +72,11 @@ class Outcome:
         if not set(raw["right"]) <= set("01"):
             raise ValueError("right is not a row of 0 and 1")
         right = np.array([one == "1" for one in raw["right"]], dtype=bool)
-        if not _ALWAYS <= raw["results"].keys():
-            raise ValueError("results are not whole")
+        results = with_current_names(raw["results"])
+        if not _ALWAYS <= results.keys():
+            raise ValueError("results are incomplete")
         config = Config.model_validate(raw["config"])
-        return cls(raw["run"], config, raw["shards"], raw["rows"], right, raw["results"])
+        return cls(raw["run"], config, raw["shards"], raw["rows"], right, results)
 
 
 def outcome_of(run: Run) -> Outcome | None:

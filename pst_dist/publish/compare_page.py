@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pst_dist.arms import COST_BASELINE
 from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
 from pst_dist.publish import html, plots
@@ -57,8 +58,10 @@ def _comparison_headline(comparison: Comparison) -> list[tuple[str, str]]:
     baseline = next(arm for arm in comparison.arms if arm.label == comparison.baseline)
     if baseline is not best:
         tiles.append((html.percent(baseline.results["accuracy"]), f"baseline: {baseline.label}"))
-    if best.times_fewer_tokens and best.results["arm"] != "pre_thinking":
-        tiles.append((f"{best.times_fewer_tokens:.1f}x", f"fewer tokens to the answer than pre_thinking: {best.label}"))
+    if best.times_fewer_tokens and best.results["arm"] != COST_BASELINE:
+        tiles.append(
+            (f"{best.times_fewer_tokens:.1f}x", f"fewer tokens to the answer than {COST_BASELINE}: {best.label}")
+        )
     return tiles
 
 
@@ -76,8 +79,8 @@ def _reading(comparison: Comparison) -> str:
     words = (
         f"Differences are in points against {comparison.baseline}, row by row on the same rows: the interval is a "
         "paired bootstrap, p is McNemar's exact test, two-sided and not corrected for several comparisons. s.e. is the "
-        "binomial standard error of the accuracy; it says nothing about other seeds. Unread: no answer of the task's "
-        "type stood in the text."
+        "binomial standard error of the accuracy; it says nothing about other seeds. Unparsed: the text holds no "
+        "answer of the task's type."
     )
     if any(arm.times_fewer_tokens for arm in comparison.arms):
         words += " Fewer: tokens to the answer of pre_thinking over this arm's."

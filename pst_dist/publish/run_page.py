@@ -123,7 +123,7 @@ def _evaluation_part(evaluations: Sequence[dict[str, Any]]) -> list[str]:
         ("guessing", lambda r: html.percent(r["chance"]) or "not known"),
         ("the most frequent answer", lambda r: html.percent(r["majority"])),
         ("gold answer anywhere in the text", lambda r: html.percent(r["contains_answer"])),
-        ("no answer could be read", lambda r: f"{r['parse_failures']} rows"),
+        ("unparsed: no answer in the text", lambda r: f"{r['unparsed']} rows"),
         ("never reached the stop token", lambda r: f"{r['incomplete']} rows"),
         ("tokens to the answer: mean, median, 95 %", _tokens),
         ("milliseconds to the answer: median, 90 %", _milliseconds),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_compare import scored
 
+from pst_dist.arms import ARMS
 from pst_dist.errors import InputError, StaleError
 from pst_dist.publish import html, plots
 from pst_dist.publish.run_page import compare_report, report
@@ -195,7 +196,7 @@ def test_two_runs_of_one_arm_share_its_colour_and_differ_in_their_dash(tmp_path)
 
     runs = [scored(tmp_path / str(seed), "pst", "10", seed=seed) for seed in (0, 1)]
     first, second = plots.styles(compare(runs))
-    assert first["color"] == second["color"] == plots.ARM_COLOURS["pst"]
+    assert first["color"] == second["color"] == ARMS["pst"].colour
     assert first["linestyle"] != second["linestyle"]
 
 

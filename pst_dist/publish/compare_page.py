@@ -15,6 +15,7 @@ from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
 from pst_dist.publish import html, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
+from pst_dist.publish.render import render
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import read_lines
 
@@ -36,7 +37,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
     comparison = compare(runs)
     metrics = [read_lines(arm.run / "metrics.jsonl") for arm in comparison.arms]
     samples, disagreements = _side_by_side(comparison)
-    page = html.render(
+    page = render(
         "compare.html",
         comparison=comparison,
         headline=_comparison_headline(comparison),

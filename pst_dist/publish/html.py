@@ -1,24 +1,17 @@
-"""Pages from the templates beside this file: each one self-contained file, all text escaped, nothing fetched.
+"""What pages are made of: cells, tables and figures, which `templates/parts.html` turns into HTML.
 
-A page module collects the values, its template in `templates/` lays them out, and `parts.html` has the pieces that
-pages share.
+A page module collects the values and its template lays them out. Every page is one self-contained file: all text is
+escaped, pictures are part of it, nothing is fetched.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from typing import Any
 
 _LONGEST = 600
-_NOT_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""Characters that no HTML file may hold, or that UTF-8 cannot encode; text of rows and file names may hold them."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +53,6 @@ class Figure:
     def base64(self) -> str:
         """The picture for a `data:` URL."""
         return base64.b64encode(self.png).decode()
-
-
-def render(template: str, **values: Any) -> str:
-    """The page that a template of `templates/` makes of the values.
-
-    All values are escaped. A character that HTML does not allow becomes U+FFFD. Raises jinja2.UndefinedError for a
-    value that the template uses and that is not given.
-    """
-    return _NOT_HTML.sub("\ufffd", _environment().get_template(template).render(values))
-
-
-@functools.cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("pst_dist.publish"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def pairs_table(values: dict[str, Any]) -> Table:

@@ -16,6 +16,7 @@ from pst_dist.evaluation.evaluate import SAMPLES, evaluations_of
 from pst_dist.publish import html, plots
 from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
+from pst_dist.publish.render import render
 from pst_dist.storage.atomic import atomic_path, write_text
 from pst_dist.storage.manifest import Manifest, read_json, read_lines, read_manifest
 
@@ -36,7 +37,7 @@ def report(run: Path) -> Path:
         raise InputError("nothing was trained here", "run `pst train` first", path=run)
     student = read_manifest(run / "best", "student")
     evaluations = evaluations_of(run, student)
-    page = html.render(
+    page = render(
         "run.html",
         name=run.name,
         arm=student.extra.get("arm") if student else None,

@@ -14,6 +14,7 @@ from test_compare import scored
 from pst_dist.arms import ARMS
 from pst_dist.errors import InputError, StaleError
 from pst_dist.publish import html, plots
+from pst_dist.publish.render import render
 from pst_dist.publish.run_page import compare_report, report
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import (
@@ -239,7 +240,7 @@ def test_an_answer_that_could_not_be_parsed_is_told_with_the_start_of_its_text(t
 
 def test_a_value_that_a_template_lacks_is_an_error_and_not_an_empty_place():
     with pytest.raises(UndefinedError, match="'name' is undefined"):
-        html.render("run.html")
+        render("run.html")
 
 
 def test_two_runs_of_one_arm_share_its_colour_and_differ_in_their_dash(tmp_path):

@@ -1,8 +1,7 @@
-"""What several evaluations on identical rows say together: arms side by side, with paired tests.
+"""Arms scored on identical rows, compared by paired tests.
 
-Two arms that were scored on the same rows are compared row by row, which is far sharper than comparing two
-accuracies. Rows are joined by id; runs that were scored on different rows are refused. How it looks on a page is
-`report`.
+Arms are compared row by row, which is far sharper than comparing two accuracies. Rows are joined by id; runs that were
+scored on different rows are refused. `publish.compare_page` makes a page of the result.
 """
 
 from __future__ import annotations

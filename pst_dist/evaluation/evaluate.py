@@ -1,8 +1,8 @@
 """Scores a trained student on held-out rows: accuracy, tokens and milliseconds to the answer, the rationale's likeness.
 
-The answer span comes first: what stands before the stop token is scored, not the last number of the text. Results
-are tied to the digests of student and rows, so an evaluation is done once. How text becomes an answer is `tasks`,
-how answers are generated `decode`, what rows come to `row_scores`, what two evaluations say together `compare`.
+The text before the stop token is scored, not the last number of the whole text. Results are tied to the digests of
+student and rows, so an evaluation is done once. `data.tasks` turns text into an answer, `student.generate` generates
+it, `scores` counts, `compare` compares evaluations.
 """
 
 from __future__ import annotations

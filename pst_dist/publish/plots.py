@@ -1,6 +1,6 @@
-"""The pictures of the reports, each a PNG in memory: what a run's metrics and a comparison's accuracies look like.
+"""The plots of the pages, each a PNG in memory: a run's metrics and a comparison's accuracies.
 
-One colour an arm, the same on every page. What stands around the pictures is `report`.
+Each arm has one colour, from `arms`, on every page. `run_page` and `compare_page` put the plots on pages.
 """
 
 from __future__ import annotations

@@ -57,17 +57,6 @@ def test_overrides_and_overlays_may_stand_anywhere_among_the_options(monkeypatch
     assert sorted(arguments.overrides) == ["+warm", "arm=prefix", "seed=7"]
 
 
-def test_on_sets_the_keys_of_its_verb_and_is_a_word_like_any_other_elsewhere(capsys):
-    from pst_dist.cli.words import spell_on
-    from pst_dist.errors import ConfigError
-
-    assert spell_on(["on=ray", "seed=1"], verbs.embed.on) == ["embed.backend=ray", "seed=1"]
-    assert spell_on(["on=local"], verbs.run.on) == ["embed.backend=local", "train.backend=local"]
-    with pytest.raises(ConfigError, match="on=moon"):
-        spell_on(["on=moon"], verbs.train.on)
-    assert run_verb(["evaluate", "demo", "on=ray"]) == 2 and "'on'" in capsys.readouterr().err
-
-
 def test_one_run_of_several_arms_is_compared_by_its_name_alone(tmp_path, capsys):
     from pst_dist.config.loading import dump_config
     from pst_dist.storage.atomic import write_text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -63,8 +64,11 @@ def check(arguments: argparse.Namespace) -> int:
     from pst_dist.diagnostics.rows import check
 
     if is_rows(arguments.config):
-        # Nothing is held out of a file that is only looked at.
-        words = [f"data.train={arguments.config}", "data.validation_size=0", *arguments.overrides]
+        # A shell may have expanded a pattern into several files. Quoted, because YAML reads `*` as an alias.
+        files = [arguments.config, *(word for word in arguments.overrides if "=" not in word and is_rows(word))]
+        rest = [word for word in arguments.overrides if word not in files]
+        # Nothing is held out of files that are only looked at.
+        words = [f"data.train={json.dumps(files if len(files) > 1 else files[0])}", "data.validation_size=0", *rest]
         config = load_config(None, words)
     else:
         config = _config_of(arguments)

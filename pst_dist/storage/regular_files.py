@@ -32,8 +32,8 @@ _KINDS = (
 def open_regular(path: Path, *, remedy: str = "name a regular file", kind: type[PstError] = InputError) -> BinaryIO:
     """Open a file for reading in binary mode, following links; never waits for a writer.
 
-    Raises `kind` for a folder, pipe, socket or device, for links that lead to each other, and for a file that is missing
-    or unreadable, with `remedy` as what to do.
+    Raises `kind` for a folder, pipe, socket or device, for links that lead to each other, and for a file that is
+    missing or unreadable, with `remedy` as what to do.
     """
     try:
         _refuse_other_kinds(os.stat(path).st_mode, path, remedy, kind)
@@ -84,7 +84,7 @@ def safetensors_header(path: Path, *, kind: type[PstError] = InputError) -> tupl
     """The JSON header of a safetensors file and the offset of its first tensor byte.
 
     The header's length comes from the file, so it is compared with the file's size before anything of that length is
-    read (https://github.com/huggingface/safetensors, "Format"). Raises `kind` for a length or header that cannot be right.
+    read (https://github.com/huggingface/safetensors, "Format"). Raises `kind` for one that cannot be right.
     """
     with open_regular(path, kind=kind) as stream:
         size = os.fstat(stream.fileno()).st_size

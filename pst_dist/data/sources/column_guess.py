@@ -6,17 +6,20 @@ mean the same. What it finds is printed by `pst check` as YAML to paste.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, field_map, look_up
+from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, RowError, field_map, look_up
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
+from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError, DataError
 
 READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
@@ -104,6 +107,7 @@ def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Column
         return found
     for name in ("question", "answer"):
         if name not in found:
+            _refuse_unusable(name, rows, path)
             raise _no_column(name, name, rows, path)
     return FieldMap(found, GUESSED)
 
@@ -138,6 +142,27 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     if "rationale" in found and any(isinstance(row.get(found["rationale"]), list) for row in rows):
         found["rationales"] = found.pop("rationale")
     return found
+
+
+def unused_text_columns(columns: ColumnMap, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns with text of which nothing is read, told from the first row that the map can read."""
+    for row in rows:
+        try:
+            found = columns.fields(row)
+        except RowError:
+            continue
+        read = "\n".join((found.question, str(found.answer), *found.rationales))
+        texts = {str(name): value[0] if isinstance(value, list) and value else value for name, value in row.items()}
+        return [
+            name
+            for name, value in texts.items()
+            if isinstance(value, str)
+            and len(value.split()) > 2
+            and value.strip() not in read
+            # A reply that was split is not in what was read as a whole; its beginning is.
+            and value.strip()[:20] not in read
+        ]
+    return []
 
 
 def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -203,7 +228,7 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     values = [row.get(column) for row in rows]
     kinds: dict[str, tuple[type, ...]] = {
         "question": (str,),
-        "answer": (str, int, float, bool),
+        "answer": (str, int, float, bool, list, Decimal, datetime.date),
         "rationale": (str, list),
         "choices": (list, dict),
         "id": (str, int),
@@ -213,6 +238,17 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(column) for row in rows for column in row))
+
+
+def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Say what a column of the right name holds, rather than that it does not exist; raises DataError."""
+    for column in _columns(rows):
+        if re.sub(r"[^a-z0-9]", "", column.lower()) == field:
+            values = [row[column] for row in rows if row.get(column) is not None]
+            held = kind_of(values[0]) if values else "nothing"
+            what = f"column {column!r} cannot be the {field}: it holds {held}"
+            remedy = f"name a part of it, for example data.columns.{field}={column}[0] or {column}.text"
+            raise DataError(what, remedy if values else f"name another with data.columns.{field}", path=path)
 
 
 def _no_column(field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> DataError:

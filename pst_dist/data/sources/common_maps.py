@@ -61,7 +61,9 @@ def _row_thought(row: Mapping[str, Any]) -> Any:
 
 def _conversation(turns: Any, name: str, row: Mapping[str, Any]) -> Fields:
     exchange = read_conversation(turns, name, row)
-    return _from_reply(exchange.question, exchange.reply, row=row, name=name, thought=exchange.thought or _row_thought(row))
+    return _from_reply(
+        exchange.question, exchange.reply, row=row, name=name, thought=exchange.thought or _row_thought(row)
+    )
 
 
 def _messages(row: Mapping[str, Any]) -> Fields:
@@ -84,7 +86,9 @@ def _alpaca(row: Mapping[str, Any]) -> Fields:
     instruction = as_text(row.get("instruction"), "question")
     extra = row.get("input")
     question = f"{instruction}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else instruction
-    return _from_reply(with_context(question, row), row.get("output"), row=row, name="output", thought=_row_thought(row))
+    return _from_reply(
+        with_context(question, row), row.get("output"), row=row, name="output", thought=_row_thought(row)
+    )
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Fields:
@@ -150,7 +154,7 @@ def _reply_columns(row: Mapping[str, Any], holds: Callable[[str], bool]) -> tupl
 
 
 def _think(row: Mapping[str, Any]) -> Fields:
-    """A prompt's and a reply's column, the reply with a thought or an answer mark; without one, `split_reply` refuses."""
+    """A prompt's and a reply's column; a reply with a thought is preferred, then one with an answer mark."""
     prompt, reply = _reply_columns(row, has_thought_tag)
     if reply is None:
         prompt, reply = _reply_columns(row, has_mark)

@@ -139,7 +139,9 @@ def _joined(parts: Sequence[Any], where: str) -> tuple[str, str | None]:
         elif kind in ("thinking", "reasoning"):
             thoughts += [part[key] for key in (kind, "text") if isinstance(part.get(key), str)][:1]
         else:
-            raise RowError("context", f"{where} holds a part of type {str(kind)[:40]!r}, which a text prompt cannot hold")
+            raise RowError(
+                "context", f"{where} holds a part of type {str(kind)[:40]!r}, which a text prompt cannot hold"
+            )
     return "\n".join(texts), "\n".join(thoughts) or None
 
 
@@ -162,4 +164,6 @@ def _text(value: Any, role: str) -> str:
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or value in ([], {}, (), False) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
+    return (
+        value is None or value in ([], {}, (), False) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
+    )

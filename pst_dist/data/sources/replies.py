@@ -58,7 +58,9 @@ _DOUBTS = re.compile(
     re.IGNORECASE,
 )
 _ABBREVIATION = re.compile(r"(?:^|[\s.(])(?:[A-Z]|St|Mr|Mrs|Ms|Dr|Jr|Sr|No|Mt|vs|approx)$")
-_CONNECTIVE = re.compile(r"(?:^|(?<=[.!?\n])|(?<=[.!?,]\s))[ \t]{0,4}(?:therefore|so|thus|hence|and so),?\s{0,4}$", re.IGNORECASE)
+_CONNECTIVE = re.compile(
+    r"(?:^|(?<=[.!?\n])|(?<=[.!?,]\s))[ \t]{0,4}(?:therefore|so|thus|hence|and so),?\s{0,4}$", re.IGNORECASE
+)
 _BARE_WORDS = 4
 """A reply without any mark is an answer only up to this many words, on one line."""
 
@@ -168,19 +170,22 @@ def _last_mark(text: str) -> _Mark | None:
     """The mark that begins last. One pass through the text for each kind."""
     marks: list[_Mark] = []
     for pattern in (_PHRASE, _LABEL, _HEADING):
-        match = None
-        for match in pattern.finditer(text):
-            pass
+        match = _last(pattern, text)
         if match is not None:
             marks.append(_Mark(match.start(), match.end(), None, "phrase"))
     marks += [mark for mark in (_last_box(text), _answer_tag(text), _closing_line(text)) if mark is not None]
     return max(marks, key=lambda mark: mark.start, default=None)
 
 
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    return found
+
+
 def _last_box(text: str) -> _Mark | None:
-    match = None
-    for match in _BOX.finditer(text):
-        pass
+    match = _last(_BOX, text)
     if match is None:
         return None
     start = match.end()
@@ -215,7 +220,7 @@ def _answer_tag(text: str) -> _Mark | None:
 
 
 def _closing_line(text: str) -> _Mark | None:
-    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END`, on the last line only: elsewhere they are headings and arrows."""
+    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END`, on the last line: elsewhere they are headings and arrows."""
     end = len(text.rstrip())
     line = text.rfind("\n", 0, end) + 1
     start = text.rfind("####", line, end)

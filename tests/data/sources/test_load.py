@@ -274,7 +274,7 @@ def test_cuts_by_number_are_exact_and_test_and_validation_are_apart(tmp_path):
         "test": 20,
     }
     assert len({sample.id for samples in loaded.splits.values() for sample in samples}) == 100
-    with pytest.raises(ConfigError, match="leaves none of 100 rows"):
+    with pytest.raises(ConfigError, match="leaves none of 100 questions"):
         _load(tmp_path, train="rows.jsonl", validation_size=100)
     with pytest.raises(ConfigError, match="neither a fraction nor a number"):
         _load(tmp_path, train="rows.jsonl", validation_size=1.5)

@@ -6,6 +6,7 @@ listed, and `ok` says whether `load_data` would go on.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ def _refuse_own_source(config: Config, rejects_path: Path) -> None:
     for split in SPLITS:
         spec = getattr(config.data, split)
         for word in [spec] if isinstance(spec, str) else spec or []:
-            if (root / Path(word).expanduser()).resolve() == rejects_path.resolve():
+            if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
                 raise InputError("is the file that was read", "give --rejects another name", path=rejects_path)
 
 

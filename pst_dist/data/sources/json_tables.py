@@ -21,6 +21,8 @@ _SPLITS = {*SPLITS, "dev", "val", "valid"}
 def is_table(value: Mapping[str, Any]) -> bool:
     """Whether a lone object is rows in one of the forms above rather than a row itself."""
     cells = list(value.values())
+    if set(value) <= _SPLITS:
+        return True
     if len(cells) > 1 and all(isinstance(cell, list) for cell in cells):
         return not any(isinstance(item, Mapping) for cell in cells for item in cell)  # else turns of a conversation
     return bool(cells) and all(isinstance(cell, Mapping) for cell in cells)

@@ -7,6 +7,7 @@ was read: of the bytes of files, of the fingerprint of a hub dataset, of the row
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
     seen: set[str] = set()
     for word in [spec] if isinstance(spec, str) else spec:
         for target in _targets(word, root):
-            real = str(target.resolve()) if isinstance(target, Path) else target
+            real = os.path.realpath(target) if isinstance(target, Path) else target
             if real in seen:
                 raise InputError(f"data.{split} names it twice", "name it once", path=target)
             seen.add(real)

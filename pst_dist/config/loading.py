@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
-from pst_dist.storage.regular_files import read_regular_text
+from pst_dist.storage.regular_files import open_regular, read_regular_text
 
 _MAX_YAML_NODES = 100_000
 """Values in a YAML file, with every alias written out; ours have a few hundred."""
@@ -106,7 +106,8 @@ def locate_config(name: str) -> Path:
             f"look at them with `pst check {name}` and name them as data.train in a config",
             path=path,
         )
-    if os.path.lexists(path):  # what is no regular file is refused when it is opened
+    if os.path.lexists(path):
+        open_regular(path, remedy="name a YAML file or a run directory").close()
         return path
     if name in ready_made_configs():
         return Path(str(resources.files("pst_dist") / "config" / "presets" / f"{name}.yaml"))

@@ -67,6 +67,7 @@ class FieldMap:
         if unread:
             what = f"column {unread[0]!r} would not be read, and the question may depend on it"
             raise RowError("context", f"{what}; put it into data.columns.question, or name the columns without it")
+        question = as_text(look_up(row, paths["question"]), "question")
         choices = as_choices(look_up(row, paths["choices"])) if "choices" in paths else ()
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
@@ -78,7 +79,7 @@ class FieldMap:
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
         return Fields(
-            question=with_choices(as_text(look_up(row, paths["question"]), "question"), choices),
+            question=with_choices(question, choices),
             answer=answer,
             rationales=tuple(dict.fromkeys(rationales)),
             choices=choices,

@@ -77,7 +77,9 @@ def test_bad_rows_are_all_written_and_printed_in_groups_with_the_first_of_each(t
 
 
 def test_reasons_that_differ_only_in_a_value_are_one_group_and_ten_groups_are_shown(tmp_path):
-    bad = [{"problem": f"p{n}", "final_answer": f"{letter} word", "explanation": "e"} for n, letter in enumerate("abcdef")]
+    bad = [
+        {"problem": f"p{n}", "final_answer": f"{letter} word", "explanation": "e"} for n, letter in enumerate("abcdef")
+    ]
     bad += [{"problem": f"p{n}", "final_answer": "1", "explanation": [n] * n} for n in range(1, 3)]
     other = [{"problem": "p", "final_answer": {"x": 1}}, {"problem": 4}, {"problem": [5], "final_answer": "1"}]
     _write(tmp_path / "rows.jsonl", [*_rows(3), *bad, *other])

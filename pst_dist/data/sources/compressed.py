@@ -59,9 +59,40 @@ def decompressed(path: Path, stream: Any, size: int) -> Readable:
         raise EnvironmentFault(
             "reading .zst needs the zstandard library", "pip install zstandard, or decompress the file", path=path
         ) from error
-    return _Bounded(
-        path, zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True), expansion_limit(size)
-    )
+    return _Bounded(path, _Zstandard(stream, zstandard), expansion_limit(size))
+
+
+class _Zstandard(io.RawIOBase):
+    """A .zst file's contents. The library's own reader ends without a word where a file was cut; this one raises."""
+
+    _PIECE = 1024
+    """Bytes given to the decompressor at a time: they can expand thirty thousand times."""
+    _MAX_WINDOW = 1 << 27
+    """Bytes of memory that a frame may ask for, the limit of the `zstd` command."""
+
+    def __init__(self, stream: Any, library: Any) -> None:
+        self._stream, self._new = stream, library.ZstdDecompressor(max_window_size=self._MAX_WINDOW).decompressobj
+        self._frame, self._waiting, self._out = self._new(), b"", memoryview(b"")
+        self._inside = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any, /) -> int:
+        while not self._out:
+            piece = self._waiting or self._stream.read(self._PIECE)
+            self._waiting = b""
+            if not piece:
+                if self._inside:
+                    raise EOFError("the file ends inside a zstandard frame")
+                return 0
+            self._inside = True
+            self._out = memoryview(self._frame.decompress(piece))
+            if self._frame.eof:  # another frame may follow
+                self._waiting, self._frame, self._inside = self._frame.unused_data, self._new(), False
+        count = min(len(target), len(self._out))
+        target[:count], self._out = self._out[:count], self._out[count:]
+        return count
 
 
 class _Bounded:

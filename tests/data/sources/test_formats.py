@@ -66,9 +66,16 @@ def test_zstandard_is_read_where_its_library_is_and_named_where_not(tmp_path):
         return
     path.write_bytes(zstandard.compress(_lines()))
     assert _values(path) == ROWS
-    path.write_bytes(path.read_bytes()[:-6])
-    with pytest.raises(DataError, match=r"cannot decompress|no rows"):
-        read_file(path)
+    path.write_bytes(zstandard.compress(_lines(ROWS[:1])) + zstandard.compress(_lines(ROWS[1:])))
+    assert _values(path) == ROWS
+    many = [{"question": f"{n * n * 7919 % 10007}", "answer": str(n)} for n in range(40_000)]
+    whole = zstandard.compress(_lines(many))
+    path.write_bytes(whole)
+    assert _values(path) == many
+    for cut in (3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match="cannot decompress it: the file ends inside"):
+            read_file(path)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ _HEADER = [{"question": "question", "answer": "answer"}]
 # --- Arrow -------------------------------------------------------------------------------------------------
 
 
-def test_a_parquet_file_that_expands_beyond_its_bound_is_refused_before_it_is_read(tmp_path):
+def test_a_parquet_file_that_expands_beyond_its_bound_is_refused_before_it_is_read(tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
 
@@ -146,6 +153,9 @@ def test_a_parquet_file_that_expands_beyond_its_bound_is_refused_before_it_is_re
     with pytest.raises(Unreadable, match=r"rows\.parquet: expands to more than 16 MiB"):
         probe([path], 16 << 20)
     probe([path], 200 << 20)
+    monkeypatch.setattr(compressed, "EXPANDED_BYTES", 16 << 20)
+    with pytest.raises(DataError, match=r"not a readable Parquet file: rows\.parquet: expands to more than 16 MiB"):
+        read_file(path)
 
 
 def test_a_damaged_dataset_folder_is_named_and_does_not_end_the_process(tmp_path):

@@ -133,12 +133,13 @@ OPEN_R1 = {
     "generations": [
         "<think>Three and four.</think>\nIt is $\\boxed{7}$.",
         "<think>I guess.</think>\n\\boxed{8}",
-        "<think>Still think",
+        "<think>Still.</think>\nIt is",
         "<think>Count up.</think>\n\\boxed{7}",
+        "<think>Cut off, although",
     ],
-    "is_reasoning_complete": [True, True, False, True],
-    "correctness_math_verify": [True, False, False, False],
-    "correctness_llama": [None, False, None, True],
+    "is_reasoning_complete": [True, True, False, True, True],
+    "correctness_math_verify": [True, False, None, False, True],
+    "correctness_llama": [None, False, None, True, None],
     "messages": [
         {"role": "user", "content": "What is 3 + 4?"},
         {"role": "assistant", "content": "<think>Three and four.</think>\nIt is $\\boxed{7}$."},
@@ -152,8 +153,8 @@ def test_open_r1_rows_use_the_answer_column_and_every_complete_and_right_generat
     assert (columns.name, found.question, found.answer) == ("generations", "What is 3 + 4?", "7")
     assert found.rationales == ("Three and four.\n\nIt is $\\boxed{7}$.", "Count up.\n\n\\boxed{7}")
     bare = {name: OPEN_R1[name] for name in ("problem", "answer", "generations")}
-    assert len(guess_columns([bare], "f").fields(bare).rationales) == 3  # the cut one is never a rationale
-    with pytest.raises(RowError, match="is_reasoning_complete does not have one value for each of 4"):
+    assert len(guess_columns([bare], "f").fields(bare).rationales) == 4  # the cut one is never a rationale
+    with pytest.raises(RowError, match="is_reasoning_complete does not have one value for each of 5"):
         columns.fields({**OPEN_R1, "is_reasoning_complete": [True]})
 
 

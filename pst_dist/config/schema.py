@@ -30,8 +30,9 @@ class DataConfig(Section):
     root: str | None = None
     """Folder from which relative paths below are taken; the working directory when not given."""
     train: str | list[str] | None = None
-    """Training rows: a file, a list or a glob of .jsonl, .json, .csv, .tsv (also as .gz or .zst) or .parquet; a `save_to_disk` folder;
-    `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an embedded generator."""
+    """Training rows: a file, a list or a glob of .jsonl, .json, .csv, .tsv (also as .gz or .zst) or .parquet; a
+    `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an
+    embedded generator."""
     validation: str | list[str] | None = None
     """Rows for choosing the checkpoint; cut from train when not given."""
     test: str | list[str] | None = None

@@ -228,6 +228,13 @@ class ShardSet:
                 raise IntegrityError(f"not a shard index: {error}", REMAKE, path=path) from error
             if lengths != {shard.samples}:
                 raise IntegrityError(f"index is not of {shard.samples} samples", REMAKE, path=path)
+            size, _ = self.stamps.get(shard.name) or _stamp(self.directory / shard.name)
+            places = zip(index.offsets, index.sizes, strict=True)
+            # A read of as many bytes as the index says allocates them first, however small the tar is.
+            if not all(
+                type(start) is type(length) is int and 0 <= length <= size - start <= size for start, length in places
+            ):
+                raise IntegrityError(f"index points outside its tar of {size} bytes", REMAKE, path=path)
             self._indexes[shard.name] = index
         return self._indexes[shard.name]
 

@@ -6,6 +6,8 @@ listed, and `ok` says whether `load_data` would go on.
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ class CheckReport:
         """The report as text, a line each."""
         text: list[str] = []
         if self.loaded is not None:
+            text += _first_row_lines(self.loaded)
             text += _split_lines(self.loaded)
             text += _finding_lines(self.loaded)
             text += _reject_lines(self.loaded.rejects, self.rejects_path)
@@ -95,7 +98,7 @@ def _refuse_own_source(config: Config, rejects_path: Path) -> None:
     for split in SPLITS:
         spec = getattr(config.data, split)
         for word in [spec] if isinstance(spec, str) else spec or []:
-            if (root / Path(word).expanduser()).resolve() == rejects_path.resolve():
+            if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
                 raise InputError("is the file that was read", "give --rejects another name", path=rejects_path)
 
 
@@ -157,6 +160,26 @@ def _is_wholly(candidates: list[str], answer: str) -> bool:
     return len(candidates) == 1 and len(answer.strip("()$%. ").replace(",", "")) <= len(candidates[0]) + 2
 
 
+def _first_row_lines(loaded: LoadedData) -> list[str]:
+    """The first row as it was read, so that a wrong column is seen before anything else."""
+    first = next((sample for split in SPLITS for sample in loaded.splits[split]), None)
+    if first is None:
+        return []
+    more = f" (and {len(first.rationales) - 1:,} more)" if len(first.rationales) > 1 else ""
+    rationale = _shown(first.rationales[0]) + more if first.rationales else "none"
+    return [
+        f"first row, {first.source}:",
+        f"  question: {_shown(first.question)}",
+        f"  answer: {_shown(first.answer)} ({first.answer_type})",
+        f"  rationale: {rationale}",
+    ]
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text on one line, and how long it is when that is not all of it."""
+    return excerpt(text) if len(text) <= 80 else f"{excerpt(text)}… ({len(text):,} characters)"
+
+
 def _split_lines(loaded: LoadedData) -> list[str]:
     text = []
     for split in SPLITS:
@@ -207,11 +230,23 @@ def _finding_lines(loaded: LoadedData) -> list[str]:
 
 
 def _reject_lines(rejects: Sequence[Reject], path: Path | None) -> list[str]:
+    """Bad rows in groups of one reason, the largest first, each with its first place."""
     if not rejects:
         return ["0 bad rows"]
     where = f", all in {path}" if path is not None else ""
     text = [f"{len(rejects):,} bad rows{where}:"]
-    text += [f"  {reject}" for reject in rejects[:_SHOWN]]
-    if len(rejects) > _SHOWN:
-        text.append(f"  … and {len(rejects) - _SHOWN:,} more")
+    groups: dict[tuple[str, str], list[Reject]] = {}
+    for reject in rejects:
+        groups.setdefault((reject.code, _reason(reject.what)), []).append(reject)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    for group in ordered[:_SHOWN]:
+        text.append(f"  {group[0]}" if len(group) == 1 else f"  {len(group):,} rows, the first {group[0]}")
+    if len(ordered) > _SHOWN:
+        rest = sum(map(len, ordered[_SHOWN:]))
+        text.append(f"  … and {rest:,} more for {len(ordered) - _SHOWN:,} other reasons")
     return text
+
+
+def _reason(what: str) -> str:
+    """A message without the values in it, which differ from row to row: quoted texts and numbers."""
+    return re.sub(r"\d+", "0", re.sub(r"'[^'\n]{0,80}'", "''", what[:400]))

@@ -32,6 +32,9 @@ class Host:
 
 def read_hostfile(path: Path) -> list[Host]:
     """The hosts in the order of their ranks; raises InputError naming the line that is wrong."""
+    # Opening a pipe would wait for a writer; a folder or device is no hostfile either.
+    if path.exists() and not path.is_file():
+        raise InputError("this hostfile is not a regular file", "a line a host: NAME slots=GPUS", path=path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -6,16 +6,23 @@ which one a file follows is `column_guess`. What counts as an answer is `tasks`.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Protocol
 
+from pst_dist.data.sources.conversations import unread_parts
+from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
+from pst_dist.data.sources.rows import RowError as RowError
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 
+GUESSED = "guessed"
+"""The name of a map that nobody has looked at yet: it may not leave out a column that a question depends on."""
 OUR_FIELDS = ("question", "answer", "rationale", "rationales", "choices", "id", "teacher_answer")
 """What a column map may name; the last is the teacher's own answer, for keep=teacher_correct."""
 
@@ -30,14 +37,6 @@ class Fields:
     choices: tuple[str, ...] = ()
     id: str | None = None
     teacher_answer: str | None = None
-
-
-class RowError(ValueError):
-    """This row lacks a field or has one of the wrong type; `code` is one word, the text says which."""
-
-    def __init__(self, code: str, what: str) -> None:
-        super().__init__(what)
-        self.code, self.what = code, what
 
 
 class ColumnMap(Protocol):
@@ -59,17 +58,29 @@ class FieldMap:
     name: str = "columns"
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
-        """Look every field up; whether a row may do without a rationale is for `load` to say."""
+        """Look every field up; whether a row may do without a rationale is for `load` to say.
+
+        An answer column that holds a thought, or an answer mark where no column is the rationale, is split as a reply.
+        """
         paths = self.paths
+        unread = unread_parts(row, " ".join(paths.values())) if self.name == GUESSED else []
+        if unread:
+            what = f"column {unread[0]!r} would not be read, and the question may depend on it"
+            raise RowError("context", f"{what}; put it into data.columns.question, or name the columns without it")
+        question = as_text(look_up(row, paths["question"]), "question")
         choices = as_choices(look_up(row, paths["choices"])) if "choices" in paths else ()
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
             if name in paths:
                 rationales += as_rationales(look_up(row, paths[name]))
+        answer = as_answer(look_up(row, paths["answer"]))
+        if isinstance(answer, str) and (has_thought_tag(answer) or (not rationales and has_mark(answer))):
+            found = split_reply(answer)
+            answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
         return Fields(
-            question=with_choices(as_text(look_up(row, paths["question"]), "question"), choices),
-            answer=as_answer(look_up(row, paths["answer"])),
+            question=with_choices(question, choices),
+            answer=answer,
             rationales=tuple(dict.fromkeys(rationales)),
             choices=choices,
             id=as_id(look_up(row, paths["id"])) if "id" in paths else None,
@@ -87,6 +98,8 @@ class Layout:
     """Columns without which no row can be read."""
     fits: Callable[[Mapping[str, Any]], bool]
     """Whether a row looks like this layout; used for guessing."""
+    by_marks: bool = False
+    """Whether it is told by marks inside a text, which single rows of the file may lack."""
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's fields; raises RowError."""
@@ -159,17 +172,32 @@ def as_text(value: Any, name: str) -> str:
 
 
 def as_answer(value: Any) -> object:
-    """A text, number or truth value; which of them is right depends on the task."""
+    """A text, number or truth value, or a list of one; which of them is right depends on the task."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            hint = "; data.columns.answer=COLUMN[0] takes the first" if value else ""
+            raise RowError("type", f"answer is a list of {len(value)}, wanted one answer{hint}")
+        value = value[0]
+    if isinstance(value, Decimal) and value.is_finite():
+        # What a float cannot hold exactly stays text, with every digit.
+        plain = int(value) if value == value.to_integral_value() else float(value)
+        return plain if Decimal(repr(plain)) == value else format(value, "f")
+    if isinstance(value, datetime.date):
+        return value.strftime("%Y-%m-%d")
     if isinstance(value, bool) or (isinstance(value, int | float) and value == value):
         return value
     return as_text(value, "answer")
 
 
 def as_rationales(value: Any) -> tuple[str, ...]:
-    """One text or a list of them; blank and absent ones are left out."""
+    """One text or a list of them, without the tags of a thought; blank and absent ones are left out."""
     values = value if isinstance(value, list) else [value]
     present = [item for item in values if item is not None and not (isinstance(item, str) and not item.strip())]
-    return tuple(as_text(item, "rationale") for item in present)
+    texts = [as_text(item, "rationale") for item in present]
+    whole = [rationale_of(text) if has_thought_tag(text) else text for text in texts]
+    if None in whole:
+        raise RowError("cut", "rationale: a thought is cut off, its closing tag is missing")
+    return tuple(text for text in whole if text)
 
 
 def as_id(value: Any) -> str | None:

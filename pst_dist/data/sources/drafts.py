@@ -56,7 +56,7 @@ def make_draft(
             completion = _completion(teacher, place, found)
             rationales = (completion.rationale,) if completion.rationale else ()
             teacher_answer = completion.answer
-        answer = task.gold(found.answer, found.choices)
+        answer = task.gold(_as_truth(found.answer) if task.answer_type == "bool" else found.answer, found.choices)
     except RowError as error:
         return entry.reject(error.code, error.what)
     except ValueError as error:
@@ -74,6 +74,13 @@ def make_draft(
     )
     correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) if known else None
     return Draft(sample, entry.path, entry.line, correct)
+
+
+def _as_truth(value: object) -> object:
+    """Tables often hold truth values as 0 and 1."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    return {"0": False, "1": True}.get(value.strip(), value) if isinstance(value, str) else value
 
 
 def _completion(teacher: TeacherFile, place: int, found: Fields) -> Completion:

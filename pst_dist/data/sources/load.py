@@ -17,12 +17,12 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
-from pst_dist.data.sources.column_guess import as_yaml, choose_columns
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.generators import GENERATOR_TASKS
-from pst_dist.data.sources.rows import RawRow, Reject
+from pst_dist.data.sources.rows import RawRow, Reject, excerpt
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.sources.splits import (
     check_ids,
@@ -90,7 +90,7 @@ def enforce(config: Config, loaded: LoadedData) -> None:
         more = f" ({len(rejects)} bad rows of {report['rows_read']}, data.max_bad is {config.data.max_bad})"
         raise DataError(
             first.what + more,
-            "`pst check` lists them all; mend them or raise data.max_bad",
+            "`pst check` lists them all; fix them or raise data.max_bad",
             path=first.path,
             line=first.line,
         )
@@ -106,8 +106,9 @@ def enforce(config: Config, loaded: LoadedData) -> None:
             )
         arms = [arm for arm in (config.arms or [config.arm]) if arm != "answer_only"]
         if arms and not report["train_rationales"]:
+            unused = report.get("unused_text_columns", [])
             raise DataError(
-                f"no training row has a rationale, and arm {arms[0]} needs one",
+                f"no training row has a rationale, and arm {arms[0]} needs one" + _unused(unused),
                 "name their column with data.columns.rationale or data.teacher_completions, or use arm=answer_only",
                 path=config.data.train if isinstance(config.data.train, str) else config.data.train[0],
             )
@@ -120,6 +121,12 @@ def _budget(max_bad: int | str, rows: int) -> int:
     if match is None:
         raise ConfigError(f'data.max_bad={max_bad!r} is neither a number nor a percentage such as "2%"')
     return int(float(match.group(1)) / 100 * rows)
+
+
+def _unused(columns: Sequence[str]) -> str:
+    """The columns that may hold what is missing, for messages."""
+    names = ", ".join(columns[:6]) + (", …" if len(columns) > 6 else "")
+    return f"; text columns that are not used: {names}" if columns else ""
 
 
 def _account(report: dict[str, Any]) -> str:
@@ -135,6 +142,8 @@ class _Survey:
     rejects: list[Reject] = field(default_factory=list)
     digests: list[Any] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    """By path of a training file, its text columns of which nothing is read."""
     report: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> LoadedData:
@@ -217,6 +226,8 @@ class _Survey:
         setting = None if source.generated else self.config.data.columns
         columns = choose_columns(setting, sampled, source.path, split)
         self.columns[f"{split}: {source.stem}"] = as_yaml(columns)
+        if split == "train":
+            self.unused[source.path] = unused_text_columns(columns, sampled)
         return columns
 
     def _by_split_file(self, path: Path, drafts: list[Draft | None]) -> dict[str, list[Draft]]:
@@ -241,8 +252,12 @@ class _Survey:
             report["teacher_wrong_dropped"] = len(train) - len(right) + len(validation) - len(kept)
             train, validation = right, kept
         report["duplicates_found"] = repeats(train)
+        for name, drafts in (("validation", validation), ("test", test)):
+            report[f"{name}_duplicates"] = repeats(drafts)
         if data.duplicates == "drop":
             train, report["rationales_merged"], report["duplicates_dropped"] = merge_repeats(train)
+            # Scores and their standard errors count questions: a question with several rationales is one sample.
+            validation, test = merge_repeats(validation)[0], merge_repeats(test)[0]
         train_leaks = find_leaks(train, [*validation, *test])
         validation_leaks = find_leaks(validation, test)
         report["leaks_found"] = len(train_leaks)
@@ -277,7 +292,13 @@ class _Survey:
         have = [draft for draft in train if draft.sample.rationales]
         if have:
             self.rejects += [
-                Reject(draft.path, draft.line, "missing", "rationale is missing or empty", draft.sample.question[:80])
+                Reject(
+                    draft.path,
+                    draft.line,
+                    "missing",
+                    "rationale is missing or empty" + _unused(self.unused.get(draft.path, [])),
+                    excerpt(draft.sample.question),
+                )
                 for draft in train
                 if not draft.sample.rationales
             ]
@@ -297,10 +318,11 @@ class _Survey:
         for split, drafts in splits.items():
             report.setdefault(f"{split}_read", 0)
             report[f"{split}_rows"] = len(drafts)
-            report[f"{split}_duplicates"] = repeats(drafts)
+            report.setdefault(f"{split}_duplicates", repeats(drafts))
             report[f"{split}_rationales"] = sum(len(draft.sample.rationales) for draft in drafts)
             report[f"{split}_without_rationale"] = sum(not draft.sample.rationales for draft in drafts)
         report["columns"] = self.columns
+        report["unused_text_columns"] = list(dict.fromkeys(name for names in self.unused.values() for name in names))
 
 
 def _refuse_shared_files(sources: dict[str, list[Source]]) -> None:

@@ -26,6 +26,7 @@ _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-cho
 _CLOSING = re.compile(
     r"(?:\b(?:hence|therefore|thus|so)\b,?\s*)?\b(?:the )?(?:correct )?(?:answer|choice|option)\b", re.I
 )
+_SENTENCE_END = re.compile(r"[.!?]\s")
 _LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?![A-Za-z])")
 
 
@@ -61,7 +62,7 @@ def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
     closings = list(_CLOSING.finditer(output))
     # "The answer is option B" holds two such words; the rationale ends before the first of the last sentence.
     for last in reversed(closings):
-        first = next(mark for mark in closings if not re.search(r"[.!?]\s", output[mark.start() : last.start()]))
+        first = next(mark for mark in closings if not _SENTENCE_END.search(output, mark.start(), last.start()))
         ending = output[last.end() :]
         if len(ending) > 60:
             break  # a word in the middle of the steps

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
 from pst_dist.distributed.hostfile import DEFAULT_PORT, is_own
+from pst_dist.errors import InputError
+from pst_dist.storage.regular_files import read_regular_text
 
 
 def port(environment: Mapping[str, str]) -> list[Finding]:
@@ -83,13 +85,12 @@ def hostfile(path: Path, room_here: int) -> list[Finding]:
     How many slots another host has is not known here; `room_here` are the GPUs, or else the cores, of this one.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular_text(path).splitlines()
+    except InputError as error:
         return [
             problem(
                 "hostfile",
-                f"{path} cannot be read ({getattr(error, 'strerror', error)}): the deepspeed launcher "
-                "would go on with this machine alone",
+                f"{path} cannot be read ({error.what}): the deepspeed launcher would go on with this machine alone",
                 "give an existing file",
             )
         ]

@@ -7,7 +7,7 @@ import yaml
 
 from pst_dist.data.sources.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
 from pst_dist.data.sources.columns import RowError, as_choices, field_map, look_up, with_choices
-from pst_dist.data.sources.common_maps import split_reply
+from pst_dist.data.sources.replies import split_reply
 from pst_dist.errors import ConfigError, DataError
 
 ROW = {"a": {"b": [{"c": "deep"}, "second"]}, "n": 7, "x.y": "dotted", "t": True, "s": "text"}
@@ -111,7 +111,6 @@ def test_a_reply_is_cut_at_the_mark_it_has(reply, rationale, answer):
 LAYOUT_ROWS = {
     "messages": {
         "messages": [
-            {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "2+2?"}]},
             {"role": "assistant", "reasoning_content": "I add.", "content": "4"},
         ]
@@ -143,7 +142,7 @@ def test_conversational_prompt_and_completion_are_read_too():
     assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add.",), "4")
 
 
-def test_a_conversation_of_several_turns_is_refused():
+def test_a_conversation_without_a_reply_is_refused():
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     with pytest.raises(RowError, match="2 user and 0 assistant turns"):
         READY_MADE["messages"].fields(row)

@@ -177,15 +177,15 @@ class Convention:
     """How those answers of one letter are meant that can be read in one way only: 0 is an index from 0."""
     numbers: frozenset[Reading] = frozenset()
     """The same of numbers."""
-    numbers_are_no_texts: bool = False
-    """Whether some number is an index for certain, though it is open what it counts from."""
+    shared: frozenset[Reading] | None = None
+    """The readings that all numbers have in common; None when there are no numbers."""
 
     def __or__(self, other: Convention) -> Convention:
-        return Convention(
-            self.letters | other.letters,
-            self.numbers | other.numbers,
-            self.numbers_are_no_texts or other.numbers_are_no_texts,
-        )
+        if self.shared is None or other.shared is None:
+            shared = other.shared if self.shared is None else self.shared
+        else:
+            shared = self.shared & other.shared
+        return Convention(self.letters | other.letters, self.numbers | other.numbers, shared)
 
     @property
     def counts_from(self) -> frozenset[Reading]:
@@ -197,7 +197,7 @@ def convention_of(rows: Iterable[tuple[object, Options]]) -> Convention:
     """What the rows (answer, options) of a file tell together."""
     letters: set[Reading] = set()
     numbers: set[Reading] = set()
-    no_texts = False
+    shared: frozenset[Reading] | None = None
     for answer, options in rows:
         try:
             found = readings(answer, options)
@@ -206,8 +206,9 @@ def convention_of(rows: Iterable[tuple[object, Options]]) -> Convention:
         into = numbers if _is_number(answer) else letters if _ALONE.fullmatch(str(answer).strip()) else None
         if into is not None and len(found) == 1:
             into.update(found)
-        no_texts |= into is numbers and bool(found) and "text" not in found
-    return Convention(frozenset(letters), frozenset(numbers), no_texts)
+        if into is numbers and found:
+            shared = frozenset(found) if shared is None else shared & frozenset(found)
+    return Convention(frozenset(letters), frozenset(numbers), shared)
 
 
 def readings(answer: object, options: Options) -> dict[Reading, int]:
@@ -298,8 +299,8 @@ def chosen(answer: object, options: Options, told: Convention, counts_from: int 
     if _is_number(answer) and _is_contradicted(found, told):
         ways = " and ".join(sorted(told.numbers))
         raise RowError("answer", f"answer {shown} is open: in this file answers are {ways}; {_REMEDY}")
-    if _is_number(answer) and told.numbers_are_no_texts and len(found) > 1 and "text" not in told.numbers:
-        found.pop("text", None)
+    if _is_number(answer) and told.shared:
+        found = {reading: place for reading, place in found.items() if reading in told.shared} or found
     if len(found) > 1 and len(known & set(found)) == 1:
         (reading,) = known & set(found)
         return reading, found[reading]

@@ -7,6 +7,7 @@ the file does not tell, the row is refused, never guessed.
 
 from __future__ import annotations
 
+import json
 import re
 import string
 import unicodedata
@@ -43,7 +44,8 @@ class Options:
 
 
 def read_options(value: Any) -> Options:
-    """Options from a list of texts, {"A": …, "B": …}, {"label": […], "text": […]} or a list of {"label", "text"}.
+    """Options from a list of texts, {"A": …, "B": …}, {"label": […], "text": […]} or a list of {"label", "text"}; also
+    from one text that lists them, see `options_in_text`.
 
     Leading marks such as `A)` are taken off when all options have them. Raises RowError for a missing option, fewer
     than two, more than 26, and labels that are neither A, B, C… nor consecutive numbers.
@@ -68,6 +70,8 @@ def read_options(value: Any) -> Options:
 
 def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
     """(names, values); no names for a plain list."""
+    if isinstance(value, str) and (listed := options_in_text(value)):
+        return [], listed
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
         labels, texts = value.get("label"), value["text"]
         if labels is None:
@@ -159,14 +163,36 @@ def with_choices(question: str, choices: Iterable[str]) -> str:
 
 def listed_options(question: str) -> int:
     """How many options a question lists as (A) …, (B) … or A) …, B) …; 0 where it lists none."""
-    start = question.lower().rfind("answer choices")
-    text, place, count = question[max(start, 0) :], 0, 0
-    for letter in LETTERS:
-        found = re.compile(rf"(?<!\w)\(?{letter}[).:]").search(text, place)
-        if found is None:
-            break
-        place, count = found.end(), count + 1
+    text = question[max(question.lower().rfind("answer choices"), 0) :]
+    # "Vitamin A. Or plan B: ..." lists nothing: these marks count at the beginning of a line only.
+    count = max(len(_marks(text, mark)) for mark in (r"\({}\)", r"(?<![\w(]){}\)", r"^[ \t]*{}[.:] "))
     return count if count > 1 else 0
+
+
+def _marks(text: str, mark: str) -> list[re.Match[str]]:
+    """Where the marks of A, B, C… are, in this order, until one is missing."""
+    found: list[re.Match[str]] = []
+    for letter in LETTERS:
+        match = re.compile(mark.format(letter), re.MULTILINE).search(text, found[-1].end() if found else 0)
+        if match is None:
+            break
+        found.append(match)
+    return found
+
+
+def options_in_text(text: str) -> list[str]:
+    """Options that one text lists, as a JSON list or as `a ) 38 , b ) 27`; empty where it lists none for certain."""
+    if text.lstrip().startswith("["):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        return value if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value) else []
+    marks = _marks(text.upper(), r"(?:^|(?<=[\s,;(])){} ?\)") if len(text.upper()) == len(text) else []
+    if len(marks) < 2 or text[: marks[0].start()].strip(" ("):
+        return []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [text[mark.end() : end].strip(" ,;(\n\t") for mark, end in zip(marks, ends, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sources.choices import option_columns
+from pst_dist.data.sources.choices import option_columns, options_in_text
 from pst_dist.data.sources.columns import ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
@@ -190,6 +190,8 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
         "choices": (list, dict),
         "id": (str, int),
     }
+    if field == "choices" and any(isinstance(value, str) and options_in_text(value) for value in values):
+        return True
     return any(isinstance(value, kinds[field]) for value in values)
 
 

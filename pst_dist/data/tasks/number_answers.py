@@ -13,7 +13,11 @@ from fractions import Fraction
 from pst_dist.data.tasks.numbers import NOT_UNITS, SCALES, NotANumber, read_number
 
 _BOXED = "\\boxed{"
-_CLAUSE_END = re.compile(r"[.,;!?](?=\s|$)|[;\n]|\b(?:because|since|which)\b", re.IGNORECASE)
+# Not before more digits: "1, 234" and "3 . 5" may be one number that was torn apart. Not after a digit: 5! is 120.
+_CLAUSE_END = re.compile(
+    r"(?<!\s)[,;](?=\s+[^\s\d]|\s*$)|(?<!\s)[.?](?=\s|$)|(?<![\s\d])!(?=\s|$)|[;\n]|\b(?:because|since|which)\b",
+    re.IGNORECASE,
+)
 _DIGIT = re.compile(r"\d|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _NUMBER_BEGINS = re.compile(r"\\|" + _DIGIT.pattern)
 _WORD = re.compile(r"[^\W\d_]+")

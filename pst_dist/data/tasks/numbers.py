@@ -23,7 +23,7 @@ _CURRENCY_CODES = "USD|US\\$|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\\.?"
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # In finance, m, mm, bn or k behind an amount are scales, so behind an amount of money only these words may follow.
 _MONEY_WORDS = frozenset(
-    "dollar dollars euro euros pound pounds yen rupee rupees franc francs usd eur gbp jpy cny inr chf cad aud cents "
+    "dollar dollars euro euros pound pounds yen rupee rupees franc francs usd eur gbp jpy cny inr chf cad aud "
     "in of total all each apiece per person day week month year hour minute item unit piece ticket".split()
 )
 # Shorter words could be a variable, a scale or an ordinal; these are units and nothing else.
@@ -44,7 +44,8 @@ NOT_UNITS = frozenset(
     "where unless but except up down ago before after below above under negative positive short behind loss debt "
     "deficit owed overdue bc bce ad ce am pm noon midnight past till base mult sin cos tan percent percentage pct "
     "unknown undefined wrong false january february march april may june july august september october november "
-    "december jan feb mar apr jun jul aug sep sept oct nov dec".split()
+    "december jan feb mar apr jun jul aug sep sept oct nov dec binary hex hexadecimal octal decimal oclock ish odd "
+    "something remainder mille mila cien ciento cento cent docena docenas douzaine douzaines".split()
 )
 _FOREIGN_SCALE = re.compile(r"(?:milliard|million|millon|milione|milioni|billion|trillion|tausend|hundert|dutzend)")
 

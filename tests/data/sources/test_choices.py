@@ -65,6 +65,9 @@ def _loaded(folder, rows, **data):
         ({"option_a": "x", "option_b": "y"}, ("x", "y")),
         ({"2": "y", "1": "x"}, ("x", "y")),
         ([{"label": "A", "text": "x"}, {"label": "B", "text": "y"}], ("x", "y")),
+        ("a ) 38 , b ) 27.675 , c ) none of these", ("38", "27.675", "none of these")),
+        ("(A) x, (B) y", ("x", "y")),
+        ('["x", "y"]', ("x", "y")),
     ],
 )
 def test_options_are_read_from_every_common_layout(value, texts):
@@ -76,6 +79,8 @@ def test_options_are_read_from_every_common_layout(value, texts):
     [
         (None, "choices is missing"),
         ("x, y", "choices is text, wanted a list or an object"),
+        ("['x' 'y']", "choices is text"),
+        ("b ) x , a ) y", "choices is text"),
         (["x"], "choices has 1 options, wanted 2 to 26"),
         (["x"] * 27, "choices has 27 options"),
         (["x", None], "choice B is missing"),
@@ -111,6 +116,8 @@ def test_options_are_written_behind_the_question_once_and_in_one_way():
         ("Which?\nA. x\nB. y", 2),
         ("Plan A) is it? Answer Choices: (A) 1 (B) 2 (C) 3 (D) 4 (E) 5 (F) 6", 6),
         ("Is vitamin A: good?", 0),
+        ("Plan A: run. Plan B: walk. Vitamin A. Vitamin B. Which?", 0),
+        ("Which? A) x B) y", 2),
         ("Which?", 0),
     ],
 )
@@ -247,6 +254,7 @@ LAYOUTS = {
         {"question": "Which?", "endings": ["cat", "dog"], "label": "1"},
         {"question": "Who?", "endings": ["x", "y"], "label": "0"},
     ],
+    "MathQA": [{"Problem": "Which?", "options": "a ) cat , b ) dog", "correct": "b"}],
     "text": [{"question": "Which?", "choices": ["cat", "dog"], "answer": "dog"}],
     "led text": [{"question": "Which?", "choices": ["cat", "dog"], "answer": "B. dog"}],
     "MedQA": [{"question": "Which?", "options": {"A": "cat", "B": "dog"}, "answer": "dog", "answer_idx": "B"}],

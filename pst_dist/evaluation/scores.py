@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.sources.choices import listed_options
+from pst_dist.data.sources.options import listed_options
 from pst_dist.data.tasks import Task
 from pst_dist.errors import InputError
 from pst_dist.student.generate import Decoded

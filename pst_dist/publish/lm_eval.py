@@ -20,7 +20,7 @@ from pst_dist.config.run_dir import fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
-from pst_dist.data.tasks import Task, get_task, number_answers, numbers, scoring
+from pst_dist.data.tasks import Task, get_task, number_answers, number_markup, numbers, scoring
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.evaluation.scores import rows_to_score
 from pst_dist.publish.export import expected_prompt
@@ -123,7 +123,7 @@ def task_settings(
 
 def utils_source(task: Task, fmt: AnswerFormat) -> str:
     """A Python module of its own: the scoring rules as this package has them, applied to one task and format."""
-    rules = "\n\n".join(inspect.getsource(module) for module in (numbers, number_answers, scoring))
+    rules = "\n\n".join(inspect.getsource(module) for module in (number_markup, numbers, number_answers, scoring))
     # A dataclass with annotations as text looks its module up by name, and the harness has not listed it yet.
     rules = rules.replace("from __future__ import annotations\n", "").replace(_SCHEMA, "AnswerType = str")
     # The modules are one here, and import nothing of each other any more.

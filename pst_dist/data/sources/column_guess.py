@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sources.choices import option_columns, options_in_text
 from pst_dist.data.sources.columns import ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
+from pst_dist.data.sources.options import option_columns, options_in_text
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.errors import ConfigError, DataError
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pst_dist.data.sources.choices import Options, read_options, with_choices
+from pst_dist.data.sources.options import Options, read_options, with_choices
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pst_dist.data.sources.choices import LETTERS, read_options, with_choices
 from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
+from pst_dist.data.sources.options import LETTERS, read_options, with_choices
 from pst_dist.data.sources.rows import RowError
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")

@@ -11,18 +11,10 @@ import yaml
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources import load_data, survey
-from pst_dist.data.sources.choices import (
-    Options,
-    chosen,
-    convention_of,
-    gold_answer,
-    listed_options,
-    option_columns,
-    read_options,
-    with_choices,
-)
+from pst_dist.data.sources.choices import chosen, convention_of, gold_answer
 from pst_dist.data.sources.column_guess import guess_columns
 from pst_dist.data.sources.columns import field_map
+from pst_dist.data.sources.options import Options, listed_options, option_columns, read_options, with_choices
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks import get_task
 from pst_dist.diagnostics.rows import check

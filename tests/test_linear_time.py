@@ -13,11 +13,12 @@ import pytest
 
 import pst_dist
 from pst_dist.data.sample import normalise_question, sample_id
-from pst_dist.data.sources.columns import RowError, as_choices, look_up
+from pst_dist.data.sources.columns import look_up
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.completions import _continuation
+from pst_dist.data.sources.options import read_options
 from pst_dist.data.sources.replies import has_mark, rationale_of, split_reply
-from pst_dist.data.sources.rows import excerpt
+from pst_dist.data.sources.rows import RowError, excerpt
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.data.tasks import TASKS
 from pst_dist.diagnostics.rows import _reason
@@ -116,7 +117,7 @@ FUNCTIONS: dict[str, Callable[[str], object]] = {
     "aqua_human": lambda text: TASK_LAYOUTS["aqua_human"].fields(
         {"instruction": f"{text} Answer Choices: (A) {text} (B) b", "output": text}
     ),
-    "as_choices": lambda text: as_choices([text, text]),
+    "read_options": lambda text: read_options([text, text]),
     "look_up": lambda text: look_up({"a": 1}, text[:2000] + "{a}"),
     "continuation": _continuation,
     "normalise_question": normalise_question,

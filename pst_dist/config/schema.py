@@ -52,9 +52,9 @@ class DataConfig(Section):
     keep: Literal["all", "teacher_correct"] = "all"
     """`teacher_correct` drops training rows whose teacher answer is not the gold answer."""
     columns: str | dict[str, str] | None = None
-    """A map from our fields (question, answer, rationale, choices, id) to columns: nested paths `a.b[0].c` or
-    templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, gsm8k,
-    generations, think, reply, aqua, aqua_human, csqa_palm. Guessed from the first rows when not given."""
+    """A map from our fields (question, answer, rationale, choices, id; docs/data.md has all) to columns: nested paths
+    `a.b[0].c` or templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt,
+    gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Guessed from the first rows when not given."""
     answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
     """How answers are cleansed and compared; the task's own when a task is named, else text."""
     max_rows: Positive | None = None

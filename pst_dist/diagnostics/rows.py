@@ -16,9 +16,9 @@ from pathlib import Path
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources import LoadedData, enforce, survey
-from pst_dist.data.sources.column_guess import as_yaml, guess_paths
-from pst_dist.data.sources.columns import FieldMap
-from pst_dist.data.sources.rows import RawRow, Reject, excerpt, write_rejects
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_paths
+from pst_dist.data.sources.columns import FieldMap, Fields
+from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_rejects
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import DataError, InputError, PstError
@@ -140,24 +140,46 @@ def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | 
 
 
 def _likely_type(config: Config, loaded: LoadedData | None) -> str:
-    """number, bool, choice or date when every answer read as text is one; empty when none or already said."""
+    """choice where the rows have options, else the first type that every answer is; empty when none or already said."""
     if loaded is None or config.task or config.data.answer_type:
         return ""
-    refused = Counter(reject.what.split(",")[0] for reject in loaded.rejects)
-    for what, kind in (("answer is a number", "number"), ("answer is true or false", "bool")):
-        if refused[what] == loaded.report["rows_read"]:
-            return kind
-    answers = [sample.answer for samples in loaded.splits.values() for sample in samples]
-    for kind in ("number", "bool", "date", "choice"):
-        task = get_task(None, kind)
-        if answers and all(_is_wholly(task.candidates(answer), answer) for answer in answers):
-            return kind
-    return ""
+    fields = _first_fields(config)
+    if fields and all(row.options is not None for row in fields):
+        return "choice"
+    answers = [row.answer for row in fields]
+    return next((kind for kind in ("number", "bool", "date", "choice") if _all_are(kind, answers)), "")
 
 
-def _is_wholly(candidates: list[str], answer: str) -> bool:
-    """Whether an answer is one candidate and hardly anything else."""
-    return len(candidates) == 1 and len(answer.strip("()$%. ").replace(",", "")) <= len(candidates[0]) + 2
+def _first_fields(config: Config) -> list[Fields]:
+    """The fields of the first file's rows; bad rows are left out."""
+    source, found = _first_source(config), []
+    sample = _sample(source)
+    if source.generated or not sample:
+        return []
+    columns = choose_columns(config.data.columns, sample, source.path)
+    for entry in source.entries:
+        if isinstance(entry, RawRow):
+            try:
+                found.append(columns.fields(entry.value))
+            except RowError:
+                continue
+    return found
+
+
+def _all_are(kind: str, answers: Sequence[object]) -> bool:
+    """Whether every answer is a gold answer of that type, which is read right or refused."""
+    task = get_task(None, kind)
+    try:
+        golds = [task.gold(answer) for answer in answers]
+    except ValueError:
+        return False
+    # A number is read wholly or not at all. "no" is an answer, "Is it? no" a text that holds one, and k no choice.
+    return bool(golds) and all(
+        kind == "number"
+        or str(answer).lower() in ("true", "false")
+        or (len(bare := str(answer).strip("(). ")) <= len(gold) + 1 and (kind != "choice" or bare.isupper()))
+        for answer, gold in zip(answers, golds, strict=True)
+    )
 
 
 def _first_row_lines(loaded: LoadedData) -> list[str]:

@@ -15,9 +15,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, RowError, field_map, look_up
+from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS
+from pst_dist.data.sources.options import option_columns, options_in_text
+from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError, DataError
@@ -27,7 +29,7 @@ READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "question": (
-        *("question", "q", "problem", "query", "questiontext"),
+        *("question", "q", "problem", "query", "questiontext", "questionstem", "stem"),
         *("prompt", "instruction", "input", "inputs", "text"),
     ),
     "answer": (
@@ -43,6 +45,17 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
             "finalans",
         ),
         *("label", "target", "targets", "groundtruth", "output", "response", "completion"),
+        *(
+            "answerindex",
+            "answeridx",
+            "correctindex",
+            "correctidx",
+            "correctoption",
+            "correctchoice",
+            "cop",
+            "gt",
+            "ans",
+        ),
     ),
     "rationale": (
         *(
@@ -72,7 +85,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
             "generations",
         ),
     ),
-    "choices": ("choices", "options", "answerchoices"),
+    "choices": ("choices", "options", "answerchoices", "endings", "candidates", "alternatives", "mcoptions"),
     "id": ("id", "uid", "qid", "questionid", "sampleid"),
 }
 """What other people call our fields, likeliest first; compared in lower case without marks between words."""
@@ -92,7 +105,11 @@ def choose_columns(
     if setting is None:
         return guess_columns(rows, path)
     chosen = field_map(setting)
-    absent = [name for name, place in chosen.paths.items() if all(look_up(row, place) is None for row in rows)]
+    absent = [
+        name
+        for name, place in chosen.paths.items()
+        if all((options_at if name == "choices" else look_up)(row, place) is None for row in rows)
+    ]
     for name in absent:
         # Rows to be scored may do without a rationale.
         if split == "train" or name not in ("rationale", "rationales", "teacher_answer", "id"):
@@ -125,6 +142,8 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     found: dict[str, str] = {}
     if {"Body", "Question"} <= set(columns):
         found["question"] = "{Body} {Question}"  # SVAMP as its authors publish it
+    if rows and all(_holds_stem(row.get("question")) for row in rows):
+        found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA as its authors publish it
     for field, synonyms in SYNONYMS.items():
         for synonym in synonyms:
             column = plain.get(synonym)
@@ -135,6 +154,8 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
                 and _usable(field, column, rows)
             ):
                 found[field] = column
+    if "choices" not in found and (options := option_columns(columns)):
+        found["choices"] = options
     if "rationale" not in found and "answer" in found and _fits(LAYOUTS["reply"], rows):
         return LAYOUTS["reply"]
     if "question" in found:
@@ -233,7 +254,13 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
         "choices": (list, dict),
         "id": (str, int),
     }
+    if field == "choices" and any(isinstance(value, str) and options_in_text(value) for value in values):
+        return True
     return any(isinstance(value, kinds[field]) for value in values)
+
+
+def _holds_stem(question: Any) -> bool:
+    return isinstance(question, Mapping) and {"stem", "choices"} <= set(question)
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,9 @@ wrong, merge repeats, drop leaks, set a validation part aside. Reading is `specs
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +19,13 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.generators import GENERATOR_TASKS
-from pst_dist.data.sources.rows import RawRow, Reject, excerpt
+from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.sources.splits import (
     check_ids,
@@ -145,6 +148,8 @@ class _Survey:
     unused: dict[str, list[str]] = field(default_factory=dict)
     """By path of a training file, its text columns of which nothing is read."""
     report: dict[str, Any] = field(default_factory=dict)
+    told: dict[tuple[str, int], Convention] = field(default_factory=dict)
+    """By split and place among its sources, what a file's multiple-choice answers tell together."""
 
     def run(self) -> LoadedData:
         data = self.config.data
@@ -157,9 +162,15 @@ class _Survey:
         _refuse_shared_files(sources)
         teacher = read_completions(data.teacher_completions, root) if data.teacher_completions else None
         self.report["rows_read"] = 0
+        columns = {
+            (split, place): self._columns(source, split)
+            for split, found in sources.items()
+            for place, source in enumerate(found)
+        }
+        self._compare_choices(sources, columns)
         drafts: dict[str, list[Draft | None]] = {}
         for split, found in sources.items():
-            drafts[split] = self._drafts(split, found, task, teacher if split == "train" else None)
+            drafts[split] = self._drafts(split, found, columns, task, teacher if split == "train" else None)
         if teacher is not None:
             self.digests += [["teacher", *digest] for digest in teacher.digests]
         whole = {split: [draft for draft in rows if draft is not None] for split, rows in drafts.items()}
@@ -188,8 +199,33 @@ class _Survey:
                     "give data.teacher_completions, or data.columns.teacher_answer",
                 )
 
+    def _compare_choices(
+        self, sources: dict[str, list[Source]], columns: dict[tuple[str, int], ColumnMap | None]
+    ) -> None:
+        """Find out what each file's indices count from; a file that does not tell follows the others of its layout."""
+        own: dict[tuple[str, int], Convention] = {}
+        for (split, place), found in columns.items():
+            rows = []
+            for entry in sources[split][place].entries if found is not None and found.has_options else ():
+                if isinstance(entry, RawRow) and found is not None:
+                    try:
+                        fields = found.fields(entry.value)
+                    except RowError:
+                        continue
+                    if fields.options is not None:
+                        rows.append((fields.answer, fields.options))
+            own[split, place] = convention_of(rows)
+        for where, convention in own.items():
+            alike = [own[other] for other, found in columns.items() if found == columns[where]]
+            self.told[where] = convention if convention.numbers else functools.reduce(operator.or_, alike, convention)
+
     def _drafts(
-        self, split: str, sources: Sequence[Source], task: Task, teacher: TeacherFile | None
+        self,
+        split: str,
+        sources: Sequence[Source],
+        columns: dict[tuple[str, int], ColumnMap | None],
+        task: Task,
+        teacher: TeacherFile | None,
     ) -> list[Draft | None]:
         """One draft a row, None where the row is bad, so that places stay those of the file."""
         drafts: list[Draft | None] = []
@@ -200,16 +236,16 @@ class _Survey:
                 "they are joined by position and must be as many",
                 path=teacher.path,
             )
-        for source in sources:
+        for number, source in enumerate(sources):
             self.digests.append([split, source.stem, source.sha256])
             if source.generated and task.answer_type != GENERATOR_TASKS[source.stem].answer_type and self.config.task:
                 wanted = GENERATOR_TASKS[source.stem].name
                 raise ConfigError(
                     f"{source.path} makes rows for task {wanted}, task is {task.name}", f"say task={wanted}"
                 )
-            columns = self._columns(source, split)
+            where = (split, number)
             for entry in source.entries:
-                made = make_draft(entry, columns, task, source, len(drafts), teacher)
+                made = make_draft(entry, columns[where], task, source, len(drafts), teacher, self.told[where])
                 if isinstance(made, Reject):
                     self.rejects.append(made)
                 drafts.append(None if isinstance(made, Reject) else made)

@@ -147,7 +147,7 @@ def test_answers_that_fit_no_type_are_bad_rows(tmp_path):
     _write(tmp_path / "rows.jsonl", [_row(1, answer="12"), _row(2, answer="about 3 or 4"), _row(3, answer=7)])
     loaded = _load(tmp_path, train="rows.jsonl", answer_type="number", max_bad=1, validation_size=0)
     assert [sample.answer for sample in loaded.splits["train"]] == ["12", "7"]
-    assert loaded.rejects[0].what == "answer 'about 3 or 4' holds several: 3, 4; wanted a number"
+    assert loaded.rejects[0].what == "answer 'about 3 or 4' is not a number: it does not begin with a number"
     with pytest.raises(DataError, match="answer is a number, wanted text"):
         _load(tmp_path, train="rows.jsonl")
 

@@ -11,14 +11,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pst_dist.config.loading import dump_config, is_rows, load_config, overlays, ready_made_configs
 from pst_dist.config.schema import Config
-from pst_dist.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from pst_dist.student.saved import LoadedStudent
+from pst_dist.errors import ConfigError
 
 _ON = {
     "embed": ("embed.backend",),
@@ -201,60 +198,29 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def answer(arguments: argparse.Namespace) -> int:
+    from pst_dist.evaluation.asking import student_folder, threshold_of
     from pst_dist.student.ask import answer_question
     from pst_dist.student.saved import load_student
 
-    folder = _student_folder(Path(arguments.config))
-    student = load_student(folder)
-    think_below = _think_below(arguments.think_below, folder, student)
+    student = load_student(student_folder(Path(arguments.config)))
+    think_below = threshold_of(student, arguments.think_below)
     questions = sys.stdin if arguments.question == "-" else [arguments.question]
     for question in questions:
         answer = answer_question(
             student, question.strip(), explain=arguments.explain, max_new_tokens=256, think_below=think_below
         )
-        print(answer["answer"])
+        print(answer.text)
         if arguments.explain:
             silent = "wrote none" if student.format.writes_rationale else "was not taught to explain"
-            silent = silent if answer["complete"] else "never ended its answer"
-            print(f"because: {answer['rationale'] or f'(this student {silent})'}")
+            silent = silent if answer.complete else "never ended its answer"
+            print(f"because: {answer.rationale or f'(this student {silent})'}")
         logging.getLogger("pst_dist").info(
             "%d tokens, %.1f ms to the answer%s",
-            answer["answer_tokens"],
-            answer["milliseconds"],
-            ", thought first" if think_below and answer["thought_first"] else "",
+            answer.tokens,
+            1000 * answer.seconds,
+            ", thought first" if think_below and answer.thought_first else "",
         )
     return 0
-
-
-def _think_below(asked: float | None, folder: Path, student: LoadedStudent) -> float:
-    """The threshold of an adaptive student: the one asked for, the exported one, or what the evaluation chose."""
-    from pst_dist.evaluation.adaptive import chosen_threshold
-    from pst_dist.evaluation.evaluate import evaluations_of
-
-    if student.format.arm != "adaptive":
-        if asked is not None:
-            raise InputError(
-                f"--think-below is for students of arm adaptive, this one is of {student.format.arm}", path=folder
-            )
-        return 0.0
-    chosen = asked if asked is not None else student.format.think_below
-    if chosen is None:
-        chosen = chosen_threshold(evaluations_of(folder.parent, student.manifest))
-    if chosen is None:
-        logging.getLogger("pst_dist").warning(
-            "when to think is not chosen yet: it answers at once (`pst evaluate` chooses, --think-below sets it)"
-        )
-    return chosen or 0.0
-
-
-def _student_folder(path: Path) -> Path:
-    """A run's best student, or the folder itself when it is one; names the arms of a directory of several."""
-    if (path / "best").is_dir():
-        return path / "best"
-    arms = sorted(child.parent.name for child in path.glob("*/best"))
-    if arms and not (path / "pst.json").is_file():
-        raise InputError("this directory holds several arms", f"name one: {', '.join(arms)}", path=path)
-    return path
 
 
 def report(arguments: argparse.Namespace) -> int:

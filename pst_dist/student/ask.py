@@ -99,7 +99,9 @@ def answer_questions(
             decoded[place] = after_thought(decoded[place], thought)
     _wait_for_device(student.model)
     seconds = (time.perf_counter() - started) / max(len(questions), 1)
-    rationales = _rationales(student, questions, decoded, batch_size, max_new_tokens) if explain else [None] * len(decoded)
+    rationales = (
+        _rationales(student, questions, decoded, batch_size, max_new_tokens) if explain else [None] * len(decoded)
+    )
     return [_answer(answer, seconds, rationale) for answer, rationale in zip(decoded, rationales, strict=True)]
 
 
@@ -119,7 +121,9 @@ def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
     full = without_room(student.model, student.tokenizer, student.format, stripped)
     if full:
         which = f"question {full[0] + 1} of {len(questions)}" if many else "the question"
-        raise InputError(f"{which} fills all {max_positions(student.model)} positions of the student", "ask a shorter one")
+        raise InputError(
+            f"{which} fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
+        )
     return stripped
 
 

@@ -24,9 +24,7 @@ def lines(rows, split="train"):
 
 def test_every_container_gives_the_bytes_of_the_same_file():
     pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
-    wanted = b"".join(
-        json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n" for row in ROWS
-    )
+    wanted = b"".join(json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n" for row in ROWS)
     shuffled = [dict(reversed(row.items())) for row in ROWS]
     for rows in (
         ROWS,

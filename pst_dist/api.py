@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from pst_dist.config import loading
-from pst_dist.config.effect import refuse_without_effect
+from pst_dist.config.effect import WHAT_A_RUN_IS, given_keys, refuse_without_effect
 from pst_dist.config.run_dir import check_lasting, expand_arms, recorded, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS
@@ -125,8 +125,9 @@ def train(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -
 def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> EvaluationResult:
     """Decode and score one split with a trained student; done once for the same student, rows and settings.
 
-    It reads the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories; any
-    other that differs from the run's own raises ConfigError, because it has no effect. So do several arms.
+    It reads the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories.
+    Any other that is given and differs from the run's own raises ConfigError, because it has no effect; of a `Config`
+    so do its rows, student, layout and loss. So do several arms.
     """
     from pst_dist.evaluation.evaluate import evaluate
 
@@ -331,7 +332,8 @@ def _of_finished(verb: str, source: Source, overrides: Sequence[str], keys: Mapp
     """The config of a trained arm; raises ConfigError for a setting that `verb` does not read."""
     config, _ = _checked(source, overrides, keys)
     config = _one_arm(config, verb)
-    refuse_without_effect(verb, config)
+    given = [*given_keys(overrides), *loading.flat_keys(_tree(keys))]
+    refuse_without_effect(verb, config, [*given, *(WHAT_A_RUN_IS if isinstance(source, Config) else ())])
     return config
 
 

@@ -352,12 +352,32 @@ def test_a_setting_that_evaluate_does_not_read_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"evaluate\.split=validation has no effect on export"):
         pst_dist.export(root, "evaluate.split=validation")
     assert sorted(root.rglob("*")) == before
-    changed = pst_dist.load_config(finished.config, train={"max_steps": 9})
     with pytest.raises(ConfigError, match=r"train\.max_steps=9 has no effect.*made with 8"):
-        pst_dist.evaluate(changed)
+        pst_dist.evaluate(root, "train.max_steps=9")
+    with pytest.raises(ConfigError, match=r"has no effect on evaluate"):
+        pst_dist.evaluate(root, "+paper_t5")
+    with pytest.raises(ConfigError, match=r"layout\.max_length=96 has no effect"):
+        pst_dist.evaluate(pst_dist.load_config(finished.config, layout={"max_length": 96}))
+    # How a student is made may differ between its training and its scores: ranks, threads.
+    assert pst_dist.evaluate(pst_dist.load_config(finished.config, train={"num_threads": 2})).count == 12
+    assert pst_dist.evaluate(root, "train.max_steps=8").count == 12, "the run's own value"
     assert pst_dist.evaluate(root, arm="answer_only").count == 12
     with pytest.raises(StaleError):
         pst_dist.evaluate(root, arm="pst")
+
+
+def test_the_command_line_refuses_overrides_without_effect_too(finished, capsys):
+    root = str(finished.output_dir)
+    for words, said in (
+        (["evaluate", root, "data.test=other.jsonl"], "data.test=other.jsonl has no effect on evaluate"),
+        (["evaluate", root, "train.learning_rate=1"], "train.learning_rate=1.0 has no effect on evaluate"),
+        (["export", root, "evaluate.split=validation"], "evaluate.split=validation has no effect on export"),
+        (["evaluate", root, "arms=[pst,prefix]", "arm=pst"], "arm=pst has no effect beside arms=[pst, prefix]"),
+    ):
+        assert run_verb(words) == 2
+        assert said in capsys.readouterr().err
+    assert run_verb(["evaluate", root, "evaluate.max_rows=4"]) == 0 and "on 4 test rows" in capsys.readouterr().out
+    assert run_verb(["evaluate", root]) == 0
 
 
 def test_one_arm_at_a_time(tmp_path):
@@ -471,7 +491,5 @@ def test_threads_take_turns_with_one_student(student):
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     fitted("pst").save(tmp_path / "best")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        EnvironmentFault, match=r"transformers is not installed; pip install 'pst-dist\[train\]'"
-    ):
+    with pytest.raises(EnvironmentFault, match=r"transformers is not installed; pip install 'pst-dist\[train\]'"):
         pst_dist.load_student(tmp_path)

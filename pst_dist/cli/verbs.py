@@ -47,6 +47,11 @@ def _config_of(arguments: argparse.Namespace) -> Config:
         from pst_dist.config.run_dir import check_lasting
 
         check_lasting(config)
+    if arguments.verb in ("evaluate", "export"):
+        from pst_dist.config.effect import given_keys, refuse_without_effect
+
+        verb = "export --lm-eval" if getattr(arguments, "lm_eval", False) else arguments.verb
+        refuse_without_effect(verb, config, given_keys(arguments.overrides))
     return config
 
 

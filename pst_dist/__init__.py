@@ -48,15 +48,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """A name of the API; by importlib, so that no layer below it comes to depend on `api` through this file."""
-    if name == "api":
-        return importlib.import_module("pst_dist.api")
-    if name not in __all__:
-        hint = "; it is pst_dist.api.train" if name == "train" else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
-    value = globals()[name] = getattr(importlib.import_module("pst_dist.api"), name)
-    return value
+if not TYPE_CHECKING:  # or every mistyped name would be one that this function may know
+
+    def __getattr__(name: str) -> Any:
+        """A name of the API; by importlib, so that no layer below it comes to depend on `api` through this file."""
+        if name == "api":
+            return importlib.import_module("pst_dist.api")
+        if name not in __all__:
+            hint = "; it is pst_dist.api.train" if name == "train" else ""
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+        value = globals()[name] = getattr(importlib.import_module("pst_dist.api"), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """The Python API as a notebook uses it: rows as objects, typed results, resuming, and errors that are ours."""
 
+import ast
 import json
 import math
 import os
@@ -84,8 +85,13 @@ def test_train_is_the_launchers_module_and_the_function_is_in_api():
         pst_dist.trian  # noqa: B018
 
 
-def test_the_package_tells_type_checkers_that_it_is_typed():
-    assert (Path(pst_dist.__file__).parent / "py.typed").is_file()
+def test_type_checkers_see_every_name():
+    source = Path(pst_dist.__file__)
+    assert (source.parent / "py.typed").is_file()
+    guarded = next(node for node in ast.parse(source.read_text()).body if isinstance(node, ast.If))
+    assert ast.unparse(guarded.test) == "TYPE_CHECKING"
+    seen = {name.name for statement in guarded.body for name in statement.names}
+    assert seen | {"__version__"} == set(pst_dist.__all__)
 
 
 def test_a_run_returns_what_its_directory_holds(finished):

@@ -17,7 +17,8 @@ from pst_dist.errors import EnvironmentFault, InputError
 
 DEFAULT_PORT = 29500
 """What torchrun and the deepspeed launcher take for the first host when nothing is said."""
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"([\w.:\[\]][\w.:\[\]-]*)\s+slots=(\d+)")
+"""A name goes into commands for ssh and the shell: letters, digits, dots, dashes, and what IPv6 addresses need."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ import logging
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import EnvironmentFault, InputError, first_line
+from pst_dist.plain import plain
 
 _ANSWER_SECONDS = 10.0
 _AWAY_SECONDS = 300.0
@@ -34,18 +36,21 @@ def dashboard_address(asked: str | None) -> str:
     address = os.environ.get("RAY_ADDRESS", "")
     if from_environment is None and address.startswith(("http://", "https://")):
         from_environment = address
-    address = asked or from_environment or _DEFAULT
+    address = plain(asked or from_environment or _DEFAULT, "the dashboard's address")
     return (address if "://" in address else f"http://{address}").rstrip("/")
 
 
 def find_token() -> str | None:
-    """The token that Ray would send, from where Ray looks for it; raises InputError for a file that is not there."""
+    """The token that Ray would send, from where Ray looks for it.
+
+    Raises InputError for a missing file, ConfigError for a token that would become more than one header.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
+        return plain(token.strip(), "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     if path.is_file():
-        return path.read_text("utf-8").strip()
+        return plain(path.read_text("utf-8", errors="surrogateescape").strip(), f"the token in {path}")
     if named:
         raise InputError("no such file, though RAY_AUTH_TOKEN_PATH names it", path=path)
     return None
@@ -66,7 +71,7 @@ def _get(url: str, token: str | None) -> bytes | None:
     """The body of an answer, None when it is not HTTP or another page; raises EnvironmentFault as above."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # A proxy of the environment is for the world outside, not for a cluster's head.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameOriginToken())
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
             return answer.read(65536)
@@ -96,6 +101,24 @@ def _get(url: str, token: str | None) -> bytes | None:
         ) from None
     except (OSError, ValueError, http.client.HTTPException):  # not HTTP at all, or a URL that is none
         return None
+
+
+class _SameOriginToken(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and takes the token along only to the same scheme, host and port."""
+
+    def redirect_request(self, request: Any, *details: Any) -> urllib.request.Request | None:
+        """The request to the new address; urllib's own would send it every header of the old one."""
+        new = super().redirect_request(request, *details)
+        if new is not None and origin(new.full_url) != origin(request.full_url):
+            new.remove_header("Authorization")
+        return new
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port of a URL: to whom a credential may be sent again."""
+    parts = urllib.parse.urlsplit(url)
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, parts.hostname or "", parts.port or usual
 
 
 def connect(address: str) -> Any:

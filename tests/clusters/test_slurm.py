@@ -17,6 +17,7 @@ from small_run import small_config
 from waiting import wait_until
 
 from pst_dist.cli.main import run_verb
+from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.clusters.slurm.follow import read_jobs
 from pst_dist.clusters.slurm.script import array_words, cells, read_words, render, template
 from pst_dist.clusters.slurm.submit import Partition, check_room, gpus_of
@@ -453,7 +454,8 @@ class TestOnARealSlurm:
         base = tmp_path / """50%j #1 "two" 'one' $HOME; é"""
         config = small_config(tmp_path / "data", base)
         request, _ = read_words(["""name=a "b" 'c' #d \\e"""])
-        script = tmp_path / "script"
+        script = base / "slurm" / "train.sbatch"
+        script.parent.mkdir(parents=True)
         script.write_text(render(request, config, base / "slurm" / "config.yaml"))
         done = subprocess.run(
             ["sbatch", "--parsable", "--hold", str(script)],
@@ -467,8 +469,8 @@ class TestOnARealSlurm:
         number = done.stdout.strip()
         try:
             shown = slurm.ask("scontrol", "show", "job", number)
-            assert f"Comment=pst {base}\n" in shown
             assert """JobName=a "b" 'c' #d \\e\n""" in shown
+            assert f"{number}|{comment_of(base)}" in slurm.ask("squeue", "--noheader", "--format=%i|%k")
             (job,) = read_jobs(shown)
             assert str(job.output) == f"{base}/slurm/{number}.log"
         finally:
@@ -491,6 +493,7 @@ class TestOnARealSlurm:
         assert done.returncode == 0, done.stdout + done.stderr
         number = re.search(r"job (\d+): submitted", done.stdout)
         assert number and (output / "slurm" / f"{number[1]}.log").is_file(), "a % in a path is no pattern"
+        assert "step 2/2" in done.stdout, "its log is followed"
         shown = slurm.ask("scontrol", "show", "job", number[1])
         assert "Partition=main" in shown and "TimeLimit=UNLIMITED" in shown
         assert len(losses(output)) == 2

@@ -14,14 +14,15 @@ import logging
 import os
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pst_dist.clusters.jobs import Status
 from pst_dist.errors import EnvironmentFault, InputError, first_line
 from pst_dist.plain import plain
+from pst_dist.redirects import SameOriginToken
 
 _ANSWER_SECONDS = 10.0
 _AWAY_SECONDS = 300.0
@@ -71,7 +72,7 @@ def _get(url: str, token: str | None) -> bytes | None:
     """The body of an answer, None when it is not HTTP or another page; raises EnvironmentFault as above."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # A proxy of the environment is for the world outside, not for a cluster's head.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameOriginToken())
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), SameOriginToken())
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
             return answer.read(65536)
@@ -101,24 +102,6 @@ def _get(url: str, token: str | None) -> bytes | None:
         ) from None
     except (OSError, ValueError, http.client.HTTPException):  # not HTTP at all, or a URL that is none
         return None
-
-
-class _SameOriginToken(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and takes the token along only to the same scheme, host and port."""
-
-    def redirect_request(self, request: Any, *details: Any) -> urllib.request.Request | None:
-        """The request to the new address; urllib's own would send it every header of the old one."""
-        new = super().redirect_request(request, *details)
-        if new is not None and origin(new.full_url) != origin(request.full_url):
-            new.remove_header("Authorization")
-        return new
-
-
-def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of a URL: to whom a credential may be sent again."""
-    parts = urllib.parse.urlsplit(url)
-    usual = {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, parts.hostname or "", parts.port or usual
 
 
 def connect(address: str) -> Any:
@@ -179,6 +162,15 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
             say(f"job {job}: {str(info.status).lower()}, exit code {code}")
             return code
         time.sleep(_POLL_SECONDS)
+
+
+def status(address: str, job: str) -> Status:
+    """Where a job stands; raises InputError for a job that the cluster does not know, EnvironmentFault without one."""
+    info = _info(connect(address), job)
+    state = str(info.status)
+    ended = state in ("SUCCEEDED", "FAILED", "STOPPED")
+    code = exit_code_of(state, info.driver_exit_code) if ended else None
+    return Status(f"job {job}: {state.lower()}" + ("" if code is None else f", exit code {code}"), code)
 
 
 def exit_code_of(status: str, driver: int | None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from pst_dist.errors import EnvironmentFault, PstError
 
@@ -37,6 +39,17 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer in {_ANSWER_SECONDS:.0f} s")
+
+
+def comment_of(folder: Path) -> str:
+    """The comment by which a job of ours says where it works.
+
+    That is the path itself where it is plain. Slurm 22.05 cuts comments off at a `#` and changes others, so a digest
+    stands for such a path.
+    """
+    path = str(folder)
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return f"pst {path}" if re.fullmatch(r"[\w/. +,:@=-]+", path, re.ASCII) else f"pst sha256:{digest}"
 
 
 def submission_environment() -> dict[str, str]:

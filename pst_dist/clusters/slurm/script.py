@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pst_dist.arms import ARMS
+from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.config.loading import load_config, parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
 from pst_dist.config.schema import Config
@@ -208,7 +209,7 @@ def render(request: SlurmRequest, config: Config, snapshot: Path) -> str:
         "nodes": str(request.nodes),
         "output": f"{_no_pattern(snapshot.parent)}/{number}.log",
         "chdir": str(Path.cwd()),
-        "comment": f"pst {base}",
+        "comment": comment_of(base),
         "signal": f"B:USR1@{request.warn_seconds}",
     }
     if request.gpus:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import abc
 import importlib
-import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pst_dist.errors import ConfigError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "pst_dist.launchers"
 Say = Callable[[str], None]
@@ -128,5 +130,7 @@ def _folders() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(pst_dist.clusters.__path__) if module.ispkg)
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+def _entry_points() -> dict[str, EntryPoint]:
+    import importlib.metadata  # slow, and only needed for a launcher that is no folder here
+
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}

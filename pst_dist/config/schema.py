@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS
 from pst_dist.errors import ConfigError
@@ -274,6 +274,32 @@ class RayTrainConfig(Section):
     """How long to wait for room, on a cluster that grows when asked; 0 refuses at once what does not fit now."""
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS_GROUP = "pst_dist.trackers"
+
+
+def _tracker_list(value: object) -> object:
+    """One name, or none, as the list that it stands for; runs of earlier versions have saved one name."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
+
+
+def _known_trackers(names: list[str]) -> list[str]:
+    for name in names:
+        if name in TRACKERS:
+            continue
+        import importlib.metadata  # not for the usual names: it takes longer than reading a config
+
+        brought = sorted(point.name for point in importlib.metadata.entry_points(group=TRACKERS_GROUP))
+        if name not in brought:
+            raise ValueError(f"there is no tracker {name!r}; choose from none, {', '.join((*TRACKERS, *brought))}")
+    if len(set(names)) != len(names):
+        raise ValueError("names a tracker twice")
+    return names
+
+
 class TrainConfig(Section):
     """Optimisation; one engine without `deepspeed`, DeepSpeed ZeRO with it."""
 
@@ -335,8 +361,9 @@ class TrainConfig(Section):
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
     """What the best checkpoint is chosen by, on validation rows only: the likelihood of what is written up to the end
     of the answer (in arms that think first, of rationale and answer), or accuracy, which decodes the rows."""
-    report_to: Literal["none", "tensorboard"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
+    report_to: Annotated[list[str], BeforeValidator(_tracker_list), AfterValidator(_known_trackers)] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker that another
+    package brings (entry points of the group pst_dist.trackers); none for nowhere else."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that tokenise ahead; 0 does it in the training process."""
     num_threads: Positive | None = None

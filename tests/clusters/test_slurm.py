@@ -140,7 +140,8 @@ def test_the_script_runs_with_the_words_that_it_was_given_and_no_others(tmp_path
     """The shell's own view: the template's body is cut off after its arguments are set."""
     base = tmp_path / """a 'b' "c" $(touch pwned) `touch pwned`; touch pwned #"""
     request, _ = read_words(["seeds=[0,1]"])
-    script = render(request, small_config(tmp_path / "data", base), base / "slurm" / "config.yaml")
+    config = small_config(tmp_path / "data", tmp_path).model_copy(update={"output_dir": str(base)})
+    script = render(request, config, base / "slurm" / "config.yaml")
     head = script[: script.index("back_into_the_queue()")] + "printf '%s\\0' \"$@\"\n"
     done = subprocess.run(["bash"], input=head, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split("\0") == [f"{base}/slurm/config.yaml", "seeds=[0,1]", ""]
@@ -452,7 +453,8 @@ class TestOnARealSlurm:
 
     def test_every_character_of_a_path_arrives_in_slurm_as_it_is(self, slurm, tmp_path):
         base = tmp_path / """50%j #1 "two" 'one' $HOME; é"""
-        config = small_config(tmp_path / "data", base)
+        # Not as a word of the command line, which is YAML: ` #` begins a comment there.
+        config = small_config(tmp_path / "data", tmp_path).model_copy(update={"output_dir": str(base)})
         request, _ = read_words(["""name=a "b" 'c' #d \\e"""])
         script = base / "slurm" / "train.sbatch"
         script.parent.mkdir(parents=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -42,14 +41,8 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def comment_of(folder: Path) -> str:
-    """The comment by which a job of ours says where it works.
-
-    That is the path itself where it is plain. Slurm 22.05 cuts comments off at a `#` and changes others, so a digest
-    stands for such a path.
-    """
-    path = str(folder)
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return f"pst {path}" if re.fullmatch(r"[\w/. +,:@=-]+", path, re.ASCII) else f"pst sha256:{digest}"
+    """The comment by which a job of ours says where it works."""
+    return f"pst {folder}"
 
 
 def submission_environment() -> dict[str, str]:

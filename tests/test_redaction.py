@@ -103,6 +103,15 @@ def test_a_password_in_a_url_is_in_no_file_and_no_message(tmp_path):
     assert "ray://***@127.0.0.1:1" in (tmp_path / "run" / "command.txt").read_text()
 
 
+def test_the_page_of_a_run_recorded_by_an_earlier_version_shows_no_password(tmp_path):
+    from pst_dist.publish.run_page import _record
+
+    (tmp_path / "command.txt").write_text(f"pst run my.yaml data_dir=sftp://me:{CANARY}@host/x\n")
+    (tmp_path / "config.resolved.yaml").write_text(f"data_dir: sftp://me:{CANARY}@host/x\n")
+    page = "".join(filter(None, _record(tmp_path).values()))
+    assert page.count("sftp://***@host/x") == 2 and CANARY not in page
+
+
 def test_a_run_whose_password_was_not_saved_asks_for_it(tmp_path):
     config = small_config(tmp_path / "data", tmp_path / "run").model_copy(
         update={"data_dir": f"sftp://me:{CANARY}@host/x"}

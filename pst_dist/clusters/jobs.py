@@ -19,6 +19,8 @@ from pst_dist.errors import ConfigError, EnvironmentFault
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+    from pst_dist.config.schema import Config
+
 GROUP = "pst_dist.launchers"
 Say = Callable[[str], None]
 """Takes each line that a person should see, as it comes."""

@@ -174,7 +174,7 @@ def _samples(run: Path, split: str) -> Table:
 
 
 def _record(run: Path) -> dict[str, str | None]:
-    """Command, config and environment; None for what was not recorded, no passwords."""
+    """Command, config and environment; None for what was not recorded, without the passwords of older records."""
 
     def text_of(name: str) -> str | None:
         path = run / name

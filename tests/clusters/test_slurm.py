@@ -131,6 +131,24 @@ def test_no_value_can_begin_a_line_of_its_own_in_the_script(tmp_path, capsys, pl
     assert out == "" and f"contains the control character U+{ord(hidden):04X}" in err and err.count("\n") == 1
 
 
+def test_the_pipeline_script_submits_without_the_outer_jobs_variables(tmp_path):
+    fake = tmp_path / "sbatch"  # the environment that sbatch would get is what is looked at
+    fake.write_text(f"#!/bin/sh\nenv >> {tmp_path}/seen\necho 7\n")
+    fake.chmod(0o755)
+    outer = {"SLURM_MEM_PER_CPU": "100", "SBATCH_EXPORT": "NONE", "SLURM_CONF": "/etc/c", "SBATCH_ACCOUNT": "nlp"}
+    done = subprocess.run(
+        ["bash", str(template("pipeline.sh")), "my.yaml"],
+        env=os.environ | outer | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "shard 7 -> embed 7 -> train 7 -> report 7\n", done.stderr
+    seen = (tmp_path / "seen").read_text()
+    assert seen.count("SLURM_CONF=/etc/c") == seen.count("SBATCH_ACCOUNT=nlp") == 4
+    assert "SLURM_MEM" not in seen and "SBATCH_EXPORT" not in seen
+
+
 def test_an_option_cannot_carry_a_command_in_its_name(capsys):
     assert run_verb(["submit", "slurm", "demo", "sbatch.x\ntouch pwned=1", "--dry-run"]) == 2
     assert "is not an option of sbatch" in capsys.readouterr().err

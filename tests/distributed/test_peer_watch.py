@@ -223,13 +223,17 @@ def test_strangers_that_keep_quiet_are_limited_in_number_and_time(monkeypatch):
         {"place": ["backward", 1, 2], "waiting": False, "line": ""},
         {"place": {"a": 1}},
         {"farewell": 3},
+        b"[" * 4000,
+        b"\xff",
+        b"3",
     ],
 )
 def test_a_rank_that_talks_nonsense_is_lost_rather_than_the_watch(monkeypatch, message):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setattr(_Watcher, "_end_this_rank", lambda *_: None)  # it would end this process
     with rank_zero_and_one() as (zero, one):
-        next(iter(one.links)).send(message)
+        (link,) = one.links
+        link.send_bytes(message) if isinstance(message, bytes) else link.send(message)
         assert zero.known.wait(10) and zero.verdict is not None
         assert (zero.verdict.rank, zero.verdict.reason) == (1, "it does not speak our protocol")
 

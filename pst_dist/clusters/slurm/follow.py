@@ -195,8 +195,8 @@ def read_jobs(text: str) -> list[Task]:
 
 def _log_of(block: str, number: str) -> Path:
     """The log of a job: as Slurm shows it, or for a script of ours with a % in its path, which Slurm shows expanded."""
-    script = re.search(r"^[ \t]*Command=(/.*%.*/slurm)/train\.sbatch$", block, re.MULTILINE)
-    if script:
-        return Path(script[1]) / f"{number}.log"
+    script = re.search(r"^[ \t]*Command=(/.*)$", block, re.MULTILINE)
+    if script and "%" in script[1] and script[1].endswith("/slurm/train.sbatch"):
+        return Path(script[1]).parent / f"{number}.log"
     shown = re.search(r"^[ \t]*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
     return Path(shown[1].strip() if shown else "")

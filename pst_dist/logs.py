@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -194,10 +195,37 @@ def _rich_bar(name: str, total: int | None, unit: str) -> Iterator[Progress]:
             log.info(bar.line(final=True))
 
 
+_NOISE = re.compile(
+    # What this package checks itself, and then refuses or reports in its own words: weights that the files lack
+    # (`models.load`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
+    r"LOAD REPORT|seem corrupted|generation flags|longer than the specified maximum"
+    # What only a library's own callers can act on.
+    r"|deprecat|will be removed|use_cache=(True|False)|loss_type|special tokens have been added",
+    re.IGNORECASE,
+)
+"""Warnings of transformers that a user of this package cannot act on. All others are shown: a wrong tokenizer class or
+pattern, a setting without effect, padding on the wrong side."""
+
+
+class _WithoutNoise(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or not _NOISE.search(record.getMessage())
+
+
+def drop_noise() -> None:
+    """Let transformers say what matters and leave out what does not; call again as often as you like."""
+    import transformers  # noqa: F401  its import makes the handler
+
+    for handler in logging.getLogger("transformers").handlers:
+        if not any(isinstance(found, _WithoutNoise) for found in handler.filters):
+            handler.addFilter(_WithoutNoise())
+
+
 def quiet_libraries() -> None:
     """No progress bars of transformers (it draws one a file), no notes of DeepSpeed about the accelerator it found.
 
-    Call before sentence_transformers or deepspeed are imported: importing the one may import the other.
+    Warnings of transformers stay, but for those in `_NOISE`. Call before sentence_transformers or deepspeed are
+    imported: importing the one may import the other.
     """
     import torch
 
@@ -206,17 +234,18 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    drop_noise()
     for name in ("DeepSpeed", "deepspeed", "sentence_transformers", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager
 def without_chatter() -> Iterator[None]:
-    """Keep other libraries' progress bars and info lines out of the output while the body runs."""
+    """Keep other libraries' progress bars, info lines and noise out of the output while the body runs."""
     import huggingface_hub.utils as hub
     from transformers.utils import logging as transformers_logging
 
+    drop_noise()
     was_on = transformers_logging.is_progress_bar_enabled()
     hub_was_off = hub.are_progress_bars_disabled()
     chatter = logging.getLogger("sentence_transformers")

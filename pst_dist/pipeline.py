@@ -22,7 +22,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import SCHEMA_VERSION
 from pst_dist.diagnostics.artefacts import Finding
 from pst_dist.embedding.targets import needs_embeddings
-from pst_dist.errors import DataError, InputError
+from pst_dist.errors import InputError
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import Manifest, digest_of
 from pst_dist.storage.object_store import RemoteFolder, fetch_folder, publish_folder, remove_partials
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pst_dist.embedding.embed import Executor
 
 log = logging.getLogger(__name__)
-_OTHER = {"test": "validation", "validation": "test"}
 
 
 def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
@@ -137,18 +136,19 @@ def run_all(config: Config, *, rebuild: bool = False, command: str | None = None
     """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages made.
 
     `command` is what the run's record says about how it was made; the command line of this process when not given.
-    Raises DataError before training when the split that is to be scored has no rows.
+    What can be known to fail is refused before anything is written, by `preflight`. Raises DataError before training
+    when the split that is to be scored has no rows.
     """
+    from pst_dist.diagnostics.preflight import no_rows, preflight
+
+    preflight(config)
     pages = []
     arms = expand_arms(config)
     with recorded(config, command=command):
         manifest = _stage("shard", lambda: make_shards(config, rebuild=rebuild))
         split = config.evaluate.split
         if not manifest.extra["counts"].get(split):
-            raise DataError(
-                f"there are no {split} rows to score the student on",
-                f"give data.{split} or data.{split}_size, or evaluate.split={_OTHER[split]}",
-            )
+            raise no_rows(split)
         if needs_embeddings(config):
             _stage("embed", lambda: make_embeddings(config, rebuild=rebuild))
         for arm in arms:

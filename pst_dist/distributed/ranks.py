@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,15 +42,31 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """From RANK, LOCAL_RANK and WORLD_SIZE; raises EnvironmentFault when only some are set."""
+        """From RANK, LOCAL_RANK and WORLD_SIZE; raises EnvironmentFault when only some are set or make no sense."""
         names = ("RANK", "WORLD_SIZE")
         present = [name for name in names if name in os.environ]
         if not present:
             return cls()
         if len(present) != len(names):
             raise EnvironmentFault(f"{present[0]} is set but not all of {', '.join(names)}", "start with torchrun")
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), world)
+        given = {name: os.environ.get(name, "0") for name in (*names, "LOCAL_RANK")}
+        wrong = next((name for name, value in given.items() if not re.fullmatch(r"\d{1,9}", value)), None)
+        if wrong is not None:
+            raise EnvironmentFault(f"{wrong} is {given[wrong]!r}, not a number", "start with torchrun, or unset it")
+        rank, world = int(given["RANK"]), int(given["WORLD_SIZE"])
+        if rank >= world:
+            raise EnvironmentFault(f"RANK is {rank}, but WORLD_SIZE is {world}", "start with torchrun, or unset both")
+        return cls(rank, int(given["LOCAL_RANK"]), world)
+
+
+def check_meeting_place(ranks: Ranks) -> None:
+    """Several ranks need an address to meet at; raises EnvironmentFault when it is not in the environment."""
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if ranks.world_size > 1 and absent and not dist.is_initialized():
+        raise EnvironmentFault(
+            f"RANK and WORLD_SIZE ask for {ranks.world_size} ranks, but {absent[0]} is not set",
+            "start with torchrun, or unset RANK and WORLD_SIZE for a single process",
+        )
 
 
 def device_of(ranks: Ranks) -> torch.device:
@@ -70,6 +87,7 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float 
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         yield
         return
+    check_meeting_place(ranks)
     # Without a launcher there is one rank, which must look to DeepSpeed as if torchrun had started it.
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     added = {name: value for name, value in alone.items() if ranks.world_size == 1 and name not in os.environ}

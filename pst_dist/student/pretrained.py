@@ -11,8 +11,17 @@ import torch
 
 from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.errors import ConfigError
-from pst_dist.models.locate import cannot_load
-from pst_dist.student.warm_start import warm_model, warm_shape
+from pst_dist.models.load import (
+    WEIGHTS,
+    check_headers,
+    language_model_without_weights,
+    load_language_model,
+    load_model_config,
+    loading_errors,
+    positions_of,
+)
+from pst_dist.models.locate import ModelPlace, locate_model
+from pst_dist.student.warm_start import check_warm_start, warm_model, warm_shape
 
 
 def build_model(config: Config, tokenizer: Any) -> Any:
@@ -31,7 +40,7 @@ def build_model(config: Config, tokenizer: Any) -> Any:
     elif warm_shape(settings) is not None:
         model = warm_model(settings, tokenizer, max_length=config.layout.max_length)
     else:
-        model = _pretrained_model(settings.model_name_or_path, settings)
+        model = _pretrained_model(settings.model_name_or_path, settings, config.layout.max_length)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             # A multiple of 64 keeps the head's matrix products on the fast path of tensor cores.
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
@@ -114,34 +123,62 @@ def is_encoder_decoder(settings: StudentConfig) -> bool:
     return bool(pretrained_shape(settings.model_name_or_path, settings.revision).is_encoder_decoder)
 
 
-def _pretrained_model(name: str, settings: StudentConfig) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def pretrained_shape(name: str, revision: str | None) -> Any:
+    """The Hugging Face config of a model by name; raises InputError or EnvironmentFault.
 
-    shape = pretrained_shape(name, settings.revision)
+    Raises ConfigError for an encoder: AutoModelForCausalLM would take it, and let every token see those after it.
+    """
+    shape = load_model_config(locate_model(name, revision))
     if shape.model_type == "bert" and not shape.is_decoder:
-        # AutoModelForCausalLM would take it, and let every token see those after it.
         raise ConfigError(
             "an encoder reads but does not write",
             "set student.warm_start to causal or encoder_decoder: the student then starts from its weights",
             path=name,
         )
-    try:
-        family = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
-        extra = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
-        return family.from_pretrained(name, revision=settings.revision, dtype=torch.float32, **extra)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last two: weights cut short
-        raise cannot_load("the student", name, "config.json and weights", error) from error
+    return shape
 
 
-def pretrained_shape(name: str, revision: str | None) -> Any:
-    """The Hugging Face config of a model by id or folder; raises InputError or EnvironmentFault."""
-    from transformers import AutoConfig
+def _pretrained_model(name: str, settings: StudentConfig, max_length: int) -> Any:
+    _check_positions(pretrained_shape(name, settings.revision), max_length)
+    place = locate_model(name, settings.revision)
+    return load_language_model(place, attn_implementation=settings.attn_implementation)
 
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise cannot_load("the student", name, "config.json and weights", error) from error
+
+def build_without_weights(config: Config, tokenizer: Any) -> bool:
+    """Build the student without memory for its weights, and tell whether it is an encoder-decoder.
+
+    Raises what `build_model` would raise, as far as config, tokenizer and the headers of the weight files tell.
+    """
+    settings, max_length = config.student, config.layout.max_length
+    if warm_shape(settings) is not None:
+        check_warm_start(settings, max_length=max_length)
+    elif settings.model_name_or_path is None:
+        with loading_errors("the fresh student", ModelPlace("student.fresh", "student.fresh"), WEIGHTS):
+            with torch.device("meta"):
+                fresh_model(
+                    settings.fresh,
+                    tokenizer,
+                    max_length=max_length,
+                    attn_implementation=settings.attn_implementation,
+                )
+    else:
+        shape = pretrained_shape(settings.model_name_or_path, settings.revision)
+        _check_positions(shape, max_length)
+        place = locate_model(settings.model_name_or_path, settings.revision)
+        model = language_model_without_weights(shape, place, attn_implementation=settings.attn_implementation)
+        _check_architecture(model)
+        check_headers(model, place)
+    return is_encoder_decoder(settings)
+
+
+def _check_positions(shape: Any, max_length: int) -> None:
+    """Raise ConfigError when a sequence may be longer than the model has positions for."""
+    positions = positions_of(shape)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"layout.max_length is {max_length}, this student has {positions} positions",
+            f"set layout.max_length={positions} or less",
+        )
 
 
 def _check_architecture(model: Any) -> None:

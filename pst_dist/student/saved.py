@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pst_dist.errors import InputError, IntegrityError
 from pst_dist.logs import quiet_libraries
+from pst_dist.models.load import load_language_model, load_tokenizer
+from pst_dist.models.locate import ModelPlace
 from pst_dist.storage.atomic import atomic_directory
 from pst_dist.storage.manifest import (
     Manifest,
@@ -139,8 +141,6 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     IntegrityError when it is damaged.
     """
     quiet_libraries()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
     # An export is told by its model card.
     manifest = read_manifest(directory, "export" if (directory / "README.md").is_file() else "student")
     if manifest is None:
@@ -148,10 +148,11 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     verify_files(directory, manifest)
     try:
         fmt = AnswerFormat(**read_json(directory / FORMAT_FILE))
-        seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
-        auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        place = ModelPlace(str(directory), str(directory), local_only=True)
+        model = load_language_model(place)
+        tokenizer = load_tokenizer(place)
+    except InputError as error:  # these files were written by `save_student`: what does not load is damaged
+        raise IntegrityError(error.what, "run `pst train` again", path=directory) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error

@@ -14,7 +14,9 @@ from pst_dist.config.schema import StudentConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import Task
 from pst_dist.errors import ConfigError
-from pst_dist.models.locate import cannot_load
+from pst_dist.models.load import load_tokenizer
+from pst_dist.models.locate import locate_model
+from pst_dist.student.text_ids import TextIds
 from pst_dist.student.warm_start import warm_shape, warm_tokenizer
 
 END, PADDING = "<|endoftext|>", "<|pad|>"
@@ -31,7 +33,7 @@ def build_tokenizer(settings: StudentConfig, samples: Iterable[ReasoningSample])
     elif warm_shape(settings) is not None:
         tokenizer = warm_tokenizer(settings)
     else:
-        tokenizer = _load(settings)
+        tokenizer = load_tokenizer(locate_model(settings.model_name_or_path, settings.revision))
     return with_special_tokens(tokenizer)
 
 
@@ -67,7 +69,7 @@ def check_prompt_ending(tokenizer: Any, *, is_encoder_decoder: bool) -> None:
 
 def check_marker(tokenizer: Any, marker: str) -> None:
     """The marker before an answer must come back from its tokens, or no answer could be found; raises ConfigError."""
-    ids = tokenizer(f"a{marker} a", add_special_tokens=False)["input_ids"]
+    ids = TextIds(tokenizer).text(f"a{marker} a")
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if marker.strip() not in text:
         raise ConfigError(
@@ -76,12 +78,12 @@ def check_marker(tokenizer: Any, marker: str) -> None:
         )
 
 
-def unwritable_answers(tokenizer: Any, samples: Iterable[ReasoningSample], task: Task) -> list[ReasoningSample]:
-    """The samples whose answer, once it has been tokens, is not read as the answer any more: never scored right."""
+def unwritable_answers(text_ids: TextIds, samples: Iterable[ReasoningSample], task: Task) -> list[ReasoningSample]:
+    """The samples whose answer does not survive the way to tokens and back, so that it is never scored right."""
     lost = []
     for sample in samples:
-        ids = tokenizer(" " + sample.answer, add_special_tokens=False)["input_ids"]
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = text_ids.text(" " + sample.answer)
+        text = text_ids.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not task.is_correct(task.cleanse(text), sample.answer):
             lost.append(sample)
     return lost
@@ -115,13 +117,3 @@ def _train(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=END, pad_token=PADDING, clean_up_tokenization_spaces=False
     )
-
-
-def _load(settings: StudentConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    name = settings.model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=settings.revision)
-    except (OSError, ValueError) as error:
-        raise cannot_load("the student's tokenizer", str(name), "tokenizer.json", error) from error

@@ -16,9 +16,8 @@ from typing import Any, Literal
 from pst_dist.arms import SEMANTIC_TOKEN, STOP_TOKEN
 from pst_dist.config.schema import StudentConfig
 from pst_dist.errors import ConfigError
-from pst_dist.models.locate import locate_encoder
+from pst_dist.models.locate import MINILM, locate_encoder, locate_model
 
-MINILM = "minilm"
 CAPITALS = string.ascii_uppercase
 """A capital letter that stands alone stays one: the answers of multiple choice."""
 VOCABULARY_MULTIPLE = 64
@@ -49,15 +48,12 @@ def warm_tokenizer(settings: StudentConfig) -> Any:
     ConfigError when the encoder's tokenizer is no WordPiece, InputError or EnvironmentFault when it cannot be loaded.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    from pst_dist.models.locate import cannot_load
+    from pst_dist.models.load import load_tokenizer
 
     name = warm_checkpoint(settings)
-    try:
-        theirs = AutoTokenizer.from_pretrained(name, revision=settings.revision)
-    except (OSError, ValueError) as error:
-        raise cannot_load("the student's tokenizer", name, "tokenizer.json", error) from error
+    theirs = load_tokenizer(locate_model(name, settings.revision))
     backend: Any = getattr(theirs, "backend_tokenizer", None)
     kind = json.loads(backend.to_str())["model"]["type"] if backend is not None else type(theirs).__name__
     if kind != "WordPiece":
@@ -91,17 +87,12 @@ def warm_model(settings: StudentConfig, tokenizer: Any, *, max_length: int) -> A
     Only cross attention is drawn from the global generator. Raises ConfigError for another architecture than BERT's
     and for a `max_length` beyond its positions, InputError or EnvironmentFault when it cannot be loaded.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModel, BertGenerationDecoder, EncoderDecoderConfig, EncoderDecoderModel
+    from transformers import BertGenerationDecoder, EncoderDecoderConfig, EncoderDecoderModel
 
-    from pst_dist.models.locate import cannot_load
+    from pst_dist.models.load import load_bare_encoder
 
     name = warm_checkpoint(settings)
-    try:
-        encoder = AutoModel.from_pretrained(name, revision=settings.revision, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cannot_load("the student", name, "config.json and weights", error) from error
+    encoder = load_bare_encoder(locate_model(name, settings.revision))
     _check_encoder(encoder.config, max_length, name)
     weights = _widened(encoder.state_dict(), tokenizer)
     rows = len(weights["embeddings.word_embeddings.weight"])
@@ -126,6 +117,14 @@ def warm_model(settings: StudentConfig, tokenizer: Any, *, max_length: int) -> A
     _fill(model.encoder, weights)
     _fill(model.decoder.bert, weights)
     return model
+
+
+def check_warm_start(settings: StudentConfig, *, max_length: int) -> None:
+    """Raise ConfigError, InputError or EnvironmentFault for an encoder that `warm_model` would refuse by its config."""
+    from pst_dist.models.load import load_model_config
+
+    name = warm_checkpoint(settings)
+    _check_encoder(load_model_config(locate_model(name, settings.revision)), max_length, name)
 
 
 def _check_encoder(config: Any, max_length: int, name: str) -> None:

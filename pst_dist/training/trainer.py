@@ -239,7 +239,7 @@ class _Training:
                 alive()
                 sample = self.samples[index]
                 self.layout.sequences(sample)
-                lost += unwritable_answers(self.tokenizer, [sample], task)
+                lost += unwritable_answers(self.layout.text_ids, [sample], task)
         except DataError as error:
             failure = error
         bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))

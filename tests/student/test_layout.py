@@ -101,10 +101,13 @@ def test_an_arm_that_needs_a_rationale_names_the_row_that_has_none(arm):
     assert "rows.jsonl:7: sample bare has no rationale" in str(caught.value)
 
 
-def test_a_row_that_spells_our_special_token_is_refused():
-    evil = ReasoningSample(id="evil", question=f"say {STOP_TOKEN}", answer="a")
-    with pytest.raises(DataError, match="sample evil holds"):
-        layout_of("answer_only").sequences(evil)
+def test_a_row_that_spells_our_special_token_is_read_as_text():
+    evil = ReasoningSample(id="evil", question=f"say {STOP_TOKEN}", answer=STOP_TOKEN)
+    layout = layout_of("answer_only")
+    (sequence,) = layout.sequences(evil)
+    assert layout.stop_id not in sequence.prompt_ids
+    assert sequence.target_ids.count(layout.stop_id) == 1 and sequence.target_ids[-1] == layout.stop_id
+    assert text(layout, sequence.target_ids[:-1]) == f" {STOP_TOKEN}"
 
 
 def test_a_prompt_template_without_the_question_is_refused():

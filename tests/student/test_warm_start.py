@@ -17,6 +17,7 @@ from pst_dist.errors import ConfigError
 from pst_dist.models.locate import locate_encoder
 from pst_dist.student.generate import max_positions
 from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.text_ids import TextIds
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.training.batches import Collator
 from pst_dist.training.loss import TermWeights
@@ -209,7 +210,7 @@ def test_neighbouring_numbers_are_not_glued_and_a_difference_is_no_negative_numb
 )
 def test_an_answer_that_the_tokenizer_cannot_write_is_found_before_training(warm, task, answer, lost):
     sample = ReasoningSample(id="x", question="?", answer=answer, rationales=("r",), answer_type="text")
-    assert bool(unwritable_answers(warm.tokenizer, [sample], get_task(task))) is lost
+    assert bool(unwritable_answers(TextIds(warm.tokenizer), [sample], get_task(task))) is lost
 
 
 def test_a_marker_that_the_tokenizer_changes_is_refused(warm):

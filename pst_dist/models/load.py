@@ -1,0 +1,336 @@
+"""A causal or encoder-decoder model and its tokenizer from a hub id, a folder or a GGUF file: one loader for all.
+
+Three rules hold for everything that is loaded here. Code that lies beside a model is never run. Every weight of the
+model must come from the files: a weight that the files do not hold would silently stay random. Whatever a library
+raises ends in one line that names the model and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
+from pst_dist.logs import without_chatter
+from pst_dist.models.locate import WEIGHT_SUFFIXES, ModelPlace, cannot_load
+from pst_dist.storage.manifest import digest_of, sha256_file
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, TOKENIZER = "config.json and weights", "tokenizer.json"
+UNUSED = ("pooler.",)
+"""Beginnings of weights that nothing here reads: a sentence encoder's vectors and a warm start's layers do not
+come from BERT's pooler, which many published encoders leave out."""
+_NAMED = 3
+_PATCH = threading.Lock()
+
+
+@contextlib.contextmanager
+def loading_errors(what: str, place: ModelPlace, wanted: str) -> Iterator[None]:
+    """Turn whatever a library raises in the body into one InputError or EnvironmentFault; ours pass through."""
+    try:
+        with without_chatter():
+            yield
+    except PstError:
+        raise
+    # Libraries raise nearly everything here: OSError for files, ImportError for quantised weights, bare Exception for
+    # a tokenizer.json of a newer format, dataclass errors for a config field of the wrong type.
+    except Exception as error:
+        raise cannot_load(what, place.name, wanted, error) from error
+
+
+def load_model_config(place: ModelPlace, what: str = "the student") -> Any:
+    """The Hugging Face config of a model; no weights are read. Raises InputError or EnvironmentFault."""
+    with loading_errors(what, place, WEIGHTS):
+        return _config(place)
+
+
+def load_tokenizer(place: ModelPlace, what: str = "the student's tokenizer") -> Any:
+    """The tokenizer of a model. Raises InputError or EnvironmentFault."""
+    from transformers import AutoTokenizer
+
+    _need_gguf(place)
+    with loading_errors(what, place, TOKENIZER):
+        return AutoTokenizer.from_pretrained(place.target, trust_remote_code=False, **_options(place))
+
+
+def load_language_model(place: ModelPlace, what: str = "the student", *, attn_implementation: str | None = None) -> Any:
+    """The causal or encoder-decoder model in float32 on the CPU, with every weight from its files.
+
+    Raises InputError or EnvironmentFault when it cannot be loaded or the files lack a weight, and ConfigError for
+    quantised weights, which cannot be trained.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    shape = load_model_config(place, what)
+    refuse_quantised(shape, place)
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    family: Any = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
+    with loading_errors(what, place, WEIGHTS):
+        if place.gguf is not None:
+            return _from_gguf(family, shape, place, what, **extra)
+        model, info = family.from_pretrained(
+            place.target,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name and shape
+            **_options(place),
+            **extra,
+        )
+        refuse_unmatched(info, what, place.name)
+    return model
+
+
+def language_model_without_weights(shape: Any, place: ModelPlace, *, attn_implementation: str | None = None) -> Any:
+    """The model that `load_language_model` would load, on torch's meta device: its structure, without memory or files.
+
+    Raises InputError, EnvironmentFault or ConfigError, as loading it would.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    refuse_quantised(shape, place)
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    family: Any = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
+    with loading_errors("the student", place, WEIGHTS), torch.device("meta"):
+        return family.from_config(copy.deepcopy(shape), trust_remote_code=False, **extra)
+
+
+def check_headers(model: Any, place: ModelPlace, what: str = "the student") -> None:
+    """Raise InputError when the headers of a folder's safetensors files show that its weights do not fit the model.
+
+    Some architectures rename weights while they load. So a weight counts as missing only where every name in the files
+    is one of the model's, and two shapes are compared only under one name; the rest is found when it is loaded.
+    """
+    from safetensors import safe_open
+
+    files = sorted(Path(place.target).glob("*.safetensors")) if place.gguf is None else []
+    stored: dict[str, list[int]] = {}
+    with loading_errors(what, place, WEIGHTS):
+        for file in files:
+            with safe_open(file, "pt") as header:
+                stored |= {name: list(header.get_slice(name).get_shape()) for name in header.keys()}
+    stored.pop("head.weight", None)
+    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    direct = bool(stored) and stored.keys() <= wanted.keys()
+    missing = wanted.keys() - stored.keys() - _tied(model) if direct else set()
+    shapes = [(name, stored[name], wanted[name]) for name in stored.keys() & wanted.keys()]
+    mismatched = [found for found in shapes if found[1] != found[2]]
+    info = {"missing_keys": missing, "unexpected_keys": (), "mismatched_keys": mismatched}
+    refuse_unmatched(info, what, place.name, warn=False)
+
+
+def positions_of(shape: Any) -> int | None:
+    """Tokens that a model's config has positions for; None when its positions are relative, as T5's are."""
+    # A model put together from two has them in each half.
+    half = getattr(shape, "decoder", shape)
+    positions = getattr(half, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of weights that are another weight's, and need not be in the files."""
+    return set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+
+
+def load_bare_encoder(place: ModelPlace, what: str = "the student") -> Any:
+    """An encoder without any head, float32, on the CPU. Raises InputError or EnvironmentFault."""
+    import torch
+    from transformers import AutoModel
+
+    with loading_errors(what, place, WEIGHTS):
+        model, info = AutoModel.from_pretrained(
+            place.target,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_options(place),
+        )
+        # A checkpoint with a head on top has weights that an encoder does not use; that is as it should be.
+        refuse_unmatched(info, what, place.name, unused=UNUSED, warn=False)
+    return model
+
+
+def refuse_quantised(shape: Any, place: ModelPlace) -> None:
+    """Raise ConfigError for a base whose weights are stored in few bits: they cannot be trained."""
+    quantised = getattr(shape, "quantization_config", None)
+    if quantised is None:
+        return
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    raise ConfigError(
+        f"the weights are quantised ({getattr(method, 'value', method) or 'method not named'}) and cannot be trained",
+        "name the full-precision model that they were made from, or a .gguf file, which is converted to float32",
+        path=place.name,
+    )
+
+
+def refuse_unmatched(
+    info: dict[str, Any], what: str, path: str, *, unused: tuple[str, ...] = (), warn: bool = True
+) -> None:
+    """Raise InputError when weights of the model are not in its files or have another shape there.
+
+    `info` is what `from_pretrained(..., output_loading_info=True)` returns: tied weights and buffers are already left
+    out of it. Weights that begin with one of `unused` may be missing. Weights of the files that the model does not
+    have are named in a warning.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
+    unexpected = sorted(info["unexpected_keys"])
+    if missing:
+        found = f"; the files hold instead {_named(unexpected)}" if unexpected else ""
+        raise InputError(
+            f"cannot load {what}: {len(missing)} of its weights are missing from the files ({_named(missing)}){found}",
+            "save the model again with save_pretrained, without a wrapper around it",
+            path=path,
+        )
+    mismatched = sorted((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        raise InputError(
+            f"cannot load {what}: {len(mismatched)} weights have other shapes in the files than config.json says, "
+            f"{key} for example {list(stored)} where {list(wanted)} is expected",
+            "make config.json fit the weights",
+            path=path,
+        )
+    if unexpected and warn:
+        log.warning("%s: %d weights in its files are not used: %s", path, len(unexpected), _named(unexpected))
+
+
+@contextlib.contextmanager
+def every_weight_loaded(what: str, path: str, *, unused: tuple[str, ...] = UNUSED) -> Iterator[None]:
+    """Inside the body, refuse any transformers model whose files lack weights, whoever calls `from_pretrained`.
+
+    For libraries that call it themselves and do not pass its loading information on, as sentence-transformers.
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    def checked(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = original.__func__(cls, *args, output_loading_info=True, **kwargs)
+        refuse_unmatched(info, what, path, unused=unused, warn=False)
+        return (model, info) if output_loading_info else model
+
+    with _PATCH:
+        PreTrainedModel.from_pretrained = classmethod(checked)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
+
+
+@functools.lru_cache(maxsize=8)
+def base_identity(place: ModelPlace) -> dict[str, Any]:
+    """What says which weights a student started from: digests for files here, the commit for a hub id.
+
+    `sha256` of a GGUF file, or of a folder's weight files over their names and digests; `quantised` is the GGUF's
+    most frequent low-bit type, such as Q4_1. None where it is not known.
+    """
+    identity: dict[str, Any] = {"sha256": None, "revision": None, "quantised": None}
+    if place.gguf is not None:
+        file = Path(place.target) / place.gguf
+        return identity | {"sha256": sha256_file(file), "quantised": _quantised_type(file)}
+    folder = Path(place.target).expanduser()
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+        listed = {path.name: sha256_file(path) for path in files}
+        return identity | {"sha256": digest_of(listed) if files else None}
+    return identity | {"revision": getattr(load_model_config(place), "_commit_hash", None) or place.revision}
+
+
+def _named(keys: list[str]) -> str:
+    further = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(keys[:_NAMED]) + further
+
+
+def _options(place: ModelPlace) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": place.revision} if place.revision else {}
+    if place.gguf is not None:
+        options["gguf_file"] = place.gguf
+    if place.local_only:
+        options["local_files_only"] = True
+    return options
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_config(place: ModelPlace) -> Any:
+    from transformers import AutoConfig
+
+    # Seconds for a real vocabulary, and asked for several times in a run.
+    return AutoConfig.from_pretrained(place.target, trust_remote_code=False, **_options(place))
+
+
+def _config(place: ModelPlace) -> Any:
+    from transformers import AutoConfig
+
+    _need_gguf(place)
+    _refuse_adapter(place)
+    if place.gguf is not None:
+        return _gguf_config(place)
+    return AutoConfig.from_pretrained(place.target, trust_remote_code=False, **_options(place))
+
+
+def _refuse_adapter(place: ModelPlace) -> None:
+    folder = Path(place.target)
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise InputError(
+            "is an adapter (LoRA), not a whole model",
+            "merge it into its base (peft: merge_and_unload, then save_pretrained), and name that folder",
+            path=place.name,
+        )
+
+
+def _need_gguf(place: ModelPlace) -> None:
+    if place.gguf is None:
+        return
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentFault(
+            "reading a GGUF file needs the package gguf", "pip install gguf", path=place.name
+        ) from error
+
+
+def _from_gguf(family: Any, shape: Any, place: ModelPlace, what: str, **extra: Any) -> Any:
+    """The model of a GGUF file, its weights converted back to float32.
+
+    `from_pretrained(gguf_file=...)` would do the same, but asks for accelerate, marks the model as quantised so that
+    it cannot be saved, and does not report missing weights.
+    """
+    import torch
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = copy.deepcopy(shape)
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced: no draw of theirs may shift later ones
+        model = family.from_config(config, trust_remote_code=False, **extra)
+    tensors = load_gguf_checkpoint(str(Path(place.target) / str(place.gguf)), return_tensors=True, model_to_load=model)[
+        "tensors"
+    ]
+    tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    info = {"missing_keys": set(missing) - _tied(model), "unexpected_keys": unexpected, "mismatched_keys": []}
+    refuse_unmatched(info, what, place.name)
+    model.tie_weights()
+    return model.eval()
+
+
+def _quantised_type(file: Path) -> str | None:
+    from collections import Counter
+
+    from gguf import GGUFReader
+
+    kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(str(file)).tensors)
+    low = [kind for kind, _ in kinds.most_common() if kind not in ("F32", "F16", "BF16", "F64")]
+    return low[0] if low else None

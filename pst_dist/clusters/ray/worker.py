@@ -105,7 +105,8 @@ def work(loop_config: dict[str, Orders]) -> Any:
     orders = loop_config["orders"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if os.environ["RANK"] != "0":  # one rank's warnings are enough
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if orders.config.train.ray.num_gpus_per_worker == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"

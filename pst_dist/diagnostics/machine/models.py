@@ -5,6 +5,7 @@ Only what it takes to say so is fetched: the headers of one small file. Loading 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import urllib.error
 import urllib.request
@@ -13,7 +14,8 @@ from pathlib import Path
 from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem
 from pst_dist.embedding.targets import needs_embeddings
-from pst_dist.models.locate import locate_encoder
+from pst_dist.errors import PstError
+from pst_dist.models.locate import GGUF, PACKAGED, locate_encoder, locate_model
 from pst_dist.redirects import SameOriginToken
 from pst_dist.student.warm_start import MINILM, warm_checkpoint
 
@@ -38,9 +40,21 @@ def student(config: Config) -> list[Finding]:
         return [ok("student", "made here from random weights")]
     if name == MINILM:
         return _folder("student", Path(warm_checkpoint(config.student)), "student.model_name_or_path")
+    if name in PACKAGED or name.lower().endswith(GGUF):
+        return _gguf(name)
     if name.startswith(("/", ".", "~")) or Path(name).expanduser().is_dir():
         return _folder("student", Path(name).expanduser(), "student.model_name_or_path")
     return _hub("student", name, config.student.revision, "student.model_name_or_path")
+
+
+def _gguf(name: str) -> list[Finding]:
+    try:
+        place = locate_model(name)
+    except PstError as error:
+        return [problem("student", f"{name}: {error.what}", error.remedy)]
+    if importlib.util.find_spec("gguf") is None:
+        return [problem("student", f"{name}: reading a GGUF file needs the package gguf", "pip install gguf")]
+    return [ok("student", f"{place.target}/{place.gguf}: on this disk")]
 
 
 def _folder(subject: str, folder: Path, key: str) -> list[Finding]:

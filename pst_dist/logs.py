@@ -200,7 +200,8 @@ _NOISE = re.compile(
     # (`models.load`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
     r"LOAD REPORT|seem corrupted|generation flags|longer than the specified maximum"
     # What only a library's own callers can act on.
-    r"|deprecat|will be removed|use_cache=(True|False)|loss_type|new embeddings will be|special tokens have been added",
+    r"|deprecat|will be removed|use_cache=(True|False)|loss_type"
+    r"|new (embeddings|lm_head weights) will be|special tokens have been added",
     re.IGNORECASE,
 )
 """Warnings of transformers that a user of this package cannot act on. All others are shown: a wrong tokenizer class or

@@ -9,6 +9,7 @@ from typing import Any
 
 from pst_dist.arms import ARMS
 from pst_dist.config.schema import Config
+from pst_dist.models.locate import PACKAGED
 from pst_dist.storage.manifest import Manifest
 from pst_dist.student.layout import AnswerFormat, variant_of
 from pst_dist.student.warm_start import MINILM, warm_shape
@@ -45,6 +46,8 @@ class CardFacts:
         base = self.config.student.model_name_or_path or ""
         if base == MINILM:
             return _MINILM_ID
+        if base in PACKAGED:
+            return PACKAGED[base].hub_id
         return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
     @property
@@ -77,6 +80,7 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
     config, extra = facts.config, facts.student.extra
     rows = [
         ("base model", _base_words(facts)),
+        *([("base weights", f"sha256 `{digest}`")] if (digest := (extra.get("base") or {}).get("sha256")) else []),
         ("arm", f"`{facts.format.arm}`, seed {extra.get('seed')}, step {extra.get('step')}"),
         *([("variant", ", ".join(variant))] if (variant := variant_of(config)) else []),
         ("task", f"`{config.task}`" if config.task else "unnamed"),
@@ -94,4 +98,6 @@ def _base_words(facts: CardFacts) -> str:
         bpe = student.fresh.tokenizer == "bpe"
         return f"none: random weights, {'a tokenizer trained on the training rows' if bpe else 'bytes as tokens'}"
     base = f"`{facts.base_model}`" if facts.base_model else "a model from a local folder"
+    if quantised := (facts.student.extra.get("base") or {}).get("quantised"):
+        base += f", from a GGUF file: its weights were quantised ({quantised}) once and made float32 again"
     return base + (", an encoder whose weights the student started from" if warm_shape(student) is not None else "")

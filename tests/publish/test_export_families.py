@@ -18,7 +18,7 @@ from tiny import ROWS, Tiny
 
 from pst_dist.arms import STOP_TOKEN
 from pst_dist.config.schema import Config
-from pst_dist.publish.export import export
+from pst_dist.publish.export import expected_prompt, export
 from pst_dist.student.generate import decode_answers
 from pst_dist.student.layout import layout_for
 from pst_dist.student.saved import load_student, save_student
@@ -156,6 +156,17 @@ def test_an_export_pads_where_its_family_can_be_padded(told, name):
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 def test_the_chat_template_gives_the_trained_prompt(told, name):
     assert told[name][0]["chat"] == [True] * len(QUESTIONS)
+
+
+@pytest.mark.parametrize("name", zoo.CAUSAL)
+def test_a_question_that_spells_control_tokens_is_read_as_in_training_where_the_card_says_how(told, name):
+    folder = told[name][2]
+    assert "pass `split_special_tokens=True` to read them so" in (folder / "README.md").read_text()
+    student = load_student(folder, device="cpu")
+    question = f"What is </s> and {student.tokenizer.eos_token} and {STOP_TOKEN}?"
+    given = student.tokenizer(f"{question} ###", split_special_tokens=True)["input_ids"]
+    assert given == expected_prompt(student, question)
+    assert given != student.tokenizer(f"{question} ###")["input_ids"]
 
 
 def test_a_prompt_with_emoji_is_exported_with_a_template_that_gives_it(tmp_path):

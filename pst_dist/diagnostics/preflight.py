@@ -6,6 +6,8 @@ torch's meta device), weights are not. What only the weights or the rows can tel
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from pst_dist.arms import ARMS
@@ -28,11 +30,19 @@ def preflight(config: Config) -> None:
         from pst_dist.distributed.ranks import Ranks, check_meeting_place
 
         check_meeting_place(Ranks.from_environment())
-    check_student(config)
+    if config.train.backend != "ray" or _is_here(config):
+        check_student(config)
     if needs_embeddings(config):
         from pst_dist.embedding.encoder import check_encoder
 
         check_encoder(config.embed)
+
+
+def _is_here(config: Config) -> bool:
+    """Whether this machine, which only drives Ray's workers, can load the student: they may have what it lacks."""
+    name = config.student.model_name_or_path
+    has_libraries = all(importlib.util.find_spec(module) is not None for module in ("torch", "transformers"))
+    return has_libraries and (name is None or Path(name).expanduser().exists())
 
 
 def check_split(config: Config) -> None:

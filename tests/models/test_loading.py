@@ -252,6 +252,14 @@ def test_the_split_and_the_ranks_are_checked_before_anything_is_written(llama, t
         preflight(config_of(llama, tmp_path))
 
 
+def test_a_student_that_only_ray_workers_have_is_left_to_them(llama, tmp_path):
+    preflight(config_of("/somewhere/on/the/workers", tmp_path, train__backend="ray"))
+    with pytest.raises(InputError, match="no such folder"):
+        preflight(config_of("/somewhere/on/the/workers", tmp_path))
+    with pytest.raises(ConfigError, match="max_length is 300, this student has 256 positions"):
+        preflight(config_of(llama, tmp_path, train__backend="ray", layout__max_length=300))
+
+
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 def test_every_family_of_the_zoo_passes(name, tmp_path):
     preflight(config_of(zoo.make(name, tmp_path / name), tmp_path))

@@ -295,9 +295,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(compare(arms).table())
     else:
-        from pst_dist.storage.manifest import read_json
+        from pst_dist.evaluation.records import read_results
 
-        print(_score_line(config, read_json(arms[0] / "eval" / config.evaluate.split / "results.json")))
+        print(_score_line(config, read_results(arms[0] / "eval" / config.evaluate.split / "results.json")))
     print(f"report: {pages[-1]}")
     return 0
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
+from pst_dist.evaluation.records import read_rows
 from pst_dist.evaluation.statistics import PairedTest, format_p, paired_test
-from pst_dist.storage.manifest import read_lines, read_manifest
+from pst_dist.storage.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
     split = _common_split(found)
     results = [finished_evaluation(run / "eval" / split) for run in found]
     _check_current(found, results)
-    samples = [read_lines(run / "eval" / split / SAMPLES) for run in found]
+    samples = [read_rows(run / "eval" / split / SAMPLES) for run in found]
     rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
     whole = [result for result in results if result is not None]
     labels = _labels(found, whole)

@@ -35,7 +35,10 @@ def serves(queries_AE: Tensor, keys_GE: Tensor) -> bool:
     rows, width = queries_AE.shape
     if queries_AE.dtype not in (torch.float16, torch.bfloat16) or not 0 < width <= WIDEST or not rows:
         return False
-    if any(width % SCORES_GRAIN or vectors.stride(0) % SCORES_GRAIN or vectors.data_ptr() % 16 for vectors in (queries_AE, keys_GE)):
+    if any(
+        width % SCORES_GRAIN or vectors.stride(0) % SCORES_GRAIN or vectors.data_ptr() % 16
+        for vectors in (queries_AE, keys_GE)
+    ):
         return False
     if not queries_AE.is_cuda:
         return True

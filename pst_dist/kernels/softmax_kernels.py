@@ -34,8 +34,8 @@ def softmax_rows(
 
     Grid: rows. HAS_GROUPS leaves out the classes of the row's own group, its target excepted. Without weights nothing
     but the likelihoods is written. A row is a body of whole grains and up to 15 classes at its end; PEEL: `stride` is
-    no multiple of BODY_GRAIN (a vocabulary of 50257), so up to 15 classes precede the body, too; the last bits of a row then
-    depend on its place in the chunk.
+    no multiple of BODY_GRAIN (a vocabulary of 50257), so up to 15 classes precede the body, too; the last bits of a row
+    then depend on its place in the chunk.
     """
     row = tl.program_id(0).to(tl.int64)
     begin = row * stride

@@ -12,10 +12,10 @@ from typing import Any
 
 from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
+from pst_dist.evaluation.records import read_metrics
 from pst_dist.publish import html, plots
 from pst_dist.publish.html import Cell, Row
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import read_lines
 
 _SHOWN = 12
 
@@ -26,7 +26,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
     Raises InputError and StaleError as `compare` does. Nothing in the page is fetched from anywhere.
     """
     comparison = compare(runs)
-    metrics = [read_lines(arm.run / "metrics.jsonl") for arm in comparison.arms]
+    metrics = [read_metrics(arm.run / "metrics.jsonl") for arm in comparison.arms]
     curves = plots.curves_plot(comparison, metrics)
     body = [
         html.tiles(_comparison_headline(comparison)),

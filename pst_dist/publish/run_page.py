@@ -13,11 +13,13 @@ from typing import Any
 from pst_dist.config.loading import RESOLVED
 from pst_dist.errors import InputError
 from pst_dist.evaluation.evaluate import SAMPLES, evaluations_of
+from pst_dist.evaluation.records import read_metrics, read_rows, read_training
 from pst_dist.publish import html, plots
 from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Row
 from pst_dist.storage.atomic import atomic_path, write_text
-from pst_dist.storage.manifest import Manifest, read_json, read_lines, read_manifest
+from pst_dist.storage.json_files import read_object
+from pst_dist.storage.manifest import Manifest, read_manifest
 
 __all__ = ["compare_report", "report"]
 
@@ -30,8 +32,8 @@ def report(run: Path) -> Path:
     A run that was not evaluated yet is shown as far as it got; an evaluation of an older student than the one that
     is there now is left out. Raises InputError when nothing was trained here.
     """
-    metrics = read_lines(run / "metrics.jsonl")
-    training = read_json(run / "train.json") if (run / "train.json").is_file() else {}
+    metrics = read_metrics(run / "metrics.jsonl")
+    training = read_training(run / "train.json")
     if not metrics and not training:
         raise InputError("nothing was trained here", "run `pst train` first", path=run)
     student = read_manifest(run / "best", "student")
@@ -157,7 +159,7 @@ def _similarity(results: dict[str, Any]) -> str:
 def _samples_part(run: Path, evaluations: Sequence[dict[str, Any]]) -> list[str]:
     if not evaluations:
         return []
-    rows = read_lines(run / "eval" / evaluations[0]["split"] / SAMPLES)[:_SHOWN]
+    rows = read_rows(run / "eval" / evaluations[0]["split"] / SAMPLES)[:_SHOWN]
     explained = any(row.get("rationale") for row in rows)
     head: Row = [
         "question",
@@ -186,7 +188,7 @@ def _record_part(run: Path) -> list[str]:
     if (run / RESOLVED).is_file():
         parts.append(html.fold("Resolved config", (run / RESOLVED).read_text(encoding="utf-8")))
     if (run / "environment.json").is_file():
-        environment = read_json(run / "environment.json")
+        environment = read_object(run / "environment.json")
         parts.append(html.fold("Environment", "\n".join(f"{name}: {value}" for name, value in environment.items())))
     return parts
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pst_dist.config.moved import at_its_place
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
 
@@ -171,6 +172,8 @@ def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
 def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config by path, run directory or ready-made name and apply overrides.
 
+    The config of a run directory that was moved or copied is that of the directory as it is now (`moved`).
+
     An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that goes over the config, and under all
     single keys wherever it stands among them.
 
@@ -183,6 +186,8 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     if name is not None:
         path = locate_config(name)
         tree, lines = read_yaml(path)
+        if Path(name).is_dir():
+            tree = at_its_place(tree, Path(name))
     origins: dict[tuple[str, ...], dict[str, Any]] = {}
     for word in overrides:
         if word.startswith("+"):

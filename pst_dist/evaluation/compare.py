@@ -16,7 +16,7 @@ import numpy as np
 
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
-from pst_dist.evaluation.records import read_rows
+from pst_dist.evaluation.records import read_rows, student_of
 from pst_dist.evaluation.statistics import PairedTest, format_p, paired_test
 from pst_dist.storage.manifest import read_manifest
 
@@ -167,7 +167,7 @@ def _check_current(runs: Sequence[Path], results: Sequence[dict[str, Any] | None
     """Raises StaleError for an evaluation of an older student than the run holds: its curves would be another's."""
     for run, result in zip(runs, results, strict=True):
         student = read_manifest(run / "best", "student")
-        if student is not None and result is not None and result["student"]["digest"] != student.digest:
+        if student is not None and result is not None and student_of(result) != student.digest:
             raise StaleError("the evaluation is of an older student", "run `pst evaluate` again", path=run)
 
 

@@ -25,7 +25,7 @@ from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
-from pst_dist.evaluation.records import read_results, read_training
+from pst_dist.evaluation.records import read_results, read_training, student_of
 from pst_dist.evaluation.scores import chance_of, contains_answer, given_rationales, rows_to_score, sample_row, score_of
 from pst_dist.evaluation.similarity import compare_rationales
 from pst_dist.logs import progress
@@ -143,7 +143,7 @@ def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
         results = finished_evaluation(run / "eval" / split)
         if results is None:
             continue
-        if student is not None and results["student"]["digest"] != student.digest:
+        if student is not None and student_of(results) != student.digest:
             log.warning("%s is of an older student and left out: run `pst evaluate` again", run / "eval" / split)
             continue
         found.append(results)

@@ -41,7 +41,7 @@ class _Student(_Open):
 
 
 class _Results(_Open):
-    """Fields that are read without asking whether they are there; others are looked up with a default."""
+    """What every reader needs, and the types of the rest where it is there."""
 
     task: str
     arm: str
@@ -51,37 +51,59 @@ class _Results(_Open):
     rows: int
     accuracy: float
     accuracy_stderr: float
-    contains_answer: float
-    incomplete: int
-    rows_per_second: float
     tokens_to_answer: _Tokens
     milliseconds_to_answer: _Latency | None
     rationale_similarity: _Similarity | None = None
-    parameters: int
-    device: str
-    student: _Student
-    shards: str
+    contains_answer: float | None = None
+    incomplete: int | None = None
+    rows_per_second: float | None = None
+    parameters: int | None = None
+    device: str | None = None
+    student: _Student | None = None
+    shards: str | None = None
     chance: float | None = None
     majority: float | None = None
     training: dict[str, int | float | str | None] | None = None
 
 
+class _WholeResults(_Results):
+    """What the page of a run shows as well."""
+
+    contains_answer: float
+    incomplete: int
+    rows_per_second: float
+    parameters: int
+    device: str
+    student: _Student
+    shards: str
+
+
 class _Training(_Open):
-    fingerprint: str
+    fingerprint: str | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    best_step: int | None = None
+    best_value: float | None = None
+    metric: Literal["accuracy", "answer_nll", "written_nll"] | None = None
+
+
+class _WholeTraining(_Training):
     steps: int
     seconds: float
     tokens: int
-    best_step: int
-    best_value: float | None
-    metric: Literal["accuracy", "answer_nll", "written_nll"]
 
 
-def read_training(path: Path) -> dict[str, Any]:
-    """What train.json says of a finished training, {} when there is none; raises IntegrityError for a damaged one."""
+def read_training(path: Path, *, whole: bool = False) -> dict[str, Any]:
+    """What train.json says of a finished training, {} when there is none.
+
+    Raises IntegrityError, naming the field, for a wrong type, and with `whole` when steps, seconds or tokens are
+    missing.
+    """
     if not path.is_file():
         return {}
     record = read_json(path)
-    typed(record, _Training, path, "run `pst train` again")
+    typed(record, _WholeTraining if whole else _Training, path, "run `pst train` again")
     return dict(record)
 
 
@@ -99,10 +121,21 @@ def _are_numbers(value: Any) -> bool:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results in a file; raises IntegrityError, naming file and field, when one that readers need is not right."""
+    """The results in a file; raises IntegrityError, naming the field, for a wrong type or one that is missing."""
     results = read_json(path)
     typed(results, _Results, path, _REMEDY)
     return dict(results)
+
+
+def check_whole(results: dict[str, Any], path: Path) -> None:
+    """Raises IntegrityError when results lack something that the page of a run shows."""
+    typed(results, _WholeResults, path, _REMEDY)
+
+
+def student_of(results: dict[str, Any]) -> str | None:
+    """Digest of the student that was scored; None where it was not written down."""
+    student = results.get("student")
+    return student["digest"] if student else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

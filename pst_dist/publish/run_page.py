@@ -12,8 +12,8 @@ from typing import Any
 
 from pst_dist.config.loading import RESOLVED
 from pst_dist.errors import InputError
-from pst_dist.evaluation.evaluate import SAMPLES, evaluations_of
-from pst_dist.evaluation.records import read_metrics, read_rows, read_training
+from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, evaluations_of
+from pst_dist.evaluation.records import check_whole, read_metrics, read_rows, read_training
 from pst_dist.publish import html, plots
 from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Row
@@ -33,11 +33,13 @@ def report(run: Path) -> Path:
     is there now is left out. Raises InputError when nothing was trained here.
     """
     metrics = read_metrics(run / "metrics.jsonl")
-    training = read_training(run / "train.json")
+    training = read_training(run / "train.json", whole=True)
     if not metrics and not training:
         raise InputError("nothing was trained here", "run `pst train` first", path=run)
     student = read_manifest(run / "best", "student")
     evaluations = evaluations_of(run, student)
+    for results in evaluations:
+        check_whole(results, run / "eval" / results["split"] / RESULTS)
     body = [
         html.tiles(_headline(evaluations, training)),
         *([html.heading("Training"), html.figures(_training_figures(run, metrics, training))] if metrics else []),

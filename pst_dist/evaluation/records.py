@@ -40,6 +40,18 @@ class _Student(_Open):
     digest: str
 
 
+class _Share(_Open):
+    accuracy: float
+    tokens: float
+    thinking: float
+
+
+class _Adaptive(_Share):
+    think_below: float
+    at_once: _Share
+    always_thinking: _Share
+
+
 class _Results(_Open):
     """What every reader needs, and the types of the rest where it is there."""
 
@@ -64,6 +76,7 @@ class _Results(_Open):
     chance: float | None = None
     majority: float | None = None
     training: dict[str, int | float | str | None] | None = None
+    adaptive: _Adaptive | None = None
 
 
 class _WholeResults(_Results):

@@ -151,7 +151,10 @@ def publish_folder(folder: Path, manifest: Manifest, remote: RemoteFolder) -> No
     Nothing is moved when it is there already.
     """
     remote.check()
-    if (before := remote.manifest(manifest.kind)) == manifest:
+    before = None
+    with contextlib.suppress(IntegrityError):  # a damaged manifest is replaced
+        before = remote.manifest(manifest.kind)
+    if before == manifest:
         return
     remote.remove(MANIFEST)
     for name in sorted(manifest.files):

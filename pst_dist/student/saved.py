@@ -127,6 +127,9 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     if manifest is None:
         raise InputError("there is no trained student here", "run `pst train` first", path=directory)
     fmt = read_typed(directory / FORMAT_FILE, AnswerFormat)
+    problem = fmt.problem()
+    if problem is not None:
+        raise IntegrityError(problem, "run `pst train` again", path=directory / FORMAT_FILE)
     try:
         seq2seq = AutoConfig.from_pretrained(directory).is_encoder_decoder
         auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from pst_dist.errors import InputError, StaleError
-from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
-from pst_dist.evaluation.records import read_rows, student_of
+from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, finished_evaluation
+from pst_dist.evaluation.records import check_comparable, read_rows, student_of
 from pst_dist.evaluation.statistics import PairedTest, format_p, paired_test
 from pst_dist.storage.manifest import read_manifest
 
@@ -109,6 +109,9 @@ def compare(runs: Sequence[Path]) -> Comparison:
         raise InputError("a comparison needs two runs or more", "name several run directories", path=found[0])
     split = _common_split(found)
     results = [finished_evaluation(run / "eval" / split) for run in found]
+    for run, result in zip(found, results, strict=True):
+        if result is not None:
+            check_comparable(result, run / "eval" / split / RESULTS)
     _check_current(found, results)
     samples = [read_rows(run / "eval" / split / SAMPLES) for run in found]
     rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]

@@ -22,12 +22,21 @@ class _Open(BaseModel):
 
 class _Tokens(_Open):
     mean: float
+    median: float | None = None
+    p95: float | None = None
+
+
+class _WholeTokens(_Tokens):
     median: float
     p95: float
 
 
 class _Latency(_Open):
     median: float
+    p90: float | None = None
+
+
+class _WholeLatency(_Latency):
     p90: float
 
 
@@ -56,15 +65,15 @@ class _Results(_Open):
     """What every reader needs, and the types of the rest where it is there."""
 
     task: str
-    arm: str
-    variant: list[str]
     split: str
-    seed: int
     rows: int
     accuracy: float
     accuracy_stderr: float
     tokens_to_answer: _Tokens
     milliseconds_to_answer: _Latency | None
+    arm: str | None = None
+    variant: list[str] | None = None
+    seed: int | None = None
     rationale_similarity: _Similarity | None = None
     contains_answer: float | None = None
     incomplete: int | None = None
@@ -79,9 +88,19 @@ class _Results(_Open):
     adaptive: _Adaptive | None = None
 
 
-class _WholeResults(_Results):
+class _ComparedResults(_Results):
+    """What a comparison names its runs by as well."""
+
+    arm: str
+    variant: list[str]
+    seed: int
+
+
+class _WholeResults(_ComparedResults):
     """What the page of a run shows as well."""
 
+    tokens_to_answer: _WholeTokens
+    milliseconds_to_answer: _WholeLatency | None
     contains_answer: float
     incomplete: int
     rows_per_second: float
@@ -138,6 +157,11 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path)
     typed(results, _Results, path, _REMEDY)
     return dict(results)
+
+
+def check_comparable(results: dict[str, Any], path: Path) -> None:
+    """Raises IntegrityError when results lack something that a comparison needs."""
+    typed(results, _ComparedResults, path, _REMEDY)
 
 
 def check_whole(results: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The six arms: what each is asked for, in which order it produces it, and what it needs.
+"""The six arms: what each is asked for, in which order it answers, what it needs, and how it is described and drawn.
 
-The arms are rows of one table, not six trainers: config, layout, plots, model card and experiments all read it.
+The arms are rows of one table, not six trainers: config, layout, loss, plots, model card and experiments read it. To
+add an arm, add a row.
 """
 
 from __future__ import annotations
@@ -45,12 +46,23 @@ class Arm:
     """How the answer is asked for; then, in arms that learn two tasks at once, the other thing. Each sample gives one
     training sequence for each."""
     needs_rationale: bool
+    """Whether every training row needs a teacher's rationale."""
     aligned: bool
+    """Whether a hidden state is aligned with an embedding of the teacher's rationale; needs `pst embed`."""
+    description: str
+    """One line that continues "a student": for the model card, the help and the docs."""
+    colour: str
+    """Its colour on every page and plot, `#rrggbb`."""
 
     @property
     def answers_first(self) -> bool:
         """Whether the answer comes before anything that could spoil it."""
         return not self.asked[0].thinks_first
+
+    @property
+    def chooses_order(self) -> bool:
+        """Whether it answers first and also learns to think first, and so can choose for each question."""
+        return self.answers_first and any(asked.thinks_first for asked in self.asked[1:])
 
 
 _ANSWER, _SEMANTIC, _RATIONALE = Segment.ANSWER, Segment.SEMANTIC, Segment.RATIONALE
@@ -59,24 +71,64 @@ _ANSWER, _SEMANTIC, _RATIONALE = Segment.ANSWER, Segment.SEMANTIC, Segment.RATIO
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("answer_only", (Asked("", (_ANSWER,)),), needs_rationale=False, aligned=False),
-        Arm("pre_thinking", (Asked("", (_RATIONALE, _ANSWER)),), needs_rationale=True, aligned=False),
+        Arm(
+            "answer_only",
+            (Asked("", (_ANSWER,)),),
+            needs_rationale=False,
+            aligned=False,
+            description="trained on questions and answers alone",
+            colour="#5b6472",
+        ),
+        Arm(
+            "pre_thinking",
+            (Asked("", (_RATIONALE, _ANSWER)),),
+            needs_rationale=True,
+            aligned=False,
+            description="trained to write a rationale first and then the answer",
+            colour="#d0790b",
+        ),
         # Distilling step-by-step, google-research/distilling-step-by-step: the task prefix chooses the output.
         Arm(
             "prefix",
             (Asked("predict: ", (_ANSWER,)), Asked("explain: ", (_RATIONALE,))),
             needs_rationale=True,
             aligned=False,
+            description="trained on two tasks: the prefix `predict: ` asks for the answer, `explain: ` for the "
+            "rationale",
+            colour="#0f8a6d",
         ),
-        Arm("post_thinking", (Asked("", (_ANSWER, _RATIONALE)),), needs_rationale=True, aligned=False),
-        Arm("pst", (Asked("", (_ANSWER, _SEMANTIC, _RATIONALE)),), needs_rationale=True, aligned=True),
-        # Both orders in one student, which chooses for each question (arXiv 2404.09170 v4 has soft prompts for that,
-        # here it is the probability of the answer that it would give at once).
+        Arm(
+            "post_thinking",
+            (Asked("", (_ANSWER, _RATIONALE)),),
+            needs_rationale=True,
+            aligned=False,
+            description="trained to answer first and to give the rationale after the answer",
+            colour="#2f6fdb",
+        ),
+        Arm(
+            "pst",
+            (Asked("", (_ANSWER, _SEMANTIC, _RATIONALE)),),
+            needs_rationale=True,
+            aligned=True,
+            description="trained to answer first and to give the rationale after the answer, with a hidden state "
+            "aligned with a sentence embedding of the teacher's rationale",
+            colour="#c2255c",
+        ),
+        # Both orders in one student, which chooses for each question. arXiv 2404.09170 v4 chooses with soft prompts;
+        # here the probability of the answer that it would give at once decides.
         Arm(
             "adaptive",
             (Asked("", (_ANSWER, _SEMANTIC, _RATIONALE)), Asked("think: ", (_RATIONALE, _ANSWER))),
             needs_rationale=True,
             aligned=True,
+            description="trained to answer first and, after the prefix `think: `, to write a rationale before the "
+            "answer",
+            colour="#7b4fc9",
         ),
     )
 }
+
+BASELINE = "answer_only"
+"""The arm that others are tested against: what the same rows teach without any rationale."""
+COST_BASELINE = "pre_thinking"
+"""The arm whose tokens to the answer are divided by an arm's: what it costs to think before answering."""

@@ -6,8 +6,9 @@ import argparse
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
+from pst_dist.cli.verb import Option, overrides, verb
+from pst_dist.cli.words import spell_on
 from pst_dist.errors import ConfigError
 
 EXPERIMENT_WORDS = """\
@@ -27,25 +28,26 @@ Machines that share no disk do some seeds each, seeds=[0] here and seeds=[1] the
   pst experiment mine.yaml seeds=[0,1] --with FOLDER   the other's runs/experiments/NAME, or just its outcomes.jsonl"""
 
 
-def add_arguments(verb: argparse.ArgumentParser, overrides: dict[str, Any]) -> None:
-    """The verb's words and options; `overrides` is how the verbs take `key=value`."""
-    verb.add_argument("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)")
-    verb.add_argument("overrides", **overrides | {"help": "keys of the experiment, or of all its runs"})
-    verb.add_argument("--list", action="store_true", help="list the ready-made experiments and what they ask")
-    verb.add_argument("--dry-run", action="store_true", help="list the runs and which are finished, and end")
-    verb.add_argument("--collect", action="store_true", help="train nothing, only write the results that are there")
-    verb.add_argument("--page", metavar="FOLDER", help="also write the page and its pictures there")
-    verb.add_argument(
+@verb(
+    "tasks x variants x seeds on identical rows, and a page of results",
+    "pst experiment letters seeds=[0] jobs=2",
+    Option("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)"),
+    overrides("keys of the experiment, or of all its runs"),
+    Option("--list", action="store_true", help="list the ready-made experiments and what they ask"),
+    Option("--dry-run", action="store_true", help="list the runs and which are finished, and end"),
+    Option("--collect", action="store_true", help="train nothing, only write the results that are there"),
+    Option("--page", metavar="FOLDER", help="also write the page and its pictures there"),
+    Option(
         "--with",
         dest="beside",
         action="append",
         default=[],
         metavar="FOLDER",
         help="take the runs that are finished there, by another machine or an earlier call; may be given again",
-    )
-    verb.epilog = f"{verb.epilog}\n\n{EXPERIMENT_WORDS}"
-
-
+    ),
+    on=("backend",),
+    more=lambda: EXPERIMENT_WORDS,
+)
 def experiment(arguments: argparse.Namespace) -> int:
     """Run, list or collect an experiment; the exit code is that of the first run that failed."""
     from pst_dist.experiment import load_experiment, ready_made_experiments
@@ -62,7 +64,8 @@ def experiment(arguments: argparse.Namespace) -> int:
     from pst_dist.experiment.runs import result_of
     from pst_dist.experiment.spec import runs_of
 
-    wanted = load_experiment(arguments.config, arguments.overrides)
+    words = spell_on(arguments.overrides, arguments.on)
+    wanted = load_experiment(arguments.config, words)
     beside = [Path(folder) for folder in arguments.beside]
     if arguments.dry_run:
         runs = runs_of(wanted)
@@ -71,7 +74,7 @@ def experiment(arguments: argparse.Namespace) -> int:
             done = run.name in elsewhere or result_of(run.config)
             print(f"{'finished' if done else 'to do':8}  {run.name}  {run.config.output_dir}")
         return 0
-    command = ["pst", "experiment", arguments.config, *arguments.overrides]
+    command = ["pst", "experiment", arguments.config, *words]
     page = Path(arguments.page) if arguments.page else None
     results, error = run_experiment(wanted, command, page=page, only_collect=arguments.collect, beside=beside)
     print("\n".join(table_lines(results)))

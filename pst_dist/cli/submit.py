@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pst_dist.config.loading import load_config
+from pst_dist.cli.verb import MAYBE_CONFIG, Option, overrides, verb
 from pst_dist.errors import ConfigError
 
 JOB_WORDS = """\
@@ -22,20 +22,14 @@ ray:     address=http://HEAD:8265 verb=run (or train, embed) dir=. (what the job
          name=… cpus=… gpus=… (for the driver) env.NAME=…; ranks and actors are train.ray.… and embed.ray.…"""
 
 
-def submit(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns its exit code."""
-    if arguments.config is None and arguments.follow is None:
-        raise ConfigError("nothing to submit", f"pst submit {arguments.where} my.yaml")
-    return CLUSTERS[arguments.where](arguments)
-
-
 def _slurm(arguments: argparse.Namespace) -> int:
     from pst_dist.clusters.slurm import commands, follow, script, submit
+    from pst_dist.config.loading import load_config
 
     number, line = arguments.follow, None
     if number is None:
-        request, overrides = script.read_words(arguments.overrides)
-        config = load_config(arguments.config, overrides)
+        request, keys = script.read_words(arguments.overrides)
+        config = load_config(arguments.config, keys)
         if arguments.dry_run:
             print(script.render(request, config, Path(config.output_dir).absolute() / "slurm" / "config.yaml"), end="")
             return 0
@@ -71,8 +65,8 @@ def _ray(arguments: argparse.Namespace) -> int:
 
     name, line = arguments.follow, None
     if name is None:
-        request, overrides = submit.read_words(arguments.overrides)
-        job = submit.make_job(request, arguments.config, overrides)
+        request, keys = submit.read_words(arguments.overrides)
+        job = submit.make_job(request, arguments.config, keys)
         if arguments.dry_run:
             print("\n".join(job.lines(submit.check_size(job))))
             return 0
@@ -91,3 +85,21 @@ def _ray(arguments: argparse.Namespace) -> int:
 
 
 CLUSTERS: dict[str, Callable[[argparse.Namespace], int]] = {"slurm": _slurm, "ray": _ray}
+
+
+@verb(
+    "hand a run to a cluster and follow it",
+    "pst submit slurm my.yaml nodes=2 gpus=8",
+    Option("where", choices=sorted(CLUSTERS), help="which kind of cluster"),
+    MAYBE_CONFIG,
+    overrides("keys of the config, and those of the job (see below)"),
+    Option("--dry-run", action="store_true", help="print what would be submitted, and end"),
+    Option("--follow", metavar="JOB", help="only follow a job that was submitted before"),
+    Option("--no-follow", action="store_true", help="end once the job is submitted"),
+    more=lambda: JOB_WORDS,
+)
+def submit(arguments: argparse.Namespace) -> int:
+    """Hand a run to a cluster; returns its exit code."""
+    if arguments.config is None and arguments.follow is None:
+        raise ConfigError("nothing to submit", f"pst submit {arguments.where} my.yaml")
+    return CLUSTERS[arguments.where](arguments)

@@ -7,12 +7,16 @@ the meaning is theirs. How the text is read and errors are located is `config_io
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-ArmName = Literal["answer_only", "pre_thinking", "prefix", "post_thinking", "pst", "adaptive"]
-ARM_NAMES: tuple[str, ...] = ("answer_only", "pre_thinking", "prefix", "post_thinking", "pst", "adaptive")
+from pst_dist.arms import ARMS
+
+if TYPE_CHECKING:
+    ArmName = str
+else:
+    ArmName = Literal[tuple(ARMS)]  # pydantic checks the names and lists them in the schema
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -331,8 +335,11 @@ class Config(Section):
 
     task: str | None = None
     """One of the 12 tasks or a demo task: gives answer cleansing and scoring. Free-text scoring otherwise."""
-    arm: ArmName = "pst"
-    """What is trained: pst, post_thinking, answer_only, pre_thinking, prefix or adaptive."""
+    arm: ArmName = Field(
+        default="pst",
+        description="The student to train. "
+        + " ".join(f"{arm.name}: {arm.description.removeprefix('trained ')}." for arm in ARMS.values()),
+    )
     arms: list[ArmName] = []
     """Several arms on identical rows: `pst run` trains each into output_dir/ARM and compares them."""
     output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
@@ -377,7 +384,7 @@ class Config(Section):
             raise ValueError(
                 f"train.ray.min_workers={train.ray.min_workers} is more than num_workers={train.ray.num_workers}"
             )
-        if self.loss.pooling == "span" and self.arm in ("pst", "adaptive") and self.layout.semantic_tokens > 1:
+        if self.loss.pooling == "span" and ARMS[self.arm].aligned and self.layout.semantic_tokens > 1:
             raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")
         if self.loss.alignment != "info_nce" and (self.loss.negatives or self.loss.symmetric):
             raise ValueError(f"loss.negatives and loss.symmetric mean nothing for loss.alignment={self.loss.alignment}")

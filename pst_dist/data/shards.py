@@ -271,10 +271,6 @@ class SplitReader(Sequence[ReasoningSample]):
         content = os.pread(self._descriptor(shard), index.sizes[row], index.offsets[row])
         return parse_sample(content, f"{self._paths[shard]}!{index.ids[row]}.json", f"{index.ids[row]}.json")
 
-    def shard_of(self, i: int) -> str:
-        """Name of the shard in which sample `i` lies."""
-        return self._infos[self._locate(i)[0]].name
-
     def _locate(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):
             raise IndexError(i)

@@ -1,8 +1,7 @@
-"""What several evaluations on identical rows say together: arms side by side, with paired tests.
+"""Arms scored on identical rows, compared by paired tests.
 
-Two arms that were scored on the same rows are compared row by row, which is far sharper than comparing two
-accuracies. Rows are joined by id; runs that were scored on different rows are refused. How it looks on a page is
-`report`.
+Arms are compared row by row, which is far sharper than comparing two accuracies. Rows are joined by id; runs that were
+scored on different rows are refused. `publish.compare_page` makes a page of the result.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.arms import BASELINE, COST_BASELINE
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, finished_evaluation
 from pst_dist.evaluation.records import check_comparable, read_rows, student_of
@@ -64,7 +64,7 @@ class Comparison:
 
     def columns(self) -> tuple[str, ...]:
         """What the values of `cells` are; s.e. and differences are in points."""
-        return ("accuracy %", "s.e.", f"vs {self.baseline}", "95 % interval", "p", "unread", "tokens", "fewer", "ms")
+        return ("accuracy %", "s.e.", f"vs {self.baseline}", "95 % interval", "p", "unparsed", "tokens", "fewer", "ms")
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict, samples left out."""
@@ -90,7 +90,7 @@ def cells(arm: ArmResult) -> tuple[str, ...]:
         f"{100 * test.difference:+.2f}" if test else "baseline",
         f"{100 * test.low:+.2f} to {100 * test.high:+.2f}" if test else "",
         format_p(test.p) if test else "",
-        str(results["parse_failures"]),
+        str(results["unparsed"]),
         f"{results['tokens_to_answer']['mean']:.1f}",
         f"{arm.times_fewer_tokens:.1f}x" if arm.times_fewer_tokens else "",
         f"{latency['median']:.1f}" if latency else "",
@@ -117,8 +117,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
     rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
     whole = [result for result in results if result is not None]
     labels = _labels(found, whole)
-    baseline = next((k for k, result in enumerate(whole) if result["arm"] == "answer_only"), 0)
-    thinking = next((result for result in whole if result["arm"] == "pre_thinking"), None)
+    baseline = next((k for k, result in enumerate(whole) if result["arm"] == BASELINE), 0)
+    thinking = next((result for result in whole if result["arm"] == COST_BASELINE), None)
     right = [np.array([row["correct"] for row in own], dtype=bool) for own in rows]
     arms = [
         ArmResult(

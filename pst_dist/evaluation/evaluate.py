@@ -1,8 +1,8 @@
 """Scores a trained student on held-out rows: accuracy, tokens and milliseconds to the answer, the rationale's likeness.
 
-The answer span comes first: what stands before the stop token is scored, not the last number of the text. Results
-are tied to the digests of student and rows, so an evaluation is done once. How text becomes an answer is `tasks`,
-how answers are generated `decode`, what rows come to `row_scores`, what two evaluations say together `compare`.
+The text before the stop token is scored, not the last number of the whole text. Results are tied to the digests of
+student and rows, so an evaluation is done once. `data.tasks` turns text into an answer, `student.generate` generates
+it, `scores` counts, `compare` compares evaluations.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
@@ -104,7 +105,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """What of the settings shapes the results."""
     settings = config.evaluate.model_dump()
-    if config.arm != "adaptive":
+    if not ARMS[config.arm].chooses_order:
         del settings["think_below"]  # so that what was scored before it existed need not be scored again
     return settings
 
@@ -162,7 +163,7 @@ def _score(
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
-    if config.arm == "adaptive":
+    if ARMS[config.arm].chooses_order:
         right = functools.partial(is_right, task, student.format)
         decoded, adaptive = adaptive_answers(config.evaluate, samples, shards.split("validation"), decode, right)
     else:

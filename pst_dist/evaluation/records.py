@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from pst_dist.errors import IntegrityError
+from pst_dist.evaluation.scores import with_current_names
 from pst_dist.storage.json_files import read_json, read_lines, typed
 
 _REMEDY = "run `pst evaluate` with --rebuild"
@@ -156,7 +157,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """The results in a file; raises IntegrityError, naming the field, for a wrong type or one that is missing."""
     results = read_json(path)
     typed(results, _Results, path, _REMEDY)
-    return dict(results)
+    return with_current_names(results)
 
 
 def check_comparable(results: dict[str, Any], path: Path) -> None:

@@ -74,7 +74,7 @@ def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "correct": correct,
         "accuracy": share,
         "accuracy_stderr": math.sqrt(share * (1 - share) / len(rows)),
-        "parse_failures": sum(row["prediction"] is None for row in rows),
+        "unparsed": sum(row["prediction"] is None for row in rows),
         "incomplete": sum(not row["complete"] for row in rows),
         "tokens_to_answer": {
             "mean": float(tokens.mean()),
@@ -83,6 +83,13 @@ def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "stderr": float(tokens.std(ddof=1) / math.sqrt(len(tokens))) if len(tokens) > 1 else 0.0,
         },
     }
+
+
+def with_current_names(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with today's names: the count `unparsed` was called `parse_failures` before."""
+    if "parse_failures" not in results:
+        return results
+    return {"unparsed" if name == "parse_failures" else name: value for name, value in results.items()}
 
 
 def chance_of(task: Task, samples: Sequence[ReasoningSample]) -> float | None:

@@ -50,14 +50,15 @@ def paired_test(arm: np.ndarray, baseline: np.ndarray) -> PairedTest:
 def mcnemar(only_arm: int, only_baseline: int) -> float:
     """Two-sided exact p that rows which just one of two arms has right fall to either with probability 1/2.
 
-    McNemar, Psychometrika 12 (1947), 153-157, in its exact binomial form: twice the smaller tail, at most 1.
+    McNemar, Psychometrika 12 (1947), 153-157, in its exact binomial form. 1 when no row tells the arms apart. Raises
+    EnvironmentFault without scipy.
     """
     try:
-        from scipy.stats import binom
+        from scipy.stats import binomtest
     except ImportError as error:
         raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[report]'") from error
     total = only_arm + only_baseline
-    return min(1.0, 2 * float(binom.cdf(min(only_arm, only_baseline), total, 0.5))) if total else 1.0
+    return float(binomtest(only_arm, total, 0.5).pvalue) if total else 1.0
 
 
 def bootstrap_interval(only_arm: int, only_baseline: int, rows: int, *, seed: int = _SEED) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.evaluation.records import read_rows
+from pst_dist.evaluation.scores import with_current_names
 from pst_dist.experiment.runs import placeless, result_of, samples_of
 from pst_dist.experiment.spec import Run
 from pst_dist.storage.json_files import parse_json, read_content, typed
@@ -30,7 +31,7 @@ from pst_dist.storage.manifest import canonical_json, digest_of, read_manifest
 OUTCOMES = "outcomes.jsonl"
 _SHOWN = 3
 _ALWAYS = {
-    *("arm", "task", "split", "parameters", "parse_failures", "device", "tokens_to_answer", "milliseconds_to_answer"),
+    *("arm", "task", "split", "parameters", "unparsed", "device", "tokens_to_answer", "milliseconds_to_answer"),
 }
 _ACCOUNT = _ALWAYS | {"chance", "majority", "training", "adaptive"}
 """What the page tells of a run's results besides its right rows."""
@@ -118,10 +119,11 @@ class Outcome:
         raw = parse_json(line.encode(), path)
         typed(raw, _Line, path)
         right = np.array([one == "1" for one in raw["right"]], dtype=bool)
-        if not right.size or not _ALWAYS <= raw["results"].keys():
-            raise IntegrityError("results are not complete", path=path)
+        results = with_current_names(raw["results"])
+        if not right.size or not _ALWAYS <= results.keys():
+            raise IntegrityError("results are incomplete", path=path)
         config = Config.model_validate(raw["config"])
-        return cls(raw["run"], config, raw["shards"], raw["rows"], right, raw["results"])
+        return cls(raw["run"], config, raw["shards"], raw["rows"], right, results)
 
 
 def outcome_of(run: Run) -> Outcome | None:

@@ -11,11 +11,11 @@ from typing import Any
 from pst_dist.experiment.results import Group, Results
 from pst_dist.experiment.spec import point_words
 from pst_dist.publish.plots import (
-    ARM_COLOURS,
     FAINT,
     INK,
     add_legend,
     apart,
+    arm_colour,
     arm_style,
     name_axes,
     new_figure,
@@ -58,7 +58,7 @@ def accuracy_picture(results: Results) -> bytes | None:
     figure, axes = new_figure(min(13.0, (3.3 + 0.075 * longest) * across), height, len(panels), columns=across)
     for axis, (title, groups) in zip(axes, panels, strict=True):
         for group in groups:
-            place, colour = variants.index(group.variant), ARM_COLOURS.get(group.arm, FAINT)
+            place, colour = variants.index(group.variant), arm_colour(group.arm)
             axis.errorbar(
                 100 * group.accuracy, place, xerr=100 * group.stderr, fmt="o", color=colour, markersize=6, capsize=3
             )

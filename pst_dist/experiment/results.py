@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pst_dist.arms import COST_BASELINE
 from pst_dist.errors import InputError
 from pst_dist.evaluation.statistics import Difference, paired, standard_error
 from pst_dist.experiment.outcomes import Outcome, check_same_rows, outcome_of
@@ -56,7 +57,7 @@ class Group:
     training_seconds: float | None
     parameters: int
     steps: float | None
-    unread: int
+    unparsed: int
     """Outputs over all seeds in which no answer was found."""
     device: str
     """What answered."""
@@ -205,7 +206,7 @@ def _group(
         (
             other
             for (name, _, place), other in scored.items()
-            if (name, place) == (task, point) and other.results[0]["arm"] == "pre_thinking"
+            if (name, place) == (task, point) and other.results[0]["arm"] == COST_BASELINE
         ),
         None,
     )
@@ -238,7 +239,7 @@ def _group(
         training_seconds=_mean([record.get("seconds") for record in training]),
         parameters=own.results[0]["parameters"],
         steps=_mean([record.get("steps") for record in training]),
-        unread=sum(result["parse_failures"] for result in own.results),
+        unparsed=sum(result["unparsed"] for result in own.results),
         device=own.results[0]["device"],
         generated="gen:" in f"{own.runs[0].config.data.train} {own.runs[0].config.data.test}",
         adaptive=_adaptive([result["adaptive"] for result in own.results if result.get("adaptive")]),

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pst_dist.arms import BASELINE
 from pst_dist.config.run_dir import environment
 from pst_dist.evaluation.statistics import format_p
 from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
@@ -27,8 +28,9 @@ _HOW = (
     "rows, same seeds. Their 95 % intervals draw rows and seeds anew (10,000 times); p is not corrected for several "
     "comparisons. Tokens are those up to the answer's end, ms the median time to the answer for one question at a time."
 )
-_UNREAD = (
-    " Unread are outputs that hold no answer, such as those that reach evaluate.max_new_tokens before it: not right."
+_UNPARSED = (
+    " Unparsed outputs hold no answer, for example because they reached evaluate.max_new_tokens first; they count as "
+    "wrong."
 )
 
 
@@ -75,25 +77,25 @@ def table_lines(results: Results) -> list[str]:
 def _rows(results: Results, groups: Sequence[Group]) -> list[list[str]]:
     """The table of one task and point, its header first."""
     baselines = [name for name in results.experiment.baselines if any(group.against(name) for group in groups)]
-    unread = _tell_unread(groups)
-    return [_columns(baselines, unread), *(_cells(group, baselines, unread) for group in groups)]
+    unparsed = _tell_unparsed(groups)
+    return [_columns(baselines, unparsed), *(_cells(group, baselines, unparsed) for group in groups)]
 
 
-def _tell_unread(groups: Sequence[Group]) -> bool:
+def _tell_unparsed(groups: Sequence[Group]) -> bool:
     """Whether so many outputs held no answer that a reader has to know: 1 % of some variant's."""
-    return any(_unread(group) >= 0.01 for group in groups)
+    return any(_unparsed(group) >= 0.01 for group in groups)
 
 
-def _unread(group: Group) -> float:
-    return group.unread / (group.rows * len(group.seeds))
+def _unparsed(group: Group) -> float:
+    return group.unparsed / (group.rows * len(group.seeds))
 
 
-def _columns(baselines: Sequence[str], unread: bool) -> list[str]:
+def _columns(baselines: Sequence[str], unparsed: bool) -> list[str]:
     tests = [word for name in baselines for word in (f"vs {name}", "95 % interval", "p")]
-    return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms", *(["unread %"] * unread)]
+    return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms", *(["unparsed %"] * unparsed)]
 
 
-def _cells(group: Group, baselines: Sequence[str], unread: bool) -> list[str]:
+def _cells(group: Group, baselines: Sequence[str], unparsed: bool) -> list[str]:
     tests = []
     for name in baselines:
         test = group.against(name)
@@ -111,7 +113,7 @@ def _cells(group: Group, baselines: Sequence[str], unread: bool) -> list[str]:
         f"{group.tokens:.1f}",
         f"{group.times_fewer_tokens:.1f}x" if group.times_fewer_tokens else "",
         f"{group.milliseconds:.1f}" if group.milliseconds else "",
-        *([f"{100 * _unread(group):.1f}"] * unread),
+        *([f"{100 * _unparsed(group):.1f}"] * unparsed),
     ]
 
 
@@ -126,7 +128,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
         parts += [f"## Accuracy over {next(iter(experiment.vary))}", "![accuracy over the varied key](sweep.png)"]
     if len(panels) > 1:
         parts += ["## All together", _summary(results)]
-    parts += ["## In detail", _HOW + (_UNREAD if any(_tell_unread(groups) for _, groups in panels) else "")]
+    parts += ["## In detail", _HOW + (_UNPARSED if any(_tell_unparsed(groups) for _, groups in panels) else "")]
     for title, groups in panels:
         parts += [
             f"### {title}",
@@ -177,9 +179,9 @@ def _summary(results: Results) -> str:
         shares = [f"{100 * share:.2f}" for share in (*frequent, sum(frequent) / len(frequent))]
         rows.append(["the most frequent answer", *shares])
     return _markdown(rows) + (
-        "\n\nAccuracy in % with its standard error; + and - mark a difference to answer_only whose 95 % interval "
-        "leaves out zero."
-        if "answer_only" in results.experiment.baselines
+        "\n\nAccuracy in % with its standard error; + and - mark a difference to "
+        f"{BASELINE} whose 95 % interval leaves out zero."
+        if BASELINE in results.experiment.baselines
         else "\n\nAccuracy in % with its standard error."
     )
 
@@ -187,7 +189,7 @@ def _summary(results: Results) -> str:
 def _short(group: Group | None) -> str:
     if group is None:
         return ""
-    test = group.against("answer_only")
+    test = group.against(BASELINE)
     mark = "" if test is None or test.low <= 0 <= test.high else (" +" if test.low > 0 else " -")
     return f"{100 * group.accuracy:.2f} ± {100 * group.stderr:.2f}{mark}"
 

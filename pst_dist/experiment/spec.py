@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pst_dist.arms import ARMS, BASELINE, COST_BASELINE
 from pst_dist.config.loading import (
     explain,
     flat_keys,
@@ -28,11 +29,11 @@ from pst_dist.config.loading import (
     ready_made_configs,
     set_key,
 )
-from pst_dist.config.schema import ARM_NAMES, Config, Positive, RayConfig, Section, Weight
+from pst_dist.config.schema import Config, Positive, RayConfig, Section, Weight
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.manifest import digest_of
 
-_FIVE = tuple(name for name in ARM_NAMES if name != "adaptive")
+_FIVE = tuple(name for name, arm in ARMS.items() if not arm.chooses_order)
 _BEGIN = "config"
 """The key of a task that names the config it begins with."""
 _OWN = ("output_dir", "data_dir", "data_cache", "arms", "seed")
@@ -80,7 +81,7 @@ class Experiment(Section):
     """Keys that win over all others, as those of the command line do."""
     seeds: list[int] = Field(default=[0, 1, 2])
     """One run of everything for each."""
-    baselines: list[str] = Field(default=["answer_only", "pre_thinking"])
+    baselines: list[str] = Field(default=[BASELINE, COST_BASELINE])
     """Variants that all others are tested against, on the same rows."""
     pairs: list[tuple[str, str]] = Field(default=[])
     """Pairs of variants to test against each other besides: `[pst, post_thinking]`."""

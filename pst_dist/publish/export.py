@@ -18,7 +18,8 @@ from pst_dist.config.schema import Config
 from pst_dist.evaluation.adaptive import chosen_threshold
 from pst_dist.evaluation.evaluate import evaluations_of
 from pst_dist.evaluation.records import read_training
-from pst_dist.publish.model_card import CardFacts, model_card
+from pst_dist.publish.card_facts import CardFacts
+from pst_dist.publish.model_card import model_card
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import (
@@ -32,7 +33,7 @@ from pst_dist.student.layout import Layout
 from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
 
 log = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
 _PROBES = ("How many are 2 and 3?", '  "Quoted", {braces} {{ x }}\nand a second line  ')
 
 
@@ -62,7 +63,6 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
         return run.export
     weights = ((f"weight {name}", value) for name, value in student.model.named_parameters())
     refuse_non_finite(weights, run.export)
-    facts = CardFacts(config, student.format, student.manifest, evaluations, encoder, chain, student.model)
     extra = {**student.manifest.extra, "student": student.manifest.digest, **chain}
     with artefact.publish(fingerprint, extra) as draft:
         student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)
@@ -71,6 +71,10 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
         student.tokenizer.save_pretrained(draft.path)
         fmt = replace(student.format, think_below=chosen_threshold(evaluations))
         write_json(draft.path / FORMAT_FILE, fmt.to_json())
+        has_template = student.tokenizer.chat_template is not None
+        facts = CardFacts(
+            config, student.format, student.manifest, evaluations, encoder, chain, student.model, has_template
+        )
         write_text(draft.path / "README.md", model_card(facts))
     log.info("exported to %s: loads with plain transformers", run.export)
     return run.export

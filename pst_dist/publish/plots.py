@@ -1,6 +1,6 @@
-"""The pictures of the reports, each a PNG in memory: what a run's metrics and a comparison's accuracies look like.
+"""The plots of the pages, each a PNG in memory: a run's metrics and a comparison's accuracies.
 
-One colour an arm, the same on every page. What stands around the pictures is `report`.
+Each arm has one colour, from `arms`, on every page. `run_page` and `compare_page` put the plots on pages.
 """
 
 from __future__ import annotations
@@ -9,19 +9,12 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pst_dist.arms import ARMS
 from pst_dist.errors import EnvironmentFault
 
 if TYPE_CHECKING:
     from pst_dist.evaluation.compare import Comparison
 
-ARM_COLOURS = {
-    "pst": "#c2255c",
-    "post_thinking": "#2f6fdb",
-    "answer_only": "#5b6472",
-    "pre_thinking": "#d0790b",
-    "prefix": "#0f8a6d",
-    "adaptive": "#7b4fc9",
-}
 METRIC_WORDS = {"accuracy": "accuracy", "answer_nll": "NLL of the answer", "written_nll": "NLL of rationale and answer"}
 """What chooses a checkpoint, in words for the caption."""
 TERM_COLOURS = {"answer": "#2f6fdb", "rationale": "#d0790b", "alignment": "#c2255c"}
@@ -170,11 +163,16 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
     return to_png(figure)
 
 
+def arm_colour(arm: str) -> str:
+    """The arm's colour in every plot; a faint one for an arm that this version does not know."""
+    return ARMS[arm].colour if arm in ARMS else FAINT
+
+
 def arm_style(arm: str, index: int) -> dict[str, Any]:
     """An arm's colour; further runs of the same arm get another dash and marker."""
     dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D")
     return {
-        "color": ARM_COLOURS.get(arm, FAINT),
+        "color": arm_colour(arm),
         "linestyle": dashes[index % len(dashes)],
         "marker": markers[index % len(markers)],
     }

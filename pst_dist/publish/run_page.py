@@ -1,7 +1,7 @@
-"""The page of one run: how it was trained, how it scored, what it answers and from what it was made.
+"""The page of one run: how it was trained, how it scored, what it answers and what it was made from.
 
-Everything shown is read from the run directory; nothing is computed here but layout. The pictures are `plots`, the
-HTML is `page`; several arms side by side are `compare_page`.
+Everything shown is read from the run directory; nothing is computed here. The pictures come from `plots`, the layout
+from `templates/run.html`; `compare_page` compares several arms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, evaluations_of
 from pst_dist.evaluation.records import check_whole, read_metrics, read_rows, read_training
 from pst_dist.publish import html, plots
 from pst_dist.publish.compare_page import compare_report
-from pst_dist.publish.html import Cell, Row
+from pst_dist.publish.html import Cell, Figure, Row, Table
+from pst_dist.publish.render import render
 from pst_dist.storage.atomic import atomic_path, write_text
 from pst_dist.storage.json_files import read_object
 from pst_dist.storage.manifest import Manifest, read_manifest
@@ -29,8 +30,8 @@ _SHOWN = 12
 def report(run: Path) -> Path:
     """Write `run/report.html` and `run/plots/*.png` from what is in the run directory; returns the page.
 
-    A run that was not evaluated yet is shown as far as it got; an evaluation of an older student than the one that
-    is there now is left out. Raises InputError when nothing was trained here.
+    A run that is not evaluated yet is shown as far as it got. An evaluation of an older student than the current one
+    is left out. Raises InputError when nothing was trained here.
     """
     metrics = read_metrics(run / "metrics.jsonl")
     training = read_training(run / "train.json", whole=True)
@@ -40,21 +41,20 @@ def report(run: Path) -> Path:
     evaluations = evaluations_of(run, student)
     for results in evaluations:
         check_whole(results, run / "eval" / results["split"] / RESULTS)
-    body = [
-        html.tiles(_headline(evaluations, training)),
-        *([html.heading("Training"), html.figures(_training_figures(run, metrics, training))] if metrics else []),
-        html.heading("Evaluation"),
-        *_evaluation_part(evaluations),
-        *_samples_part(run, evaluations),
-        html.heading("How it was made"),
-        *_record_part(run),
-        html.pairs_table(_digests(student, evaluations)),
-    ]
-    arm = student.extra.get("arm", "") if student else ""
-    task = evaluations[0]["task"] if evaluations else "not evaluated yet"
-    steps = training["steps"] if training else metrics[-1]["step"]
-    lead = f"Arm {arm or 'not known'}, {task}, {steps} optimizer steps."
-    write_text(run / "report.html", html.document(f"Run {run.name}", lead, body))
+    page = render(
+        "run.html",
+        name=run.name,
+        arm=student.extra.get("arm") if student else None,
+        task=evaluations[0]["task"] if evaluations else None,
+        steps=training["steps"] if training else metrics[-1]["step"],
+        headline=_headline(evaluations, training),
+        figures=_training_figures(run, metrics, training) if metrics else [],
+        scores=_scores(evaluations) if evaluations else None,
+        samples=_samples(run, evaluations[0]["split"]) if evaluations else None,
+        digests=html.pairs_table(_digests(student, evaluations)),
+        **_record(run),
+    )
+    write_text(run / "report.html", page)
     return run / "report.html"
 
 
@@ -79,7 +79,7 @@ def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -
     return tiles
 
 
-def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[str, Any]) -> list[str]:
+def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[str, Any]) -> list[Figure]:
     """The pictures of a training, each also written to run/plots."""
     metric = training.get("metric", "answer_nll")
     drawn = {
@@ -107,7 +107,7 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
     for name, (png, caption) in drawn.items():
         if png is not None:
             _write_bytes(run / "plots" / f"{name}.png", png)
-            found.append(html.figure(png, caption))
+            found.append(Figure(png, caption))
     return found
 
 
@@ -116,9 +116,8 @@ def _write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def _evaluation_part(evaluations: Sequence[dict[str, Any]]) -> list[str]:
-    if not evaluations:
-        return [html.paragraph("Not evaluated yet: `pst evaluate` scores the test rows.", note=True)]
+def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
+    """What was measured, one column a split."""
     rows: list[tuple[str, Any]] = [
         ("task", lambda r: r["task"]),
         ("rows", lambda r: f"{r['rows']:,}"),
@@ -127,7 +126,7 @@ def _evaluation_part(evaluations: Sequence[dict[str, Any]]) -> list[str]:
         ("guessing", lambda r: html.percent(r["chance"]) or "not known"),
         ("the most frequent answer", lambda r: html.percent(r["majority"])),
         ("gold answer anywhere in the text", lambda r: html.percent(r["contains_answer"])),
-        ("no answer could be read", lambda r: f"{r['parse_failures']} rows"),
+        ("unparsed: no answer in the text", lambda r: f"{r['unparsed']} rows"),
         ("never reached the stop token", lambda r: f"{r['incomplete']} rows"),
         ("tokens to the answer: mean, median, 95 %", _tokens),
         ("milliseconds to the answer: median, 90 %", _milliseconds),
@@ -137,7 +136,7 @@ def _evaluation_part(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     ]
     head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
     body: list[Row] = [[name, *(Cell(tell(results), "right") for results in evaluations)] for name, tell in rows]
-    return [html.table(head, body, narrow=True)]
+    return Table(head, body)
 
 
 def _tokens(results: dict[str, Any]) -> str:
@@ -158,10 +157,9 @@ def _similarity(results: dict[str, Any]) -> str:
     return f"{own:.3f} (other rows' teachers: {others:.3f})"
 
 
-def _samples_part(run: Path, evaluations: Sequence[dict[str, Any]]) -> list[str]:
-    if not evaluations:
-        return []
-    rows = read_rows(run / "eval" / evaluations[0]["split"] / SAMPLES)[:_SHOWN]
+def _samples(run: Path, split: str) -> Table:
+    """The first scored rows, with their rationales when any was asked for."""
+    rows = read_rows(run / "eval" / split / SAMPLES)[:_SHOWN]
     explained = any(row.get("rationale") for row in rows)
     head: Row = [
         "question",
@@ -169,34 +167,32 @@ def _samples_part(run: Path, evaluations: Sequence[dict[str, Any]]) -> list[str]
         "answer",
         *(["rationale, on request", "teacher's rationale"] if explained else []),
     ]
-    body = []
+    body: list[Row] = []
     for row in rows:
         cells: Row = [html.shortened(row["question"]), row["gold"], html.answer_cell(row)]
         if explained:
             cells += [html.shortened(row.get("rationale") or ""), html.shortened(row.get("teacher_rationale") or "")]
         body.append(cells)
-    return [
-        html.heading("Sample answers"),
-        html.paragraph(f"The first {len(rows)} scored rows, right answers in green and wrong ones in red.", note=True),
-        html.table(head, body),
-    ]
+    return Table(head, body)
 
 
-def _record_part(run: Path) -> list[str]:
-    """Command, config and environment, as far as they were recorded."""
-    parts = []
-    if (run / "command.txt").is_file():
-        parts.append(html.code((run / "command.txt").read_text(encoding="utf-8").strip()))
-    if (run / RESOLVED).is_file():
-        parts.append(html.fold("Resolved config", (run / RESOLVED).read_text(encoding="utf-8")))
-    if (run / "environment.json").is_file():
-        environment = read_object(run / "environment.json")
-        parts.append(html.fold("Environment", "\n".join(f"{name}: {value}" for name, value in environment.items())))
-    return parts
+def _record(run: Path) -> dict[str, str | None]:
+    """Command, config and environment; None for what was not recorded."""
+
+    def text_of(name: str) -> str | None:
+        path = run / name
+        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+
+    environment = read_object(run / "environment.json") if (run / "environment.json").is_file() else {}
+    return {
+        "command": text_of("command.txt"),
+        "config": text_of(RESOLVED),
+        "environment": "\n".join(f"{name}: {value}" for name, value in environment.items()) or None,
+    }
 
 
 def _digests(student: Manifest | None, evaluations: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """sha256 names of the artefacts that this run hangs on."""
+    """sha256 of the artefacts that this run depends on."""
     digests = {}
     if student is not None:
         digests["student"] = student.digest

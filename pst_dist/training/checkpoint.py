@@ -55,15 +55,6 @@ class Part:
     adam_step: int
 
 
-def save_checkpoint(engine: Engine, root: Path, state: RunState, *, keep: int) -> None:
-    """Write a checkpoint as one transaction; remove all but the newest `keep` and the best one; collective.
-
-    Raises DivergedError, naming the tensor, when a weight or a moment is not finite.
-    """
-    partial, part = prepare_checkpoint(engine, root, state)
-    publish_checkpoint(engine.ranks, partial, lambda: write_part(partial, part), state, keep=keep)
-
-
 def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: bool = False) -> tuple[Path, Part]:
     """Make the directory that a checkpoint is written in, and say what this rank is to write there; collective.
 

@@ -13,6 +13,7 @@ import pytest
 from small_run import small_config
 from tiny import ROWS, Tiny
 
+from pst_dist.cli import verbs
 from pst_dist.cli.main import run_verb
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import recorded
@@ -316,7 +317,7 @@ def test_a_disk_that_refuses_a_librarys_file_is_one_line_too(tmp_path, monkeypat
     def full(arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "events"))
 
-    monkeypatch.setattr("pst_dist.cli.verbs.report", full)
+    monkeypatch.setattr(verbs.report, "function", full)
     assert run_verb(["report", str(tmp_path)]) == 4
     assert f"pst: error[ENVIRONMENT] {tmp_path}/events: cannot write: No space left" in capsys.readouterr().err
 

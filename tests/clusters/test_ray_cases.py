@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pst_dist.cli import main, verbs
+from pst_dist.cli.words import spell_on
 from pst_dist.clusters.ray import dashboard, submit
 from pst_dist.clusters.ray.train import _on_all_nodes, check_room, train_with_ray
 from pst_dist.config.loading import dump_config, load_config
@@ -29,12 +30,12 @@ from pst_dist.storage.locks import directory_lock
     ],
 )
 def test_on_ray_is_a_short_word_for_the_stages_of_a_verb(verb, word, expected):
-    assert verbs.say_where(verb, ["seed=1", word]) == ["seed=1", *expected]
+    assert spell_on(["seed=1", word], getattr(verbs, verb).on) == ["seed=1", *expected]
 
 
 def test_another_place_is_refused():
     with pytest.raises(ConfigError, match="on=mars: there is no such place; write on=ray or on=local"):
-        verbs.say_where("run", ["on=mars"])
+        spell_on(["on=mars"], verbs.run.on)
 
 
 def test_several_workers_need_deepspeed_before_anything_starts():

@@ -16,6 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from small_run import small_config
 
 from pst_dist.cli.main import run_verb
@@ -86,6 +87,7 @@ def test_what_is_too_old_is_a_problem_and_the_exit_code_is_4(tmp_path):
 def test_without_torch_that_is_what_it_reports(tmp_path):
     """A folder with the core packages alone is all that this Python sees."""
     core = ("fsspec", "numpy", "pydantic", "pydantic-core", "pyyaml", "safetensors", "webdataset", "rich", "pst-dist")
+    core += ("packaging", "psutil")
     core += (
         "annotated-types",
         "typing-extensions",
@@ -108,6 +110,34 @@ def test_without_torch_that_is_what_it_reports(tmp_path):
     ):
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("supported", "version", "said"),
+    [
+        (">=2.6", "2.6", None),
+        (">=2.6", "2.13.0+cpu", None),
+        (">=2.6", "2.6.0a0+df5bbc09d1.nv24.11", None),
+        (">=2.6", "2.5.1", "2.5.1 is too old, 2.6 is the oldest that works"),
+        (">=2.6", "2.10.0rc1", None),
+        ("<6,>=5.0", "4.57.1", "4.57.1 is too old, 5.0 is the oldest that works"),
+        ("<6,>=5.0", "6.0.1", "6.0.1 is not supported: <6,>=5.0"),
+        ("", "0.1", None),
+    ],
+)
+def test_versions_are_compared_as_versions_with_both_ends(supported, version, said):
+    assert software._unsupported(version, SpecifierSet(supported)) == said
+
+
+def test_memory_is_the_kernels_or_less_in_a_container():
+    kernel = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+    }
+    machine = collect()
+    assert 0 < machine.memory <= kernel["MemTotal"] and 0 <= machine.memory_free <= machine.memory
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limited = limit.is_file() and limit.read_text().strip() != "max"
+    assert machine.memory == (min(kernel["MemTotal"], int(limit.read_text())) if limited else kernel["MemTotal"])
 
 
 def test_only_what_the_core_needs_is_missed_on_every_machine():

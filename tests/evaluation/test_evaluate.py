@@ -16,10 +16,19 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, write_shards
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import InputError, IntegrityError, StaleError
-from pst_dist.evaluation.evaluate import evaluate
+from pst_dist.evaluation.evaluate import evaluate, finished_evaluation
 from pst_dist.evaluation.scores import chance_of, given_rationales, rows_to_score, score_of
 from pst_dist.evaluation.similarity import likeness
-from pst_dist.storage.manifest import read_json, read_lines, read_manifest, verify_files, write_json
+from pst_dist.storage.manifest import (
+    Manifest,
+    describe_files,
+    read_json,
+    read_lines,
+    read_manifest,
+    verify_files,
+    write_json,
+    write_manifest,
+)
 from pst_dist.student.generate import Decoded, predict
 from pst_dist.student.layout import AnswerFormat, variant_of
 
@@ -68,7 +77,7 @@ def test_known_answers_give_the_known_accuracy_and_standard_error(done):
     assert (results["rows"], results["correct"]) == (6, 4)
     assert math.isclose(results["accuracy"], 2 / 3)
     assert math.isclose(results["accuracy_stderr"], math.sqrt((2 / 3) * (1 / 3) / 6))
-    assert (results["parse_failures"], results["incomplete"]) == (0, 0)
+    assert (results["unparsed"], results["incomplete"]) == (0, 0)
     # A space, the digits and the stop: 3, 4, 5, 3 tokens, and 5 and 3 for the wrong ones.
     assert math.isclose(results["tokens_to_answer"]["mean"], 23 / 6)
     assert results["tokens_to_answer"]["median"] == 3.5
@@ -233,15 +242,22 @@ def test_answer_first_text_is_scored_before_the_stop_and_pre_thinking_by_fine_tu
         assert said == ["7", "7", None]
 
 
-def test_parse_failures_and_unfinished_answers_are_counted_apart():
+def test_unparsed_and_unfinished_answers_are_counted_apart():
     rows = [
         {"correct": True, "prediction": "1", "complete": True, "answer_tokens": 2},
         {"correct": False, "prediction": None, "complete": False, "answer_tokens": 40},
         {"correct": False, "prediction": "3", "complete": False, "answer_tokens": 40},
     ]
     score = score_of(rows)
-    assert (score["parse_failures"], score["incomplete"], score["correct"]) == (1, 2, 1)
+    assert (score["unparsed"], score["incomplete"], score["correct"]) == (1, 2, 1)
     assert score["tokens_to_answer"]["median"] == 40
+
+
+def test_results_under_the_old_name_of_a_count_are_still_read(tmp_path):
+    old = {"rows": 4, "parse_failures": 3, "accuracy": 0.25}
+    write_json(tmp_path / "results.json", old)
+    write_manifest(tmp_path, Manifest("evaluation", "f", describe_files(tmp_path, ["results.json"])))
+    assert finished_evaluation(tmp_path) == {"rows": 4, "unparsed": 3, "accuracy": 0.25}
 
 
 def test_chance_follows_from_the_allowed_answers():

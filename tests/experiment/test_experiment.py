@@ -22,6 +22,7 @@ from pst_dist.data.tasks.registry import TASKS
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.evaluation.statistics import mcnemar, paired, standard_error
 from pst_dist.experiment.driver import run_experiment
+from pst_dist.experiment.outcomes import Outcome
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, sweep_picture
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import collect
@@ -254,14 +255,14 @@ def test_the_page_tells_what_the_most_frequent_answer_gets_and_how_many_outputs_
     experiment = load_experiment(str(small[0]))
     results = collect(experiment, runs_of(experiment))
     assert results.groups[0].majority == pytest.approx(1 / 12), "no two of its rows have the same answer"
-    groups = [replace(group, unread=0, majority=0.25) for group in results.groups]
-    groups[1] = replace(groups[1], unread=6)  # of 12 rows and 2 seeds
+    groups = [replace(group, unparsed=0, majority=0.25) for group in results.groups]
+    groups[1] = replace(groups[1], unparsed=6)  # of 12 rows and 2 seeds
     page = page_of(replace(results, groups=groups), ["pst"], [])
     assert "12 test rows, the most frequent answer gives 25.0 %." in page
     header, _, first, second, *_ = page[page.index("| variant | accuracy % | s.e.") :].splitlines()
-    assert header.endswith(" | ms | unread % |") and first.endswith(" | 0.0 |") and second.endswith(" | 25.0 |")
-    assert "Unread are outputs" in page
-    groups[1] = replace(groups[1], unread=0)
+    assert header.endswith(" | ms | unparsed % |") and first.endswith(" | 0.0 |") and second.endswith(" | 25.0 |")
+    assert "Unparsed outputs hold no answer" in page
+    groups[1] = replace(groups[1], unparsed=0)
     plain = page_of(replace(results, groups=groups), ["pst"], [])
     assert "nread" not in plain
     other = [replace(group, task="other", majority=0.5) for group in groups]
@@ -392,6 +393,16 @@ def test_a_page_in_the_docs_is_what_its_command_makes_of_its_outcomes(folder, tm
     for part in ("groups", "pairs"):
         assert_alike(again[part], written[part])
     assert [run.name for run in results.missing] == written["missing"]
+
+
+def test_outcomes_under_the_old_name_of_a_count_give_the_same_outcome():
+    line = (
+        next(folder for folder in PAGES if folder.name == "rows").joinpath("outcomes.jsonl").read_text().split("\n")[0]
+    )
+    raw = json.loads(line)
+    old = {**raw, "results": {**raw["results"], "parse_failures": raw["results"]["unparsed"]}}
+    del old["results"]["unparsed"]
+    assert Outcome.from_line(json.dumps(old)).to_line() == line
 
 
 BROKEN = {

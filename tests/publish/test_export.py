@@ -16,8 +16,9 @@ from tiny import ROWS, Tiny, fitted
 from pst_dist.arms import STOP_TOKEN
 from pst_dist.config.schema import Config
 from pst_dist.errors import DivergedError, InputError
+from pst_dist.publish.card_facts import CardFacts
 from pst_dist.publish.export import export
-from pst_dist.publish.model_card import CardFacts, front_matter, model_card
+from pst_dist.publish.model_card import card_data, model_card
 from pst_dist.storage.manifest import Manifest, describe_files, read_manifest, verify_files, write_json, write_manifest
 from pst_dist.student.generate import decode_answers, decode_rationales
 from pst_dist.student.saved import load_student
@@ -182,7 +183,41 @@ def test_the_cards_front_matter_is_read_by_the_hub_library(folder):
     scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
     # The validation results are another student's, so only those on test are there.
     assert scores == {"accuracy": 80.0, "accuracy_stderr": 2.83, "tokens_to_answer": 3.25}
-    assert "| single_eq test | 200 | 80.00 % | 2.83 | not known | 3.2 | 4 |" in card.text
+    assert "| single_eq test | 200 | 80.00 % | 2.83 | unknown | 3.2 | 4 |" in card.text
+
+
+def test_the_metadata_of_a_card_comes_back_from_the_file_unchanged(folder):
+    from huggingface_hub import ModelCard
+
+    config, path, tiny = folder
+    student = load_student(path)
+    evaluations = [
+        {
+            "task": "single_eq",
+            "split": split,
+            "rows": 9,
+            "accuracy": share,
+            "accuracy_stderr": 0.1,
+            "chance": 0.5,
+            "tokens_to_answer": {"mean": 4.0},
+            "milliseconds_to_answer": None,
+            "device": "cpu",
+        }
+        for split, share in (("test", 0.75), ("validation", 1.0))
+    ]
+    facts = CardFacts(config, tiny.format, student.manifest, evaluations, None, {"shards": None}, tiny.model)
+    data = ModelCard(model_card(facts)).data
+    assert data.to_dict() == card_data(facts).to_dict() and data.model_name == "pst-single_eq-gpt2"
+    told = [(r.dataset_split, r.metric_type, r.metric_value) for r in data.eval_results]
+    assert told[0] == ("test", "accuracy", 75.0) and told[3] == ("validation", "accuracy", 100.0) and len(told) == 6
+    for ours, theirs in zip(card_data(facts).eval_results, data.eval_results, strict=True):
+        assert ours.is_equal_except_value(theirs) and ours.metric_value == theirs.metric_value
+
+
+def test_a_card_mentions_a_chat_template_only_where_the_tokenizer_has_one(folder, tmp_path):
+    assert "chat template" in (folder[1] / "README.md").read_text()
+    without = exported(tmp_path / "run", fitted("pst", "t5", semantic_position="before"))
+    assert "chat template" not in (without / "README.md").read_text()
 
 
 def test_a_hub_model_stands_in_the_card_as_base_model_and_a_local_folder_does_not(folder, tmp_path):
@@ -191,7 +226,7 @@ def test_a_hub_model_stands_in_the_card_as_base_model_and_a_local_folder_does_no
 
     def matter(name: str) -> dict:
         named = config.model_copy(update={"student": config.student.model_copy(update={"model_name_or_path": name})})
-        return front_matter(CardFacts(named, tiny.format, student.manifest, [], None, {}, tiny.model))
+        return card_data(CardFacts(named, tiny.format, student.manifest, [], None, {}, tiny.model)).to_dict()
 
     assert matter("openai-community/gpt2")["base_model"] == "openai-community/gpt2"
     assert "base_model" not in matter(str(tmp_path))
@@ -219,7 +254,7 @@ def test_a_card_tells_no_path_of_the_machine_it_was_made_on(folder, tmp_path):
 
 def test_a_card_claims_no_alignment_and_no_choice_that_did_not_happen(folder):
     assert "aligned with a sentence embedding of the teacher's rationale" in card(folder)
-    assert "nothing is aligned with" in card(folder, loss={"alignment_weight": 0.0})
+    assert "is not aligned with anything" in card(folder, loss={"alignment_weight": 0.0})
     assert "another row's teacher rationale (a control)" in card(folder, loss={"control": "shuffle_embeddings"})
     assert "No rows were used to choose" in card(folder, extra={"answer_nll": None})
     assert "chosen on validation rows only" in card(folder, extra={"answer_nll": 0.5})

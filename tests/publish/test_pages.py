@@ -8,13 +8,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 from test_compare import scored
 
+from pst_dist.arms import ARMS
 from pst_dist.errors import InputError, StaleError
 from pst_dist.publish import html, plots
+from pst_dist.publish.render import render
 from pst_dist.publish.run_page import compare_report, report
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import Manifest, append_line, describe_files, read_json, write_json, write_manifest
+from pst_dist.storage.manifest import (
+    Manifest,
+    append_line,
+    canonical_json,
+    describe_files,
+    read_json,
+    read_lines,
+    write_json,
+    write_manifest,
+)
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'text'"
 
@@ -98,6 +110,14 @@ def finished(path: Path, arm: str, right: str, *, tokens: int = 4, question: str
     write_text(path / "config.resolved.yaml", f"arm: {arm}\nnote: https://example.org {EVIL}\n")
     write_json(path / "environment.json", {"python": "3.12", "torch": "2.8"})
     return path
+
+
+def rewrite_samples(run: Path, changes: dict) -> None:
+    """Change every scored row, and have the manifest agree."""
+    path = run / "eval" / "test"
+    rows = [{**row, **changes} for row in read_lines(path / "samples.jsonl")]
+    write_text(path / "samples.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
+    write_manifest(path, Manifest("evaluation", "x", describe_files(path, ["results.json", "samples.jsonl"])))
 
 
 def test_a_runs_page_shows_plots_scores_answers_and_record_and_fetches_nothing(tmp_path):
@@ -187,7 +207,40 @@ def test_series_take_only_rows_that_hold_a_number():
 def test_pictures_are_shown_at_half_their_pixels():
     png = plots.loss_plot([{"step": 1, "answer_nll": 1.0}, {"step": 2, "answer_nll": 0.5}])
     width = int.from_bytes(png[16:20], "big")
-    assert f'width="{width // 2}"' in html.figure(png, "caption")
+    assert html.Figure(png, "caption").width == width // 2
+
+
+HOSTILE = f"{EVIL} {{{{ 7 * 7 }}}} {{% raise %}} {{# gone #}} a\0b"
+SHOWN = HOSTILE.replace("\0", "\ufffd")
+
+
+def test_hostile_questions_answers_and_names_become_text_on_both_pages(tmp_path):
+    runs = [
+        finished(tmp_path / f"{EVIL.replace('/', '|')} {{{{ 7 * 7 }}}} \udcff {arm}", arm, "10", question=HOSTILE)
+        for arm in ("pst", "answer_only")
+    ]
+    for run in runs:
+        rewrite_samples(run, {"gold": f"gold {HOSTILE}", "prediction": f"said {HOSTILE}"})
+    for page in (report(runs[0]), compare_report(runs, tmp_path / "compare.html")):
+        reader = checked(page)
+        for words in (SHOWN, f"gold {SHOWN}", f"said {SHOWN}"):
+            assert words in reader.text, words
+        assert "49" not in reader.text
+        assert page.read_text().count("<script") == 0
+    reader = checked(runs[0] / "report.html")
+    name = runs[0].name.replace("\udcff", "\ufffd")
+    assert reader.text.count(f"Run {name}") == 2, "once in the title, once in the heading, escaped once"
+
+
+def test_an_answer_that_could_not_be_parsed_is_told_with_the_start_of_its_text(tmp_path):
+    run = finished(tmp_path / "run", "pst", "10")
+    rewrite_samples(run, {"prediction": None, "answer_text": " <b>maybe</b>\n", "correct": False})
+    assert "unparsed: '<b>maybe</b>'" in checked(report(run)).text
+
+
+def test_a_value_that_a_template_lacks_is_an_error_and_not_an_empty_place():
+    with pytest.raises(UndefinedError, match="'name' is undefined"):
+        render("run.html")
 
 
 def test_two_runs_of_one_arm_share_its_colour_and_differ_in_their_dash(tmp_path):
@@ -195,7 +248,7 @@ def test_two_runs_of_one_arm_share_its_colour_and_differ_in_their_dash(tmp_path)
 
     runs = [scored(tmp_path / str(seed), "pst", "10", seed=seed) for seed in (0, 1)]
     first, second = plots.styles(compare(runs))
-    assert first["color"] == second["color"] == plots.ARM_COLOURS["pst"]
+    assert first["color"] == second["color"] == ARMS["pst"].colour
     assert first["linestyle"] != second["linestyle"]
 
 

@@ -13,8 +13,9 @@ from pst_dist.diagnostics.artefacts import verify
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.storage.manifest import Manifest, all_files, describe_files, write_manifest
-from pst_dist.training.checkpoint import checkpoint_path, newest_valid, resume, save_checkpoint
+from pst_dist.training.checkpoint import checkpoint_path, newest_valid, resume
 from pst_dist.training.engines import SingleProcessEngine
+from pst_dist.training.saver import Saver
 from pst_dist.training.state import RunState
 from pst_dist.training.trainer import train
 
@@ -23,6 +24,11 @@ STATE = RunState(fingerprint="f", engine="single", world_size=1)
 
 def engine_of(seed=0):
     return SingleProcessEngine(Tiny("pst", seed=seed).student, TrainConfig(), Ranks())
+
+
+def save_checkpoint(engine, root, state, *, keep):
+    with Saver(engine, root, keep=keep, total=100, in_background=False) as saver:
+        saver.save(state, 0.0)
 
 
 def saved(engine, root, *steps, keep=3):

@@ -19,7 +19,7 @@ from pst_dist.errors import DivergedError, EnvironmentFault
 from pst_dist.storage.manifest import hashed_file, read_json, sha256_file
 from pst_dist.student.finite import is_finite
 from pst_dist.training import saver
-from pst_dist.training.checkpoint import newest_valid, save_checkpoint
+from pst_dist.training.checkpoint import newest_valid
 from pst_dist.training.engines import SingleProcessEngine
 from pst_dist.training.fragments import Fragment, FragmentFiles, write_fragments
 from pst_dist.training.saver import Saver
@@ -62,7 +62,10 @@ def move(engine) -> None:
 
 def test_the_files_are_those_of_the_moment_it_was_asked_for(tmp_path, gate):
     engine = engine_of()
-    save_checkpoint(engine, tmp_path / "foreground", state_at(4), keep=3)
+    gate.set()
+    with saver_of(engine, tmp_path / "foreground", in_background=False) as saver:
+        saver.save(state_at(4), 0.5)
+    gate.clear()
     with saver_of(engine, tmp_path / "background") as saver:
         saver.save(state_at(4), 0.5)
         move(engine)

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pst_dist.arms import ARMS
 from pst_dist.config.loading import load_config, parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
-from pst_dist.config.schema import ARM_NAMES, Config
+from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, PstError
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED)", re.IGNORECASE)
@@ -124,8 +125,8 @@ def _listed(asked: dict[str, str], key: str) -> list[object]:
 def _arms(asked: dict[str, str]) -> tuple[str, ...]:
     arms = tuple(str(arm) for arm in _listed(asked, "arms"))
     for arm in arms:
-        if arm not in ARM_NAMES:
-            raise ConfigError(f"arms: there is no arm {arm!r}", f"take from {', '.join(ARM_NAMES)}")
+        if arm not in ARMS:
+            raise ConfigError(f"arms: there is no arm {arm!r}", f"take from {', '.join(ARMS)}")
     return arms
 
 

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pst_dist._version import __version__
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
 from pst_dist.errors import InputError
@@ -182,8 +184,8 @@ def _cores() -> int:
 
 def _memory() -> tuple[int, int]:
     """(all, free) bytes: the kernel's, or the container's where that is less."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

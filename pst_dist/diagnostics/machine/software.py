@@ -6,21 +6,26 @@ may fail or hang without taking this one along.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.facts import Machine, version_of
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
 
 TORCH_SECONDS = 60.0
-_FIRST_SAFE_RAY = (2, 52)
+_FIRST_SAFE_RAY = Version("2.52")
 """Older ones let a web page that a developer visits run code in a local cluster (CVE-2025-62593)."""
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
 """CUDA's major release -> the first driver branch that runs it (CUDA's compatibility guide)."""
@@ -33,24 +38,38 @@ _WANTS = {
 }
 
 
-def number(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: `2.13.0+cpu` -> (2, 13, 0)."""
-    return tuple(int(part) for part in re.match(r"[\d.]*", version.replace("v", ""))[0].split(".") if part)  # type: ignore[index]
+def release(version: str) -> Version:
+    """A version without its pre-release and local parts: `2.6.0a0+nv24.11` -> 2.6.0.
+
+    NVIDIA's containers call their torch 2.6 so, and it is one. Raises packaging's InvalidVersion for another text.
+    """
+    return Version(Version(version).base_version)
 
 
-def floors() -> dict[str, tuple[str, str]]:
-    """Package -> (lowest version, the extra that brings it, empty for the core), from our own metadata."""
-    found: dict[str, tuple[str, str]] = {}
+def floors() -> dict[str, tuple[SpecifierSet, str]]:
+    """Package -> (versions that we support, the extra that brings it, empty for the core), from our own metadata."""
     try:
-        requirements = importlib.metadata.requires("pst-dist") or []
+        metadata = importlib.metadata.metadata("pst-dist")
     except importlib.metadata.PackageNotFoundError:
-        requirements = []
-    for text in requirements:
-        parts = re.match(r"([\w.-]+)(?:\[[^\]]*\])?>=([\w.]+)", text)
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", text)
-        if parts and (extra is None or extra[1] not in ("all", "dev")):
-            found.setdefault(parts[1], (parts[2], extra[1] if extra else ""))
+        return {}
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
+    found: dict[str, tuple[SpecifierSet, str]] = {}
+    for extra in ("", *(name for name in metadata.get_all("Provides-Extra") or [] if name not in ("all", "dev"))):
+        for requirement in requirements:
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                found.setdefault(requirement.name, (requirement.specifier, extra))
     return found
+
+
+def _unsupported(version: str, supported: SpecifierSet) -> str | None:
+    """What is wrong with an installed version; None when nothing is."""
+    found = release(version)
+    if supported.contains(found):
+        return None
+    oldest = [one.version for one in supported if one.operator in (">=", "~=", "==")]
+    if oldest and found < Version(oldest[0].removesuffix(".*")):
+        return f"{version} is too old, {oldest[0]} is the oldest that works"
+    return f"{version} is not supported: {supported}"
 
 
 def packages(config: Config | None) -> list[Finding]:
@@ -61,7 +80,7 @@ def packages(config: Config | None) -> list[Finding]:
         findings.append(warning("pst_dist", "is not installed as a package: versions cannot be compared"))
     needed = _needed(config)
     present = []
-    for name, (floor, extra) in sorted(lowest.items()):
+    for name, (supported, extra) in sorted(lowest.items()):
         version = version_of(name)
         install = f"pip install 'pst-dist{f'[{extra}]' if extra else ''}'"
         if version is None:
@@ -69,12 +88,12 @@ def packages(config: Config | None) -> list[Finding]:
                 findings.append(problem(name, "is not installed", install))
             elif name in _WANTS and config is None:
                 findings.append(warning(name, f"is not installed: no {_WANTS[name]} on this machine", install))
-        elif number(version) < number(floor):
-            findings.append(problem(name, f"{version} is too old, {floor} is the oldest that works", install))
+        elif wrong := _unsupported(version, supported):
+            findings.append(problem(name, wrong, install))
         else:
             present.append(f"{name} {version}")
     ray = version_of("ray")
-    if ray and number(ray) < _FIRST_SAFE_RAY:
+    if ray and release(ray) < _FIRST_SAFE_RAY:
         findings.append(warning("ray", f"{ray} has known holes (CVE-2025-62593)", "pip install 'ray>=2.52'"))
     findings.extend(_triton())
     shown = [text for text in present if text.split()[0] in (*_WANTS, "webdataset")]
@@ -95,14 +114,15 @@ def _triton() -> Iterator[Finding]:
     """torch's CUDA builds are made for one Triton; with another torch.compile and our kernels may not compile."""
     installed = version_of("triton")
     try:
-        requirements = importlib.metadata.requires("torch") or []
+        requirements = [Requirement(text) for text in importlib.metadata.requires("torch") or []]
     except importlib.metadata.PackageNotFoundError:
         return
-    wanted = next(
-        (m[1] for text in requirements if (m := re.match(r"(?:pytorch-)?triton\s*\(?==\s*([\w.]+)", text))), None
-    )
-    if installed and wanted and number(installed) != number(wanted):
-        yield problem("triton", f"{installed}, but torch was built for {wanted}", f"pip install triton=={wanted}")
+    for wanted in requirements:
+        if wanted.name not in ("triton", "pytorch-triton") or (wanted.marker and not wanted.marker.evaluate()):
+            continue
+        pinned = next((one.version for one in wanted.specifier if one.operator == "=="), None)
+        if installed and pinned and release(installed) != release(pinned):
+            yield problem("triton", f"{installed}, but torch was built for {pinned}", f"pip install triton=={pinned}")
 
 
 def hardware(
@@ -121,7 +141,7 @@ def _gpus(
 ) -> Iterator[Finding]:
     torch, cuda = machine.packages.get("torch"), machine.torch_cuda
     if machine.gpu_trouble:
-        yield problem("GPUs", machine.gpu_trouble, "mend the driver, or hide the GPUs with CUDA_VISIBLE_DEVICES=")
+        yield problem("GPUs", machine.gpu_trouble, "repair the driver, or hide the GPUs with CUDA_VISIBLE_DEVICES=")
     if not machine.gpus:
         if not machine.gpu_trouble:
             yield ok("GPUs", "none: training and encoding run on the CPU")
@@ -147,8 +167,8 @@ def _gpus(
         )
     if torch and cuda is None:
         yield problem("torch", f"{torch} is a CPU build: the GPUs would not be used", "pip install torch for CUDA")
-    elif cuda and machine.driver and (least := _DRIVER_OF_CUDA.get(number(cuda)[0])):
-        if number(machine.driver)[0] < least:
+    elif cuda and machine.driver and (least := _DRIVER_OF_CUDA.get(release(cuda).major)):
+        if release(machine.driver).major < least:
             yield problem(
                 "driver",
                 f"{machine.driver} does not run CUDA {cuda}, which torch is built for",
@@ -172,7 +192,7 @@ def _gpus(
         yield warning("GPUs", "DS_ACCELERATOR=cpu: training would not use them", "unset DS_ACCELERATOR")
     if ranks and ranks > len(machine.gpus):
         yield problem("GPUs", f"gpus={ranks}, but this node has {len(machine.gpus)}")
-    if config is not None and config.train.bf16 and number(first.capability) < (8,):
+    if config is not None and config.train.bf16 and release(first.capability).major < 8:
         yield warning("GPUs", f"capability {first.capability} has no bfloat16 of its own: slow", "train.bf16=false")
 
 
@@ -295,10 +315,8 @@ def compiler_locks() -> list[Finding]:
 def _held_open(path: Path) -> bool:
     """Whether a process that this user may look at has the file open, as the builder has as long as it builds."""
     wanted = str(path.resolve())
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link) == wanted:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # another user's, or it ended meanwhile
+            if any(file.path == wanted for file in process.open_files()):
                 return True
-        except OSError:
-            continue
     return False

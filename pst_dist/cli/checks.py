@@ -1,0 +1,174 @@
+"""The verbs that change nothing in a run: check, preview, plan, doctor, verify, config.
+
+The work of a verb is imported when it runs, so that `pst --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, verb
+from pst_dist.cli.words import config_of, spell_on
+from pst_dist.errors import ConfigError
+
+
+@verb(
+    "read the rows and say what is wrong with them",
+    "pst check rows.jsonl",
+    Option(
+        "config", help="config file, run directory, ready-made name, or the rows themselves (a file, hf:… or gen:…)"
+    ),
+    OVERRIDES,
+    Option("--rejects", metavar="FILE", default="rejects.jsonl", help="where bad rows are listed (%(default)s)"),
+)
+def check(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.loading import is_rows, load_config
+    from pst_dist.diagnostics.rows import check
+
+    if is_rows(arguments.config):
+        # Nothing is held out of a file that is only looked at.
+        words = [f"data.train={arguments.config}", "data.validation_size=0", *arguments.overrides]
+        config = load_config(None, words)
+    else:
+        config = config_of(arguments)
+    result = check(config, Path(arguments.rejects))
+    for line in result.lines():
+        print(line)
+    return result.problem.exit_code if result.problem else 0
+
+
+def _at_least_one(text: str) -> int:
+    """A number of rows, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows from 1")
+    return int(text)
+
+
+@verb(
+    "show the tokens of some rows and the loss each one carries",
+    "pst preview my.yaml -n 2",
+    CONFIG,
+    OVERRIDES,
+    Option("-n", "--rows", type=_at_least_one, default=2, help="training rows to show (default %(default)s)"),
+)
+def preview(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from pst_dist.diagnostics.tokens import preview
+
+    Console(highlight=False, soft_wrap=True).print(preview(config_of(arguments), arguments.rows))
+    return 0
+
+
+def _machine_words() -> str:
+    from pst_dist.diagnostics.cost import Machines
+
+    fields = Machines.model_fields.items()
+    return "machines:\n" + "\n".join(
+        f"  {field} (default {info.default}): {' '.join((info.description or '').split())}" for field, info in fields
+    )
+
+
+@verb(
+    "what a run will cost: memory, checkpoints, time",
+    "pst plan my.yaml nodes=4 gpus=8",
+    CONFIG,
+    OVERRIDES,
+    more=_machine_words,
+)
+def plan(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.loading import load_config
+    from pst_dist.diagnostics.cost import make_plan, split_words
+    from pst_dist.diagnostics.cost_page import plan_lines
+
+    words, machines = split_words(arguments.overrides)
+    print("\n".join(plan_lines(make_plan(load_config(arguments.config, words), machines))))
+    return 0
+
+
+@verb(
+    "what on this machine would stop a run, and the remedy",
+    "pst doctor my.yaml nodes=2 gpus=8",
+    Option("config", nargs="?", help="config file, run directory, ready-made name, or a first report"),
+    overrides(
+        "keys of the config, nodes=N gpus=N (or CPU ranks, each), hostfile=PATH; or further reports to compare", "word"
+    ),
+    Option("--report", metavar="FILE.json", help="also write what this node has, to compare with others"),
+    Option("--compare", action="store_true", help="say how the nodes of several reports differ"),
+    on=("embed.backend", "train.backend"),
+)
+def doctor(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.loading import load_config
+    from pst_dist.diagnostics.machine import examine
+
+    words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
+    if arguments.compare or (len(words) > 1 and all(word.endswith(".json") for word in words)):
+        if len(words) < 2:
+            raise ConfigError("one report compares with nothing", "pst doctor a.json b.json")
+        findings = examine.compare_reports([Path(word) for word in words])
+    else:
+        name = words.pop(0) if words and "=" not in words[0] else None
+        keys, request = examine.split_request(words)
+        config = load_config(name, spell_on(keys, arguments.on)) if name or keys else None
+        machine, findings = examine.examine(config, request)
+        if arguments.report:
+            examine.write_report(machine, Path(arguments.report))
+    for found in findings:
+        if found.level != "ok" or not arguments.quiet:
+            print(found.line())
+    last, code = examine.verdict(findings)
+    print(last)
+    return code
+
+
+@verb(
+    "compare every file of a run with its digest",
+    "pst verify runs/demo",
+    Option("directory", metavar="DIR", help="a run, data or model directory, or one of several runs"),
+    Option("--rebuild", action="store_true", help="remove what is damaged, and recreate it if possible"),
+)
+def verify(arguments: argparse.Namespace) -> int:
+    from pst_dist.diagnostics.artefacts import verify
+    from pst_dist.errors import IntegrityError
+    from pst_dist.pipeline import repair
+
+    root = Path(arguments.directory)
+    findings = verify(root)
+    if arguments.rebuild and any(finding.state != "intact" for finding in findings):
+        repair(root, findings)
+        findings = verify(root)
+    for finding in findings:
+        print(finding.line)
+    problems = sum(finding.is_problem for finding in findings)
+    print(f"{len(findings) - problems} intact, {problems} to fix")
+    return IntegrityError.exit_code if problems else 0
+
+
+@verb(
+    "print the resolved config, its schema, or the ready-made ones",
+    "pst config my.yaml",
+    MAYBE_CONFIG,
+    OVERRIDES,
+    Option("--schema", action="store_true", help="print the JSON schema of all keys, with their help"),
+    Option("--list", action="store_true", help="list the ready-made configs, the overlays and the arms"),
+)
+def config(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.loading import dump_config, overlays, ready_made_configs
+    from pst_dist.config.schema import Config
+
+    if arguments.list:
+        from pst_dist.arms import ARMS
+
+        print("\n".join(ready_made_configs()))
+        print("\noverlays, after any config: `pst run svamp +paper_t5`")
+        print("\n".join(f"+{name:<11} {summary}" for name, summary in overlays().items()))
+        print("\narms: `pst run svamp arm=pst`, `pst run svamp arms=[pst,answer_only]`")
+        print("\n".join(f"{arm.name:<14} {arm.description}" for arm in ARMS.values()))
+    elif arguments.schema:
+        import json
+
+        print(json.dumps(Config.model_json_schema(), indent=2))
+    else:
+        print(dump_config(config_of(arguments)), end="")
+    return 0

@@ -1,0 +1,66 @@
+"""What the words after a verb mean: the config, its overrides, and `on=ray`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pst_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pst_dist.config.schema import Config
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """The config that the command line names, with its overrides."""
+    from pst_dist.config.loading import load_config
+
+    return load_config(arguments.config, spell_on(arguments.overrides, arguments.on))
+
+
+def lasting_config_of(arguments: argparse.Namespace) -> Config:
+    """The same for a verb that writes: refuses folders that would vanish with a job of Ray."""
+    from pst_dist.config.run_dir import check_lasting
+
+    config = config_of(arguments)
+    check_lasting(config)
+    return config
+
+
+def spell_on(words: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """The words with `on=ray` or `on=local` as values of `keys`; raises ConfigError for another place.
+
+    It is no key of a file: YAML reads a bare `on` as true. Without `keys` it is a word like any other.
+    """
+    spelt: list[str] = []
+    for word in words:
+        if keys and word.startswith("on="):
+            if word not in ("on=ray", "on=local"):
+                raise ConfigError(f"{word}: there is no such place", "write on=ray or on=local")
+            spelt += [f"{key}={word.removeprefix('on=')}" for key in keys]
+        else:
+            spelt.append(word)
+    return spelt
+
+
+def gather_overrides(unknown: Sequence[str]) -> list[str]:
+    """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a flag without a value.
+
+    `unknown` also has the plain `key.sub=value` and `+NAME` that follow an option, where argparse ends their list.
+    """
+    words: list[str] = []
+    rest = list(unknown)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("+") or (not word.startswith("-") and "=" in word):
+            words.append(word)
+            continue
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is not key.sub=value", "see `pst --help`")
+        if "=" not in word:
+            if not rest:
+                raise ConfigError(f"unknown option {word!r}", "see the verb's --help")
+            word = f"{word}={rest.pop(0)}"
+        words.append(word.removeprefix("--"))
+    return words

@@ -1,0 +1,97 @@
+"""What a model card states about a student, and how it words what the student was trained to do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist.arms import ARMS
+from pst_dist.config.schema import Config
+from pst_dist.storage.manifest import Manifest
+from pst_dist.student.layout import AnswerFormat, variant_of
+from pst_dist.student.warm_start import MINILM, warm_shape
+
+_HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
+_MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything that a card is written from."""
+
+    config: Config
+    format: AnswerFormat
+    student: Manifest
+    evaluations: list[dict[str, Any]]
+    """Results of this student, test first."""
+    encoder: dict[str, Any] | None
+    """Identity of the encoder of the teacher's rationales."""
+    chain: dict[str, str | None]
+    """Digests of shards and embeddings."""
+    model: Any
+    has_chat_template: bool = True
+    """Whether the exported tokenizer has one."""
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the student is an encoder-decoder."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def base_model(self) -> str | None:
+        """Hub id of the model it was trained from; None for a fresh one and for a folder, whose path is its owner's."""
+        base = self.config.student.model_name_or_path or ""
+        if base == MINILM:
+            return _MINILM_ID
+        return base if _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+
+    @property
+    def name(self) -> str:
+        """Arm, task and model type: `pst-svamp-gpt2`."""
+        return "-".join((self.format.arm, self.config.task or "reasoning", self.model.config.model_type))
+
+
+def training_words(facts: CardFacts) -> str:
+    """What the student was trained to do; a loss term that was switched off is not described as if it had been used."""
+    if facts.format.arm != "pst":
+        return ARMS[facts.format.arm].description
+    loss = facts.config.loss
+    words = "trained to answer first"
+    if facts.format.writes_rationale:
+        words += " and to give the rationale after the answer"
+    if loss.alignment_weight == 0:
+        return words + ", with a semantic token whose hidden state is not aligned with anything"
+    what = "a semantic token's hidden state" if loss.pooling == "token" else "the mean hidden state of its rationale"
+    whose = (
+        "another row's teacher rationale (a control)"
+        if loss.control == "shuffle_embeddings"
+        else "the teacher's rationale"
+    )
+    return f"{words}, with {what} aligned with a sentence embedding of {whose}"
+
+
+def lineage(facts: CardFacts) -> list[tuple[str, str]]:
+    """(name, Markdown) of everything that the student was made from."""
+    config, extra = facts.config, facts.student.extra
+    rows = [
+        ("base model", _base_words(facts)),
+        ("arm", f"`{facts.format.arm}`, seed {extra.get('seed')}, step {extra.get('step')}"),
+        *([("variant", ", ".join(variant))] if (variant := variant_of(config)) else []),
+        ("task", f"`{config.task}`" if config.task else "unnamed"),
+        ("shards", f"`{facts.chain['shards']}`" if facts.chain["shards"] else "not recorded"),
+    ]
+    if facts.encoder is not None and ARMS[facts.format.arm].aligned:
+        rows.append(("encoder of the teacher's rationales", f"`{facts.encoder['encoder']}`"))
+        rows.append(("embeddings", f"`{facts.chain['embeddings']}`"))
+    return [*rows, ("student", f"`{facts.student.digest}`")]
+
+
+def _base_words(facts: CardFacts) -> str:
+    student = facts.config.student
+    if student.model_name_or_path is None:
+        bpe = student.fresh.tokenizer == "bpe"
+        return f"none: random weights, {'a tokenizer trained on the training rows' if bpe else 'bytes as tokens'}"
+    base = f"`{facts.base_model}`" if facts.base_model else "a model from a local folder"
+    return base + (", an encoder whose weights the student started from" if warm_shape(student) is not None else "")

@@ -6,6 +6,7 @@ The work of a verb is imported when it runs, so that `pst --help` stays fast.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, verb
@@ -27,8 +28,11 @@ def check(arguments: argparse.Namespace) -> int:
     from pst_dist.diagnostics.rows import check
 
     if is_rows(arguments.config):
-        # Nothing is held out of a file that is only looked at.
-        words = [f"data.train={arguments.config}", "data.validation_size=0", *arguments.overrides]
+        # A shell may have expanded a pattern into several files. Quoted, because YAML reads `*` as an alias.
+        files = [arguments.config, *(word for word in arguments.overrides if "=" not in word and is_rows(word))]
+        rest = [word for word in arguments.overrides if word not in files]
+        # Nothing is held out of files that are only looked at.
+        words = [f"data.train={json.dumps(files if len(files) > 1 else files[0])}", "data.validation_size=0", *rest]
         config = load_config(None, words)
     else:
         config = config_of(arguments)
@@ -166,8 +170,6 @@ def config(arguments: argparse.Namespace) -> int:
         print("\narms: `pst run svamp arm=pst`, `pst run svamp arms=[pst,answer_only]`")
         print("\n".join(f"{arm.name:<14} {arm.description}" for arm in ARMS.values()))
     elif arguments.schema:
-        import json
-
         print(json.dumps(Config.model_json_schema(), indent=2))
     else:
         print(dump_config(config_of(arguments)), end="")

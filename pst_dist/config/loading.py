@@ -6,6 +6,8 @@ Every complaint names the file and line, or the override, that it is about.
 from __future__ import annotations
 
 import difflib
+import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +19,11 @@ from pydantic import BaseModel, ValidationError
 from pst_dist.config.moved import at_its_place
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
+from pst_dist.storage.regular_files import open_regular, read_regular_text
+
+_MAX_YAML_NODES = 100_000
+"""Values in a YAML file, with every alias written out; ours have a few hundred."""
+_MAX_YAML_DEPTH = 64
 
 RESOLVED = "config.resolved.yaml"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -76,25 +83,32 @@ def locate_overlay(word: str) -> Path:
 
 
 def is_rows(name: str) -> bool:
-    """Whether a word names rows rather than a config: a data file, a glob of them, `hf:…` or `gen:…`."""
-    return name.startswith(("hf:", "gen:")) or Path(name).suffix.lower() in DATA_SUFFIXES
+    """Whether a word names rows: a data file, compressed or not, a glob, a save_to_disk folder, `hf:…` or `gen:…`."""
+    path = Path(name)
+    if path.is_dir():
+        return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if path.suffix.lower() in (".gz", ".zst", ".zstd"):
+        path = Path(path.stem)
+    pattern = glob.has_magic(name) and path.suffix.lower() not in (".yaml", ".yml") and not os.path.lexists(name)
+    return name.startswith(("hf:", "gen:")) or path.suffix.lower() in DATA_SUFFIXES or pattern
 
 
 def locate_config(name: str) -> Path:
     """A YAML path, a run directory, or the name of a ready-made config -> the file; raises InputError."""
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() and not is_rows(name):
         resolved = path / RESOLVED
         if not resolved.is_file():
             raise InputError(f"no {RESOLVED} here", "give a config file or a directory that `pst run` made", path=path)
         return resolved
     if is_rows(name):
         raise InputError(
-            "this is a file of rows, not a config",
-            f"look at it with `pst check {name}` and name it as data.train in a config",
+            "these are rows, not a config",
+            f"look at them with `pst check {name}` and name them as data.train in a config",
             path=path,
         )
-    if path.is_file():
+    if os.path.lexists(path):
+        open_regular(path, remedy="name a YAML file or a run directory").close()
         return path
     if name in ready_made_configs():
         return Path(str(resources.files("pst_dist") / "config" / "presets" / f"{name}.yaml"))
@@ -121,15 +135,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """The mapping in a YAML file and the line of each of its keys, counted from 1."""
     try:
-        text = path.read_text(encoding="utf-8")
-        loaded = yaml.load(text, _UniqueKeyLoader)
+        text = read_regular_text(path, remedy="name a YAML file")
         root = yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read: {error}", path=path) from error
+        _bound_yaml(root, path)
+        loaded = yaml.load(text, _UniqueKeyLoader)
+    except RecursionError as error:
+        raise ConfigError(f"nested deeper than {_MAX_YAML_DEPTH}", "fix the YAML", path=path) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(str(problem), "mend the YAML", path=path, line=mark and mark.line + 1) from error
+        raise ConfigError(str(problem), "fix the YAML", path=path, line=mark and mark.line + 1) from error
+    except ValueError as error:  # `!!int x`, or a number of thousands of digits
+        raise ConfigError(f"a value cannot be read: {str(error)[:80]}", "fix the YAML", path=path) from error
     if loaded is None:
         return {}, {}
     if not isinstance(loaded, dict):
@@ -145,6 +162,24 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
 
     visit(root, ())
     return loaded, lines
+
+
+def _bound_yaml(root: yaml.Node | None, path: Path) -> None:
+    """Refuse a file whose aliases grow into more than memory holds, or refer to themselves; raises ConfigError."""
+    stack, seen = [(root, 1)], 0
+    while stack:
+        node, depth = stack.pop()
+        seen += 1
+        if depth > _MAX_YAML_DEPTH or seen > _MAX_YAML_NODES:
+            deep = f"nested deeper than {_MAX_YAML_DEPTH}, or an alias refers to itself"
+            what = (
+                deep if depth > _MAX_YAML_DEPTH else f"more than {_MAX_YAML_NODES:,} values once its aliases are read"
+            )
+            raise ConfigError(what, "fix the YAML", path=path)
+        if isinstance(node, yaml.MappingNode):
+            stack.extend((part, depth + 1) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            stack.extend((part, depth + 1) for part in node.value)
 
 
 def parse_override(word: str) -> tuple[tuple[str, ...], Any]:

@@ -34,14 +34,15 @@ class DataConfig(Section):
     root: str | None = None
     """Folder from which relative paths below are taken; the working directory when not given."""
     train: str | list[str] | None = None
-    """Training rows: a file, a list or a glob of .jsonl/.json/.csv/.parquet; a `save_to_disk` folder;
-    `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an embedded generator."""
+    """Training rows: a file, a list or a glob of .jsonl, .json, .csv, .tsv (also as .gz or .zst) or .parquet; a
+    `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an
+    embedded generator."""
     validation: str | list[str] | None = None
     """Rows for choosing the checkpoint; cut from train when not given."""
     test: str | list[str] | None = None
     """Rows for the reported accuracy, never used to choose anything."""
     validation_size: int | float = 0.1
-    """When cut from train: a fraction (< 1) or a number of rows, chosen by the hash of the id."""
+    """When cut from train: a fraction (< 1) or a number of questions, chosen by the hash of the first row's id."""
     test_size: int | float = 0
     """The same for test, when neither `test` nor `split_file` is given."""
     split_file: str | None = None
@@ -51,9 +52,9 @@ class DataConfig(Section):
     keep: Literal["all", "teacher_correct"] = "all"
     """`teacher_correct` drops training rows whose teacher answer is not the gold answer."""
     columns: str | dict[str, str] | None = None
-    """A map from our fields (question, answer, rationale, choices, id) to columns: nested paths `a.b[0].c` or
-    templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, gsm8k,
-    think, aqua, aqua_human, csqa_palm. Guessed from the first rows when not given."""
+    """A map from our fields (question, answer, rationale, choices, id; docs/data.md has all) to columns: nested paths
+    `a.b[0].c` or templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt,
+    gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Guessed from the first rows when not given."""
     answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
     """How answers are cleansed and compared; the task's own when a task is named, else text."""
     max_rows: Positive | None = None
@@ -61,7 +62,8 @@ class DataConfig(Section):
     max_bad: int | str = 0
     """How many bad rows to skip before refusing: a number or a percentage such as "2%"."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Drop or keep training rows that repeat both the question and the answer of an earlier row."""
+    """Drop or keep rows that repeat question and answer of an earlier row of their split. With `drop`, a repeat that
+    brings another rationale gives it to the earlier row; `keep` makes standard errors too small."""
     leaks: Literal["drop", "keep", "refuse"] = "drop"
     """What to do with training rows whose question also stands in validation or test."""
     wrong_rationales: Fraction = 0

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import DataError, InputError, IntegrityError
 from pst_dist.storage.manifest import canonical_json
+from pst_dist.storage.regular_files import open_regular
 
 REMAKE = "run `pst shard --rebuild`"
 _BLOCK = tarfile.BLOCKSIZE
@@ -95,7 +96,7 @@ def read_shard(path: Path) -> list[ReasoningSample]:
     regular `<id>.json` files from its first byte to the closing zeros. Nothing is ever extracted.
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path, remedy="run `pst shard` first") as stream:
             samples = [parse_sample(content, f"{path}!{name}", name) for name, _, content in tar_members(stream, path)]
     except OSError as error:
         raise InputError(f"cannot read: {error.strerror}", "run `pst shard` first", path=path) from error
@@ -129,7 +130,7 @@ def tar_members(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, bytes]
                     raise damaged(f"member {member.name!r} is not <id>.json")
                 if member.name in seen:
                     raise damaged(f"member {member.name!r} stands twice")
-                if member.offset != end or member.offset_data + member.size > len(data):
+                if member.offset != end or not 0 <= member.size <= len(data) - member.offset_data:
                     raise damaged(f"member {member.name!r} is cut or displaced")
                 seen.add(member.name)
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK

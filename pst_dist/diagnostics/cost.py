@@ -21,6 +21,7 @@ from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.model_size import ModelShape, shape_of
 from pst_dist.errors import ConfigError, InputError
+from pst_dist.storage.regular_files import read_regular_text
 from pst_dist.student.layout import forward_passes
 from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json
 
@@ -189,8 +190,9 @@ def teacher_width(config: Config) -> int:
     if config.embed.encoder == "minilm":
         return 384
     try:
-        return int(json.loads((Path(config.embed.encoder).expanduser() / "config.json").read_text())["hidden_size"])
-    except (OSError, ValueError, KeyError):
+        path = Path(config.embed.encoder).expanduser() / "config.json"
+        return int(json.loads(read_regular_text(path))["hidden_size"])
+    except (InputError, ValueError, KeyError, TypeError, RecursionError):
         return 1024
 
 
@@ -209,7 +211,7 @@ def _zero_section(deepspeed: str | None) -> dict[str, Any]:
     if deepspeed is None:
         return {}
     try:
-        section = json.loads(find_deepspeed_json(deepspeed).read_text()).get("zero_optimization", {})
+        section = json.loads(read_regular_text(find_deepspeed_json(deepspeed))).get("zero_optimization", {})
     except (InputError, OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"train.deepspeed: cannot read the stage: {error}", path=deepspeed) from error
     return section if isinstance(section, dict) else {}

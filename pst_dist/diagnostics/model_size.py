@@ -13,6 +13,7 @@ from typing import Any
 
 from pst_dist.config.schema import FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.storage.regular_files import read_regular_text, safetensors_header
 from pst_dist.student.warm_start import CAPITALS, VOCABULARY_MULTIPLE, warm_checkpoint, warm_shape
 
 _BYTES, _SPECIAL = 256, 4
@@ -55,10 +56,10 @@ def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
 
 def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if not path.exists():
+        raise InputError("no config.json here", "give the folder of a Hugging Face model", path=folder)
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError("no config.json here", "give the folder of a Hugging Face model", path=folder) from error
+        return json.loads(read_regular_text(path, remedy="give the folder of a Hugging Face model"))
     except json.JSONDecodeError as error:
         raise InputError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
 
@@ -167,8 +168,7 @@ def _counted(folder: Path) -> int | None:
     files = [file for file in files if file.name != "alignment_head.safetensors"]
     total = 0
     for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header, _ = safetensors_header(file)
         total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     return total or None
 

@@ -6,6 +6,8 @@ listed, and `ok` says whether `load_data` would go on.
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +16,9 @@ from pathlib import Path
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources import LoadedData, enforce, survey
-from pst_dist.data.sources.column_guess import as_yaml, guess_paths
-from pst_dist.data.sources.columns import FieldMap
-from pst_dist.data.sources.rows import RawRow, Reject, excerpt, write_rejects
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_paths
+from pst_dist.data.sources.columns import FieldMap, Fields
+from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_rejects
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import DataError, InputError, PstError
@@ -48,6 +50,7 @@ class CheckReport:
         """The report as text, a line each."""
         text: list[str] = []
         if self.loaded is not None:
+            text += _first_row_lines(self.loaded)
             text += _split_lines(self.loaded)
             text += _finding_lines(self.loaded)
             text += _reject_lines(self.loaded.rejects, self.rejects_path)
@@ -95,7 +98,7 @@ def _refuse_own_source(config: Config, rejects_path: Path) -> None:
     for split in SPLITS:
         spec = getattr(config.data, split)
         for word in [spec] if isinstance(spec, str) else spec or []:
-            if (root / Path(word).expanduser()).resolve() == rejects_path.resolve():
+            if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
                 raise InputError("is the file that was read", "give --rejects another name", path=rejects_path)
 
 
@@ -137,24 +140,66 @@ def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | 
 
 
 def _likely_type(config: Config, loaded: LoadedData | None) -> str:
-    """number, bool, choice or date when every answer read as text is one; empty when none or already said."""
+    """choice where the rows have options, else the first type that every answer is; empty when none or already said."""
     if loaded is None or config.task or config.data.answer_type:
         return ""
-    refused = Counter(reject.what.split(",")[0] for reject in loaded.rejects)
-    for what, kind in (("answer is a number", "number"), ("answer is true or false", "bool")):
-        if refused[what] == loaded.report["rows_read"]:
-            return kind
-    answers = [sample.answer for samples in loaded.splits.values() for sample in samples]
-    for kind in ("number", "bool", "date", "choice"):
-        task = get_task(None, kind)
-        if answers and all(_is_wholly(task.candidates(answer), answer) for answer in answers):
-            return kind
-    return ""
+    fields = _first_fields(config)
+    if fields and all(row.options is not None for row in fields):
+        return "choice"
+    answers = [row.answer for row in fields]
+    return next((kind for kind in ("number", "bool", "date", "choice") if _all_are(kind, answers)), "")
 
 
-def _is_wholly(candidates: list[str], answer: str) -> bool:
-    """Whether an answer is one candidate and hardly anything else."""
-    return len(candidates) == 1 and len(answer.strip("()$%. ").replace(",", "")) <= len(candidates[0]) + 2
+def _first_fields(config: Config) -> list[Fields]:
+    """The fields of the first file's rows; bad rows are left out."""
+    source, found = _first_source(config), []
+    sample = _sample(source)
+    if source.generated or not sample:
+        return []
+    columns = choose_columns(config.data.columns, sample, source.path)
+    for entry in source.entries:
+        if isinstance(entry, RawRow):
+            try:
+                found.append(columns.fields(entry.value))
+            except RowError:
+                continue
+    return found
+
+
+def _all_are(kind: str, answers: Sequence[object]) -> bool:
+    """Whether every answer is a gold answer of that type, which is read right or refused."""
+    task = get_task(None, kind)
+    try:
+        golds = [task.gold(answer) for answer in answers]
+    except ValueError:
+        return False
+    # A number is read wholly or not at all. "no" is an answer, "Is it? no" a text that holds one, and k no choice.
+    return bool(golds) and all(
+        kind == "number"
+        or str(answer).lower() in ("true", "false")
+        or (len(bare := str(answer).strip("(). ")) <= len(gold) + 1 and (kind != "choice" or bare.isupper()))
+        for answer, gold in zip(answers, golds, strict=True)
+    )
+
+
+def _first_row_lines(loaded: LoadedData) -> list[str]:
+    """The first row as it was read, so that a wrong column is seen before anything else."""
+    first = next((sample for split in SPLITS for sample in loaded.splits[split]), None)
+    if first is None:
+        return []
+    more = f" (and {len(first.rationales) - 1:,} more)" if len(first.rationales) > 1 else ""
+    rationale = _shown(first.rationales[0]) + more if first.rationales else "none"
+    return [
+        f"first row, {first.source}:",
+        f"  question: {_shown(first.question)}",
+        f"  answer: {_shown(first.answer)} ({first.answer_type})",
+        f"  rationale: {rationale}",
+    ]
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text on one line, and how long it is when that is not all of it."""
+    return excerpt(text) if len(text) <= 80 else f"{excerpt(text)}… ({len(text):,} characters)"
 
 
 def _split_lines(loaded: LoadedData) -> list[str]:
@@ -207,11 +252,23 @@ def _finding_lines(loaded: LoadedData) -> list[str]:
 
 
 def _reject_lines(rejects: Sequence[Reject], path: Path | None) -> list[str]:
+    """Bad rows in groups of one reason, the largest first, each with its first place."""
     if not rejects:
         return ["0 bad rows"]
     where = f", all in {path}" if path is not None else ""
     text = [f"{len(rejects):,} bad rows{where}:"]
-    text += [f"  {reject}" for reject in rejects[:_SHOWN]]
-    if len(rejects) > _SHOWN:
-        text.append(f"  … and {len(rejects) - _SHOWN:,} more")
+    groups: dict[tuple[str, str], list[Reject]] = {}
+    for reject in rejects:
+        groups.setdefault((reject.code, _reason(reject.what)), []).append(reject)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    for group in ordered[:_SHOWN]:
+        text.append(f"  {group[0]}" if len(group) == 1 else f"  {len(group):,} rows, the first {group[0]}")
+    if len(ordered) > _SHOWN:
+        rest = sum(map(len, ordered[_SHOWN:]))
+        text.append(f"  … and {rest:,} more for {len(ordered) - _SHOWN:,} other reasons")
     return text
+
+
+def _reason(what: str) -> str:
+    """A message without the values in it, which differ from row to row: quoted texts and numbers."""
+    return re.sub(r"\d+", "0", re.sub(r"'[^'\n]{0,80}'", "''", what[:400]))

@@ -50,8 +50,13 @@ def scan_hostfile(path: Path) -> tuple[list[Host], list[InputError]]:
     a control or invisible character (no host has one), and a number of more than 9 digits.
     """
     try:
-        if not path.is_file():
-            raise InputError("there is no such hostfile", "a line a host: NAME slots=GPUS", path=path)
+        if not path.is_file():  # opening a pipe would wait for a writer
+            said = (
+                "this hostfile cannot be read: it is not a regular file"
+                if path.exists()
+                else "there is no such hostfile"
+            )
+            raise InputError(said, "a line a host: NAME slots=GPUS", path=path)
         text = path.read_text(encoding="utf-8")  # turns every line ending into \\n, as DeepSpeed's reading does
     except (OSError, UnicodeDecodeError, InputError) as error:
         said = error.what if isinstance(error, InputError) else "this hostfile cannot be read"

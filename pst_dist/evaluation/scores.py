@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.sources.options import listed_options
 from pst_dist.data.tasks import Task
 from pst_dist.errors import InputError
 from pst_dist.student.generate import Decoded
@@ -93,12 +94,16 @@ def with_current_names(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def chance_of(task: Task, samples: Sequence[ReasoningSample]) -> float | None:
-    """Expected accuracy of guessing blindly among the allowed answers; None where they cannot be counted."""
+    """Expected accuracy of guessing blindly among each row's own options; None where they cannot be counted."""
     if task.rule == "yes_no":
         return 0.5
-    if all(len(sample.choices) > 1 for sample in samples):
-        return sum(1 / len(sample.choices) for sample in samples) / len(samples)
-    return 1 / len(task.choice_letters) if task.choice_letters else None
+    if not task.choice_letters:
+        return None
+    counts = [len(sample.choices) or listed_options(sample.question) for sample in samples]
+    if task.rule == "fine_tune_cot_letters":
+        # These tasks have a known number of options, wherever a question does not list its own.
+        counts = [count or len(task.choice_letters) for count in counts]
+    return sum(1 / count for count in counts) / len(counts) if all(counts) else None
 
 
 def contains_answer(task: Task, text: str, gold: str) -> bool:

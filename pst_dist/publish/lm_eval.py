@@ -8,6 +8,7 @@ scored here is `evaluate`; the harness must give the same accuracy, to the row, 
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pst_dist.config.run_dir import fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
-from pst_dist.data.tasks import Task, get_task, scoring
+from pst_dist.data.tasks import Task, get_task, number_answers, number_markup, numbers, scoring
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.evaluation.scores import rows_to_score
 from pst_dist.publish.export import expected_prompt
@@ -122,10 +123,11 @@ def task_settings(
 
 def utils_source(task: Task, fmt: AnswerFormat) -> str:
     """A Python module of its own: the scoring rules as this package has them, applied to one task and format."""
-    rules = inspect.getsource(scoring)
+    rules = "\n\n".join(inspect.getsource(module) for module in (number_markup, numbers, number_answers, scoring))
     # A dataclass with annotations as text looks its module up by name, and the harness has not listed it yet.
-    for line, instead in (("from __future__ import annotations", ""), (_SCHEMA, "AnswerType = str")):
-        rules = rules.replace(f"{line}\n", f"{instead}\n")
+    rules = rules.replace("from __future__ import annotations\n", "").replace(_SCHEMA, "AnswerType = str")
+    # The modules are one here, and import nothing of each other any more.
+    rules = re.sub(r"^from pst_dist\.data\.tasks\.\w+ import .*\n", "", rules, flags=re.MULTILINE)
     marker = None if ARMS[fmt.arm].answers_first else fmt.answer_marker.strip()
     return f"""{rules}
 

@@ -7,11 +7,13 @@ key, and so is what DeepSpeed would ignore without a word or fall over later, be
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError
+from pst_dist.storage.regular_files import read_regular_text
 
 MOST_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's own default size of the buffers in which gradients are gathered before they travel."""
@@ -62,7 +64,7 @@ def find_deepspeed_json(name: str) -> Path:
     """`zero2` or a path -> the file; raises InputError."""
     given = Path(name)
     if given.suffix == ".json":
-        if given.is_file():
+        if os.path.lexists(given):  # what is no regular file is refused when it is opened
             return given
         raise InputError("no such DeepSpeed config", path=given)
     package = Path(__file__).resolve().parents[1]
@@ -80,7 +82,7 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
     assert train.deepspeed is not None
     path = find_deepspeed_json(train.deepspeed)
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(read_regular_text(path, remedy="check train.deepspeed"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
     if not isinstance(settings, dict):

@@ -147,7 +147,7 @@ def test_check_lists_bad_rows_of_a_tiny_file_too(tmp_path, capsys):
 
 def test_rows_given_for_a_config_are_recognised(tmp_path, capsys):
     code, _, err = run(capsys, "run", rows_file(tmp_path, GOOD))
-    assert code == 2 and "a file of rows, not a config" in err and "pst check" in err
+    assert code == 2 and "these are rows, not a config" in err and "pst check" in err
 
 
 def test_a_machine_without_torch_can_check_and_shard_and_is_told_what_training_needs(tmp_path):

@@ -396,3 +396,17 @@ def test_old_shards_come_back_when_a_rebuild_died_between_its_two_renames(tmp_pa
     (tmp_path / "shards").rename(tmp_path / ".shards.0123abcd.replaced")
     assert make(tmp_path / "shards").manifest == before
     assert sorted(os.listdir(tmp_path)) == [".shards.lock", "shards"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("sizes", 2**62), ("offsets", 2**62), ("offsets", -512), ("sizes", -1), ("sizes", "9")]
+)
+def test_an_index_that_points_outside_its_tar_is_refused_before_anything_is_read(tmp_path, column, value):
+    write_shards(SPLITS, tmp_path / "shards", samples_per_shard=4, fingerprint="f" * 64, extra={})
+    path = tmp_path / "shards" / "train-000001.index.json"
+    index = json.loads(path.read_text())
+    index[column][2] = value
+    path.write_text(json.dumps(index))
+    shards = ShardSet.open(tmp_path / "shards", verify=False)
+    with pytest.raises(IntegrityError, match=r"index points outside its tar of|should be a valid integer"):
+        shards.split("train")

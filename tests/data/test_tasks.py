@@ -81,9 +81,21 @@ def test_with_no_marker_asked_for_the_first_candidate_counts():
     ("answer_type", "text", "expected"),
     [
         ("text", "  New   York ", "New York"),
-        ("number", "about 007.50 euros", "7.5"),
+        ("number", "It is 007.50 euros", "7.5"),
+        ("number", "about 7.50 euros", None),
+        ("number", "4x", None),
+        ("number", "3 or 4", None),
+        ("number", r"so \boxed{\frac{1}{2}}", "0.5"),
         ("choice", "I think (c) is it", "C"),
+        ("choice", "I think D is it", "D"),
         ("choice", "D is it", "D"),
+        ("choice", "B. dog", "B"),
+        ("choice", "b)", "B"),
+        ("choice", "K", "K"),
+        ("choice", "C, as A and B are wrong", "C"),
+        ("choice", "(B) or (C)", None),
+        ("choice", "B or C", None),
+        ("choice", "a dog", None),
         ("bool", "No.", "no"),
         ("date", "on 2021-4-30", "04/30/2021"),
         ("date", "1/2/1999", "01/02/1999"),
@@ -103,27 +115,30 @@ def test_without_name_and_type_the_answer_is_free_text_compared_without_case():
 
 
 @pytest.mark.parametrize(
-    ("task", "value", "choices", "expected"),
+    ("task", "value", "expected"),
     [
-        ("svamp", 5.0, (), "5"),
-        ("svamp", 1e-7, (), "0.0000001"),
-        ("gsm8k", 1200, (), "1200"),
-        ("strategy_qa", True, (), "yes"),
-        ("strategy_qa", "False", (), "no"),
-        ("aqua", "(b)", (), "B"),
-        ("aqua", "C) 12", (), "C"),
-        ("aqua", 1, ("x", "y"), "B"),
-        ("commonsense_qa", "Bank", ("river", "bank"), "B"),
+        ("svamp", 5.0, "5"),
+        ("svamp", 1e-7, "0.0000001"),
+        ("svamp", "\u22123", "-3"),
+        ("svamp", "$3 million", "3000000"),
+        ("gsm8k", 1200, "1200"),
+        ("gsm8k", "51.0", "51.0"),
+        ("gsm8k", "12,5", "12.5"),
+        ("strategy_qa", True, "yes"),
+        ("strategy_qa", "False", "no"),
+        ("aqua", "(b)", "B"),
+        ("aqua", "C) 12", "C"),
     ],
 )
-def test_gold_answers_may_come_in_the_forms_that_data_has(task, value, choices, expected):
-    assert get_task(task).gold(value, choices) == expected
+def test_gold_answers_may_come_in_the_forms_that_data_has(task, value, expected):
+    assert get_task(task).gold(value) == expected
 
 
 @pytest.mark.parametrize(
     ("task", "value", "reason"),
     [
-        ("svamp", "12 of 15", "holds several: 12, 15"),
+        ("svamp", "12 of 15", "'12 of 15' is not a number: it has 'of 15' after the number"),
+        ("svamp", "1/3", "task svamp compares those"),
         ("svamp", "many", "is not a number"),
         ("svamp", True, "is true or false"),
         ("aqua", "Apple", "no choice letter of A to E"),
@@ -136,6 +151,26 @@ def test_gold_answers_may_come_in_the_forms_that_data_has(task, value, choices, 
 def test_a_gold_answer_that_fits_no_type_says_why(task, value, reason):
     with pytest.raises(ValueError, match=reason.replace("(", r"\(")):
         get_task(task).gold(value)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "right"),
+    [("1/2", "0.5", True), ("0.50", "1/2", True), ("0.333333", "1/3", False), ("50", "50", True), ("x", "5", False)],
+)
+def test_numbers_of_no_named_task_are_compared_by_value(prediction, gold, right):
+    assert get_task(None, "number").is_correct(prediction, gold) is right
+
+
+@pytest.mark.parametrize("text", ["50 %", "50%", "1/2", "0.5", r"$\frac{1}{2}$", r"50\%"])
+def test_a_percentage_is_a_share_only_where_the_task_says_so(text):
+    assert get_task("proportion").gold(text) == get_task("proportion").cleanse(text) == "0.5"
+    assert get_task(None, "number").gold(text) == ("50" if "%" in text else "0.5")
+
+
+def test_an_output_without_its_marker_is_never_guessed_from_for_rows_of_no_named_task():
+    said = "3 and 4 make 7, so (B), on 4/30/2021"
+    assert [get_task(None, kind).extract(said, "-->") for kind in ("number", "choice", "date")] == [None] * 3
+    assert get_task(None, "number").extract("3 and 4 make 7 --> 7 apples", "-->") == "7"
 
 
 def test_an_unknown_task_is_answered_with_the_nearest_one():

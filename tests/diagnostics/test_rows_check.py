@@ -60,22 +60,45 @@ def test_lengths_are_given_as_percentiles_by_nearest_rank(tmp_path):
     assert lines[-1] == "ok"
 
 
-def test_bad_rows_are_all_written_and_the_first_ten_printed(tmp_path):
-    rows = [*_rows(15), *({"problem": f"p{n}", "explanation": "e"} for n in range(12))]
+def test_bad_rows_are_all_written_and_printed_in_groups_with_the_first_of_each(tmp_path):
+    rows = [*_rows(15), *({"problem": f"p{n}", "explanation": "e"} for n in range(12)), {"problem": 3}]
     _write(tmp_path / "rows.jsonl", rows)
     path = tmp_path / "out" / "rejects.jsonl"
     report = check(_config(tmp_path, train="rows.jsonl"), path)
     written = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [reject["line"] for reject in written] == list(range(16, 28))
+    assert [reject["line"] for reject in written] == list(range(16, 29))
     assert set(written[0]) == {"path", "line", "code", "what", "text"}
     lines = report.lines()
-    assert f"12 bad rows, all in {path}:" in lines
-    printed = [line for line in lines if line.startswith(f"  {tmp_path}/rows.jsonl:")]
-    assert printed[0] == f"  {tmp_path}/rows.jsonl:16: answer is missing"
-    assert len(printed) == 10
-    assert "  … and 2 more" in lines
-    assert lines[-1].startswith(f"error[DATA] {tmp_path}/rows.jsonl:16: answer is missing (12 bad rows of 27")
+    start = lines.index(f"13 bad rows, all in {path}:")
+    assert lines[start + 1] == f"  12 rows, the first {tmp_path}/rows.jsonl:16: answer is missing"
+    assert lines[start + 2] == f"  {tmp_path}/rows.jsonl:28: question is a number, wanted text"
+    assert lines[-1].startswith(f"error[DATA] {tmp_path}/rows.jsonl:16: answer is missing (13 bad rows of 28")
     assert not report.ok
+
+
+def test_reasons_that_differ_only_in_a_value_are_one_group_and_ten_groups_are_shown(tmp_path):
+    bad = [
+        {"problem": f"p{n}", "final_answer": f"{letter} word", "explanation": "e"} for n, letter in enumerate("abcdef")
+    ]
+    bad += [{"problem": f"p{n}", "final_answer": "1", "explanation": [n] * n} for n in range(1, 3)]
+    other = [{"problem": "p", "final_answer": {"x": 1}}, {"problem": 4}, {"problem": [5], "final_answer": "1"}]
+    _write(tmp_path / "rows.jsonl", [*_rows(3), *bad, *other])
+    lines = check(_config(tmp_path, train="rows.jsonl", answer_type="number", validation_size=0)).lines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("11 bad rows"))
+    assert lines[start + 1].startswith(f"  6 rows, the first {tmp_path}/rows.jsonl:4: answer 'a word'")
+    assert lines[start + 2] == f"  2 rows, the first {tmp_path}/rows.jsonl:10: rationale is a number, wanted text"
+
+
+def test_the_first_row_is_shown_as_it_was_read(tmp_path):
+    first = {"problem": "How\nmany?", "final_answer": "7", "explanation": ["a" * 100, "b", "c"]}
+    _write(tmp_path / "rows.jsonl", [first, *_rows(3)])
+    lines = check(_config(tmp_path, train="rows.jsonl", answer_type="number", validation_size=0)).lines()
+    start = lines.index("first row, rows.jsonl:1:")
+    assert lines[start + 1 : start + 4] == [
+        "  question: How\\nmany?",
+        "  answer: 7 (number)",
+        f"  rationale: {'a' * 80}… (100 characters) (and 2 more)",
+    ]
 
 
 def test_duplicates_conflicts_leaks_and_missing_rationales_are_counted(tmp_path):

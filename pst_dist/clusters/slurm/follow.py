@@ -161,7 +161,7 @@ def read_jobs(text: str) -> list[Task]:
     tasks = []
     for block in re.split(r"\n(?=JobId=)", text.strip()):
         values = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", block))
-        output = re.search(r"^\s*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
+        output = re.search(r"^[ \t]*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
         code, _, ending = values.get("ExitCode", "0:0").partition(":")
         number = values["JobId"]
         if "ArrayJobId" in values:

@@ -6,15 +6,22 @@ mean the same. What it finds is printed by `pst check` as YAML to paste.
 
 from __future__ import annotations
 
+import datetime
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sources.columns import ColumnMap, FieldMap, Layout, field_map, look_up
+from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS
+from pst_dist.data.sources.options import option_columns, options_in_text
+from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
+from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError, DataError
 
 READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
@@ -22,7 +29,7 @@ READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "question": (
-        *("question", "q", "problem", "query", "questiontext"),
+        *("question", "q", "problem", "query", "questiontext", "questionstem", "stem"),
         *("prompt", "instruction", "input", "inputs", "text"),
     ),
     "answer": (
@@ -38,6 +45,17 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
             "finalans",
         ),
         *("label", "target", "targets", "groundtruth", "output", "response", "completion"),
+        *(
+            "answerindex",
+            "answeridx",
+            "correctindex",
+            "correctidx",
+            "correctoption",
+            "correctchoice",
+            "cop",
+            "gt",
+            "ans",
+        ),
     ),
     "rationale": (
         *(
@@ -53,14 +71,21 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         *(
             "thoughts",
             "thinking",
+            "chain",
+            "thinkingtrajectories",
+            "thinkingtrajectory",
+            "deepseekthinkingtrajectory",
+            "deepseekreasoning",
+            "reasoningtrace",
             "steps",
             "solution",
             "workedsolution",
             "reasoningcompletion",
             "abstractiveexplanation",
+            "generations",
         ),
     ),
-    "choices": ("choices", "options", "answerchoices"),
+    "choices": ("choices", "options", "answerchoices", "endings", "candidates", "alternatives", "mcoptions"),
     "id": ("id", "uid", "qid", "questionid", "sampleid"),
 }
 """What other people call our fields, likeliest first; compared in lower case without marks between words."""
@@ -80,7 +105,11 @@ def choose_columns(
     if setting is None:
         return guess_columns(rows, path)
     chosen = field_map(setting)
-    absent = [name for name, place in chosen.paths.items() if all(look_up(row, place) is None for row in rows)]
+    absent = [
+        name
+        for name, place in chosen.paths.items()
+        if all((options_at if name == "choices" else look_up)(row, place) is None for row in rows)
+    ]
     for name in absent:
         # Rows to be scored may do without a rationale.
         if split == "train" or name not in ("rationale", "rationales", "teacher_answer", "id"):
@@ -95,14 +124,15 @@ def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Column
         return found
     for name in ("question", "answer"):
         if name not in found:
+            _refuse_unusable(name, rows, path)
             raise _no_column(name, name, rows, path)
-    return FieldMap(found, "guessed")
+    return FieldMap(found, GUESSED)
 
 
 def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     """A ready-made map that fits every row given, or those of our fields that some column seems to be."""
     for layout in READY_MADE.values():
-        if rows and all(layout.fits(row) for row in rows):
+        if layout.name != "reply" and rows and _fits(layout, rows):
             # Rows that already name all three of our fields need no splitting.
             if layout.name != "gsm8k" and all({"question", "answer", "rationale"} <= set(row) for row in rows):
                 continue
@@ -112,6 +142,8 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     found: dict[str, str] = {}
     if {"Body", "Question"} <= set(columns):
         found["question"] = "{Body} {Question}"  # SVAMP as its authors publish it
+    if rows and all(_holds_stem(row.get("question")) for row in rows):
+        found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA as its authors publish it
     for field, synonyms in SYNONYMS.items():
         for synonym in synonyms:
             column = plain.get(synonym)
@@ -122,9 +154,59 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
                 and _usable(field, column, rows)
             ):
                 found[field] = column
+    if "choices" not in found and (options := option_columns(columns)):
+        found["choices"] = options
+    if "rationale" not in found and "answer" in found and _fits(LAYOUTS["reply"], rows):
+        return LAYOUTS["reply"]
+    if "question" in found:
+        found["question"] = _with_context_columns(found["question"], columns, rows)
     if "rationale" in found and any(isinstance(row.get(found["rationale"]), list) for row in rows):
         found["rationales"] = found.pop("rationale")
     return found
+
+
+def unused_text_columns(columns: ColumnMap, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns with text of which nothing is read, told from the first row that the map can read."""
+    for row in rows:
+        try:
+            found = columns.fields(row)
+        except RowError:
+            continue
+        read = "\n".join((found.question, str(found.answer), *found.rationales))
+        texts = {str(name): value[0] if isinstance(value, list) and value else value for name, value in row.items()}
+        return [
+            name
+            for name, value in texts.items()
+            if isinstance(value, str)
+            and len(value.split()) > 2
+            and value.strip() not in read
+            # A reply that was split is not in what was read as a whole; its beginning is.
+            and value.strip()[:20] not in read
+        ]
+    return []
+
+
+def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a layout is that of a file: in every row, or in a tenth of them where it is known by marks in a text.
+
+    Rows without the mark are then refused one by one instead of being read whole.
+    """
+    fitting = sum(layout.fits(row) for row in rows)
+    return 10 * fitting >= len(rows) > 0 and fitting > 0 if layout.by_marks else fitting == len(rows) > 0
+
+
+def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A template that puts a system text or passage before the question, where every row has one."""
+    if "{" in question:
+        return question
+    before = [
+        column
+        for column in columns
+        if column.lower() in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)
+        and column != question
+        and all(isinstance(row.get(column), str) and row[column].strip() for row in rows)
+    ]
+    return "\n\n".join(f"{{{column}}}" for column in (*before, question)) if before else question
 
 
 def as_yaml(columns: ColumnMap) -> str:
@@ -136,6 +218,8 @@ def as_yaml(columns: ColumnMap) -> str:
 
 
 def _quoted(path: str) -> str:
+    if "\n" in path:
+        return json.dumps(path)  # a line break needs YAML's double quotes, which read escapes as JSON does
     return path if re.fullmatch(r"[A-Za-z_][\w.\-]*", path) else "'" + path.replace("'", "''") + "'"
 
 
@@ -165,16 +249,33 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     values = [row.get(column) for row in rows]
     kinds: dict[str, tuple[type, ...]] = {
         "question": (str,),
-        "answer": (str, int, float, bool),
+        "answer": (str, int, float, bool, list, Decimal, datetime.date),
         "rationale": (str, list),
         "choices": (list, dict),
         "id": (str, int),
     }
+    if field == "choices" and any(isinstance(value, str) and options_in_text(value) for value in values):
+        return True
     return any(isinstance(value, kinds[field]) for value in values)
+
+
+def _holds_stem(question: Any) -> bool:
+    return isinstance(question, Mapping) and {"stem", "choices"} <= set(question)
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(column) for row in rows for column in row))
+
+
+def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Say what a column of the right name holds, rather than that it does not exist; raises DataError."""
+    for column in _columns(rows):
+        if re.sub(r"[^a-z0-9]", "", column.lower()) == field:
+            values = [row[column] for row in rows if row.get(column) is not None]
+            held = kind_of(values[0]) if values else "nothing"
+            what = f"column {column!r} cannot be the {field}: it holds {held}"
+            remedy = f"name a part of it, for example data.columns.{field}={column}[0] or {column}.text"
+            raise DataError(what, remedy if values else f"name another with data.columns.{field}", path=path)
 
 
 def _no_column(field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> DataError:

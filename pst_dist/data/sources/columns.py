@@ -6,17 +6,27 @@ which one a file follows is `column_guess`. What counts as an answer is `tasks`.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Protocol
 
+from pst_dist.data.sources.conversations import unread_parts
+from pst_dist.data.sources.options import Options, read_options, with_choices
+from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
+from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 
-OUR_FIELDS = ("question", "answer", "rationale", "rationales", "choices", "id", "teacher_answer")
+GUESSED = "guessed"
+"""The name of a map that nobody has looked at yet: it may not leave out a column that a question depends on."""
+_ANSWERS = {"answer": None, "answer_from_0": 0, "answer_from_1": 1}
+"""The fields that may hold the answer, with what an index into the choices counts from; None is told from the rows."""
+OUR_FIELDS = ("question", *_ANSWERS, "rationale", "rationales", "choices", "id", "teacher_answer")
 """What a column map may name; the last is the teacher's own answer, for keep=teacher_correct."""
 
 
@@ -27,17 +37,12 @@ class Fields:
     question: str
     answer: object
     rationales: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    options: Options | None = None
+    """The options of a multiple-choice question; None for any other, and where only the question lists them."""
+    counts_from: int | None = None
+    """What an answer that is an index counts from, 0 or 1, where the column map says so."""
     id: str | None = None
     teacher_answer: str | None = None
-
-
-class RowError(ValueError):
-    """This row lacks a field or has one of the wrong type; `code` is one word, the text says which."""
-
-    def __init__(self, code: str, what: str) -> None:
-        super().__init__(what)
-        self.code, self.what = code, what
 
 
 class ColumnMap(Protocol):
@@ -46,6 +51,10 @@ class ColumnMap(Protocol):
     @property
     def name(self) -> str:
         """The ready-made map's name, or how the map came about."""
+
+    @property
+    def has_options(self) -> bool:
+        """Whether rows may hold the options of multiple-choice questions."""
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's fields; raises RowError."""
@@ -58,20 +67,39 @@ class FieldMap:
     paths: Mapping[str, str]
     name: str = "columns"
 
+    @property
+    def has_options(self) -> bool:
+        """Whether the map names choices."""
+        return "choices" in self.paths
+
     def fields(self, row: Mapping[str, Any]) -> Fields:
-        """Look every field up; whether a row may do without a rationale is for `load` to say."""
+        """Look every field up; whether a row may do without a rationale is for `load` to say.
+
+        An answer column that holds a thought, or an answer mark where no column is the rationale, is split as a reply.
+        """
         paths = self.paths
-        choices = as_choices(look_up(row, paths["choices"])) if "choices" in paths else ()
+        unread = unread_parts(row, " ".join(paths.values())) if self.name == GUESSED else []
+        if unread:
+            what = f"column {unread[0]!r} would not be read, and the question may depend on it"
+            raise RowError("context", f"{what}; put it into data.columns.question, or name the columns without it")
+        question = as_text(look_up(row, paths["question"]), "question")
+        options = read_options(options_at(row, paths["choices"])) if "choices" in paths else None
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
             if name in paths:
                 rationales += as_rationales(look_up(row, paths[name]))
+        answer_field = next(name for name in _ANSWERS if name in paths)
+        answer = as_answer(look_up(row, paths[answer_field]))
+        if isinstance(answer, str) and (has_thought_tag(answer) or (not rationales and has_mark(answer))):
+            found = split_reply(answer)
+            answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
         return Fields(
-            question=with_choices(as_text(look_up(row, paths["question"]), "question"), choices),
-            answer=as_answer(look_up(row, paths["answer"])),
+            question=with_choices(question, options.texts) if options else question,
+            answer=answer,
             rationales=tuple(dict.fromkeys(rationales)),
-            choices=choices,
+            options=options,
+            counts_from=_ANSWERS[answer_field],
             id=as_id(look_up(row, paths["id"])) if "id" in paths else None,
             teacher_answer=None if teacher is None else str(teacher),
         )
@@ -87,6 +115,10 @@ class Layout:
     """Columns without which no row can be read."""
     fits: Callable[[Mapping[str, Any]], bool]
     """Whether a row looks like this layout; used for guessing."""
+    by_marks: bool = False
+    """Whether it is told by marks inside a text, which single rows of the file may lack."""
+    has_options: bool = False
+    """Whether rows may hold the options of multiple-choice questions."""
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's fields; raises RowError."""
@@ -103,10 +135,25 @@ def field_map(paths: Mapping[str, str]) -> FieldMap:
             )
         if not path.strip():
             raise ConfigError(f"data.columns.{name} is empty")
-    for name in ("question", "answer"):
-        if name not in paths:
-            raise ConfigError(f"data.columns has no {name}", f"add `{name}: COLUMN`")
+    if "question" not in paths:
+        raise ConfigError("data.columns has no question", "add `question: COLUMN`")
+    answers = [name for name in _ANSWERS if name in paths]
+    if not answers:
+        raise ConfigError("data.columns has no answer", "add `answer: COLUMN`")
+    if len(answers) > 1:
+        raise ConfigError(f"data.columns names {' and '.join(answers)}", "give one of them")
+    if answers != ["answer"] and "choices" not in paths:
+        raise ConfigError(f"data.columns names {answers[0]}, but no choices", "add `choices: COLUMN`")
     return FieldMap(dict(paths))
+
+
+def options_at(row: Mapping[str, Any], path: str) -> Any:
+    """The value at the path of the choices; for a list of columns `A, B, C`, an object of those columns."""
+    if path in row or "," not in path or "{" in path:
+        return look_up(row, path)
+    names = [name.strip() for name in path.split(",")]
+    values = {name: look_up(row, name) for name in names}
+    return None if all(value is None for value in values.values()) else values
 
 
 def look_up(row: Mapping[str, Any], path: str) -> Any:
@@ -159,17 +206,32 @@ def as_text(value: Any, name: str) -> str:
 
 
 def as_answer(value: Any) -> object:
-    """A text, number or truth value; which of them is right depends on the task."""
+    """A text, number or truth value, or a list of one; which of them is right depends on the task."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            hint = "; data.columns.answer=COLUMN[0] takes the first" if value else ""
+            raise RowError("type", f"answer is a list of {len(value)}, wanted one answer{hint}")
+        value = value[0]
+    if isinstance(value, Decimal) and value.is_finite():
+        # What a float cannot hold exactly stays text, with every digit.
+        plain = int(value) if value == value.to_integral_value() else float(value)
+        return plain if Decimal(repr(plain)) == value else format(value, "f")
+    if isinstance(value, datetime.date):
+        return value.strftime("%Y-%m-%d")
     if isinstance(value, bool) or (isinstance(value, int | float) and value == value):
         return value
     return as_text(value, "answer")
 
 
 def as_rationales(value: Any) -> tuple[str, ...]:
-    """One text or a list of them; blank and absent ones are left out."""
+    """One text or a list of them, without the tags of a thought; blank and absent ones are left out."""
     values = value if isinstance(value, list) else [value]
     present = [item for item in values if item is not None and not (isinstance(item, str) and not item.strip())]
-    return tuple(as_text(item, "rationale") for item in present)
+    texts = [as_text(item, "rationale") for item in present]
+    whole = [rationale_of(text) if has_thought_tag(text) else text for text in texts]
+    if None in whole:
+        raise RowError("cut", "rationale: a thought is cut off, its closing tag is missing")
+    return tuple(text for text in whole if text)
 
 
 def as_id(value: Any) -> str | None:
@@ -177,27 +239,3 @@ def as_id(value: Any) -> str | None:
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         return None
     return str(value).strip() or None
-
-
-def as_choices(value: Any) -> tuple[str, ...]:
-    """A list of texts, or the hub's {"label": [...], "text": [...]}, without leading letters `A)`."""
-    if isinstance(value, Mapping):
-        value = value.get("text")
-    if value is None:
-        raise RowError("missing", "choices is missing")
-    if not isinstance(value, list):
-        raise RowError("type", f"choices is {kind_of(value)}, wanted a list")
-    texts = [str(item) if isinstance(item, int | float) else as_text(item, "a choice") for item in value]
-    marks = [re.match(r"\(?([A-Z])[).:]\s*", text) for text in texts]
-    if texts and all(mark and mark.group(1) == chr(65 + place) for place, mark in enumerate(marks)):
-        texts = [text[mark.end() :] or text for text, mark in zip(texts, marks, strict=True) if mark]
-    return tuple(texts)
-
-
-def with_choices(question: str, choices: Iterable[str]) -> str:
-    """The question with its choices behind it, as Fine-tune-CoT writes them, unless they already stand there."""
-    choices = list(choices)
-    if not choices or all(choice in question for choice in choices):
-        return question
-    listed = ", ".join(f"({chr(65 + place)}) {choice}" for place, choice in enumerate(choices))
-    return f"{question} Answer choices: {listed}."

@@ -1,83 +1,69 @@
 """The layouts that everybody uses: chat messages, prompt and completion, alpaca, sharegpt, GSM8K's ####, <think>.
 
-Each is a function from a row to `Fields`. A reply that holds both reasoning and answer is split by
-`split_reply`, at the first mark that it has.
+Each is a function from a row to `Fields`. Turns are `conversations`; a reply that holds both reasoning and answer is
+split by `replies`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, RowError, as_id, as_rationales, as_text
+from pst_dist.data.sources.columns import Fields, Layout, RowError, as_answer, as_id, as_rationales, as_text
+from pst_dist.data.sources.conversations import THOUGHT_KEYS, read_conversation, with_context
+from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
 from pst_dist.data.tasks.scoring import kind_of
 
-_THINK = re.compile(r"^\s*(?:<think>)?(.*?)</think>(.*)$", re.DOTALL)
-_ENDING = re.compile(
-    r"(?:^|[.!?\n]\s*|,\s*)(?:therefore|so|thus|hence)?,?\s*the (?:final |correct )?answer is:?\s*(.+?)\s*$",
-    re.IGNORECASE | re.DOTALL,
-)
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")
-_REPLIES = ("response", "completion", "output", "answer", "generation", "reply", "solution")
+_REPLIES = ("response", "completion", "output", "answer", "generation", "reply", "solution", "target", "targets")
+_ANSWERS = ("answer", "final_answer", "gold_answer", "expected_answer", "ground_truth", "gold")
 
 
-def split_reply(reply: str) -> tuple[str | None, str]:
-    """Rationale and answer of a reply, cut at `</think>`, `####`, `-->` or a closing "the answer is …".
-
-    Without any of these the whole reply is the answer and the rationale None.
-    """
-    thought = _THINK.match(reply)
-    if thought:
-        rest = thought.group(2).strip()
-        ending = split_reply(rest)[1] if rest else ""
-        return thought.group(1).strip() or None, ending
-    for mark in ("####", "-->"):
-        before, found, after = reply.rpartition(mark)
-        if found:
-            return before.strip() or None, re.sub(r"\s+END$", "", after.strip())
-    ending_match = _ENDING.search(reply)
-    if ending_match:
-        start = ending_match.start() + (1 if reply[ending_match.start() : ending_match.start() + 1] in ".!?" else 0)
-        return reply[:start].strip() or None, ending_match.group(1).rstrip(".").strip()
-    return None, reply.strip()
-
-
-def _from_reply(question: Any, reply: Any, *, row: Mapping[str, Any], thought: Any = None) -> Fields:
+def _from_reply(question: Any, reply: Any, *, row: Mapping[str, Any], name: str, thought: Any = None) -> Fields:
+    """Fields of a row whose reply is in column `name`; a clean answer in a column of its own is the gold answer."""
     text = as_text(reply, "answer")
-    rationale, answer = split_reply(text)
-    if isinstance(thought, str) and thought.strip():
-        rationale, answer = thought.strip(), answer if rationale is None else split_reply(text)[1]
-    if not answer:
-        raise RowError("empty", "nothing stands after the reasoning: answer is empty")
+    separate = thought.strip() if isinstance(thought, str) and thought.strip() else None
+    gold = _clean_answer(row, name)
+    try:
+        rationale, replied = split_reply(text, separate)
+    except RowError as error:
+        if gold is None or error.code == "cut":
+            raise
+        rationale = "\n\n".join(part for part in (separate, rationale_of(text)) if part)
+        replied = None
     return Fields(
         question=as_text(question, "question"),
-        answer=as_text(answer, "answer"),
+        answer=as_text(replied, "answer") if gold is None else gold,
         rationales=as_rationales(rationale),
         id=as_id(row.get("id")),
+        teacher_answer=None if gold is None else replied,
     )
 
 
-def _content(message: Any) -> Any:
-    """A message's text; a list of typed parts is joined."""
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        return "\n".join(part for part in parts if isinstance(part, str))
-    return content
+def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
+    """The value of a column that is named as an answer and holds nothing else; None where there is none."""
+    for name in _ANSWERS:
+        value = row.get(name)
+        if name == reply or value is None or isinstance(value, list | Mapping):
+            continue
+        if not isinstance(value, str):
+            return as_answer(value)
+        if value.strip() and "\n" not in value.strip() and not has_mark(value):
+            return as_answer(value)
+    return None
 
 
-def _conversation(messages: Any, name: str, row: Mapping[str, Any]) -> Fields:
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise RowError("type", f"{name} is {kind_of(messages)}, wanted a list of objects")
-    roles = [str(message.get("role", message.get("from"))) for message in messages]
-    asked = [message for message, role in zip(messages, roles, strict=True) if role in ("user", "human")]
-    replied = [message for message, role in zip(messages, roles, strict=True) if role in ("assistant", "gpt")]
-    if len(asked) != 1 or len(replied) != 1:
-        what = f"{name} has {len(asked)} user and {len(replied)} assistant turns, wanted one question and one reply"
-        raise RowError("type", what)
-    thought = replied[0].get("reasoning_content", replied[0].get("thinking"))
-    return _from_reply(_content(asked[0]), _content(replied[0]), row=row, thought=thought)
+def _row_thought(row: Mapping[str, Any]) -> Any:
+    """Reasoning in a column beside the reply."""
+    return next((row[key] for key in THOUGHT_KEYS if isinstance(row.get(key), str)), None)
+
+
+def _conversation(turns: Any, name: str, row: Mapping[str, Any]) -> Fields:
+    exchange = read_conversation(turns, name, row)
+    return _from_reply(
+        exchange.question, exchange.reply, row=row, name=name, thought=exchange.thought or _row_thought(row)
+    )
 
 
 def _messages(row: Mapping[str, Any]) -> Fields:
@@ -92,44 +78,93 @@ def _prompt_completion(row: Mapping[str, Any]) -> Fields:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation([*prompt, *completion], "prompt and completion", row)
-    return _from_reply(re.sub(r"\s*###\s*$", "", as_text(prompt, "question")), completion, row=row)
+    question = as_text(prompt, "question").removesuffix("###").rstrip()  # Fine-tune-CoT ends its prompts so
+    return _from_reply(with_context(question, row), completion, row=row, name="completion", thought=_row_thought(row))
 
 
 def _alpaca(row: Mapping[str, Any]) -> Fields:
     instruction = as_text(row.get("instruction"), "question")
     extra = row.get("input")
     question = f"{instruction}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else instruction
-    return _from_reply(question, row.get("output"), row=row)
-
-
-def _gsm8k(row: Mapping[str, Any]) -> Fields:
-    text = as_text(row.get("answer"), "answer")
-    steps, found, answer = text.rpartition("####")
-    if not found:
-        raise RowError("answer", "answer has no ####")
-    # <<48/2=24>> are marks for a calculator; without them the steps read as a person wrote them.
-    rationale = re.sub(r"<<[^<>]*>>", "", steps)
-    return Fields(
-        question=as_text(row.get("question"), "question"),
-        answer=as_text(answer, "answer"),
-        rationales=as_rationales(rationale),
-        id=as_id(row.get("id")),
+    return _from_reply(
+        with_context(question, row), row.get("output"), row=row, name="output", thought=_row_thought(row)
     )
 
 
-def _think_columns(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    reply = next((name for name in _REPLIES if isinstance(row.get(name), str) and "</think>" in row[name]), None)
+def _gsm8k(row: Mapping[str, Any]) -> Fields:
+    # <<48/2=24>> are marks for a calculator; without them the steps read as a person wrote them.
+    text = re.sub(r"<<[^<>\n]{0,200}>>", "", as_text(row.get("answer"), "answer"))
+    if "####" not in text:
+        raise RowError("answer", "answer has no ####")
+    return _from_reply(with_context(as_text(row.get("question"), "question"), row), text, row=row, name="answer")
+
+
+def _generations(row: Mapping[str, Any]) -> Fields:
+    """OpenR1's rows: a clean answer beside several generations, of which some are cut off or wrong."""
+    prompt = next((name for name in _PROMPTS if isinstance(row.get(name), str)), None)
+    if prompt is None:
+        raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} holds text")
+    texts = row.get("generations")
+    if not isinstance(texts, list):
+        raise RowError("type", f"generations is {kind_of(texts)}, wanted a list")
+    keep = _usable_generations(row, len(texts))
+    # A generation that was cut in its thought is left out as an incomplete one is.
+    rationales = [rationale_of(as_text(text, "a generation")) for text, good in zip(texts, keep, strict=True) if good]
+    return Fields(
+        question=as_text(with_context(row[prompt], row), "question"),
+        answer=as_answer(row.get("answer")),
+        rationales=tuple(dict.fromkeys(as_rationales(rationales))),
+        id=as_id(row.get("id", row.get("uuid"))),
+    )
+
+
+def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:
+    """Which generations are complete and not known to be wrong.
+
+    One that a verifier (`correctness_math_verify`, `correctness_llama`, ...) found right is right, even where another
+    did not; one that no verifier looked at is taken. (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
+    """
+    complete = _flags(row, "is_reasoning_complete", count)
+    verdicts = [
+        _flags(row, name, count)
+        for name, value in row.items()
+        if name.startswith("correctness_") and isinstance(value, list)
+    ]
+    keep = []
+    for place in range(count):
+        found = [flags[place] for flags in verdicts]
+        keep.append(complete[place] is not False and (True in found or False not in found))
+    return keep
+
+
+def _flags(row: Mapping[str, Any], name: str, count: int) -> Sequence[Any]:
+    value = row.get(name)
+    if value is None:
+        return [None] * count
+    if not isinstance(value, list) or len(value) != count:
+        raise RowError("type", f"{name} does not have one value for each of {count} generations")
+    return value
+
+
+def _reply_columns(row: Mapping[str, Any], holds: Callable[[str], bool]) -> tuple[str | None, str | None]:
+    """The first column of a prompt's name and the first of a reply's name whose text is of the wanted kind."""
+    reply = next((name for name in _REPLIES if isinstance(row.get(name), str) and holds(row[name])), None)
     prompt = next((name for name in _PROMPTS if name != reply and isinstance(row.get(name), str)), None)
     return prompt, reply
 
 
 def _think(row: Mapping[str, Any]) -> Fields:
-    prompt, reply = _think_columns(row)
+    """A prompt's and a reply's column; a reply with a thought is preferred, then one with an answer mark."""
+    prompt, reply = _reply_columns(row, has_thought_tag)
+    if reply is None:
+        prompt, reply = _reply_columns(row, has_mark)
+    if reply is None:
+        prompt, reply = _reply_columns(row, lambda text: True)
     if prompt is None:
         raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} holds text")
     if reply is None:
-        raise RowError("missing", f"no </think> in any of {', '.join(_REPLIES)}")
-    return _from_reply(row[prompt], row[reply], row=row)
+        raise RowError("missing", f"answer is missing: none of {', '.join(_REPLIES)} holds text")
+    return _from_reply(with_context(row[prompt], row), row[reply], row=row, name=reply, thought=_row_thought(row))
 
 
 def _texts(*names: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -141,7 +176,16 @@ def _marked_answer(row: Mapping[str, Any]) -> bool:
 
 
 def _has_think(row: Mapping[str, Any]) -> bool:
-    return None not in _think_columns(row)
+    return None not in _reply_columns(row, has_thought_tag)
+
+
+def _has_marked_reply(row: Mapping[str, Any]) -> bool:
+    return None not in _reply_columns(row, has_mark)
+
+
+def _has_generations(row: Mapping[str, Any]) -> bool:
+    answered = isinstance(row.get("answer"), str | int | float)
+    return answered and isinstance(row.get("generations"), list) and any(name in row for name in _PROMPTS)
 
 
 def _fits_prompt_completion(row: Mapping[str, Any]) -> bool:
@@ -151,12 +195,14 @@ def _fits_prompt_completion(row: Mapping[str, Any]) -> bool:
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("gsm8k", _gsm8k, ("question", "answer"), _marked_answer),
-        Layout("think", _think, (), _has_think),
+        Layout("gsm8k", _gsm8k, ("question", "answer"), _marked_answer, by_marks=True),
+        Layout("generations", _generations, ("answer", "generations"), _has_generations),
+        Layout("think", _think, (), _has_think, by_marks=True),
         Layout("messages", _messages, ("messages",), lambda row: isinstance(row.get("messages"), list)),
         Layout("sharegpt", _sharegpt, ("conversations",), lambda row: isinstance(row.get("conversations"), list)),
         Layout("prompt_completion", _prompt_completion, ("prompt", "completion"), _fits_prompt_completion),
         Layout("alpaca", _alpaca, ("instruction", "output"), _texts("instruction", "output")),
+        Layout("reply", _think, (), _has_marked_reply, by_marks=True),
     )
 }
 """By name, in the order in which guessing tries them."""

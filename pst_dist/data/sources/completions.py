@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import DataError, InputError
+from pst_dist.storage.regular_files import read_regular
+
+MAX_COMPLETIONS_BYTES = 4 << 30
+"""A larger completion file is refused before it fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,12 @@ def read_completions(pattern: str, root: Path) -> TeacherFile:
     Raises InputError when there is none and DataError when it has neither known form.
     """
     full = str(root / pattern)
-    paths = [Path(full)] if Path(full).is_file() else sorted(map(Path, glob.glob(full)), key=_natural)
+    paths = [Path(full)] if Path(full).exists() else sorted(map(Path, glob.glob(full)), key=_natural)
     if not paths:
         raise InputError("no such teacher completion file", "check data.teacher_completions and data.root", path=full)
     digests, values = [], []
     for path in paths:
-        raw = path.read_bytes()
+        raw = read_regular(path, MAX_COMPLETIONS_BYTES, remedy="check data.teacher_completions")
         digests.append((path.name, hashlib.sha256(raw).hexdigest()))
         values.append((path, _json(path, raw)))
     if all(isinstance(value, list) for _, value in values):
@@ -78,6 +82,8 @@ def _json(path: Path, raw: bytes) -> Any:
         raise DataError(f"column {error.colno}: not JSON: {error.msg}", path=path, line=error.lineno) from error
     except RecursionError as error:
         raise DataError("nested too deeply", path=path) from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise DataError(f"not JSON: {error}", path=path) from error
 
 
 def _texts(path: Path, value: list[Any]) -> list[str]:
@@ -88,10 +94,10 @@ def _texts(path: Path, value: list[Any]) -> list[str]:
 
 
 def _continuation(text: str) -> Completion:
-    """The model went on with invented questions: cut there, then at its own "So the answer is (x)"."""
+    """The model went on with invented questions: cut there, then at its own last "So the answer is (x)"."""
     own = text.split("\n\nQ:", 1)[0]
-    rationale, found, answer = own.partition("So the answer is")
-    letter = re.match(r"\s*\(([a-zA-Z])\)", answer) if found else None
+    rationale, found, answer = own.rpartition("So the answer is")
+    letter = re.match(r"\(([a-zA-Z])\)", answer.lstrip()) if found else None
     return Completion(rationale.strip() if letter else own.strip(), letter.group(1).upper() if letter else None)
 
 

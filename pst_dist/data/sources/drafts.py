@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 from pst_dist.data.sample import ReasoningSample, normalise_question, sample_id
-from pst_dist.data.sources.columns import ColumnMap, Fields, RowError
+from pst_dist.data.sources.choices import Convention, gold_answer
+from pst_dist.data.sources.columns import ColumnMap, Fields
 from pst_dist.data.sources.completions import Completion, TeacherFile
-from pst_dist.data.sources.rows import Entry, Reject
+from pst_dist.data.sources.rows import Entry, Reject, RowError
 from pst_dist.data.sources.specs import Source
 from pst_dist.data.tasks import Task
 
@@ -43,9 +44,15 @@ class Draft:
 
 
 def make_draft(
-    entry: Entry, columns: ColumnMap | None, task: Task, source: Source, place: int, teacher: TeacherFile | None
+    entry: Entry,
+    columns: ColumnMap | None,
+    task: Task,
+    source: Source,
+    place: int,
+    teacher: TeacherFile | None,
+    told: Convention,
 ) -> Draft | Reject:
-    """One row as a draft, or the reason why not."""
+    """One row as a draft, or the reason why not; `told` is what its file says about multiple-choice answers."""
     if isinstance(entry, Reject) or columns is None:
         assert isinstance(entry, Reject)
         return entry
@@ -56,7 +63,8 @@ def make_draft(
             completion = _completion(teacher, place, found)
             rationales = (completion.rationale,) if completion.rationale else ()
             teacher_answer = completion.answer
-        answer = task.gold(found.answer, found.choices)
+        truth = _as_truth(found.answer) if task.answer_type == "bool" else found.answer
+        answer = gold_answer(task, found.question, truth, found.options, told, found.counts_from)
     except RowError as error:
         return entry.reject(error.code, error.what)
     except ValueError as error:
@@ -69,11 +77,18 @@ def make_draft(
         answer=answer,
         rationales=tuple(dict.fromkeys(rationales)),
         answer_type=task.answer_type,
-        choices=found.choices,
+        choices=found.options.texts if found.options else (),
         source=entry.label,
     )
     correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) if known else None
     return Draft(sample, entry.path, entry.line, correct)
+
+
+def _as_truth(value: object) -> object:
+    """Tables often hold truth values as 0 and 1."""
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    return {"0": False, "1": True}.get(value.strip(), value) if isinstance(value, str) else value
 
 
 def _completion(teacher: TeacherFile, place: int, found: Fields) -> Completion:

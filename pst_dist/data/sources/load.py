@@ -8,7 +8,9 @@ wrong, merge repeats, drop leaks, set a validation part aside. Reading is `specs
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +19,13 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
-from pst_dist.data.sources.column_guess import as_yaml, choose_columns
+from pst_dist.data.sources.choices import Convention, convention_of
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.generators import GENERATOR_TASKS
-from pst_dist.data.sources.rows import RawRow, Reject
+from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.sources.splits import (
     check_ids,
@@ -90,7 +93,7 @@ def enforce(config: Config, loaded: LoadedData) -> None:
         more = f" ({len(rejects)} bad rows of {report['rows_read']}, data.max_bad is {config.data.max_bad})"
         raise DataError(
             first.what + more,
-            "`pst check` lists them all; mend them or raise data.max_bad",
+            "`pst check` lists them all; fix them or raise data.max_bad",
             path=first.path,
             line=first.line,
         )
@@ -106,8 +109,9 @@ def enforce(config: Config, loaded: LoadedData) -> None:
             )
         arms = [arm for arm in (config.arms or [config.arm]) if arm != "answer_only"]
         if arms and not report["train_rationales"]:
+            unused = report.get("unused_text_columns", [])
             raise DataError(
-                f"no training row has a rationale, and arm {arms[0]} needs one",
+                f"no training row has a rationale, and arm {arms[0]} needs one" + _unused(unused),
                 "name their column with data.columns.rationale or data.teacher_completions, or use arm=answer_only",
                 path=config.data.train if isinstance(config.data.train, str) else config.data.train[0],
             )
@@ -120,6 +124,12 @@ def _budget(max_bad: int | str, rows: int) -> int:
     if match is None:
         raise ConfigError(f'data.max_bad={max_bad!r} is neither a number nor a percentage such as "2%"')
     return int(float(match.group(1)) / 100 * rows)
+
+
+def _unused(columns: Sequence[str]) -> str:
+    """The columns that may hold what is missing, for messages."""
+    names = ", ".join(columns[:6]) + (", …" if len(columns) > 6 else "")
+    return f"; text columns that are not used: {names}" if columns else ""
 
 
 def _account(report: dict[str, Any]) -> str:
@@ -135,7 +145,11 @@ class _Survey:
     rejects: list[Reject] = field(default_factory=list)
     digests: list[Any] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    """By path of a training file, its text columns of which nothing is read."""
     report: dict[str, Any] = field(default_factory=dict)
+    told: dict[tuple[str, int], Convention] = field(default_factory=dict)
+    """By split and place among its sources, what a file's multiple-choice answers tell together."""
 
     def run(self) -> LoadedData:
         data = self.config.data
@@ -148,9 +162,15 @@ class _Survey:
         _refuse_shared_files(sources)
         teacher = read_completions(data.teacher_completions, root) if data.teacher_completions else None
         self.report["rows_read"] = 0
+        columns = {
+            (split, place): self._columns(source, split)
+            for split, found in sources.items()
+            for place, source in enumerate(found)
+        }
+        self._compare_choices(sources, columns)
         drafts: dict[str, list[Draft | None]] = {}
         for split, found in sources.items():
-            drafts[split] = self._drafts(split, found, task, teacher if split == "train" else None)
+            drafts[split] = self._drafts(split, found, columns, task, teacher if split == "train" else None)
         if teacher is not None:
             self.digests += [["teacher", *digest] for digest in teacher.digests]
         whole = {split: [draft for draft in rows if draft is not None] for split, rows in drafts.items()}
@@ -179,8 +199,33 @@ class _Survey:
                     "give data.teacher_completions, or data.columns.teacher_answer",
                 )
 
+    def _compare_choices(
+        self, sources: dict[str, list[Source]], columns: dict[tuple[str, int], ColumnMap | None]
+    ) -> None:
+        """Find out what each file's indices count from; a file that does not tell follows the others of its layout."""
+        own: dict[tuple[str, int], Convention] = {}
+        for (split, place), found in columns.items():
+            rows = []
+            for entry in sources[split][place].entries if found is not None and found.has_options else ():
+                if isinstance(entry, RawRow) and found is not None:
+                    try:
+                        fields = found.fields(entry.value)
+                    except RowError:
+                        continue
+                    if fields.options is not None:
+                        rows.append((fields.answer, fields.options))
+            own[split, place] = convention_of(rows)
+        for where, convention in own.items():
+            alike = [own[other] for other, found in columns.items() if found == columns[where]]
+            self.told[where] = convention if convention.numbers else functools.reduce(operator.or_, alike, convention)
+
     def _drafts(
-        self, split: str, sources: Sequence[Source], task: Task, teacher: TeacherFile | None
+        self,
+        split: str,
+        sources: Sequence[Source],
+        columns: dict[tuple[str, int], ColumnMap | None],
+        task: Task,
+        teacher: TeacherFile | None,
     ) -> list[Draft | None]:
         """One draft a row, None where the row is bad, so that places stay those of the file."""
         drafts: list[Draft | None] = []
@@ -191,16 +236,16 @@ class _Survey:
                 "they are joined by position and must be as many",
                 path=teacher.path,
             )
-        for source in sources:
+        for number, source in enumerate(sources):
             self.digests.append([split, source.stem, source.sha256])
             if source.generated and task.answer_type != GENERATOR_TASKS[source.stem].answer_type and self.config.task:
                 wanted = GENERATOR_TASKS[source.stem].name
                 raise ConfigError(
                     f"{source.path} makes rows for task {wanted}, task is {task.name}", f"say task={wanted}"
                 )
-            columns = self._columns(source, split)
+            where = (split, number)
             for entry in source.entries:
-                made = make_draft(entry, columns, task, source, len(drafts), teacher)
+                made = make_draft(entry, columns[where], task, source, len(drafts), teacher, self.told[where])
                 if isinstance(made, Reject):
                     self.rejects.append(made)
                 drafts.append(None if isinstance(made, Reject) else made)
@@ -217,6 +262,8 @@ class _Survey:
         setting = None if source.generated else self.config.data.columns
         columns = choose_columns(setting, sampled, source.path, split)
         self.columns[f"{split}: {source.stem}"] = as_yaml(columns)
+        if split == "train":
+            self.unused[source.path] = unused_text_columns(columns, sampled)
         return columns
 
     def _by_split_file(self, path: Path, drafts: list[Draft | None]) -> dict[str, list[Draft]]:
@@ -241,8 +288,12 @@ class _Survey:
             report["teacher_wrong_dropped"] = len(train) - len(right) + len(validation) - len(kept)
             train, validation = right, kept
         report["duplicates_found"] = repeats(train)
+        for name, drafts in (("validation", validation), ("test", test)):
+            report[f"{name}_duplicates"] = repeats(drafts)
         if data.duplicates == "drop":
             train, report["rationales_merged"], report["duplicates_dropped"] = merge_repeats(train)
+            # Scores and their standard errors count questions: a question with several rationales is one sample.
+            validation, test = merge_repeats(validation)[0], merge_repeats(test)[0]
         train_leaks = find_leaks(train, [*validation, *test])
         validation_leaks = find_leaks(validation, test)
         report["leaks_found"] = len(train_leaks)
@@ -277,7 +328,13 @@ class _Survey:
         have = [draft for draft in train if draft.sample.rationales]
         if have:
             self.rejects += [
-                Reject(draft.path, draft.line, "missing", "rationale is missing or empty", draft.sample.question[:80])
+                Reject(
+                    draft.path,
+                    draft.line,
+                    "missing",
+                    "rationale is missing or empty" + _unused(self.unused.get(draft.path, [])),
+                    excerpt(draft.sample.question),
+                )
                 for draft in train
                 if not draft.sample.rationales
             ]
@@ -297,10 +354,11 @@ class _Survey:
         for split, drafts in splits.items():
             report.setdefault(f"{split}_read", 0)
             report[f"{split}_rows"] = len(drafts)
-            report[f"{split}_duplicates"] = repeats(drafts)
+            report.setdefault(f"{split}_duplicates", repeats(drafts))
             report[f"{split}_rationales"] = sum(len(draft.sample.rationales) for draft in drafts)
             report[f"{split}_without_rationale"] = sum(not draft.sample.rationales for draft in drafts)
         report["columns"] = self.columns
+        report["unused_text_columns"] = list(dict.fromkeys(name for names in self.unused.values() for name in names))
 
 
 def _refuse_shared_files(sources: dict[str, list[Source]]) -> None:

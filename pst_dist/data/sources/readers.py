@@ -17,9 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pst_dist.data.sources.arrow_probe import Unreadable, probe
+from pst_dist.data.sources.compressed import (
+    COMPRESSED,
+    OTHER_ARCHIVES,
+    Readable,
+    data_suffix,
+    decompressed,
+    expansion_limit,
+)
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
-from pst_dist.data.sources.strict_json import MAX_LINE_BYTES, fault_in, json_document, json_lines, refuse_utf16
+from pst_dist.data.sources.strict_json import (
+    LONG_CELL,
+    MAX_CELL_CHARACTERS,
+    NOT_UTF8,
+    fault_in,
+    json_document,
+    json_lines,
+    refuse_utf16,
+)
 from pst_dist.errors import DataError, EnvironmentFault, InputError
+from pst_dist.storage.regular_files import open_regular
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -34,23 +52,19 @@ class FileRows:
 
 
 def read_file(path: Path) -> FileRows:
-    """Read one data file by its suffix.
+    """Read one data file by its suffix, decompressing `.gz` and `.zst`.
 
     Raises InputError for a file that is missing, unreadable, of another kind or changed while being read, and
     DataError for one that holds no rows or is broken as a whole.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        kind = path.suffix or "a file without suffix"
-        raise InputError(f"cannot read {kind}", f"use {', '.join(SUFFIXES)}", path=path)
-    if not path.exists():
+    _refuse_other_formats(path)
+    if not os.path.lexists(path):
         raise InputError("no such file", _neighbours(path), path=path)
-    if not path.is_file():
-        raise InputError("is not a regular file", "give a file, or a folder that save_to_disk wrote", path=path)
     try:
-        with path.open("rb") as stream:
+        with open_regular(path, remedy="give a file, or a folder that save_to_disk wrote") as stream:
             before = os.fstat(stream.fileno())
             tap = _HashingReader(stream)
-            entries = list(_entries(path, tap))
+            entries = list(_entries(path, tap, before.st_size))
             tap.drain()
             after = path.stat()
     except OSError as error:
@@ -62,12 +76,35 @@ def read_file(path: Path) -> FileRows:
     return FileRows(str(path), entries, tap.digest.hexdigest())
 
 
+def _refuse_other_formats(path: Path) -> None:
+    """Name a format that is not read; raises InputError."""
+    suffix = data_suffix(path.name)
+    if path.suffix.lower() in OTHER_ARCHIVES:
+        raise InputError(f"cannot read {path.suffix}", "decompress it, or use .gz or .zst", path=path)
+    if suffix == ".parquet" and path.suffix.lower() in COMPRESSED:
+        raise InputError("Parquet inside another compression is not read", "decompress it", path=path)
+    if suffix not in SUFFIXES:
+        kind = path.suffix or "a file without suffix"
+        raise InputError(f"cannot read {kind}", f"use {', '.join(SUFFIXES)}, or .gz or .zst of them", path=path)
+
+
 def _neighbours(path: Path) -> str:
-    """What the nearest existing folder holds, for a mistyped name."""
+    """A file in the same folder whose name differs by a slip of the keyboard, or where to look."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either: check data.root"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f"did you mean {near[0]}?" if near else "check the name and data.root"
+    # Without their suffixes: n1.jsonl and n7.jsonl are alike in nothing else, and two numbers are two files.
+    wanted = path.name.partition(".")[0]
+    stems = {entry.name.partition(".")[0]: entry.name for entry in path.parent.iterdir() if entry.name[:1] != "."}
+    letters = wanted.strip("0123456789")
+    near = [
+        name
+        for name in difflib.get_close_matches(wanted, stems, n=3, cutoff=0.75)
+        if len(letters) > 2 and name.strip("0123456789") != letters
+    ]
+    same = stems.get(wanted)
+    if same or near:
+        return f"did you mean {same or stems[near[0]]}?"
+    return "check the name and data.root"
 
 
 class _HashingReader:
@@ -81,10 +118,10 @@ class _HashingReader:
         self.bytes += len(piece)
         return piece
 
-    def read(self) -> bytes:
-        return self._seen(self._stream.read())
+    def read(self, size: int = -1, /) -> bytes:
+        return self._seen(self._stream.read(size))
 
-    def readline(self, limit: int) -> bytes:
+    def readline(self, limit: int = -1, /) -> bytes:
         return self._seen(self._stream.readline(limit))
 
     def drain(self) -> None:
@@ -92,14 +129,15 @@ class _HashingReader:
             pass
 
 
-def _entries(path: Path, stream: _HashingReader) -> Iterator[Entry]:
-    suffix = path.suffix.lower()
+def _entries(path: Path, tap: _HashingReader, size: int) -> Iterator[Entry]:
+    suffix = data_suffix(path.name)
+    stream: Readable = decompressed(path, tap, size) if path.suffix.lower() in COMPRESSED else tap
     if suffix in (".jsonl", ".ndjson"):
         yield from json_lines(path, stream.readline)
     elif suffix == ".json":
         yield from json_document(path, stream.read())
     elif suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, size)
     else:
         yield from _delimited(path, stream.read(), "\t" if suffix == ".tsv" else ",")
 
@@ -109,7 +147,9 @@ def _delimited(path: Path, raw: bytes, delimiter: str) -> Iterator[Entry]:
     refuse_utf16(path, raw)
     # Bytes that are not UTF-8 become lone surrogates here and are found cell by cell below.
     text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    csv.field_size_limit(MAX_LINE_BYTES)
+    # One more than a cell may have: the library's own refusal would be of the whole file.
+    csv.field_size_limit(4 * MAX_CELL_CHARACTERS)
+    delimiter = _delimiter(text, delimiter)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     last_line = 0
@@ -119,38 +159,71 @@ def _delimited(path: Path, raw: bytes, delimiter: str) -> Iterator[Entry]:
             if not cells:
                 continue
             if header is None:
-                header = [cell.strip() for cell in cells]
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise DataError(f"column {twice[0]!r} stands twice in the header", path=path, line=line)
+                header = _header(path, line, cells)
                 continue
             if len(cells) != len(header):
                 what = f"{len(cells)} cells, the header has {len(header)}"
                 yield Reject(str(path), line, "csv", what, excerpt(delimiter.join(cells)))
-            elif any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):
-                yield Reject(str(path), line, "encoding", "bytes that are not UTF-8", excerpt(delimiter.join(cells)))
+            elif any(map(_has_foreign_bytes, cells)):
+                what = f"bytes that are not UTF-8{NOT_UTF8}"
+                yield Reject(str(path), line, "encoding", what, excerpt(delimiter.join(cells)))
+            elif any(len(cell) > MAX_CELL_CHARACTERS for cell in cells):
+                yield Reject(str(path), line, "too_long", LONG_CELL, excerpt(cells[0]))
             else:
                 row = dict(zip(header, cells, strict=True))
                 yield RawRow(row, str(path), line, f"{path.name}:{line}")
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", "mend the quotes", path=path, line=reader.line_num) from error
+        raise DataError(f"not CSV: {error}", "fix the quotes", path=path, line=reader.line_num) from error
 
 
-def _parquet(path: Path) -> Iterator[Entry]:
+def _delimiter(text: str, usual: str) -> str:
+    """The usual delimiter, or another one where the usual finds a single column in the header and that one several.
+
+    Spreadsheets of many countries write semicolons, because their decimal sign is the comma.
+    """
+    lines = text[: 1 << 16].splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    found = {}
+    for delimiter in (usual, ",", ";", "\t", "|"):
+        try:
+            found[delimiter] = len(next(csv.reader([first], delimiter=delimiter)))
+        except csv.Error:
+            found[delimiter] = 1
+    return usual if found[usual] > 1 else max(found, key=lambda delimiter: found[delimiter])
+
+
+def _header(path: Path, line: int, cells: list[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise DataError(f"column {twice[0]!r} is in the header twice", "rename one", path=path, line=line)
+    if any(map(_has_foreign_bytes, cells)):
+        raise DataError(f"the header holds bytes that are not UTF-8{NOT_UTF8}", path=path, line=line)
+    return header
+
+
+def _has_foreign_bytes(cell: str) -> bool:
+    return not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell)
+
+
+def _parquet(path: Path, size: int) -> Iterator[Entry]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise EnvironmentFault("reading Parquet needs pyarrow", "pip install 'pst-dist[data]'", path=path) from error
     try:
+        probe([path], expansion_limit(size))
         with parquet.ParquetFile(path) as table:
             number = 0
-            for batch in table.iter_batches(batch_size=1000):
+            # Few rows at a time: one cell may have 16 MiB and be repeated in every row of the file.
+            for batch in table.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
                     number += 1
                     yield table_row(row, str(path), path.name, number)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"not a readable Parquet file: {str(error).splitlines()[0][:120]}", path=path) from error
+    except (pyarrow.ArrowException, UnicodeDecodeError, Unreadable) as error:
+        what = f"not a readable Parquet file: {str(error).splitlines()[0][:160]}"
+        raise DataError(what, "make or copy the file again", path=path) from error
 
 
 def table_row(row: dict[str, Any], path: str, name: str, number: int) -> Entry:

@@ -32,6 +32,14 @@ class Reject:
         return {"path": self.path, "line": self.line, "code": self.code, "what": self.what, "text": self.text}
 
 
+class RowError(ValueError):
+    """A row that lacks a field, has one of the wrong type or an answer that cannot be told; `code` is one word."""
+
+    def __init__(self, code: str, what: str) -> None:
+        super().__init__(what)
+        self.code, self.what = code, what
+
+
 @dataclass(frozen=True)
 class RawRow:
     """One row as it was read."""

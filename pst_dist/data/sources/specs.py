@@ -7,17 +7,21 @@ was read: of the bytes of files, of the fingerprint of a hub dataset, of the row
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.sources.arrow_probe import probe
+from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
 from pst_dist.data.sources.readers import SUFFIXES, read_file, table_row
 from pst_dist.data.sources.rows import Entry
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.manifest import digest_of, sha256_file
+from pst_dist.storage.regular_files import open_regular
 
 _HUB = re.compile(r"hf:(?P<name>[^:@\[\]]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?:(?P<split>.+)")
 
@@ -44,7 +48,7 @@ def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
     seen: set[str] = set()
     for word in [spec] if isinstance(spec, str) else spec:
         for target in _targets(word, root):
-            real = str(target.resolve()) if isinstance(target, Path) else target
+            real = os.path.realpath(target) if isinstance(target, Path) else target
             if real in seen:
                 raise InputError(f"data.{split} names it twice", "name it once", path=target)
             seen.add(real)
@@ -75,7 +79,7 @@ def _read(target: Path | str, split: str) -> Source:
         if target.is_dir():
             return _read_folder(target, split)
         rows = read_file(target)
-        return Source(rows.path, target.stem, rows.entries, rows.sha256)
+        return Source(rows.path, data_stem(target.name), rows.entries, rows.sha256)
     if target.startswith("gen:"):
         name, samples = generate(target, split)
         generated = [
@@ -100,18 +104,23 @@ def _read_folder(folder: Path, split: str) -> Source:
             path=folder,
         )
     datasets = _datasets(folder)
+    files = sorted(file for file in folder.rglob("*") if not file.is_dir())
+    for file in files:
+        open_regular(file, remedy="save the dataset again").close()
     try:
+        arrow = [file for file in files if file.suffix == ".arrow"]
+        probe(arrow, expansion_limit(sum(file.stat().st_size for file in arrow)))
         dataset = datasets.load_from_disk(str(folder))
         entries = list(_dataset_rows(dataset, str(folder), folder.name))
     except Exception as error:  # the reader below raises pyarrow's, the system's and its own kinds
         raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
-    digest = digest_of([sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()])
+    digest = digest_of([sha256_file(file) for file in files])
     return _not_empty(Source(str(folder), folder.name, entries, digest))
 
 
 def _files_in(folder: Path) -> str:
     """What to write instead of a folder that merely holds data files."""
-    suffixes = [file.suffix for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
+    suffixes = [file.suffix for file in sorted(folder.iterdir()) if data_suffix(file.name) in SUFFIXES]
     if not suffixes:
         return "name a data file or such a folder"
     return f"for the files in it write '{folder.absolute()}/*{suffixes[0]}'"

@@ -15,7 +15,10 @@ from typing import Any
 
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources.drafts import Draft
-from pst_dist.errors import ConfigError, DataError, InputError
+from pst_dist.errors import ConfigError, DataError
+from pst_dist.storage.regular_files import read_regular
+
+_MAX_SPLIT_FILE_BYTES = 1 << 30
 
 
 def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
@@ -93,15 +96,15 @@ def without(drafts: Sequence[Draft], removed: Sequence[Draft]) -> list[Draft]:
 def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tuple[list[Draft], list[Draft]]:
     """Set some rows apart: (the rest, the part), both in their old order.
 
-    `size` under 1 is a fraction: a row's own hash decides, so rows added later move no other. From 1 on it is
-    a number of rows, those with the smallest hashes. Rows with one question stay together, so the part cannot
-    leak. `purpose` salts the hash: a test cut and a validation cut are independent. Raises ConfigError when
-    nothing would be left.
+    `size` under 1 is a fraction: the hash of a question's first row decides, so rows added later move no other. From
+    1 on it is a number of questions, those with the smallest hashes. Rows with one question stay together, so the
+    part cannot leak. `purpose` salts the hash: a test cut and a validation cut are independent. Raises ConfigError
+    when nothing would be left.
     """
     if size == 0 or not drafts:
         return list(drafts), []
     if size < 0 or (isinstance(size, float) and size > 1 and size != int(size)):
-        raise ConfigError(f"data.{purpose}_size={size} is neither a fraction nor a number of rows")
+        raise ConfigError(f"data.{purpose}_size={size} is neither a fraction nor a number of questions")
     groups: dict[str, list[Draft]] = defaultdict(list)
     for draft in drafts:
         groups[draft.question_key].append(draft)
@@ -109,15 +112,11 @@ def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tup
     if size < 1:
         part = [draft for group in order if _rank(group[0], purpose) < size for draft in group] or list(order[0])
     else:
-        part = []
-        for group in order:
-            if len(part) >= size:
-                break
-            part += group
+        part = [draft for group in order[: int(size)] for draft in group]
     rest = without(drafts, part)
     if not rest:
         raise ConfigError(
-            f"data.{purpose}_size={size} leaves none of {len(drafts)} rows to train on", "make it smaller"
+            f"data.{purpose}_size={size} leaves none of {len(groups)} questions to train on", "make it smaller"
         )
     return rest, without(drafts, rest)
 
@@ -182,11 +181,9 @@ def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], str]:
     The file is JSON {"train": […], "test": […]}, with "validation" if one is wanted. Raises InputError when it
     cannot be read and DataError when an index is no row of the `rows` there are or stands twice.
     """
+    raw = read_regular(path, _MAX_SPLIT_FILE_BYTES, remedy="check data.split_file")
     try:
-        raw = path.read_bytes()
         value: Any = json.loads(raw)
-    except OSError as error:
-        raise InputError(f"cannot read the split file: {error.strerror}", "check data.split_file", path=path) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"split file is not JSON: {error}", path=path) from error
     if not isinstance(value, dict) or "train" not in value or not set(value) <= set(SPLITS):

@@ -14,19 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.sources.json_tables import is_table, table_rows
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import DataError, InputError
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line is a reject and is not held in memory."""
+MAX_CELL_CHARACTERS = 16 << 20
+"""A row with a longer text is a reject, whatever the format."""
+LONG_CELL = f"a text of more than {MAX_CELL_CHARACTERS >> 20} Mi characters"
+NOT_UTF8 = " (for Windows-1252 convert the file with iconv -f WINDOWS-1252 -t UTF-8)"
 MAX_DEPTH = 64
 """Deeper nesting of lists and objects is a reject."""
 
 
 def refuse_utf16(path: Path, start: bytes) -> None:
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError("is UTF-16", "convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8", path=path)
+    """Name UTF-16 and UTF-32, by their mark or, without one, by the zero bytes between letters; raises InputError."""
+    wide = start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0" in start[:4]
+    if wide or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start[:2]:
+        name = "UTF-32" if wide else "UTF-16"
+        raise InputError(f"is {name}", f"convert it to UTF-8, for example with iconv -f {name} -t UTF-8", path=path)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        return _Fault("duplicate_key", f"key {excerpt(twice)!r} stands twice in one object")
+        return _Fault("duplicate_key", f"key {excerpt(twice)!r} is in one object twice")
     return value
 
 
@@ -74,6 +82,8 @@ def fault_in(value: Any) -> _Fault | None:
         if depth > MAX_DEPTH:
             return _Fault("too_deep", f"nested deeper than {MAX_DEPTH}")
         if isinstance(item, str):
+            if len(item) > MAX_CELL_CHARACTERS:
+                return _Fault("too_long", LONG_CELL)
             if not item.isascii() and _SURROGATE.search(item):
                 return _Fault("surrogate", "half of a surrogate pair (\\ud800 to \\udfff) in a text")
         elif isinstance(item, dict):
@@ -114,7 +124,7 @@ def _json_line(path: Path, number: int, raw: bytes) -> Entry:
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        return Reject(str(path), number, "encoding", f"byte {error.start + 1} is not UTF-8", excerpt(raw))
+        return Reject(str(path), number, "encoding", f"byte {error.start + 1} is not UTF-8{NOT_UTF8}", excerpt(raw))
     try:
         value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
     except json.JSONDecodeError as error:
@@ -134,7 +144,7 @@ def _json_line(path: Path, number: int, raw: bytes) -> Entry:
 
 
 def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
-    """A list of objects, an object whose `data` is one, or JSON lines under another name."""
+    """A list of objects, JSON lines under another name, or an object that holds rows in a form of `json_tables`."""
     refuse_utf16(path, raw)
     raw = raw.removeprefix(codecs.BOM_UTF8)
     start = raw.lstrip()[:1]
@@ -150,6 +160,8 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
         return
     text = _text(path, raw)
     value = _whole(path, text)
+    if isinstance(value, _Fault):
+        raise DataError(value.what, "fix the file", path=path)
     rows = value.get("data") if isinstance(value, dict) else None
     if isinstance(rows, dict):
         raise DataError(
@@ -157,9 +169,14 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
             "a Fine-tune-CoT completion file belongs in data.teacher_completions",
             path=path,
         )
-    if not isinstance(rows, list):
-        keys = f"an object with {', '.join(map(excerpt, list(value)[:6]))}" if isinstance(value, dict) else "one value"
-        raise DataError(f"holds {keys}, not rows", 'give a list, {"data": [...]} or one object a line', path=path)
+    if not isinstance(rows, list) or "columns" in value:
+        for number, row in enumerate(table_rows(path, value), 1):
+            fault = fault_in(row)
+            if fault is not None:
+                yield Reject(str(path), number, fault.code, fault.what, excerpt(str(row)))
+            else:
+                yield RawRow(row, str(path), number, f"{path.name}#{number}")
+        return
     # Found by its content: the word "data" may also stand elsewhere in the object.
     for match in re.finditer(r'"data"\s*:\s*(?=\[)', text):
         if _DECODER.raw_decode(text, match.end())[0] == rows:
@@ -176,7 +193,7 @@ def _is_lines(raw: bytes) -> bool:
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            return len(lines) > 1 or not isinstance(value.get("data"), list | dict)
+            return len(lines) > 1 or not (isinstance(value.get("data"), list | dict) or is_table(value))
     return False
 
 
@@ -186,7 +203,7 @@ def _text(path: Path, raw: bytes) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         what = f"byte {error.start + 1} is not UTF-8"
-        raise DataError(what, "convert the file to UTF-8", path=path, line=line) from error
+        raise DataError(what + NOT_UTF8, "convert the file to UTF-8", path=path, line=line) from error
 
 
 def _whole(path: Path, text: str) -> Any:
@@ -194,7 +211,7 @@ def _whole(path: Path, text: str) -> Any:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         what = f"column {error.colno}: not JSON: {error.msg}"
-        raise DataError(what, "mend the file", path=path, line=error.lineno) from error
+        raise DataError(what, "fix the file", path=path, line=error.lineno) from error
     except RecursionError as error:
         raise DataError(f"nested deeper than {MAX_DEPTH}", path=path) from error
 
@@ -216,7 +233,7 @@ def _json_list(path: Path, text: str, start: int | None = None) -> Iterator[Entr
         except json.JSONDecodeError as error:
             raise _broken(path, text, error.pos, error.msg) from error
         except RecursionError as error:
-            raise DataError(f"nested deeper than {MAX_DEPTH}", "mend the file", path=path, line=line) from error
+            raise DataError(f"nested deeper than {MAX_DEPTH}", "fix the file", path=path, line=line) from error
         yield _row_or_reject(value, path, line, text[position : position + 200])
         position = _skip(text, end)
         if text[position : position + 1] == ",":
@@ -237,4 +254,4 @@ def _skip(text: str, index: int) -> int:
 
 def _broken(path: Path, text: str, index: int, message: str) -> DataError:
     line, column = text.count("\n", 0, index) + 1, index - text.rfind("\n", 0, index)
-    return DataError(f"column {column}: not JSON: {message}", "mend the file", path=path, line=line)
+    return DataError(f"column {column}: not JSON: {message}", "fix the file", path=path, line=line)

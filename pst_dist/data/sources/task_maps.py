@@ -9,16 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pst_dist.data.sources.columns import (
-    Fields,
-    Layout,
-    RowError,
-    as_choices,
-    as_id,
-    as_rationales,
-    as_text,
-    with_choices,
-)
+from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
+from pst_dist.data.sources.options import LETTERS, read_options, with_choices
+from pst_dist.data.sources.rows import RowError
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
 # People close with "The answer is B", "Answer C", "Choice E is correct", "The answer is 30. i.e C": the last such
@@ -26,17 +19,18 @@ _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-cho
 _CLOSING = re.compile(
     r"(?:\b(?:hence|therefore|thus|so)\b,?\s*)?\b(?:the )?(?:correct )?(?:answer|choice|option)\b", re.I
 )
+_SENTENCE_END = re.compile(r"[.!?]\s")
 _LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?![A-Za-z])")
 
 
 def _aqua(row: Mapping[str, Any]) -> Fields:
     """AQuA as published: question, options `A)…`, rationale, correct."""
-    choices = as_choices(row.get("options"))
+    options = read_options(row.get("options"))
     return Fields(
-        question=with_choices(as_text(row.get("question"), "question"), choices),
+        question=with_choices(as_text(row.get("question"), "question"), options.texts),
         answer=as_text(row.get("correct"), "answer"),
         rationales=as_rationales(row.get("rationale")),
-        choices=choices,
+        options=options,
     )
 
 
@@ -45,14 +39,14 @@ def _aqua_human(row: Mapping[str, Any]) -> Fields:
     question, found, listed = as_text(row.get("instruction"), "question").rpartition("Answer Choices:")
     if not found:
         raise RowError("missing", "question has no `Answer Choices:`")
-    choices = as_choices([part.strip() for part in re.split(r"\([A-E]\)", listed)[1:]])
+    options = read_options([part.strip() for part in re.split(r"\([A-E]\)", listed)[1:]])
     output = _PREAMBLE.sub("", as_text(row.get("output"), "answer"))
-    rationale, answer = _split_answer(output, choices)
+    rationale, answer = _split_answer(output, options.texts)
     return Fields(
-        question=with_choices(question.strip(), choices),
+        question=with_choices(question.strip(), options.texts),
         answer=answer,
         rationales=as_rationales(rationale),
-        choices=choices,
+        options=options,
     )
 
 
@@ -61,7 +55,7 @@ def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
     closings = list(_CLOSING.finditer(output))
     # "The answer is option B" holds two such words; the rationale ends before the first of the last sentence.
     for last in reversed(closings):
-        first = next(mark for mark in closings if not re.search(r"[.!?]\s", output[mark.start() : last.start()]))
+        first = next(mark for mark in closings if not _SENTENCE_END.search(output, mark.start(), last.start()))
         ending = output[last.end() :]
         if len(ending) > 60:
             break  # a word in the middle of the steps
@@ -77,14 +71,16 @@ def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
 
 def _csqa_palm(row: Mapping[str, Any]) -> Fields:
     """CommonsenseQA of the Distilling step-by-step release; its rationales are in data.teacher_completions."""
-    choices = as_choices(row.get("choices"))
+    options = read_options(row.get("choices"))
     answer = as_text(row.get("answer"), "answer")
-    if answer not in choices:
+    if answer not in options.texts:
         raise RowError("answer", "answer is none of the choices")
+    # In 48 of the 10,962 rows two options have the answer's text, and the release does not say which one is meant. The
+    # published 9,741 and 1,221 rows include them, so the first is taken; it is CommonsenseQA's own key in 29 of the 48.
     return Fields(
-        question=with_choices(as_text(row.get("question"), "question"), choices),
-        answer=chr(65 + choices.index(answer)),
-        choices=choices,
+        question=with_choices(as_text(row.get("question"), "question"), options.texts),
+        answer=LETTERS[options.texts.index(answer)],
+        options=options,
         id=as_id(row.get("id")),
     )
 
@@ -103,13 +99,15 @@ TASK_LAYOUTS: dict[str, Layout] = {
             _aqua,
             ("question", "options", "correct"),
             lambda row: isinstance(row.get("options"), list) and isinstance(row.get("correct"), str),
+            has_options=True,
         ),
-        Layout("aqua_human", _aqua_human, ("instruction", "output"), _is_aqua_human),
+        Layout("aqua_human", _aqua_human, ("instruction", "output"), _is_aqua_human, has_options=True),
         Layout(
             "csqa_palm",
             _csqa_palm,
             ("question", "choices", "answer"),
             lambda row: "abstractive_explanation" in row and isinstance(row.get("choices"), list),
+            has_options=True,
         ),
     )
 }

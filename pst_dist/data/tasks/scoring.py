@@ -1,8 +1,9 @@
 """How answers are found in text, brought to one form and compared.
 
-The rules for the 12 tasks are those of Fine-tune-CoT's evaluator, to the letter, because published numbers
-depend on them; the generic rules, for rows of no named task, are a little stricter. Which task follows
-which rule is `registry`.
+The rules named `fine_tune_cot_*` (with `yes_no` and `joined_letters`) are those of Fine-tune-CoT's evaluator for its 12
+tasks, exactly, because published accuracies depend on them: they take the first thing that looks like an answer. The
+others are for rows of no named task. They read an answer right or count it as unparsed. Gold answers are read strictly
+for every task. Which task follows which rule is `registry`; what a number is, `numbers`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,38 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from pst_dist.data.sample import AnswerType
+from pst_dist.data.tasks.number_answers import find_number, numbers_in
+from pst_dist.data.tasks.numbers import NotANumber, number_of_json, read_number, write_number
 
-Rule = Literal["numbers", "letters", "marked_letters", "yes_no", "joined_letters", "dates", "whole_text"]
+Rule = Literal[
+    "fine_tune_cot_numbers",
+    "fine_tune_cot_letters",
+    "number",
+    "marked_letters",
+    "yes_no",
+    "joined_letters",
+    "dates",
+    "whole_text",
+]
 
 _TOLERANCE = 1e-6
 _KINDS: dict[str, str] = {
-    "numbers": "a number",
-    "letters": "a choice letter",
+    "fine_tune_cot_numbers": "a number",
+    "fine_tune_cot_letters": "a choice letter",
+    "number": "a number",
     "marked_letters": "a choice letter",
     "yes_no": "yes or no",
     "joined_letters": "letters",
     "dates": "a date",
     "whole_text": "text",
 }
+_NEVER_GUESSED = ("number", "marked_letters", "dates")
+"""Rules under which an output without its answer marker has no answer: its last number may be an interim result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +56,9 @@ class Task:
     choice_letters: str = ""
     """The letters that an answer may be, for multiple choice; empty otherwise."""
     numeric: bool = False
-    """Compare as numbers within 1e-6 and write 43.0 as 43; otherwise the strings must be equal."""
+    """For `fine_tune_cot_numbers`: compare as floats within 1e-6 and write 43.0 as 43; else strings must be equal."""
+    percent_is_hundredths: bool = False
+    """For `number`: 50 % is 0.5. Otherwise the percent sign is a unit like any other, and 50 % is 50."""
     summary: str = ""
     """What is asked, in a few words."""
 
@@ -50,21 +67,31 @@ class Task:
         return _candidates(self, text)
 
     def cleanse(self, text: str) -> str | None:
-        """The first candidate in a piece of answer text; None where there is none: a parse failure."""
+        """The answer in a piece of answer text; None where there is none, or none for certain: a parse failure.
+
+        That is the first candidate, except for `number` and `marked_letters`, which never choose among several.
+        """
+        if self.rule == "number":
+            value = find_number(text, percent_is_hundredths=self.percent_is_hundredths)
+            return None if value is None else write_number(value)
+        if self.rule == "marked_letters":
+            return _only_letter(text, self.choice_letters)
         found = self.candidates(text)
         return found[0] if found else None
 
     def extract(self, completion: str, marker: str | None) -> str | None:
-        """The answer in a whole completion: the first candidate after `marker`.
+        """The answer in a whole completion: what `cleanse` finds after `marker`, or with marker None in all of it.
 
-        When the marker is not in the text, the last candidate: a rationale that ran into its answer without
-        one. With marker None, the first candidate. The rule is Fine-tune-CoT's.
+        When the marker is not in the text, Fine-tune-CoT's rules take the last candidate: a rationale that ran into its
+        answer without one. The rules for numbers, letters and dates of no named task take none.
         """
         if marker is None:
             return self.cleanse(completion)
         before, found, after = completion.partition(marker)
         if found:
             return self.cleanse(after)
+        if self.rule in _NEVER_GUESSED:
+            return None
         candidates = self.candidates(before)
         return candidates[-1] if candidates else None
 
@@ -74,28 +101,32 @@ class Task:
             return False
         if prediction == gold:
             return True
+        if self.rule == "number":
+            return _equal(prediction, gold, self.percent_is_hundredths)
         if self.numeric:
             return _close(prediction, gold)
         if self.rule == "whole_text":
             return _folded(prediction) == _folded(gold)
         return False
 
-    def gold(self, value: object, choices: Sequence[str] = ()) -> str:
+    def gold(self, value: object) -> str:
         """The canonical form of a gold answer; raises ValueError, with the reason, when it is not one.
 
-        Stricter than `cleanse`: a gold answer with two numbers in it is a fault in the data, and is not
-        settled by taking the first. Numbers of JSON are answers of number tasks, true and false of yes/no
-        tasks, a position in `choices` (from 0) or the text of a choice those of multiple choice.
+        Stricter than `cleanse`: a gold answer that is not understood wholly is a fault in the data. Numbers of JSON
+        are answers of number tasks, true and false of yes/no tasks. What an index or the text of an option means only
+        the options tell: `sources.choices`.
         """
-        return _gold(self, value, choices)
+        return _gold(self, value)
 
 
 def _candidates(task: Task, text: str) -> list[str]:
     rule = task.rule
-    if rule == "numbers":
+    if rule == "number":
+        return [write_number(value) for value in numbers_in(text, percent_is_hundredths=task.percent_is_hundredths)]
+    if rule == "fine_tune_cot_numbers":
         found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
         return [_shortest(number) for number in found] if task.numeric else found
-    if rule == "letters":
+    if rule == "fine_tune_cot_letters":
         return re.findall(f"[{task.choice_letters}]", text)
     if rule == "marked_letters":
         letters = task.choice_letters
@@ -134,6 +165,28 @@ def _close(left: str, right: str) -> bool:
     return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= _TOLERANCE
 
 
+def _equal(prediction: str, gold: str, percent_is_hundredths: bool) -> bool:
+    """Whether two texts are numbers of one value."""
+    try:
+        left, right = (read_number(text, percent_is_hundredths=percent_is_hundredths) for text in (prediction, gold))
+    except NotANumber:
+        return False
+    return left == right
+
+
+def _only_letter(text: str, letters: str) -> str | None:
+    """The one choice letter that a text answers with: at its start with a mark, in brackets, or standing alone."""
+    leading = re.match(r"[\s\"'*]*\(?([A-Za-z])(?:[).:,;\"'*]|\s*$)", text)
+    if leading and leading.group(1).upper() in letters:
+        # "C, as A is wrong" answers C; "(B) or (C)" and "B, C" answer nothing.
+        another = re.match(r"\s*(?:(?:or\b|and\b|[/,&])\s*)?\(?[A-Z](?![\w'])", text[leading.end() :])
+        return None if another else leading.group(1).upper()
+    # A bracketed letter is meant as one; a bare A or I in front of a word may be a word.
+    found = {letter.upper() for letter in re.findall(rf"\(([{letters}{letters.lower()}])\)", text)}
+    found = found or set(re.findall(rf"(?<![\w'])(?![AI]\s+[a-z])([{letters}])(?![\w'])", text))
+    return found.pop() if len(found) == 1 else None
+
+
 def _folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".")
 
@@ -151,18 +204,28 @@ def _dates(text: str) -> list[str]:
     return found
 
 
-def _gold(task: Task, value: object, choices: Sequence[str]) -> str:
+def _gold(task: Task, value: object) -> str:
     wanted = _KINDS[task.rule]
     if isinstance(value, bool):
         if task.rule != "yes_no":
             raise ValueError(f"is true or false, wanted {wanted}" + _unless_said(task, "bool"))
         return "yes" if value else "no"
     if isinstance(value, int | float):
-        return _gold_number(task, value, choices)
+        if task.answer_type != "number":
+            hint = "; name the column of its options data.columns.choices" if task.choice_letters else ""
+            raise ValueError(f"is a number, wanted {wanted}{hint}" + _unless_said(task, "number"))
+        number = number_of_json(value)
+        return _gold_number(task, number, write_number(number))
     if not isinstance(value, str):
         raise ValueError(f"is {kind_of(value)}, wanted {wanted}")
+    if task.answer_type == "number":
+        try:
+            number = read_number(value, percent_is_hundredths=task.percent_is_hundredths)
+        except NotANumber as error:
+            raise ValueError(f"{snippet(value)} is not a number: it {error}") from error
+        return _gold_number(task, number, value)
     if task.choice_letters:
-        return _gold_letter(task, value, choices)
+        return _gold_letter(task, value)
     if task.rule == "yes_no" and value.strip().lower() in ("true", "false"):
         return "yes" if value.strip().lower() == "true" else "no"
     found = list(dict.fromkeys(task.candidates(value)))
@@ -173,18 +236,21 @@ def _gold(task: Task, value: object, choices: Sequence[str]) -> str:
     return found[0]
 
 
-def _gold_number(task: Task, value: int | float, choices: Sequence[str]) -> str:
-    if task.rule == "numbers":
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError("is not a finite number")
-        # 1e20 and 1e-7 are written out: an exponent would read as two numbers.
-        digits = str(int(value)) if value == int(value) else f"{value:.12f}"
-        return _shortest(digits)
-    if task.choice_letters and isinstance(value, int) and choices:
-        if not 0 <= value < min(len(choices), len(task.choice_letters)):
-            raise ValueError(f"{value} is no position in {len(choices)} choices")
-        return task.choice_letters[value]
-    raise ValueError(f"is a number, wanted {_KINDS[task.rule]}" + _unless_said(task, "number"))
+def _gold_number(task: Task, value: Fraction, text: str) -> str:
+    """The value as text, in a form that the task's own rule reads back.
+
+    Fine-tune-CoT's evaluator compares some tasks' numbers as strings: where it reads the gold answer as it stands, that
+    form is kept, such as 51.0.
+    """
+    if task.rule == "number":
+        return write_number(value)
+    as_it_stands = task.candidates(text)
+    if len(as_it_stands) == 1 and read_number(as_it_stands[0]) == value:
+        return as_it_stands[0]
+    written = write_number(value)
+    if task.candidates(written) != [written]:
+        raise ValueError(f"{snippet(text)} is no decimal number, and task {task.name} compares those")
+    return written
 
 
 def _unless_said(task: Task, kind: str) -> str:
@@ -192,18 +258,12 @@ def _unless_said(task: Task, kind: str) -> str:
     return f" (say data.answer_type={kind} if all are)" if task.rule == "whole_text" else ""
 
 
-def _gold_letter(task: Task, value: str, choices: Sequence[str]) -> str:
-    """A lone letter, (B), `B)` or `B.` before a text, or the text of a choice."""
+def _gold_letter(task: Task, value: str) -> str:
+    """A letter alone or in brackets, or one with a mark before the text of its option: (B), `B) x`, `B. x`."""
     text, letters = value.strip(), task.choice_letters
-    alone = re.fullmatch(r"\(?([A-Za-z])[).:]*", text)
+    alone = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", text) or re.match(r"\(?([A-Z])[).:]", text)
     if alone and alone.group(1).upper() in letters:
         return alone.group(1).upper()
-    for letter, choice in zip(letters, choices, strict=False):
-        if _folded(choice) == _folded(text):
-            return letter
-    led = re.match(rf"\(([{letters}])\)|([{letters}])[).:]", text)
-    if led:
-        return led.group(1) or led.group(2)
     raise ValueError(f"{snippet(value)} is no choice letter of {letters[0]} to {letters[-1]}")
 
 

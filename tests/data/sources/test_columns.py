@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from pst_dist.data.sources.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
-from pst_dist.data.sources.columns import RowError, as_choices, field_map, look_up, with_choices
-from pst_dist.data.sources.common_maps import split_reply
+from pst_dist.data.sources.columns import field_map, look_up
+from pst_dist.data.sources.replies import split_reply
+from pst_dist.data.sources.rows import RowError
 from pst_dist.errors import ConfigError, DataError
 
 ROW = {"a": {"b": [{"c": "deep"}, "second"]}, "n": 7, "x.y": "dotted", "t": True, "s": "text"}
@@ -38,7 +39,7 @@ def test_a_field_map_gives_fields():
     row = {"ctx": "C.", "q": "Q?", "meta": {"gold": 5}, "cots": ["one", " ", "two", "one"], "opts": ["x", "y"], "n": 3}
     found = columns.fields(row)
     assert found.question == "C. Q? Answer choices: (A) x, (B) y."
-    assert (found.answer, found.rationales, found.choices, found.id) == (5, ("one", "two"), ("x", "y"), "3")
+    assert (found.answer, found.rationales, found.options.texts, found.id) == (5, ("one", "two"), ("x", "y"), "3")
 
 
 @pytest.mark.parametrize(
@@ -73,26 +74,6 @@ def test_a_map_with_an_unknown_field_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (["A)5", "B)6"], ("5", "6")),
-        (["(A) x", "(B) y"], ("x", "y")),
-        (["A) x", "y"], ("A) x", "y")),
-        ({"label": ["A", "B"], "text": ["x", "y"]}, ("x", "y")),
-        ([1, 2.5], ("1", "2.5")),
-    ],
-)
-def test_choices_lose_their_letters_only_when_all_have_them(value, expected):
-    assert as_choices(value) == expected
-
-
-def test_choices_are_written_behind_the_question_once():
-    question = with_choices("Which?", ("x", "y"))
-    assert question == "Which? Answer choices: (A) x, (B) y."
-    assert with_choices(question, ("x", "y")) == question
-
-
-@pytest.mark.parametrize(
     ("reply", "rationale", "answer"),
     [
         ("<think>\nI add.\n</think>\n42", "I add.", "42"),
@@ -111,7 +92,6 @@ def test_a_reply_is_cut_at_the_mark_it_has(reply, rationale, answer):
 LAYOUT_ROWS = {
     "messages": {
         "messages": [
-            {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "2+2?"}]},
             {"role": "assistant", "reasoning_content": "I add.", "content": "4"},
         ]
@@ -143,7 +123,7 @@ def test_conversational_prompt_and_completion_are_read_too():
     assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add.",), "4")
 
 
-def test_a_conversation_of_several_turns_is_refused():
+def test_a_conversation_without_a_reply_is_refused():
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
     with pytest.raises(RowError, match="2 user and 0 assistant turns"):
         READY_MADE["messages"].fields(row)

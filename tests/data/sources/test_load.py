@@ -147,7 +147,7 @@ def test_answers_that_fit_no_type_are_bad_rows(tmp_path):
     _write(tmp_path / "rows.jsonl", [_row(1, answer="12"), _row(2, answer="about 3 or 4"), _row(3, answer=7)])
     loaded = _load(tmp_path, train="rows.jsonl", answer_type="number", max_bad=1, validation_size=0)
     assert [sample.answer for sample in loaded.splits["train"]] == ["12", "7"]
-    assert loaded.rejects[0].what == "answer 'about 3 or 4' holds several: 3, 4; wanted a number"
+    assert loaded.rejects[0].what == "answer 'about 3 or 4' is not a number: it does not begin with a number"
     with pytest.raises(DataError, match="answer is a number, wanted text"):
         _load(tmp_path, train="rows.jsonl")
 
@@ -238,6 +238,55 @@ def test_several_rationales_for_one_question_become_one_sample(tmp_path):
     assert len({sample.id for sample in kept}) == 5
 
 
+def _three_wordings(path: Path) -> Path:
+    """150 rows: 50 questions with three rationales each, the wordings of one question 50 rows apart."""
+    return _write(path, [_row(n, rationale=f"{wording} {n}.") for wording in ("Since", "For", "As") for n in range(50)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "held_out"),
+    [
+        ({"test_size": 10}, {"test": 10}),
+        ({"test_size": 10, "validation_size": 5}, {"test": 10, "validation": 5}),
+        ({"test_size": 0.3}, {"test": None}),
+        ({"validation_size": 0.3}, {"validation": None}),
+        ({"split_file": "split.json"}, {"test": 10, "validation": 5}),
+        ({"test": "held.jsonl"}, {"test": 50}),
+        ({"validation": "held.jsonl"}, {"validation": 50}),
+    ],
+)
+def test_no_split_repeats_a_question_and_sizes_count_questions(tmp_path, settings, held_out):
+    _three_wordings(tmp_path / "rows.jsonl")
+    held = [_row(n + 100, rationale=f"{word} {n}.") for word in ("Since", "For", "As") for n in range(50)]
+    _write(tmp_path / "held.jsonl", held)
+    places = [[n + 50 * wording for n in range(50) for wording in range(3)][start:stop] for start, stop in SPLIT_PLACES]
+    (tmp_path / "split.json").write_text(json.dumps(dict(zip(("train", "validation", "test"), places, strict=True))))
+    loaded = _load(tmp_path, train="rows.jsonl", **{"validation_size": 0, **settings})
+    seen = [question for split in loaded.splits for question in _questions(loaded, split)]
+    assert len(seen) == len(set(seen)) == 50 + 50 * ("held.jsonl" in settings.values())
+    for samples in loaded.splits.values():
+        assert all(len(sample.rationales) == 3 for sample in samples)
+    for split, count in held_out.items():
+        assert len(loaded.splits[split]) == (count or len(loaded.splits[split])) > 0
+    if "split_file" not in settings:
+        assert loaded.report["leaks_found"] == 0
+
+
+SPLIT_PLACES = ((0, 105), (105, 120), (120, 150))
+"""35 questions to train on, 5 to validate and 10 to test, with all three rows of each."""
+
+
+def test_repeated_test_rows_are_counted_and_kept_only_on_request(tmp_path):
+    _write(tmp_path / "train.jsonl", [_row(n) for n in range(3)])
+    test = [_row(7), _row(7, rationale="Otherwise."), _row(7, question="what is NUMBER 7"), _row(8)]
+    _write(tmp_path / "test.jsonl", test)
+    files = {"train": "train.jsonl", "test": "test.jsonl", "validation_size": 0}
+    loaded = _load(tmp_path, **files)
+    assert [sample.rationales for sample in loaded.splits["test"]] == [("Because 7.", "Otherwise."), ("Because 8.",)]
+    assert (loaded.report["test_duplicates"], loaded.report["test_rows"]) == (2, 2)
+    assert len(_load(tmp_path, **files, duplicates="keep").splits["test"]) == 4
+
+
 def test_training_questions_that_are_held_out_are_dropped_kept_or_refused(tmp_path):
     _write(tmp_path / "train.jsonl", [_row(n) for n in range(10)])
     _write(tmp_path / "test.jsonl", [_row(3, question="what is  NUMBER 3", answer="z"), _row(77)])
@@ -274,7 +323,7 @@ def test_cuts_by_number_are_exact_and_test_and_validation_are_apart(tmp_path):
         "test": 20,
     }
     assert len({sample.id for samples in loaded.splits.values() for sample in samples}) == 100
-    with pytest.raises(ConfigError, match="leaves none of 100 rows"):
+    with pytest.raises(ConfigError, match="leaves none of 100 questions"):
         _load(tmp_path, train="rows.jsonl", validation_size=100)
     with pytest.raises(ConfigError, match="neither a fraction nor a number"):
         _load(tmp_path, train="rows.jsonl", validation_size=1.5)

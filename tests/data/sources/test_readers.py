@@ -32,7 +32,7 @@ def _rejects(entries):
         (b'"text"', "not_object", "row is text"),
         (b"17", "not_object", "row is a number"),
         (b"null", "not_object", "row is null"),
-        (b'{"a": 1, "b": {"x": 1, "x": 2}}', "duplicate_key", "key 'x' stands twice"),
+        (b'{"a": 1, "b": {"x": 1, "x": 2}}', "duplicate_key", "key 'x' is in one object twice"),
         (b'{"a": NaN}', "not_finite", "NaN is not JSON"),
         (b'{"a": [-Infinity]}', "not_finite", "-Infinity is not JSON"),
         (b'{"a": 1e999}', "not_finite", "1e999 is not finite"),
@@ -132,7 +132,7 @@ def test_csv_rows_are_named_by_their_first_line_and_ragged_ones_refused(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [("a,a\n1,2\n", "'a' stands twice"), ('a,b\n"1,2\n', "not CSV"), ("a,b\n", "no rows")]
+    ("text", "what"), [("a,a\n1,2\n", "'a' is in the header twice"), ('a,b\n"1,2\n', "not CSV"), ("a,b\n", "no rows")]
 )
 def test_a_csv_without_a_sound_header_or_rows_is_refused(tmp_path, text, what):
     path = tmp_path / "rows.csv"

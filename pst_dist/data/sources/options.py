@@ -1,0 +1,186 @@
+"""The options of a multiple-choice row: read from their common layouts, and written behind the question in one way.
+
+Options are lettered A, B, C… in the order of the row. Which of them an answer means is `choices`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pst_dist.data.sources.rows import RowError
+from pst_dist.data.tasks.scoring import kind_of, snippet
+
+LETTERS = string.ascii_uppercase
+"""What options are called, in order; a row may have as many."""
+LETTER_MARK = re.compile(r"\(?([A-Za-z])[).:]\s*")
+"""A letter in front of an option's text."""
+
+_NUMBER_MARK = re.compile(r"\(?(\d{1,2})[).:]\s+")
+_LABEL_KEYS = ("label", "key", "letter", "id")
+_TEXT_KEYS = ("text", "value", "content", "option", "choice")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one row, in order A, B, C…"""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    """What the row itself calls them, `1` or `option1`; empty where that is A, B, C… or nothing."""
+
+
+def read_options(value: Any) -> Options:
+    """Options from a list of texts, {"A": …, "B": …}, {"label": […], "text": […]} or a list of {"label", "text"}; also
+    from one text that lists them, see `options_in_text`.
+
+    Leading marks such as `A)` are taken off when all options have them. Raises RowError for a missing option, fewer
+    than two, more than 26, and labels that are neither A, B, C… nor consecutive numbers.
+    """
+    if value is None:
+        raise RowError("missing", "choices is missing")
+    names, values = _named_options(value)
+    while names and values and _is_missing(values[-1]):
+        names, values = names[:-1], values[:-1]
+    texts = [_option_text(item, LETTERS[min(place, 25)]) for place, item in enumerate(values)]
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise RowError("choices", f"choices has {len(texts)} options, wanted 2 to {len(LETTERS)}")
+    if names:
+        return _by_label([str(name).strip() for name in names], texts)
+    for pattern, expected in ((LETTER_MARK, list(LETTERS)), (_NUMBER_MARK, [str(k + 1) for k in range(26)])):
+        marks = [pattern.match(text) for text in texts]
+        if all(mark and mark.group(1).upper() == name for mark, name in zip(marks, expected, strict=False)):
+            bare = tuple(text[mark.end() :] or text for text, mark in zip(texts, marks, strict=True) if mark)
+            return Options(bare, tuple(expected[: len(bare)]) if pattern is _NUMBER_MARK else ())
+    return Options(tuple(texts))
+
+
+def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
+    """(names, values); no names for a plain list."""
+    if isinstance(value, str) and (listed := options_in_text(value)):
+        return [], listed
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        labels, texts = value.get("label"), value["text"]
+        if labels is None:
+            return [], texts
+        if not isinstance(labels, list) or len(labels) != len(texts):
+            raise RowError("choices", "choices has not one label for each text")
+        return labels, texts
+    if isinstance(value, Mapping):
+        return list(value), list(value.values())
+    if not isinstance(value, list):
+        raise RowError("type", f"choices is {kind_of(value)}, wanted a list or an object")
+    if value and all(isinstance(item, Mapping) for item in value):
+        label = next((key for key in _LABEL_KEYS if all(key in item for item in value)), None)
+        text = next((key for key in _TEXT_KEYS if all(key in item for item in value)), None)
+        if text is None:
+            raise RowError("choices", "choices are objects without a text")
+        return [item[label] for item in value] if label else [], [item[text] for item in value]
+    return [], value
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _option_text(value: Any, letter: str) -> str:
+    if _is_missing(value):
+        raise RowError("missing", f"choice {letter} is missing or empty")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError("type", f"choice {letter} is {kind_of(value)}, wanted text")
+    if "\x00" in str(value):
+        raise RowError("nul", f"choice {letter} holds a NUL character")
+    return str(value).strip()
+
+
+def _by_label(names: list[str], texts: list[str]) -> Options:
+    """Options in the order of their labels, so that a rationale's "option B" is the one that is written as (B)."""
+    letters = [option_name(name)[1].upper() for name in names]
+    if sorted(letters) == list(LETTERS[: len(letters)]):
+        return Options(tuple(text for _, text in sorted(zip(letters, texts, strict=True))))
+    if all(letter.isdigit() for letter in letters):
+        order = sorted(range(len(names)), key=lambda k: int(letters[k]))
+        counted = [int(letters[k]) for k in order]
+        if counted in (list(range(len(names))), list(range(1, len(names) + 1))):
+            return Options(tuple(texts[k] for k in order), tuple(names[k] for k in order))
+    raise RowError("choices", f"choices are called {', '.join(map(snippet, names[:6]))}; wanted A, B, C… or 1, 2, 3…")
+
+
+def option_name(name: str) -> tuple[str, str]:
+    """Stem and letter or number of a column or key that names an option: `option_a` is (option, a); else ("", "")."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    found = re.fullmatch(r"(|option|opt|op|choice|answer|ans|ending|sol|solution|candidate)([a-z]|\d{1,2})", plain)
+    return (found.group(1), found.group(2)) if found else ("", "")
+
+
+def option_columns(columns: Sequence[str]) -> str:
+    """The columns that hold one option each, as a path for data.columns.choices: `A, B, C, D`; "" where there are none.
+
+    They share a stem, such as option_a and option_b, and run from A, 0 or 1 without a gap.
+    """
+    by_stem: dict[str, dict[str, str]] = {}
+    for column in columns:
+        stem, end = option_name(column)
+        if end and not (stem == "" and end.isdigit()):
+            by_stem.setdefault(stem, {})[end] = column
+    for found in by_stem.values():
+        for ends in (list(string.ascii_lowercase), [str(k) for k in range(26)], [str(k) for k in range(1, 27)]):
+            run = [found[end] for end in ends[: len(found)] if end in found]
+            if len(run) == len(found) > 1:
+                return ", ".join(run)
+    return ""
+
+
+def with_choices(question: str, choices: Iterable[str]) -> str:
+    """The question with its options behind it, `Answer choices: (A) x, (B) y.`, unless it lists them already.
+
+    They are listed where each text follows its own letter, in order: "(A) x (B) y", "A. x". That the texts occur
+    somewhere in the question is not enough: "How many of the 12 are left?" does not list the options 1 and 2.
+    """
+    choices = list(choices)
+    place = 0
+    for letter, choice in zip(LETTERS, choices, strict=False):
+        found = re.compile(rf"(?<!\w)\(?{letter}[).:]\s{{0,3}}{re.escape(choice)}(?!\w)").search(question, place)
+        if found is None:
+            listed = ", ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+            return f"{question} Answer choices: {listed}."
+        place = found.end()
+    return question
+
+
+def listed_options(question: str) -> int:
+    """How many options a question lists as (A) …, (B) … or A) …, B) …; 0 where it lists none."""
+    text = question[max(question.lower().rfind("answer choices"), 0) :]
+    # "Vitamin A. Or plan B: ..." lists nothing: these marks count at the beginning of a line only.
+    count = max(len(_marks(text, mark)) for mark in (r"\({}\)", r"(?<![\w(]){}\)", r"^[ \t]*{}[.:] "))
+    return count if count > 1 else 0
+
+
+def _marks(text: str, mark: str) -> list[re.Match[str]]:
+    """Where the marks of A, B, C… are, in this order, until one is missing."""
+    found: list[re.Match[str]] = []
+    for letter in LETTERS:
+        match = re.compile(mark.format(letter), re.MULTILINE).search(text, found[-1].end() if found else 0)
+        if match is None:
+            break
+        found.append(match)
+    return found
+
+
+def options_in_text(text: str) -> list[str]:
+    """Options that one text lists, as a JSON list or as `a ) 38 , b ) 27`; empty where it lists none for certain."""
+    if text.lstrip().startswith("["):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        return value if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value) else []
+    marks = _marks(text.upper(), r"(?:^|(?<=[\s,;(])){} ?\)") if len(text.upper()) == len(text) else []
+    if len(marks) < 2 or text[: marks[0].start()].strip(" ("):
+        return []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [text[mark.end() : end].strip(" ,;(\n\t") for mark, end in zip(marks, ends, strict=True)]

@@ -1,0 +1,371 @@
+"""Reasoning and answer of a reply that mixes both: the one place that knows how teachers mark an answer.
+
+`split_reply` takes the thought off first (`<think>...</think>` and its relatives) and then looks for the last explicit
+mark in the rest: `\\boxed{}`, `####`, "the answer is", `Answer:`, `<answer>`, `-->`. docs/data.md lists them. A reply
+whose answer cannot be told is refused with a RowError: an interim result must never become a gold answer.
+
+Replies are text from outside, up to megabytes of it: every pattern here has bounded repetitions and every search goes
+through the text a fixed number of times.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pst_dist.data.sources.rows import RowError
+from pst_dist.data.tasks.scoring import snippet
+
+THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+"""Opening and closing tags around a thought; the opening one is often missing because it was part of the prompt."""
+_WRAPPERS = ("<|begin_of_solution|>", "<|end_of_solution|>")
+
+_PHRASE = re.compile(
+    r"\b(?:the|my|our)[ \t]{1,4}(?:(?:final|correct|right|best|numerical)[ \t]{1,4})?answer[ \t]{1,4}"
+    r"(?:is|are|will be|would be|must be|should be)(?=[\s:*$\\(]|$)(?:[ \t]{0,4}:)?|"
+    r"(?<=[\d\w.!?)])The[ ](?:final[ ]|correct[ ])?answer[ ]is(?=[\s:*$\\(]|$):?",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"(?:(?:^|(?<=[\n.!?;]))[ \t>*_#-]{0,12}(?:\d{1,2}[.)][ \t])?[ \t*_]{0,4}(?:the[ ])?(?:correct[ ])?answer|"
+    r"(?:the[ ])?\bfinal[ \t](?:answer|result)|(?<=\d)final[ ]answer)"
+    r"[ \t]{0,4}[*_]{0,3}[ \t]{0,4}[:\uff1a][*_]{0,3}",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(
+    r"(?:^|(?<=\n))[ \t]{0,4}(?:#{1,6}[ \t]{1,4}[*_]{0,3}|[*_]{2,3})(?:the[ ])?(?:final[ ]|correct[ ])?answer"
+    r"[*_]{0,3}:?[*_]{0,3}[ \t]{0,4}(?=\n|$)",
+    re.IGNORECASE,
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,4}")
+_NO_GSM8K_ANSWER = re.compile(
+    r"(?:step|part|case|stage|phase|section|example|problem|question|solution|explanation|conclusion|summary|note|"
+    r"approach|method|analysis|verification|check|answer|final|result|given|reasoning|calculation)\b",
+    re.IGNORECASE,
+)
+_DOUBTS = re.compile(
+    r"\b(?:wait|hmm+|actually|scratch that|on second thought|correction|hold on|i made (?:a|an) (?:mistake|error)|"
+    r"let me (?:re|double|check|count|try|verify)|that (?:is|was|cannot be|can't be) (?:wrong|not right|right\?)|"
+    r"that's (?:wrong|not right)|that cannot be|that can't be)",
+    re.IGNORECASE,
+)
+_ABBREVIATION = re.compile(r"(?:^|[\s.(])(?:[A-Z]|St|Mr|Mrs|Ms|Dr|Jr|Sr|No|Mt|vs|approx)$")
+_CONNECTIVE = re.compile(
+    r"(?:^|(?<=[.!?\n])|(?<=[.!?,]\s))[ \t]{0,4}(?:therefore|so|thus|hence|and so),?\s{0,4}$", re.IGNORECASE
+)
+_BARE_WORDS = 4
+"""A reply without any mark is an answer only up to this many words, on one line."""
+
+
+class Split(NamedTuple):
+    """What `split_reply` found; iterates as (rationale, answer)."""
+
+    rationale: str | None
+    """Thought and working, joined by a blank line; None where the reply holds nothing but the answer."""
+    answer: str
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """An explicit mark: where it begins, and where what it marks begins and, for bracketed marks, ends."""
+
+    start: int
+    content: int
+    end: int | None
+    kind: str
+
+
+def split_reply(reply: str, thought: str | None = None) -> Split:
+    """Rationale and answer of a reply; `thought` is reasoning that came in a field of its own.
+
+    The last mark wins, because a teacher corrects itself. Raises RowError `cut` for a thought or box without an end,
+    `answer` where the last mark is doubted afterwards or marks several answers, and where a reply of more than four
+    words has no mark at all.
+    """
+    inner, visible = split_thought(reply)
+    thoughts = [text for text in ((thought or "").strip(), inner) if text]
+    for tag in _WRAPPERS:
+        visible = visible.replace(tag, "")
+    visible = visible.strip()
+    if not visible:
+        raise RowError("empty", "answer is empty: nothing follows the reasoning")
+    found = _marked(visible)
+    if found is None:
+        _refuse_unmarked(visible, bool(thoughts))
+        working, answer = "", _bare(visible)
+    else:
+        working, answer = found
+    if not answer:
+        raise RowError("cut", "the reply ends at its answer mark: answer is empty")
+    rationale = "\n\n".join(text for text in (*thoughts, working.strip()) if text)
+    return Split(rationale or None, answer)
+
+
+def rationale_of(text: str) -> str | None:
+    """A whole generation as a rationale: its thought and working without tags; None where it was cut in the thought."""
+    try:
+        thought, rest = split_thought(text)
+    except RowError:
+        return None
+    for tag in _WRAPPERS:
+        rest = rest.replace(tag, "")
+    return "\n\n".join(part for part in (thought, rest.strip()) if part) or None
+
+
+def has_thought_tag(text: str) -> bool:
+    """Whether a text holds an opening or closing tag of a thought."""
+    return any(tag in text for tags in THOUGHT_TAGS for tag in tags)
+
+
+def has_mark(text: str) -> bool:
+    """Whether a text holds a thought or an explicit answer mark, for guessing columns."""
+    return has_thought_tag(text) or _last_mark(text) is not None
+
+
+def split_thought(reply: str) -> tuple[str, str]:
+    """The thought, without its tags, and what follows its last closing tag; raises RowError when it never closes."""
+    for opening, closing in THOUGHT_TAGS:
+        if opening not in reply and closing not in reply:
+            continue
+        before, closed, after = reply.rpartition(closing)
+        if not closed or opening in after:
+            raise RowError("cut", f"a thought is cut off: {opening} without {closing}")
+        return before.replace(opening, "").replace(closing, "").strip(), after.strip()
+    return "", reply.strip()
+
+
+def _marked(text: str) -> tuple[str, str] | None:
+    """(working, answer) at the last mark of a text, None where it has none."""
+    last = _last_mark(text)
+    if last is None:
+        return None
+    if last.kind == "open box":
+        raise RowError("cut", "the reply is cut off inside \\boxed{")
+    if last.kind == "open answer":
+        raise RowError("cut", "the reply is cut off: <answer> without </answer>")
+    if last.end is None:
+        content, end = _line_content(text, last)
+    else:
+        content, end = text[last.content : last.end], last.end
+    if _DOUBTS.search(text, end):
+        raise RowError("answer", f"the reply doubts its last answer {snippet(content.strip())} afterwards")
+    if last.kind == "box":
+        _refuse_two_boxes(text, last)
+    inner = _marked(content) if last.kind == "tag" else None
+    answer = _bare(content) if inner is None else inner[1]
+    if re.match(r"not\b", answer, re.IGNORECASE):
+        raise RowError("answer", f"the last mark says what the answer is not: {snippet(answer)}")
+    return _working(text, last, answer), answer
+
+
+def _last_mark(text: str) -> _Mark | None:
+    """The mark that begins last. One pass through the text for each kind."""
+    marks: list[_Mark] = []
+    for pattern in (_PHRASE, _LABEL, _HEADING):
+        match = _last(pattern, text)
+        if match is not None:
+            marks.append(_Mark(match.start(), match.end(), None, "phrase"))
+    marks += [mark for mark in (_last_box(text), _answer_tag(text), _closing_line(text)) if mark is not None]
+    return max(marks, key=lambda mark: mark.start, default=None)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    return found
+
+
+def _last_box(text: str) -> _Mark | None:
+    match = _last(_BOX, text)
+    if match is None:
+        return None
+    start = match.end()
+    if text[start : start + 1] != "{":
+        # TeX takes one token where there are no braces.
+        token = re.compile(r"[^\s$*{}\\]{1,80}").match(text, start)
+        return _Mark(match.start(), start, token.end(), "box") if token else None
+    end = _closing_brace(text, start)
+    if end is None:
+        return _Mark(match.start(), start, None, "open box")
+    return _Mark(match.start(), start + 1, end, "box")
+
+
+def _closing_brace(text: str, opening: int) -> int | None:
+    """The brace that closes the one at `opening`; escaped braces (`\\{`) do not count."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
+def _answer_tag(text: str) -> _Mark | None:
+    folded = text if "<answer>" in text else text.replace("<Answer>", "<answer>").replace("</Answer>", "</answer>")
+    start = folded.rfind("<answer>")
+    if start < 0:
+        return None
+    content = start + len("<answer>")
+    end = folded.find("</answer>", content)
+    return _Mark(start, content, end, "tag") if end >= 0 else _Mark(start, content, None, "open answer")
+
+
+def _closing_line(text: str) -> _Mark | None:
+    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END`, on the last line: elsewhere they are headings and arrows."""
+    end = len(text.rstrip())
+    line = text.rfind("\n", 0, end) + 1
+    start = text.rfind("####", line, end)
+    if start >= 0 and text[start - 1 : start] != "#":
+        content = text[start + 4 : end].strip()
+        if content and not content.endswith(":") and not _NO_GSM8K_ANSWER.match(content.lstrip("*_ ")):
+            return _Mark(start, start + 4, _without_end(text, end), "line")
+    start = text.rfind("-->", line, end)
+    if start < 0 and line and text[:line].rstrip().endswith("-->"):
+        start = text.rfind("-->", 0, line)
+    return _Mark(start, start + 3, _without_end(text, end), "line") if start >= 0 else None
+
+
+def _without_end(text: str, end: int) -> int:
+    """Fine-tune-CoT's completions close with the word END."""
+    return end - 3 if text[end - 4 : end] in (" END", "\nEND") else end
+
+
+def _line_content(text: str, mark: _Mark) -> tuple[str, int]:
+    """What a phrase or label marks: the rest of its line up to the end of the sentence, or the next line with text."""
+    start = mark.content
+    if not (line := _line_at(text, start)).strip(" \t*_:$"):
+        start = min(start + len(line), len(text))
+        start += len(text[start:]) - len(text[start:].lstrip())
+        line = _line_at(text, start)
+    end = _sentence_end(line)
+    content = line[:end].split(" because ")[0]
+    return content, start + end
+
+
+def _line_at(text: str, start: int) -> str:
+    end = text.find("\n", start)
+    return text[start : end if end >= 0 else len(text)]
+
+
+def _sentence_end(line: str) -> int:
+    """Where the first sentence of a line ends: at a point before a capital letter, abbreviations and initials aside."""
+    for match in re.finditer(r"[.!?][\"')*$]{0,4}[ \t]{1,8}(?=[\"'(*\\]{0,4}[A-Z])", line):
+        before, after = line[max(0, match.start() - 12) : match.start()], line[match.end() : match.end() + 3]
+        abbreviated = _ABBREVIATION.search(before) is not None
+        option = match.start() < 40 and re.fullmatch(r"[A-J]", line[: match.start()].strip(" (*$:")) is not None
+        if match.group()[0] != "." or not abbreviated or (option and not re.match(r"[A-Z]\.", after)):
+            return match.start()
+    return len(line)
+
+
+def _working(text: str, last: _Mark, answer: str) -> str:
+    """The text before the mark and what introduces it; a box inside a sentence stays in it as its content."""
+    if last.kind == "line":
+        return text[: last.start]
+    before, introduced = _without_introduction(text[: last.start])
+    line = text[text.rfind("\n", 0, last.start) + 1 : last.start]
+    if last.kind == "box" and not introduced and before and line.strip(" \t$*_\\([{:"):
+        return f"{before} {answer}"
+    return before
+
+
+def _without_introduction(text: str) -> tuple[str, bool]:
+    """A text without an answer phrase, label or heading at its very end, and whether there was one.
+
+    "Therefore," before a phrase goes too, as do opening brackets and Markdown that the mark's line began with.
+    """
+    introduced = False
+    for _ in range(4):
+        text = _without_opening(text)
+        if text.endswith("<answer>"):
+            text, introduced = _without_opening(text.removesuffix("<answer>")), True
+        tail = max(0, len(text) - 120)
+        found = [
+            match
+            for pattern in (_PHRASE, _LABEL, _HEADING)
+            for match in pattern.finditer(text[tail:])
+            if tail + match.end() == len(text)
+        ]
+        if not found:
+            break
+        text, introduced = text[: tail + min(match.start() for match in found)], True
+    cut = max(0, len(text) - 40)
+    return text[:cut] + _CONNECTIVE.sub("", text[cut:]), introduced
+
+
+def _without_opening(text: str) -> str:
+    """A text without opening brackets, dollar signs and asterisks at its end that nothing closes."""
+    text = text.rstrip()
+    for _ in range(6):
+        before = text
+        line = text[text.rfind("\n") + 1 :]
+        for mark in ("\\[", "\\(", "[", "("):
+            text = text.removesuffix(mark).rstrip()
+        for mark in ("$$", "$", "**", "*"):
+            if line.endswith(mark) and line.count(mark) % 2:
+                text = text.removesuffix(mark).rstrip()
+                break
+        if text == before:
+            break
+    return text
+
+
+def _refuse_two_boxes(text: str, last: _Mark) -> None:
+    """ "x = \\boxed{3} or x = \\boxed{5}" has no single answer."""
+    line = text.rfind("\n", 0, last.start) + 1
+    contents = []
+    # The first few tell; each search for a closing brace may go through the whole text.
+    for match in itertools.islice(_BOX.finditer(text, line, last.start), 8):
+        end = _closing_brace(text, match.end()) if text[match.end() : match.end() + 1] == "{" else None
+        if end is not None and end < last.start:
+            contents.append(text[match.end() + 1 : end].strip())
+    assert last.end is not None
+    answer = text[last.content : last.end].strip()
+    other = next((content for content in contents if content != answer), None)
+    if other is not None:
+        raise RowError("answer", f"the last line boxes several answers: {snippet(other)} and {snippet(answer)}")
+
+
+def _refuse_unmarked(text: str, thought: bool) -> None:
+    """A thought's end marks the line after it; a reply without any mark must be too short to hold a working."""
+    if thought and "\n" not in text:
+        return
+    if not thought and "\n" not in text and len(text.split()) <= _BARE_WORDS:
+        return
+    if thought:
+        what = f"{text.count(chr(10)) + 1} lines follow the thought and none marks the answer"
+    else:
+        what = "no mark tells the answer from the reasoning"
+    raise RowError("answer", f"{what}; end it with `The answer is …`, or name the column of the answer")
+
+
+def _bare(content: str) -> str:
+    """An answer without Markdown, dollar signs, TeX text commands and a full stop around it."""
+    text = content.strip()
+    for _ in range(6):
+        before = text
+        text = text.rstrip(".").strip() if not re.search(r"\b[A-Z]\.[A-Z]\.$", text) else text
+        text = text.removeprefix(":").strip()
+        for left, right in (("**", "**"), ("__", "__"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+            if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
+                text = text[len(left) : -len(right)].strip()
+        for mark in ("*", "`"):
+            if len(text) > 2 and text[0] == text[-1] == mark and mark not in text[1:-1]:
+                text = text[1:-1].strip()
+        if text.endswith("**") and "**" not in text[:-2]:
+            text = text.removesuffix("**").strip()
+        wrapped = re.match(r"\\(?:text|textbf|mathrm|mathbf|boxed|fbox)\{", text)
+        if wrapped is not None and _closing_brace(text, wrapped.end() - 1) == len(text) - 1:
+            text = text[wrapped.end() : -1].strip()
+        if text == before:
+            break
+    return text

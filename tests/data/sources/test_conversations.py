@@ -1,0 +1,101 @@
+"""What a question depends on is written into it, and what text cannot hold is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pst_dist.config.schema import Config
+from pst_dist.data.sources import survey
+from pst_dist.data.sources.column_guess import as_yaml, guess_columns
+from pst_dist.data.sources.rows import RowError
+
+USER = {"role": "user", "content": "And twice that?"}
+REPLY = {"role": "assistant", "content": "<think>Twice 3.</think>6"}
+KEPT = "You count.\n\nUser: What is 3?\nAssistant: 3\nUser: And twice that?"
+EARLIER = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "3"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": "You count."}, *EARLIER, USER, REPLY]},
+        {"messages": [{"role": "developer", "content": "You count."}, *EARLIER, USER, REPLY]},
+        {"system": "You count.", "messages": [*EARLIER, USER, REPLY]},
+        {"system": "You count.", "history": [["What is 3?", "3"]], "messages": [USER, REPLY]},
+        {
+            "instruction": "And twice that?",
+            "input": "",
+            "output": "Twice 3. The answer is 6.",
+            "system": "You count.",
+            "history": [["What is 3?", "3"]],
+        },
+        {
+            "query": "And twice that?",
+            "response": "<think>Twice 3.</think>6",
+            "history": EARLIER,
+            "system_prompt": "You count.",
+        },
+        {"prompt": [{"role": "system", "content": "You count."}, *EARLIER, USER], "completion": [REPLY]},
+        {
+            "system": "You count.",
+            "conversations": [
+                {"from": "human", "value": "What is 3?"},
+                {"from": "gpt", "value": "3"},
+                {"from": "human", "value": "And twice that?"},
+                {"from": "gpt", "value": "<think>Twice 3.</think>6"},
+            ],
+        },
+    ],
+)
+def test_system_text_and_earlier_turns_are_written_into_the_question(row):
+    found = guess_columns([row], "f").fields(row)
+    assert (found.question, found.answer, found.rationales) == (KEPT, "6", ("Twice 3.",))
+
+
+def test_system_text_alone_precedes_the_question_without_roles():
+    row = {"system": "Answer in dozens.", "messages": [USER, REPLY], "history": [], "tools": "[]", "images": None}
+    assert guess_columns([row], "f").fields(row).question == "Answer in dozens.\n\nAnd twice that?"
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "what"),
+    [
+        ({"messages": [USER, {"role": "tool", "content": "6"}, REPLY]}, "context", "messages[1] is a tool turn"),
+        ({"messages": [USER, {"role": "critic", "content": "6"}, REPLY]}, "role", "unknown role 'critic'"),
+        ({"messages": [USER, REPLY, {"role": "system", "content": "x"}]}, "context", "a system turn after"),
+        ({"messages": [USER, REPLY, USER]}, "type", "2 user and 1 assistant turns"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [{"id": 1}]}]}, "context", "messages[1] has tool_calls"),
+        ({"messages": [USER, REPLY], "images": ["a.png"]}, "context", "images is not empty"),
+        ({"messages": [USER, REPLY], "tools": [{"name": "calc"}]}, "context", "tools is not empty"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, REPLY]},
+            "context",
+            "messages[0] holds a part of type 'image_url'",
+        ),
+        ({"messages": [USER, REPLY], "history": "earlier"}, "context", "history is neither pairs"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "context", "observation turn"),
+    ],
+)
+def test_what_a_text_prompt_cannot_hold_is_refused_by_name(row, code, what):
+    with pytest.raises(RowError) as caught:
+        guess_columns([row], "f").fields(row)
+    assert caught.value.code == code
+    assert what in caught.value.what
+
+
+def test_guessed_columns_put_a_passage_before_the_question_and_never_leave_one_out(tmp_path):
+    rows = [{"context": f"There are {n}.", "question": "How many?", "answer": str(n), "rationale": "r"} for n in (3, 4)]
+    columns = guess_columns(rows, "f")
+    assert columns.fields(rows[0]).question == "There are 3.\n\nHow many?"
+    assert as_yaml(columns).splitlines()[1] == '  question: "{context}\\n\\n{question}"'
+    some = [*rows, {"question": "Who?", "answer": "me", "rationale": "r"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    data = {"root": str(tmp_path), "train": "rows.jsonl", "validation_size": 0}
+    loaded = survey(Config.model_validate({"data": data}))
+    assert [sample.question for sample in loaded.splits["train"]] == ["Who?"]
+    assert "column 'context' would not be read" in loaded.rejects[0].what
+    named = {"question": "question", "answer": "answer", "rationale": "rationale"}
+    loaded = survey(Config.model_validate({"data": {**data, "columns": named, "duplicates": "keep"}}))
+    assert not loaded.rejects  # whoever names the columns has seen them

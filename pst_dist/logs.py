@@ -7,9 +7,11 @@ ten seconds to a log. What is counted is up to the caller; only rank 0 should sh
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 10.0
+_OURS = "pst_dist"
 
 
 class Progress:
@@ -101,11 +104,12 @@ def progress(
     every_seconds: float = LOG_EVERY_SECONDS,
     show: bool = True,
 ) -> Iterator[Progress]:
-    """A `Progress` that shows itself: rich on a terminal (stderr), else a log line at most every `every_seconds`.
+    """A `Progress` that shows itself: a bar of rich's on a terminal (stderr) or in a notebook, else log lines.
 
-    One last line with the total time goes to the log in both cases, also when the body raises.
+    A log line comes at most every `every_seconds`, and one last line with the total time in both cases, also when the
+    body raises. A level above INFO on the logger `pst_dist` silences both.
     """
-    if show and sys.stderr.isatty():
+    if show and logging.getLogger(_OURS).level <= logging.INFO and (sys.stderr.isatty() or _in_notebook()):
         with _rich_bar(name, total, unit) as bar:
             yield bar
     else:
@@ -115,6 +119,51 @@ def progress(
         finally:
             if show:
                 log.info(bar.line(final=True))
+
+
+def _in_notebook() -> bool:
+    """Whether this is a notebook in which rich can draw: it needs ipywidgets there and shows nothing without."""
+    shell = sys.modules.get("IPython")
+    if shell is None or type(shell.get_ipython()).__name__ not in ("ZMQInteractiveShell", "Shell"):
+        return False
+    return importlib.util.find_spec("ipywidgets") is not None
+
+
+class _Shown:
+    """How many bodies of `shown_by_default` are running, in all threads, and the handler that they share."""
+
+    lock = threading.Lock()
+    count = 0
+    handler: logging.Handler | None = None
+    level = logging.NOTSET
+
+
+@contextlib.contextmanager
+def shown_by_default() -> Iterator[None]:
+    """Write our log lines to standard error while the body runs, unless the application has configured logging.
+
+    It has where the root logger or ours has a handler; nothing is changed then. A level that was set on our logger is
+    respected; otherwise it is INFO in the body.
+    """
+    ours = logging.getLogger(_OURS)
+    with _Shown.lock:
+        joins = _Shown.count > 0 or not (ours.handlers or logging.getLogger().handlers)
+        if joins and _Shown.count == 0:
+            _Shown.handler, _Shown.level = logging.StreamHandler(), ours.level
+            _Shown.handler.setFormatter(logging.Formatter("%(message)s"))
+            ours.addHandler(_Shown.handler)
+            if ours.level == logging.NOTSET:
+                ours.setLevel(logging.INFO)
+        _Shown.count += joins
+    try:
+        yield
+    finally:
+        with _Shown.lock:
+            _Shown.count -= joins
+            if joins and _Shown.count == 0 and _Shown.handler is not None:
+                ours.removeHandler(_Shown.handler)
+                ours.setLevel(_Shown.level)
+                _Shown.handler = None
 
 
 @contextlib.contextmanager

@@ -146,14 +146,15 @@ def make_student(config: Config, *, rebuild: bool = False) -> Any:
     return train(config, rebuild=rebuild)
 
 
-def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
+def run_all(config: Config, *, rebuild: bool = False, command: str | None = None) -> list[Path]:
     """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages made.
 
+    `command` is what the run's record says about how it was made; the command line of this process when not given.
     Raises DataError before training when the split that is to be scored has no rows.
     """
     pages = []
     arms = expand_arms(config)
-    with recorded(config):
+    with recorded(config, command=command):
         manifest = _stage("shard", lambda: make_shards(config, rebuild=rebuild))
         split = config.evaluate.split
         if not manifest.extra["counts"].get(split):
@@ -164,7 +165,7 @@ def run_all(config: Config, *, rebuild: bool = False) -> list[Path]:
         if needs_embeddings(config):
             _stage("embed", lambda: make_embeddings(config, rebuild=rebuild))
         for arm in arms:
-            with recorded(arm) if config.arms else contextlib.nullcontext():
+            with recorded(arm, command=command) if config.arms else contextlib.nullcontext():
                 _stage(f"train {arm.arm}", functools.partial(make_student, arm, rebuild=rebuild))
             pages.append(finish_arm(arm, rebuild=rebuild))
         if len(arms) > 1:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pst_dist.logs import Progress, progress
+from pst_dist.logs import Progress, progress, shown_by_default
 
 
 class Clock:
@@ -118,3 +118,52 @@ def test_on_a_terminal_a_bar_is_drawn(monkeypatch):
     os.close(parent)
     shown = b"".join(pieces).decode()
     assert "embed" in shown and "3/4" in shown and "texts/s" in shown
+
+
+@contextlib.contextmanager
+def unconfigured():
+    """Logging as in a script that never touched it; pytest adds its handlers to the root when a test begins."""
+    root, ours = logging.getLogger(), logging.getLogger("pst_dist")
+    before = (root.handlers, ours.handlers, ours.level)
+    root.handlers, ours.handlers = [], []
+    ours.setLevel(logging.NOTSET)
+    try:
+        yield ours
+    finally:
+        root.handlers, ours.handlers = before[:2]
+        ours.setLevel(before[2])
+
+
+def test_a_script_without_logging_sees_our_lines_and_keeps_its_logging(capsys):
+    with unconfigured() as ours:
+        with shown_by_default():
+            with shown_by_default():
+                logging.getLogger("pst_dist.pipeline").info("stage shard: 0.1 s")
+            logging.getLogger("pst_dist.pipeline").info("stage embed: 0.2 s")
+        assert capsys.readouterr().err == "stage shard: 0.1 s\nstage embed: 0.2 s\n"
+        assert ours.handlers == [] and ours.level == logging.NOTSET
+        logging.getLogger("pst_dist.pipeline").info("silent again")
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["", "pst_dist"])
+def test_an_application_that_configured_logging_is_left_alone(name, capsys):
+    with unconfigured():
+        owner, handler = logging.getLogger(name), logging.NullHandler()
+        owner.addHandler(handler)
+        level = owner.level
+        with shown_by_default():
+            assert owner.handlers == [handler] and owner.level == level
+            logging.getLogger("pst_dist.pipeline").info("not shown")
+        assert capsys.readouterr().err == ""
+
+
+def test_a_level_on_our_logger_silences_lines_and_bars(capsys, monkeypatch):
+    with unconfigured() as ours:
+        ours.setLevel(logging.WARNING)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        with shown_by_default(), progress("embed", 4, "texts") as bar:
+            bar.advance(4)
+            logging.getLogger("pst_dist.pipeline").warning("still said")
+        assert capsys.readouterr().err == "still said\n"
+        assert ours.level == logging.WARNING

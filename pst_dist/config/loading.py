@@ -204,18 +204,25 @@ def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    keys: Mapping[str, Any] | None = None,
+    base: Config | None = None,
+) -> Config:
     """Read a config by path, run directory or ready-made name and apply overrides.
 
     The config of a run directory that was moved or copied is that of the directory as it is now (`moved`).
 
-    An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that goes over the config, and under all
-    single keys wherever it stands among them.
+    An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that is applied before all single keys,
+    wherever it is among them. `keys` are nested sections of Python values, applied last. `base` is a config that is
+    already checked, in place of a name.
 
-    Raises InputError when there is no such file and ConfigError, with file and line, for anything in it that
-    is unknown, of the wrong type or contradictory.
+    Raises InputError when there is no such file and ConfigError, with file and line where there is one, for anything
+    that is unknown, of the wrong type or contradictory, and for an override that has no effect.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = base.model_dump() if base is not None else {}
     lines: dict[tuple[str, ...], int] = {}
     path: Path | None = None
     if name is not None:
@@ -230,14 +237,34 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     for word in overrides:
         if word.startswith("+"):
             continue
-        keys, value = parse_override(word)
-        set_key(tree, keys, value)
-        origins[keys] = {}
+        place, value = parse_override(word)
+        set_key(tree, place, value)
+        origins[place] = {}
+    for place, value in _leaves(keys or {}):
+        set_key(tree, place, value)
+        origins[place] = {}
     _drop_empty_sections(tree)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise explain(error, path, lines, origins) from error
+    if config.arms and ("arm",) in origins:
+        raise ConfigError(
+            f"arm={config.arm} has no effect beside arms=[{', '.join(config.arms)}]",
+            f"set arms=[{config.arm}], or arms=[] with it",
+            **origins[("arm",)],
+        )
+    return config
+
+
+def _leaves(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(keys, value) of nested sections; a mapping that is one value, as data.columns may be, stays whole."""
+    for key, value in tree.items():
+        here = (*place, *key.split("."))
+        if isinstance(value, Mapping) and ".".join(here) in _SECTIONS:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
 
 
 def load_tree(name: str | None, overlays: Sequence[str] = ()) -> dict[str, Any]:

@@ -148,16 +148,19 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": platform.platform(), **versions}
 
 
-def record_run(config: Config) -> None:
-    """Save the resolved config, the command and the environment in the run directory."""
+def record_run(config: Config, *, command: str | None = None) -> None:
+    """Save the resolved config, the command and the environment in the run directory.
+
+    `command` is that of this process when not given; a notebook's says nothing about the run.
+    """
     path = Path(config.output_dir)
     write_text(path / RESOLVED, dump_config(config))
-    write_text(path / "command.txt", shlex.join(["pst", *sys.argv[1:]]) + "\n")
+    write_text(path / "command.txt", (command or shlex.join(["pst", *sys.argv[1:]])) + "\n")
     write_json(path / "environment.json", environment())
 
 
 @contextlib.contextmanager
-def recorded(config: Config, *, wait_seconds: float = 0.0) -> Iterator[None]:
+def recorded(config: Config, *, wait_seconds: float = 0.0, command: str | None = None) -> Iterator[None]:
     """`record_run` around the work itself: a refusal inside puts the earlier record back.
 
     Otherwise a refused command (other settings, a directory in use) would leave its own settings behind as those
@@ -178,16 +181,16 @@ def recorded(config: Config, *, wait_seconds: float = 0.0) -> Iterator[None]:
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 raise
         else:
-            stack.enter_context(_recorded(config))
+            stack.enter_context(_recorded(config, command))
         yield
 
 
 @contextlib.contextmanager
-def _recorded(config: Config) -> Iterator[None]:
+def _recorded(config: Config, command: str | None) -> Iterator[None]:
     """`recorded` by the command that holds the record."""
     path = Path(config.output_dir)
     earlier = {name: (path / name).read_text("utf-8") for name in _RECORD if (path / name).is_file()}
-    record_run(config)
+    record_run(config, command=command)
     try:
         yield
     except _REFUSALS:

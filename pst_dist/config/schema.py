@@ -7,11 +7,12 @@ the meaning is theirs. How the text is read and errors are located is `config_io
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS
+from pst_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     ArmName = str
@@ -26,6 +27,34 @@ class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, the string under a field is its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(str(part) for part in first["loc"])
+                what = first["msg"].removeprefix("Value error, ")
+                if first["type"] == "extra_forbidden":
+                    what, place = f"unknown key {place!r}", ""
+                where = f"{place}: " if place else ""
+                raise ConfigError(
+                    f"{type(self).__name__}: {where}{what}", "`pst config --schema` lists all keys"
+                ) from error
+
+        # pydantic then validates without calling __init__, so `model_validate` still raises its own error, from which
+        # `loading` finds the file and line.
+        __init__.__pydantic_base_init__ = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise ConfigError(
+            f"{name} cannot be set: a config does not change", "make another one: load_config(config, 'key.sub=value')"
+        )
+
+    def __delattr__(self, name: str) -> None:
+        raise ConfigError(f"{name} cannot be deleted: a config does not change", "make another one with load_config")
 
 
 class DataConfig(Section):

@@ -76,4 +76,5 @@ def stop_requests() -> Iterator[StopRequest]:
         raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None was set outside Python, by a program that embeds it, and cannot be set again
+                signal.signal(number, handler)

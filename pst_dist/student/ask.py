@@ -1,27 +1,34 @@
-"""A trained student at work: loaded and verified, asked, timed, and, where it learnt both, thinking first when unsure.
+"""Questions to a trained student: one at a time and timed, or many in batches; it may think first when unsure.
 
-How tokens are generated is `decode`; from which certainty on an adaptive student answers at once is chosen by
-`adaptive` on validation rows.
+How tokens are generated is `generate`; below which probability an adaptive student thinks first is chosen by the
+evaluation on validation rows.
 """
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pst_dist.errors import InputError
-from pst_dist.student.generate import Decoded, decode_answers, decode_rationales, max_positions
-from pst_dist.student.saved import LoadedStudent
+from pst_dist.student.answer import Answer
+from pst_dist.student.generate import (
+    Decoded,
+    decode_answers,
+    decode_rationales,
+    max_positions,
+    without_room,
+)
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from pst_dist.student.saved import LoadedStudent
 
 
 def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
-    """The answer that was thought about: the tokens of the one at once are on its bill, and its probability is kept."""
+    """The second answer, after thinking; it counts the tokens of the first one too and keeps its probability."""
     tokens = at_once.answer_tokens + thought.answer_tokens
     return replace(thought, answer_tokens=tokens, probability=at_once.probability)
 
@@ -29,9 +36,9 @@ def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
 def timed_answer(
     student: LoadedStudent, question: str, *, max_new_tokens: int, think_below: float = 0.0
 ) -> tuple[Decoded, float]:
-    """One question's answer and its wall time in milliseconds, tokenising included, the device waited for.
+    """One question's answer and its wall time in milliseconds, including tokenising and waiting for the device.
 
-    Where the probability of the answer at once is under `think_below`, the student thinks first and answers anew.
+    Where the probability of the answer at once is below `think_below`, the student thinks first and answers again.
     """
     ask = (student.model, student.tokenizer, student.format, [question])
     _wait_for_device(student.model)
@@ -51,36 +58,97 @@ def _wait_for_device(model: Any) -> None:
 
 def answer_question(
     student: LoadedStudent, question: str, *, explain: bool, max_new_tokens: int, think_below: float = 0.0
-) -> dict[str, Any]:
-    """What `pst answer` prints: answer, complete, answer_tokens, milliseconds and, with `explain`, the rationale.
+) -> Answer:
+    """Ask one question; with `explain` the rationale is generated too.
 
-    `think_below` is an adaptive student's: less sure than that of its answer, it thinks first; `thought_first` says
-    whether it did. The rationale is None where the arm does not write one. Raises InputError for an empty
-    question or one that leaves the model no position to answer in.
+    `think_below` is for adaptive students: where the probability of the answer at once is lower, the student thinks
+    first. The rationale is None where the arm does not write one. Raises InputError for an empty question or one that
+    leaves the model no position to answer in.
     """
-    if not question.strip():
-        raise InputError("the question is empty", "give it in quotes")
-    answer, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
-    if not answer.token_ids:
+    (question,) = _checked(student, [question])
+    decoded, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
+    (rationale,) = _rationales(student, [question], [decoded], 1, max_new_tokens) if explain else [None]
+    return _answer(decoded, milliseconds / 1000, rationale)
+
+
+def answer_questions(
+    student: LoadedStudent,
+    questions: Sequence[str],
+    *,
+    explain: bool,
+    max_new_tokens: int,
+    batch_size: int,
+    think_below: float = 0.0,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Ask many questions in batches of similar length; the answers are in the order of `questions`.
+
+    As `answer_question`, whose errors name the question's number here. `on_batch` is told how many questions each
+    batch finished, without those that are asked again to think first.
+    """
+    questions = _checked(student, questions)
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    parts = (student.model, student.tokenizer, student.format)
+    _wait_for_device(student.model)
+    started = time.perf_counter()
+    decoded = decode_answers(*parts, questions, on_batch=on_batch, **settings)
+    unsure = [place for place, answer in enumerate(decoded) if answer.probability < think_below]
+    if unsure:
+        thoughts = decode_answers(*parts, [questions[place] for place in unsure], other=True, **settings)
+        for place, thought in zip(unsure, thoughts, strict=True):
+            decoded[place] = after_thought(decoded[place], thought)
+    _wait_for_device(student.model)
+    seconds = (time.perf_counter() - started) / max(len(questions), 1)
+    rationales = (
+        _rationales(student, questions, decoded, batch_size, max_new_tokens) if explain else [None] * len(decoded)
+    )
+    return [_answer(answer, seconds, rationale) for answer, rationale in zip(decoded, rationales, strict=True)]
+
+
+def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
+    """The questions without outer white space, as rows are trained on.
+
+    Raises InputError for a question that is no text, is empty, or fills the model's positions.
+    """
+    many = len(questions) > 1
+    for number, question in enumerate(questions, 1):
+        which = f"question {number} of {len(questions)}" if many else "the question"
+        if not isinstance(question, str):
+            raise InputError(f"{which} is {type(question).__name__}, not text", "give a string")
+        if not question.strip():
+            raise InputError(f"{which} is empty", "give some text")
+    stripped = [question.strip() for question in questions]
+    full = without_room(student.model, student.tokenizer, student.format, stripped)
+    if full:
+        which = f"question {full[0] + 1} of {len(questions)}" if many else "the question"
         raise InputError(
-            f"the question fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
+            f"{which} fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
         )
-    result: dict[str, Any] = {
-        "answer": answer.answer_text.strip(),
-        "complete": answer.complete,
-        "answer_tokens": answer.answer_tokens,
-        "milliseconds": milliseconds,
-        "thought_first": answer.thought_first,
-    }
-    if explain:
-        (rationale,) = decode_rationales(
-            student.model,
-            student.tokenizer,
-            student.format,
-            [question],
-            [answer],
-            batch_size=1,
-            max_new_tokens=max_new_tokens,
-        )
-        result["rationale"] = rationale or None
-    return result
+    return stripped
+
+
+def _rationales(
+    student: LoadedStudent, questions: Sequence[str], answers: Sequence[Decoded], batch_size: int, max_new_tokens: int
+) -> list[str | None]:
+    written = decode_rationales(
+        student.model,
+        student.tokenizer,
+        student.format,
+        questions,
+        answers,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    return [rationale or None for rationale in written]
+
+
+def _answer(decoded: Decoded, seconds: float, rationale: str | None) -> Answer:
+    return Answer(
+        text=decoded.answer_text.strip(),
+        tokens=decoded.answer_tokens,
+        complete=decoded.complete,
+        probability=decoded.probability,
+        seconds=seconds,
+        rationale=rationale,
+        thought_first=decoded.thought_first,
+    )

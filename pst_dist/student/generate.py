@@ -98,6 +98,18 @@ def decode_answers(
     return [answer for answer in decoded if answer is not None]
 
 
+def without_room(model: Any, tokenizer: Any, fmt: AnswerFormat, questions: Sequence[str]) -> list[int]:
+    """Places of the questions that fill the model's positions, so that no answer token can be generated."""
+    if max_positions(model) is None:
+        return []
+    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
+    asked = ARMS[fmt.arm].asked[0]
+    before = fmt.semantic_before and Segment.SEMANTIC in asked.order
+    semantic = [layout.semantic_id] * (fmt.semantic_tokens if before else 0)
+    contexts = (_context(model, layout.prompt_ids(question), semantic) for question in questions)
+    return [place for place, context in enumerate(contexts) if _room(model, context) < 1]
+
+
 @dataclass(frozen=True)
 class _Context:
     """What stands before the first generated token."""

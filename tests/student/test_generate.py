@@ -171,9 +171,9 @@ def folder(tmp_path_factory):
 def test_a_loaded_student_answers_as_the_one_in_memory(folder):
     student = load_student(folder, "cpu")
     answer = answer_question(student, "What is 10 + 7?", explain=True, max_new_tokens=40)
-    assert (answer["answer"], answer["complete"], answer["answer_tokens"]) == ("17", True, 4)
-    assert answer["rationale"] == "ten, seven" and answer["milliseconds"] > 0
-    assert "rationale" not in answer_question(student, "Say 140", explain=False, max_new_tokens=40)
+    assert (answer.text, answer.complete, answer.tokens) == ("17", True, 4)
+    assert answer.rationale == "ten, seven" and answer.seconds > 0 and 0 < answer.probability <= 1
+    assert answer_question(student, "Say 140", explain=False, max_new_tokens=40).rationale is None
     decoded, milliseconds = timed_answer(student, "Say 140", max_new_tokens=40)
     assert decoded.answer_text == " 140" and milliseconds > 0
 

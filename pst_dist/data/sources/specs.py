@@ -165,13 +165,19 @@ def _datasets(path: Path | str) -> Any:
 
 
 def _dataset_rows(dataset: Any, path: str, name: str) -> Iterator[Entry]:
-    """Rows as plain values; a class label is given as its name, since its number means nothing elsewhere."""
-    labels = {column: feature for column, feature in dataset.features.items() if hasattr(feature, "int2str")}
-    for number, row in enumerate(dataset.with_format(None), 1):
+    for number, row in enumerate(dataset_rows(dataset), 1):
+        yield table_row(row, path, name, number)
+
+
+def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a `datasets.Dataset` as plain values; a class label is its name: its number means nothing elsewhere."""
+    features = dataset.features or {}  # a streamed dataset may not know them
+    labels = {column: feature for column, feature in features.items() if hasattr(feature, "int2str")}
+    for row in dataset.with_format(None):
         for column, feature in labels.items():
             if isinstance(row[column], int) and row[column] >= 0:
                 row[column] = feature.int2str(row[column])
-        yield table_row(row, path, name, number)
+        yield row
 
 
 def _worded(rationales: tuple[str, ...]) -> dict[str, Any]:

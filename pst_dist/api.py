@@ -1,0 +1,401 @@
+"""The Python API: what `pst` does, as functions that take a config and return typed results.
+
+    import pst_dist
+
+    config = pst_dist.load_config(arm="pst", output_dir="runs/mine", data={"train": rows, "test": held_out})
+    result = pst_dist.run(config)
+    result.to_frame()
+    pst_dist.load_student("runs/mine").ask("How many letters has 'reason'?", explain=True)
+
+The functions and the command line share runs: either goes on with what the other began. Every error that a user can
+cause is a `PstError`. Importing this module imports no torch; each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from pst_dist.config import loading
+from pst_dist.config.effect import WHAT_A_RUN_IS, given_keys, refuse_without_effect
+from pst_dist.config.run_dir import check_lasting, expand_arms, recorded, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import SPLITS
+from pst_dist.errors import ConfigError, InputError, PstError, missing_package
+from pst_dist.logs import progress, shown_by_default
+from pst_dist.results import ArmResult, EvaluationResult, RunResult, ScoredRow, TrainResult
+from pst_dist.student.answer import Answer
+
+if TYPE_CHECKING:
+    from pst_dist.data.sources.in_memory import RowsFile
+    from pst_dist.student.saved import LoadedStudent
+
+__all__ = [
+    "Answer",
+    "ArmResult",
+    "Config",
+    "EvaluationResult",
+    "PstError",
+    "RunResult",
+    "ScoredRow",
+    "Student",
+    "TrainResult",
+    "evaluate",
+    "expand_arms",
+    "export",
+    "load_config",
+    "load_student",
+    "run",
+    "train",
+]
+
+Source = Config | str | Path | None
+"""A config, the path of a YAML file or run directory, the name of a ready-made config, or None for the defaults."""
+
+
+def load_config(source: Source = None, *overrides: str, **keys: Any) -> Config:
+    """A checked config: `source`, then `overrides`, then `keys`, each over the ones before.
+
+    `overrides` are the words of the command line, "train.learning_rate=1e-3" or "+paper_t5". `keys` are Python values:
+    sections as dicts (`train={"max_steps": 100}`) and plain settings (`seed=1`).
+
+    `data={"train": rows, "test": rows}` also takes the rows themselves: a list of dicts, a pandas frame or a
+    `datasets.Dataset`. They are written once, as JSON Lines, to `rows/` in the run's data directory, and the config
+    names that file; so the command line can go on with the run, and an error about row 7 says line 7.
+
+    Raises InputError where there is no such config, ConfigError naming the key for a setting that is unknown, of the
+    wrong type or contradictory, and DataError naming the row for rows that cannot be written.
+    """
+    with _our_errors():
+        config, files = _checked(source, overrides, keys)
+        _write(config, files)
+    return config
+
+
+def run(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> RunResult:
+    """All stages for every arm: shards, embeddings, training, evaluation, export and report.
+
+    A stage that is complete for the same inputs is skipped and a training that was interrupted goes on from its newest
+    checkpoint, so the same call resumes; `run("runs/mine")` resumes from the directory alone. `rebuild` replaces what
+    was made from other inputs. The arguments are those of `load_config`.
+
+    Raises as `load_config` and the stages do (see `pst_dist.errors`). Ctrl-C during training saves a checkpoint after
+    the current step and raises KeyboardInterrupt; a second Ctrl-C ends the process at once.
+    """
+    from pst_dist.pipeline import run_all
+
+    with _our_errors(), shown_by_default():
+        config = load_config(source, *overrides, **keys)
+        check_lasting(config)
+        pages = run_all(config, rebuild=rebuild, command=_command("run", config))
+        arms = tuple(_arm_result(arm) for arm in expand_arms(config))
+    return RunResult(config=config, output_dir=Path(config.output_dir), arms=arms, report=pages[-1])
+
+
+def train(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> TrainResult:
+    """Train one arm, making its shards and embeddings first where they are missing; resumes as `run` does.
+
+    Of several ranks (a script under torchrun), every one calls this; shards and embeddings must be there already.
+    Raises ConfigError for a config with several arms.
+    """
+    from pst_dist.embedding.targets import needs_embeddings
+    from pst_dist.pipeline import make_embeddings, make_shards, make_student
+
+    with _our_errors(), shown_by_default():
+        config = _one_arm(load_config(source, *overrides, **keys), "train")
+        check_lasting(config)
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        with recorded(config, command=_command("train", config)) if is_main else contextlib.nullcontext():
+            if alone:
+                make_shards(config, rebuild=rebuild)
+                if needs_embeddings(config):
+                    make_embeddings(config, rebuild=rebuild)
+            record = make_student(config, rebuild=rebuild)
+        return TrainResult.of(config, record)
+
+
+def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> EvaluationResult:
+    """Decode and score one split with a trained student; done once for the same student, rows and settings.
+
+    It reads the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories.
+    Any other that is given and differs from the run's own raises ConfigError, because it has no effect; of a `Config`
+    so do its rows, student, layout and loss. So do several arms.
+    """
+    from pst_dist.evaluation.evaluate import evaluate
+
+    with _our_errors(), shown_by_default():
+        config = _of_finished("evaluate", source, overrides, keys)
+        return EvaluationResult.of(config, evaluate(config, rebuild=rebuild))
+
+
+def export(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> Path:
+    """Write the student as a folder that plain transformers loads, with its model card; returns the folder.
+
+    It reads `evaluate.max_new_tokens`, the task and the directories; others are refused as by `evaluate`.
+    """
+    from pst_dist.publish.export import export
+
+    with _our_errors(), shown_by_default():
+        return export(_of_finished("export", source, overrides, keys), rebuild=rebuild)
+
+
+def load_student(folder: str | Path, *, device: str | None = None) -> Student:
+    """The trained student of a run directory, or of a folder that holds a student or an export, ready to be asked.
+
+    `device` is torch's name of one, the best there is by default. Every file is compared with its digest first. Raises
+    InputError when there is no student, naming the arms where there are several, and IntegrityError for a damaged one.
+    """
+    with _our_errors(), shown_by_default():
+        from pst_dist.evaluation.asking import student_folder
+        from pst_dist.student.saved import load_student
+
+        if not isinstance(folder, str | Path):
+            raise InputError(f"a student's folder is a path, got {type(folder).__name__}", "give its path")
+        return Student(load_student(student_folder(Path(folder)), device))
+
+
+class Student:
+    """A trained student that answers questions; one thread at a time is answered, others wait."""
+
+    def __init__(self, loaded: LoadedStudent) -> None:
+        self._loaded, self._turn = loaded, threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Student {self.arm} in {self.directory} on {self.device}>"
+
+    @property
+    def arm(self) -> str:
+        """What it was trained as."""
+        return self._loaded.format.arm
+
+    @property
+    def directory(self) -> Path:
+        """The folder it was loaded from."""
+        return self._loaded.directory
+
+    @property
+    def device(self) -> str:
+        """torch's name of the device it is on."""
+        return str(self._loaded.model.device)
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face model."""
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._loaded.tokenizer
+
+    def ask(
+        self, question: str, *, explain: bool = False, think_below: float | None = None, max_new_tokens: int = 256
+    ) -> Answer:
+        """Answer one question greedily; with `explain` the student also writes its rationale.
+
+        An adaptive student thinks first where the probability of its answer is below `think_below` (0 never, 2
+        always; by default what the evaluation chose). Raises InputError for an empty question, for one that is too
+        long for the model, and for `think_below` with a student of another arm.
+        """
+        return self._ask([question], explain, think_below, max_new_tokens, None)[0]
+
+    def ask_many(
+        self,
+        questions: Iterable[str],
+        *,
+        explain: bool = False,
+        think_below: float | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+    ) -> list[Answer]:
+        """Answer many questions, `batch_size` at a time, with progress; the answers are in the order of `questions`.
+
+        The arguments and errors are those of `ask`; an error names the question by its number, and none is answered.
+        """
+        if isinstance(questions, str):
+            raise InputError("questions is one string", "give a list of them, or use `ask`")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}", "give a whole number from 1")
+        return self._ask(list(questions), explain, think_below, max_new_tokens, batch_size)
+
+    def _ask(
+        self,
+        questions: list[str],
+        explain: bool,
+        think_below: float | None,
+        max_new_tokens: int,
+        batch_size: int | None,
+    ) -> list[Answer]:
+        from pst_dist.evaluation.asking import threshold_of
+        from pst_dist.student.ask import answer_question, answer_questions
+
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens!r}", "give a whole number from 1")
+        with self._turn, _our_errors(), shown_by_default():
+            settings: dict[str, Any] = {
+                "explain": explain,
+                "max_new_tokens": max_new_tokens,
+                "think_below": threshold_of(self._loaded, think_below),
+            }
+            if batch_size is None:
+                return [answer_question(self._loaded, questions[0], **settings)]
+            if not questions:
+                return []
+            with progress(f"ask {self.arm}", total=len(questions), unit="questions") as bar:
+                return answer_questions(
+                    self._loaded, questions, batch_size=batch_size, on_batch=bar.advance, **settings
+                )
+
+
+def _checked(source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> tuple[Config, list[RowsFile]]:
+    """The config, and the rows that it names and that are to be written; nothing is written here."""
+    if not (source is None or isinstance(source, Config | str | Path)):
+        raise ConfigError(
+            f"a config is a path, a name or a Config, got {type(source).__name__}",
+            'write settings as keywords: load_config(train={"max_steps": 100})',
+        )
+    for word in overrides:
+        if not isinstance(word, str):
+            raise ConfigError(f"{word!r} is not key.sub=value", "give Python values as keywords: seed=1")
+    tree, files = _without_rows(_tree(keys))
+    base = source if isinstance(source, Config) else None
+    name = str(source) if isinstance(source, str | Path) else None
+    config = loading.load_config(name, overrides, keys=tree, base=base)
+    if files:
+        paths = {file.split: str(_path_of(file, config)) for file in files}
+        config = config.model_copy(update={"data": config.data.model_copy(update=paths)})
+    return config, files
+
+
+def _tree(keys: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Nested keywords as plain dicts of settings; paths become text, and keys must be text."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"key {key!r} in {place or 'the settings'} is not text", "name it by text")
+        here = f"{place}.{key}" if place else key
+        if isinstance(value, Mapping) and here not in _ROWS:
+            value = _tree(value, here)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        tree[key] = value
+    return tree
+
+
+_ROWS = tuple(f"data.{split}" for split in SPLITS)
+
+
+def _without_rows(tree: dict[str, Any]) -> tuple[dict[str, Any], list[RowsFile]]:
+    """The settings with a stand-in for rows that are Python objects, and those rows."""
+    from pst_dist.data.sources.in_memory import is_in_memory, rows_file
+
+    files = []
+    section = tree.get("data") if isinstance(tree.get("data"), dict) else {}
+    places = [(section, split, split) for split in SPLITS] + [(tree, key, key.removeprefix("data.")) for key in _ROWS]
+    for holder, key, split in places:
+        if key not in holder:
+            continue
+        if is_in_memory(holder[key]):
+            files.append(rows_file(holder[key], split))
+            holder[key] = f"{split}.jsonl"
+        elif isinstance(holder[key], list):
+            holder[key] = [str(word) for word in holder[key]]
+    for name in ("data", *SPLITS):
+        if name in tree and is_in_memory(tree[name]) and not isinstance(tree[name], dict | int | float):
+            split = "train" if name == "data" else name
+            raise ConfigError(f"{name} is {type(tree[name]).__name__}", f'give rows as data={{"{split}": rows}}')
+    return tree, files
+
+
+def _path_of(file: RowsFile, config: Config) -> Path:
+    """Where a rows file lies, as the config names it: relative paths are taken from data.root where that is set."""
+    path = file.path_in(run_dir(config).data)
+    return path.absolute() if config.data.root or str(path).startswith("~") else path
+
+
+def _write(config: Config, files: Iterable[RowsFile]) -> None:
+    for file in files:
+        file.write(run_dir(config).data)
+
+
+def _of_finished(verb: str, source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> Config:
+    """The config of a trained arm; raises ConfigError for a setting that `verb` does not read."""
+    config, _ = _checked(source, overrides, keys)
+    config = _one_arm(config, verb)
+    given = [*given_keys(overrides), *loading.flat_keys(_tree(keys))]
+    refuse_without_effect(verb, config, [*given, *(WHAT_A_RUN_IS if isinstance(source, Config) else ())])
+    return config
+
+
+def _one_arm(config: Config, verb: str) -> Config:
+    """The config of the only arm; raises ConfigError for several."""
+    arms = expand_arms(config)
+    if len(arms) > 1:
+        raise ConfigError(
+            f"{verb} takes one arm, and this config has {len(arms)}: {', '.join(arm.arm for arm in arms)}",
+            f"call it for each: `for arm in pst_dist.expand_arms(config): {verb}(arm)`",
+            path=config.output_dir,
+        )
+    return arms[0]
+
+
+def _arm_result(config: Config) -> ArmResult:
+    """What a finished arm left in its run directory."""
+    from pst_dist.evaluation.evaluate import finished_evaluation
+    from pst_dist.storage.manifest import read_json
+    from pst_dist.training.result import TrainingResult
+
+    paths = run_dir(config)
+    results = finished_evaluation(paths.evaluation(config.evaluate.split))
+    if results is None:
+        raise InputError("the run was not evaluated", "run it again", path=paths.path)
+    return ArmResult(
+        arm=config.arm,
+        config=config,
+        output_dir=paths.path,
+        training=TrainResult.of(config, TrainingResult(**read_json(paths.training))),
+        evaluation=EvaluationResult.of(config, results),
+        export=paths.export,
+        report=paths.report,
+    )
+
+
+def _command(verb: str, config: Config) -> str:
+    """What the record of a run says about how it was made: the call that goes on with it."""
+    return f"pst_dist.{'api.' if verb == 'train' else ''}{verb}({config.output_dir!r})"
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    """Errors of other libraries that a user can cause, as ours; bugs and KeyboardInterrupt pass."""
+    try:
+        yield
+    except ValidationError as error:
+        raise loading.explain(error, None, {}, {}) from error
+    except (ModuleNotFoundError, OSError) as error:
+        ours = as_our_error(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def as_our_error(error: ModuleNotFoundError | OSError) -> PstError | None:
+    """A package that is not installed, or a disk that is full or failing, as an EnvironmentFault; None for others."""
+    from pst_dist.storage.atomic import FAILING, OUT_OF_ROOM, fault_of
+
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
+    if error.errno not in (*OUT_OF_ROOM, *FAILING, errno.EROFS):
+        return None
+    # A file that nobody here writes: TensorBoard's, or a temporary one of a library.
+    return fault_of(error, Path(error.filename or os.environ.get("TMPDIR", "/tmp")))

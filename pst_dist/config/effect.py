@@ -1,0 +1,64 @@
+"""Settings that a verb never reads: giving one that differs from the run's own has no effect, and is refused.
+
+A student, its scores and its export belong to the rows and settings that they were made from, so `evaluate` and
+`export` read the few settings below and take everything else from the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pst_dist.config.loading import RESOLVED, flat_keys, load_config, locate_overlay, parse_override, read_yaml
+from pst_dist.config.schema import Config
+from pst_dist.errors import ConfigError
+
+WHAT_A_RUN_IS = ("arm", "seed", "data", "student", "layout", "loss")
+"""Settings that decide what a student is and what it is scored on; the others only say how it is made."""
+_ALWAYS_READ = ("output_dir", "data_dir", "data_cache", "arm", "arms", "task")
+_EXPORT = (*_ALWAYS_READ, "evaluate.max_new_tokens")
+_READ = {
+    "evaluate": (*_ALWAYS_READ, "data.answer_type", "evaluate", "embed"),
+    "export": _EXPORT,
+    "export --lm-eval": (*_EXPORT, "data.answer_type", "evaluate.split", "evaluate.max_rows"),
+}
+"""Verb -> the keys and sections it reads. `arm` is compared with the student's."""
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that the words of a command line set, those of overlays included."""
+    keys: list[str] = []
+    for word in overrides:
+        if word.startswith("+"):
+            keys += flat_keys(read_yaml(locate_overlay(word))[0])
+        else:
+            keys.append(".".join(parse_override(word)[0]))
+    return keys
+
+
+def refuse_without_effect(verb: str, config: Config, given: Iterable[str]) -> None:
+    """Raises ConfigError for a given setting (a key or a section) that `verb` never reads and the run has otherwise.
+
+    A run without a saved config is taken as it is.
+    """
+    given = list(given)
+    if not given or not (Path(config.output_dir) / RESOLVED).is_file():
+        return
+    recorded = flat_keys(load_config(config.output_dir).model_dump(mode="json"))
+    for key, value in flat_keys(config.model_dump(mode="json")).items():
+        if value != recorded.get(key) and _is_among(key, given) and not _is_among(key, _READ[verb]):
+            raise ConfigError(
+                f"{key}={_shown(value)} has no effect on {verb}: the run was made with {_shown(recorded.get(key))}",
+                "leave it out, or make another run with it in another output_dir",
+                path=config.output_dir,
+            )
+
+
+def _is_among(key: str, names: Iterable[str]) -> bool:
+    """Whether a key is one of these or lies in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

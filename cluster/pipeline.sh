@@ -19,6 +19,14 @@ done
 read -ra all <<<"${ALL:-}"
 read -ra embedding <<<"${EMBED:-}"
 
+# Inside a job (salloc, a notebook) the outer job's memory, tasks and export settings would become those of these jobs.
+for variable in $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SRUN|SALLOC|PMI|PMIX)_'); do
+  case $variable in
+    SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT | SLURM_CLUSTERS | SBATCH_CLUSTERS | SBATCH_ACCOUNT) ;;
+    *) unset "$variable" ;;
+  esac
+done
+
 submit() { # the number of the job alone; one whose forerunner failed is removed instead of waiting for ever
   sbatch --parsable --kill-on-invalid-dep=yes "${all[@]}" "$@" | cut -d ';' -f 1
 }

@@ -1,12 +1,15 @@
 """Every error a user can cause, one class a kind, each with its exit code.
 
 The command line prints one of these as a single line without a traceback:
-`pst: error[CODE] where: what; what to do`. Anything else that escapes is a bug of ours.
+`pst: error[CODE] where: what; what to do`, without the passwords that an address may contain. Anything else that
+escapes is a bug of ours.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from pst_dist.redaction import redact
 
 
 class PstError(Exception):
@@ -29,7 +32,7 @@ class PstError(Exception):
     def __str__(self) -> str:
         where = f" {self.where}:" if self.where else ""
         remedy = f"; {self.remedy}" if self.remedy else ""
-        return " ".join(f"error[{self.code}]{where} {self.what}{remedy}".split())
+        return redact(" ".join(f"error[{self.code}]{where} {self.what}{remedy}".split()))
 
     def __reduce__(self):
         # Exceptions cross process borders (Ray, multiprocessing); the default would lose the keywords.

@@ -20,6 +20,7 @@ from pst_dist.cli.submit import submit
 from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.words import gather_overrides
 from pst_dist.errors import ConfigError, PstError
+from pst_dist.redaction import RedactingFormatter, redact
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
@@ -63,7 +64,7 @@ def _set_up_logging(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         level = logging.DEBUG
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("pst_dist").setLevel(level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,7 +86,7 @@ def run_verb(words: Sequence[str]) -> int:
         return arguments.run(arguments)
     except PstError as error:
         if os.environ.get("PST_TRACEBACK"):
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

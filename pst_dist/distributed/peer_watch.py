@@ -5,8 +5,8 @@ hangs, and never name the rank. So each rank has one more thread, connected to r
 its rank stands. A rank is *dead* when its connection ends or its machine no longer acknowledges what was sent; it is
 *hung* when it is not heard of, or when no rank moves, for `train.timeout_seconds`. Rank zero passes the judgement on,
 and every rank ends with PeerLostError; one that cannot, because it sits in a collective, is ended here.
-The wire is `peer_link`, who is to blame `verdict`; starting again is the launcher's, going on from a checkpoint the
-trainer's.
+The wire is `peer_link`, who is to blame `peer_verdict`; starting again is the launcher's, going on from a checkpoint
+the trainer's. Whatever arrives on a connection can at most close that connection: it never ends this thread.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ from pst_dist.errors import PeerLostError, PstError
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
-_HELLO_SECONDS = 20.0
-"""How long a connection may keep quiet about who it is."""
 _GRACE_SECONDS = 1.0
 """How long the training thread has to end by itself once somebody is lost."""
 _VERDICT_SECONDS = 8.0
 """How long the training thread waits to hear who was lost, when a collective broke before the watcher knew."""
+_NONSENSE = "it does not speak our protocol"
 _place = Place()
 
 
@@ -216,38 +215,64 @@ class _Watcher:
         if source is self._woken:
             return
         if source is self.server:
-            try:
-                self._add(Link(self.server.accept()[0]), None)
-            except OSError:
-                time.sleep(0.05)  # out of file descriptors, perhaps for long: not in a busy loop
+            self._accept()
             return
-        link = self._selector.get_key(source).data
+        key = self._selector.get_map().get(source) if source.fileno() >= 0 else None
+        if key is None:
+            return  # closed since the selector named it: a stranger that made room for another
+        link: Link = key.data
         try:
-            for message in link.receive():
-                self._take(self.links[link] or self._greet(link, message), message)
+            peer = self.links[link]
+            if peer is None:
+                peer = self._greet(link)
+                messages = [] if peer is None else link.waiting_lines()
+            else:
+                messages = link.receive()
+            for message in messages:
+                assert peer is not None
+                self._take(peer, message)
         except LinkClosed as error:
             self._drop(link, str(error))
 
-    def _greet(self, link: Link, hello: dict[str, Any]) -> Peer:
-        """Let a rank in, or hang up on a stranger (LinkClosed)."""
-        if not peer_link.is_peer(hello, self.meeting, self.ranks.world_size):
-            raise LinkClosed("a stranger")
+    def _accept(self) -> None:
+        assert self.server is not None
+        connection = None
+        try:
+            connection, _ = self.server.accept()
+            self._add(Link(connection), None)
+        except OSError:
+            if connection is not None:
+                connection.close()
+                return
+            time.sleep(0.05)  # out of file descriptors, perhaps for long: not in a busy loop
+        strangers = [link for link, peer in self.links.items() if peer is None]
+        for link in strangers[: -peer_link.STRANGERS]:  # in the order in which they came
+            self._drop(link, "a stranger")
+
+    def _greet(self, link: Link) -> Peer | None:
+        """Let a rank in once its first line is complete; raises LinkClosed for a stranger."""
+        hello = link.greet(self.meeting, self.ranks.world_size)
+        if hello is None:
+            return None
         now = time.monotonic()
-        peer = self.peers[hello["rank"]] = self.links[link] = Peer(hello["rank"], hello["host"], now, now)
-        link.send({"secret": self.meeting.answered})
+        link.send_bytes(self.meeting.answered.encode())
+        peer = self.peers[hello.rank] = self.links[link] = Peer(hello.rank, hello.host, now, now)
         return peer
 
     def _take(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Believe what a peer says of itself, and rank zero what it says of all."""
+        """Believe what a peer says of itself, and rank zero what it says of all; raises LinkClosed for nonsense."""
         peer.heard = time.monotonic()
         if "place" in message:
-            place = Place(*message["place"])
+            place, waiting, line = _place_in(message)
             peer.moved = peer.heard if place.signs != peer.place.signs else peer.moved
-            peer.place, peer.waiting, peer.line = place, message["waiting"], message["line"]
+            peer.place, peer.waiting, peer.line = place, waiting, line
         if "farewell" in message:
-            peer.farewell, peer.left = message["farewell"], peer.heard
+            farewell = message["farewell"]
+            if not isinstance(farewell, str | None):
+                raise LinkClosed(_NONSENSE)
+            peer.farewell, peer.left = farewell, peer.heard
         if "verdict" in message and not self.ranks.is_main:
-            self.verdict = Verdict(**message["verdict"])
+            self.verdict = _verdict_in(message["verdict"])
 
     def _standing(self) -> dict[str, Any]:
         """Where this rank is, as told to the others; rank zero also notes it for itself."""
@@ -265,7 +290,7 @@ class _Watcher:
     def _tell(self, message: dict[str, Any]) -> None:
         for link, peer in list(self.links.items()):
             if peer is None:
-                if time.monotonic() - link.since > _HELLO_SECONDS:
+                if time.monotonic() - link.since > peer_link.HELLO_SECONDS:
                     self._drop(link, "a stranger")
                 continue
             # Lines pile up at a process that does not read them; its kernel has answered for it until now.
@@ -301,6 +326,26 @@ class _Watcher:
         # Nothing of logging or sys.stderr: the thread that hangs may hold their locks.
         os.write(2, f"pst: {verdict.error()}\n".encode())
         os._exit(PeerLostError.exit_code)
+
+
+def _place_in(message: dict[str, Any]) -> tuple[Place, bool, str]:
+    """Where a rank says it is: its place, whether it waits in a collective, its line of code; raises LinkClosed."""
+    place, waiting, line = message["place"], message.get("waiting"), message.get("line")
+    if not (isinstance(place, list) and len(place) == len(Place._fields)):
+        raise LinkClosed(_NONSENSE)
+    section, step, entered, signs = place
+    right = isinstance(section, str) and type(step) in (int, type(None)) and type(entered) is type(signs) is int
+    if not (right and isinstance(waiting, bool) and isinstance(line, str)):
+        raise LinkClosed(_NONSENSE)
+    return Place(section, step, entered, signs), waiting, line
+
+
+def _verdict_in(fields: Any) -> Verdict:
+    """The verdict that rank zero sends; raises LinkClosed."""
+    kinds = {"rank": int, "host": str, "place": str, "reason": str, "hangs": bool}
+    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
+        raise LinkClosed(_NONSENSE)
+    return Verdict(**fields)
 
 
 _watchers: weakref.WeakSet[_Watcher] = weakref.WeakSet()

@@ -15,6 +15,7 @@ from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_page import write_results
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
+from pst_dist.redaction import redact_values
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
 
@@ -101,4 +102,5 @@ class _Journal:
 
 
 def _dump(experiment: Experiment) -> str:
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    values = redact_values(experiment.model_dump(mode="json"))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)

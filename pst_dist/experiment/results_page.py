@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Group, Results
 from pst_dist.experiment.spec import point_words
+from pst_dist.redaction import redacted_command
 from pst_dist.storage.atomic import atomic_path, write_text
 from pst_dist.storage.manifest import write_json
 
@@ -265,7 +265,7 @@ def _how(results: Results, command: Sequence[str]) -> str:
     shown = ("python", "pst_dist", "torch", "transformers", "sentence-transformers")
     devices = " and ".join(dict.fromkeys(group.device for group in results.groups))
     lines = [
-        f"    {shlex.join(command)}",
+        f"    {redacted_command(command)}",
         "",
         "Typed again, it goes on where it stopped, and is a no-op when finished. ",
     ]

@@ -23,6 +23,7 @@ from typing import Any
 from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import PeerLostError, PreemptedError, PstError
 from pst_dist.experiment.spec import Run
+from pst_dist.redaction import RedactingFormatter
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Run, BaseException | None], None]
@@ -153,7 +154,7 @@ def _result(run: Run, keep: str) -> BaseException | None:
     from pst_dist.experiment.runs import do_run
 
     for handler in logging.getLogger().handlers:  # several runs write to one terminal
-        handler.setFormatter(logging.Formatter(f"{run.name.replace('%', '%%')}: %(message)s"))
+        handler.setFormatter(RedactingFormatter(f"{run.name.replace('%', '%%')}: %(message)s"))
     try:
         do_run(run, keep, lock_seconds=5.0)
     except PstError as error:

@@ -17,6 +17,7 @@ from pst_dist.evaluation.records import read_metrics
 from pst_dist.publish import html, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
+from pst_dist.redaction import redact
 from pst_dist.storage.atomic import write_text
 
 _SHOWN = 12
@@ -121,7 +122,7 @@ def _cost_table(comparison: Comparison) -> Table:
 def _commands(comparison: Comparison, target: Path) -> str:
     """The commands that make every run again, and this page."""
     made_by = dict.fromkeys(
-        command.read_text(encoding="utf-8").strip()
+        redact(command.read_text(encoding="utf-8").strip())
         for arm in comparison.arms
         if (command := arm.run / "command.txt").is_file()
     )

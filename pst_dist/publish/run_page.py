@@ -18,6 +18,7 @@ from pst_dist.publish import html, plots
 from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
+from pst_dist.redaction import redact
 from pst_dist.storage.atomic import atomic_path, write_text
 from pst_dist.storage.json_files import read_object
 from pst_dist.storage.manifest import Manifest, read_manifest
@@ -177,11 +178,11 @@ def _samples(run: Path, split: str) -> Table:
 
 
 def _record(run: Path) -> dict[str, str | None]:
-    """Command, config and environment; None for what was not recorded."""
+    """Command, config and environment; None for what was not recorded, without the passwords of older records."""
 
     def text_of(name: str) -> str | None:
         path = run / name
-        return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+        return redact(path.read_text(encoding="utf-8", errors="replace").strip()) if path.is_file() else None
 
     environment = read_object(run / "environment.json") if (run / "environment.json").is_file() else {}
     return {

@@ -1,4 +1,4 @@
-"""What a training step measured, and where it goes: metrics.jsonl, TensorBoard and a line for people.
+"""What a training step measured, and where it goes: metrics.jsonl, the trackers and a line for people.
 
 Each term is logged raw and weighted, with the norm of its gradient at the hidden state: a term that contributes
 under 1 % or over 99 % of the gradient is warned about, because its weight then does nothing or everything. Not so where
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pst_dist.logs import progress
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import append_line, read_lines
 from pst_dist.training.loss import TERMS
+from pst_dist.training.trackers import TrackedRun, Trackers
 from pst_dist.training.validation import ValidationScore
 
 log = logging.getLogger(__name__)
@@ -118,7 +120,7 @@ class MetricsLog:
     def __init__(self, config: Config, run: RunDir, ranks: Ranks, *, first_step: int, total: int) -> None:
         self.config, self.run, self.ranks = config, run, ranks
         self.first_step, self.total = first_step, total
-        self.writer: Any = None
+        self.trackers: Trackers | None = None
         self._since = time.monotonic()
         self._tokens = 0
         self._warned: set[str] = set()
@@ -130,10 +132,8 @@ class MetricsLog:
         found = read_lines(self.run.metrics)
         kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step]
         write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
-        if self.config.train.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.first_step + 1)
+        tracked = TrackedRun(self.run.path, self.run.path.name, self.first_step)
+        self.trackers = Trackers(self.config.train.report_to, tracked, self.config)
         self._progress = progress(f"train {self.config.arm}", total=self.total, unit="steps")
         self._bar = self._progress.__enter__()
         self._bar.advance(self.first_step)
@@ -144,8 +144,8 @@ class MetricsLog:
         if not self.ranks.is_main:
             return
         self._progress.__exit__(*details)
-        if self.writer is not None:
-            self.writer.close()
+        assert self.trackers is not None
+        self.trackers.finish(failed=details[0] is not None)
 
     def step(self, record: StepRecord, *, epoch: int) -> None:
         """Take note of a step; every logging_steps, write it down."""
@@ -161,10 +161,7 @@ class MetricsLog:
         self._since, self._tokens = now, 0
         row = record.row() | {"epoch": epoch, "tokens_per_second": speed}
         append_line(self.run.metrics, row)
-        if self.writer is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.writer.add_scalar(name, value, record.step)
+        self._report(record.step, {name: value for name, value in row.items() if name != "step"})
         terms = "  ".join(f"{_SHORT[name]} {value:.4f}" for name, value in record.raw.items())
         log.info(
             "step %d/%d  loss %.4f  %s  %s tok/s/rank",
@@ -175,6 +172,10 @@ class MetricsLog:
             f"{speed / self.ranks.world_size:,.0f}",
         )
         self._warn_about_balance(record)
+
+    def _report(self, step: int, values: Mapping[str, Any]) -> None:
+        if self.trackers is not None:
+            self.trackers.log(step, values)
 
     def _warn_about_balance(self, record: StepRecord) -> None:
         """Warn once of a term whose weight does nothing, or everything."""
@@ -209,8 +210,6 @@ class MetricsLog:
         if not values:
             return
         append_line(self.run.metrics, {"step": step, "validation": values})
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"validation/{name}", value, step)
+        self._report(step, {f"validation/{name}": value for name, value in values.items()})
         words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         log.info("step %d/%d  validation  %s", step, self.total, words)

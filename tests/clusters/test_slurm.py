@@ -1,5 +1,6 @@
 """Slurm: the script that is rendered, the refusals before anything starts, and jobs on a real Slurm of two nodes."""
 
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from small_run import small_config
 from waiting import wait_until
 
 from pst_dist.cli.main import run_verb
+from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.clusters.slurm.follow import read_jobs
 from pst_dist.clusters.slurm.script import array_words, cells, read_words, render, template
 from pst_dist.clusters.slurm.submit import Partition, check_room, gpus_of
@@ -117,6 +119,51 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(tmp_path, monkeypatch, c
     assert run_verb(["submit", "slurm", "demo", *words]) == 0
     assert "#SBATCH --nodes=2" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["name", "output_dir", "sbatch.comment", "partition"])
+@pytest.mark.parametrize("hidden", ["\n", "\r", "\x00", "\x1b", "\x85", "\u2028", "\u202e"])
+def test_no_value_can_begin_a_line_of_its_own_in_the_script(tmp_path, capsys, place, hidden):
+    value = f"{tmp_path}/run{hidden}touch pwned"
+    word = json.dumps(value) if place == "output_dir" else value  # a key of the config is read as YAML
+    assert run_verb(["submit", "slurm", "demo", f"{place}={word}", "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"contains the control character U+{ord(hidden):04X}" in err and err.count("\n") == 1
+
+
+def test_the_pipeline_script_submits_without_the_outer_jobs_variables(tmp_path):
+    fake = tmp_path / "sbatch"  # the environment that sbatch would get is what is looked at
+    fake.write_text(f"#!/bin/sh\nenv >> {tmp_path}/seen\necho 7\n")
+    fake.chmod(0o755)
+    outer = {"SLURM_MEM_PER_CPU": "100", "SBATCH_EXPORT": "NONE", "SLURM_CONF": "/etc/c", "SBATCH_ACCOUNT": "nlp"}
+    done = subprocess.run(
+        ["bash", str(template("pipeline.sh")), "my.yaml"],
+        env=os.environ | outer | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "shard 7 -> embed 7 -> train 7 -> report 7\n", done.stderr
+    seen = (tmp_path / "seen").read_text()
+    assert seen.count("SLURM_CONF=/etc/c") == seen.count("SBATCH_ACCOUNT=nlp") == 4
+    assert "SLURM_MEM" not in seen and "SBATCH_EXPORT" not in seen
+
+
+def test_an_option_cannot_carry_a_command_in_its_name(capsys):
+    assert run_verb(["submit", "slurm", "demo", "sbatch.x\ntouch pwned=1", "--dry-run"]) == 2
+    assert "is not an option of sbatch" in capsys.readouterr().err
+
+
+def test_the_script_runs_with_the_words_that_it_was_given_and_no_others(tmp_path):
+    """The shell's own view: the template's body is cut off after its arguments are set."""
+    base = tmp_path / """a 'b' "c" $(touch pwned) `touch pwned`; touch pwned #"""
+    request, _ = read_words(["seeds=[0,1]"])
+    config = small_config(tmp_path / "data", tmp_path).model_copy(update={"output_dir": str(base)})
+    script = render(request, config, base / "slurm" / "config.yaml")
+    head = script[: script.index("back_into_the_queue()")] + "printf '%s\\0' \"$@\"\n"
+    done = subprocess.run(["bash"], input=head, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split("\0") == [f"{base}/slurm/config.yaml", "seeds=[0,1]", ""]
+    assert not (tmp_path / "pwned").exists()
 
 
 # --- what Slurm says --------------------------------------------------------------------------------------------------
@@ -413,7 +460,7 @@ class TestOnARealSlurm:
         config.write_text("")
         script = tmp_path / "train.sbatch"
         text = (ROOT / "cluster" / "train.sbatch").read_text()
-        script.write_text(text.replace("if [[ -f $1 ]] && !", '[[ -f $1 ]] && rm "$1"\nif !'))
+        script.write_text(text.replace("if [[ -f $1 ]]; then\n", 'if [[ -f $1 ]]; then\nrm "$1"\n'))
         done = subprocess.run(
             ["sbatch", "--wait", "--nodes=2", f"--output={tmp_path}/log", str(script), str(config)],
             env=slurm.environment | {"PST_PYTHON": sys.executable},
@@ -421,6 +468,68 @@ class TestOnARealSlurm:
         )
         assert done.returncode == 4
         assert "not every node sees this file" in (tmp_path / "log").read_text()
+
+    def test_every_character_of_a_path_arrives_in_slurm_as_it_is(self, slurm, tmp_path):
+        base = tmp_path / """50%j #1 "two" 'one' $HOME; é"""
+        # Not as a word of the command line, which is YAML: ` #` begins a comment there.
+        config = small_config(tmp_path / "data", tmp_path).model_copy(update={"output_dir": str(base)})
+        request, _ = read_words(["""name=a "b" 'c' #d \\e"""])
+        script = base / "slurm" / "train.sbatch"
+        script.parent.mkdir(parents=True)
+        script.write_text(render(request, config, base / "slurm" / "config.yaml"))
+        done = subprocess.run(
+            ["sbatch", "--parsable", "--hold", str(script)],
+            env=slurm.environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        number = done.stdout.strip()
+        try:
+            shown = slurm.ask("scontrol", "show", "job", number)
+            assert """JobName=a "b" 'c' #d \\e\n""" in shown
+            assert f"{number}|{comment_of(base)}" in slurm.ask("squeue", "--noheader", "--format=%i|%k")
+            (job,) = read_jobs(shown)
+            assert str(job.output) == f"{base}/slurm/{number}.log"
+        finally:
+            slurm.ask("scancel", number)
+
+    def test_a_submission_from_inside_a_job_takes_nothing_of_that_job_along(self, slurm, small_data, tmp_path):
+        config = write_config(tmp_path, small_data, "run", arm="answer_only", train__max_steps=2)
+        outer = {"SLURM_JOB_ID": "999", "SLURM_MEM_PER_CPU": "100", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}
+        outer |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_GPUS_PER_NODE": "2", "SLURM_TRES_PER_TASK": "cpu:2"}
+        outer |= {"SBATCH_TIMELIMIT": "00:10:00", "SBATCH_PARTITION": "small", "SBATCH_EXPORT": "NONE"}
+        outer |= {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+        output = tmp_path / "a 50%jobs"
+        done = subprocess.run(
+            [*PST, "submit", "slurm", str(config), f"output_dir={output}", "sbatch.mem=1000"],
+            env=slurm.environment | outer,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        number = re.search(r"job (\d+): submitted", done.stdout)
+        assert number and (output / "slurm" / f"{number[1]}.log").is_file(), "a % in a path is no pattern"
+        assert "step 2/2" in done.stdout, "its log is followed"
+        shown = slurm.ask("scontrol", "show", "job", number[1])
+        assert "Partition=main" in shown and "TimeLimit=UNLIMITED" in shown
+        assert len(losses(output)) == 2
+
+    def test_an_srun_that_fails_is_not_blamed_on_the_disk(self, slurm, tmp_path):
+        config = tmp_path / "run.yaml"
+        config.write_text("")
+        done = subprocess.run(
+            ["sbatch", "--wait", f"--output={tmp_path}/log", str(ROOT / "cluster" / "train.sbatch"), str(config)],
+            # What an outer job of another shape leaves behind, for a script that somebody submits by hand.
+            env=slurm.environment | {"PST_PYTHON": sys.executable, "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "1"},
+            timeout=120,
+        )
+        log = (tmp_path / "log").read_text()
+        assert done.returncode == 4, log
+        assert "srun cannot start a process on every node" in log and "sees this file" not in log
 
 
 @pytest.mark.slurm

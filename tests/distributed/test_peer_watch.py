@@ -1,7 +1,10 @@
 """Ranks that are killed, stopped or stuck: who is blamed, how soon the others end, and that nothing else is said."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import random
 import re
 import signal
 import socket
@@ -18,7 +21,7 @@ from waiting import wait_until
 
 from pst_dist.distributed import peer_link
 from pst_dist.distributed.peer_verdict import FAREWELL_SECONDS, Peer, Place, judge
-from pst_dist.distributed.peer_watch import _is_broken_connection, watched
+from pst_dist.distributed.peer_watch import _is_broken_connection, _Watcher, watched
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.training.fingerprint import training_settings
 
@@ -106,17 +109,161 @@ def test_one_rank_alone_is_not_watched():
         time.sleep(1.2)
 
 
-def test_a_stranger_is_hung_up_on_and_a_peer_of_another_run_is_one(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
+@contextlib.contextmanager
+def rank_zero_and_one() -> Iterator[tuple[_Watcher, _Watcher]]:
+    """The watchers of two ranks, connected over loopback; their training threads stand still."""
     server, meeting = peer_link.listen()
+    zero = _Watcher(Ranks(0, 0, 2), meeting, 600, server, None)
+    one = None
+    try:
+        link = peer_link.call(meeting, 1)
+        assert link is not None
+        one = _Watcher(Ranks(1, 1, 2), meeting, 600, None, link)
+        wait_until(lambda: 1 in zero.peers, "rank 1 is known")
+        yield zero, one
+    finally:
+        for watcher in filter(None, (one, zero)):
+            watcher.leave("")
+
+
+def says(meeting: peer_link.Meeting, line: bytes) -> bytes:
+    """What rank zero answers to these bytes before it hangs up; empty for a stranger."""
+    with socket.create_connection(("127.0.0.1", meeting.port), timeout=15) as connection:
+        with contextlib.suppress(OSError):  # hung up on while we speak
+            connection.sendall(line)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.recv(4096)
+    return b""
+
+
+def hostile_lines(secret: str) -> Iterator[bytes]:
+    """The two lines that were seen to end a training, their like with the secret, and 300 random ones."""
+    yield b'{"rank":1,"host":"x","secret":"\\ud800"}\n'
+    yield b"[" * 60_000 + b"\n"
+    yield b"\n" * 1000
+    yield b"\xff\xfe\x00" * 4000
+    own = secret.encode()
+    yield own + b"[" * 400 + b"\n"
+    yield own + b" " * 60_000
+    yield own + b' {"rank": 1e999, "host": "x"}\n'
+    yield own + b' {"rank": true, "host": "x"}\n'
+    yield own + b' {"rank": 1, "host": 3}\n'
+    yield own + b' {"rank": 0, "host": "x"}\n' + own + b' {"rank": 2, "host": "x"}\n'
+    source = random.Random(13)
+    parts = [
+        b'{"rank":1,"host":"x"}',
+        b"[",
+        b"{",
+        b'"',
+        b"\n",
+        b"\\ud800",
+        b"1e999",
+        b"\x00",
+        own[:31],
+        own[::-1],
+        b" ",
+    ]
+    for _ in range(300):
+        yield b"".join(source.choices(parts, k=source.randrange(1, 40))) + source.randbytes(source.randrange(64))
+
+
+def test_no_bytes_of_a_stranger_disturb_the_watch(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with rank_zero_and_one() as (zero, one):
+        for line in hostile_lines(zero.meeting.asked):
+            assert says(zero.meeting, line) == b"", line[:80]
+        assert set(zero.peers) == {0, 1}
+        heard = zero.peers[1].heard
+        wait_until(lambda: zero.peers[1].heard > heard, "rank 1 is still heard")
+        assert zero._thread.is_alive() and one._thread.is_alive()
+        assert zero.verdict is None and one.verdict is None and zero.peers[1].closed == ""
+
+
+def test_only_the_whole_secret_opens_and_its_beginning_is_not_answered_byte_by_byte(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with rank_zero_and_one() as (zero, _):
+        meeting = zero.meeting
+        hello = peer_link.hello_line(meeting, 1)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            here = socket.create_connection(server.getsockname())
+            there, _ = server.accept()
+        with here, there:
+            link = peer_link.Link(there)
+            here.sendall(hello[:40])
+            assert link.greet(meeting, 2) is None
+            here.sendall(hello[40:] + b"\n")
+            assert link.greet(meeting, 2) == peer_link.Hello(1, os.uname().nodename)
+        assert says(meeting, hello.replace(meeting.asked.encode(), b"0" * 32) + b"\n") == b""
+        for start in (meeting.asked[:31], "0" * 31):  # a right and a wrong beginning look the same: no answer yet
+            with socket.create_connection(("127.0.0.1", meeting.port), timeout=15) as connection:
+                connection.sendall(start.encode())
+                connection.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    connection.recv(1)
+
+
+def test_strangers_that_keep_quiet_are_limited_in_number_and_time(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(peer_link, "STRANGERS", 5)
+    monkeypatch.setattr(peer_link, "HELLO_SECONDS", 2.0)
+    with rank_zero_and_one() as (zero, _), contextlib.ExitStack() as open_ones:
+        place = ("127.0.0.1", zero.meeting.port)
+        quiet = [open_ones.enter_context(socket.create_connection(place, timeout=15)) for _ in range(30)]
+        for connection in quiet[:25]:
+            assert connection.recv(1) == b"", "the oldest make room"
+        wait_until(lambda: len(zero.links) == 6, "the five newest and rank 1")
+        wait_until(lambda: len(zero.links) == 1, "the five had their time", seconds=10)
+        assert zero.verdict is None and zero.peers[1].closed == ""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"place": [[], None, "x", None], "waiting": 1, "line": 2},
+        {"place": ["backward", 1, 2], "waiting": False, "line": ""},
+        {"place": {"a": 1}},
+        {"farewell": 3},
+        b"[" * 4000,
+        b"\xff",
+        b"3",
+    ],
+)
+def test_a_rank_that_talks_nonsense_is_lost_rather_than_the_watch(monkeypatch, message):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(_Watcher, "_end_this_rank", lambda *_: None)  # it would end this process
+    with rank_zero_and_one() as (zero, one):
+        (link,) = one.links
+        link.send_bytes(message) if isinstance(message, bytes) else link.send(message)
+        assert zero.known.wait(10) and zero.verdict is not None
+        assert (zero.verdict.rank, zero.verdict.reason) == (1, "it does not speak our protocol")
+
+
+def test_rank_zero_listens_on_the_interface_of_the_master_address_alone(monkeypatch):
+    own = peer_link._own_address(socket.gethostname()) or peer_link._default_address()
+    for master, interface in [("localhost", "127.0.0.1"), ("127.0.1.1", "127.0.0.1"), (own, own)]:
+        if master is None:
+            continue  # a machine that has loopback alone
+        monkeypatch.setenv("MASTER_ADDR", master)
+        server, meeting = peer_link.listen()
+        with server:
+            assert server.getsockname()[0] == interface and meeting.addresses[0] == interface
+    # A name that means loopback here and this machine elsewhere, or nothing at all: never every interface.
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    server, _ = peer_link.listen()
     with server:
-        assert server.getsockname()[0] == "127.0.0.1", "a run on one machine is not to be reached from another"
-        good = {"rank": 1, "host": "n1", "secret": meeting.asked}
-        assert peer_link.is_peer(good, meeting, 2)
-        for bad in ({"secret": "0" * 32}, {"rank": 2}, {"rank": 0}, {"rank": "1"}, {"secret": None}, {"host": 3}):
-            assert not peer_link.is_peer(good | bad, meeting, 2)
-        other = dataclasses.replace(meeting, answered="another")
-        assert peer_link.call(dataclasses.replace(other, port=free_port()), 1) is None
+        assert server.getsockname()[0] not in ("0.0.0.0", "::")
+
+
+def refuse(*_args, **_keywords):
+    raise socket.gaierror("no name server here")
+
+
+def test_a_rank_zero_of_another_run_is_not_believed(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with rank_zero_and_one() as (zero, _):
+        assert peer_link.call(dataclasses.replace(zero.meeting, answered="0" * 32), 1) is None
+        assert peer_link.call(dataclasses.replace(zero.meeting, port=free_port()), 1) is None
 
 
 # --- ranks that do nothing but meet -----------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pst_dist.config.schema import RayConfig
 from pst_dist.errors import EnvironmentFault, PstError, first_line
 
 _PROBE_SECONDS = 5.0
+_LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75 MiB
 
 
@@ -44,16 +45,19 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     except ImportError as error:
         raise EnvironmentFault("cannot import ray", "pip install 'pst-dist[ray]', or work without it") from error
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    temporary = _folder() if own else None
+    temporary = _folder() if own else None  # Ray's files; ours alone
     try:
-        if own:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temporary,
-                **quiet,
-            )
+        if temporary is not None:
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _temp_dir=str(temporary / "ray"),
+                    _node_ip_address=_LOOPBACK,
+                    **quiet,
+                )
+            _close_to_others(temporary / "ray")
         else:
             probe(str(address))
             ray.init(address=address, **quiet)
@@ -74,6 +78,31 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have `ray.init` start its services on 127.0.0.1.
+
+    Ray's services listen on every interface unless the node's address is loopback, and on Linux `ray.init` replaces a
+    loopback address by the machine's own, so that other nodes could join. It leaves it alone where it believes that
+    there are no other nodes, as on macOS: this switch, which it reads only here (ray 2.60).
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _close_to_others(folder: Path) -> None:
+    """Set the folders that Ray has made for everybody (0777) to 0700; what is inside serves this user's processes."""
+    for path in (folder, *folder.glob("session_*")):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o700)
 
 
 def secure_local_cluster() -> None:
@@ -98,16 +127,17 @@ def secure_local_cluster() -> None:
     atexit.register(path.unlink, missing_ok=True)
 
 
-def _folder() -> str:
-    """A new folder for a cluster of ours; those of processes that were killed go.
+def _folder() -> Path:
+    """A new folder of mode 0700 for a cluster of ours; removes those of processes that were killed.
 
-    Ray's sockets lie in it, and a socket's path may have 107 bytes: TMPDIR is often too long for that.
+    Ray works in a folder inside it, which it opens to everybody. Its sockets lie there, and a socket's path may have
+    107 bytes: TMPDIR is often too long for that.
     """
     place = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     _sweep(place.glob("pst-ray-*/.owner"))
     folder = Path(tempfile.mkdtemp(prefix="pst-ray-", dir=place))
     _hold((folder / ".claim").open("w"), folder / ".claim", folder / ".owner")
-    return str(folder)
+    return folder
 
 
 _held: list[TextIO] = []

@@ -19,7 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pst_dist.clusters.jobs import Status
 from pst_dist.errors import EnvironmentFault, InputError, first_line
+from pst_dist.plain import plain
+from pst_dist.redirects import SameOriginToken
 
 _ANSWER_SECONDS = 10.0
 _AWAY_SECONDS = 300.0
@@ -34,18 +37,21 @@ def dashboard_address(asked: str | None) -> str:
     address = os.environ.get("RAY_ADDRESS", "")
     if from_environment is None and address.startswith(("http://", "https://")):
         from_environment = address
-    address = asked or from_environment or _DEFAULT
+    address = plain(asked or from_environment or _DEFAULT, "the dashboard's address")
     return (address if "://" in address else f"http://{address}").rstrip("/")
 
 
 def find_token() -> str | None:
-    """The token that Ray would send, from where Ray looks for it; raises InputError for a file that is not there."""
+    """The token that Ray would send, from where Ray looks for it.
+
+    Raises InputError for a missing file, ConfigError for a token that would become more than one header.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token.strip()
+        return plain(token.strip(), "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     if path.is_file():
-        return path.read_text("utf-8").strip()
+        return plain(path.read_text("utf-8", errors="surrogateescape").strip(), f"the token in {path}")
     if named:
         raise InputError("no such file, though RAY_AUTH_TOKEN_PATH names it", path=path)
     return None
@@ -66,7 +72,7 @@ def _get(url: str, token: str | None) -> bytes | None:
     """The body of an answer, None when it is not HTTP or another page; raises EnvironmentFault as above."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # A proxy of the environment is for the world outside, not for a cluster's head.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), SameOriginToken())
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
             return answer.read(65536)
@@ -156,6 +162,15 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
             say(f"job {job}: {str(info.status).lower()}, exit code {code}")
             return code
         time.sleep(_POLL_SECONDS)
+
+
+def status(address: str, job: str) -> Status:
+    """Where a job stands; raises InputError for a job that the cluster does not know, EnvironmentFault without one."""
+    info = _info(connect(address), job)
+    state = str(info.status)
+    ended = state in ("SUCCEEDED", "FAILED", "STOPPED")
+    code = exit_code_of(state, info.driver_exit_code) if ended else None
+    return Status(f"job {job}: {state.lower()}" + ("" if code is None else f", exit code {code}"), code)
 
 
 def exit_code_of(status: str, driver: int | None) -> int:

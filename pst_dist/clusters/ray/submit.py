@@ -11,16 +11,20 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pst_dist.clusters.ray.dashboard import connect, dashboard_address
+from pst_dist.clusters.jobs import Job, Launcher, Say, Status, Submission
+from pst_dist.clusters.ray import dashboard
+from pst_dist.clusters.ray.dashboard import check_dashboard, connect, dashboard_address, find_token
 from pst_dist.config.loading import load_config, locate_config, ready_made_configs
 from pst_dist.config.run_dir import refuse_relative
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, LockedError
+from pst_dist.plain import plain
+from pst_dist.redaction import redact
 from pst_dist.storage.object_store import is_url
 
 EXCLUDES = (
@@ -69,10 +73,15 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
     environment, rest = {}, []
     for word in words:
         key, _, value = word.partition("=")
+        if key in _OWN or key.startswith("env."):
+            plain(value, key if key in _OWN else "a variable of the job's environment")
         if key in _OWN:
             asked[key] = value
         elif key.startswith("env."):
-            environment[key.removeprefix("env.")] = value
+            variable = key.removeprefix("env.")
+            if not re.fullmatch(r"[A-Za-z_]\w*", variable):
+                raise ConfigError(f"{key!r} names no environment variable", "write env.NAME=value")
+            environment[variable] = value
         elif key == "on":
             raise ConfigError(f"{word}: a job of `pst submit ray` is on Ray already", "leave it out")
         else:
@@ -134,12 +143,64 @@ class RayJob:
 
     def lines(self, files: dict[str, int]) -> list[str]:
         """What a person should see before it is handed in; `files` are those that are sent, with their bytes."""
-        return [
+        lines = [
             f"  cluster   {self.request.address}",
             f"  command   {self.command}",
             f"  output    {self.config.output_dir} (on a disk that all nodes share)",
             f"  sent      {len(files)} files, {_mib(sum(files.values()))} of {self.request.folder}",
         ]
+        return [redact(line) for line in lines]
+
+
+class Ray(Launcher):
+    """A run as a job of a Ray cluster, handed in at its dashboard."""
+
+    # The job's driver has a copy of this directory and the same hub.
+    checks = frozenset({"deepspeed"})
+
+    def parse(self, config: str, words: Sequence[str]) -> Submission:
+        """The words of `read_words`, and the job they make."""
+        request, overrides = read_words(words)
+        job = make_job(request, config, overrides)
+        return Submission(job.config, job)
+
+    def render(self, submission: Submission) -> str:
+        """What would be sent."""
+        job: RayJob = submission.request
+        return "".join(f"{line}\n" for line in job.lines(check_size(job)))
+
+    def check(self, submission: Submission) -> None:
+        """Whether the dashboard answers and takes our token, and Ray would take as many bytes."""
+        job: RayJob = submission.request
+        check_dashboard(job.request.address, find_token())
+        check_size(job)
+
+    def submit(self, submission: Submission, say: Say) -> Job:
+        """Hand the job in."""
+        job: RayJob = submission.request
+        name, address = submit(job, say=say), job.request.address
+        return Job(name, address, f"job {name}: submitted; {address}/#/jobs/{name}")
+
+    def find(self, name: str, words: Sequence[str]) -> Job:
+        """By the job's name, at `address=`."""
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"{name!r} is not a job of Ray", "`ray job list` names them")
+        return Job(name, read_words(words)[0].address)
+
+    def status(self, job: Job) -> Status:
+        """As the dashboard says."""
+        return dashboard.status(job.place, job.name)
+
+    def follow(self, job: Job, say: Say) -> int:
+        """See `dashboard.follow`."""
+        return dashboard.follow(job.place, job.name, say=say)
+
+    def look_again(self, job: Job) -> str:
+        """By the job's name and address."""
+        return dashboard.look_again(job.name, job.place)
+
+
+LAUNCHER = Ray()
 
 
 def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) -> RayJob:
@@ -200,7 +261,7 @@ def check_size(job: RayJob) -> dict[str, int]:
     return files
 
 
-def submit(job: RayJob, *, say: Callable[[str], None]) -> str:
+def submit(job: RayJob, *, say: Say) -> str:
     """Check and hand in; returns the job's id.
 
     Raises EnvironmentFault when the cluster cannot be reached or refuses, LockedError when a job works there already.

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pst_dist._version import __version__
 from pst_dist.config.schema import Config
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
+from pst_dist.redaction import redact
 
 _FIRST_LOCK_SECONDS = 5.0
 _LOCK_SECONDS = 120.0
@@ -135,7 +136,7 @@ def work(loop_config: dict[str, Orders]) -> Any:
         )
     except Exception as error:
         if not isinstance(error, PstError) and not may_pass(error):  # ours to mend: Ray would drop the traceback
-            logging.getLogger("pst_dist").exception("rank %s met what it should not have met", os.environ["RANK"])
+            logging.getLogger("pst_dist").exception("unexpected error on rank %s", os.environ["RANK"])
         raise
 
 
@@ -144,7 +145,7 @@ def _speak_through(desk: Any, level: int) -> None:
 
     class ToDesk(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            desk.say.remote(Line(record.levelno, record.name, self.format(record)))
+            desk.say.remote(Line(record.levelno, record.name, redact(self.format(record))))
 
     ours = logging.getLogger("pst_dist")
     ours.setLevel(level)

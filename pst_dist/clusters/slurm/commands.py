@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from pst_dist.errors import EnvironmentFault, PstError
 
@@ -32,11 +33,38 @@ def check_controller() -> None:
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """One of Slurm's commands, with a limit in time; silence counts as a failure."""
-    environment = os.environ | {"LC_ALL": "C"}
+    environment = submission_environment() | {"LC_ALL": "C"}
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer in {_ANSWER_SECONDS:.0f} s")
+
+
+def comment_of(folder: Path) -> str:
+    """The comment by which a job of ours says where it works."""
+    return f"pst {folder}"
+
+
+def submission_environment() -> dict[str, str]:
+    """This process's environment, less what describes the job or rank that it is in.
+
+    sbatch reads every option from a variable too and hands its environment on to the job. So a submission from inside
+    a job (salloc, a notebook) would give the new job the memory, tasks and export settings of the outer one.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _WHICH_SLURM or not (name.startswith(_OF_A_JOB) or name in _OF_A_RANK)
+    }
+
+
+_WHICH_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SBATCH_ACCOUNT")
+"""What says which Slurm to talk to and who pays; people set these in their profile, and no job sets them."""
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "TORCHELASTIC_")
+_OF_A_RANK = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 def ask(*command: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pst_dist.clusters.jobs import Status
 from pst_dist.clusters.slurm.commands import run
 from pst_dist.errors import EnvironmentFault
 
@@ -111,6 +112,18 @@ def follow(number: str, *, say: Callable[[str], None]) -> int:
             _read_logs(tasks, logs, say)
 
 
+def status(number: str) -> Status:
+    """Where a job stands; raises EnvironmentFault when the controller does not answer or does not know the job."""
+    tasks = _show(number)
+    if not tasks:
+        what = "Slurm's controller does not answer" if tasks is None else f"Slurm knows no job {number}"
+        raise EnvironmentFault(what, "see `scontrol ping`" if tasks is None else "see `sacct`")
+    ended = all(task.ended for task in tasks)
+    in_order = sorted(tasks, key=lambda task: _by_number((task.number, task)))
+    code = next((task.result for task in in_order if task.result), 0) if ended else None
+    return Status("\n".join(task.line for task in in_order), code)
+
+
 def _read_logs(tasks: dict[str, Task], logs: dict[Path, _Log], say: Callable[[str], None]) -> None:
     """Say what is new in the logs of all tasks that have started."""
     for task in tasks.values():
@@ -161,7 +174,6 @@ def read_jobs(text: str) -> list[Task]:
     tasks = []
     for block in re.split(r"\n(?=JobId=)", text.strip()):
         values = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", block))
-        output = re.search(r"^[ \t]*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
         code, _, ending = values.get("ExitCode", "0:0").partition(":")
         number = values["JobId"]
         if "ArrayJobId" in values:
@@ -175,7 +187,16 @@ def read_jobs(text: str) -> list[Task]:
                 nodes=values.get("NodeList", ""),
                 restarts=int(values.get("Restarts", "0")),
                 exit_code=int(code) or (128 + int(ending) if int(ending or 0) else 0),
-                output=Path(output[1].strip() if output else ""),
+                output=_log_of(block, number),
             )
         )
     return tasks
+
+
+def _log_of(block: str, number: str) -> Path:
+    """The log of a job: as Slurm shows it, or for a script of ours with a % in its path, which Slurm shows expanded."""
+    script = re.search(r"^[ \t]*Command=(/.*)$", block, re.MULTILINE)
+    if script and "%" in script[1] and script[1].endswith("/slurm/train.sbatch"):
+        return Path(script[1]).parent / f"{number}.log"
+    shown = re.search(r"^[ \t]*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
+    return Path(shown[1].strip() if shown else "")

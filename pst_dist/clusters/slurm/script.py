@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pst_dist.arms import ARMS
+from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.config.loading import load_config, parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, PstError
+from pst_dist.plain import plain
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED)", re.IGNORECASE)
 _SBATCH_OF = {
@@ -75,12 +77,17 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
     rest, options = [], {}
     for word in words:
         key, _, value = word.partition("=")
+        if key in _OWN or key in _SBATCH_OF or key.startswith("sbatch."):
+            plain(value, key if re.fullmatch(r"[\w.-]+", key) else "an option of sbatch")
         if key in _OWN:
             asked[key] = value
         elif key in _SBATCH_OF:
             options[_SBATCH_OF[key]] = value
         elif key.startswith("sbatch."):
-            options[key.removeprefix("sbatch.")] = value
+            option = key.removeprefix("sbatch.")
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+                raise ConfigError(f"{key!r} is not an option of sbatch", "write for example sbatch.reservation=NAME")
+            options[option] = value
         else:
             rest.append(word)
     # Not read as YAML, to which 04:00:00 is a number to the base of sixty.
@@ -188,15 +195,21 @@ def render(request: SlurmRequest, config: Config, snapshot: Path) -> str:
     """The script of one job: the template with this request's `#SBATCH` lines and arguments.
 
     `snapshot` is the resolved config that the job reads: a file that is edited while the job waits changes nothing.
+    Every value is quoted, for Slurm or for the shell. Raises ConfigError for one that cannot be: control characters
+    anywhere, and a backslash in output_dir, which makes Slurm take the whole name of the log literally.
     """
     base = Path(config.output_dir).absolute()
+    for what, value in (("output_dir", base), ("the working directory", Path.cwd()), ("python's path", sys.executable)):
+        plain(str(value), what)
+    if "\\" in str(snapshot):
+        raise ConfigError(f"output_dir={config.output_dir} contains a backslash", "Slurm needs a name without one")
     number = "%A_%a" if request.tasks else "%j"
     options = {
         "job-name": f"pst-{base.name}",
         "nodes": str(request.nodes),
-        "output": f"{snapshot.parent}/{number}.log",
+        "output": f"{_no_pattern(snapshot.parent)}/{number}.log",
         "chdir": str(Path.cwd()),
-        "comment": f"pst {base}",
+        "comment": comment_of(base),
         "signal": f"B:USR1@{request.warn_seconds}",
     }
     if request.gpus:
@@ -228,15 +241,27 @@ def _filled(text: str, options: dict[str, str], filled: list[str]) -> str:
         lines.append(line)
         if asked:
             last = len(lines)
-    # A value with a blank is one word to sbatch only in quotes.
     lines[last:last] = [f"#SBATCH --{name}={_quoted(value)}" for name, value in options.items()]
     place = lines.index(_MARK)
     lines[place : place + 1] = filled
     return "\n".join(lines) + "\n"
 
 
+def _no_pattern(path: Path) -> str:
+    """A path as Slurm reads the name of a log, in which `%j` and the like stand for something."""
+    return str(path).replace("%", "%%")
+
+
 def _quoted(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
+    """A value as one word of an `#SBATCH` line, whatever is in it; raises ConfigError for control characters.
+
+    sbatch reads these lines like a shell that knows only quotes and backslashes (src/sbatch/opt.c); what is plain
+    stays as it is, for people to read.
+    """
+    plain(value, "a value for sbatch")
+    if re.fullmatch(r"[\w@%+=:,./\[\]-]+", value, re.ASCII):
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""`pst submit slurm`: look before submitting, then submit.
+"""`pst submit slurm`: check before submitting, then submit.
 
-What the job is comes from `slurm`, what happens inside it is the script's and `train`'s, and `slurm_follow` says how it
-goes on. Slurm itself takes a job that can never start and lets it wait without end: hence the looking.
+What the job is comes from `script`, what happens inside it is the script's and `train`'s, and `follow` reports how it
+goes. Slurm itself accepts a job that can never start and lets it wait forever: hence the checks.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pst_dist.clusters.slurm.commands import ask, check_controller
-from pst_dist.clusters.slurm.script import SlurmRequest, render
-from pst_dist.config.loading import dump_config
+from pst_dist.clusters.jobs import Job, Launcher, Say, Status, Submission
+from pst_dist.clusters.slurm import follow
+from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of
+from pst_dist.clusters.slurm.script import SlurmRequest, read_words, render
+from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, LockedError, PstError
@@ -36,23 +38,79 @@ class Partition:
     """Most GPUs on one of its nodes."""
 
 
-def submit(config: Config, request: SlurmRequest, *, say: Callable[[str], None]) -> str:
-    """Check, write config and script into `output_dir/slurm`, and submit; returns the job's number.
+class Slurm(Launcher):
+    """A training as a batch job, or as an array with a task for each arm and seed."""
 
-    `say` gets the lines that a person should see. Raises EnvironmentFault, ConfigError, InputError or LockedError,
-    with nothing submitted, when the job could not start or could not work.
-    """
+    # The config's own files, which nodes see as this machine does; GPUs and packages are theirs.
+    checks = frozenset({"deepspeed", "student"})
+
+    def parse(self, config: str, words: Sequence[str]) -> Submission:
+        """The words of `script.read_words`, and the config."""
+        request, overrides = read_words(words)
+        return Submission(load_config(config, overrides), request)
+
+    def render(self, submission: Submission) -> str:
+        """The batch script."""
+        return render(submission.request, submission.config, _folder(submission.config) / "config.yaml")
+
+    def check(self, submission: Submission) -> None:
+        """Whether Slurm answers, could ever start the job, and the job would find its data and an unused directory."""
+        self.render(submission)  # refuses what cannot be quoted
+        check(submission.config, submission.request)
+
+    def submit(self, submission: Submission, say: Say) -> Job:
+        """Write the script and hand it in."""
+        number = submit(submission.config, submission.request, say=say)
+        return Job(number, submitted=submitted(submission.config, submission.request, number))
+
+    def find(self, name: str, words: Sequence[str]) -> Job:
+        """By the job's number."""
+        if not re.fullmatch(r"\d+(_\d+)?", name):
+            raise ConfigError(f"{name!r} is not a job of Slurm", "give its number, such as 1234 or 1234_0")
+        check_controller()
+        return Job(name)
+
+    def status(self, job: Job) -> Status:
+        """The states of its tasks; the exit code is that of the first task that failed."""
+        return follow.status(job.name)
+
+    def follow(self, job: Job, say: Say) -> int:
+        """See `follow`."""
+        return follow.follow(job.name, say=say)
+
+    def look_again(self, job: Job) -> str:
+        """By the job's number."""
+        return follow.look_again(job.name)
+
+
+LAUNCHER = Slurm()
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.output_dir).absolute() / "slurm"
+
+
+def check(config: Config, request: SlurmRequest) -> None:
+    """Raises EnvironmentFault, ConfigError, InputError or LockedError when the job could not start or not work."""
     check_controller()
     check_room(request, partitions())
     _check_inputs(config.model_copy(update={"arms": list(request.arms) or config.arms}))
     base = Path(config.output_dir).absolute()
     _check_shared(base, request)
     for number, comment in _own_jobs():
-        if comment == f"pst {base}":
+        if comment == comment_of(base):
             raise LockedError(
                 f"job {number} already works here", f"follow it: pst submit slurm --follow {number}", path=base
             )
-    folder = base / "slurm"
+
+
+def submit(config: Config, request: SlurmRequest, *, say: Say) -> str:
+    """Write config and script into `output_dir/slurm` and submit; returns the job's number.
+
+    `say` gets the lines that a person should see. Raises EnvironmentFault when Slurm refuses; nothing is left then.
+    """
+    folder = _folder(config)
+    base = folder.parent
     script = folder / "train.sbatch"
     write_text(folder / "config.yaml", dump_config(config))
     write_text(script, render(request, config, folder / "config.yaml"))
@@ -75,7 +133,7 @@ def submit(config: Config, request: SlurmRequest, *, say: Callable[[str], None])
 
 def submitted(config: Config, request: SlurmRequest, number: str) -> str:
     """The line that says so; for the caller to say when it is ready to be told to stop."""
-    folder = Path(config.output_dir).absolute() / "slurm"
+    folder = _folder(config)
     return f"job {number}: submitted; log: {folder}/{number}{'_*' if request.tasks else ''}.log"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def split_request(words: list[str]) -> tuple[list[str], Request]:
     return rest, Request(machines, machines.gpus if asked else None, Path(hostfiles[-1]) if hostfiles else None)
 
 
-def examine(config: Config | None, request: Request) -> tuple[Machine, list[Finding]]:
-    """Look at this machine, and with a config at what it will need. Lasts seconds, and a minute at the very most."""
+def examine(
+    config: Config | None, request: Request, *, only: Collection[str] | None = None
+) -> tuple[Machine, list[Finding]]:
+    """Look at this machine, and with a config at what it will need. Takes seconds, and a minute at the very most.
+
+    With `only`, the checks of those subjects and no others.
+    """
     from pst_dist.diagnostics.machine import clusters, models, network, places, software
 
     logging.getLogger("pst_dist").setLevel(logging.WARNING)  # the findings are what is to be said
@@ -81,7 +87,7 @@ def examine(config: Config | None, request: Request) -> tuple[Machine, list[Find
                 "the rows take long to count: `pst plan` does it without a limit",
             ),
         ]
-    return machine, look_at(checks)
+    return machine, look_at([check for check in checks if only is None or check.subject in only])
 
 
 _USUAL_HOSTFILE = Path("/job/hostfile")

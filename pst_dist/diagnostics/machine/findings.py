@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pst_dist.errors import PstError
+from pst_dist.redaction import redact
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -28,9 +29,9 @@ class Finding:
     remedy: str = ""
 
     def line(self) -> str:
-        """Level, subject, what was found and how to mend it."""
+        """Level, subject, what was found and how to fix it, without passwords."""
         text = f"{self.what}; {self.remedy}" if self.remedy else self.what
-        return f"{self.level.upper() if self.level == 'problem' else self.level:<8} {self.subject:<12} {text}"
+        return redact(f"{self.level.upper() if self.level == 'problem' else self.level:<8} {self.subject:<12} {text}")
 
 
 def ok(subject: str, what: str) -> Finding:

@@ -14,6 +14,7 @@ from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.models.locate import locate_encoder
+from pst_dist.redirects import SameOriginToken
 from pst_dist.student.warm_start import MINILM, warm_checkpoint
 
 _HUB_SECONDS = 5.0
@@ -66,7 +67,8 @@ def _hub(subject: str, name: str, revision: str | None, key: str) -> list[Findin
     if token := get_token():
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
+        # The hub sends downloads to other hosts, which are not to see its token.
+        with urllib.request.build_opener(SameOriginToken()).open(request, timeout=_HUB_SECONDS):
             return [ok(subject, f"{name}: not in the cache, the hub has it")]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):

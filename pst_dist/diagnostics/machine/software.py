@@ -107,7 +107,8 @@ def _needed(config: Config | None) -> set[str]:
     needed |= {"deepspeed"} if config.train.deepspeed else set()
     needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
     needed |= set() if config.embed.backend == "ray" else {"sentence-transformers"}
-    return needed | ({"tensorboard"} if config.train.report_to == "tensorboard" else set())
+    # Other trackers are extras, and a training goes on without them.
+    return needed | ({"tensorboard"} & set(config.train.report_to))
 
 
 def _triton() -> Iterator[Finding]:

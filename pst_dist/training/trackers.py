@@ -1,0 +1,267 @@
+"""Where a training's numbers go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio, or your own.
+
+`train.report_to` names them. A package of your own brings a tracker by an entry point of the group
+`pst_dist.trackers` that names a subclass of `Tracker`. Only rank zero reports. A tracker may fail at any time: it is
+warned about once, by name, and left out from then on; the training goes on. Each library is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config.schema import TRACKERS_GROUP, Config
+from pst_dist.errors import first_line
+from pst_dist.redaction import redact, redact_values
+from pst_dist.storage.atomic import write_text
+
+log = logging.getLogger(__name__)
+_PROJECT = "pst_dist"
+_IDS = "trackers.json"
+"""In the run directory: the ids by which trackers know this run, so that a resumed training goes on in the same one."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of the run."""
+
+    path: Path
+    """The run directory; local files of a tracker belong in it."""
+    name: str
+    first_step: int
+    """Optimizer steps done before this start; 0 for a new training."""
+
+    def known_id(self, tracker: str) -> str | None:
+        """The id under which an earlier start of this training is known to a tracker."""
+        return self._ids().get(tracker) if self.first_step else None
+
+    def keep_id(self, tracker: str, value: str) -> None:
+        """Remember an id for the next start."""
+        write_text(self.path / _IDS, json.dumps(self._ids() | {tracker: value}, sort_keys=True) + "\n")
+
+    def _ids(self) -> dict[str, str]:
+        try:
+            found = json.loads((self.path / _IDS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+class Tracker(abc.ABC):
+    """One place that numbers are reported to. Whatever a method raises ends the reporting, not the training."""
+
+    @abc.abstractmethod
+    def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
+        """Begin, or go on after `run.first_step`; `config` is the resolved config, nested, without passwords."""
+
+    @abc.abstractmethod
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take finite numbers that belong to an optimizer step, counted from 1; steps never decrease."""
+
+    @abc.abstractmethod
+    def finish(self, failed: bool) -> None:
+        """The training has ended, `failed` by an error or an interrupt."""
+
+
+class TensorBoard(Tracker):
+    """Event files in `RUN/tensorboard`."""
+
+    def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
+        """Open a file; steps after the checkpoint that is resumed from are hidden, they are taken again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run.path / "tensorboard"), purge_step=run.first_step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One scalar a value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, failed: bool) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+class WeightsAndBiases(Tracker):
+    """A run of W&B; WANDB_PROJECT, WANDB_MODE=offline and the other variables of wandb apply."""
+
+    def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
+        """Begin or resume a run; its files lie in `RUN/wandb`."""
+        import wandb
+
+        # Its record of the command line and of the working directory's code would carry what we leave out.
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True)
+        known = run.known_id("wandb")
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
+            name=run.name,
+            dir=str(run.path),
+            config=config,
+            id=known,
+            resume="allow" if known else None,
+            settings=settings,
+        )
+        run.keep_id("wandb", self._run.id)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of its history."""
+        self._run.log(dict(values), step=step)
+
+    def finish(self, failed: bool) -> None:
+        """Hand over what is buffered."""
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow(Tracker):
+    """A run of MLflow at MLFLOW_TRACKING_URI, or in `RUN/mlflow.db`; MLFLOW_EXPERIMENT_NAME names the experiment."""
+
+    def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
+        """Begin or resume a run, its parameters being the config's keys."""
+        # Its own defaults retry for minutes at each step, and the training would wait.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self._metric = Metric
+        path = run.path.absolute()
+        self._client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}/mlflow.db")
+        known = run.known_id("mlflow")
+        if known:
+            self._id = known
+            self._client.update_run(known, status="RUNNING")
+            return
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._id = self._client.create_run(number, run_name=run.name).info.run_id
+        run.keep_id("mlflow", self._id)
+        pairs = [Param(key, str(value)[:_LONGEST_PARAMETER]) for key, value in _flat(config).items()]
+        for start in range(0, len(pairs), _MOST_PARAMETERS):
+            self._client.log_batch(self._id, params=pairs[start : start + _MOST_PARAMETERS])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One metric a value, in one request."""
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._id, [self._metric(name, value, now, step) for name, value in values.items()])
+
+    def finish(self, failed: bool) -> None:
+        """Set the run's state."""
+        self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
+
+
+_LONGEST_PARAMETER, _MOST_PARAMETERS = 500, 100
+"""MLflow's limits: characters of a value that every server takes, and parameters in one request."""
+
+
+class Trackio(Tracker):
+    """A run of Trackio, kept where TRACKIO_DIR says; TRACKIO_PROJECT names the project."""
+
+    def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
+        """Begin or resume a run of that name."""
+        import trackio
+
+        known = run.known_id("trackio")
+        name = known or f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how to open its dashboard
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
+                name=name,
+                config=config,
+                resume="allow" if known else "never",
+                embed=False,
+            )
+        run.keep_id("trackio", name)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One row."""
+        self._run.log(dict(values), step=step)
+
+    def finish(self, failed: bool) -> None:
+        """Hand over what is buffered."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run.finish()
+
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+
+
+class Trackers:
+    """All trackers of a training behind one call; none of them can end it."""
+
+    def __init__(self, names: Sequence[str], run: TrackedRun, config: Config) -> None:
+        self._running: dict[str, Tracker] = {}
+        values = redact_values(config.model_dump(mode="json"))
+        for name in names:
+            try:
+                tracker = _load(name)
+                tracker.start(run, values)
+                self._running[name] = tracker
+            except Exception as error:
+                self._give_up(name, error)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Report the finite numbers among the values."""
+        numbers = {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        for name, tracker in list(self._running.items()):
+            try:
+                tracker.log(step, numbers)
+            except Exception as error:
+                self._give_up(name, error)
+
+    def finish(self, *, failed: bool) -> None:
+        """End all of them."""
+        for name, tracker in list(self._running.items()):
+            try:
+                tracker.finish(failed)
+            except Exception as error:
+                self._give_up(name, error)
+        self._running.clear()
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        self._running.pop(name, None)
+        if isinstance(error, ModuleNotFoundError) and name in TRACKERS:
+            extra = "train" if name == "tensorboard" else name
+            reason = f"the package {error.name} is not installed: pip install 'pst-dist[{extra}]'"
+        else:
+            reason = f"{type(error).__name__}: {first_line(error, 200)}"
+        log.warning("tracker %s failed and gets no more numbers; training goes on (%s)", name, redact(reason))
+
+
+def _load(name: str) -> Tracker:
+    if name in TRACKERS:
+        return TRACKERS[name]()
+    (point,) = importlib.metadata.entry_points(group=TRACKERS_GROUP, name=name)
+    found = point.load()
+    tracker = found() if isinstance(found, type) else found
+    if not isinstance(tracker, Tracker):
+        raise TypeError(f"{point.value} is not a pst_dist.training.trackers.Tracker")
+    return tracker
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

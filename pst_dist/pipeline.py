@@ -23,9 +23,10 @@ from pst_dist.data.sample import SCHEMA_VERSION
 from pst_dist.diagnostics.artefacts import Finding
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import InputError
+from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import Manifest, digest_of
-from pst_dist.storage.object_store import RemoteFolder, fetch_folder, publish_folder, remove_partials
+from pst_dist.storage.object_store import RemoteFolder, fetch_folder, publish_folder
 
 if TYPE_CHECKING:
     from pst_dist.embedding.embed import Executor
@@ -38,26 +39,32 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
 
     Raises StaleError when other rows are packed there and `rebuild` is false.
     """
-    from pst_dist.data.shards import write_shards
+    from pst_dist.data.shards import reusable_shards, write_shards
     from pst_dist.data.sources import load_data
     from pst_dist.data.sources.rows import write_rejects
 
     run = run_dir(config)
     # Read before anything is made on disk, so that bad rows leave nothing behind, not even a lock.
     loaded = load_data(config)
+    fingerprint = digest_of(
+        {
+            "schema": SCHEMA_VERSION,
+            "source": loaded.source_digest,
+            "rows": {name: [s.to_json() for s in rows] for name, rows in loaded.splits.items()},
+            "samples_per_shard": config.shards.samples_per_shard,
+        }
+    )
+    if run.remote is None and not rebuild:
+        # Without a lock, which needs the right to write: a colleague may own the directory.
+        found = reusable_shards(run.shards, fingerprint, config.shards.samples_per_shard)
+        if found is not None:
+            log.info("shards: %s is complete, nothing to do", run.shards)
+            return found
     with directory_lock(run.data):
         if loaded.rejects or (run.data / "rejects.jsonl").is_file():
             write_rejects(run.data / "rejects.jsonl", loaded.rejects)
-        fingerprint = digest_of(
-            {
-                "schema": SCHEMA_VERSION,
-                "source": loaded.source_digest,
-                "rows": {name: [s.to_json() for s in rows] for name, rows in loaded.splits.items()},
-                "samples_per_shard": config.shards.samples_per_shard,
-            }
-        )
         if run.remote is not None and rebuild:
-            remove_partials(run.shards)
+            remove_leftovers(run.shards, locked=True)
         elif run.remote is not None:  # what is kept or refused is decided by what lies there
             fetch_folder(run.remote.child("shards"), run.shards, "shards")
         manifest = write_shards(
@@ -82,11 +89,17 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     if run.remote is not None:
         with directory_lock(run.data):
             return _make_remote_embeddings(config, run.remote, rebuild=rebuild)
-    ShardSet.open(run.shards, verify=False)  # a refusal before the lock leaves nothing behind
-    with directory_lock(run.data):
-        # Whoever encodes a shard verifies it; with Ray that is as many machines as there are.
-        shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
-        return embed_all(config.embed, shards, run.embeddings, rebuild=rebuild, executor=_executor(config))
+    # Whoever encodes a shard verifies it; with Ray that is as many machines as there are. Shards that change from here
+    # on are refused by their digests.
+    shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
+    return embed_all(
+        config.embed,
+        shards,
+        run.embeddings,
+        rebuild=rebuild,
+        executor=_executor(config),
+        lock=directory_lock(run.data),
+    )
 
 
 def _make_remote_embeddings(config: Config, remote: RemoteFolder, *, rebuild: bool) -> Manifest:

@@ -9,7 +9,9 @@ from small_run import small_config
 from pst_dist.config.loading import load_config
 from pst_dist.config.run_dir import expand_arms
 from pst_dist.config.schema import Config
-from pst_dist.pipeline import run_all
+from pst_dist.errors import LockedError
+from pst_dist.pipeline import make_embeddings, make_shards, run_all
+from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_json, sha256_file
 
 pytestmark = pytest.mark.encoder
@@ -97,6 +99,17 @@ def test_running_again_without_a_change_touches_nothing_but_the_pages(finished):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     run_all(config)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_complete_data_that_a_colleague_holds_is_used_without_a_lock_and_left_untouched(small_data, tmp_path):
+    """A lock file needs the right to write, which a shared data directory does not give."""
+    config = small_config(small_data, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in small_data.rglob("*") if path.name != ".lock"}
+    with directory_lock(small_data), directory_lock(small_data / "embeddings"):
+        assert make_shards(config).kind == "shards" and make_embeddings(config).kind == "embeddings"
+        with pytest.raises(LockedError):
+            make_embeddings(config, rebuild=True)
+    assert {path: path.stat().st_mtime_ns for path in small_data.rglob("*") if path.name != ".lock"} == before
 
 
 @pytest.mark.slow

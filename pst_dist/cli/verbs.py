@@ -231,10 +231,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(compare(arms).table())
     else:
         from pst_dist.config.run_dir import run_dir
-        from pst_dist.evaluation.evaluate import read_results
+        from pst_dist.evaluation.evaluate import RESULTS
+        from pst_dist.evaluation.records import read_results
 
         (only,) = expand_arms(config)
-        print(_score_line(config, read_results(run_dir(only).evaluation(config.evaluate.split))))
+        results = read_results(run_dir(only).evaluation(config.evaluate.split) / RESULTS)
+        print(_score_line(config, results))
     print(f"report: {pages[-1]}")
     return 0
 

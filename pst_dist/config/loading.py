@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pst_dist.config.moved import at_its_place
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.redaction import is_redacted, redact_values
@@ -213,6 +214,8 @@ def load_config(
 ) -> Config:
     """Read a config by path, run directory or ready-made name and apply overrides.
 
+    The config of a run directory that was moved or copied is that of the directory as it is now (`moved`).
+
     An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that is applied before all single keys,
     wherever it is among them. `keys` are nested sections of Python values, applied last. `base` is a config that is
     already checked, in place of a name.
@@ -226,6 +229,8 @@ def load_config(
     if name is not None:
         path = locate_config(name)
         tree, lines = read_yaml(path)
+        if Path(name).is_dir():
+            tree = at_its_place(tree, Path(name))
     origins: dict[tuple[str, ...], dict[str, Any]] = {}
     for word in overrides:
         if word.startswith("+"):

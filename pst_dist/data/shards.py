@@ -8,13 +8,13 @@ samples give equal bytes. Which rows become samples is `sources`; what is comput
 from __future__ import annotations
 
 import bisect
+import glob
 import hashlib
 import itertools
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,24 +23,16 @@ from typing import Any, overload
 from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
 from pst_dist.data.shard_tar import REMAKE, ShardIndex, ShardInfo, parse_sample, read_shard, write_shard
 from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
-from pst_dist.storage.atomic import atomic_directory, write_text
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.atomic import write_text
+from pst_dist.storage.json_files import canonical_json, read_json, typed
+from pst_dist.storage.leftovers import remove_leftovers, restore_replaced
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import (
-    MANIFEST,
-    Manifest,
-    all_files,
-    canonical_json,
-    describe_files,
-    read_json,
-    read_manifest,
-    sha256_file,
-    verify_files,
-    write_manifest,
-)
+from pst_dist.storage.manifest import MANIFEST, Manifest, sha256_file
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ShardIndex", "ShardInfo", "ShardSet", "SplitReader", "read_shard", "write_shards"]
+__all__ = ["ShardIndex", "ShardInfo", "ShardSet", "SplitReader", "read_shard", "reusable_shards", "write_shards"]
 
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _SHARD = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.tar")
@@ -63,14 +55,19 @@ def write_shards(
     that stands twice and InputError when the directory holds files that no shard writer made.
     """
     _check_splits(splits)
-    found = _reusable(directory, fingerprint, samples_per_shard, rebuild)
+    _check_place(directory)
+    found = None if rebuild else reusable_shards(directory, fingerprint, samples_per_shard)
     if found is not None:  # before the lock: finished shards may lie where nobody may write
         log.info("shards: %s is complete, nothing to do", directory)
         return found
     with directory_lock(directory.with_name(f".{directory.name}.lock")):
-        if _tidy(directory) and (found := _reusable(directory, fingerprint, samples_per_shard, rebuild)):
+        behind = Path(os.path.realpath(directory))  # a link may lead to another disk
+        restored = restore_replaced(behind)
+        remove_leftovers(behind.parent, glob.escape(behind.name), locked=True)
+        if restored and not rebuild and (found := reusable_shards(directory, fingerprint, samples_per_shard)):
             return found
-        with atomic_directory(directory) as partial:
+        with Artefact(directory, "shards").publish(fingerprint, extra) as draft:
+            partial = draft.path
             table: list[ShardInfo] = []
             for split in sorted(splits):
                 infos = []
@@ -83,36 +80,14 @@ def write_shards(
                 table.extend(infos)
                 if infos:
                     _write_wids(partial, split, infos)
-            manifest = Manifest(
-                kind="shards",
-                fingerprint=fingerprint,
-                files=describe_files(partial, all_files(partial)),
-                extra={
-                    **extra,
-                    "schema_version": SCHEMA_VERSION,
-                    "samples_per_shard": samples_per_shard,
-                    "counts": {split: len(rows) for split, rows in splits.items()},
-                    "shards": [asdict(info) for info in table],
-                },
-            )
-            write_manifest(partial, manifest)
+            draft.extra |= {
+                "schema_version": SCHEMA_VERSION,
+                "samples_per_shard": samples_per_shard,
+                "counts": {split: len(rows) for split, rows in splits.items()},
+                "shards": [asdict(info) for info in table],
+            }
     log.info("shards: %d samples in %d shards", sum(map(len, splits.values())), len(table))
-    return manifest
-
-
-def _tidy(directory: Path) -> bool:
-    """Remove what killed writers left beside `directory`; the caller holds the lock, so they are dead.
-
-    True when a rebuild was killed between its two renames and the old shards, whole, were put back.
-    """
-    restored, directory = False, Path(os.path.realpath(directory))
-    for leftover in sorted(directory.parent.glob(f".{directory.name}.*.*")):
-        if leftover.suffix == ".replaced" and not directory.exists():
-            leftover.rename(directory)
-            restored = True
-        elif leftover.suffix in (".partial", ".replaced"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return restored
+    return draft.manifest
 
 
 def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
@@ -133,18 +108,25 @@ def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
         raise DataError("no rows to pack into shards")
 
 
-def _reusable(directory: Path, fingerprint: str, samples_per_shard: int, rebuild: bool) -> Manifest | None:
-    """The manifest of shards that need not be written again, or None; raises StaleError and InputError."""
+def _check_place(directory: Path) -> None:
+    """Raises InputError when a directory that shards would replace holds anything else."""
     if not directory.exists():
-        return None
+        return
     if not directory.is_dir():
         raise InputError("is a file where shards should go", "choose another data_dir", path=directory)
     foreign = sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name))
     if foreign:
         raise InputError(f"{foreign[0]} is not part of a shard directory", "choose another data_dir", path=directory)
-    if rebuild:
-        return None
-    manifest = read_manifest(directory, "shards")
+
+
+def reusable_shards(directory: Path, fingerprint: str, samples_per_shard: int) -> Manifest | None:
+    """The manifest of shards that need not be written again, or None; takes no lock and writes nothing.
+
+    Raises StaleError for shards of other rows or settings and InputError when the directory holds anything else.
+    """
+    _check_place(directory)
+    artefact = Artefact(directory, "shards")
+    manifest = artefact.manifest()
     if manifest is None:
         return None
     same = manifest.fingerprint == fingerprint and manifest.extra.get("samples_per_shard") == samples_per_shard
@@ -154,12 +136,7 @@ def _reusable(directory: Path, fingerprint: str, samples_per_shard: int, rebuild
             "run again with --rebuild, or choose another data_dir",
             path=directory,
         )
-    try:
-        verify_files(directory, manifest)
-    except IntegrityError as error:
-        log.warning("shards are damaged and will be written again: %s", error)
-        return None
-    return manifest
+    return artefact.finished(fingerprint)
 
 
 def _write_wids(directory: Path, split: str, infos: list[ShardInfo]) -> None:
@@ -182,14 +159,18 @@ class ShardSet:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
-        try:
-            self._table = [ShardInfo(**row) for row in manifest.extra["shards"]]
-            self._counts: dict[str, int] = manifest.extra["counts"]
-            version = manifest.extra["schema_version"]
-        except (KeyError, TypeError) as error:
-            raise IntegrityError("manifest lacks its shard table", REMAKE, path=directory) from error
+        missing = [key for key in ("shards", "counts", "schema_version") if key not in manifest.extra]
+        if missing:
+            raise IntegrityError(f"the manifest lacks {missing[0]}", REMAKE, path=directory)
+        self._table = typed(manifest.extra["shards"], list[ShardInfo], directory / MANIFEST, REMAKE)
+        self._counts = typed(manifest.extra["counts"], dict[str, int], directory / MANIFEST, REMAKE)
+        version = manifest.extra["schema_version"]
         if version != SCHEMA_VERSION:
             raise StaleError(f"shards of schema {version}, this is {SCHEMA_VERSION}", REMAKE, path=directory)
+        for info in self._table:  # each name becomes a path, here and beside the embeddings
+            promised = manifest.files.get(info.name, {})
+            if not _SHARD.fullmatch(info.name) or promised.get("sha256") != info.sha256:
+                raise IntegrityError(f"shard table and file list differ on {info.name[:80]!r}", REMAKE, path=directory)
         self._indexes: dict[str, ShardIndex] = {}
         self.stamps: dict[str, tuple[int, int]] = {}
         """(bytes, mtime in ns) of each tar when it was opened, so that a later reader notices an exchanged file."""
@@ -200,17 +181,15 @@ class ShardSet:
 
         Raises InputError when there are no finished shards and IntegrityError when they are damaged.
         """
-        manifest = read_manifest(directory, "shards")
+        artefact = Artefact(directory, "shards")
+        manifest = artefact.manifest()
         if manifest is None:
             raise InputError("no finished shards here", "run `pst shard` first", path=directory)
         shard_set = cls(directory, manifest)
         for info in shard_set.shards():
-            promised = manifest.files.get(info.name, {})
-            if not _SHARD.fullmatch(info.name) or promised.get("sha256") != info.sha256:
-                raise IntegrityError(f"shard table and file list differ on {info.name!r}", REMAKE, path=directory)
             shard_set.stamps[info.name] = _stamp(directory / info.name)
         if verify:
-            verify_files(directory, manifest)
+            artefact.verified()
         return shard_set
 
     def shards(self, split: str | None = None) -> list[ShardInfo]:
@@ -221,19 +200,15 @@ class ShardSet:
         """The offset index of one shard; read once."""
         if shard.name not in self._indexes:
             path = self.directory / f"{shard.stem}.index.json"
-            try:
-                index = ShardIndex(**read_json(path))
-                lengths = {len(column) for column in (index.ids, index.offsets, index.sizes, index.rationales)}
-            except (OSError, TypeError) as error:
-                raise IntegrityError(f"not a shard index: {error}", REMAKE, path=path) from error
+            index = typed(read_json(path), ShardIndex, path, REMAKE)
+            lengths = {len(column) for column in (index.ids, index.offsets, index.sizes, index.rationales)}
             if lengths != {shard.samples}:
                 raise IntegrityError(f"index is not of {shard.samples} samples", REMAKE, path=path)
             size, _ = self.stamps.get(shard.name) or _stamp(self.directory / shard.name)
             places = zip(index.offsets, index.sizes, strict=True)
             # A read of as many bytes as the index says allocates them first, however small the tar is.
-            if not all(
-                type(start) is type(length) is int and 0 <= length <= size - start <= size for start, length in places
-            ):
+            inside = all(0 <= length <= size - start <= size for start, length in places)
+            if not inside or min(index.rationales, default=0) < 0:
                 raise IntegrityError(f"index points outside its tar of {size} bytes", REMAKE, path=path)
             self._indexes[shard.name] = index
         return self._indexes[shard.name]

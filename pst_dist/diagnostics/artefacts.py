@@ -18,20 +18,20 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.errors import InputError, IntegrityError, PstError
 from pst_dist.logs import Progress, progress
+from pst_dist.storage.leftovers import final_name
 from pst_dist.storage.manifest import (
     MANIFEST,
     REMAKE,
     Manifest,
     all_files,
     bytes_below,
-    read_json,
+    kind_written_in,
     read_manifest,
     verify_files,
 )
 
 log = logging.getLogger(__name__)
 State = Literal["intact", "damaged", "stale", "unfinished", "leftover"]
-_LEFTOVER = re.compile(r"\..+\.(partial|replaced)")
 _NAMES = {"shards": "shards", "embeddings": "embeddings", "best": "student", "export": "export"}
 """Directories that should hold a manifest, by name; and `checkpoint-N`, and those in `eval`."""
 
@@ -88,9 +88,9 @@ def _artefacts(root: Path) -> Iterator[tuple[Path, str | None]]:
     """(directory, kind) of what has or should have a manifest; kind None for what a killed command left."""
     for folder in sorted([root, *(path for path in root.rglob("*") if path.is_dir())]):
         inside = folder.relative_to(root).parts
-        if any(_LEFTOVER.fullmatch(part) for part in inside[:-1]):
+        if any(final_name(part) for part in inside[:-1]):
             continue
-        if inside and _LEFTOVER.fullmatch(inside[-1]):
+        if inside and final_name(inside[-1]):
             yield folder, None
         elif (kind := _kind(folder)) is not None:
             yield folder, kind
@@ -103,10 +103,7 @@ def _kind(folder: Path) -> str | None:
     if folder.parent.name == "eval":
         return "evaluation"
     if (folder / MANIFEST).is_file():
-        try:
-            return str(read_json(folder / MANIFEST)["kind"])
-        except (IntegrityError, KeyError, TypeError):
-            return _NAMES.get(folder.name, "artefact")
+        return kind_written_in(folder) or _NAMES.get(folder.name, "artefact")
     # Others keep folders of such names too: only with files in them that look like ours.
     ours = any(folder.glob("*.index.json")) or any(folder.glob("*.safetensors"))
     return _NAMES.get(folder.name) if ours else None
@@ -117,8 +114,8 @@ def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manif
     remedy = REMAKE.get(kind, "")
     try:
         manifest = read_manifest(folder, kind)
-    except IntegrityError as error:
-        return [Finding("damaged", kind, folder / MANIFEST, error.what, remedy)], None
+    except PstError as error:  # damaged, or not readable
+        return [Finding("damaged", kind, folder / MANIFEST, error.what, remedy or error.remedy)], None
     if manifest is None:
         return [Finding("unfinished", kind, folder, f"{kind} without a manifest", remedy)], None
     bad = []
@@ -127,8 +124,8 @@ def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manif
             verify_files(folder, manifest, [name])
         except IntegrityError as error:
             bad.append(Finding("damaged", kind, Path(error.path or folder), error.what, remedy))
-        except OSError as error:  # a dying disk, no permission
-            bad.append(Finding("damaged", kind, folder / name, f"cannot be read: {error.strerror}", remedy))
+        except PstError as error:  # a failing disk, no permission: the file itself may be right
+            bad.append(Finding("damaged", kind, folder / name, error.what, error.remedy))
         bar.advance(1)
     if bad:
         return bad, None
@@ -142,7 +139,7 @@ def _links(intact: dict[Path, Manifest]) -> Iterator[Finding]:
     for folder, manifest in intact.items():
         for kind, source, digest in _sources(folder, manifest):
             current = intact.get(source)
-            if digest is not None and current is not None and current.digest != digest:
+            if isinstance(digest, str) and current is not None and current.digest != digest:
                 what = f"made from other {kind} ({digest[:12]}, not {current.digest[:12]})"
                 yield Finding("stale", manifest.kind, folder, what, REMAKE.get(manifest.kind, ""))
 

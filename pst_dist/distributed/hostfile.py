@@ -1,7 +1,7 @@
 """Hostfiles of the deepspeed launcher: read by its own rule, each host looked up, slots and port tried.
 
-The launcher trains on one machine without a word when the file is missing, and with `--no_ssh` it believes every
-name: ranks on a host that does not exist are waited for until a timeout.
+When the file is missing the launcher silently trains on one machine, and with `--no_ssh` it checks no name: it waits
+for the ranks of a host that does not exist until a timeout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pst_dist.errors import EnvironmentFault, InputError
 
 DEFAULT_PORT = 29500
 """What torchrun and the deepspeed launcher take for the first host when nothing is said."""
-_LINE = re.compile(r"([\w.:\[\]][\w.:\[\]-]*)\s+slots=(\d+)")
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_MOST_DIGITS = 9
+_NAME = re.compile(r"[\w.:\[\]][\w.:\[\]-]*")
 """A name goes into commands for ssh and the shell: letters, digits, dots, dashes, and what IPv6 addresses need."""
 
 
@@ -32,28 +34,52 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts in the order of their ranks; raises InputError naming the line that is wrong."""
-    # Opening a pipe would wait for a writer; a folder or device is no hostfile either.
-    if path.exists() and not path.is_file():
-        raise InputError("this hostfile is not a regular file", "a line a host: NAME slots=GPUS", path=path)
+    """The hosts in the order of their ranks; raises InputError naming the first line that is wrong."""
+    hosts, problems = scan_hostfile(path)
+    if problems:
+        raise problems[0]
+    return hosts
+
+
+def scan_hostfile(path: Path) -> tuple[list[Host], list[InputError]]:
+    """The hosts of a hostfile in their order, and every line that is wrong.
+
+    The rule is that of DeepSpeed's launcher (`_parse_hostfile` in deepspeed/launcher/runner.py): lines end at \\n, \\r
+    or \\r\\n; blank lines and those that begin with # are passed over; any other begins with a name without spaces and
+    `slots=` with digits, and whatever follows these is ignored; no name comes twice. Four things that it accepts are
+    problems here: a missing or irregular file (it trains on one machine), no slots (no rank starts there), a name
+    that no host has (it goes into shell commands), and a number of more than 9 digits.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("this hostfile cannot be read", "a line a host: NAME slots=GPUS", path=path) from error
+        if not path.is_file():  # opening a pipe would wait for a writer
+            said = (
+                "this hostfile cannot be read: it is not a regular file"
+                if path.exists()
+                else "there is no such hostfile"
+            )
+            raise InputError(said, "a line a host: NAME slots=GPUS", path=path)
+        text = path.read_text(encoding="utf-8")  # turns every line ending into \\n, as DeepSpeed's reading does
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        said = error.what if isinstance(error, InputError) else "this hostfile cannot be read"
+        return [], [InputError(said, "a line a host: NAME slots=GPUS", path=path)]
     hosts: list[Host] = []
-    for number, text in enumerate(lines, start=1):
-        line = text.strip()
+    problems: list[InputError] = []
+    for number, raw in enumerate(text.split("\n"), start=1):
+        line = raw.strip()
         if not line or line.startswith("#"):
             continue
         match = _LINE.match(line)
-        if match is None or int(match[2]) < 1:
-            raise InputError(f"{line!r} is not a host", "write `NAME slots=GPUS`", path=path, line=number)
-        if match[1] in [host.name for host in hosts]:
-            raise InputError(f"{match[1]} stands here a second time", "give it one line", path=path, line=number)
-        hosts.append(Host(match[1], int(match[2]), number))
-    if not hosts:
-        raise InputError("this hostfile names no host", "write `NAME slots=GPUS` for each", path=path)
-    return hosts
+        if match is None or len(match[2]) > _MOST_DIGITS or int(match[2]) < 1 or not _NAME.fullmatch(match[1]):
+            problem = InputError(f"{line[:60]!r} is not a host", "write `NAME slots=GPUS`", path=path, line=number)
+        elif match[1] in {host.name for host in hosts}:
+            problem = InputError(f"{match[1]} is listed twice", "give it one line", path=path, line=number)
+        else:
+            hosts.append(Host(match[1], int(match[2]), number))
+            continue
+        problems.append(problem)
+    if not hosts and not problems:
+        problems.append(InputError("this hostfile names no host", "write `NAME slots=GPUS` for each", path=path))
+    return hosts, problems
 
 
 def addresses_of(name: str) -> set[str]:

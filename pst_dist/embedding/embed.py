@@ -8,6 +8,7 @@ thousand shards as its actors are. Reading is `embedding_store`, the encoder is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -36,7 +37,6 @@ __all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embe
 
 # Shapes in this file: n rationales of a shard, E encoder width
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
-_PARTIAL = re.compile(rf"\.(?:{_OURS.pattern})\.[0-9a-f]+\.partial")
 _FRACTION_BITS = 36
 _VISIBLE_SECONDS = 60.0
 """How long another machine's new file may take to show: NFS clients keep a folder's listing for up to a minute."""
@@ -140,6 +140,7 @@ def embed_all(
     rebuild: bool = False,
     remote: RemoteFolder | None = None,
     executor: Executor | None = None,
+    lock: contextlib.AbstractContextManager[None] | None = None,
 ) -> Manifest:
     """Encode every shard that has no current file, then write the centring mean and the manifest.
 
@@ -147,7 +148,8 @@ def embed_all(
     With `remote`, a data_dir in object storage, shards and embeddings lie there, and `directory` is what this machine
     has of the latter. Finished embeddings of other shards keep the files whose shard is the same; those of another
     encoder are refused with StaleError unless `rebuild`. A killed run leaves whole files and no manifest, and the next
-    one goes on. Raises DataError when no sample has a rationale.
+    one goes on. `lock` is held while anything is written, besides the directory's own. Raises DataError when no sample
+    has a rationale.
     """
     texts = {shard.name: shards.rationale_count(shard) for shard in shards.shards()}
     if not any(texts.values()):
@@ -158,14 +160,17 @@ def embed_all(
     encoder = TextEncoder(config, device="cpu" if executor is not None else None)
     identity = encoder.identity
     fingerprint = digest_of({"encoder": identity, "shards": shards.manifest.digest})
-    manifest = None if rebuild else _existing(files, identity)
-    if manifest is not None and manifest.fingerprint == fingerprint and files.is_intact(manifest):
-        log.info("embed: %s is complete, nothing to do", files.where)  # found before the lock: it may be read-only
-        return manifest
-    with directory_lock(directory):
+    if not rebuild:
+        _check_encoder(files, identity)
+        manifest = files.finished(fingerprint)
+        if manifest is not None:  # found without the lock: the directory may be read-only
+            log.info("embed: %s is complete, nothing to do", files.where)
+            return manifest
+    with lock or contextlib.nullcontext(), directory_lock(directory):
         # From here to the end there is no manifest: the directory is unfinished, and says so.
         files.remove(MANIFEST)
-        present = _remove_leftovers(files, [] if rebuild else map(file_name, shards.shards()))
+        files.remove_leftovers()
+        present = _remove_others(files, [] if rebuild else map(file_name, shards.shards()))
         # Looking at a finished file is quick: those come first, and the speed that is shown is that of encoding.
         # Then the largest, so that the last ones to end are small.
         order = sorted(shards.shards(), key=lambda shard: (file_name(shard) not in present, -shard.bytes, shard.name))
@@ -184,16 +189,18 @@ def embed_all(
         return _finish(files, shards, identity, tally, fingerprint)
 
 
-def _existing(files: Files, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of finished embeddings by the same encoder; raises StaleError for another one."""
+def _check_encoder(files: Files, identity: dict[str, Any]) -> None:
+    """Raises StaleError when finished embeddings are by another encoder."""
     manifest = files.manifest()
-    if manifest is not None and manifest.extra.get("encoder") != identity:
+    if manifest is None:
+        return
+    made_by = manifest.extra.get("encoder")
+    if made_by != identity:
         raise StaleError(
-            f"embeddings are by {difference(manifest.extra.get('encoder') or {}, identity)}",
+            f"embeddings are by {difference(made_by if isinstance(made_by, dict) else {}, identity)}",
             "run again with --rebuild, or choose another data_dir",
             path=files.where,
         )
-    return manifest
 
 
 def difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -204,14 +211,14 @@ def difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ", ".join(f"{name} {str(made_by.get(name))[:60]!r}, wanted {str(wanted.get(name))[:60]!r}" for name in names)
 
 
-def _remove_leftovers(files: Files, wanted: Iterable[str]) -> set[str]:
-    """Delete files of shards that are no more and the temporary files of killed runs; returns the names that stay.
+def _remove_others(files: Files, wanted: Iterable[str]) -> set[str]:
+    """Delete embedding files of shards that no longer exist; returns the names that stay.
 
-    We hold the lock. Only names that this module gives: the folder may be one that somebody else keeps weights in.
+    The caller holds the lock. Only names that this module gives: somebody may keep other weights in the folder.
     """
     kept, present = set(wanted), files.names()
     for name in present - kept:
-        if _OURS.fullmatch(name) or _PARTIAL.fullmatch(name):
+        if _OURS.fullmatch(name):
             files.remove(name)
     return present & kept
 
@@ -284,10 +291,11 @@ def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Ta
 def _wait_for(files: Files, names: set[str]) -> None:
     """Return when this machine sees all files; raises EnvironmentFault when some stay away.
 
-    On the way it deletes what actors left that died while they wrote.
+    Temporary files of actors that died while they wrote are removed first.
     """
+    files.remove_leftovers()
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    while missing := names - _remove_leftovers(files, names):
+    while missing := names - _remove_others(files, names):
         if time.monotonic() > deadline:
             raise EnvironmentFault(
                 f"{len(missing)} of {len(names)} files were written where this machine cannot see them",

@@ -13,14 +13,15 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pst_dist.data.shards import ShardInfo
-from pst_dist.errors import EnvironmentFault, IntegrityError
+from pst_dist.errors import EnvironmentFault
+from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import Manifest, read_manifest, sha256_file, verify_files
+from pst_dist.storage.leftovers import final_name, remove_leftovers
+from pst_dist.storage.manifest import MANIFEST, Manifest, sha256_file
 from pst_dist.storage.object_store import RemoteFolder
 
 log = logging.getLogger(__name__)
@@ -47,18 +48,16 @@ class FolderFiles:
 
     def manifest(self) -> Manifest | None:
         """That of finished embeddings, else None."""
-        return read_manifest(self.embeddings, "embeddings")
+        return Artefact(self.embeddings, "embeddings").manifest()
 
-    def is_intact(self, manifest: Manifest) -> bool:
-        """Whether every file is the promised one; hashing leaves Python's lock, so all cores do it."""
-        try:
-            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-                for _ in pool.map(lambda name: verify_files(self.embeddings, manifest, [name]), sorted(manifest.files)):
-                    pass
-        except IntegrityError as error:
-            log.warning("embed: %s; only what is damaged is made again", error)
-            return False
-        return True
+    def finished(self, fingerprint: str) -> Manifest | None:
+        """The manifest of embeddings that are whole and made from these inputs, else None."""
+        return Artefact(self.embeddings, "embeddings").finished(fingerprint)
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of killed runs; the caller holds the lock."""
+        for kind in ("*.safetensors", MANIFEST):
+            remove_leftovers(self.embeddings, kind, locked=True)
 
     def names(self) -> set[str]:
         """Every file that lies there now."""
@@ -122,9 +121,20 @@ class RemoteFiles:
         """That of finished embeddings, else None."""
         return self._embeddings.manifest("embeddings")
 
-    def is_intact(self, manifest: Manifest) -> bool:
-        """Whether every file is there; whoever fetches one compares its digest."""
-        return manifest.files.keys() <= self.names()
+    def finished(self, fingerprint: str) -> Manifest | None:
+        """The same; that all files are there is enough, as whoever fetches one compares its digest."""
+        manifest = self.manifest()
+        if manifest is None or manifest.fingerprint != fingerprint or not manifest.files.keys() <= self.names():
+            return None
+        return manifest
+
+    def remove_leftovers(self) -> None:
+        """The same: of the mirror here, and of a folder behind `file://`."""
+        if self.mirror is not None:
+            remove_leftovers(self.mirror / "embeddings", locked=True)
+        for name in self.names():
+            if name.startswith(".") and (final_name(name) or "").endswith((".safetensors", MANIFEST)):
+                self.remove(name)
 
     def names(self) -> set[str]:
         """Every file that lies there now."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from pst_dist.data.shards import ShardSet
 from pst_dist.embedding.vector_file import EMBED_AGAIN, STATISTICS, ShardVectors, read_tensor, read_vectors
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.models.locate import encoder_name
-from pst_dist.storage.manifest import Manifest, read_manifest, verify_files
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.json_files import typed
+from pst_dist.storage.manifest import MANIFEST, Manifest
 
 # Shapes in this file: n rationales of a split or file, E encoder width
 
@@ -55,6 +58,24 @@ class VectorFile:
         return np.frombuffer(data, "<f4").reshape(count, width)
 
 
+class _Encoder(BaseModel):
+    encoder: str
+    dimension: Annotated[int, Field(gt=0)]
+
+
+class _Row(BaseModel):
+    shard: str
+    shard_sha256: str
+
+
+class _Extra(BaseModel):
+    """What is read of the manifest besides its files."""
+
+    encoder: _Encoder
+    shards_digest: str
+    table: list[_Row]
+
+
 def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -79,14 +100,13 @@ class EmbeddingStore:
         Raises InputError when there are none, StaleError when they are of other shards or by another encoder,
         IntegrityError when they are damaged.
         """
-        manifest = read_manifest(directory, "embeddings")
+        artefact = Artefact(directory, "embeddings")
+        manifest = artefact.manifest()
         if manifest is None:
             raise InputError("no finished embeddings here", f"{EMBED_AGAIN} first", path=directory)
-        try:
-            table = {row["shard"]: row for row in manifest.extra["table"]}
-            made_by, shards_digest = manifest.extra["encoder"]["encoder"], manifest.extra["shards_digest"]
-        except (KeyError, TypeError) as error:
-            raise IntegrityError("manifest lacks its table", EMBED_AGAIN, path=directory) from error
+        extra = typed(manifest.extra, _Extra, directory / MANIFEST, EMBED_AGAIN)
+        table = {row.shard: row.shard_sha256 for row in extra.table}
+        made_by, shards_digest = extra.encoder.encoder, extra.shards_digest
         if encoder is not None and encoder_name(encoder) != made_by:
             raise StaleError(
                 f"embeddings are by encoder {made_by!r}, the config wants {encoder_name(encoder)!r}",
@@ -94,11 +114,11 @@ class EmbeddingStore:
                 path=directory,
             )
         if shards_digest != shards.manifest.digest:
-            changed = [s.name for s in shards.shards() if table.get(s.name, {}).get("shard_sha256") != s.sha256]
+            changed = [s.name for s in shards.shards() if table.get(s.name) != s.sha256]
             which = f"{', '.join(changed[:5])} ({len(changed)} in all)" if changed else "other shards"
             raise StaleError(f"embeddings are older than the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
         if verify:
-            verify_files(directory, manifest)
+            artefact.verified()
         splits: dict[str, list[VectorFile]] = {split: [] for split in shards.manifest.extra["counts"]}
         for shard in shards.shards():
             path = directory / f"{shard.stem}.safetensors"

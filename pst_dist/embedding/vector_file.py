@@ -83,7 +83,7 @@ def read_vectors(path: Path, *, verify: bool = True) -> ShardVectors:
             shard_sha256=str(meta["shard_sha256"]),
             truncated=int(meta["truncated"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise IntegrityError(f"not an embedding file: {error!r}", EMBED_AGAIN, path=path) from error
     if vectors.shape != (len(content.keys), content.identity.get("dimension")):
         raise IntegrityError(f"{len(content.keys)} keys, vectors of shape {vectors.shape}", EMBED_AGAIN, path=path)
@@ -110,7 +110,7 @@ def read_tensor(path: Path, name: str, *, verify: bool = True) -> tuple[dict[str
             raise ValueError(f"{name!r} is {dtype} {shape}, not the only float32 tensor")
         empty = 0 in shape
         tensor = np.empty(shape, np.float32) if empty else np.memmap(path, "<f4", "r", offset=start, shape=shape)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         raise IntegrityError(f"not an embedding file: {error}", EMBED_AGAIN, path=path) from error
     if verify and hashlib.sha256(tensor.data).hexdigest() != meta.get("tensor_sha256"):
         raise IntegrityError("vectors differ from their digest", EMBED_AGAIN, path=path)

@@ -87,7 +87,7 @@ def choose_threshold(rows: BothWays) -> float:
 
 def chosen_threshold(evaluations: Sequence[dict[str, Any]]) -> float | None:
     """The threshold of the first evaluation of an adaptive student; None without one."""
-    return next((results["adaptive"]["think_below"] for results in evaluations if "adaptive" in results), None)
+    return next((results["adaptive"]["think_below"] for results in evaluations if results.get("adaptive")), None)
 
 
 def adaptive_answers(

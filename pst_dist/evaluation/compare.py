@@ -15,9 +15,10 @@ import numpy as np
 
 from pst_dist.arms import BASELINE, COST_BASELINE
 from pst_dist.errors import InputError, StaleError
-from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
+from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, finished_evaluation
+from pst_dist.evaluation.records import check_comparable, read_rows, student_of
 from pst_dist.evaluation.statistics import PairedTest, format_p, paired_test
-from pst_dist.storage.manifest import read_lines, read_manifest
+from pst_dist.storage.manifest import read_manifest
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,11 @@ def compare(runs: Sequence[Path]) -> Comparison:
         raise InputError("a comparison needs two runs or more", "name several run directories", path=found[0])
     split = _common_split(found)
     results = [finished_evaluation(run / "eval" / split) for run in found]
+    for run, result in zip(found, results, strict=True):
+        if result is not None:
+            check_comparable(result, run / "eval" / split / RESULTS)
     _check_current(found, results)
-    samples = [read_lines(run / "eval" / split / SAMPLES) for run in found]
+    samples = [read_rows(run / "eval" / split / SAMPLES) for run in found]
     rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
     whole = [result for result in results if result is not None]
     labels = _labels(found, whole)
@@ -166,7 +170,7 @@ def _check_current(runs: Sequence[Path], results: Sequence[dict[str, Any] | None
     """Raises StaleError for an evaluation of an older student than the run holds: its curves would be another's."""
     for run, result in zip(runs, results, strict=True):
         student = read_manifest(run / "best", "student")
-        if student is not None and result is not None and result["student"]["digest"] != student.digest:
+        if student is not None and result is not None and student_of(result) != student.digest:
             raise StaleError("the evaluation is of an older student", "run `pst evaluate` again", path=run)
 
 

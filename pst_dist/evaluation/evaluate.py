@@ -24,30 +24,20 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import Task, get_task
-from pst_dist.errors import InputError, IntegrityError, StaleError
+from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
-from pst_dist.evaluation.scores import (
-    chance_of,
-    contains_answer,
-    given_rationales,
-    rows_to_score,
-    sample_row,
-    score_of,
-    with_current_names,
-)
+from pst_dist.evaluation.records import read_results, read_training, student_of
+from pst_dist.evaluation.scores import chance_of, contains_answer, given_rationales, rows_to_score, sample_row, score_of
 from pst_dist.evaluation.similarity import compare_rationales
 from pst_dist.logs import progress
-from pst_dist.storage.atomic import atomic_directory, write_text
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import (
     Manifest,
     canonical_json,
-    describe_files,
     digest_of,
-    read_json,
     read_manifest,
-    verify_files,
     write_json,
-    write_manifest,
 )
 from pst_dist.student.ask import timed_answer
 from pst_dist.student.generate import Decoded, decode_answers, is_right, predict
@@ -96,12 +86,10 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             path=run.shards,
         )
     results, rows = _score(config, run, student, shards, samples, task)
-    with atomic_directory(directory) as partial:
-        write_json(partial / RESULTS, results)
-        write_text(partial / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))
-        files = describe_files(partial, [RESULTS, SAMPLES])
-        extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
-        write_manifest(partial, Manifest("evaluation", fingerprint, files, extra))
+    extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
+    with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
+        write_json(draft.path / RESULTS, results)
+        write_text(draft.path / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))
     log.info(
         "%s on %d %s rows: accuracy %.2f %% (standard error %.2f), %.1f tokens to the answer",
         config.arm,
@@ -139,19 +127,10 @@ def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> 
 
 def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
     """The results of a whole evaluation (with this fingerprint, when given), or None; raises IntegrityError."""
-    manifest = read_manifest(directory, "evaluation")
-    if manifest is None or fingerprint not in (None, manifest.fingerprint):
+    artefact = Artefact(directory, "evaluation")
+    if artefact.verified(fingerprint, remedy="run `pst evaluate` with --rebuild") is None:
         return None
-    try:
-        verify_files(directory, manifest)
-    except IntegrityError as error:
-        raise IntegrityError(error.what, "run `pst evaluate` with --rebuild", path=error.path) from error
-    return read_results(directory)
-
-
-def read_results(directory: Path) -> dict[str, Any]:
-    """The results in an evaluation's folder, whichever version wrote them; raises IntegrityError when damaged."""
-    return with_current_names(read_json(directory / RESULTS))
+    return read_results(directory / RESULTS)
 
 
 def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
@@ -165,7 +144,7 @@ def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
         results = finished_evaluation(run / "eval" / split)
         if results is None:
             continue
-        if student is not None and results["student"]["digest"] != student.digest:
+        if student is not None and student_of(results) != student.digest:
             log.warning("%s is of an older student and left out: run `pst evaluate` again", run / "eval" / split)
             continue
         found.append(results)
@@ -273,8 +252,7 @@ def _device_name(student: LoadedStudent) -> str:
 
 def _training(run: RunDir, student: LoadedStudent) -> dict[str, Any] | None:
     """Steps, seconds and tokens of the training that made this student, when its record is there."""
-    path = run.training
-    record = read_json(path) if path.is_file() else {}
+    record = read_training(run.training)
     if record.get("fingerprint") != student.manifest.fingerprint:
         return None
     return {name: record.get(name) for name in ("steps", "seconds", "tokens", "best_step", "best_value", "metric")}

@@ -9,22 +9,24 @@ seeds can be put beside ours: `pst experiment FILE --with FOLDER`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from pst_dist.config.loading import flat_keys
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import InputError, IntegrityError, StaleError
+from pst_dist.evaluation.records import read_rows
 from pst_dist.evaluation.scores import with_current_names
 from pst_dist.experiment.runs import placeless, result_of, samples_of
 from pst_dist.experiment.spec import Run
-from pst_dist.storage.manifest import canonical_json, digest_of, read_lines, read_manifest
+from pst_dist.storage.json_files import parse_json, read_content, typed
+from pst_dist.storage.manifest import canonical_json, digest_of, read_manifest
 
 OUTCOMES = "outcomes.jsonl"
 _SHOWN = 3
@@ -33,6 +35,52 @@ _ALWAYS = {
 }
 _ACCOUNT = _ALWAYS | {"chance", "majority", "training", "adaptive"}
 """What the page tells of a run's results besides its right rows."""
+
+
+class _Share(BaseModel):
+    accuracy: float
+    tokens: float
+    thinking: float
+
+
+class _Adaptive(_Share):
+    at_once: _Share
+    always_thinking: _Share
+
+
+class _Tokens(BaseModel):
+    mean: float
+
+
+class _Latency(BaseModel):
+    median: float
+
+
+class _Account(BaseModel):
+    """What `results` reads of a run's account; every other number is only passed on."""
+
+    arm: str
+    task: str
+    split: str
+    parameters: int
+    device: str
+    tokens_to_answer: _Tokens
+    milliseconds_to_answer: _Latency | None
+    chance: float | None = None
+    majority: float | None = None
+    training: dict[str, int | float | str | None] | None = None
+    adaptive: _Adaptive | None = None
+
+
+class _Line(BaseModel):
+    """One line of the file."""
+
+    run: str
+    config: dict[str, Any]
+    shards: str
+    rows: str
+    right: Annotated[str, Field(pattern="^[01]+$")]
+    results: _Account
 
 
 @dataclass(frozen=True)
@@ -66,15 +114,14 @@ class Outcome:
         )
 
     @classmethod
-    def from_line(cls, line: str) -> Outcome:
-        """The other way; raises ValueError, KeyError, TypeError or AttributeError for anything else."""
-        raw = json.loads(line)
-        if not set(raw["right"]) <= set("01"):
-            raise ValueError("right is not a row of 0 and 1")
+    def from_line(cls, line: str, path: Path) -> Outcome:
+        """The inverse; raises IntegrityError, or ValueError for another version's config, for anything else."""
+        raw = parse_json(line.encode(), path)
+        typed(raw, _Line, path)
         right = np.array([one == "1" for one in raw["right"]], dtype=bool)
         results = with_current_names(raw["results"])
-        if not _ALWAYS <= results.keys():
-            raise ValueError("results are incomplete")
+        if not right.size or not _ALWAYS <= results.keys():
+            raise IntegrityError("results are incomplete", path=path)
         config = Config.model_validate(raw["config"])
         return cls(raw["run"], config, raw["shards"], raw["rows"], right, results)
 
@@ -84,7 +131,7 @@ def outcome_of(run: Run) -> Outcome | None:
     results = result_of(run.config)
     if results is None:
         return None
-    rows = sorted(read_lines(samples_of(run.config)), key=lambda row: row["id"])
+    rows = sorted(read_rows(samples_of(run.config)), key=lambda row: row["id"])
     return Outcome(
         run=run.name,
         config=placeless(run.config),
@@ -138,10 +185,12 @@ def _read(path: Path) -> dict[str, Outcome]:
     if not path.is_file():
         raise InputError("no outcomes here", "`pst experiment` writes them beside every page", path=path)
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_content(path).decode(errors="replace").split("\n"), start=1):
+        if not line:
+            continue
         try:
-            outcome = Outcome.from_line(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # pydantic's is a ValueError
+            outcome = Outcome.from_line(line, path)
+        except (ValueError, IntegrityError) as error:  # pydantic's is a ValueError
             raise IntegrityError(
                 "not the outcome of a run as this version writes it",
                 "copy the file again, or use the version that wrote it",

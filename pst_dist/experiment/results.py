@@ -242,7 +242,7 @@ def _group(
         unparsed=sum(result["unparsed"] for result in own.results),
         device=own.results[0]["device"],
         generated="gen:" in f"{own.runs[0].config.data.train} {own.runs[0].config.data.test}",
-        adaptive=_adaptive([result["adaptive"] for result in own.results if "adaptive" in result]),
+        adaptive=_adaptive([result["adaptive"] for result in own.results if result.get("adaptive")]),
         tests=tuple(test for test in tests if test is not None),
     )
 

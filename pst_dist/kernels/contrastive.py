@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pst_dist.kernels.dispatch import backend_for
-from pst_dist.kernels.launch_table import GRAIN
+from pst_dist.kernels.launch_table import SCORES_GRAIN
 from pst_dist.kernels.reference import wide
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _chunks(
     Where the dtypes are equal the room is the scores themselves.
     """
     rows, keys, dtype = len(queries_AE), len(keys_GE), wide(queries_AE.dtype)
-    stride = -(-keys // GRAIN) * GRAIN
+    stride = -(-keys // SCORES_GRAIN) * SCORES_GRAIN
     size = min(rows, max(1, CHUNK_BYTES // max(1, stride * dtype.itemsize)))
     scores_CG = queries_AE.new_empty(size, stride, dtype=dtype)[:, :keys]
     mixed = queries_AE.dtype != dtype

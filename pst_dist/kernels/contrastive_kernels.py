@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pst_dist.kernels import reference
-from pst_dist.kernels.launch_table import GRAIN, Launch, launch_of
+from pst_dist.kernels.launch_table import SCORES_GRAIN, Launch, launch_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = 512
@@ -35,7 +35,10 @@ def serves(queries_AE: Tensor, keys_GE: Tensor) -> bool:
     rows, width = queries_AE.shape
     if queries_AE.dtype not in (torch.float16, torch.bfloat16) or not 0 < width <= WIDEST or not rows:
         return False
-    if any(width % GRAIN or vectors.stride(0) % GRAIN or vectors.data_ptr() % 16 for vectors in (queries_AE, keys_GE)):
+    if any(
+        width % SCORES_GRAIN or vectors.stride(0) % SCORES_GRAIN or vectors.data_ptr() % 16
+        for vectors in (queries_AE, keys_GE)
+    ):
         return False
     if not queries_AE.is_cuda:
         return True

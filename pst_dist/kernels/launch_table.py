@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-GRAIN = 16
+SCORES_GRAIN = 16
 """Rows of scores begin at multiples of this many elements: matrix products and loads are slow where they do not."""
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pst_dist.kernels.dispatch import backend_for
-from pst_dist.kernels.reference import wide
+from pst_dist.kernels.reference import is_smooth_l1, wide
 from pst_dist.kernels.spans import Spans
 
 # One pass over the vocabulary needs this much room for logits: large enough that the matrix product of a chunk runs
@@ -104,8 +104,10 @@ def _(like_BTD, base_BTD, rows_gradient_ND, rows_upstream, slots_R, spans_gradie
 def row_distance(student_AE: Tensor, teacher_AE: Tensor, *, kind: str, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
     """(distances [A] with gradient to the student, cosines [A] without), float32 (float64 for float64).
 
-    kind `cosine` or `smooth_l1`; see `reference.row_distance`. The teacher is frozen: it receives no gradient.
+    kind `cosine` or `smooth_l1`; see `reference.row_distance`. The teacher is frozen: it receives no gradient. Raises
+    ValueError for any other kind.
     """
+    is_smooth_l1(kind)  # before the operator, which is not run while torch.compile traces
     distance, cosine, _ = torch.ops.pst.row_distance(student_AE, teacher_AE.detach(), kind, eps)
     return distance, cosine.detach()
 

@@ -97,23 +97,32 @@ def softmax_nll(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor | None) 
     return nll
 
 
+def is_smooth_l1(kind: str) -> bool:
+    """True for `smooth_l1`, False for `cosine`: the two row distances. Raises ValueError for any other name."""
+    if kind not in ("cosine", "smooth_l1"):
+        raise ValueError(f"unknown row distance {kind!r}: use 'cosine' or 'smooth_l1'")
+    return kind == "smooth_l1"
+
+
 def row_distance(student_AE: Tensor, teacher_AE: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(distances [A], cosines [A], statistics [A, 3]) of rows and their teachers, in the wide dtype.
 
     Vectors are divided by max(norm, eps) first. `cosine`: 1 - cos; `smooth_l1`: Huber distance with beta 1, summed
-    over E. The statistics are (cosine, 1 / norm of the student, 1 / norm of the teacher), for the gradient.
+    over E. The statistics are (cosine, 1 / norm of the student, 1 / norm of the teacher), for the gradient. Raises
+    ValueError for any other kind.
     """
+    smooth_l1 = is_smooth_l1(kind)
     student, teacher = student_AE.to(wide(student_AE.dtype)), teacher_AE.to(wide(student_AE.dtype))
     # Clamped after the division: 1 / eps is then the very number by which the gradient knows a short vector.
     inverse_student = (1 / torch.linalg.vector_norm(student, dim=-1)).clamp(max=1 / eps)
     inverse_teacher = (1 / torch.linalg.vector_norm(teacher, dim=-1)).clamp(max=1 / eps)
     unit_student, unit_teacher = student * inverse_student[:, None], teacher * inverse_teacher[:, None]
     cosine = (unit_student * unit_teacher).sum(-1)
-    if kind == "cosine":
-        distance = 1 - cosine
-    else:
+    if smooth_l1:
         gap = (unit_student - unit_teacher).abs()
         distance = torch.where(gap < 1, 0.5 * gap * gap, gap - 0.5).sum(-1)
+    else:
+        distance = 1 - cosine
     return distance, cosine, torch.stack([cosine, inverse_student, inverse_teacher], -1)
 
 
@@ -122,12 +131,14 @@ def row_distance_gradient(
 ) -> Tensor:
     """[A, E] of the student's dtype: gradient of sum(upstream * distance) to the student's vectors.
 
-    A student shorter than eps is divided by eps, a constant: its gradient has no part along the vector.
+    A student shorter than eps is divided by eps, a constant: its gradient has no part along the vector. Raises
+    ValueError for an unknown kind.
     """
+    smooth_l1 = is_smooth_l1(kind)
     dtype = wide(student_AE.dtype)
     inverse_student, inverse_teacher = statistics_A3[:, 1:2], statistics_A3[:, 2:3]
     unit_student, unit_teacher = student_AE.to(dtype) * inverse_student, teacher_AE.to(dtype) * inverse_teacher
-    pull = -unit_teacher if kind == "cosine" else (unit_student - unit_teacher).clamp(-1, 1)
+    pull = (unit_student - unit_teacher).clamp(-1, 1) if smooth_l1 else -unit_teacher
     along = (pull * unit_student).sum(-1, keepdim=True) * (inverse_student < 1 / eps)
     gradient = (pull - along * unit_student) * inverse_student * upstream_A.to(dtype)[:, None]
     return gradient.to(student_AE.dtype)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The smallest finite float32: where a running maximum starts, as minus infinity less itself is not a number."""
-GRAIN = tl.constexpr(16)
+BODY_GRAIN = tl.constexpr(16)
 """Elements at whose multiples the body of a row begins and ends, so that its loads and stores are 128 bits wide."""
 
 
@@ -34,8 +34,8 @@ def softmax_rows(
 
     Grid: rows. HAS_GROUPS leaves out the classes of the row's own group, its target excepted. Without weights nothing
     but the likelihoods is written. A row is a body of whole grains and up to 15 classes at its end; PEEL: `stride` is
-    no multiple of GRAIN (a vocabulary of 50257), so up to 15 classes precede the body, too; the last bits of a row then
-    depend on its place in the chunk.
+    no multiple of BODY_GRAIN (a vocabulary of 50257), so up to 15 classes precede the body, too; the last bits of a row
+    then depend on its place in the chunk.
     """
     row = tl.program_id(0).to(tl.int64)
     begin = row * stride
@@ -47,13 +47,13 @@ def softmax_rows(
         group = tl.load(groups_C + row)
     head = 0
     if PEEL:
-        head = tl.minimum((-begin) & (GRAIN - 1), classes).to(tl.int32)
-    size = (classes - head) // GRAIN * GRAIN
-    body = logits_CV + tl.multiple_of(begin + head, GRAIN)
+        head = tl.minimum((-begin) & (BODY_GRAIN - 1), classes).to(tl.int32)
+    size = (classes - head) // BODY_GRAIN * BODY_GRAIN
+    body = logits_CV + tl.multiple_of(begin + head, BODY_GRAIN)
 
-    lanes = tl.arange(0, 2 * GRAIN)
-    edges = tl.where(lanes < GRAIN, lanes, lanes - GRAIN + head + size)
-    at_edge = tl.where(lanes < GRAIN, lanes < head, edges < classes)
+    lanes = tl.arange(0, 2 * BODY_GRAIN)
+    edges = tl.where(lanes < BODY_GRAIN, lanes, lanes - BODY_GRAIN + head + size)
+    at_edge = tl.where(lanes < BODY_GRAIN, lanes < head, edges < classes)
     edge = tl.load(logits_CV + begin + edges, mask=at_edge, other=float("-inf")).to(tl.float32)
     if HAS_GROUPS:
         edge = _without_group(edge, class_groups_V, edges, at_edge, group, target)

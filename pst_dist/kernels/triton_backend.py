@@ -20,7 +20,7 @@ from torch import Tensor
 from pst_dist.kernels import reference
 from pst_dist.kernels.launch_table import chunk_of, launch_of
 from pst_dist.kernels.row_kernels import row_distance_gradients, row_distances
-from pst_dist.kernels.softmax_kernels import GRAIN, softmax_rows
+from pst_dist.kernels.softmax_kernels import BODY_GRAIN, softmax_rows
 from pst_dist.kernels.span_kernels import chunk_sums, hidden_gradient_rows, span_means
 
 name = "triton"
@@ -143,6 +143,7 @@ def softmax_nll(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor | None) 
 
 def row_distance(student_AE: Tensor, teacher_AE: Tensor, kind: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(distances [A], cosines [A], statistics [A, 3]) in float32, as `reference.row_distance`."""
+    huber = reference.is_smooth_l1(kind)
     if student_AE.dtype == torch.float64:
         return reference.row_distance(student_AE, teacher_AE, kind, eps)
     student_AE, teacher_AE = _rows_dense(student_AE), _rows_dense(teacher_AE)
@@ -164,7 +165,7 @@ def row_distance(student_AE: Tensor, teacher_AE: Tensor, kind: str, eps: float) 
             teacher_AE.stride(0),
             eps,
             1 / eps,
-            HUBER=kind != "cosine",
+            HUBER=huber,
             **launch.options,
         )
     return distances_A, cosines_A, statistics_A3
@@ -174,6 +175,7 @@ def row_distance_gradient(
     student_AE: Tensor, teacher_AE: Tensor, statistics_A3: Tensor, upstream_A: Tensor, kind: str, eps: float
 ) -> Tensor:
     """[A, E] of the student's dtype, as `reference.row_distance_gradient`; `upstream_A` may be expanded."""
+    huber = reference.is_smooth_l1(kind)
     if student_AE.dtype == torch.float64:
         return reference.row_distance_gradient(student_AE, teacher_AE, statistics_A3, upstream_A, kind, eps)
     student_AE, teacher_AE = _rows_dense(student_AE), _rows_dense(teacher_AE)
@@ -194,7 +196,7 @@ def row_distance_gradient(
             teacher_AE.stride(0),
             upstream_A.stride(0),
             1 / eps,
-            HUBER=kind != "cosine",
+            HUBER=huber,
             **launch.options,
         )
     return gradient_AE
@@ -237,7 +239,7 @@ def _softmax(
             dense_CV.stride(0),
             HAS_WEIGHTS=weights_C is not None,
             HAS_GROUPS=groups_C is not None,
-            PEEL=dense_CV.stride(0) % GRAIN.value != 0,
+            PEEL=dense_CV.stride(0) % BODY_GRAIN.value != 0,
             **launch.options,
         )
     if dense_CV is not logits_CV and weights_C is not None:

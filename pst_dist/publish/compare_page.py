@@ -13,12 +13,12 @@ from typing import Any
 from pst_dist.arms import COST_BASELINE
 from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
+from pst_dist.evaluation.records import read_metrics
 from pst_dist.publish import html, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.redaction import redact
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import read_lines
 
 _SHOWN = 12
 _ACCURACY_CAPTION = (
@@ -36,7 +36,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
     Raises InputError and StaleError as `compare` does, and EnvironmentFault without matplotlib or scipy.
     """
     comparison = compare(runs)
-    metrics = [read_lines(arm.run / "metrics.jsonl") for arm in comparison.arms]
+    metrics = [read_metrics(arm.run / "metrics.jsonl") for arm in comparison.arms]
     samples, disagreements = _side_by_side(comparison)
     page = render(
         "compare.html",

@@ -15,22 +15,17 @@ from typing import Any
 
 from pst_dist.config.run_dir import RunDir, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.errors import IntegrityError
 from pst_dist.evaluation.adaptive import chosen_threshold
 from pst_dist.evaluation.evaluate import evaluations_of
+from pst_dist.evaluation.records import read_training
 from pst_dist.publish.card_facts import CardFacts
 from pst_dist.publish.model_card import model_card
-from pst_dist.storage.atomic import atomic_directory, write_text
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import (
     Manifest,
-    all_files,
-    describe_files,
     digest_of,
-    read_json,
-    read_manifest,
-    verify_files,
     write_json,
-    write_manifest,
 )
 from pst_dist.student.finite import refuse_non_finite
 from pst_dist.student.generate import max_positions
@@ -62,26 +57,25 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
             "max_new_tokens": config.evaluate.max_new_tokens,
         }
     )
-    if not rebuild and _is_complete(run.export, fingerprint):
+    artefact = Artefact(run.export, "export")
+    if not rebuild and artefact.finished(fingerprint):
         log.info("export %s is complete, nothing to do", run.export)
         return run.export
     weights = ((f"weight {name}", value) for name, value in student.model.named_parameters())
     refuse_non_finite(weights, run.export)
-    with atomic_directory(run.export) as partial:
+    extra = {**student.manifest.extra, "student": student.manifest.digest, **chain}
+    with artefact.publish(fingerprint, extra) as draft:
         student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)
-        student.model.save_pretrained(partial)
+        student.model.save_pretrained(draft.path)
         prepare_tokenizer(student)
-        student.tokenizer.save_pretrained(partial)
+        student.tokenizer.save_pretrained(draft.path)
         fmt = replace(student.format, think_below=chosen_threshold(evaluations))
-        write_json(partial / FORMAT_FILE, fmt.to_json())
+        write_json(draft.path / FORMAT_FILE, fmt.to_json())
         has_template = student.tokenizer.chat_template is not None
         facts = CardFacts(
             config, student.format, student.manifest, evaluations, encoder, chain, student.model, has_template
         )
-        write_text(partial / "README.md", model_card(facts))
-        files = describe_files(partial, all_files(partial))
-        extra = {**student.manifest.extra, "student": student.manifest.digest, **chain}
-        write_manifest(partial, Manifest("export", fingerprint, files, extra))
+        write_text(draft.path / "README.md", model_card(facts))
     log.info("exported to %s: loads with plain transformers", run.export)
     return run.export
 
@@ -92,26 +86,13 @@ def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[
     They are those that training wrote down: what lies in the data directory today may be newer. None where nothing
     was written down, or where today's embeddings are others, whose encoder says nothing about this student's.
     """
-    path = run.training
-    record = read_json(path) if path.is_file() else {}
+    record = read_training(run.training)
     if record.get("fingerprint") != student.fingerprint:
         record = {}
     chain = {"shards": student.extra.get("shards"), "embeddings": record.get("embeddings")}
-    today = read_manifest(run.embeddings, "embeddings")
+    today = Artefact(run.embeddings, "embeddings").manifest()
     same = today is not None and today.digest == chain["embeddings"]
     return chain, today.extra["encoder"] if today is not None and same else None
-
-
-def _is_complete(directory: Path, fingerprint: str) -> bool:
-    manifest = read_manifest(directory, "export")
-    if manifest is None or manifest.fingerprint != fingerprint:
-        return False
-    try:
-        verify_files(directory, manifest)
-    except IntegrityError as error:
-        log.warning("the export is damaged and will be written again: %s", error)
-        return False
-    return True
 
 
 def generation_settings(student: LoadedStudent, max_new_tokens: int) -> Any:

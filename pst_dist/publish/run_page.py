@@ -12,14 +12,16 @@ from typing import Any
 
 from pst_dist.config.loading import RESOLVED
 from pst_dist.errors import InputError
-from pst_dist.evaluation.evaluate import SAMPLES, evaluations_of
+from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, evaluations_of
+from pst_dist.evaluation.records import check_whole, read_metrics, read_rows, read_training
 from pst_dist.publish import html, plots
 from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.redaction import redact
 from pst_dist.storage.atomic import atomic_path, write_text
-from pst_dist.storage.manifest import Manifest, read_json, read_lines, read_manifest
+from pst_dist.storage.json_files import read_object
+from pst_dist.storage.manifest import Manifest, read_manifest
 
 __all__ = ["compare_report", "report"]
 
@@ -32,12 +34,14 @@ def report(run: Path) -> Path:
     A run that is not evaluated yet is shown as far as it got. An evaluation of an older student than the current one
     is left out. Raises InputError when nothing was trained here.
     """
-    metrics = read_lines(run / "metrics.jsonl")
-    training = read_json(run / "train.json") if (run / "train.json").is_file() else {}
+    metrics = read_metrics(run / "metrics.jsonl")
+    training = read_training(run / "train.json", whole=True)
     if not metrics and not training:
         raise InputError("nothing was trained here", "run `pst train` first", path=run)
     student = read_manifest(run / "best", "student")
     evaluations = evaluations_of(run, student)
+    for results in evaluations:
+        check_whole(results, run / "eval" / results["split"] / RESULTS)
     page = render(
         "run.html",
         name=run.name,
@@ -156,7 +160,7 @@ def _similarity(results: dict[str, Any]) -> str:
 
 def _samples(run: Path, split: str) -> Table:
     """The first scored rows, with their rationales when any was asked for."""
-    rows = read_lines(run / "eval" / split / SAMPLES)[:_SHOWN]
+    rows = read_rows(run / "eval" / split / SAMPLES)[:_SHOWN]
     explained = any(row.get("rationale") for row in rows)
     head: Row = [
         "question",
@@ -180,7 +184,7 @@ def _record(run: Path) -> dict[str, str | None]:
         path = run / name
         return redact(path.read_text(encoding="utf-8", errors="replace").strip()) if path.is_file() else None
 
-    environment = read_json(run / "environment.json") if (run / "environment.json").is_file() else {}
+    environment = read_object(run / "environment.json") if (run / "environment.json").is_file() else {}
     return {
         "command": text_of("command.txt"),
         "config": text_of(RESOLVED),

@@ -1,7 +1,7 @@
-"""Files and directories that are whole or absent: written under another name, synced, renamed into place.
+"""Files and directories that are complete or absent: written under a temporary name, synced, renamed into place.
 
-What a killed process leaves is told by its name and removed by the next write of the same thing. Which bytes belong
-together, and their digests, are `storage`; who may write at all is `locks`.
+Published files have the mode that the umask gives. `leftovers` removes what killed writers left, `manifest` says which
+bytes belong together, and `locks` says who may write.
 """
 
 from __future__ import annotations
@@ -9,25 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
 import glob
-import hashlib
 import os
 import re
 import shutil
-import time
-import uuid
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from pst_dist.errors import EnvironmentFault, PstError
+from pst_dist.storage.leftovers import remove_leftovers, temporary_name
 
 _FULL = ("No space left on device", "PytorchStreamWriter failed writing", "file write failed")
 _WORDED = re.compile(r"\(os error (\d+)\)")
 OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.EREMOTEIO, errno.ENOTCONN)
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{4})\.(partial|replaced)")
-_FOREIGN_SECONDS = 24 * 3600.0
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's headers
 
 
@@ -89,51 +85,6 @@ def _make_room(path: Path) -> str:
     return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
 
 
-@functools.cache
-def _origin() -> str:
-    """8 hex digits for the set of processes whose ids can be told apart here: this boot, this container."""
-    facts = [os.uname().nodename]
-    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with contextlib.suppress(OSError):
-            facts.append(os.readlink(place) if place.endswith("pid") else Path(place).read_text())
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:8]
-
-
-def _temporary(path: Path, ending: str) -> Path:
-    """A name beside `path` that no other process uses and that says whose it is; see `_remove_abandoned`."""
-    return path.with_name(f".{path.name}.{_origin()}{os.getpid():08x}{uuid.uuid4().hex[:4]}.{ending}")
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left while they wrote `path`: theirs are the names whose process is no more.
-
-    Those of other machines and earlier boots are taken for abandoned when nothing has touched them for a day.
-    """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        found = _TEMPORARY.fullmatch(leftover.name)
-        if found is None or leftover.name != f".{path.name}.{found[1]}{found[2]}{found[3]}.{found[4]}":
-            continue
-        with contextlib.suppress(OSError):
-            if found[1] == _origin():
-                abandoned = not _is_running(int(found[2], 16))
-            else:
-                abandoned = time.time() - leftover.stat().st_mtime > _FOREIGN_SECONDS
-            if abandoned and leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            elif abandoned:
-                leftover.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _behind_link(path: Path) -> Path:
     """Where a link leads, else the path itself: the temporary name must be on the disk that the link was made for."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
@@ -146,12 +97,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A link stays one: what it points to is written.
     """
     path = _behind_link(path)
-    partial = _temporary(path, "partial")
+    partial = temporary_name(path, "partial")
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path)
+            remove_leftovers(path.parent, glob.escape(path.name))
             yield partial
+            _give_usual_modes([partial], temporary_name(path, "partial"))
             _fsync_path(partial)
             os.replace(partial, path)
             _fsync_path(path.parent)
@@ -168,10 +120,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     replaced.
     """
     path = _behind_link(path)
-    partial = _temporary(path, "partial")
+    partial = temporary_name(path, "partial")
     with disk_errors(path):
         try:
-            _remove_abandoned(path)
+            remove_leftovers(path.parent, glob.escape(path.name))
             partial.mkdir(parents=True)
             yield partial
             publish_directory(partial, path)
@@ -182,16 +134,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def publish_directory(partial: Path, path: Path) -> None:
     """fsync every file of `partial` and rename it to `path`, replacing what was there."""
     with disk_errors(path):
-        for entry in sorted(partial.rglob("*")):
+        entries = [*sorted(partial.rglob("*")), partial]
+        _give_usual_modes(entries, partial / ".mode")
+        for entry in entries:
             _fsync_path(entry)
-        _fsync_path(partial)
         replaced = None
         if not path.exists():
             os.replace(partial, path)
         elif exchange(partial, path):
             replaced = partial
         else:
-            replaced = _temporary(path, "replaced")
+            replaced = temporary_name(path, "replaced")
             os.replace(path, replaced)
             try:
                 os.replace(partial, path)
@@ -203,6 +156,42 @@ def publish_directory(partial: Path, path: Path) -> None:
         finally:
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _give_usual_modes(paths: list[Path], probe: Path) -> None:
+    """Give files and directories the mode that any new one gets: 0666 and 0777 less the umask.
+
+    Some libraries create private files (safetensors writes weights as 0600), which nobody else could then load. Where
+    the directory has a default ACL, that decides instead of the umask; so the mode is read from a new file,
+    `probe`.
+    """
+    umask = _umask()
+    odd = []
+    for path in paths:
+        found = path.lstat()
+        usual = 0o777 if stat.S_ISDIR(found.st_mode) else 0o666
+        if not stat.S_ISLNK(found.st_mode) and (umask is None or found.st_mode & 0o777 != usual & ~umask):
+            odd.append((path, stat.S_ISDIR(found.st_mode)))
+    if not odd:
+        return
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    file_mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    probe.mkdir(0o777)
+    directory_mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path, is_directory in odd:
+        with contextlib.suppress(OSError):  # a file system without modes, or one that maps them
+            path.chmod(directory_mode if is_directory else file_mode)
+
+
+def _umask() -> int | None:
+    """This process's umask; None where it cannot be read without changing it for all threads."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return None
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -227,12 +216,12 @@ def remove_directory(path: Path) -> None:
     Of a link to a directory, or a directory on which a file system is mounted, what is in there is removed, so that it
     can be filled anew.
     """
-    _remove_abandoned(path)
+    remove_leftovers(path.parent, glob.escape(path.name))
     if not path.is_dir():
         return
     with disk_errors(path):
         if not path.is_symlink():
-            removed = _temporary(path, "replaced")
+            removed = temporary_name(path, "replaced")
             try:
                 os.replace(path, removed)
             except OSError as error:

@@ -1,4 +1,8 @@
-"""Who may work in a directory: locks of the kernel, which vanish with their process however it ends."""
+"""Who may work in a directory: locks of the kernel, which vanish with their process however it ends.
+
+The package filelock takes the same kernel lock (flock) but cannot say who holds it, does not notice a lock file that
+was removed, and needs the right to write to it; so these are our own. On NFS the server keeps the lock.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pst_dist.errors import LockedError
+from pst_dist.errors import EnvironmentFault, LockedError
 from pst_dist.storage.atomic import disk_errors
 
 _NOTE = re.compile(r"process (\d+) on (\S+)")
@@ -27,7 +31,7 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
     while True:
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _open(directory / name)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,6 +41,12 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
                     continue
                 raise LockedError(
                     f"in use by {_owner(descriptor)}", "wait for it to end or choose another directory", path=directory
+                ) from error
+            except OSError as error:  # NFS takes no lock on a file that may only be read
+                raise EnvironmentFault(
+                    f"cannot take the lock: {error.strerror}",
+                    "ask its owner for permission to write, or choose another directory",
+                    path=directory / name,
                 ) from error
             if not _is_at(descriptor, directory / name):
                 continue  # a directory in which nothing was made was removed meanwhile, and its lock with it
@@ -51,16 +61,40 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
             os.close(descriptor)
 
 
+def _open(path: Path) -> int:
+    """Open a lock file, creating it; raises EnvironmentFault naming it and its mode when that is not allowed.
+
+    A colleague's lock file that may only be read serves as well: the kernel's lock needs no right to write (except on
+    NFS, where taking it is refused).
+    """
+    try:
+        with disk_errors(path):
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except EnvironmentFault as error:
+        if not isinstance(error.__cause__, PermissionError):
+            raise
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            mode = f"its mode is {path.stat().st_mode & 0o7777:04o}"
+        except OSError:
+            mode = f"the mode of its directory is {path.parent.stat().st_mode & 0o7777:04o}"
+        raise EnvironmentFault(
+            f"cannot open the lock file: Permission denied; {mode}",
+            "ask its owner for permission to write, or choose another directory",
+            path=path,
+        ) from error
+
+
 def _owner(descriptor: int) -> str:
-    """What the holder of a lock says of itself; it may have just come, and its note may still be a dead one's."""
-    note = ""
+    """What the holder of a lock says of itself: it may have only just taken it, so its note may not be there yet."""
     for _ in range(20):
         note = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         found = _NOTE.match(note)
         if found is not None and (found[2] != os.uname().nodename or Path(f"/proc/{found[1]}").exists()):
-            break
+            return note
         time.sleep(0.05)
-    return note or "another process"
+    return "another process"  # the note is of an earlier holder: this one may not write to the file
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -1,23 +1,58 @@
-"""What an artefact directory holds: files with a sha256 for each, and a manifest that is written last.
+"""The manifest of an artefact directory: each file with its sha256, written last, and the JSON files of a run.
 
 A directory without a `manifest.json` is unfinished and is never read. Manifests hold no clock and no host, so equal
-inputs give equal bytes. How a file comes to be whole or absent is `atomic`.
+inputs give equal bytes; a manifest whose bytes are not exactly those that `write_manifest` writes is damaged. Which
+artefact is complete is `artefact`, which file names are allowed is `names`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pst_dist.errors import IntegrityError
-from pst_dist.storage.atomic import disk_errors, write_text
+from pst_dist.errors import IntegrityError, PstError
+from pst_dist.storage.json_files import (
+    append_line,
+    canonical_json,
+    json_text,
+    parse_json,
+    read_content,
+    read_json,
+    read_lines,
+    read_object,
+    reading,
+    write_json,
+)
+from pst_dist.storage.names import bad_names
+
+__all__ = [
+    "MANIFEST",
+    "REMAKE",
+    "HashedFile",
+    "Manifest",
+    "all_files",
+    "append_line",
+    "bytes_below",
+    "canonical_json",
+    "describe_files",
+    "digest_of",
+    "hashed_file",
+    "kind_written_in",
+    "read_json",
+    "read_lines",
+    "read_manifest",
+    "sha256_file",
+    "verify_files",
+    "write_json",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -31,11 +66,6 @@ REMAKE = {
     "checkpoint": "`pst train` passes it over and goes on from an older one",
 }
 """The command that makes each kind of directory anew when it is damaged."""
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the form that digests are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest_of(value: Any) -> str:
@@ -89,36 +119,6 @@ def hashed_file(path: Path) -> Iterator[HashedFile]:
         yield file
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with sorted keys, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that this project wrote; raises IntegrityError when it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise IntegrityError(f"not JSON: {error}", "delete it and run the command that made it", path=path) from error
-
-
-def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line and flush it; a torn last line is the reader's to skip."""
-    with disk_errors(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(canonical_json(value) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines of a file that `append_line` wrote; a torn last line is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -178,21 +178,65 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path, kind: str) -> Manifest | None:
-    """The manifest of a finished directory, or None when there is none; raises IntegrityError when damaged."""
+    """The manifest of a finished directory, or None when there is none.
+
+    Raises IntegrityError when a byte of it differs from what `write_manifest` wrote, when it is of another kind, or
+    when it names a file that may not be written (`names`). Raises EnvironmentFault when it cannot be read.
+    """
     path = directory / MANIFEST
-    if not path.is_file():
-        return None
-    raw = read_json(path)
-    try:
-        manifest = Manifest(raw["kind"], raw["fingerprint"], raw["files"], raw["extra"])
-        intact = manifest.digest == raw["digest"] and manifest.kind == kind
-    except (KeyError, TypeError):
-        intact = False
-    if not intact:
+    with reading(path):
+        if not path.is_file():
+            return None
+    content = read_content(path)
+    raw = parse_json(content, path)
+    problem = _problem(raw, content, kind)
+    if problem is not None:
         raise IntegrityError(
-            f"not an intact {kind} manifest", "delete it and run the command that made this directory", path=path
+            f"not an intact {kind} manifest: {problem}",
+            "delete it and run the command that made this directory",
+            path=path,
         )
-    return manifest
+    return Manifest(raw["kind"], raw["fingerprint"], raw["files"], raw["extra"])
+
+
+def kind_written_in(directory: Path) -> str | None:
+    """The kind that a directory's manifest names, intact or not; None when it names none."""
+    try:
+        kind = read_object(directory / MANIFEST).get("kind")
+    except PstError:
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def _problem(raw: Any, content: bytes, kind: str) -> str | None:
+    """What is wrong with a manifest, given its value and its bytes; None when nothing is."""
+    if not isinstance(raw, dict) or raw.keys() != {"kind", "fingerprint", "files", "extra", "digest"}:
+        return "its fields are not kind, fingerprint, files, extra and digest"
+    if not isinstance(raw["kind"], str) or not isinstance(raw["fingerprint"], str):
+        return "kind and fingerprint are not texts"
+    if not isinstance(raw["files"], dict) or not isinstance(raw["extra"], dict):
+        return "files and extra are not objects"
+    try:
+        digest = Manifest(raw["kind"], raw["fingerprint"], raw["files"], raw["extra"]).digest
+        canonical = json_text(raw).encode()
+    except (ValueError, RecursionError) as error:  # half a surrogate pair, too deep a nesting
+        return str(error)[:160]
+    if digest != raw["digest"]:
+        return "its digest differs from its content"
+    if raw["kind"] != kind:
+        return f"its kind is {raw['kind'][:40]!r}"
+    if canonical != content:
+        return "its bytes are not those that were written"
+    for name, entry in raw["files"].items():
+        if not isinstance(entry, dict) or not _is_description(entry):
+            return f"the entry of file {name[:80]!r} is not a size and a sha256"
+    return bad_names(raw["files"], reserved=MANIFEST)
+
+
+def _is_description(entry: dict[str, Any]) -> bool:
+    size, digest = entry.get("bytes"), entry.get("sha256")
+    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    return whole and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
 
 
 def verify_files(
@@ -202,18 +246,20 @@ def verify_files(
     *,
     on_file: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compare size and sha256 of files with the manifest; raises IntegrityError naming the first that differs.
+    """Compare size and sha256 of files with the manifest.
 
-    `on_file` is called before each file.
+    `on_file` is called before each file. Raises IntegrityError naming the first file that is missing or differs, and
+    EnvironmentFault for one that cannot be read.
     """
     remedy = REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
     for name in sorted(manifest.files) if names is None else names:
         on_file()
         path, promised = directory / name, manifest.files[name]
-        if not path.is_file():
-            raise IntegrityError("file is missing", remedy, path=path)
-        size = path.stat().st_size
-        if size != promised["bytes"]:
-            raise IntegrityError(f"{size} bytes, manifest says {promised['bytes']}", remedy, path=path)
-        if sha256_file(path) != promised["sha256"]:
-            raise IntegrityError("sha256 differs from the manifest", remedy, path=path)
+        with reading(path, remedy):
+            if not path.is_file():
+                raise IntegrityError("file is missing", remedy, path=path)
+            size = path.stat().st_size
+            if size != promised["bytes"]:
+                raise IntegrityError(f"{size} bytes, manifest says {promised['bytes']}", remedy, path=path)
+            if sha256_file(path) != promised["sha256"]:
+                raise IntegrityError("sha256 differs from the manifest", remedy, path=path)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.storage.atomic import atomic_path
+from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.locks import taking_turns
 from pst_dist.storage.manifest import MANIFEST, Manifest, read_manifest, sha256_file
 
@@ -119,13 +120,13 @@ def fetch_folder(
     """
     mirror.mkdir(parents=True, exist_ok=True)
     with taking_turns(mirror.parent / f".{mirror.name}.fetch"):
-        remove_partials(mirror)
+        remove_leftovers(mirror, locked=True)
         remote.check()
         manifest = remote.manifest(kind)
         if manifest is None:
             return None
         here = mirror / MANIFEST
-        if not here.is_file() or read_manifest(mirror, kind) != manifest:
+        if not _is_manifest_of(mirror, kind, manifest):
             here.unlink(missing_ok=True)  # until all is there the mirror is unfinished, and says so
         for name, promised in sorted(manifest.files.items()):
             on_file()
@@ -137,10 +138,11 @@ def fetch_folder(
     return manifest
 
 
-def remove_partials(mirror: Path) -> None:
-    """Delete what a killed fetch left in a mirror."""
-    for partial in mirror.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+def _is_manifest_of(mirror: Path, kind: str, manifest: Manifest) -> bool:
+    """Whether a mirror's own manifest is this one; a damaged one is not."""
+    with contextlib.suppress(IntegrityError):
+        return read_manifest(mirror, kind) == manifest
+    return False
 
 
 def publish_folder(folder: Path, manifest: Manifest, remote: RemoteFolder) -> None:
@@ -149,7 +151,10 @@ def publish_folder(folder: Path, manifest: Manifest, remote: RemoteFolder) -> No
     Nothing is moved when it is there already.
     """
     remote.check()
-    if (before := remote.manifest(manifest.kind)) == manifest:
+    before = None
+    with contextlib.suppress(IntegrityError):  # a damaged manifest is replaced
+        before = remote.manifest(manifest.kind)
+    if before == manifest:
         return
     remote.remove(MANIFEST)
     for name in sorted(manifest.files):

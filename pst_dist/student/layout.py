@@ -55,6 +55,18 @@ class AnswerFormat:
             writes_rationale=ARMS[config.arm].needs_rationale and config.loss.rationale_weight > 0,
         )
 
+    def problem(self) -> str | None:
+        """What is wrong with a format that was read from a file; None when nothing is."""
+        if self.arm not in ARMS:
+            return f"arm: {self.arm[:40]!r} is none of {', '.join(ARMS)}"
+        if self.prompt.count("{question}") != 1:
+            return "prompt: does not hold {question} exactly once"
+        if not (self.answer_marker.strip() and self.stop_token and self.semantic_token):
+            return "answer_marker, stop_token and semantic_token may not be blank"
+        if self.max_length < 1 or self.semantic_tokens < 0:
+            return "max_length and semantic_tokens are out of range"
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """Plain dict for `pst.json`."""
         return {key: value for key, value in asdict(self).items() if value is not None}

@@ -18,16 +18,11 @@ from pst_dist.errors import InputError, IntegrityError
 from pst_dist.logs import quiet_libraries
 from pst_dist.models.load import load_language_model, load_tokenizer
 from pst_dist.models.locate import ModelPlace
-from pst_dist.storage.atomic import atomic_directory
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.json_files import read_typed
 from pst_dist.storage.manifest import (
     Manifest,
-    all_files,
-    describe_files,
-    read_json,
-    read_manifest,
-    verify_files,
     write_json,
-    write_manifest,
 )
 from pst_dist.student.finite import refuse_non_finite
 from pst_dist.student.layout import AnswerFormat
@@ -56,29 +51,14 @@ def save_student(
     """
     quiet_libraries()
     refuse_non_finite(((f"weight {name}", value) for name, value in weights.items()), directory)
-    with atomic_directory(directory) as partial:
+    with Artefact(directory, "student").publish(fingerprint, extra) as draft:
         plain = plain_model(model, weights)
         plain.generation_config = answer_generation_config(plain, tokenizer, fmt)
-        plain.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        save_head(weights.get("head.weight"), partial)
-        write_json(partial / FORMAT_FILE, fmt.to_json())
-        manifest = Manifest("student", fingerprint, describe_files(partial, all_files(partial)), extra)
-        write_manifest(partial, manifest)
-    return manifest
-
-
-def is_intact_student(directory: Path) -> bool:
-    """Whether a student that `save_student` wrote is there with every byte right."""
-    try:
-        manifest = read_manifest(directory, "student")
-        if manifest is None:
-            return False
-        verify_files(directory, manifest)
-    except IntegrityError as error:
-        log.warning("the best student is damaged and will be made again: %s", error)
-        return False
-    return True
+        plain.save_pretrained(draft.path)
+        tokenizer.save_pretrained(draft.path)
+        save_head(weights.get("head.weight"), draft.path)
+        write_json(draft.path / FORMAT_FILE, fmt.to_json())
+    return draft.manifest
 
 
 def plain_model(model: Any, weights: dict[str, Tensor]) -> Any:
@@ -142,12 +122,15 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     """
     quiet_libraries()
     # An export is told by its model card.
-    manifest = read_manifest(directory, "export" if (directory / "README.md").is_file() else "student")
+    artefact = Artefact(directory, "export" if (directory / "README.md").is_file() else "student")
+    manifest = artefact.verified()
     if manifest is None:
         raise InputError("there is no trained student here", "run `pst train` first", path=directory)
-    verify_files(directory, manifest)
+    fmt = read_typed(directory / FORMAT_FILE, AnswerFormat)
+    problem = fmt.problem()
+    if problem is not None:
+        raise IntegrityError(problem, "run `pst train` again", path=directory / FORMAT_FILE)
     try:
-        fmt = AnswerFormat(**read_json(directory / FORMAT_FILE))
         place = ModelPlace(str(directory), str(directory), local_only=True)
         model = load_language_model(place)
         tokenizer = load_tokenizer(place)

@@ -9,6 +9,7 @@ The student that validation chose is kept beside them as a plain Hugging Face fo
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,17 +18,15 @@ from typing import Any
 
 from pst_dist.distributed.peer_watch import alive, at
 from pst_dist.distributed.ranks import Ranks, from_main, gathered, main_first_errors, together
-from pst_dist.errors import IntegrityError, StaleError
-from pst_dist.storage.atomic import disk_errors, publish_directory, remove_directory
+from pst_dist.errors import EnvironmentFault, IntegrityError, StaleError
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.atomic import disk_errors, remove_directory
+from pst_dist.storage.json_files import read_typed
+from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.manifest import (
-    Manifest,
     describe_files,
     hashed_file,
-    read_json,
-    read_manifest,
-    verify_files,
     write_json,
-    write_manifest,
 )
 from pst_dist.student.finite import refuse_non_finite
 from pst_dist.training.engines import Engine
@@ -37,6 +36,7 @@ from pst_dist.training.state import RunState
 
 log = logging.getLogger(__name__)
 _STATE = "run_state.json"
+_NAMES = "checkpoint-*"
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -70,7 +70,7 @@ def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: boo
         part = Part(final, engine.state_file, copied(fragments) if copy else fragments, adam_step)
     with main_first_errors(engine.ranks):
         if engine.ranks.is_main:
-            _remove_abandoned(root)
+            remove_leftovers(root, _NAMES, locked=True)
             partial.mkdir(parents=True)
     return partial, part
 
@@ -101,17 +101,11 @@ def publish_checkpoint(
                 described = describe_files(partial, [_STATE])
                 for part in parts:
                     described |= part
-                write_manifest(partial, Manifest("checkpoint", state.fingerprint, described, {"step": state.step}))
-                publish_directory(partial, final)
+                checkpoint = Artefact(final, "checkpoint")
+                checkpoint.publish_prepared(partial, state.fingerprint, described, {"step": state.step})
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             remove_old(partial.parent, state, keep=keep)
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove what killed saves left under temporary names: whoever's they were, only one training runs here."""
-    for abandoned in (*root.glob(".checkpoint-*.partial"), *root.glob(".checkpoint-*.replaced")):
-        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def remove_old(root: Path, state: RunState, *, keep: int) -> None:
@@ -119,12 +113,12 @@ def remove_old(root: Path, state: RunState, *, keep: int) -> None:
     for old in _by_step(root)[:-keep]:
         if old != checkpoint_path(root, state.best_step or 0):
             remove_directory(old)
-    _remove_abandoned(root)
+    remove_leftovers(root, _NAMES, locked=True)
 
 
 def _by_step(root: Path) -> list[Path]:
     """Published checkpoint directories, oldest step first."""
-    return sorted((path for path in root.glob("checkpoint-*") if path.name[11:].isdigit()), key=_step_of)
+    return sorted((path for path in root.glob(_NAMES) if re.fullmatch(r"checkpoint-[0-9]+", path.name)), key=_step_of)
 
 
 def _step_of(path: Path) -> int:
@@ -148,12 +142,10 @@ def newest_valid(root: Path, ranks: Ranks, *, at_most: int | None = None) -> tup
 def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
     for path in reversed(candidates):
         try:
-            manifest = read_manifest(path, "checkpoint")
-            if manifest is None:
+            if Artefact(path, "checkpoint").verified(on_file=alive) is None:
                 raise IntegrityError("no manifest: it was never finished", path=path)
-            verify_files(path, manifest, on_file=alive)
-            return path, RunState(**read_json(path / _STATE))
-        except IntegrityError as error:
+            return path, read_typed(path / _STATE, RunState)
+        except (IntegrityError, EnvironmentFault) as error:  # damaged, or not readable here
             log.warning("passing over a damaged checkpoint: %s", error)
     if candidates:
         raise IntegrityError(

@@ -112,7 +112,7 @@ class FragmentFiles:
                 start = int(starts[key.partition("/")[2]])
                 (count,) = stream.get_slice(key).get_shape()
                 self._pieces.setdefault(key, []).append((start, start + count, stream))
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
             raise IntegrityError("not a file of a checkpoint's fragments", path=path) from error
 
     def fill(self, fragment: Fragment) -> None:

@@ -56,8 +56,10 @@ class TermWeights:
     def scales(self, counts: Tensor) -> Tensor:
         """[3] float64: what each sum is multiplied with, given the [3] counts of the global batch.
 
-        A term that the batch does not hold counts as zero, not as 0/0.
+        A term that the batch does not hold counts as zero, not as 0/0. Raises ValueError for an unknown denominator.
         """
+        if self.denominator not in ("per_term", "per_token"):
+            raise ValueError(f"unknown denominator {self.denominator!r}: use 'per_term' or 'per_token'")
         counts = counts.double()
         if self.denominator == "per_token":
             tokens = counts[0] + counts[1]
@@ -87,7 +89,7 @@ def alignment_distance(
     cross-entropy of the own key among the keys, at `loss.temperature`; other rows of the same question are masked
     (van den Oord et al., arXiv 1807.03748, with frozen keys, so no gradient crosses ranks). With `loss.symmetric`
     half of it is the cross-entropy of the own student among those of all ranks, at most `capacity` a rank: then this
-    is collective.
+    is collective. Raises ValueError for an unknown distance.
     """
     if loss.alignment != "info_nce":
         return row_distance(student_AE, teacher_AE, kind=loss.alignment)

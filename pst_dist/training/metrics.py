@@ -129,7 +129,8 @@ class MetricsLog:
         if not self.ranks.is_main:
             return self
         # Rows after the checkpoint that we resume from belong to steps that are about to be taken again.
-        kept = [row for row in read_lines(self.run.metrics) if row.get("step", 0) <= self.first_step]
+        found = read_lines(self.run.metrics)
+        kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step]
         write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
         tracked = TrackedRun(self.run.path, self.run.path.name, self.first_step)
         self.trackers = Trackers(self.config.train.report_to, tracked, self.config)

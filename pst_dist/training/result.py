@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from pst_dist.config.run_dir import RunDir, run_dir
@@ -9,9 +10,11 @@ from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.data.shards import ShardSet
 from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import IntegrityError
-from pst_dist.storage.manifest import read_json
-from pst_dist.student.saved import is_intact_student
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.json_files import read_typed
 from pst_dist.training.fingerprint import settings_digest, training_settings
+
+log = logging.getLogger(__name__)
 
 
 def global_batch_size(train: TrainConfig, world_size: int) -> int:
@@ -43,11 +46,12 @@ class TrainingResult:
 def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     """The result of an already complete training with this fingerprint, or None."""
     path = run.training
-    if not path.is_file() or not is_intact_student(run.best):
+    if not path.is_file() or not Artefact(run.best, "student").is_intact():
         return None
     try:
-        result = TrainingResult(**read_json(path))
-    except (TypeError, IntegrityError):
+        result = read_typed(path, TrainingResult)
+    except IntegrityError as error:
+        log.warning("the record of the training is damaged and will be written again: %s", error)
         return None
     return result if result.fingerprint == fingerprint else None
 

@@ -35,12 +35,13 @@ from pst_dist.distributed.ranks import (
 from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import DataError, DivergedError, InputError
 from pst_dist.logs import quiet_libraries
+from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import remove_directory
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.layout import layout_for
 from pst_dist.student.pretrained import base_of
-from pst_dist.student.saved import is_intact_student, save_student
+from pst_dist.student.saved import save_student
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.training.bad_steps import (
     Answer,
@@ -261,7 +262,7 @@ class _Training:
         root, accept = self.run.checkpoints, self.config.train.accept_changes
         newest = newest_valid(root, self.ranks)
         best_step = newest[1].best_step if newest else None
-        intact = from_main(is_intact_student(self.run.best) if self.ranks.is_main else None)
+        intact = from_main(Artefact(self.run.best, "student").is_intact() if self.ranks.is_main else None)
         if best_step is None or intact:
             return resume(engine, root, fresh, accept_changes=accept)
         log.warning("the best student, of step %d, is not there: making it again", best_step)

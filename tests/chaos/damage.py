@@ -16,8 +16,9 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.embedding.embed import EmbeddingStore
 from pst_dist.errors import PstError
 from pst_dist.evaluation.evaluate import finished_evaluation
+from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.manifest import MANIFEST, all_files
-from pst_dist.student.saved import is_intact_student, load_student
+from pst_dist.student.saved import load_student
 from pst_dist.training.checkpoint import newest_valid
 
 
@@ -40,7 +41,6 @@ def make_runs(folder: Path) -> None:
 
 def spoil(run: Path, other: Path, count: int) -> Result:
     """At least `count` damages to all files of a run, one at a time, each put right again."""
-    chance = random.Random(0)
     done: dict[str, int] = {}
     with measured("damaged files found before use and named") as result:
         artefacts = users(run)
@@ -52,7 +52,8 @@ def spoil(run: Path, other: Path, count: int) -> Result:
         ]
         for folder, path in places:
             whole = path.read_bytes()
-            kinds = damages(path, other / path.relative_to(run), chance)
+            name = path.relative_to(run)
+            kinds = damages(path, other / name, random.Random(f"damage/{name}"))
             for _ in range(-(-count // len(places))):
                 what, data = next(kinds)
                 path.unlink()
@@ -100,26 +101,35 @@ def users(run: Path) -> dict[Path, Callable[[Path], bool]]:
         run / "data" / "shards": lambda file: is_refused(lambda: ShardSet.open(file.parent), file),
         run / "data" / "embeddings": lambda file: is_refused(lambda: EmbeddingStore.open(file.parent, shards), file),
         newest: passed_over,
-        run / "best": lambda file: not is_intact_student(file.parent),
+        run / "best": lambda file: not Artefact(file.parent, "student").is_intact(),
         run / "export": lambda file: is_refused(lambda: load_student(file.parent), file),
         run / "eval" / "test": lambda file: is_refused(lambda: finished_evaluation(file.parent), file),
     }
 
 
 def damages(path: Path, other: Path, chance: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """(what was done, the file's new bytes or None for removed); endless, never the file as it is."""
+    """(what was done, the file's new bytes or None for removed); endless, never the file as it is.
+
+    The first one cuts exactly the last byte, which of a text file is the final newline. Places are drawn as shares of
+    the file, so the damages to one file do not depend on the sizes of others.
+    """
     whole = path.read_bytes()
-    neighbours = [place for place in path.parent.iterdir() if place.is_file() and place != path]
+    neighbours = sorted(place for place in path.parent.iterdir() if place.is_file() and place != path)
+
+    def somewhere() -> int:
+        return int(chance.random() * len(whole))
+
+    yield "cut", whole[:-1]
     while True:
         flipped = bytearray(whole)
-        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        flipped[somewhere()] ^= 1 << chance.randrange(8)
         yield "bit flipped", bytes(flipped)
-        yield "cut", whole[: chance.randrange(len(whole))]
-        start = chance.randrange(len(whole))
+        yield "cut", whole[: somewhere()]
+        start = somewhere()
         zeroed = whole[:start] + bytes(len(whole[start : start + 512])) + whole[start + 512 :]
         choices: list[tuple[str, bytes | None]] = [
             ("zeroed", zeroed),
-            ("longer", whole + b"\0"),
+            ("longer", whole + chance.choice((b"\0", b"\n", b" "))),
             ("removed", None),
             ("swapped", chance.choice(neighbours).read_bytes()),
         ]

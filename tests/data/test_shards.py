@@ -335,8 +335,7 @@ def test_any_changed_byte_of_any_file_is_noticed(tmp_path_factory, position, mas
     directory = base / "shards"
     if not directory.exists():
         make(directory)
-    # Not the manifest: a blank more or less in it changes nothing, and test_storage edits its values.
-    files = sorted(path for path in directory.iterdir() if path.name != "manifest.json")
+    files = sorted(directory.iterdir())
     path = files[int(position * 1000) % len(files)]
     original = path.read_bytes()
     changed = bytearray(original)
@@ -409,5 +408,5 @@ def test_an_index_that_points_outside_its_tar_is_refused_before_anything_is_read
     index[column][2] = value
     path.write_text(json.dumps(index))
     shards = ShardSet.open(tmp_path / "shards", verify=False)
-    with pytest.raises(IntegrityError, match="index points outside its tar of"):
+    with pytest.raises(IntegrityError, match=r"index points outside its tar of|should be a valid integer"):
         shards.split("train")

@@ -9,12 +9,12 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pst_dist.errors import InputError
+from pst_dist.errors import InputError, IntegrityError
 from pst_dist.evaluation.compare import compare
 from pst_dist.evaluation.scores import score_of
 from pst_dist.evaluation.statistics import bootstrap_interval, mcnemar, paired_test
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import Manifest, canonical_json, describe_files, write_json, write_manifest
+from pst_dist.storage.manifest import Manifest, canonical_json, describe_files, read_json, write_json, write_manifest
 
 
 def scored(run, arm, right, *, tokens=3, split="test", questions=None, seed=0, variant=()):
@@ -195,3 +195,39 @@ def test_runs_scored_on_different_splits_only_are_refused(runs, tmp_path):
     other = scored(tmp_path / "v", "post_thinking", "1111111110", split="validation")
     with pytest.raises(InputError, match="share no finished evaluation"):
         compare([runs[0], other])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("accuracy", "0.5"),
+        ("accuracy", None),
+        ("accuracy", True),
+        ("tokens_to_answer", {"mean": "3"}),
+        ("tokens_to_answer", 3),
+        ("milliseconds_to_answer", []),
+        ("variant", "pst"),
+        ("seed", 1.5),
+        ("arm", 7),
+        ("student", {"digest": 5}),
+        ("training", "long"),
+        ("adaptive", {"think_below": "0.5"}),
+    ],
+)
+def test_results_of_another_type_are_refused_with_file_and_field(runs, field, value):
+    """Their digest is right, so only the types tell."""
+    path = runs[1] / "eval" / "test"
+    write_json(path / "results.json", {**read_json(path / "results.json"), field: value})
+    write_manifest(path, Manifest("evaluation", "x", describe_files(path, ["results.json", "samples.jsonl"])))
+    with pytest.raises(IntegrityError, match=rf"results\.json: {field}"):
+        compare(runs)
+
+
+@pytest.mark.parametrize("line", ['{"id": "row-1"}', '{"id": 5, "question": "q", "gold": "5", "correct": true}'])
+def test_a_scored_row_that_lacks_something_is_refused_with_its_line(runs, line):
+    path = runs[1] / "eval" / "test"
+    lines = (path / "samples.jsonl").read_text().splitlines()
+    write_text(path / "samples.jsonl", "\n".join([lines[0], line, *lines[2:]]) + "\n")
+    write_manifest(path, Manifest("evaluation", "x", describe_files(path, ["results.json", "samples.jsonl"])))
+    with pytest.raises(IntegrityError, match=r"samples\.jsonl:2: "):
+        compare(runs)

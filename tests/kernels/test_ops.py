@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pst_dist.kernels import ops
+from pst_dist.kernels import ops, reference
 from pst_dist.kernels.head import combined_head, span_tap
 from pst_dist.kernels.ops import row_distance, span_mean
 from pst_dist.kernels.spans import Spans, Supervised
@@ -84,3 +84,15 @@ def test_the_tap_compiles_without_a_break():
     torch.testing.assert_close(eager, traced)
     pooled = span_mean(leaf, spans)
     assert pooled.shape == (2, 6)
+
+
+@pytest.mark.parametrize("kind", ["", "l2", "COSINE", "smooth-l1", "huber"])
+def test_an_unknown_distance_raises_instead_of_being_another_one(kind):
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    statistics, upstream = torch.ones(3, 3), torch.ones(3)
+    with pytest.raises(ValueError, match="unknown row distance"):
+        ops.row_distance(student, teacher, kind=kind)
+    with pytest.raises(ValueError, match="unknown row distance"):
+        reference.row_distance(student, teacher, kind, 1e-8)
+    with pytest.raises(ValueError, match="unknown row distance"):
+        reference.row_distance_gradient(student, teacher, statistics, upstream, kind, 1e-8)

@@ -383,4 +383,4 @@ with directory_lock(Path(sys.argv[1])):
 
 def test_a_place_where_no_file_can_be_made_is_one_line(tmp_path):
     with pytest.raises(EnvironmentFault, match="cannot write"):
-        manifest.write_text(tmp_path / ("a" * 300), "x")
+        write_text(tmp_path / ("a" * 300), "x")

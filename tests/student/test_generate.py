@@ -7,6 +7,8 @@ import torch
 from tiny import ROWS, Tiny, fitted
 
 from pst_dist.errors import InputError, IntegrityError
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.manifest import write_json
 from pst_dist.student.ask import answer_question, timed_answer
 from pst_dist.student.generate import Decoded, decode_answers, decode_rationales, max_positions
 from pst_dist.student.saved import load_student
@@ -194,3 +196,25 @@ def test_a_damaged_or_absent_student_is_refused(tmp_path):
     weights.write_bytes(content)
     with pytest.raises(IntegrityError, match=r"model\.safetensors.*sha256 differs"):
         load_student(tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"arm": "unknown"}, "arm"),
+        ({"prompt": "no place for it"}, "prompt"),
+        ({"answer_marker": " "}, "answer_marker"),
+        ({"max_length": "64"}, "max_length"),
+        ({"max_length": 0}, "max_length"),
+        ({"semantic_tokens": -1}, "semantic_tokens"),
+        ({"later": 1}, "later"),
+    ],
+)
+def test_an_answer_format_with_anything_unexpected_is_one_line(tmp_path, change, named):
+    fmt = {"arm": "pst", "prompt": "{question}", "answer_marker": "answer:", "max_length": 64}
+    fmt |= {"semantic_position": "after_answer", "semantic_tokens": 1}
+    with Artefact(tmp_path / "best", "student").publish("f") as draft:
+        write_json(draft.path / "pst.json", fmt | change)
+    with pytest.raises(IntegrityError, match=r"pst\.json") as caught:
+        load_student(tmp_path / "best")
+    assert named in caught.value.what

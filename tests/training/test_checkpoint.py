@@ -9,8 +9,10 @@ from small_run import small_config
 from tiny import Tiny
 
 from pst_dist.config.schema import TrainConfig
+from pst_dist.diagnostics.artefacts import verify
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import IntegrityError, StaleError
+from pst_dist.storage.manifest import Manifest, all_files, describe_files, write_manifest
 from pst_dist.training.checkpoint import checkpoint_path, newest_valid, resume
 from pst_dist.training.engines import SingleProcessEngine
 from pst_dist.training.saver import Saver
@@ -114,3 +116,48 @@ def test_what_a_kill_after_the_last_save_left_goes_with_the_next_start(small_dat
     (tmp_path / "train.json").unlink()
     assert train(config).steps == 8
     assert sorted(path.name for path in checkpoints.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"fingerprint": "f", "engine": "single", "world_size": 1, "step": 2, "of_a_later_version": 1}',
+        b'{"fingerprint": "f", "engine": "single", "world_size": 1, "step": 2, "seconds": 1e999}',
+        b'{"fingerprint": "f", "engine": "single", "world_size": 1, "step": 2, "best_value": NaN}',
+        b'{"fingerprint": "f", "engine": "single", "world_size": "1", "step": 2}',
+        b'{"fingerprint": "f", "engine": "single", "world_size": 1, "step": 2, "rollbacks": [1]}',
+        b'{"fingerprint": "f", "settings": ' + b'{"a": ' * 50_000,
+        b"[]",
+        b"5",
+    ],
+    ids=["later field", "huge number", "not a number", "text", "list of numbers", "deep", "list", "number"],
+)
+def test_a_newest_checkpoint_with_an_unexpected_state_is_passed_over(tmp_path, content, caplog):
+    """Its manifest is right, so a digest says nothing: another version, or another program, wrote it."""
+    saved(engine_of(), tmp_path, 1, 2)
+    newest = checkpoint_path(tmp_path, 2)
+    (newest / "run_state.json").write_bytes(content)
+    write_manifest(newest, Manifest("checkpoint", "f", describe_files(newest, all_files(newest)), {"step": 2}))
+    assert newest_valid(tmp_path, Ranks())[1].step == 1
+    assert "passing over" in caplog.text and "checkpoint-2/run_state.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"extra": 1e999}', b"[" * 100_000, b'{"kind": 5, "files": 7}', b"\xff", b"9" * 5000],
+    ids=["huge number", "deep", "types", "bytes", "digits"],
+)
+def test_a_newest_checkpoint_with_an_unexpected_manifest_is_passed_over_and_verify_goes_on(tmp_path, content):
+    root = tmp_path / "checkpoints"
+    saved(engine_of(), root, 1, 2)
+    (checkpoint_path(root, 2) / "manifest.json").write_bytes(content)
+    assert newest_valid(root, Ranks())[1].step == 1
+    states = {finding.path.name: finding.state for finding in verify(tmp_path)}
+    assert states == {"checkpoint-1": "intact", "manifest.json": "damaged"}
+
+
+def test_a_folder_that_is_only_named_like_a_checkpoint_is_left_alone(tmp_path):
+    saved(engine_of(), tmp_path, 1)
+    for name in ("checkpoint-²", "checkpoint-old", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    assert newest_valid(tmp_path, Ranks())[1].step == 1

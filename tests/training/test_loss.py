@@ -79,3 +79,16 @@ def test_a_term_that_a_batch_does_not_hold_counts_zero():
 def test_an_arm_takes_its_weights_from_the_config(arm, weights):
     loss = LossConfig(answer_weight=2.0, rationale_weight=0.5, alignment_weight=0.25, alpha=0.3)
     assert TermWeights.of(loss, arm).weights == pytest.approx(weights)
+
+
+def test_an_unknown_distance_or_denominator_raises():
+    from types import SimpleNamespace
+
+    loss = SimpleNamespace(alignment="l2", symmetric=False, temperature=0.1)  # pydantic would refuse it
+    vectors, index = torch.randn(2, 4), torch.arange(2)
+    with pytest.raises(ValueError, match="unknown row distance 'l2'"):
+        alignment_distance(
+            vectors, vectors, keys_GE=vectors, key_groups_G=index, key_index_A=index, capacity=2, loss=loss
+        )
+    with pytest.raises(ValueError, match="unknown denominator 'per_row'"):
+        TermWeights((1.0, 1.0, 1.0), "per_row").scales(torch.ones(3))

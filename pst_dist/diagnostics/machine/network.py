@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
-from pst_dist.distributed.hostfile import DEFAULT_PORT, is_own
-from pst_dist.errors import InputError
-from pst_dist.storage.regular_files import read_regular_text
+from pst_dist.distributed.hostfile import DEFAULT_PORT, addresses_of, is_own, scan_hostfile
 
 
 def port(environment: Mapping[str, str]) -> list[Finding]:
@@ -84,49 +81,15 @@ def hostfile(path: Path, room_here: int) -> list[Finding]:
 
     How many slots another host has is not known here; `room_here` are the GPUs, or else the cores, of this one.
     """
-    try:
-        lines = read_regular_text(path).splitlines()
-    except InputError as error:
-        return [
-            problem(
-                "hostfile",
-                f"{path} cannot be read ({error.what}): the deepspeed launcher would go on with this machine alone",
-                "give an existing file",
-            )
-        ]
-    findings, slots = [], {}
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        entry = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
-        where = f"{path}:{number}"
-        if entry is None or int(entry[2]) == 0:
-            findings.append(problem("hostfile", f"{where}: {text[:60]!r} is not `host slots=N`", "one host a line"))
-            continue
-        host, count = entry[1], int(entry[2])
-        if host in slots:
-            findings.append(problem("hostfile", f"{where}: {host} for the second time", "add its slots up on one line"))
-        slots[host] = count
-        try:
-            addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
-        except OSError as error:
-            findings.append(
-                problem(
-                    "hostfile",
-                    f"{where}: {host} is no known host ({error.strerror})",
-                    "correct it, or add it to DNS or /etc/hosts",
-                )
-            )
-            continue
-        if any(map(is_own, addresses)) and count > room_here:
-            findings.append(
-                problem(
-                    "hostfile",
-                    f"{where}: {count} slots, but this host has room for {room_here}",
-                    f"write slots={room_here}",
-                )
-            )
-    if not slots and not findings:
-        findings.append(problem("hostfile", f"{path} names no host", "write `host slots=N`, one host a line"))
-    return findings or [ok("hostfile", f"{len(slots)} host(s), {sum(slots.values())} slots")]
+    hosts, problems = scan_hostfile(path)
+    findings = [problem("hostfile", f"{error.where}: {error.what}", error.remedy) for error in problems]
+    for host in hosts:
+        where = f"{path}:{host.line}"
+        addresses = addresses_of(host.name)
+        if not addresses:
+            what = f"{where}: no address is known for the host {host.name!r}"
+            findings.append(problem("hostfile", what, "correct its name, or make it known to DNS or /etc/hosts"))
+        elif any(map(is_own, addresses)) and host.slots > room_here:
+            what = f"{where}: {host.slots} slots, but this host has room for {room_here}"
+            findings.append(problem("hostfile", what, f"write slots={room_here}"))
+    return findings or [ok("hostfile", f"{len(hosts)} host(s), {sum(host.slots for host in hosts)} slots")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pst_dist.diagnostics.cost import Machines, Plan, make_plan
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
 from pst_dist.errors import IntegrityError, PstError
 from pst_dist.storage.atomic import disk_errors, nearest_existing, write_text
+from pst_dist.storage.leftovers import final_name
 from pst_dist.storage.locks import lock_holder
 from pst_dist.storage.manifest import Manifest, bytes_below, read_manifest
 from pst_dist.storage.mounts import OF_ONE_MACHINE, filesystem_of
@@ -162,7 +164,7 @@ def contents(config: Config) -> list[Finding]:
     findings += _artefact(runs[0].shards, "shards") + _artefact(runs[0].embeddings, "embeddings")
     for run in runs:
         findings += _artefact(run.best, "student") + _checkpoints(run.checkpoints)
-        left = [path for path in run.path.rglob(".*") if path.name.endswith((".partial", ".replaced"))]
+        left = [path for path in run.path.rglob(".*") if final_name(path.name) is not None]
         if left and not any(finding.subject == "in use" for finding in findings):
             taken = sum(bytes_below(path) if path.is_dir() else path.stat().st_size for path in left)
             findings.append(
@@ -190,7 +192,8 @@ def _artefact(folder: Path, kind: str) -> list[Finding]:
 
 def _checkpoints(root: Path) -> list[Finding]:
     """A damaged checkpoint is passed over at the next start when an elder one is whole."""
-    steps = sorted(int(path.name[11:]) for path in root.glob("checkpoint-*") if path.name[11:].isdigit())
+    names = [path.name for path in root.glob("checkpoint-*")]
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", name))
     whole: list[tuple[int, Finding]] = []
     damaged: list[tuple[int, Finding]] = []
     for step in steps:

@@ -92,7 +92,12 @@ MUTATIONS = {
         "places == target, weight",
         "softmax_nll",
     ),
-    "the head is twice in the body": ("softmax_kernels", "begin + head, GRAIN)", "begin, GRAIN)", "softmax_nll"),
+    "the head is twice in the body": (
+        "softmax_kernels",
+        "begin + head, BODY_GRAIN)",
+        "begin, BODY_GRAIN)",
+        "softmax_nll",
+    ),
     "the end of a row is lost": (
         "softmax_kernels",
         "lanes < head, edges < classes)",

@@ -150,3 +150,11 @@ def test_rows_beyond_two_to_the_31_elements_are_found() -> None:
         for view in (far, student)
     ]
     assert torch.equal(*gradients)
+
+
+def test_an_unknown_distance_raises_before_anything_is_launched() -> None:
+    student_AE, teacher_AE, upstream_A = pairs(3, 7, torch.float32)
+    with pytest.raises(ValueError, match="unknown row distance 'l2'"):
+        triton_backend.row_distance(student_AE, teacher_AE, "l2", EPS)
+    with pytest.raises(ValueError, match="unknown row distance 'l2'"):
+        triton_backend.row_distance_gradient(student_AE, teacher_AE, torch.ones(3, 3), upstream_A, "l2", EPS)

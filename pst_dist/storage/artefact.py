@@ -1,0 +1,133 @@
+"""One artefact: a directory of files with a manifest. Is it complete for these inputs, is it intact, publish it.
+
+Every stage asks the same questions of its own kind of directory: shards, embeddings, student, evaluation, export and
+checkpoint. How files are compared is `manifest`, how a directory takes its name is `atomic`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pst_dist.errors import IntegrityError
+from pst_dist.storage.atomic import atomic_directory, publish_directory
+from pst_dist.storage.manifest import (
+    Manifest,
+    all_files,
+    describe_files,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+
+log = logging.getLogger(__name__)
+_MOST_THREADS = 16
+
+
+@dataclass
+class Draft:
+    """An artefact that is being written."""
+
+    path: Path
+    """A temporary directory for its files."""
+    extra: dict[str, Any]
+    """What the manifest says besides the files; may be added to until the end."""
+    _manifest: Manifest | None = field(default=None, init=False)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What was published; only after the end."""
+        assert self._manifest is not None, "not published yet"
+        return self._manifest
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A directory that should hold one kind of artefact."""
+
+    directory: Path
+    kind: str
+    """A kind of `Manifest`."""
+
+    def manifest(self) -> Manifest | None:
+        """Its manifest without a look at the files; None when it is absent or unfinished.
+
+        Raises IntegrityError when the manifest is damaged, EnvironmentFault when it cannot be read.
+        """
+        return read_manifest(self.directory, self.kind)
+
+    def verified(
+        self, fingerprint: str | None = None, *, remedy: str | None = None, on_file: Callable[[], None] | None = None
+    ) -> Manifest | None:
+        """Its manifest once every file has been compared with it; None when absent, unfinished or made from others.
+
+        `fingerprint` names what it should be made from; without one, anything will do. `on_file` is called before each
+        file; without it several files are read at once. Raises IntegrityError, with `remedy` when given, for the first
+        damage, and EnvironmentFault for a file that cannot be read.
+        """
+        try:
+            manifest = self.manifest()
+            if manifest is None or fingerprint not in (None, manifest.fingerprint):
+                return None
+            if on_file is not None:
+                verify_files(self.directory, manifest, on_file=on_file)
+            else:
+                self._verify_at_once(manifest)
+        except IntegrityError as error:
+            raise IntegrityError(error.what, remedy or error.remedy, path=error.path) from error
+        return manifest
+
+    def finished(self, fingerprint: str | None = None) -> Manifest | None:
+        """`verified` for a stage that can make it again: damage is a warning, and None.
+
+        Raises EnvironmentFault for a file that cannot be read.
+        """
+        try:
+            return self.verified(fingerprint)
+        except IntegrityError as error:
+            log.warning("%s in %s is damaged and will be made again: %s", self.kind, self.directory, error)
+            return None
+
+    def is_intact(self) -> bool:
+        """Whether it is finished and every byte is the one that was written."""
+        return self.finished() is not None
+
+    @contextlib.contextmanager
+    def publish(self, fingerprint: str, extra: dict[str, Any] | None = None) -> Iterator[Draft]:
+        """Write it: the block fills `draft.path`; at its end the files are described and take the place of older ones.
+
+        When the block raises, nothing changes.
+        """
+        with atomic_directory(self.directory) as partial:
+            draft = Draft(partial, dict(extra or {}))
+            yield draft
+            files = describe_files(partial, all_files(partial))
+            draft._manifest = Manifest(self.kind, fingerprint, files, draft.extra)
+            write_manifest(partial, draft._manifest)
+
+    def publish_prepared(
+        self, partial: Path, fingerprint: str, files: dict[str, dict[str, Any]], extra: dict[str, Any]
+    ) -> Manifest:
+        """Publish a directory that several processes have filled and described."""
+        manifest = Manifest(self.kind, fingerprint, files, extra)
+        write_manifest(partial, manifest)
+        publish_directory(partial, self.directory)
+        return manifest
+
+    def _verify_at_once(self, manifest: Manifest) -> None:
+        """Hashing leaves Python's lock, so all cores take part. Raises for the first bad file in order of names."""
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+            names = sorted(manifest.files)
+            futures = [pool.submit(verify_files, self.directory, manifest, [name]) for name in names]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                for future in futures:
+                    future.cancel()

@@ -139,7 +139,8 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = student_AE.shape[0], wide(student_AE.dtype)
-    return tuple(student_AE.new_empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (rows, 3)))
+    distances_A, cosines_A = student_AE.new_empty(rows, dtype=dtype), student_AE.new_empty(rows, dtype=dtype)
+    return distances_A, cosines_A, student_AE.new_empty((rows, 3), dtype=dtype)
 
 
 @torch.library.custom_op("pst::row_distance_gradient", mutates_args=())

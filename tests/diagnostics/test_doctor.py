@@ -79,12 +79,10 @@ def test_what_is_too_old_is_a_problem_and_the_exit_code_is_4(tmp_path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     ours = tmp_path / "pst_dist-0.1.0.dist-info"
     ours.mkdir()
-    extras = [
-        f"Requires-Dist: {text}; extra == '{extra}'" for extra in ("train", "embed", "ray") for text in project[extra]
-    ]
-    (ours / "METADATA").write_text(
-        "\n".join(["Metadata-Version: 2.1", "Name: pst-dist", "Version: 0.1.0", *extras, ""])
-    )
+    head = ["Metadata-Version: 2.1", "Name: pst-dist", "Version: 0.1.0"]
+    for extra in ("train", "embed", "ray"):
+        head += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {text}; extra == '{extra}'" for text in project[extra])]
+    (ours / "METADATA").write_text("\n".join([*head, ""]))
     done = doctor("-q", path=[tmp_path])
     assert done.returncode == 4, done.stdout + done.stderr
     assert (

@@ -1,26 +1,61 @@
 #!/usr/bin/env bash
-# Makes .venv with pst_dist in it:  launchers/setup.sh [extras]   (default: all)
+# Makes .venv with pst_dist in it:  launchers/setup.sh [--latest] [extras]   (default: all)
+# It installs the versions that CI ran, those of launchers/constraints.txt, whatever is installed already.
+# --latest (or PST_FRESH=1) installs the newest versions that pyproject.toml allows instead, but keeps an installed torch.
 # A machine with an NVIDIA GPU gets PyPI's CUDA build of torch; any other gets the CPU build, a tenth of the size.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+fresh=${PST_FRESH:-}
+[ "${1:-}" != --latest ] || { fresh=1; shift; }
 extras=${1:-all}
 venv=${PST_VENV:-.venv}
 python=${PYTHON:-python3}
+pins=launchers/constraints.txt
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: Python 3.10 or newer is needed" >&2; exit 4; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-
-limits=()
-if "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-  echo "setup: keeping the torch that is installed"
-elif nvidia-smi -L >/dev/null 2>&1 || [ "$(uname -sm)" != "Linux x86_64" ]; then
-  "$venv/bin/python" -m pip install --quiet "torch>=2.6"
-else
-  # Only a version that ends in +cpu can never resolve to the CUDA wheels. Some package indexes carry it, else
-  # PyTorch's own index of CPU builds does.
-  limits=(-c launchers/torch-cpu.txt)
-  "$venv/bin/python" -m pip install --quiet "${limits[@]}" torch 2>/dev/null ||
-    "$venv/bin/python" -m pip install --quiet "${limits[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu
+pip=("$venv/bin/python" -m pip install --quiet)
+if [ -z "$fresh" ] && ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "setup: $pins is for Python 3.11 and newer; installing the newest versions for this Python"
+  fresh=1
 fi
-"$venv/bin/python" -m pip install --quiet ${limits[@]+"${limits[@]}"} -e ".[$extras]"
+
+# Which build of torch, as a second file of constraints: pip takes the versions that both files allow.
+torch=$(sed -n 's/^torch==//p' "$pins")
+installed=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
+cpu_build=
+if nvidia-smi -L >/dev/null 2>&1; then
+  build="torch!=$torch+cpu"
+elif [ "$(uname -sm)" != "Linux x86_64" ]; then
+  build=
+else
+  # Only a version that ends in +cpu can never resolve to the CUDA wheels.
+  cpu_build=1
+  build="torch==$torch+cpu"
+fi
+[ -z "$fresh" ] || [ -z "$installed" ] || build="torch==$installed"
+limits=("$venv/torch-build.txt")
+echo "$build" >"${limits[0]}"
+if [ -n "$fresh" ]; then
+  pip+=(--upgrade --upgrade-strategy eager)
+else
+  limits+=("$pins")
+fi
+pip+=("${limits[@]/#/--constraint=}")
+
+# The editable install holds a copy of pyproject.toml's requirements; this names the copy.
+stamp="$PWD $(cksum <pyproject.toml)"
+if [ -z "$fresh" ] && [ "$(cat "$venv/setup-stamp" 2>/dev/null)" = "$stamp" ] &&
+  "$venv/bin/python" launchers/installed.py check "$extras" "${limits[@]}" >/dev/null; then
+  echo "setup: $venv is up to date"
+  exit
+fi
+if [ -n "$cpu_build" ]; then
+  # Some package indexes carry the CPU build, else PyTorch's own index does.
+  "${pip[@]}" torch 2>/dev/null || "${pip[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu
+fi
+"${pip[@]}" -e ".[$extras]"
+"$venv/bin/python" launchers/installed.py check "$extras" "${limits[@]}" >&2 ||
+  { echo "setup: the packages above are not as they should be" >&2; exit 4; }
+echo "$stamp" >"$venv/setup-stamp"
 echo "setup: ready in $venv"

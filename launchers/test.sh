@@ -5,5 +5,7 @@ cd "$(dirname "$0")/.."
 launchers/setup.sh dev
 bin=${PST_VENV:-.venv}/bin
 "$bin/ruff" check .
+"$bin/ruff" format --check .
 "$bin/mypy"
+"$bin/lint-imports"
 exec "$bin/pytest" "$@"

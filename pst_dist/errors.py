@@ -8,6 +8,7 @@ escapes is a bug of ours.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pst_dist.redaction import redact
 
@@ -34,7 +35,7 @@ class PstError(Exception):
         remedy = f"; {self.remedy}" if self.remedy else ""
         return redact(" ".join(f"error[{self.code}]{where} {self.what}{remedy}".split()))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions cross process borders (Ray, multiprocessing); the default would lose the keywords.
         return (_rebuild, (type(self), self.what, self.remedy, self.path, self.line))
 
@@ -62,7 +63,7 @@ def missing_package(error: ModuleNotFoundError) -> EnvironmentFault | None:
     return EnvironmentFault(f"the package {error.name} is not installed", f"pip install 'pst-dist[{extra}]'")
 
 
-def _rebuild(kind: type[PstError], what: str, remedy: str, path, line) -> PstError:
+def _rebuild(kind: type[PstError], what: str, remedy: str, path: Path | str | None, line: int | None) -> PstError:
     return kind(what, remedy, path=path, line=line)
 
 

@@ -17,9 +17,9 @@ import loss_step  # noqa: E402
 import step_cases  # noqa: E402
 from checkpoint_price import priced  # noqa: E402
 from contenders import MAKERS, NotHere, cross_entropy  # noqa: E402
+from evaluated import make_run  # noqa: E402
 from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
 from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
-from test_evaluate import make_run  # noqa: E402
 
 from pst_dist.config.loading import RESOLVED, dump_config  # noqa: E402
 from pst_dist.evaluation.evaluate import evaluate  # noqa: E402

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import launch, stop_at
+from run_files import curve
 from safetensors.torch import load_file
 from small_run import small_config
-from test_distributed_training import curve
 from tiny import ROWS, Tiny
 
 from pst_dist.arms import STOP_TOKEN

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
@@ -109,7 +110,7 @@ def _first_source(config: Config) -> Source:
     return read_specs(getattr(data, split), split, root)[0]
 
 
-def _sample(source: Source) -> list[dict]:
+def _sample(source: Source) -> list[dict[str, Any]]:
     return [entry.value for entry in source.entries if isinstance(entry, RawRow)][:50]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pst_dist.arms import ARMS, Segment
@@ -70,7 +71,7 @@ def preview(config: Config, rows: int) -> str:
     return "\n\n".join([f"{legend}   in brackets: the loss that the tokens before it carry", *blocks])
 
 
-def _block(config: Config, layout: Layout, sequence: Sequence, escape) -> str:
+def _block(config: Config, layout: Layout, sequence: Sequence, escape: Callable[[str], str]) -> str:
     """One sequence: runs of tokens of equal segment and loss, tokens parted by a thin bar."""
     tokens = preview_tokens(config, layout, sequence)
     pieces: list[str] = []

@@ -15,6 +15,7 @@ from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_page import write_results
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
+from pst_dist.experiment.workers import Tell
 from pst_dist.redaction import redact_values
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
@@ -74,7 +75,7 @@ def run_experiment(
     return results, first[0] if first else None
 
 
-def _work(experiment: Experiment, todo: list[Run], tell) -> None:
+def _work(experiment: Experiment, todo: list[Run], tell: Tell) -> None:
     if experiment.backend == "ray":
         from pst_dist.experiment.on_ray import work_on_ray
 

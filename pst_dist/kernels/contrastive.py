@@ -90,7 +90,16 @@ def _info_nce_frozen(
 
 
 @_info_nce_frozen.register_fake
-def _(queries_AE, keys_GE, own_A, groups_A, key_groups_G, valid_G, scale, learns):
+def _(
+    queries_AE: Tensor,
+    keys_GE: Tensor,
+    own_A: Tensor,
+    groups_A: Tensor,
+    key_groups_G: Tensor,
+    valid_G: Tensor | None,
+    scale: float,
+    learns: bool,
+) -> tuple[Tensor, Tensor]:
     nll_A = queries_AE.new_empty(queries_AE.shape[0], dtype=wide(queries_AE.dtype))
     return nll_A, queries_AE.new_empty(queries_AE.shape if learns else (0,))
 
@@ -102,7 +111,10 @@ def _scaled_rows(rows_AE: Tensor, factors_A: Tensor) -> Tensor:
 
 
 @_scaled_rows.register_fake
-def _(rows_AE, factors_A):
+def _(
+    rows_AE: Tensor,
+    factors_A: Tensor,
+) -> Tensor:
     return torch.empty_like(rows_AE)
 
 
@@ -138,7 +150,15 @@ def _info_nce(
 
 
 @_info_nce.register_fake
-def _(queries_AE, keys_GE, own_A, groups_A, key_groups_G, valid_G, scale):
+def _(
+    queries_AE: Tensor,
+    keys_GE: Tensor,
+    own_A: Tensor,
+    groups_A: Tensor,
+    key_groups_G: Tensor,
+    valid_G: Tensor | None,
+    scale: float,
+) -> Tensor:
     return queries_AE.new_empty(queries_AE.shape[0], dtype=wide(queries_AE.dtype))
 
 
@@ -174,7 +194,18 @@ def _info_nce_gradients(
 
 
 @_info_nce_gradients.register_fake
-def _(queries_AE, keys_GE, own_A, groups_A, key_groups_G, valid_G, upstream_A, scale, queries_learn, keys_learn):
+def _(
+    queries_AE: Tensor,
+    keys_GE: Tensor,
+    own_A: Tensor,
+    groups_A: Tensor,
+    key_groups_G: Tensor,
+    valid_G: Tensor | None,
+    upstream_A: Tensor,
+    scale: float,
+    queries_learn: bool,
+    keys_learn: bool,
+) -> tuple[Tensor, Tensor]:
     queries_gradient = queries_AE.new_empty(queries_AE.shape if queries_learn else (0,))
     return queries_gradient, keys_GE.new_empty(keys_GE.shape if keys_learn else (0,))
 

@@ -53,7 +53,14 @@ def _span_mean(
 
 
 @_span_mean.register_fake
-def _(hidden_BTD, rows_A, starts_A, lengths_A, owner_R, longest):
+def _(
+    hidden_BTD: Tensor,
+    rows_A: Tensor,
+    starts_A: Tensor,
+    lengths_A: Tensor,
+    owner_R: Tensor,
+    longest: int,
+) -> tuple[Tensor, Tensor]:
     shape = (rows_A.shape[0], hidden_BTD.shape[-1])
     return hidden_BTD.new_empty(shape, dtype=wide(hidden_BTD.dtype)), hidden_BTD.new_empty(0)
 
@@ -97,7 +104,16 @@ def hidden_gradient(
 
 
 @hidden_gradient.register_fake
-def _(like_BTD, base_BTD, rows_gradient_ND, rows_upstream, slots_R, spans_gradient_AD, lengths_A, owner_R):
+def _(
+    like_BTD: Tensor,
+    base_BTD: Tensor | None,
+    rows_gradient_ND: Tensor | None,
+    rows_upstream: Tensor | None,
+    slots_R: Tensor | None,
+    spans_gradient_AD: Tensor | None,
+    lengths_A: Tensor,
+    owner_R: Tensor,
+) -> Tensor:
     return like_BTD.new_empty(like_BTD.shape)
 
 
@@ -118,9 +134,15 @@ def _row_distance(student_AE: Tensor, teacher_AE: Tensor, kind: str, eps: float)
 
 
 @_row_distance.register_fake
-def _(student_AE, teacher_AE, kind, eps):
+def _(
+    student_AE: Tensor,
+    teacher_AE: Tensor,
+    kind: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = student_AE.shape[0], wide(student_AE.dtype)
-    return tuple(student_AE.new_empty(shape, dtype=dtype) for shape in ((rows,), (rows,), (rows, 3)))
+    distances_A, cosines_A = student_AE.new_empty(rows, dtype=dtype), student_AE.new_empty(rows, dtype=dtype)
+    return distances_A, cosines_A, student_AE.new_empty((rows, 3), dtype=dtype)
 
 
 @torch.library.custom_op("pst::row_distance_gradient", mutates_args=())
@@ -132,7 +154,14 @@ def _row_distance_gradient(
 
 
 @_row_distance_gradient.register_fake
-def _(student_AE, teacher_AE, statistics_A3, upstream_A, kind, eps):
+def _(
+    student_AE: Tensor,
+    teacher_AE: Tensor,
+    statistics_A3: Tensor,
+    upstream_A: Tensor,
+    kind: str,
+    eps: float,
+) -> Tensor:
     return student_AE.new_empty(student_AE.shape)
 
 
@@ -227,7 +256,15 @@ def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @linear_nll.register_fake
-def _(rows_ND, weight_VD, bias_V, targets_N, weights_N, chunk, with_weight):
+def _(
+    rows_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    weights_N: Tensor | None,
+    chunk: int,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = rows_ND.shape[0], wide(rows_ND.dtype)
     moves = weights_N is not None and with_weight
     return (

@@ -223,7 +223,7 @@ def every_weight_loaded(what: str, path: str, *, unused: tuple[str, ...] = UNUSE
         return (model, info) if output_loading_info else model
 
     with _PATCH:
-        PreTrainedModel.from_pretrained = classmethod(checked)  # type: ignore[method-assign, assignment]
+        PreTrainedModel.from_pretrained = classmethod(checked)  # type: ignore[method-assign, assignment, arg-type]
         try:
             yield
         finally:
@@ -319,7 +319,9 @@ def _from_gguf(family: Any, shape: Any, place: ModelPlace, what: str, **extra: A
     it cannot be saved, and does not report missing weights.
     """
     import torch
-    import transformers.modeling_gguf_pytorch_utils as gguf_utils
+    import transformers.modeling_gguf_pytorch_utils
+
+    gguf_utils: Any = transformers.modeling_gguf_pytorch_utils  # its progress bar is replaced below
 
     config = copy.deepcopy(shape)
     config.dtype, config.architectures = torch.float32, None

@@ -9,10 +9,10 @@ from typing import Any
 
 from pst_dist.arms import ARMS
 from pst_dist.config.schema import Config
-from pst_dist.models.locate import PACKAGED
+from pst_dist.models.locate import MINILM, PACKAGED
 from pst_dist.storage.manifest import Manifest
 from pst_dist.student.layout import AnswerFormat, variant_of
-from pst_dist.student.warm_start import MINILM, warm_shape
+from pst_dist.student.warm_start import warm_shape
 
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"

@@ -207,7 +207,7 @@ def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-class _Steps(Dataset):
+class _Steps(Dataset[list[PSTBatch]]):
     """Step number -> this rank's micro-batches; what the loader's workers call."""
 
     def __init__(

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS / "helpers"), str(TESTS.parent)]
 
 from chaos.goal import Result, stop_after, table  # noqa: E402 - found by the line above, also when started as tests.chaos
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from test_compare import scored
+from evaluated import scored
 
 from pst_dist.cli import main, verbs
 from pst_dist.cli.main import run_verb

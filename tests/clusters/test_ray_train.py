@@ -23,12 +23,13 @@ from pathlib import Path
 
 import pytest
 from ray_head import RayHead, ray_head
+from run_files import curve
 from small_run import small_config
 
 from pst_dist.cli.main import run_verb
 from pst_dist.config.loading import dump_config
 from pst_dist.config.schema import Config
-from pst_dist.storage.manifest import read_json, read_lines
+from pst_dist.storage.manifest import read_json
 from pst_dist.training.trainer import train
 
 pytest.importorskip("ray", reason="needs ray")
@@ -184,10 +185,6 @@ def undisturbed(small_data, tmp_path_factory) -> Path:
 
 def plain_config(data: Path, output: Path) -> Config:
     return small_config(data, output, train__deepspeed="zero0", train__save_steps=4)
-
-
-def curve(run: Path) -> list[dict]:
-    return [row for row in read_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 def test_a_submission_shows_what_it_sends_and_ctrl_c_only_ends_the_following(told):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hosts import hosts_can_be_made
+from run_files import losses
 from slurm_cluster import SlurmCluster, run_on_hosts, slurm_cluster, slurm_folder
 from small_run import small_config
 from waiting import wait_until
@@ -23,7 +24,7 @@ from pst_dist.clusters.slurm.script import array_words, cells, read_words, rende
 from pst_dist.clusters.slurm.submit import Partition, check_room, gpus_of
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.errors import ConfigError
-from pst_dist.storage.manifest import read_json, read_lines
+from pst_dist.storage.manifest import read_json
 from pst_dist.storage.mounts import filesystem_of
 from pst_dist.training.trainer import train
 
@@ -282,10 +283,6 @@ def ended(process: subprocess.Popen, seen: list[str]) -> int:
     rest, _ = process.communicate(timeout=180)
     seen.append(rest)
     return process.returncode
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 def wait_for_step(run: Path, step: int) -> None:

@@ -68,20 +68,34 @@ def test_a_machine_and_a_config_that_fit_have_no_problem_and_leave_nothing(small
 
 def test_what_is_too_old_is_a_problem_and_the_exit_code_is_4(tmp_path):
     """A real distribution record, found before the true one as that of a wrong environment would be."""
-    for name, version in (("torch", "2.1.0"), ("triton", "2.0.0"), ("ray", "2.45.0")):
+    old = {"torch": "2.1.0", "triton": "2.0.0", "ray": "2.59.1", "transformers": "4.57.6", "deepspeed": "0.18.9"}
+    for name, version in old.items():
         record = tmp_path / f"{name}-{version}.dist-info"
         record.mkdir()
         text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         text += "Requires-Dist: triton==3.1.0 ; platform_system == 'Linux'\n" if name == "torch" else ""
         (record / "METADATA").write_text(text)
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = tmp_path / "pst_dist-0.1.0.dist-info"
+    ours.mkdir()
+    head = ["Metadata-Version: 2.1", "Name: pst-dist", "Version: 0.1.0"]
+    for extra in ("train", "embed", "ray"):
+        head += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {text}; extra == '{extra}'" for text in project[extra])]
+    (ours / "METADATA").write_text("\n".join([*head, ""]))
     done = doctor("-q", path=[tmp_path])
     assert done.returncode == 4, done.stdout + done.stderr
     assert (
-        "PROBLEM  torch        2.1.0 is too old, 2.6 is the oldest that works; pip install 'pst-dist[embed]'"
+        "PROBLEM  torch        2.1.0 is too old, 2.6 is the oldest that works; pip install 'pst-dist[train]'"
         in done.stdout
     )
     assert "PROBLEM  triton       2.0.0, but torch was built for 3.1.0; pip install triton==3.1.0" in done.stdout
-    assert "warning  ray          2.45.0 has known holes" in done.stdout
+    for name, version, floor in (
+        ("ray", "2.59.1", "2.60"),
+        ("transformers", "4.57.6", "5.0"),
+        ("deepspeed", "0.18.9", "0.19"),
+    ):
+        assert f"PROBLEM  {name:12} {version} is too old, {floor} is the oldest that works" in done.stdout
 
 
 def test_without_torch_that_is_what_it_reports(tmp_path):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from hosts import boxed, hosts_can_be_made
+from rank_group import DEAD_SECONDS
 from rank_group import __file__ as RANKS
+from run_files import losses
 from small_run import small_config
-from test_peer_watch import DEAD_SECONDS
-from test_preemption import losses
 from waiting import wait_until
 
 from pst_dist.training.trainer import train

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from ports import free_port
-from rank_group import RankGroup, Stuck
+from rank_group import DEAD_SECONDS, RankGroup, Stuck
+from run_files import losses
 from small_run import small_config
-from test_preemption import losses
 from waiting import wait_until
 
 from pst_dist.distributed import peer_link
@@ -25,8 +25,6 @@ from pst_dist.distributed.peer_watch import _is_broken_connection, _Watcher, wat
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.training.fingerprint import training_settings
 
-DEAD_SECONDS = 10
-"""By when every other rank must have ended after one died; a hung one's timeout and five seconds more."""
 LAPS_TIMEOUT = 6
 TRAIN_TIMEOUT = 120
 

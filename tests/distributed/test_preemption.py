@@ -1,6 +1,5 @@
 """Told to stop: a checkpoint at the next step boundary, exit code 75, and the same end by the same command."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,14 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from run_files import losses
 from small_run import small_config
+from train_process import STEPS, after_some_steps, config_file, started
 
 from pst_dist.distributed.preemption import ONE_REQUEST_SECONDS
-from pst_dist.storage.manifest import read_lines
 from pst_dist.training.trainer import train
 
 pytestmark = pytest.mark.encoder
-STEPS = 24
 ENDLESS = """
 import signal, time
 from pst_dist.distributed.preemption import stop_requests
@@ -25,33 +24,6 @@ with stop_requests():
     while True:
         time.sleep(0.05)
 """
-
-
-def config_file(data: Path, output: Path, **changes) -> Path:
-    config = small_config(data, output, train__max_steps=STEPS, train__eval_steps=STEPS, **changes)
-    path = output.with_suffix(".yaml")
-    path.write_text(json.dumps(config.model_dump(mode="json")))
-    return path
-
-
-def started(path: Path, *launcher: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *launcher, "-m", "pst_dist.train", str(path)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def after_some_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
-    """Wait until a run has logged that many steps."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count('"loss"') >= steps:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the run did not get as far: {process.communicate()[1]}")
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,9 @@ def test_the_identity_changes_with_everything_that_changes_bits(encoder, tmp_pat
     shutil.copytree(locate_encoder("minilm"), tmp_path / "minilm")
     assert TextEncoder(EmbedConfig(encoder=str(tmp_path / "minilm"), device="cpu")).identity == encoder.identity
     pooling = tmp_path / "minilm" / "1_Pooling" / "config.json"
-    pooling.write_text(json.dumps({"word_embedding_dimension": 384, "pooling_mode_cls_token": True}))
+    # Both modes: releases differ in what they take for one that the file leaves out.
+    modes = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    pooling.write_text(json.dumps({"word_embedding_dimension": 384, **modes}))
     identities.append(TextEncoder(EmbedConfig(encoder=str(tmp_path / "minilm"), device="cpu")).identity)
     assert identities[-1]["pooling"] == "cls" and encoder.identity["pooling"] == "mean"
     weights = tmp_path / "minilm" / "model.safetensors"

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_evaluate import LEARNT, WRONG, make_run
+from evaluated import LEARNT, WRONG, make_run
 from tiny import ROWS, Tiny, fitted
 
 from pst_dist.arms import Segment

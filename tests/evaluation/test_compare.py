@@ -8,45 +8,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from evaluated import scored
 
 from pst_dist.errors import InputError, IntegrityError
 from pst_dist.evaluation.compare import compare
-from pst_dist.evaluation.scores import score_of
 from pst_dist.evaluation.statistics import bootstrap_interval, mcnemar, paired_test
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import Manifest, canonical_json, describe_files, read_json, write_json, write_manifest
-
-
-def scored(run, arm, right, *, tokens=3, split="test", questions=None, seed=0, variant=()):
-    """An evaluation folder as `evaluate` leaves it; `right` is a string of 1 and 0, one a row."""
-    rows = [
-        {
-            "id": f"row-{k}",
-            "question": (questions or {}).get(k, f"question {k}"),
-            "gold": "5",
-            "prediction": "5" if mark == "1" else "4",
-            "answer_text": " 5" if mark == "1" else " 4",
-            "correct": mark == "1",
-            "answer_tokens": tokens,
-            "complete": True,
-        }
-        for k, mark in enumerate(right)
-    ]
-    results = {
-        "task": "svamp",
-        "arm": arm,
-        "variant": list(variant),
-        "split": split,
-        "seed": seed,
-        **score_of(rows),
-        "milliseconds_to_answer": {"median": 12.5, "p90": 14.0, "rows": 5},
-        "rationale_similarity": None,
-    }
-    directory = run / "eval" / split
-    write_json(directory / "results.json", results)
-    write_text(directory / "samples.jsonl", "".join(canonical_json(row) + "\n" for row in rows))
-    write_manifest(directory, Manifest("evaluation", arm, describe_files(directory, ["results.json", "samples.jsonl"])))
-    return run
+from pst_dist.storage.manifest import Manifest, describe_files, read_json, write_json, write_manifest
 
 
 @pytest.mark.parametrize(

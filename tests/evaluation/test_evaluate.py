@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluated import LEARNT, make_run
 from tiny import ROWS, fitted
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.evaluation.evaluate import evaluate, finished_evaluation
@@ -31,39 +32,6 @@ from pst_dist.storage.manifest import (
 )
 from pst_dist.student.generate import Decoded, predict
 from pst_dist.student.layout import AnswerFormat, variant_of
-
-# The four rows that the student has learnt, and two whose gold answer it cannot know.
-WRONG = (
-    ReasoningSample(id="w-0", question="Say 140", answer="7", rationales=("never",), answer_type="number"),
-    ReasoningSample(id="w-1", question="2 + 3?", answer="6", rationales=("never",), answer_type="number"),
-)
-LEARNT = tuple(replace(row, id=f"t-{k}") for k, row in enumerate(ROWS))
-
-
-def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, validation=(), **evaluation) -> Config:
-    """A run directory with a trained student and shards, as the stages before leave it."""
-    tiny = fitted(arm)
-    config = Config.model_validate(
-        {
-            **tiny.config.model_dump(),
-            "task": "single_eq",
-            "output_dir": str(path),
-            "evaluate": {"max_new_tokens": 40, "latency_rows": 2, **evaluation},
-        }
-    )
-    tiny.save(path / "best")
-    write_shards(
-        {"train": list(ROWS), "validation": list(validation), "test": list(test)},
-        path / "data" / "shards",
-        samples_per_shard=3,
-        fingerprint=f"of {len(test)}",
-        extra={},
-    )
-    write_json(
-        path / "train.json",
-        {"steps": 9, "seconds": 1.5, "tokens": 1234, "best_step": 7, "metric": "answer_nll", "fingerprint": "f" * 64},
-    )
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,8 @@ _CONTEXT.set_forkserver_preload(
 )
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 _PR_SET_PDEATHSIG = 1
+DEAD_SECONDS = 10
+"""By when every other rank must have ended after one died."""
 
 
 @dataclass(frozen=True)

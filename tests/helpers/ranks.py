@@ -1,4 +1,4 @@
-"""Trains a list of configs one after the other in one process group: `torchrun … tests/ranks.py configs.json`.
+"""Trains a list of configs one after the other in one process group: `torchrun … tests/helpers/ranks.py configs.json`.
 
 Starting ranks costs far more than eight steps of a tiny student, so one launch serves many cases. A config may name a
 run and a step (`"resume": [run, step]`): it then goes on from that run's checkpoint, as if it had been stopped there.

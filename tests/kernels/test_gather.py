@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gather_ranks import TEMPERATURE, problem, students
+from gather_ranks import __file__ as RANKS
 from torch import Tensor
 
 from pst_dist.kernels.gather import gather_rows, symmetric_info_nce
@@ -29,7 +29,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tup
         cases = [case for case in EVEN + UNEVEN if case.count(",") == ranks - 1]
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         done = subprocess.run(
-            [sys.executable, *command, str(Path(__file__).with_name("gather_ranks.py")), str(output), *cases],
+            [sys.executable, *command, RANKS, str(output), *cases],
             env=environment,
             capture_output=True,
             text=True,

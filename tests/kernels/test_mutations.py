@@ -78,31 +78,31 @@ MUTATIONS = {
         "kernels/reference.py",
         "scores_CG.masked_fill_(others,",
         "scores_CG.masked_fill_(others & False,",
-        "tests/test_loss.py",
+        "tests/training/test_loss.py",
     ),
     "own key masked with its group": (
         "kernels/reference.py",
         "others.scatter_(1, own_C[:, None], False)",
         "others",
-        "tests/test_loss.py",
+        "tests/training/test_loss.py",
     ),
     "temperature forgotten": (
         "kernels/contrastive.py",
         "valid_G)\n    if torch.is_grad",
         "valid_G)\n    temperature = 1.0\n    if torch.is_grad",
-        "tests/test_loss.py",
+        "tests/training/test_loss.py",
     ),
     "capped logits trained uncapped": (
-        "student.py",
+        "training/module.py",
         "        return same\n",
         "        return True\n",
-        "tests/test_student.py",
+        "tests/training/test_module.py",
     ),
     "answers weighted as rationales": (
-        "student.py",
+        "training/module.py",
         "torch.where(batch.is_answer, scales[0], scales[1])",
         "torch.where(batch.is_answer, scales[1], scales[0])",
-        "tests/test_student.py",
+        "tests/training/test_module.py",
     ),
 }
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from evaluated import scored
 from jinja2 import UndefinedError
-from test_compare import scored
 
 from pst_dist.arms import ARMS
 from pst_dist.errors import InputError, StaleError

@@ -5,11 +5,15 @@ Run it as `python tests/training/golden_update.py`.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from golden import CASES, GOLDEN
+from run_files import losses
 from small_run import make_small_data, small_config
-from test_trainer import CASES, GOLDEN, losses
 
 from pst_dist.training.trainer import train
 
@@ -17,7 +21,7 @@ from pst_dist.training.trainer import train
 def main() -> None:
     """Train every case and write its losses, one line a case."""
     lines = [
-        "# Losses of eight steps of a tiny student over 32 generated rows, one line a case (see test_trainer.CASES).",
+        "# Losses of eight steps of a tiny student over 32 generated rows, one line a case (cases: helpers/golden.py).",
         "# A change that moves them must say why; then: python tests/training/golden_update.py",
     ]
     with tempfile.TemporaryDirectory() as folder:

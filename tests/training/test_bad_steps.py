@@ -9,10 +9,9 @@ import pytest
 import torch
 from injections import injected
 from ranks import launch, stop_at
+from run_files import curve, state
 from safetensors.torch import load_file
 from small_run import small_config
-from test_distributed_training import curve
-from test_resume_anywhere import state
 
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import TrainConfig

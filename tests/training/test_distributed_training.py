@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from ranks import launch
+from run_files import curve
 from small_run import small_config
 from unfused import unfused_curve
 
@@ -24,11 +25,6 @@ STUDENTS = {
 }
 # zero1 and zero2 gave the same bits in bf16, for both students; one of them is enough for the second.
 BF16_STAGES = {"gpt2": STAGES, "t5": ("zero0", "zero2", "zero3")}
-
-
-def curve(run: Path) -> list[dict]:
-    """The logged optimizer steps."""
-    return [row for row in read_lines(run / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import launch, stop_at
-from safetensors.torch import load_file
+from run_files import curve, state
 from small_run import small_config
-from test_distributed_training import curve
 
 from pst_dist.storage.manifest import read_json
 from pst_dist.training.trainer import train
@@ -49,27 +48,6 @@ def runs(small_data, tmp_path_factory) -> Path:
     stop_at(folder / "single-zero3", 4, folder / "back")
     train(small_config(small_data, folder / "back", **HALVES))
     return folder
-
-
-def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """The whole state of a checkpoint by name, put together from its files without the code under test."""
-    import json
-
-    from safetensors import safe_open
-
-    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for path in (run / "checkpoints" / f"checkpoint-{step}").glob("state-*.safetensors"):
-        with safe_open(str(path), framework="pt") as stream:
-            starts = json.loads(stream.metadata()["pst"])["starts"]
-        for key, value in load_file(path).items():
-            pieces.setdefault(key, []).append((starts[key.partition("/")[2]], value))
-    whole = {}
-    for key, parts in pieces.items():
-        ordered = sorted(parts, key=lambda part: part[0])
-        ends = [0] + [start + len(value) for start, value in ordered]
-        assert [start for start, _ in ordered] == ends[:-1], f"{key} has gaps or is written twice"
-        whole[key] = torch.cat([value for _, value in ordered])
-    return whole
 
 
 @pytest.mark.parametrize("engine", SAME)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_files import losses
 from safetensors import safe_open
 from small_run import small_config
-from test_preemption import after_some_steps, config_file, losses, started
 from tiny import Tiny
+from train_process import after_some_steps, config_file, started
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks

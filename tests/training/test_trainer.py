@@ -4,14 +4,14 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from golden import CASES, golden
+from run_files import losses
 from safetensors.torch import load_file
 from small_run import small_config
 
-from pst_dist.arms import ARMS
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
@@ -23,32 +23,7 @@ from pst_dist.training.engines import DeepSpeedEngine, SingleProcessEngine, buil
 from pst_dist.training.optimizer import learning_rate_at
 from pst_dist.training.trainer import train
 
-GOLDEN = Path(__file__).with_name("golden_losses.txt")
 pytestmark = pytest.mark.encoder
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_lines(run / "metrics.jsonl") if "loss" in row]
-
-
-def golden() -> dict[str, list[float]]:
-    """Case -> losses of its eight steps, from the text file."""
-    lines = [line.split() for line in GOLDEN.read_text().splitlines() if line and not line.startswith("#")]
-    return {words[0]: [float(word) for word in words[1:]] for words in lines}
-
-
-CASES = {arm: {"arm": arm} for arm in ARMS} | {
-    "pst-t5": {"student__fresh__architecture": "t5"},
-    "pst-llama": {"student__fresh__architecture": "llama"},
-    "pst-pure": {"loss__rationale_weight": 0},
-    "pst-before": {"layout__semantic_position": "before"},
-    "pst-span": {"loss__pooling": "span"},
-    "pst-nce": {"loss__alignment": "info_nce"},
-    "pst-uncentred": {"loss__centre": False},
-    "pst-shuffled": {"loss__control": "shuffle_embeddings"},
-    "pst-unaligned": {"loss__alignment_weight": 0},
-    "post-shuffled": {"arm": "post_thinking", "loss__control": "shuffle_rationale_tokens"},
-}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,8 @@ from typing import Literal
 
 from pst_dist.data.sources.options import LETTER_MARK, LETTERS, Options, listed_options
 from pst_dist.data.sources.rows import RowError
-from pst_dist.data.tasks.numbers import NotANumber, number_of_json, read_number
+from pst_dist.data.tasks.number_markup import NotANumber
+from pst_dist.data.tasks.numbers import number_of_json, read_number
 from pst_dist.data.tasks.scoring import Task, kind_of, snippet
 
 Reading = Literal["letter", "text", "index from 0", "index from 1"]

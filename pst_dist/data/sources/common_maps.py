@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, RowError, as_answer, as_id, as_rationales, as_text
+from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
 from pst_dist.data.sources.conversations import THOUGHT_KEYS, read_conversation, with_context
 from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
+from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks.scoring import kind_of
 
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from pst_dist.data.tasks.numbers import NOT_UNITS, SCALES, NotANumber, read_number
+from pst_dist.data.tasks.number_markup import NotANumber
+from pst_dist.data.tasks.numbers import NOT_UNITS, SCALES, read_number
 
 _BOXED = "\\boxed{"
 # Not before more digits: "1, 234" and "3 . 5" may be one number that was torn apart. Not after a digit: 5! is 120.

@@ -17,7 +17,8 @@ from typing import Literal
 
 from pst_dist.data.sample import AnswerType
 from pst_dist.data.tasks.number_answers import find_number, numbers_in
-from pst_dist.data.tasks.numbers import NotANumber, number_of_json, read_number, write_number
+from pst_dist.data.tasks.number_markup import NotANumber
+from pst_dist.data.tasks.numbers import number_of_json, read_number, write_number
 
 Rule = Literal[
     "fine_tune_cot_numbers",

@@ -174,7 +174,7 @@ def _refused(called: str, said: str, environment: Mapping[str, str]) -> Finding:
     return problem("ray", f"{called}: {short}", "check it with `ray status`")
 
 
-def _room(config: Config | None, called: str, answer: dict) -> list[Finding]:
+def _room(config: Config | None, called: str, answer: dict[str, Any]) -> list[Finding]:
     has = answer["resources"]
     cpus, gpus = has.get("CPU", 0), has.get("GPU", 0)
     findings = [ok("ray", f"{called}: {answer['nodes']} node(s), {cpus:g} CPUs, {gpus:g} GPUs")]

@@ -15,9 +15,9 @@ from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import PstError
-from pst_dist.models.locate import GGUF, PACKAGED, locate_encoder, locate_model
+from pst_dist.models.locate import GGUF, MINILM, PACKAGED, locate_encoder, locate_model
 from pst_dist.redirects import SameOriginToken
-from pst_dist.student.warm_start import MINILM, warm_checkpoint
+from pst_dist.student.warm_start import warm_checkpoint
 
 _HUB_SECONDS = 5.0
 

@@ -25,8 +25,6 @@ from pst_dist.diagnostics.machine.facts import Machine, version_of
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
 
 TORCH_SECONDS = 60.0
-_FIRST_SAFE_RAY = Version("2.52")
-"""Older ones let a web page that a developer visits run code in a local cluster (CVE-2025-62593)."""
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
 """CUDA's major release -> the first driver branch that runs it (CUDA's compatibility guide)."""
 _WANTS = {
@@ -92,9 +90,6 @@ def packages(config: Config | None) -> list[Finding]:
             findings.append(problem(name, wrong, install))
         else:
             present.append(f"{name} {version}")
-    ray = version_of("ray")
-    if ray and release(ray) < _FIRST_SAFE_RAY:
-        findings.append(warning("ray", f"{ray} has known holes (CVE-2025-62593)", "pip install 'ray>=2.52'"))
     findings.extend(_triton())
     shown = [text for text in present if text.split()[0] in (*_WANTS, "webdataset")]
     return [ok("packages", f"python {sys.version.split()[0]}, {', '.join(shown) or 'core only'}"), *findings]

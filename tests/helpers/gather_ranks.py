@@ -1,4 +1,4 @@
-"""Gradients of InfoNCE across ranks, by the ways of gathering: `torchrun … tests/kernels/gather_ranks.py out.pt 5,2 …`.
+"""Gradients of InfoNCE across ranks, by the ways of gathering: `torchrun … tests/helpers/gather_ranks.py out.pt 5,2 …`.
 
 Each further argument says how many rows each rank has; the data is `problem`'s, of as many rows together. Rank zero
 writes {(rows, way): (losses of all rows, gradient)} where the losses were put in rank order and the gradients of the

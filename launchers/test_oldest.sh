@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs fast tests on the oldest versions that pyproject.toml allows.  launchers/test_oldest.sh [pytest arguments]
+# Needs what launchers/setup.sh dev installs: .venv-oldest holds only the packages of launchers/constraints-oldest.txt,
+# which come first on its path, and takes all others from .venv. Torch is one of those: older CPU builds are not on PyPI.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+base=${PST_VENV:-.venv}
+venv=$base-oldest
+pins=launchers/constraints-oldest.txt
+
+[ -x "$venv/bin/python" ] || "$base/bin/python" -m venv "$venv"
+stamp=$(cksum <"$pins")
+if [ "$(cat "$venv/setup-stamp" 2>/dev/null)" != "$stamp" ]; then
+  "$venv/bin/python" -m pip install --quiet --no-deps --ignore-installed -r "$pins"
+  echo "$stamp" >"$venv/setup-stamp"
+fi
+purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+echo "import site; site.addsitedir('$(cd "$base" && bin/python -c "$purelib")')" >"$("$venv/bin/python" -c "$purelib")/rest.pth"
+"$venv/bin/python" launchers/installed.py oldest train,embed,data,ray,report,s3
+# The tests of what calls other libraries most.
+tests=(
+  tests/config tests/data tests/embedding tests/storage tests/student
+  tests/evaluation/test_evaluate.py tests/publish/test_export.py tests/publish/test_pages.py
+  tests/training/test_batches.py tests/training/test_checkpoint.py tests/training/test_loss.py
+  tests/training/test_module.py tests/training/test_trainer.py
+)
+[ $# -eq 0 ] || tests=("$@")
+# The golden losses are those of constraints.txt: releases of transformers differ from the first step of a fresh student on.
+"$venv/bin/python" -m pytest -q -m "not slow and not data" -k "not golden and not attention_of_a_fresh_student" "${tests[@]}"

@@ -239,7 +239,7 @@ def test_a_pretrained_student_gets_rows_for_the_special_tokens(tmp_path):
     tiny = Tiny("pst")
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
-    config = Config.model_validate({"student": {"model_name_or_path": str(tmp_path)}})
+    config = Config.model_validate({"student": {"model_name_or_path": str(tmp_path)}, "layout": {"max_length": 96}})
     tokenizer = build_tokenizer(config.student, [])
     student = build_student(config, tokenizer, 8)
     assert len(tokenizer) == len(tiny.tokenizer)

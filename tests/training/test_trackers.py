@@ -73,12 +73,13 @@ def leveldb_records(text: bytes) -> Iterator[bytes]:
 
 
 def test_wandb_offline_gets_the_numbers_the_config_and_no_command_line(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs the extra wandb")
+    wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(sys, "argv", ["pst", "train", f"data_dir=sftp://someone:{SECRET}@host/data"])
     report("wandb", tmp_path / "run")
+    wandb.teardown()  # its service writes the files; this waits until it has
     losses, configs, names = [], {}, set()
     for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
         names.add(path.name)

@@ -529,6 +529,30 @@ def test_the_known_leaks_of_the_published_splits_are_found(shared_data, name, le
 
 
 @pytest.mark.data
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_a_ready_made_config_scores_all_published_test_rows(shared_data, name):
+    loaded = load_data(load_config(name, [f"data.root={shared_data}"]))
+    assert len(loaded.splits["test"]) == TRAIN_AND_TEST_ROWS[name][1]
+
+
+@pytest.mark.data
+def test_multiarith_keeps_its_three_repeated_test_rows_and_no_leak(shared_data):
+    loaded = load_data(load_config("multiarith", [f"data.root={shared_data}"]))
+    questions = {
+        split: [normalise_question(sample.question) for sample in rows] for split, rows in loaded.splits.items()
+    }
+    assert (len(questions["test"]), len(set(questions["test"]))) == (180, 177)
+    # The teacher is right on 323 training rows; 4 of them ask a test question.
+    assert len(questions["train"]) + len(questions["validation"]) == 323 - 4
+    held_out = set(questions["validation"]) | set(questions["test"])
+    assert not held_out & set(questions["train"])
+    assert not set(questions["validation"]) & set(questions["test"])
+    ids = [sample.id for rows in loaded.splits.values() for sample in rows]
+    assert len(ids) == len(set(ids)) == 323 - 4 + 180
+    assert all(len(sample.rationales) == 1 for sample in loaded.splits["train"])
+
+
+@pytest.mark.data
 def test_commonsense_qa_with_palm_asks_the_questions_of_fine_tune_cot(shared_data):
     loaded = load_data(load_config("commonsense_qa", [f"data.root={shared_data}", *ALL_ROWS]))
     published = json.loads((shared_data / "reasoning_teacher/dataset_acl/commonsense_qa.json").read_text())

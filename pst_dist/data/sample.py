@@ -1,7 +1,6 @@
-"""What one row of data is: `ReasoningSample`, its answer types and the rule for ids.
+"""`ReasoningSample`, the in-memory form of one row, with its answer types and id rules.
 
-Reading files is `sources`, what counts as a right answer is `tasks`; this module only says what a
-sample must be to exist at all.
+`sources` reads files and `tasks` decides which answers are right. This module only defines what a valid sample is.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ class ReasoningSample:
     """A question, its gold answer and zero or more teacher rationales for it; valid once constructed."""
 
     id: str
-    """Stable name, `[A-Za-z0-9_-]{1,120}`: webdataset cuts a key at its first dot, tar at a slash."""
+    """Stable name, `[A-Za-z0-9_-]{1,120}`. webdataset cuts a key at its first dot; in tar a slash is a folder."""
     question: str
     answer: str
-    """The gold answer, already cleansed to the canonical form of its type."""
+    """The gold answer in the canonical form of its type."""
     rationales: tuple[str, ...] = ()
-    """Teacher rationales, each a different wording; empty where an arm needs none."""
+    """Teacher rationales, all different. May be empty if no arm needs them."""
     answer_type: AnswerType = "text"
     choices: tuple[str, ...] = ()
-    """The options of a multiple-choice question, in order A, B, C…; they already stand in `question`."""
+    """The options of a multiple-choice question, in order A, B, C…. `question` already lists them."""
     source: str = ""
-    """Where the row came from, `file:line` or `file#index`."""
+    """Where the row came from: `file:line` or `file#index`."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
             raise DataError(f"id {self.id!r} is not [A-Za-z0-9_-]{{1,120}}", path=self.source or None)
         if self.answer_type not in ANSWER_TYPES:
             raise DataError(
-                f"answer_type {self.answer_type!r} is none of {', '.join(ANSWER_TYPES)}", path=self.source or None
+                f"answer_type {self.answer_type!r} is not one of {', '.join(ANSWER_TYPES)}", path=self.source or None
             )
         for name in ("question", "answer"):
             if not getattr(self, name).strip():
@@ -53,7 +52,7 @@ class ReasoningSample:
             raise DataError("a rationale is empty", path=self.source or None)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict with lists for tuples, as it stands in a shard."""
+        """A plain dict with lists instead of tuples, as stored in a shard."""
         row = asdict(self)
         return {**row, "rationales": list(self.rationales), "choices": list(self.choices)}
 
@@ -67,18 +66,18 @@ class ReasoningSample:
 
 
 def normalise_question(question: str) -> str:
-    """Key under which two questions are the same: NFKC, lower case, letters and digits only."""
+    """The key by which two questions count as the same: NFKC, lower case, letters and digits only."""
     folded = unicodedata.normalize("NFKC", question).casefold()
     return " ".join(re.findall(r"\w+", folded))
 
 
 def sample_id(prefix: str, question: str, ordinal: int) -> str:
-    """An id for a row that has none: dataset prefix, its place in the file, and a digest of the question."""
+    """An id for a row that has none: dataset prefix, position in the file, and a digest of the question."""
     digest = hashlib.sha256(question.encode()).hexdigest()[:8]
     clean = re.sub(r"[^A-Za-z0-9_-]+", "-", prefix).strip("-")[:80] or "row"
     return f"{clean}-{ordinal:06d}-{digest}"
 
 
 def question_group(question: str) -> int:
-    """A 63-bit number that is equal for equal questions, however they are spaced or capitalised."""
+    """A 63-bit number that is the same for equal questions, regardless of spacing and capitalisation."""
     return int.from_bytes(hashlib.sha256(normalise_question(question).encode()).digest()[:8], "big") >> 1

@@ -1,8 +1,8 @@
-"""The bytes of one shard: how a tar of ours is written, and how strictly it is read back.
+"""Write one shard as a tar file, and read it back strictly.
 
-`read_shard` accepts exactly what `write_shard` writes. Stock readers stop in silence at a damaged header
-and skip members that are not files; a file that passes here has every sample that was put into it. Directories,
-manifests and access by position are `shards`.
+`read_shard` accepts exactly what `write_shard` writes. Standard tar readers stop silently at a damaged header and skip
+members that are not files; a file that `read_shard` accepts contains every sample that was written. `shards` handles
+directories, manifests and random access.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ class ShardInfo:
     bytes: int
     sha256: str
     rationales: int | None = None
-    """How many its samples have together; None in shards from before this was written down."""
+    """Total number of rationales of its samples. None in shards written before this column existed."""
 
     @property
     def stem(self) -> str:
-        """The name without `.tar`: what files made from this shard are called."""
+        """The name without `.tar`; files derived from this shard use it."""
         return self.name.removesuffix(".tar")
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie, in their order; lists of equal length."""
+    """Positions of the samples in one shard, in order. All lists have the same length."""
 
     ids: list[str]
     offsets: list[int]
     """First byte of the member's JSON in the tar."""
     sizes: list[int]
     rationales: list[int]
-    """How many rationales the sample has, so that (id, rationale) pairs are known without reading it."""
+    """Number of rationales of each sample, so that (id, rationale) pairs are known without reading the sample."""
 
 
 def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
-    """Write samples as one tar, with nothing of clock, user or machine in its bytes, and read it back strictly.
+    """Write samples as one tar and read it back strictly. The bytes do not depend on time, user or machine.
 
-    The caller gives a path of its own (a temporary directory) and takes care of fsync. Raises DataError for text
-    that cannot be stored.
+    The caller provides a private path (in a temporary directory) and is responsible for fsync. Raises DataError for
+    text that cannot be stored.
     """
     from webdataset import TarWriter
 
@@ -74,7 +74,8 @@ def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
                 content = canonical_json(sample.to_json()).encode("utf-8")
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"sample {sample.id!r} holds a lone surrogate, which is not text", path=sample.source or None
+                    f"sample {sample.id!r} contains a lone surrogate, which is not valid text",
+                    path=sample.source or None,
                 ) from error
             tar.write({"__key__": sample.id, "json": content})
     with path.open("rb") as written:
@@ -88,12 +89,11 @@ def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
 
 
 def read_shard(path: Path) -> list[ReasoningSample]:
-    """All samples of one tar in order; raises IntegrityError for whatever our writer would not have written.
+    """All samples of one tar, in order.
 
-    A file that cannot be opened is an InputError.
-
-    Stock readers stop in silence at a damaged header and skip members that are not files; here a tar must be
-    regular `<id>.json` files from its first byte to the closing zeros. Nothing is ever extracted.
+    Raises IntegrityError for anything that `write_shard` would not have written, and InputError for a file that cannot
+    be opened. The tar must consist of regular `<id>.json` files from its first byte to the closing zeros. Nothing is
+    extracted to disk.
     """
     try:
         with open_regular(path, remedy="run `pst shard` first") as stream:
@@ -101,15 +101,15 @@ def read_shard(path: Path) -> list[ReasoningSample]:
     except OSError as error:
         raise InputError(f"cannot read: {error.strerror}", "run `pst shard` first", path=path) from error
     if not samples:
-        raise IntegrityError("a shard without samples", REMAKE, path=path)
+        raise IntegrityError("the shard has no samples", REMAKE, path=path)
     return samples
 
 
 def tar_members(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(file name, offset of its content in bytes, content) of every member of a tar that is exactly as we write it.
+    """Yield (file name, byte offset of the content, content) for each member of a tar written by `write_shard`.
 
-    The closing zeros are looked at after the last member, so a caller must exhaust the iterator; raises
-    IntegrityError for the first thing that differs.
+    Raises IntegrityError at the first deviation from that format. The closing zeros are checked after the last member,
+    so the caller must exhaust the iterator.
     """
 
     def damaged(what: str) -> IntegrityError:
@@ -122,32 +122,32 @@ def tar_members(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, bytes]
             for member in archive:
                 header = data[member.offset : member.offset + _BLOCK]
                 extended = member.offset_data - member.offset != _BLOCK
-                # A name of over 100 bytes needs one pax record, `path`; nothing else may be said about a member.
+                # A name longer than 100 bytes needs one pax record, `path`. No other record is allowed.
                 only_path = header[156:157] == b"x" and set(member.pax_headers) == {"path"}
                 if not member.isreg() or member.issparse() or (extended and not only_path) or archive.pax_headers:
                     raise damaged(f"member {member.name!r} is not a plain file (type {header[156:157]!r})")
                 if not re.fullmatch(r"[A-Za-z0-9_\-]{1,120}\.json", member.name):
                     raise damaged(f"member {member.name!r} is not <id>.json")
                 if member.name in seen:
-                    raise damaged(f"member {member.name!r} stands twice")
+                    raise damaged(f"duplicate member {member.name!r}")
                 if member.offset != end or not 0 <= member.size <= len(data) - member.offset_data:
-                    raise damaged(f"member {member.name!r} is cut or displaced")
+                    raise damaged(f"member {member.name!r} is truncated or displaced")
                 seen.add(member.name)
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 yield member.name, member.offset_data, data[member.offset_data : member.offset_data + member.size]
     except (tarfile.TarError, UnicodeError, ValueError) as error:
-        raise damaged(f"not a tar ({len(data)} bytes, begins with {data[:8]!r}): {error}") from error
+        raise damaged(f"not a tar file ({len(data)} bytes, starts with {data[:8]!r}): {error}") from error
     if len(data) - end < 2 * _BLOCK or data[end:].strip(b"\0"):
         raise damaged(f"damaged after byte {end} of {len(data)}")
 
 
 def parse_sample(content: bytes, where: str, name: str | None = None) -> ReasoningSample:
-    """The sample in one member's bytes; raises IntegrityError naming `where` when it is not one of ours."""
+    """Parse one member into a sample; raises IntegrityError that names `where` if it is not a valid sample."""
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return row
 
     def no_constant(text: str) -> None:
@@ -162,7 +162,7 @@ def parse_sample(content: bytes, where: str, name: str | None = None) -> Reasoni
             raise ValueError("a value is not text")
         sample = ReasoningSample.from_json({**row, "rationales": lists[0], "choices": lists[1]})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
-        raise IntegrityError(f"not a sample: {error}", REMAKE, path=where) from error
+        raise IntegrityError(f"not a valid sample: {error}", REMAKE, path=where) from error
     if name is not None and name != f"{sample.id}.json":
-        raise IntegrityError(f"holds the sample {sample.id!r}", REMAKE, path=where)
+        raise IntegrityError(f"contains the sample {sample.id!r} instead", REMAKE, path=where)
     return sample

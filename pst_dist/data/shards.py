@@ -1,8 +1,9 @@
-"""Samples on disk: webdataset tars with an offset index, written whole or not at all and read by seek.
+"""Samples on disk: webdataset tars with an offset index, written atomically and read by position.
 
-A shard directory holds `<split>-000000.tar` (one `<id>.json` a sample), `<split>-000000.index.json` (where each
-sample lies), `<split>.wids.json` (the list of shards in webdataset's own form) and, last, `manifest.json`. Equal
-samples give equal bytes. Which rows become samples is `sources`; what is computed from them is `embeddings`.
+A shard directory contains `<split>-000000.tar` (one `<id>.json` per sample), `<split>-000000.index.json` (the position
+of each sample), `<split>.wids.json` (the list of shards in webdataset's own format) and `manifest.json`, which is
+written last. Equal samples give equal bytes. `sources` decides which rows become samples; `embedding` computes vectors
+from them.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ def write_shards(
     extra: dict[str, Any],
     rebuild: bool = False,
 ) -> Manifest:
-    """Write all splits as shards and return the manifest; a no-op when they are there already.
+    """Write all splits as shards and return the manifest; does nothing when they already exist.
 
-    `fingerprint` stands for everything that decides the content. Shards with another one are refused with
-    StaleError unless `rebuild`; damaged ones with the same one are written again. Raises DataError for an id
-    that stands twice and InputError when the directory holds files that no shard writer made.
+    `fingerprint` identifies everything that determines the content. Existing shards with a different fingerprint raise
+    StaleError unless `rebuild`; damaged shards with the same fingerprint are rewritten. Raises DataError for a
+    duplicate id, and InputError when the directory contains files that are not part of a shard directory.
     """
     _check_splits(splits)
     _check_place(directory)
     found = None if rebuild else reusable_shards(directory, fingerprint, samples_per_shard)
-    if found is not None:  # before the lock: finished shards may lie where nobody may write
+    if found is not None:  # before taking the lock: finished shards may be on a read-only disk
         log.info("shards: %s is complete, nothing to do", directory)
         return found
     with directory_lock(directory.with_name(f".{directory.name}.lock")):
@@ -91,7 +92,7 @@ def write_shards(
 
 
 def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
-    """An id is one sample's in all splits together: embeddings and results are joined by it."""
+    """Ids must be unique over all splits, because embeddings and results are joined by id."""
     seen: dict[str, str] = {}
     for split, samples in splits.items():
         if not _SPLIT.fullmatch(split):
@@ -99,8 +100,8 @@ def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
         for sample in samples:
             if sample.id in seen:
                 raise DataError(
-                    f"id {sample.id!r} stands twice, in {seen[sample.id]} and {split}",
-                    "give each row an id of its own, or none",
+                    f"duplicate id {sample.id!r}, in {seen[sample.id]} and {split}",
+                    "give each row a unique id, or none",
                     path=sample.source or None,
                 )
             seen[sample.id] = split
@@ -109,20 +110,20 @@ def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
 
 
 def _check_place(directory: Path) -> None:
-    """Raises InputError when a directory that shards would replace holds anything else."""
+    """Raise InputError if a directory that shards would replace contains anything else."""
     if not directory.exists():
         return
     if not directory.is_dir():
-        raise InputError("is a file where shards should go", "choose another data_dir", path=directory)
+        raise InputError("is a file, but the shards need a directory here", "choose another data_dir", path=directory)
     foreign = sorted(path.name for path in directory.iterdir() if not _OURS.fullmatch(path.name))
     if foreign:
         raise InputError(f"{foreign[0]} is not part of a shard directory", "choose another data_dir", path=directory)
 
 
 def reusable_shards(directory: Path, fingerprint: str, samples_per_shard: int) -> Manifest | None:
-    """The manifest of shards that need not be written again, or None; takes no lock and writes nothing.
+    """The manifest of existing shards that can be reused, or None. Takes no lock and writes nothing.
 
-    Raises StaleError for shards of other rows or settings and InputError when the directory holds anything else.
+    Raises StaleError for shards of other rows or settings, and InputError if the directory contains anything else.
     """
     _check_place(directory)
     artefact = Artefact(directory, "shards")
@@ -132,7 +133,7 @@ def reusable_shards(directory: Path, fingerprint: str, samples_per_shard: int) -
     same = manifest.fingerprint == fingerprint and manifest.extra.get("samples_per_shard") == samples_per_shard
     if not same:
         raise StaleError(
-            "shards were made from other rows or settings",
+            "the shards were made from different rows or settings",
             "run again with --rebuild, or choose another data_dir",
             path=directory,
         )
@@ -140,7 +141,7 @@ def reusable_shards(directory: Path, fingerprint: str, samples_per_shard: int) -
 
 
 def _write_wids(directory: Path, split: str, infos: list[ShardInfo]) -> None:
-    """The list of shards as webdataset's indexed reader (wids) wants it."""
+    """The list of shards in the format of webdataset's indexed reader (wids)."""
     shardlist = [
         {
             "url": info.name,
@@ -161,23 +162,25 @@ class ShardSet:
         self.directory, self.manifest = directory, manifest
         missing = [key for key in ("shards", "counts", "schema_version") if key not in manifest.extra]
         if missing:
-            raise IntegrityError(f"the manifest lacks {missing[0]}", REMAKE, path=directory)
+            raise IntegrityError(f"the manifest has no {missing[0]}", REMAKE, path=directory)
         self._table = typed(manifest.extra["shards"], list[ShardInfo], directory / MANIFEST, REMAKE)
         self._counts = typed(manifest.extra["counts"], dict[str, int], directory / MANIFEST, REMAKE)
         version = manifest.extra["schema_version"]
         if version != SCHEMA_VERSION:
             raise StaleError(f"shards of schema {version}, this is {SCHEMA_VERSION}", REMAKE, path=directory)
-        for info in self._table:  # each name becomes a path, here and beside the embeddings
+        for info in self._table:  # each name becomes a path, here and for the embeddings
             promised = manifest.files.get(info.name, {})
             if not _SHARD.fullmatch(info.name) or promised.get("sha256") != info.sha256:
-                raise IntegrityError(f"shard table and file list differ on {info.name[:80]!r}", REMAKE, path=directory)
+                raise IntegrityError(
+                    f"shard table and file list disagree on {info.name[:80]!r}", REMAKE, path=directory
+                )
         self._indexes: dict[str, ShardIndex] = {}
         self.stamps: dict[str, tuple[int, int]] = {}
-        """(bytes, mtime in ns) of each tar when it was opened, so that a later reader notices an exchanged file."""
+        """(bytes, mtime in ns) of each tar at opening, so that later readers notice a replaced file."""
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = True) -> ShardSet:
-        """Open, comparing every file with the manifest unless not `verify`.
+        """Open a shard directory and, if `verify`, compare every file with the manifest.
 
         Raises InputError when there are no finished shards and IntegrityError when they are damaged.
         """
@@ -193,7 +196,7 @@ class ShardSet:
         return shard_set
 
     def shards(self, split: str | None = None) -> list[ShardInfo]:
-        """The shards of one split, or of all, in their order."""
+        """The shards of one split, or of all splits, in order."""
         return [info for info in self._table if split is None or info.split == split]
 
     def index(self, shard: ShardInfo) -> ShardIndex:
@@ -206,15 +209,15 @@ class ShardSet:
                 raise IntegrityError(f"index is not of {shard.samples} samples", REMAKE, path=path)
             size, _ = self.stamps.get(shard.name) or _stamp(self.directory / shard.name)
             places = zip(index.offsets, index.sizes, strict=True)
-            # A read of as many bytes as the index says allocates them first, however small the tar is.
+            # A read allocates the number of bytes that the index names before it notices that the tar is smaller.
             inside = all(0 <= length <= size - start <= size for start, length in places)
             if not inside or min(index.rationales, default=0) < 0:
-                raise IntegrityError(f"index points outside its tar of {size} bytes", REMAKE, path=path)
+                raise IntegrityError(f"the index points outside its tar of {size} bytes", REMAKE, path=path)
             self._indexes[shard.name] = index
         return self._indexes[shard.name]
 
     def rationale_count(self, shard: ShardInfo) -> int:
-        """How many rationales a shard has; from its index when the shards are older than that column."""
+        """Number of rationales in a shard. Read from the index for shards older than the manifest column."""
         return sum(self.index(shard).rationales) if shard.rationales is None else shard.rationales
 
     def rationale_keys(self, shard: ShardInfo) -> list[tuple[str, int]]:
@@ -223,9 +226,11 @@ class ShardSet:
         return [(key, k) for key, count in zip(index.ids, index.rationales, strict=True) for k in range(count)]
 
     def split(self, name: str) -> SplitReader:
-        """The samples of one split; empty when the split is known but has no rows, InputError when unknown."""
+        """The samples of one split, which may be empty; raises InputError for an unknown split."""
         if name not in self._counts:
-            raise InputError(f"no split {name!r}", f"there are {', '.join(sorted(self._counts))}", path=self.directory)
+            raise InputError(
+                f"no split {name!r}", f"available splits: {', '.join(sorted(self._counts))}", path=self.directory
+            )
         return SplitReader(self, name)
 
 
@@ -238,10 +243,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 class SplitReader(Sequence[ReasoningSample]):
-    """The samples of one split by position; each access is one positioned read, safe after a fork.
+    """Random access to the samples of one split. Each access is one positioned read and safe after a fork.
 
-    Raises IntegrityError when a tar is missing, was exchanged since the set was opened, or holds something else
-    where its index says that a sample lies. Threads need a reader each.
+    Raises IntegrityError when a tar is missing, was replaced after the set was opened, or does not contain the sample
+    at the indexed position. Not thread-safe: use one reader per thread.
     """
 
     _MOST_OPEN = 256
@@ -279,7 +284,7 @@ class SplitReader(Sequence[ReasoningSample]):
         return shard, i - self._starts[shard]
 
     def _descriptor(self, shard: int) -> int:
-        """An open file a shard, the longest open one closed when there are too many."""
+        """One open file per shard; closes the oldest one when there are too many."""
         if shard not in self._open:
             if len(self._open) >= self._MOST_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
@@ -290,13 +295,13 @@ class SplitReader(Sequence[ReasoningSample]):
                 raise IntegrityError(f"cannot read: {error.strerror}", "run `pst shard` again", path=path) from error
             status = os.fstat(descriptor)
             if (status.st_size, status.st_mtime_ns) != self._stamps[shard]:
-                os.close(descriptor)  # never kept: a caller that tries again must be refused again
-                raise IntegrityError("was exchanged while in use", "start again", path=path)
+                os.close(descriptor)  # not cached: a second attempt must fail too
+                raise IntegrityError("the file was replaced while in use", "start the command again", path=path)
             self._open[shard] = descriptor
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # descriptors belong to a process
+        return {**self.__dict__, "_open": {}}  # file descriptors are not valid in another process
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():

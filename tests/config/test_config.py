@@ -40,7 +40,7 @@ def test_a_key_without_its_section_is_traced_to_the_section(tmp_path):
         ("train.global_batch_size=0", "train.global_batch_size: input should be greater than 0, got 0"),
         ("arm=cot", "arm: input should be 'answer_only'"),
         ("train.save_total_limit=1", "train.save_total_limit: input should be greater than or equal to 2"),
-        ("train.gradient_accumulation_steps=4", "train.gradient_accumulation_steps follows from"),
+        ("train.gradient_accumulation_steps=4", "train.gradient_accumulation_steps is computed from"),
         ("student.fresh.num_heads=3", "not a multiple of num_heads 3"),
         ("train", "is not key.sub=value"),
     ],

@@ -97,8 +97,8 @@ def test_a_spec_names_its_difficulty():
         ("gen:coin_flip?rows=many", "not a whole number"),
         ("gen:coin_flip?rows=0", "rows=0 is not in"),
         ("gen:coin_flip?flips=99", "flips=99 is not in 1..20"),
-        ("gen:coin_flip?rows=500&flips=1", "different questions of the 500 asked for"),
-        ("gen:coin_flip?part=dev", "part='dev' is none of"),
+        ("gen:coin_flip?rows=500&flips=1", "of the 500 different questions requested"),
+        ("gen:coin_flip?part=dev", "part='dev' is not one of"),
         ("gen:coin_flip?rows", "not a whole number"),
     ],
 )

@@ -75,7 +75,7 @@ def test_an_empty_split_has_no_shard_and_no_rows_and_an_unknown_one_is_refused(t
     shards = make(tmp_path / "shards")
     assert shards.shards("validation") == [] and len(shards.split("validation")) == 0
     assert not list(shards.directory.glob("validation*"))
-    with pytest.raises(InputError, match="no split 'dev'; there are test, train, validation"):
+    with pytest.raises(InputError, match="no split 'dev'; available splits: test, train, validation"):
         shards.split("dev")
 
 
@@ -173,7 +173,7 @@ def test_the_same_rows_again_are_a_no_op(tmp_path):
 def test_other_rows_are_refused_and_rebuilt_when_asked(tmp_path):
     before = state(make(tmp_path / "shards").directory)
     other = {"train": [sample(1)]}
-    with pytest.raises(StaleError, match="were made from other rows or settings; run again with --rebuild"):
+    with pytest.raises(StaleError, match="were made from different rows or settings; run again with --rebuild"):
         make(tmp_path / "shards", other, fingerprint="two")
     assert state(tmp_path / "shards") == before
     assert list(make(tmp_path / "shards", other, fingerprint="two", rebuild=True).split("train")) == other["train"]
@@ -219,8 +219,8 @@ def test_two_writers_do_not_meet(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": [sample(1), sample(1)]}, "'row-1' stands twice"),
-        ({"train": [sample(1)], "test": [sample(1)]}, "'row-1' stands twice, in train and test"),
+        ({"train": [sample(1), sample(1)]}, "duplicate id 'row-1'"),
+        ({"train": [sample(1)], "test": [sample(1)]}, "duplicate id 'row-1', in train and test"),
         ({"train": []}, "no rows"),
         ({"../train": [sample(1)]}, "split name"),
         ({"train": [sample(1, question="bad \ud800 text")]}, "lone surrogate"),
@@ -271,19 +271,22 @@ GOOD = json.dumps(sample(1, id="a").to_json())
         ([member("a.json", kind=tarfile.FIFOTYPE)], "not a plain file"),
         ([member("a.json", kind=tarfile.CHRTYPE)], "not a plain file"),
         ([member("a", kind=tarfile.DIRTYPE)], "not a plain file"),
-        ([member("a.json"), member("a.json")], "stands twice"),
-        ([member("b.json")], "holds the sample 'a'"),
-        ([], "without samples"),
-        ([member("a.json", GOOD[:-5].encode())], r"t\.tar!a\.json: not a sample"),
-        ([member("a.json", b"[1, 2]")], "not a sample"),
-        ([member("a.json", b"\xff\xfe")], "not a sample"),
-        ([member("a.json", GOOD.replace('"question"', '"answer"', 1).encode())], "a key stands twice"),
+        ([member("a.json"), member("a.json")], "duplicate member"),
+        ([member("b.json")], "contains the sample 'a'"),
+        ([], "has no samples"),
+        ([member("a.json", GOOD[:-5].encode())], r"t\.tar!a\.json: not a valid sample"),
+        ([member("a.json", b"[1, 2]")], "not a valid sample"),
+        ([member("a.json", b"\xff\xfe")], "not a valid sample"),
+        ([member("a.json", GOOD.replace('"question"', '"answer"', 1).encode())], "duplicate key"),
         ([member("a.json", GOOD.replace('"2"', "2").encode())], "a value is not text"),
         ([member("a.json", GOOD.replace('"2"', "NaN").encode())], "NaN is not JSON"),
         ([member("a.json", GOOD.replace('"2"', '" "').encode())], "answer is empty"),
         ([member("a.json", GOOD.replace('"choices": []', '"choices": "AB"').encode())], "not lists"),
-        ([member("a.json", GOOD.replace('"choices": []', '"choices": [], "more": "x"').encode())], "not a sample"),
-        ([member("a.json", b"[" * 100_000)], "not a sample"),
+        (
+            [member("a.json", GOOD.replace('"choices": []', '"choices": [], "more": "x"').encode())],
+            "not a valid sample",
+        ),
+        ([member("a.json", b"[" * 100_000)], "not a valid sample"),
     ],
 )
 def test_a_tar_that_our_writer_would_not_make_is_refused_by_name(tmp_path, members, message):

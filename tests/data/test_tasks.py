@@ -138,12 +138,12 @@ def test_gold_answers_may_come_in_the_forms_that_data_has(task, value, expected)
     ("task", "value", "reason"),
     [
         ("svamp", "12 of 15", "'12 of 15' is not a number: it has 'of 15' after the number"),
-        ("svamp", "1/3", "task svamp compares those"),
+        ("svamp", "1/3", "which task svamp requires"),
         ("svamp", "many", "is not a number"),
         ("svamp", True, "is true or false"),
-        ("aqua", "Apple", "no choice letter of A to E"),
+        ("aqua", "Apple", "not a choice letter from A to E"),
         ("aqua", 7, "is a number"),
-        ("coin_flip", 1, "is a number, wanted yes or no"),
+        ("coin_flip", 1, "is a number, expected yes or no"),
         ("coin_flip", ["yes"], "is a list"),
         ("svamp", float("nan"), "not a finite number"),
     ],
@@ -178,7 +178,7 @@ def test_an_unknown_task_is_answered_with_the_nearest_one():
         get_task("last_letters_concat")
     with pytest.raises(ConfigError, match="has number answers"):
         get_task("svamp", "text")
-    with pytest.raises(ConfigError, match="none of number, choice"):
+    with pytest.raises(ConfigError, match="not one of number, choice"):
         get_task(None, "essay")
 
 

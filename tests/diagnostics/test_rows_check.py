@@ -71,8 +71,8 @@ def test_bad_rows_are_all_written_and_printed_in_groups_with_the_first_of_each(t
     lines = report.lines()
     start = lines.index(f"13 bad rows, all in {path}:")
     assert lines[start + 1] == f"  12 rows, the first {tmp_path}/rows.jsonl:16: answer is missing"
-    assert lines[start + 2] == f"  {tmp_path}/rows.jsonl:28: question is a number, wanted text"
-    assert lines[-1].startswith(f"error[DATA] {tmp_path}/rows.jsonl:16: answer is missing (13 bad rows of 28")
+    assert lines[start + 2] == f"  {tmp_path}/rows.jsonl:28: question is a number, expected text"
+    assert lines[-1].startswith(f"error[DATA] {tmp_path}/rows.jsonl:16: answer is missing (13 of 28 rows are bad")
     assert not report.ok
 
 
@@ -86,7 +86,7 @@ def test_reasons_that_differ_only_in_a_value_are_one_group_and_ten_groups_are_sh
     lines = check(_config(tmp_path, train="rows.jsonl", answer_type="number", validation_size=0)).lines()
     start = next(place for place, line in enumerate(lines) if line.startswith("11 bad rows"))
     assert lines[start + 1].startswith(f"  6 rows, the first {tmp_path}/rows.jsonl:4: answer 'a word'")
-    assert lines[start + 2] == f"  2 rows, the first {tmp_path}/rows.jsonl:10: rationale is a number, wanted text"
+    assert lines[start + 2] == f"  2 rows, the first {tmp_path}/rows.jsonl:10: rationale is a number, expected text"
 
 
 def test_the_first_row_is_shown_as_it_was_read(tmp_path):
@@ -111,11 +111,11 @@ def test_duplicates_conflicts_leaks_and_missing_rationales_are_counted(tmp_path)
     lines = report.lines()
     assert "2 training rows repeat question and answer of an earlier one" in lines
     assert "1 of them brought another rationale for the same question" in lines
-    assert "1 questions have two answers, first: train.jsonl:3 says 3, train.jsonl:13 99" in lines
+    assert "1 questions have two answers, first: train.jsonl:3 has 3, train.jsonl:13 has 99" in lines
     assert "1 training questions are held out too, first: train.jsonl:5 and test.jsonl:1" in lines
     assert "test: 1 rows read, 1 kept; answers: text 1" in lines
     assert "  1 rows without rationale" in lines
-    assert "say data.leaks=drop" in lines[-1]
+    assert "set data.leaks=drop" in lines[-1]
 
 
 def test_check_agrees_with_loading_about_what_is_refused(tmp_path):

@@ -165,7 +165,7 @@ def test_an_s3_bucket_holds_the_same_and_a_second_machine_does_only_what_is_miss
     fetch_data(second)
     assert digests(run_dir(second).data) == reference
 
-    with pytest.raises(StaleError, match="made from other rows or settings"):
+    with pytest.raises(StaleError, match="made from different rows or settings"):
         make_shards(config(tmp_path / "first", "s3://data/run", shards={"samples_per_shard": 5}))
     make_shards(config(tmp_path / "third", "s3://data/run", shards={"samples_per_shard": 12}), rebuild=True)
     assert len([name for name in stored(s3, "data/run") if name.endswith(".tar")]) == 2 + 1

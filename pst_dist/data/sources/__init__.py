@@ -1,9 +1,9 @@
-"""Rows from anywhere: files, folders, hub datasets, generators; columns, teacher completions, splits, rejects.
+"""Read rows from files, folders, hub datasets and generators, and turn them into samples in splits.
 
-Top to bottom: `specs` finds what to read, `readers`, `strict_json` and `compressed` read it, `columns` with its maps
-finds question, answer and rationale, `conversations` keeps what a question depends on, `replies` tells a reply's answer
-from its reasoning, `options` and `choices` make a multiple-choice answer one letter, `completions` joins a teacher's,
-`drafts` makes one row a sample, `splits` decides who is in which split, and `load` does all of it in order.
+In data-flow order: `specs` resolves what to read; `readers`, `strict_json` and `compressed` read it; `columns` and its
+maps find question, answer and rationale; `conversations` adds the context of a question; `replies` separates a reply's
+answer from its reasoning; `options` and `choices` turn a multiple-choice answer into a letter; `completions` reads a
+teacher's rationales; `drafts` turns one row into a sample; `splits` assigns samples to splits. `load` runs all of it.
 """
 
 from pst_dist.data.sources.load import LoadedData, enforce, load_data, survey

@@ -1,8 +1,8 @@
 """Read Arrow and Parquet files in a child process before this one does.
 
-Arrow's C++ readers trust lengths and offsets in the file: a damaged one can end the process by a signal, which no
-exception handler sees. The child reads and validates everything; if a signal ends it, the parent names the file.
-Run as a script, this file is the child; it imports nothing of the package, so that it starts fast.
+Arrow's C++ readers trust lengths and offsets in the file, so a damaged file can crash the process with a signal that no
+exception handler catches. The child reads and validates everything; if it crashes, the parent names the file. This file
+is also the child's script; it imports nothing from the package, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 
 class Unreadable(Exception):
-    """A file that the child could not read; the text says why."""
+    """A file that the child could not read; the message gives the reason."""
 
 
 def probe(paths: list[Path], most_bytes: int) -> None:
-    """Read all files in a child; raises Unreadable with the name of the first that is damaged.
+    """Read all files in a child process; raises Unreadable with the name of the first damaged one.
 
-    `most_bytes` bounds what one file may expand to in memory.
+    `most_bytes` limits the size of one file in memory.
     """
-    # PYTHONSAFEPATH: the modules beside this file must not shadow others in the child.
+    # PYTHONSAFEPATH: the modules next to this file must not shadow others in the child.
     environment = {
         **os.environ,
         "PYTHONSAFEPATH": "1",
@@ -36,7 +36,7 @@ def probe(paths: list[Path], most_bytes: int) -> None:
     reading = child.stdout.strip().rpartition("\n")[2] or str(paths[0])
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
-        raise Unreadable(f"{Path(reading).name} is damaged: reading it ends the reader by {name}")
+        raise Unreadable(f"{Path(reading).name} is damaged: it crashes the reader with {name}")
     reason = child.stderr.strip().rpartition("\n")[2][:160] or f"exit status {child.returncode}"
     raise Unreadable(f"{Path(reading).name}: {reason}")
 
@@ -75,7 +75,7 @@ def _read_all(path: str, most_bytes: int) -> None:
 
 def _main() -> None:
     most_bytes, *paths = sys.argv[1:]
-    # A core file of a crash that is expected here helps nobody.
+    # Crashes are expected here, so their core files are useless.
     try:
         import resource
 
@@ -84,10 +84,10 @@ def _main() -> None:
         pass
     for path in paths:
         sys.stdout.write(path + "\n")
-        sys.stdout.flush()  # before the file is read: a crash keeps nothing
+        sys.stdout.flush()  # before reading the file: a crash loses buffered output
         try:
             _read_all(path, int(most_bytes))
-        except Exception as error:  # Arrow's kinds, the system's, and ours above
+        except Exception as error:  # Arrow's exceptions, OSError, and the ones raised above
             sys.exit(next(iter(str(error).splitlines()), type(error).__name__))
 
 

@@ -1,7 +1,7 @@
-"""Multiple choice: the one gold letter that an answer means, as a letter, an index or the text of an option.
+"""Multiple choice: resolve an answer (a letter, an index or the text of an option) to the gold letter.
 
-What an index counts from is told from the whole file (`Convention`); where the file does not tell, the row is refused,
-never guessed. Reading the options themselves is `options`.
+Whether indices count from 0 or from 1 is inferred from the whole file (`Convention`). If the file does not determine
+it, the row is refused, never guessed. `options` reads the options themselves.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pst_dist.data.tasks.numbers import number_of_json, read_number
 from pst_dist.data.tasks.scoring import Task, kind_of, snippet
 
 Reading = Literal["letter", "text", "index from 0", "index from 1"]
-"""How an answer may name its option; a label of the row itself counts as a letter."""
+"""The ways in which an answer can name its option. A label from the row itself counts as a letter."""
 
 _ALONE = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 _INDEX = re.compile(r"\d{1,3}", re.ASCII)
-_REMEDY = "name its column answer_from_0 or answer_from_1 in data.columns, or give letters"
+_REMEDY = "use answer_from_0 or answer_from_1 instead of answer in data.columns, or use letters"
 
 
 @dataclass(frozen=True)
 class Convention:
-    """What the rows of a file tell about the answers that could be read in several ways."""
+    """How the unambiguous rows of a file name their options; resolves the ambiguous ones."""
 
     letters: frozenset[Reading] = frozenset()
-    """How those answers of one letter are meant that can be read in one way only: 0 is an index from 0."""
+    """Readings of the single-letter answers that can only be read in one way."""
     numbers: frozenset[Reading] = frozenset()
-    """The same of numbers."""
+    """Readings of the numeric answers that can only be read in one way: 0 is an index from 0."""
     shared: frozenset[Reading] | None = None
-    """The readings that all numbers have in common; None when there are no numbers."""
+    """The readings that are possible for every numeric answer; None when there are no numbers."""
 
     def __or__(self, other: Convention) -> Convention:
         if self.shared is None or other.shared is None:
@@ -46,12 +46,12 @@ class Convention:
 
     @property
     def counts_from(self) -> frozenset[Reading]:
-        """Which kinds of index there are for certain."""
+        """The kinds of index that certainly occur."""
         return self.numbers - {"text"}
 
 
 def convention_of(rows: Iterable[tuple[object, Options]]) -> Convention:
-    """What the rows (answer, options) of a file tell together."""
+    """The convention that the rows (answer, options) of a file follow."""
     letters: set[Reading] = set()
     numbers: set[Reading] = set()
     shared: frozenset[Reading] | None = None
@@ -69,12 +69,12 @@ def convention_of(rows: Iterable[tuple[object, Options]]) -> Convention:
 
 
 def readings(answer: object, options: Options) -> dict[Reading, int]:
-    """Every way in which an answer names an option, with the option's place from 0; a label counts as a letter.
+    """Every way to read an answer as an option, with the position of that option from 0. A label counts as a letter.
 
-    Raises RowError for a wrong type, a text that two options share, and `B. dog` where option B is something else.
+    Raises RowError for a wrong type, for a text that two options share, and for `B. dog` if option B is not "dog".
     """
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise RowError("answer", f"answer is {kind_of(answer)}, wanted an option's letter, index or text")
+        raise RowError("answer", f"answer is {kind_of(answer)}, expected an option's letter, index or text")
     text = str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer).strip()
     found: dict[Reading, int] = {}
     if text in options.labels:
@@ -82,7 +82,7 @@ def readings(answer: object, options: Options) -> dict[Reading, int]:
     same = _same_text(answer, options.texts)
     if len(same) > 1:
         shared = " and ".join(LETTERS[place] for place in same)
-        raise RowError("answer", f"answer {snippet(text)} is the text of options {shared}")
+        raise RowError("answer", f"answer {snippet(text)} matches the text of options {shared}")
     if same:
         found["text"] = same[0]
     alone = _ALONE.fullmatch(text)
@@ -104,7 +104,7 @@ def readings(answer: object, options: Options) -> dict[Reading, int]:
 
 
 def _same_text(answer: object, texts: Sequence[str]) -> list[int]:
-    """Places of the options with the answer's text: as it is, or else without case, or else with its value."""
+    """Positions of the options that equal the answer: exactly, otherwise ignoring case, otherwise by numeric value."""
     text = str(answer).strip()
     if exact := [place for place, option in enumerate(texts) if option == text]:
         return exact
@@ -138,24 +138,26 @@ def _is_number(answer: object) -> bool:
 
 
 def chosen(answer: object, options: Options, told: Convention, counts_from: int | None = None) -> tuple[Reading, int]:
-    """How an answer names its option, and the option's place from 0.
+    """How an answer names its option, and the position of that option from 0.
 
-    `counts_from` says outright what a number counts from; otherwise what the file tells decides between several
-    readings. Raises RowError for an answer that is none of the options and for one that stays open.
+    `counts_from` fixes what an index counts from; without it the convention of the file (`told`) decides between
+    several readings. Raises RowError for an answer that matches no option or remains ambiguous.
     """
     found = readings(answer, options)
     shown = snippet(str(answer))
     if counts_from is not None and _is_number(answer):
         wanted: Reading = "index from 0" if counts_from == 0 else "index from 1"
         if wanted not in found:
-            raise RowError("answer", f"answer {shown} is no index of {len(options.texts)} options from {counts_from}")
+            raise RowError(
+                "answer", f"answer {shown} is not an index of {len(options.texts)} options counted from {counts_from}"
+            )
         return wanted, found[wanted]
     if not found:
-        raise RowError("answer", f"answer {shown} is none of the {len(options.texts)} options")
+        raise RowError("answer", f"answer {shown} is not one of the {len(options.texts)} options")
     known = told.numbers if _is_number(answer) else told.letters
     if _is_number(answer) and _is_contradicted(found, told):
         ways = " and ".join(sorted(told.numbers))
-        raise RowError("answer", f"answer {shown} is open: in this file answers are {ways}; {_REMEDY}")
+        raise RowError("answer", f"answer {shown} is ambiguous: this file has answers by {ways}; {_REMEDY}")
     if _is_number(answer) and told.shared:
         found = {reading: place for reading, place in found.items() if reading in told.shared} or found
     if len(found) > 1 and len(known & set(found)) == 1:
@@ -163,36 +165,38 @@ def chosen(answer: object, options: Options, told: Convention, counts_from: int 
         return reading, found[reading]
     if len(set(found.values())) > 1:
         ways = " or ".join(f"{LETTERS[place]} as {reading}" for reading, place in found.items())
-        raise RowError("answer", f"answer {shown} may be {ways}, and no row of the file tells; {_REMEDY}")
+        raise RowError("answer", f"answer {shown} may be {ways}, and no row of the file decides it; {_REMEDY}")
     return next(iter(found.items()))
 
 
 def _is_contradicted(found: Mapping[Reading, int], told: Convention) -> bool:
-    """Whether a number is an index in a file with indices from 0 and from 1, or a text in a file with indices."""
+    """Whether a number is an index in a file that counts from both 0 and 1, or a text in a file that uses indices."""
     return set(found) == {"text"} if len(told.counts_from) == 1 else bool(told.counts_from)
 
 
 def gold_answer(
     task: Task, question: str, answer: object, options: Options | None, told: Convention, base: int | None
 ) -> str:
-    """The canonical gold answer of a row; the letter of the right option for a task of multiple choice.
+    """The canonical gold answer of a row; for a multiple-choice task, the letter of the right option.
 
-    `base` is what an index counts from, where the column map says so. Raises RowError or ValueError with the reason.
+    `base` is what an index counts from, if the column map defines it. Raises RowError or ValueError with the reason.
     """
     if options is None:
         gold = task.gold(answer)
         listed = listed_options(question) if task.choice_letters else 0
         if listed and LETTERS.index(gold) >= listed:
-            raise RowError("answer", f"answer {gold} is none of the {listed} options in the question")
+            raise RowError("answer", f"answer {gold} is not one of the {listed} options in the question")
         return gold
     if task.answer_type == "bool" and isinstance(answer, bool):
         return task.gold(answer)
     reading, place = chosen(answer, options, told, base)
     if task.choice_letters:
         if LETTERS[place] not in task.choice_letters:
-            raise RowError("answer", f"answer is option {LETTERS[place]}, task {task.name} has {task.choice_letters}")
+            raise RowError(
+                "answer", f"answer is option {LETTERS[place]}, but task {task.name} has only {task.choice_letters}"
+            )
         return LETTERS[place]
     if reading != "text":
         what = f"answer {snippet(str(answer))} names option {LETTERS[place]} by {reading.split()[0]}"
-        raise RowError("answer", f"{what}, wanted {task.answer_type} (say data.answer_type=choice if all do)")
+        raise RowError("answer", f"{what}, expected {task.answer_type} (set data.answer_type=choice if all answers do)")
     return task.gold(answer)

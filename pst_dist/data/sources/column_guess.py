@@ -1,7 +1,7 @@
-"""Which column map a file follows: the one that the config names, or a guess from the file's first rows.
+"""Choose the column map of a file: the one in the config, or a guess from the first rows of the file.
 
-Guessing goes from certain to likely: the layouts with their own marks, our own field names, then names that
-mean the same. What it finds is printed by `pst check` as YAML to paste.
+Guessing tries the certain cases first: layouts with distinctive marks, then our own field names, then synonyms. `pst
+check` prints the guessed map as YAML to paste into a config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError, DataError
 
 READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
-"""Every map that `data.columns` may name, the narrow ones first."""
+"""Every map that `data.columns` may name, the most specific ones first."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "question": (
@@ -88,17 +88,17 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "choices": ("choices", "options", "answerchoices", "endings", "candidates", "alternatives", "mcoptions"),
     "id": ("id", "uid", "qid", "questionid", "sampleid"),
 }
-"""What other people call our fields, likeliest first; compared in lower case without marks between words."""
+"""Common names for our fields, most likely first. Compared in lower case, without separators between words."""
 
 
 def choose_columns(
     setting: str | Mapping[str, str] | None, rows: Sequence[Mapping[str, Any]], path: str | Path, split: str = "train"
 ) -> ColumnMap:
-    """The map for a file whose first rows are given.
+    """The column map for a file, given its first rows.
 
-    `setting` is data.columns: a dict of our fields, the names of one or more ready-made maps (the first that
-    fits is taken), or None to guess. Raises ConfigError for a name that does not exist and DataError, with the
-    columns that do exist and the nearest, when the map does not fit the file.
+    `setting` is data.columns: a dict of our fields, the names of one or more ready-made maps (the first that fits is
+    used), or None to guess. Raises ConfigError for an unknown name, and DataError, listing the existing columns and the
+    closest one, when the map does not fit the file.
     """
     if isinstance(setting, str):
         return _named(setting, rows, path)
@@ -111,14 +111,14 @@ def choose_columns(
         if all((options_at if name == "choices" else look_up)(row, place) is None for row in rows)
     ]
     for name in absent:
-        # Rows to be scored may do without a rationale.
+        # Rows that are only scored need no rationale.
         if split == "train" or name not in ("rationale", "rationales", "teacher_answer", "id"):
             raise _no_column(name, chosen.paths[name], rows, path)
     return chosen
 
 
 def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> ColumnMap:
-    """A map found from the rows alone; raises DataError when question or answer cannot be told."""
+    """A map guessed from the rows; raises DataError when no column can be the question or the answer."""
     found = guess_paths(rows)
     if isinstance(found, Layout):
         return found
@@ -130,10 +130,10 @@ def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Column
 
 
 def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
-    """A ready-made map that fits every row given, or those of our fields that some column seems to be."""
+    """A ready-made map that fits the rows, or a dict of our fields for which a plausible column exists."""
     for layout in READY_MADE.values():
         if layout.name != "reply" and rows and _fits(layout, rows):
-            # Rows that already name all three of our fields need no splitting.
+            # Rows that already have all three of our fields need no splitting.
             if layout.name != "gsm8k" and all({"question", "answer", "rationale"} <= set(row) for row in rows):
                 continue
             return layout
@@ -141,9 +141,9 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     plain = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in reversed(columns)}
     found: dict[str, str] = {}
     if {"Body", "Question"} <= set(columns):
-        found["question"] = "{Body} {Question}"  # SVAMP as its authors publish it
+        found["question"] = "{Body} {Question}"  # SVAMP's original format
     if rows and all(_holds_stem(row.get("question")) for row in rows):
-        found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA as its authors publish it
+        found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA's original format
     for field, synonyms in SYNONYMS.items():
         for synonym in synonyms:
             column = plain.get(synonym)
@@ -166,7 +166,7 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
 
 
 def unused_text_columns(columns: ColumnMap, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns with text of which nothing is read, told from the first row that the map can read."""
+    """Text columns that the map does not use, judged by the first row that it can read."""
     for row in rows:
         try:
             found = columns.fields(row)
@@ -180,23 +180,23 @@ def unused_text_columns(columns: ColumnMap, rows: Sequence[Mapping[str, Any]]) -
             if isinstance(value, str)
             and len(value.split()) > 2
             and value.strip() not in read
-            # A reply that was split is not in what was read as a whole; its beginning is.
+            # A reply that was split does not occur in the text as a whole, but its start does.
             and value.strip()[:20] not in read
         ]
     return []
 
 
 def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a layout is that of a file: in every row, or in a tenth of them where it is known by marks in a text.
+    """Whether a layout fits a file: all rows, or a tenth of them for layouts recognised by marks in a text.
 
-    Rows without the mark are then refused one by one instead of being read whole.
+    Rows without the mark are then refused one by one instead of being read in another way.
     """
     fitting = sum(layout.fits(row) for row in rows)
     return 10 * fitting >= len(rows) > 0 and fitting > 0 if layout.by_marks else fitting == len(rows) > 0
 
 
 def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A template that puts a system text or passage before the question, where every row has one."""
+    """A template that puts a system text or passage before the question if every row has one."""
     if "{" in question:
         return question
     before = [
@@ -219,7 +219,7 @@ def as_yaml(columns: ColumnMap) -> str:
 
 def _quoted(path: str) -> str:
     if "\n" in path:
-        return json.dumps(path)  # a line break needs YAML's double quotes, which read escapes as JSON does
+        return json.dumps(path)  # a line break needs YAML's double quotes, whose escapes are the same as JSON's
     return path if re.fullmatch(r"[A-Za-z_][\w.\-]*", path) else "'" + path.replace("'", "''") + "'"
 
 
@@ -230,11 +230,11 @@ def _named(setting: str, rows: Sequence[Mapping[str, Any]], path: str | Path) ->
             near = difflib.get_close_matches(name, READY_MADE, n=1)
             raise ConfigError(
                 f"data.columns: no ready-made map {name!r}",
-                f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(READY_MADE),
+                f"did you mean {near[0]!r}?" if near else "available maps: " + ", ".join(READY_MADE),
             )
     for name in names:
         layout = READY_MADE[name]
-        # One fitting row is enough: the others are refused one by one, each with its line.
+        # One fitting row is enough: the others are refused one by one, each with its line number.
         if any(layout.fits(row) for row in rows):
             return layout
     layout = READY_MADE[names[0]]
@@ -245,7 +245,7 @@ def _named(setting: str, rows: Sequence[Mapping[str, Any]], path: str | Path) ->
 
 
 def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a column holds, in some row, the kind of value that the field is."""
+    """Whether some row of a column has a value of the right type for the field."""
     values = [row.get(column) for row in rows]
     kinds: dict[str, tuple[type, ...]] = {
         "question": (str,),
@@ -268,14 +268,14 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Say what a column of the right name holds, rather than that it does not exist; raises DataError."""
+    """Raise DataError if a column has the right name but a value of the wrong type."""
     for column in _columns(rows):
         if re.sub(r"[^a-z0-9]", "", column.lower()) == field:
             values = [row[column] for row in rows if row.get(column) is not None]
-            held = kind_of(values[0]) if values else "nothing"
-            what = f"column {column!r} cannot be the {field}: it holds {held}"
-            remedy = f"name a part of it, for example data.columns.{field}={column}[0] or {column}.text"
-            raise DataError(what, remedy if values else f"name another with data.columns.{field}", path=path)
+            held = kind_of(values[0]) if values else "no value"
+            what = f"column {column!r} cannot be the {field}: it contains {held}"
+            remedy = f"select a part of it, for example data.columns.{field}={column}[0] or {column}.text"
+            raise DataError(what, remedy if values else f"set data.columns.{field} to another column", path=path)
 
 
 def _no_column(field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> DataError:
@@ -283,6 +283,6 @@ def _no_column(field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path:
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
     near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.5)
     nearest = next((column for column in columns if near and column.lower() == near[0]), None)
-    hint = f"the nearest is {nearest!r}: " if nearest else ""
-    example = f"data.columns.{field}={nearest or 'COLUMN'}" if field in ("question", "answer") else "set data.columns"
-    return DataError(f"no column {wanted!r} for {field} among: {shown or 'none'}", f"{hint}say {example}", path=path)
+    hint = f"the closest is {nearest!r}: " if nearest else ""
+    example = f"data.columns.{field}={nearest or 'COLUMN'}" if field in ("question", "answer") else "data.columns"
+    return DataError(f"no column {wanted!r} for {field} among: {shown or 'none'}", f"{hint}set {example}", path=path)

@@ -1,7 +1,7 @@
-"""Which parts of a row are question, answer and rationale: nested paths, templates and the maps made of them.
+"""Find question, answer and rationale in a row: nested paths, templates and the column maps built from them.
 
-Known layouts (messages, alpaca, …) are `common_maps`, those of single public datasets `task_maps`, guessing
-which one a file follows is `column_guess`. What counts as an answer is `tasks`.
+`common_maps` has the known layouts (messages, alpaca, …), `task_maps` those of individual public datasets, and
+`column_guess` chooses between them. `tasks` decides what a valid answer is.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 
 GUESSED = "guessed"
-"""The name of a map that nobody has looked at yet: it may not leave out a column that a question depends on."""
+"""The name of a guessed map. Such a map must not leave out a column that the question may depend on."""
 _ANSWERS = {"answer": None, "answer_from_0": 0, "answer_from_1": 1}
-"""The fields that may hold the answer, with what an index into the choices counts from; None is told from the rows."""
+"""The fields for the answer, with what an index into the choices counts from; None means inferred from the rows."""
 OUR_FIELDS = ("question", *_ANSWERS, "rationale", "rationales", "choices", "id", "teacher_answer")
-"""What a column map may name; the last is the teacher's own answer, for keep=teacher_correct."""
+"""The fields of a column map. The last one is the teacher's own answer, for keep=teacher_correct."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """What was found in one row; the answer is still as it stood there."""
+    """What was found in one row. The answer is not normalised yet."""
 
     question: str
     answer: object
     rationales: tuple[str, ...] = ()
     options: Options | None = None
-    """The options of a multiple-choice question; None for any other, and where only the question lists them."""
+    """The options of a multiple-choice question. None for other questions, or if only the question text lists them."""
     counts_from: int | None = None
-    """What an answer that is an index counts from, 0 or 1, where the column map says so."""
+    """What an index counts from, 0 or 1, if the column map defines it."""
     id: str | None = None
     teacher_answer: str | None = None
 
@@ -50,11 +50,11 @@ class ColumnMap(Protocol):
 
     @property
     def name(self) -> str:
-        """The ready-made map's name, or how the map came about."""
+        """The name of the ready-made map, or the origin of the map."""
 
     @property
     def has_options(self) -> bool:
-        """Whether rows may hold the options of multiple-choice questions."""
+        """Whether rows may have the options of multiple-choice questions."""
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's fields; raises RowError."""
@@ -69,19 +69,20 @@ class FieldMap:
 
     @property
     def has_options(self) -> bool:
-        """Whether the map names choices."""
+        """Whether the map has the field `choices`."""
         return "choices" in self.paths
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
-        """Look every field up; whether a row may do without a rationale is for `load` to say.
+        """Look up every field. `load` decides whether a row needs a rationale.
 
-        An answer column that holds a thought, or an answer mark where no column is the rationale, is split as a reply.
+        If the answer column contains a thought, or an answer mark while there is no rationale column, it is split as a
+        reply.
         """
         paths = self.paths
         unread = unread_parts(row, " ".join(paths.values())) if self.name == GUESSED else []
         if unread:
-            what = f"column {unread[0]!r} would not be read, and the question may depend on it"
-            raise RowError("context", f"{what}; put it into data.columns.question, or name the columns without it")
+            what = f"column {unread[0]!r} would not be read, but the question may depend on it"
+            raise RowError("context", f"{what}; add it to data.columns.question, or set data.columns without it")
         question = as_text(look_up(row, paths["question"]), "question")
         options = read_options(options_at(row, paths["choices"])) if "choices" in paths else None
         rationales: tuple[str, ...] = ()
@@ -107,18 +108,18 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout whose fields are found by a function rather than by names."""
+    """A layout whose fields are found by a function instead of by column names."""
 
     name: str
     read: Callable[[Mapping[str, Any]], Fields]
     needs: tuple[str, ...]
-    """Columns without which no row can be read."""
+    """Columns that every row needs."""
     fits: Callable[[Mapping[str, Any]], bool]
     """Whether a row looks like this layout; used for guessing."""
     by_marks: bool = False
-    """Whether it is told by marks inside a text, which single rows of the file may lack."""
+    """Whether the layout is recognised by marks inside a text, which some rows of a file may lack."""
     has_options: bool = False
-    """Whether rows may hold the options of multiple-choice questions."""
+    """Whether rows may have the options of multiple-choice questions."""
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's fields; raises RowError."""
@@ -126,12 +127,13 @@ class Layout:
 
 
 def field_map(paths: Mapping[str, str]) -> FieldMap:
-    """A checked map; raises ConfigError for an unknown field, a missing question or answer, or a broken path."""
+    """A validated map; raises ConfigError for an unknown field, a missing question or answer, or an empty path."""
     for name, path in paths.items():
         if name not in OUR_FIELDS:
             near = difflib.get_close_matches(name, OUR_FIELDS, n=1)
             raise ConfigError(
-                f"data.columns names {name!r}", f"did you mean {near[0]!r}?" if near else "use " + ", ".join(OUR_FIELDS)
+                f"data.columns has the unknown field {name!r}",
+                f"did you mean {near[0]!r}?" if near else "use " + ", ".join(OUR_FIELDS),
             )
         if not path.strip():
             raise ConfigError(f"data.columns.{name} is empty")
@@ -141,14 +143,14 @@ def field_map(paths: Mapping[str, str]) -> FieldMap:
     if not answers:
         raise ConfigError("data.columns has no answer", "add `answer: COLUMN`")
     if len(answers) > 1:
-        raise ConfigError(f"data.columns names {' and '.join(answers)}", "give one of them")
+        raise ConfigError(f"data.columns has both {' and '.join(answers)}", "keep one of them")
     if answers != ["answer"] and "choices" not in paths:
-        raise ConfigError(f"data.columns names {answers[0]}, but no choices", "add `choices: COLUMN`")
+        raise ConfigError(f"data.columns has {answers[0]}, but no choices", "add `choices: COLUMN`")
     return FieldMap(dict(paths))
 
 
 def options_at(row: Mapping[str, Any], path: str) -> Any:
-    """The value at the path of the choices; for a list of columns `A, B, C`, an object of those columns."""
+    """The value at the path of the choices. For a list of columns `A, B, C` it is an object of those columns."""
     if path in row or "," not in path or "{" in path:
         return look_up(row, path)
     names = [name.strip() for name in path.split(",")]
@@ -157,9 +159,9 @@ def options_at(row: Mapping[str, Any], path: str) -> Any:
 
 
 def look_up(row: Mapping[str, Any], path: str) -> Any:
-    """The value at a path, or the text that a template makes; None where something on the way is missing.
+    """The value at a path, or the text of a filled template; None if any part is missing.
 
-    A column whose own name holds a dot or a bracket is found under that name first.
+    A column whose name contains a dot or a bracket takes precedence over a path.
     """
     if path in row:
         return row[path]
@@ -193,27 +195,27 @@ def _fill(row: Mapping[str, Any], template: str) -> str | None:
 
 
 def as_text(value: Any, name: str) -> str:
-    """A text that is not empty, without outer white space; raises RowError."""
+    """A non-empty text without leading and trailing white space; raises RowError."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise RowError("missing", f"{name} is missing")
     if not isinstance(value, str):
-        raise RowError("type", f"{name} is {kind_of(value)}, wanted text")
+        raise RowError("type", f"{name} is {kind_of(value)}, expected text")
     if "\x00" in value:
-        raise RowError("nul", f"{name} holds a NUL character")
+        raise RowError("nul", f"{name} contains a NUL character")
     if not value.strip():
         raise RowError("empty", f"{name} is empty")
     return value.strip()
 
 
 def as_answer(value: Any) -> object:
-    """A text, number or truth value, or a list of one; which of them is right depends on the task."""
+    """A text, a number, a Boolean, or a list with one of them. Which one is valid depends on the task."""
     if isinstance(value, list):
         if len(value) != 1:
             hint = "; data.columns.answer=COLUMN[0] takes the first" if value else ""
-            raise RowError("type", f"answer is a list of {len(value)}, wanted one answer{hint}")
+            raise RowError("type", f"answer is a list of {len(value)}, expected one answer{hint}")
         value = value[0]
     if isinstance(value, Decimal) and value.is_finite():
-        # What a float cannot hold exactly stays text, with every digit.
+        # A value that a float cannot represent exactly stays text, with every digit.
         plain = int(value) if value == value.to_integral_value() else float(value)
         return plain if Decimal(repr(plain)) == value else format(value, "f")
     if isinstance(value, datetime.date):
@@ -224,18 +226,18 @@ def as_answer(value: Any) -> object:
 
 
 def as_rationales(value: Any) -> tuple[str, ...]:
-    """One text or a list of them, without the tags of a thought; blank and absent ones are left out."""
+    """The rationales in a text or a list of texts, without thought tags. Blank and missing ones are skipped."""
     values = value if isinstance(value, list) else [value]
     present = [item for item in values if item is not None and not (isinstance(item, str) and not item.strip())]
     texts = [as_text(item, "rationale") for item in present]
     whole = [rationale_of(text) if has_thought_tag(text) else text for text in texts]
     if None in whole:
-        raise RowError("cut", "rationale: a thought is cut off, its closing tag is missing")
+        raise RowError("cut", "rationale is cut off: a thought has no closing tag")
     return tuple(text for text in whole if text)
 
 
 def as_id(value: Any) -> str | None:
-    """An id as text; numbers are fine, an absent one too."""
+    """An id as text, from a text or a number; None if it is missing."""
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         return None
     return str(value).strip() or None

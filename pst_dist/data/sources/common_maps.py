@@ -1,7 +1,7 @@
-"""The layouts that everybody uses: chat messages, prompt and completion, alpaca, sharegpt, GSM8K's ####, <think>.
+"""The common layouts: chat messages, prompt and completion, alpaca, sharegpt, GSM8K's ####, <think>.
 
-Each is a function from a row to `Fields`. Turns are `conversations`; a reply that holds both reasoning and answer is
-split by `replies`.
+Each is a function from a row to `Fields`. `conversations` reads turns; `replies` splits a reply that contains both
+reasoning and answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ANSWERS = ("answer", "final_answer", "gold_answer", "expected_answer", "ground_
 
 
 def _from_reply(question: Any, reply: Any, *, row: Mapping[str, Any], name: str, thought: Any = None) -> Fields:
-    """Fields of a row whose reply is in column `name`; a clean answer in a column of its own is the gold answer."""
+    """Fields of a row whose reply is in column `name`. A clean answer in a separate column is the gold answer."""
     text = as_text(reply, "answer")
     separate = thought.strip() if isinstance(thought, str) and thought.strip() else None
     gold = _clean_answer(row, name)
@@ -43,7 +43,7 @@ def _from_reply(question: Any, reply: Any, *, row: Mapping[str, Any], name: str,
 
 
 def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
-    """The value of a column that is named as an answer and holds nothing else; None where there is none."""
+    """The value of an answer column that contains only an answer; None if there is none."""
     for name in _ANSWERS:
         value = row.get(name)
         if name == reply or value is None or isinstance(value, list | Mapping):
@@ -56,7 +56,7 @@ def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
 
 
 def _row_thought(row: Mapping[str, Any]) -> Any:
-    """Reasoning in a column beside the reply."""
+    """Reasoning in a separate column."""
     return next((row[key] for key in THOUGHT_KEYS if isinstance(row.get(key), str)), None)
 
 
@@ -79,7 +79,7 @@ def _prompt_completion(row: Mapping[str, Any]) -> Fields:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation([*prompt, *completion], "prompt and completion", row)
-    question = as_text(prompt, "question").removesuffix("###").rstrip()  # Fine-tune-CoT ends its prompts so
+    question = as_text(prompt, "question").removesuffix("###").rstrip()  # the end of Fine-tune-CoT's prompts
     return _from_reply(with_context(question, row), completion, row=row, name="completion", thought=_row_thought(row))
 
 
@@ -93,7 +93,7 @@ def _alpaca(row: Mapping[str, Any]) -> Fields:
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Fields:
-    # <<48/2=24>> are marks for a calculator; without them the steps read as a person wrote them.
+    # Remove calculator annotations such as <<48/2=24>>.
     text = re.sub(r"<<[^<>\n]{0,200}>>", "", as_text(row.get("answer"), "answer"))
     if "####" not in text:
         raise RowError("answer", "answer has no ####")
@@ -101,15 +101,15 @@ def _gsm8k(row: Mapping[str, Any]) -> Fields:
 
 
 def _generations(row: Mapping[str, Any]) -> Fields:
-    """OpenR1's rows: a clean answer beside several generations, of which some are cut off or wrong."""
+    """OpenR1's rows: a clean answer and several generations, some of them cut off or wrong."""
     prompt = next((name for name in _PROMPTS if isinstance(row.get(name), str)), None)
     if prompt is None:
-        raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} holds text")
+        raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} contains text")
     texts = row.get("generations")
     if not isinstance(texts, list):
-        raise RowError("type", f"generations is {kind_of(texts)}, wanted a list")
+        raise RowError("type", f"generations is {kind_of(texts)}, expected a list")
     keep = _usable_generations(row, len(texts))
-    # A generation that was cut in its thought is left out as an incomplete one is.
+    # A generation that was cut off in its thought is skipped, like an incomplete one.
     rationales = [rationale_of(as_text(text, "a generation")) for text, good in zip(texts, keep, strict=True) if good]
     return Fields(
         question=as_text(with_context(row[prompt], row), "question"),
@@ -122,8 +122,8 @@ def _generations(row: Mapping[str, Any]) -> Fields:
 def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:
     """Which generations are complete and not known to be wrong.
 
-    One that a verifier (`correctness_math_verify`, `correctness_llama`, ...) found right is right, even where another
-    did not; one that no verifier looked at is taken. (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
+    A generation is right if any verifier (`correctness_math_verify`, `correctness_llama`, ...) accepts it, and is kept
+    if no verifier checked it. (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
     """
     complete = _flags(row, "is_reasoning_complete", count)
     verdicts = [
@@ -143,28 +143,28 @@ def _flags(row: Mapping[str, Any], name: str, count: int) -> Sequence[Any]:
     if value is None:
         return [None] * count
     if not isinstance(value, list) or len(value) != count:
-        raise RowError("type", f"{name} does not have one value for each of {count} generations")
+        raise RowError("type", f"{name} does not have one value for each of the {count} generations")
     return value
 
 
 def _reply_columns(row: Mapping[str, Any], holds: Callable[[str], bool]) -> tuple[str | None, str | None]:
-    """The first column of a prompt's name and the first of a reply's name whose text is of the wanted kind."""
+    """The first prompt column, and the first reply column whose text satisfies `holds`."""
     reply = next((name for name in _REPLIES if isinstance(row.get(name), str) and holds(row[name])), None)
     prompt = next((name for name in _PROMPTS if name != reply and isinstance(row.get(name), str)), None)
     return prompt, reply
 
 
 def _think(row: Mapping[str, Any]) -> Fields:
-    """A prompt's and a reply's column; a reply with a thought is preferred, then one with an answer mark."""
+    """A prompt column and a reply column. A reply with a thought is preferred, then one with an answer mark."""
     prompt, reply = _reply_columns(row, has_thought_tag)
     if reply is None:
         prompt, reply = _reply_columns(row, has_mark)
     if reply is None:
         prompt, reply = _reply_columns(row, lambda text: True)
     if prompt is None:
-        raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} holds text")
+        raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} contains text")
     if reply is None:
-        raise RowError("missing", f"answer is missing: none of {', '.join(_REPLIES)} holds text")
+        raise RowError("missing", f"answer is missing: none of {', '.join(_REPLIES)} contains text")
     return _from_reply(with_context(row[prompt], row), row[reply], row=row, name=reply, thought=_row_thought(row))
 
 
@@ -206,4 +206,4 @@ LAYOUTS: dict[str, Layout] = {
         Layout("reply", _think, (), _has_marked_reply, by_marks=True),
     )
 }
-"""By name, in the order in which guessing tries them."""
+"""Layouts by name, in the order in which guessing tries them."""

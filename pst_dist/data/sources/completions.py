@@ -1,7 +1,7 @@
-"""A teacher's completions that lie beside the rows and are joined to them by row index.
+"""Read a teacher's completions from a separate file; they are joined to the rows by row index.
 
-Two kinds are read: Fine-tune-CoT's `D_*.json` and lists of raw continuations as the Distilling step-by-step
-release has them. Asking a teacher for new ones is `teacher`.
+Two formats are supported: Fine-tune-CoT's `D_*.json`, and lists of raw continuations as in the Distilling step-by-step
+release.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Completion:
     """What the teacher wrote for one row."""
 
     rationale: str
-    """May be empty; a row that needs one is then refused."""
+    """May be empty; a row that needs a rationale is then refused."""
     answer: str | None
-    """The text that holds the teacher's answer, not yet cleansed; None when it gave none."""
+    """The text that contains the teacher's answer, not normalised yet; None when it gave none."""
     question: str | None = None
-    """The question it was asked, where the file says so."""
+    """The question that was asked, if the file has it."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class TeacherFile:
     digests: list[tuple[str, str]]
     """File name and sha256, in the order read."""
     whole: bool
-    """True when there is exactly one completion a row, so that the numbers of both must agree."""
+    """True when the file has exactly one completion per row, so that both counts must be equal."""
 
 
 def read_completions(pattern: str, root: Path) -> TeacherFile:
-    """Read data.teacher_completions: a file or a glob, taken below `root` when relative.
+    """Read data.teacher_completions: a file or a glob, relative to `root`.
 
-    Raises InputError when there is none and DataError when it has neither known form.
+    Raises InputError when no file matches, and DataError when it has neither of the known formats.
     """
     full = str(root / pattern)
     paths = [Path(full)] if Path(full).exists() else sorted(map(Path, glob.glob(full)), key=_natural)
@@ -63,13 +63,13 @@ def read_completions(pattern: str, root: Path) -> TeacherFile:
         texts = [text for path, value in values for text in _texts(path, value)]
         return TeacherFile(full, {index: _continuation(text) for index, text in enumerate(texts)}, digests, True)
     if len(values) > 1:
-        raise DataError("a glob of Fine-tune-CoT files", "name the one file of this task", path=full)
+        raise DataError("the pattern matches several Fine-tune-CoT files", "name the one for this task", path=full)
     path, value = values[0]
     return TeacherFile(str(path), _fine_tune_cot(path, value), digests, False)
 
 
 def _natural(path: Path) -> list[Any]:
-    """train_CoT_10 after train_CoT_9."""
+    """Sort key that puts train_CoT_10 after train_CoT_9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
@@ -82,19 +82,19 @@ def _json(path: Path, raw: bytes) -> Any:
         raise DataError(f"column {error.colno}: not JSON: {error.msg}", path=path, line=error.lineno) from error
     except RecursionError as error:
         raise DataError("nested too deeply", path=path) from error
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise DataError(f"not JSON: {error}", path=path) from error
 
 
 def _texts(path: Path, value: list[Any]) -> list[str]:
     for place, text in enumerate(value):
         if not isinstance(text, str):
-            raise DataError(f"element {place} is not a text", "give a list of raw continuations", path=path)
+            raise DataError(f"element {place} is not text", "provide a list of raw continuations", path=path)
     return value
 
 
 def _continuation(text: str) -> Completion:
-    """The model went on with invented questions: cut there, then at its own last "So the answer is (x)"."""
+    """Cut the continuation where the model starts to invent questions, then at its last "So the answer is (x)"."""
     own = text.split("\n\nQ:", 1)[0]
     rationale, found, answer = own.rpartition("So the answer is")
     letter = re.match(r"\(([a-zA-Z])\)", answer.lstrip()) if found else None
@@ -106,13 +106,13 @@ def _fine_tune_cot(path: Path, value: Any) -> dict[int, Completion]:
     if not isinstance(data, dict):
         raise DataError(
             "not a completion file",
-            'give Fine-tune-CoT\'s {"data": {index: [completion…]}} or a list of continuations',
+            'use Fine-tune-CoT\'s {"data": {index: [completion…]}} or a list of continuations',
             path=path,
         )
     found = {}
     for key, entries in data.items():
         try:
-            # Some rows have further samples; the published counts and accuracies are those of the first.
+            # Some rows have more than one completion; the published counts and accuracies are for the first.
             first = entries[0]
             found[int(key)] = Completion(
                 str(first["reasoning_completion"]).strip(), str(first["completion"]), first.get("question")

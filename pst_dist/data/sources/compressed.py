@@ -1,7 +1,7 @@
-"""Compressed data files (.gz, .zst) as a stream of bounded size, and the bound on what any file may expand to.
+"""Read compressed data files (.gz, .zst) as a stream with a size limit.
 
-A file of a megabyte can expand to terabytes. Expansion is refused where it is both large and far beyond what text
-compresses to; ordinary rows stay below a ratio of twenty.
+A file of one megabyte can expand to terabytes. A file is refused when its expanded size is both large and far beyond
+the compression ratio of text; ordinary rows stay below a ratio of 20.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ EXPANSION = 200
 
 
 class Readable(Protocol):
-    """What a parser needs of a stream."""
+    """The stream interface that parsers need."""
 
     def read(self, size: int = -1, /) -> bytes:
-        """Up to `size` bytes, all when negative."""
+        """Up to `size` bytes; all of them when negative."""
 
     def readline(self, limit: int = -1, /) -> bytes:
-        """A line with its end, or the first `limit` bytes of it."""
+        """A line including its line break, or the first `limit` bytes of it."""
 
 
 def data_suffix(name: str) -> str:
-    """The suffix that tells the format, in lower case, without that of the compression: `rows.JSONL.gz` -> `.jsonl`."""
+    """The suffix of the data format in lower case, ignoring the compression suffix: `rows.JSONL.gz` -> `.jsonl`."""
     path = Path(name)
     return (Path(path.stem) if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
 def data_stem(name: str) -> str:
-    """The name without the suffixes of format and compression."""
+    """The file name without the suffixes of format and compression."""
     path = Path(name)
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
 
 
 def expansion_limit(size: int) -> int:
-    """Most bytes that a file of `size` bytes may expand to."""
+    """Maximum number of bytes that a file of `size` bytes may expand to."""
     return max(EXPANDED_BYTES, EXPANSION * size)
 
 
 def decompressed(path: Path, stream: Any, size: int) -> Readable:
-    """The contents of a compressed file of `size` bytes; raises EnvironmentFault where zstandard is missing."""
+    """The content of a compressed file of `size` bytes; raises EnvironmentFault if zstandard is not installed."""
     if path.suffix.lower() == ".gz":
         return _Bounded(path, gzip.GzipFile(fileobj=stream), expansion_limit(size))
     try:
@@ -63,12 +63,12 @@ def decompressed(path: Path, stream: Any, size: int) -> Readable:
 
 
 class _Zstandard(io.RawIOBase):
-    """A .zst file's contents. The library's own reader ends without a word where a file was cut; this one raises."""
+    """The content of a .zst file. The library's own reader silently accepts a truncated file; this one raises."""
 
     _PIECE = 1024
-    """Bytes given to the decompressor at a time: they can expand thirty thousand times."""
+    """Bytes passed to the decompressor at a time; they can expand by a factor of 30,000."""
     _MAX_WINDOW = 1 << 27
-    """Bytes of memory that a frame may ask for, the limit of the `zstd` command."""
+    """Maximum memory in bytes that a frame may request, as in the `zstd` command."""
 
     def __init__(self, stream: Any, library: Any) -> None:
         self._stream, self._new = stream, library.ZstdDecompressor(max_window_size=self._MAX_WINDOW).decompressobj
@@ -96,7 +96,7 @@ class _Zstandard(io.RawIOBase):
 
 
 class _Bounded:
-    """A decompressing stream that names damage and refuses to expand without end."""
+    """A decompressing stream with a size limit that reports damaged files."""
 
     def __init__(self, path: Path, stream: Any, most: int) -> None:
         self._path, self._left, self._most = path, most, most
@@ -112,15 +112,15 @@ class _Bounded:
         try:
             data = read(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"cannot decompress it: {error}", "copy or make the file again", path=self._path) from error
+            raise DataError(f"cannot decompress: {error}", "copy or create the file again", path=self._path) from error
         except Exception as error:
-            # zstandard's own kind; the library is imported only where a file needs it.
+            # zstandard's own exception; the library is imported only when a file needs it.
             if type(error).__module__.split(".")[0] != "zstandard":
                 raise
-            raise DataError(f"cannot decompress it: {error}", "copy or make the file again", path=self._path) from error
+            raise DataError(f"cannot decompress: {error}", "copy or create the file again", path=self._path) from error
         self._left -= len(data)
         if self._left < 0:
             raise InputError(
-                f"expands to more than {self._most >> 20} MiB", "decompress it and look at it", path=self._path
+                f"expands to more than {self._most >> 20} MiB", "decompress it and inspect it", path=self._path
             )
         return data

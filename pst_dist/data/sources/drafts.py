@@ -1,7 +1,7 @@
-"""From one row to a draft: its columns found, the teacher's completion joined, its answer cleansed.
+"""Turn one row into a draft: find its columns, join the teacher's completion, normalise its answer.
 
-A draft is a sample with its address and what only matters while splits are made. A row that cannot become one
-becomes a `Reject` that says why.
+A draft is a sample with its location and information needed only while the splits are made. A row that cannot become a
+draft becomes a `Reject` with the reason.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Draft:
     path: str
     line: int
     teacher_correct: bool | None = None
-    """Whether the teacher's own answer was right; None when there is no teacher answer."""
+    """Whether the teacher's own answer is right; None when there is no teacher answer."""
 
     @cached_property
     def question_key(self) -> str:
-        """Equal for two rows that ask the same."""
+        """Equal for rows with the same question."""
         return normalise_question(self.sample.question)
 
     @property
@@ -52,7 +52,7 @@ def make_draft(
     teacher: TeacherFile | None,
     told: Convention,
 ) -> Draft | Reject:
-    """One row as a draft, or the reason why not; `told` is what its file says about multiple-choice answers."""
+    """One row as a draft, or a reject; `told` is the convention of its file for multiple-choice answers."""
     if isinstance(entry, Reject) or columns is None:
         assert isinstance(entry, Reject)
         return entry
@@ -85,7 +85,7 @@ def make_draft(
 
 
 def _as_truth(value: object) -> object:
-    """Tables often hold truth values as 0 and 1."""
+    """Tables often store Booleans as 0 and 1."""
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
     return {"0": False, "1": True}.get(value.strip(), value) if isinstance(value, str) else value
@@ -96,5 +96,7 @@ def _completion(teacher: TeacherFile, place: int, found: Fields) -> Completion:
     if completion is None:
         raise RowError("missing", f"row {place} has no completion in {Path(teacher.path).name}")
     if completion.question is not None and completion.question.split() != found.question.split():
-        raise RowError("teacher", f"row {place} asks another question than its completion in {Path(teacher.path).name}")
+        raise RowError(
+            "teacher", f"the question of row {place} differs from its completion's in {Path(teacher.path).name}"
+        )
     return completion

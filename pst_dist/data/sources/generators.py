@@ -1,9 +1,9 @@
-"""Rows made on the spot: four small tasks with rationales as a teacher would write them, in up to four wordings.
+"""Generate rows for four small tasks, with rationales like a teacher's in up to four wordings.
 
-Each generator is a pure function of its arguments. Questions are unique, and every question belongs to one
-of three parts (train, validation, test) by its own hash, so rows of different parts can never share one,
-whatever their seeds. Sizes are chosen so that a student of a few layers, from random weights, learns
-the task in minutes, and learns it sooner with the rationale than without.
+Each generator is a pure function of its arguments. Questions are unique. The hash of a question assigns it to one of
+three parts (train, validation, test), so different parts never share a question, whatever their seeds. The sizes are
+chosen so that a student with a few layers and random weights learns the task in minutes, and faster with the rationale
+than without.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ COIN_WORDINGS = (
     ("{side} is up once {name} has had it.", "Heads, as before.", "Tails, other than before."),
     ("With {name} it comes to {side}.", "It still is.", "It no longer is."),
 )
-"""(a step, the ending for yes, the ending for no); each generator's first wording is its usual one."""
+"""(a step, the ending for yes, the ending for no). The first wording of each generator is the default."""
 LETTER_WORDINGS = (
     ("{word} ends in {letter}", ", ", ". Together: {answer}."),
     ("the last letter of {word} is {letter}", "; ", ", which gives {answer}."),
     ("{letter} closes {word}", ", then ", ". As one word {answer}."),
     ("take {letter} from {word}", " and ", ", so the answer is {answer}."),
 )
-"""(a step, what stands between steps, the ending)."""
+"""(a step, the separator between steps, the ending)."""
 SWAP_WORDINGS = (
     ("{first} gets {one}, {second} gets {other}.", "{asked} has {thing}"),
     ("Now {second} holds {other} and {first} holds {one}.", "So {thing} is with {asked}"),
@@ -53,7 +53,7 @@ SUM_WORDINGS = (
 )
 """(a step, the ending)."""
 
-# Of ten questions seven may only be trained on, one only validates, two only test.
+# Of every ten questions seven are for training, one for validation and two for testing.
 _PARTS = ("train",) * 7 + ("validation",) + ("test",) * 2
 _PATIENCE = 200
 
@@ -66,7 +66,7 @@ _NAMES = (
 def coin_flip(
     rows: int, seed: int, *, part: str | None = None, flips: int = 6, wordings: int = 1
 ) -> list[ReasoningSample]:
-    """Is a coin still heads up after `flips` people turned it or left it? Half the answers are yes."""
+    """Is a coin still heads up after each of `flips` people flipped it or not? Half of the answers are yes."""
     _within("flips", flips, 1, 20)
     _within("wordings", wordings, 1, len(COIN_WORDINGS))
 
@@ -99,7 +99,7 @@ def last_letters(
     longest: int = 6,
     wordings: int = 1,
 ) -> list[ReasoningSample]:
-    """Join the last letters of `words` random words of `shortest` to `longest` letters."""
+    """Join the last letters of `words` random words with `shortest` to `longest` letters each."""
     _within("words", words, 1, 12)
     _within("shortest", shortest, 1, 20)
     _within("longest", longest, shortest, 20)
@@ -120,7 +120,7 @@ def last_letters(
 def shuffled_objects(
     rows: int, seed: int, *, part: str | None = None, people: int = 3, swaps: int = 2, wordings: int = 1
 ) -> list[ReasoningSample]:
-    """What does one of `people` hold after `swaps` exchanges? The answer is a letter among A, B, C."""
+    """What does one of `people` have after `swaps` swaps? The answer is one of the letters A, B, C."""
     _within("people", people, 2, 3)
     _within("swaps", swaps, 1, 12)
     _within("wordings", wordings, 1, len(SWAP_WORDINGS))
@@ -178,7 +178,7 @@ def arithmetic(
 
 
 def _operation(rng: random.Random, value: int, largest: int) -> tuple[str, dict[str, Any], int]:
-    """One step that keeps the number in 1..largest: its sentence, the parts of its worked line, its result."""
+    """One step that keeps the number within 1..largest: its sentence, the parts of its rationale line, its result."""
     kinds = []
     if value < largest:
         kinds.append("gain")
@@ -206,7 +206,7 @@ GENERATORS: dict[str, Generator] = {
     "shuffled_objects": shuffled_objects,
     "arithmetic": arithmetic,
 }
-"""Each is called with rows and seed, and by name with `part` and its own difficulty."""
+"""Generators by name. Arguments are rows, seed, and by keyword `part` and the difficulty settings."""
 
 GENERATOR_TASKS = {
     "coin_flip": TASKS["coin_flip"],
@@ -218,19 +218,19 @@ GENERATOR_TASKS = {
 
 
 def generate(spec: str, default_part: str | None = None) -> tuple[str, list[ReasoningSample]]:
-    """Rows of a `gen:NAME?rows=N&seed=S&…` spec and the generator's name.
+    """The generator's name and the rows for a `gen:NAME?rows=N&seed=S&…` spec.
 
-    `default_part` is the split that the spec stands for; `part=` in the spec overrides it. Raises ConfigError
-    for an unknown generator or parameter, a value out of range, or more rows than there are questions.
+    `default_part` is the split that the spec is used for; `part=` in the spec overrides it. Raises ConfigError for an
+    unknown generator or parameter, a value out of range, or more rows than there are different questions.
     """
     name, _, query = spec.removeprefix("gen:").partition("?")
     if name not in GENERATORS:
-        raise ConfigError(f"no generator {name!r} in {spec!r}", "there are: " + ", ".join(GENERATORS))
+        raise ConfigError(f"no generator {name!r} in {spec!r}", "available: " + ", ".join(GENERATORS))
     accepted = [word for word in inspect.signature(GENERATORS[name]).parameters]
     values: dict[str, Any] = {"rows": 1000, "seed": 0, "part": default_part}
     for key, text in parse_qsl(query, keep_blank_values=True):
         if key not in accepted:
-            raise ConfigError(f"generator {name} has no parameter {key!r}", "it has: " + ", ".join(accepted))
+            raise ConfigError(f"generator {name} has no parameter {key!r}", "its parameters: " + ", ".join(accepted))
         if key == "part":
             values[key] = text
             continue
@@ -239,7 +239,7 @@ def generate(spec: str, default_part: str | None = None) -> tuple[str, list[Reas
         except ValueError as error:
             raise ConfigError(f"{key}={text!r} in {spec!r} is not a whole number") from error
     if query and not parse_qsl(query, keep_blank_values=True):
-        raise ConfigError(f"{query!r} in {spec!r} is not name=value&name=value")
+        raise ConfigError(f"{query!r} in {spec!r} is not of the form name=value&name=value")
     return name, GENERATORS[name](**values)
 
 
@@ -251,9 +251,9 @@ def _within(name: str, value: int, least: int, most: int) -> None:
 def _unique(
     name: str, make: Callable[[random.Random], Row], rows: int, seed: int, part: str | None
 ) -> list[ReasoningSample]:
-    """Draw until `rows` different questions of the wanted part are found."""
+    """Draw until `rows` different questions of the requested part are found."""
     if part is not None and part not in SPLITS:
-        raise ConfigError(f"part={part!r} is none of {', '.join(SPLITS)}")
+        raise ConfigError(f"part={part!r} is not one of {', '.join(SPLITS)}")
     _within("rows", rows, 1, 10_000_000)
     task = GENERATOR_TASKS[name]
     rng = random.Random(f"{name}/{seed}/{part}")
@@ -266,8 +266,8 @@ def _unique(
             misses += 1
             if misses > _PATIENCE * (len(samples) + 10):
                 raise ConfigError(
-                    f"generator {name} finds only {len(samples)} different questions of the {rows} asked for",
-                    "ask for fewer rows or a harder setting",
+                    f"generator {name} found only {len(samples)} of the {rows} different questions requested",
+                    "request fewer rows, or a setting with more possible questions",
                 )
             continue
         seen.add(question)

@@ -1,9 +1,9 @@
-"""From a config to the rows of a run: train, validation and test samples, with an account of every row.
+"""Load the train, validation and test samples of a run, and account for every row.
 
-The order is fixed, because each step decides what the next one sees: read, find the columns, join the
-teacher's completions, cleanse the answers, assign splits, set a test part aside, drop what the teacher got
-wrong, merge repeats, drop leaks, set a validation part aside. Reading is `specs`, columns are
-`column_guess`, one row `drafts`, the steps on whole splits `splits`.
+The order of the steps is fixed, because each one determines what the next one sees: read, find the columns, join the
+teacher's completions, normalise the answers, assign splits, cut a test split, drop rows on which the teacher is wrong,
+merge duplicates, drop leaks, cut a validation split. `specs` reads, `column_guess` finds columns, `drafts` handles
+single rows, and `splits` has the steps on whole splits.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ from pst_dist.storage.manifest import digest_of
 log = logging.getLogger(__name__)
 
 _LOOK_AT = 50
-"""Rows from which columns are guessed."""
+"""Number of rows from which columns are guessed."""
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """All rows of a run and what became of those that are not in it."""
+    """All rows of a run, and what happened to the rows that were left out."""
 
     splits: dict[str, list[ReasoningSample]]
     """`train`, `validation`, `test`; a list may be empty."""
     rejects: list[Reject]
-    """Bad rows, in the order read."""
+    """Bad rows, in the order in which they were read."""
     report: dict[str, Any]
-    """Counts, and `columns`: the column map of each file as YAML. Holds no path of this machine."""
+    """Counts, and `columns`: the column map of each file as YAML. Contains no local paths."""
     source_digest: str
-    """sha256 over the digests of everything read, in order; says nothing about how it was split."""
+    """sha256 over the digests of everything read, in order. Independent of how it was split."""
 
 
 def load_data(config: Config) -> LoadedData:
     """Read, check and split the rows that `config.data` names.
 
-    Raises ConfigError, InputError, DataError or EnvironmentFault, each naming its file; DataError also when
-    there are more bad rows than data.max_bad allows, when an arm needs rationales and none are there, and
-    when data.leaks is `refuse` and a training question is held out too.
+    Raises ConfigError, InputError, DataError or EnvironmentFault, each naming its file. Also raises DataError when
+    there are more bad rows than data.max_bad allows, when an arm needs rationales but there are none, and when
+    data.leaks is `refuse` and a training question is also in validation or test.
     """
     loaded = survey(config)
     enforce(config, loaded)
@@ -81,16 +81,16 @@ def load_data(config: Config) -> LoadedData:
 
 
 def survey(config: Config) -> LoadedData:
-    """What `load_data` does, without its refusals about bad rows, rationales and leaks: for `pst check`."""
+    """Like `load_data`, but without refusing bad rows, missing rationales and leaks; for `pst check`."""
     return _Survey(config).run()
 
 
 def enforce(config: Config, loaded: LoadedData) -> None:
-    """The refusals of `load_data`, by quantity; raises DataError."""
+    """The checks of `load_data` on bad rows, rationales and leaks; raises DataError."""
     report, rejects = loaded.report, loaded.rejects
     if len(rejects) > _budget(config.data.max_bad, report["rows_read"]):
         first = rejects[0]
-        more = f" ({len(rejects)} bad rows of {report['rows_read']}, data.max_bad is {config.data.max_bad})"
+        more = f" ({len(rejects)} of {report['rows_read']} rows are bad, data.max_bad is {config.data.max_bad})"
         raise DataError(
             first.what + more,
             "`pst check` lists them all; fix them or raise data.max_bad",
@@ -99,20 +99,22 @@ def enforce(config: Config, loaded: LoadedData) -> None:
         )
     if config.data.leaks == "refuse" and report["leaks_found"]:
         raise DataError(
-            f"{report['leaks_found']} training questions are held out too, the first at {report['first_leak']}",
-            "take them out, or say data.leaks=drop",
+            f"{report['leaks_found']} training questions are also in validation or test, "
+            f"the first at {report['first_leak']}",
+            "remove them, or set data.leaks=drop",
         )
     if config.data.train is not None:
         if not loaded.splits["train"]:
             raise DataError(
-                f"none of {report['rows_read']} rows is left to train on: {_account(report)}", "`pst check` says more"
+                f"none of {report['rows_read']} rows is left for training: {_account(report)}",
+                "run `pst check` for details",
             )
         arms = [arm for arm in (config.arms or [config.arm]) if arm != "answer_only"]
         if arms and not report["train_rationales"]:
             unused = report.get("unused_text_columns", [])
             raise DataError(
                 f"no training row has a rationale, and arm {arms[0]} needs one" + _unused(unused),
-                "name their column with data.columns.rationale or data.teacher_completions, or use arm=answer_only",
+                "set data.columns.rationale or data.teacher_completions, or use arm=answer_only",
                 path=config.data.train if isinstance(config.data.train, str) else config.data.train[0],
             )
 
@@ -127,9 +129,9 @@ def _budget(max_bad: int | str, rows: int) -> int:
 
 
 def _unused(columns: Sequence[str]) -> str:
-    """The columns that may hold what is missing, for messages."""
+    """The unused columns that may contain what is missing, for messages."""
     names = ", ".join(columns[:6]) + (", …" if len(columns) > 6 else "")
-    return f"; text columns that are not used: {names}" if columns else ""
+    return f"; unused text columns: {names}" if columns else ""
 
 
 def _account(report: dict[str, Any]) -> str:
@@ -139,17 +141,17 @@ def _account(report: dict[str, Any]) -> str:
 
 @dataclass
 class _Survey:
-    """One reading of the data; a class only so that its steps share the account they write."""
+    """One pass over the data. It is a class so that its steps can share the report."""
 
     config: Config
     rejects: list[Reject] = field(default_factory=list)
     digests: list[Any] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
-    """By path of a training file, its text columns of which nothing is read."""
+    """Path of a training file -> its unused text columns."""
     report: dict[str, Any] = field(default_factory=dict)
     told: dict[tuple[str, int], Convention] = field(default_factory=dict)
-    """By split and place among its sources, what a file's multiple-choice answers tell together."""
+    """(split, position among its sources) -> the convention of the file's multiple-choice answers."""
 
     def run(self) -> LoadedData:
         data = self.config.data
@@ -184,25 +186,27 @@ class _Survey:
     def _check_config(self, specs: dict[str, Any]) -> None:
         data = self.config.data
         if not specs:
-            raise ConfigError("no data: data.train is not given", "name a file, hf:NAME:SPLIT or gen:TASK?rows=N")
+            raise ConfigError("data.train is not set", "set it to a file, hf:NAME:SPLIT or gen:TASK?rows=N")
         if "train" not in specs and (data.split_file or data.teacher_completions):
             raise ConfigError(
-                "data.split_file and data.teacher_completions count rows of data.train, which is not given"
+                "data.split_file and data.teacher_completions refer to rows of data.train, which is not set"
             )
         if data.split_file and ("test" in specs or "validation" in specs):
-            raise ConfigError("data.split_file and data.test or data.validation both say what is held out", "give one")
+            raise ConfigError(
+                "data.split_file cannot be combined with data.test or data.validation", "keep only one of them"
+            )
         if data.keep == "teacher_correct" and not data.teacher_completions:
             named = data.columns if isinstance(data.columns, dict) else {}
             if "teacher_answer" not in named:
                 raise ConfigError(
-                    "data.keep=teacher_correct, but nothing says what the teacher answered",
-                    "give data.teacher_completions, or data.columns.teacher_answer",
+                    "data.keep=teacher_correct needs the teacher's answers",
+                    "set data.teacher_completions or data.columns.teacher_answer",
                 )
 
     def _compare_choices(
         self, sources: dict[str, list[Source]], columns: dict[tuple[str, int], ColumnMap | None]
     ) -> None:
-        """Find out what each file's indices count from; a file that does not tell follows the others of its layout."""
+        """Infer what each file's indices count from. An ambiguous file follows the other files of its layout."""
         own: dict[tuple[str, int], Convention] = {}
         for (split, place), found in columns.items():
             rows = []
@@ -227,13 +231,13 @@ class _Survey:
         task: Task,
         teacher: TeacherFile | None,
     ) -> list[Draft | None]:
-        """One draft a row, None where the row is bad, so that places stay those of the file."""
+        """One draft per row, None for a bad row, so that positions match those in the file."""
         drafts: list[Draft | None] = []
         rows = sum(len(source.entries) for source in sources)
         if teacher is not None and teacher.whole and len(teacher.by_index) != rows:
             raise DataError(
                 f"{len(teacher.by_index)} completions for {rows} training rows",
-                "they are joined by position and must be as many",
+                "they are joined by position, so the counts must be equal",
                 path=teacher.path,
             )
         for number, source in enumerate(sources):
@@ -241,7 +245,7 @@ class _Survey:
             if source.generated and task.answer_type != GENERATOR_TASKS[source.stem].answer_type and self.config.task:
                 wanted = GENERATOR_TASKS[source.stem].name
                 raise ConfigError(
-                    f"{source.path} makes rows for task {wanted}, task is {task.name}", f"say task={wanted}"
+                    f"{source.path} generates rows for task {wanted}, but task is {task.name}", f"set task={wanted}"
                 )
             where = (split, number)
             for entry in source.entries:
@@ -258,7 +262,7 @@ class _Survey:
         sampled = [entry.value for entry in source.entries if isinstance(entry, RawRow)][:_LOOK_AT]
         if not sampled:
             return None
-        # A generator's rows have our own names, whatever map the config gives for its other files.
+        # A generator's rows have our own field names, whatever map the config has for other files.
         setting = None if source.generated else self.config.data.columns
         columns = choose_columns(setting, sampled, source.path, split)
         self.columns[f"{split}: {source.stem}"] = as_yaml(columns)
@@ -276,7 +280,7 @@ class _Survey:
         }
 
     def _arrange(self, splits: dict[str, list[Draft]]) -> dict[str, list[Draft]]:
-        """Cut, filter, merge and part the drafts; every row that goes is counted."""
+        """Cut, filter and merge the drafts; every removed row is counted."""
         data, report = self.config.data, self.report
         train, validation, test = (splits[name] for name in SPLITS)
         if data.test is None and data.split_file is None:
@@ -309,9 +313,9 @@ class _Survey:
         if conflicts:
             one, other = conflicts[0]
             report["first_conflict"] = (
-                f"{one.sample.source} says {one.sample.answer}, {other.sample.source} {other.sample.answer}"
+                f"{one.sample.source} has {one.sample.answer}, {other.sample.source} has {other.sample.answer}"
             )
-            log.warning("%d questions have two answers: %s", len(conflicts), report["first_conflict"])
+            log.warning("%d questions have two different answers: %s", len(conflicts), report["first_conflict"])
         if not validation and data.validation is None and data.validation_size:
             train, validation = cut_by_hash(train, data.validation_size, "validation")
         if data.max_rows is not None and len(train) > data.max_rows:
@@ -321,9 +325,9 @@ class _Survey:
         return {"train": train, "validation": validation, "test": test}
 
     def _with_rationale(self, train: list[Draft]) -> list[Draft]:
-        """Refuse training rows without a rationale when others have one, whatever the arm.
+        """Refuse training rows without a rationale if other rows have one, whatever the arm.
 
-        All arms then train on identical rows; that an arm needs what no row has is said by `load_data`.
+        All arms then train on identical rows. `load_data` refuses an arm that needs rationales when no row has one.
         """
         have = [draft for draft in train if draft.sample.rationales]
         if have:
@@ -362,15 +366,15 @@ class _Survey:
 
 
 def _refuse_shared_files(sources: dict[str, list[Source]]) -> None:
-    """One file in two splits would leak all of itself."""
+    """Refuse the same file in two splits, which would be a complete leak; raises InputError."""
     owners: dict[str, str] = {}
     for split, found in sources.items():
         for source in found:
-            # One generator spec gives each split rows of its own.
+            # The same generator spec generates different rows for each split.
             if source.generated:
                 continue
-            elder = owners.setdefault(source.sha256, split)
-            if elder != split:
+            earlier = owners.setdefault(source.sha256, split)
+            if earlier != split:
                 raise InputError(
-                    f"data.{elder} and data.{split} are the same rows", "give each split its own", path=source.path
+                    f"data.{earlier} and data.{split} have the same content", "use separate rows", path=source.path
                 )

@@ -1,6 +1,6 @@
-"""The options of a multiple-choice row: read from their common layouts, and written behind the question in one way.
+"""Read the options of a multiple-choice row from their common layouts, and append them to the question in one format.
 
-Options are lettered A, B, C… in the order of the row. Which of them an answer means is `choices`.
+Options are lettered A, B, C… in the order of the row. `choices` finds out which one an answer means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks.scoring import kind_of, snippet
 
 LETTERS = string.ascii_uppercase
-"""What options are called, in order; a row may have as many."""
+"""The letters of the options, in order; also the maximum number of options."""
 LETTER_MARK = re.compile(r"\(?([A-Za-z])[).:]\s*")
 """A letter in front of an option's text."""
 
@@ -31,15 +31,15 @@ class Options:
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] = ()
-    """What the row itself calls them, `1` or `option1`; empty where that is A, B, C… or nothing."""
+    """The labels in the row, such as `1` or `option1`. Empty if they are A, B, C… or missing."""
 
 
 def read_options(value: Any) -> Options:
-    """Options from a list of texts, {"A": …, "B": …}, {"label": […], "text": […]} or a list of {"label", "text"}; also
-    from one text that lists them, see `options_in_text`.
+    """Options from a list of texts, {"A": …, "B": …}, {"label": […], "text": […]}, a list of {"label", "text"}, or one
+    text that lists them (see `options_in_text`).
 
-    Leading marks such as `A)` are taken off when all options have them. Raises RowError for a missing option, fewer
-    than two, more than 26, and labels that are neither A, B, C… nor consecutive numbers.
+    Leading marks such as `A)` are removed if all options have them. Raises RowError for a missing option, fewer than
+    two or more than 26 options, and labels that are neither A, B, C… nor consecutive numbers.
     """
     if value is None:
         raise RowError("missing", "choices is missing")
@@ -48,7 +48,7 @@ def read_options(value: Any) -> Options:
         names, values = names[:-1], values[:-1]
     texts = [_option_text(item, LETTERS[min(place, 25)]) for place, item in enumerate(values)]
     if not 2 <= len(texts) <= len(LETTERS):
-        raise RowError("choices", f"choices has {len(texts)} options, wanted 2 to {len(LETTERS)}")
+        raise RowError("choices", f"choices has {len(texts)} options, expected 2 to {len(LETTERS)}")
     if names:
         return _by_label([str(name).strip() for name in names], texts)
     for pattern, expected in ((LETTER_MARK, list(LETTERS)), (_NUMBER_MARK, [str(k + 1) for k in range(26)])):
@@ -60,7 +60,7 @@ def read_options(value: Any) -> Options:
 
 
 def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
-    """(names, values); no names for a plain list."""
+    """(names, values) of the options. A plain list has no names."""
     if isinstance(value, str) and (listed := options_in_text(value)):
         return [], listed
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
@@ -68,17 +68,17 @@ def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
         if labels is None:
             return [], texts
         if not isinstance(labels, list) or len(labels) != len(texts):
-            raise RowError("choices", "choices has not one label for each text")
+            raise RowError("choices", "choices does not have one label for each text")
         return labels, texts
     if isinstance(value, Mapping):
         return list(value), list(value.values())
     if not isinstance(value, list):
-        raise RowError("type", f"choices is {kind_of(value)}, wanted a list or an object")
+        raise RowError("type", f"choices is {kind_of(value)}, expected a list or an object")
     if value and all(isinstance(item, Mapping) for item in value):
         label = next((key for key in _LABEL_KEYS if all(key in item for item in value)), None)
         text = next((key for key in _TEXT_KEYS if all(key in item for item in value)), None)
         if text is None:
-            raise RowError("choices", "choices are objects without a text")
+            raise RowError("choices", "choices is a list of objects without a text")
         return [item[label] for item in value] if label else [], [item[text] for item in value]
     return [], value
 
@@ -91,14 +91,14 @@ def _option_text(value: Any, letter: str) -> str:
     if _is_missing(value):
         raise RowError("missing", f"choice {letter} is missing or empty")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError("type", f"choice {letter} is {kind_of(value)}, wanted text")
+        raise RowError("type", f"choice {letter} is {kind_of(value)}, expected text")
     if "\x00" in str(value):
-        raise RowError("nul", f"choice {letter} holds a NUL character")
+        raise RowError("nul", f"choice {letter} contains a NUL character")
     return str(value).strip()
 
 
 def _by_label(names: list[str], texts: list[str]) -> Options:
-    """Options in the order of their labels, so that a rationale's "option B" is the one that is written as (B)."""
+    """Options in the order of their labels, so that "option B" in a rationale is the option written as (B)."""
     letters = [option_name(name)[1].upper() for name in names]
     if sorted(letters) == list(LETTERS[: len(letters)]):
         return Options(tuple(text for _, text in sorted(zip(letters, texts, strict=True))))
@@ -107,20 +107,20 @@ def _by_label(names: list[str], texts: list[str]) -> Options:
         counted = [int(letters[k]) for k in order]
         if counted in (list(range(len(names))), list(range(1, len(names) + 1))):
             return Options(tuple(texts[k] for k in order), tuple(names[k] for k in order))
-    raise RowError("choices", f"choices are called {', '.join(map(snippet, names[:6]))}; wanted A, B, C… or 1, 2, 3…")
+    raise RowError("choices", f"choices has labels {', '.join(map(snippet, names[:6]))}; expected A, B, C… or 1, 2, 3…")
 
 
 def option_name(name: str) -> tuple[str, str]:
-    """Stem and letter or number of a column or key that names an option: `option_a` is (option, a); else ("", "")."""
+    """Stem and letter or number of a column or key that names an option: `option_a` -> (option, a); else ("", "")."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     found = re.fullmatch(r"(|option|opt|op|choice|answer|ans|ending|sol|solution|candidate)([a-z]|\d{1,2})", plain)
     return (found.group(1), found.group(2)) if found else ("", "")
 
 
 def option_columns(columns: Sequence[str]) -> str:
-    """The columns that hold one option each, as a path for data.columns.choices: `A, B, C, D`; "" where there are none.
+    """Columns with one option each, as a path for data.columns.choices: `A, B, C, D`; "" if there are none.
 
-    They share a stem, such as option_a and option_b, and run from A, 0 or 1 without a gap.
+    They share a stem, as option_a and option_b do, and run from A, 0 or 1 without a gap.
     """
     by_stem: dict[str, dict[str, str]] = {}
     for column in columns:
@@ -136,10 +136,10 @@ def option_columns(columns: Sequence[str]) -> str:
 
 
 def with_choices(question: str, choices: Iterable[str]) -> str:
-    """The question with its options behind it, `Answer choices: (A) x, (B) y.`, unless it lists them already.
+    """The question followed by its options, `Answer choices: (A) x, (B) y.`, unless it lists them already.
 
-    They are listed where each text follows its own letter, in order: "(A) x (B) y", "A. x". That the texts occur
-    somewhere in the question is not enough: "How many of the 12 are left?" does not list the options 1 and 2.
+    A question lists its options if each text follows its letter, in order: "(A) x (B) y", "A. x". It is not enough that
+    the texts occur somewhere: "How many of the 12 are left?" does not list the options 1 and 2.
     """
     choices = list(choices)
     place = 0
@@ -153,15 +153,15 @@ def with_choices(question: str, choices: Iterable[str]) -> str:
 
 
 def listed_options(question: str) -> int:
-    """How many options a question lists as (A) …, (B) … or A) …, B) …; 0 where it lists none."""
+    """Number of options that a question lists as (A) …, (B) … or A) …, B) …; 0 if it lists none."""
     text = question[max(question.lower().rfind("answer choices"), 0) :]
-    # "Vitamin A. Or plan B: ..." lists nothing: these marks count at the beginning of a line only.
+    # "Vitamin A. Or plan B: ..." lists nothing: these marks count only at the start of a line.
     count = max(len(_marks(text, mark)) for mark in (r"\({}\)", r"(?<![\w(]){}\)", r"^[ \t]*{}[.:] "))
     return count if count > 1 else 0
 
 
 def _marks(text: str, mark: str) -> list[re.Match[str]]:
-    """Where the marks of A, B, C… are, in this order, until one is missing."""
+    """The matches of the marks of A, B, C…, in this order, until one is missing."""
     found: list[re.Match[str]] = []
     for letter in LETTERS:
         match = re.compile(mark.format(letter), re.MULTILINE).search(text, found[-1].end() if found else 0)
@@ -172,7 +172,7 @@ def _marks(text: str, mark: str) -> list[re.Match[str]]:
 
 
 def options_in_text(text: str) -> list[str]:
-    """Options that one text lists, as a JSON list or as `a ) 38 , b ) 27`; empty where it lists none for certain."""
+    """Options listed in one text, as a JSON list or as `a ) 38 , b ) 27`; empty if that is not certain."""
     if text.lstrip().startswith("["):
         try:
             value = json.loads(text)

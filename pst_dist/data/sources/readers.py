@@ -1,7 +1,7 @@
-"""From a data file to its rows, good and bad, each with its address, and the digest of the bytes they came from.
+"""Read a data file into rows, good and bad, each with its location, and compute the digest of its bytes.
 
-CSV and Parquet are read here, JSON in `strict_json`; `save_to_disk` folders and hub datasets in `specs`.
-What the columns of a row mean is left to `columns`.
+CSV and Parquet are read here, JSON in `strict_json`, `save_to_disk` folders and hub datasets in `specs`. `columns`
+interprets the columns of a row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 @dataclass(frozen=True)
 class FileRows:
-    """All rows of one file, in order, good and bad."""
+    """All rows of one file, good and bad, in order."""
 
     path: str
     entries: list[Entry]
@@ -52,16 +52,16 @@ class FileRows:
 
 
 def read_file(path: Path) -> FileRows:
-    """Read one data file by its suffix, decompressing `.gz` and `.zst`.
+    """Read one data file in the format given by its suffix, decompressing `.gz` and `.zst`.
 
-    Raises InputError for a file that is missing, unreadable, of another kind or changed while being read, and
-    DataError for one that holds no rows or is broken as a whole.
+    Raises InputError for a file that is missing, unreadable, of an unsupported format or modified while being read, and
+    DataError for one that has no rows or is corrupt as a whole.
     """
     _refuse_other_formats(path)
     if not os.path.lexists(path):
         raise InputError("no such file", _neighbours(path), path=path)
     try:
-        with open_regular(path, remedy="give a file, or a folder that save_to_disk wrote") as stream:
+        with open_regular(path, remedy="use a file, or a folder written by save_to_disk") as stream:
             before = os.fstat(stream.fileno())
             tap = _HashingReader(stream)
             entries = list(_entries(path, tap, before.st_size))
@@ -70,29 +70,29 @@ def read_file(path: Path) -> FileRows:
     except OSError as error:
         raise InputError(f"cannot read: {error.strerror or error}", path=path) from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or tap.bytes != after.st_size:
-        raise InputError("changed while it was read", "run again when it is complete", path=path)
+        raise InputError("the file changed while it was read", "run again when it is complete", path=path)
     if not entries:
-        raise DataError("no rows in it", "give a file with at least one row", path=path)
+        raise DataError("the file has no rows", "use a file with at least one row", path=path)
     return FileRows(str(path), entries, tap.digest.hexdigest())
 
 
 def _refuse_other_formats(path: Path) -> None:
-    """Name a format that is not read; raises InputError."""
+    """Raise InputError for an unsupported format."""
     suffix = data_suffix(path.name)
     if path.suffix.lower() in OTHER_ARCHIVES:
         raise InputError(f"cannot read {path.suffix}", "decompress it, or use .gz or .zst", path=path)
     if suffix == ".parquet" and path.suffix.lower() in COMPRESSED:
-        raise InputError("Parquet inside another compression is not read", "decompress it", path=path)
+        raise InputError("compressed Parquet files are not supported", "decompress it", path=path)
     if suffix not in SUFFIXES:
-        kind = path.suffix or "a file without suffix"
-        raise InputError(f"cannot read {kind}", f"use {', '.join(SUFFIXES)}, or .gz or .zst of them", path=path)
+        kind = path.suffix or "a file without a suffix"
+        raise InputError(f"cannot read {kind}", f"use {', '.join(SUFFIXES)}, or these as .gz or .zst", path=path)
 
 
 def _neighbours(path: Path) -> str:
-    """A file in the same folder whose name differs by a slip of the keyboard, or where to look."""
+    """A hint: a file in the same folder whose name differs by a typing error, or what to check."""
     if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either: check data.root"
-    # Without their suffixes: n1.jsonl and n7.jsonl are alike in nothing else, and two numbers are two files.
+        return f"the folder {path.parent} does not exist either: check data.root"
+    # Compared without suffixes, and not if only the digits differ: n1.jsonl and n7.jsonl are different files.
     wanted = path.name.partition(".")[0]
     stems = {entry.name.partition(".")[0]: entry.name for entry in path.parent.iterdir() if entry.name[:1] != "."}
     letters = wanted.strip("0123456789")
@@ -108,7 +108,7 @@ def _neighbours(path: Path) -> str:
 
 
 class _HashingReader:
-    """A binary file that hashes all it gives out, so the digest is of exactly the bytes that were parsed."""
+    """A binary stream that hashes everything it returns, so that the digest covers exactly the bytes parsed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
@@ -143,11 +143,11 @@ def _entries(path: Path, tap: _HashingReader, size: int) -> Iterator[Entry]:
 
 
 def _delimited(path: Path, raw: bytes, delimiter: str) -> Iterator[Entry]:
-    """CSV with a header; a row may span lines and is named by its first."""
+    """Read CSV with a header. A row may span several lines; its line number is that of the first."""
     refuse_utf16(path, raw)
     # Bytes that are not UTF-8 become lone surrogates here and are found cell by cell below.
     text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    # One more than a cell may have: the library's own refusal would be of the whole file.
+    # Higher than our own limit, because the library would refuse the whole file.
     csv.field_size_limit(4 * MAX_CELL_CHARACTERS)
     delimiter = _delimiter(text, delimiter)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -162,7 +162,7 @@ def _delimited(path: Path, raw: bytes, delimiter: str) -> Iterator[Entry]:
                 header = _header(path, line, cells)
                 continue
             if len(cells) != len(header):
-                what = f"{len(cells)} cells, the header has {len(header)}"
+                what = f"{len(cells)} cells, but the header has {len(header)}"
                 yield Reject(str(path), line, "csv", what, excerpt(delimiter.join(cells)))
             elif any(map(_has_foreign_bytes, cells)):
                 what = f"bytes that are not UTF-8{NOT_UTF8}"
@@ -177,9 +177,9 @@ def _delimited(path: Path, raw: bytes, delimiter: str) -> Iterator[Entry]:
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """The usual delimiter, or another one where the usual finds a single column in the header and that one several.
+    """The usual delimiter, or another one if the usual one gives a single column and the other one several.
 
-    Spreadsheets of many countries write semicolons, because their decimal sign is the comma.
+    In many countries spreadsheets write semicolons, because the comma is the decimal separator.
     """
     lines = text[: 1 << 16].splitlines()
     first = next((line for line in lines if line.strip()), "")
@@ -196,9 +196,9 @@ def _header(path: Path, line: int, cells: list[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise DataError(f"column {twice[0]!r} is in the header twice", "rename one", path=path, line=line)
+        raise DataError(f"the header has a duplicate column {twice[0]!r}", "rename one", path=path, line=line)
     if any(map(_has_foreign_bytes, cells)):
-        raise DataError(f"the header holds bytes that are not UTF-8{NOT_UTF8}", path=path, line=line)
+        raise DataError(f"the header contains bytes that are not UTF-8{NOT_UTF8}", path=path, line=line)
     return header
 
 
@@ -216,18 +216,18 @@ def _parquet(path: Path, size: int) -> Iterator[Entry]:
         probe([path], expansion_limit(size))
         with parquet.ParquetFile(path) as table:
             number = 0
-            # Few rows at a time: one cell may have 16 MiB and be repeated in every row of the file.
+            # Few rows at a time: one cell may have 16 MiB and occur in every row of the file.
             for batch in table.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
                     number += 1
                     yield table_row(row, str(path), path.name, number)
     except (pyarrow.ArrowException, UnicodeDecodeError, Unreadable) as error:
         what = f"not a readable Parquet file: {str(error).splitlines()[0][:160]}"
-        raise DataError(what, "make or copy the file again", path=path) from error
+        raise DataError(what, "copy or create the file again", path=path) from error
 
 
 def table_row(row: dict[str, Any], path: str, name: str, number: int) -> Entry:
-    """A row of a table without lines (Parquet, Arrow), counted from 1, held to the same rules as JSON."""
+    """Row `number` (counted from 1) of a table without lines (Parquet, Arrow), checked by the same rules as JSON."""
     fault = fault_in(row)
     if fault is not None:
         return Reject(path, number, fault.code, fault.what, excerpt(str(row)))

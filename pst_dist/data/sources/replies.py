@@ -1,11 +1,11 @@
-"""Reasoning and answer of a reply that mixes both: the one place that knows how teachers mark an answer.
+"""Split a reply that contains both reasoning and answer. All knowledge of how teachers mark an answer is here.
 
-`split_reply` takes the thought off first (`<think>...</think>` and its relatives) and then looks for the last explicit
+`split_reply` first removes the thought (`<think>...</think>` and similar tags), and then looks for the last explicit
 mark in the rest: `\\boxed{}`, `####`, "the answer is", `Answer:`, `<answer>`, `-->`. docs/data.md lists them. A reply
-whose answer cannot be told is refused with a RowError: an interim result must never become a gold answer.
+with no certain answer is refused with a RowError: an intermediate result must never become a gold answer.
 
-Replies are text from outside, up to megabytes of it: every pattern here has bounded repetitions and every search goes
-through the text a fixed number of times.
+Replies are untrusted text of up to several megabytes, so every pattern has bounded repetitions and every search scans
+the text a fixed number of times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ THOUGHT_TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
-"""Opening and closing tags around a thought; the opening one is often missing because it was part of the prompt."""
+"""Opening and closing tags of a thought. The opening tag is often missing because it was part of the prompt."""
 _WRAPPERS = ("<|begin_of_solution|>", "<|end_of_solution|>")
 
 _PHRASE = re.compile(
@@ -62,20 +62,20 @@ _CONNECTIVE = re.compile(
     r"(?:^|(?<=[.!?\n])|(?<=[.!?,]\s))[ \t]{0,4}(?:therefore|so|thus|hence|and so),?\s{0,4}$", re.IGNORECASE
 )
 _BARE_WORDS = 4
-"""A reply without any mark is an answer only up to this many words, on one line."""
+"""A reply without any mark counts as an answer only if it is one line of at most this many words."""
 
 
 class Split(NamedTuple):
-    """What `split_reply` found; iterates as (rationale, answer)."""
+    """The result of `split_reply`; unpacks as (rationale, answer)."""
 
     rationale: str | None
-    """Thought and working, joined by a blank line; None where the reply holds nothing but the answer."""
+    """Thought and working, joined by a blank line; None if the reply contains only the answer."""
     answer: str
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """An explicit mark: where it begins, and where what it marks begins and, for bracketed marks, ends."""
+    """An explicit mark: its start, and the start and (for bracketed marks) the end of the marked text."""
 
     start: int
     content: int
@@ -84,11 +84,11 @@ class _Mark:
 
 
 def split_reply(reply: str, thought: str | None = None) -> Split:
-    """Rationale and answer of a reply; `thought` is reasoning that came in a field of its own.
+    """Rationale and answer of a reply; `thought` is reasoning from a separate field.
 
-    The last mark wins, because a teacher corrects itself. Raises RowError `cut` for a thought or box without an end,
-    `answer` where the last mark is doubted afterwards or marks several answers, and where a reply of more than four
-    words has no mark at all.
+    The last mark wins, because a teacher may correct itself. Raises RowError with code `cut` for a thought or box that
+    is not closed, and with code `answer` if the reply doubts its last mark afterwards, marks several answers, or has
+    more than four words and no mark at all.
     """
     inner, visible = split_thought(reply)
     thoughts = [text for text in ((thought or "").strip(), inner) if text]
@@ -104,13 +104,13 @@ def split_reply(reply: str, thought: str | None = None) -> Split:
     else:
         working, answer = found
     if not answer:
-        raise RowError("cut", "the reply ends at its answer mark: answer is empty")
+        raise RowError("cut", "answer is empty: the reply ends at its answer mark")
     rationale = "\n\n".join(text for text in (*thoughts, working.strip()) if text)
     return Split(rationale or None, answer)
 
 
 def rationale_of(text: str) -> str | None:
-    """A whole generation as a rationale: its thought and working without tags; None where it was cut in the thought."""
+    """A whole generation as a rationale: its thought and working without tags; None if the thought is cut off."""
     try:
         thought, rest = split_thought(text)
     except RowError:
@@ -121,17 +121,17 @@ def rationale_of(text: str) -> str | None:
 
 
 def has_thought_tag(text: str) -> bool:
-    """Whether a text holds an opening or closing tag of a thought."""
+    """Whether a text contains an opening or closing tag of a thought."""
     return any(tag in text for tags in THOUGHT_TAGS for tag in tags)
 
 
 def has_mark(text: str) -> bool:
-    """Whether a text holds a thought or an explicit answer mark, for guessing columns."""
+    """Whether a text contains a thought or an explicit answer mark; used for guessing columns."""
     return has_thought_tag(text) or _last_mark(text) is not None
 
 
 def split_thought(reply: str) -> tuple[str, str]:
-    """The thought, without its tags, and what follows its last closing tag; raises RowError when it never closes."""
+    """The thought without its tags, and the text after its last closing tag; raises RowError if it is not closed."""
     for opening, closing in THOUGHT_TAGS:
         if opening not in reply and closing not in reply:
             continue
@@ -143,7 +143,7 @@ def split_thought(reply: str) -> tuple[str, str]:
 
 
 def _marked(text: str) -> tuple[str, str] | None:
-    """(working, answer) at the last mark of a text, None where it has none."""
+    """(working, answer) at the last mark of a text; None if it has no mark."""
     last = _last_mark(text)
     if last is None:
         return None
@@ -167,7 +167,7 @@ def _marked(text: str) -> tuple[str, str] | None:
 
 
 def _last_mark(text: str) -> _Mark | None:
-    """The mark that begins last. One pass through the text for each kind."""
+    """The mark that starts last. Scans the text once per kind of mark."""
     marks: list[_Mark] = []
     for pattern in (_PHRASE, _LABEL, _HEADING):
         match = _last(pattern, text)
@@ -190,7 +190,7 @@ def _last_box(text: str) -> _Mark | None:
         return None
     start = match.end()
     if text[start : start + 1] != "{":
-        # TeX takes one token where there are no braces.
+        # Without braces, TeX takes one token as the argument.
         token = re.compile(r"[^\s$*{}\\]{1,80}").match(text, start)
         return _Mark(match.start(), start, token.end(), "box") if token else None
     end = _closing_brace(text, start)
@@ -220,7 +220,7 @@ def _answer_tag(text: str) -> _Mark | None:
 
 
 def _closing_line(text: str) -> _Mark | None:
-    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END`, on the last line: elsewhere they are headings and arrows."""
+    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END` on the last line; elsewhere they are headings and arrows."""
     end = len(text.rstrip())
     line = text.rfind("\n", 0, end) + 1
     start = text.rfind("####", line, end)
@@ -235,12 +235,12 @@ def _closing_line(text: str) -> _Mark | None:
 
 
 def _without_end(text: str, end: int) -> int:
-    """Fine-tune-CoT's completions close with the word END."""
+    """The end of the text without the word END that closes Fine-tune-CoT's completions."""
     return end - 3 if text[end - 4 : end] in (" END", "\nEND") else end
 
 
 def _line_content(text: str, mark: _Mark) -> tuple[str, int]:
-    """What a phrase or label marks: the rest of its line up to the end of the sentence, or the next line with text."""
+    """The text that a phrase or label marks: the rest of the sentence on its line, or on the next non-empty line."""
     start = mark.content
     if not (line := _line_at(text, start)).strip(" \t*_:$"):
         start = min(start + len(line), len(text))
@@ -257,7 +257,7 @@ def _line_at(text: str, start: int) -> str:
 
 
 def _sentence_end(line: str) -> int:
-    """Where the first sentence of a line ends: at a point before a capital letter, abbreviations and initials aside."""
+    """End of the first sentence: a full stop before a capital letter, except after abbreviations and initials."""
     for match in re.finditer(r"[.!?][\"')*$]{0,4}[ \t]{1,8}(?=[\"'(*\\]{0,4}[A-Z])", line):
         before, after = line[max(0, match.start() - 12) : match.start()], line[match.end() : match.end() + 3]
         abbreviated = _ABBREVIATION.search(before) is not None
@@ -268,7 +268,7 @@ def _sentence_end(line: str) -> int:
 
 
 def _working(text: str, last: _Mark, answer: str) -> str:
-    """The text before the mark and what introduces it; a box inside a sentence stays in it as its content."""
+    """The text before the mark and its introduction. A box inside a sentence is replaced by its content."""
     if last.kind == "line":
         return text[: last.start]
     before, introduced = _without_introduction(text[: last.start])
@@ -279,9 +279,9 @@ def _working(text: str, last: _Mark, answer: str) -> str:
 
 
 def _without_introduction(text: str) -> tuple[str, bool]:
-    """A text without an answer phrase, label or heading at its very end, and whether there was one.
+    """A text without an answer phrase, label or heading at its end, and whether there was one.
 
-    "Therefore," before a phrase goes too, as do opening brackets and Markdown that the mark's line began with.
+    Also removes "Therefore," before a phrase, and opening brackets and Markdown at the start of the mark's line.
     """
     introduced = False
     for _ in range(4):
@@ -303,7 +303,7 @@ def _without_introduction(text: str) -> tuple[str, bool]:
 
 
 def _without_opening(text: str) -> str:
-    """A text without opening brackets, dollar signs and asterisks at its end that nothing closes."""
+    """A text without unclosed opening brackets, dollar signs and asterisks at its end."""
     text = text.rstrip()
     for _ in range(6):
         before = text
@@ -320,10 +320,10 @@ def _without_opening(text: str) -> str:
 
 
 def _refuse_two_boxes(text: str, last: _Mark) -> None:
-    """ "x = \\boxed{3} or x = \\boxed{5}" has no single answer."""
+    """Refuse "x = \\boxed{3} or x = \\boxed{5}", which has no single answer; raises RowError."""
     line = text.rfind("\n", 0, last.start) + 1
     contents = []
-    # The first few tell; each search for a closing brace may go through the whole text.
+    # The first few are enough; each search for a closing brace may scan the whole text.
     for match in itertools.islice(_BOX.finditer(text, line, last.start), 8):
         end = _closing_brace(text, match.end()) if text[match.end() : match.end() + 1] == "{" else None
         if end is not None and end < last.start:
@@ -332,24 +332,24 @@ def _refuse_two_boxes(text: str, last: _Mark) -> None:
     answer = text[last.content : last.end].strip()
     other = next((content for content in contents if content != answer), None)
     if other is not None:
-        raise RowError("answer", f"the last line boxes several answers: {snippet(other)} and {snippet(answer)}")
+        raise RowError("answer", f"the last line has several boxed answers: {snippet(other)} and {snippet(answer)}")
 
 
 def _refuse_unmarked(text: str, thought: bool) -> None:
-    """A thought's end marks the line after it; a reply without any mark must be too short to hold a working."""
+    """Raise RowError for a reply without a mark, unless it is one line after a thought or too short for a working."""
     if thought and "\n" not in text:
         return
     if not thought and "\n" not in text and len(text.split()) <= _BARE_WORDS:
         return
     if thought:
-        what = f"{text.count(chr(10)) + 1} lines follow the thought and none marks the answer"
+        what = f"{text.count(chr(10)) + 1} lines follow the thought, and none marks the answer"
     else:
-        what = "no mark tells the answer from the reasoning"
-    raise RowError("answer", f"{what}; end it with `The answer is …`, or name the column of the answer")
+        what = "no mark separates the answer from the reasoning"
+    raise RowError("answer", f"{what}; end it with `The answer is …`, or set data.columns.answer")
 
 
 def _bare(content: str) -> str:
-    """An answer without Markdown, dollar signs, TeX text commands and a full stop around it."""
+    """An answer without surrounding Markdown, dollar signs, TeX text commands and a final full stop."""
     text = content.strip()
     for _ in range(6):
         before = text

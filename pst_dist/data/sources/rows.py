@@ -1,4 +1,4 @@
-"""A row with its address, or the reason why it is none: what readers hand to the rest."""
+"""The output of the readers: a row with its location, or the reason why it was rejected."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pst_dist.storage.manifest import canonical_json
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that could not be used: where it stands, why, and how it begins."""
+    """A row that could not be used: its location, the reason, and its first characters."""
 
     path: str
     line: int
-    """Line counted from 1; in files without lines the row, counted from 1."""
+    """Line number counted from 1; in files without lines, the row number counted from 1."""
     code: str
     """One word: json, encoding, missing, type, empty, answer…"""
     what: str
     text: str = ""
-    """The first 80 characters, control characters escaped."""
+    """The first 80 characters, with control characters escaped."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.what}"
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in rejects.jsonl."""
+        """The object written to rejects.jsonl."""
         return {"path": self.path, "line": self.line, "code": self.code, "what": self.what, "text": self.text}
 
 
 class RowError(ValueError):
-    """A row that lacks a field, has one of the wrong type or an answer that cannot be told; `code` is one word."""
+    """A row that lacks a field, has one of the wrong type, or has no certain answer; `code` is one word."""
 
     def __init__(self, code: str, what: str) -> None:
         super().__init__(what)
@@ -42,21 +42,21 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it was read."""
+    """One row as read from its source."""
 
     value: dict[str, Any]
     path: str
     line: int
     label: str
-    """A short address that is the same on every machine: `file:line` or `file#row`."""
+    """A short location that is the same on every machine: `file:line` or `file#row`."""
 
     def reject(self, code: str, what: str) -> Reject:
-        """This row, refused."""
+        """This row as a reject."""
         return Reject(self.path, self.line, code, what, excerpt(str(self.value)))
 
 
 Entry = RawRow | Reject
-"""What stands at one place of a file."""
+"""One entry of a file, good or bad."""
 
 
 def excerpt(text: str | bytes) -> str:
@@ -67,6 +67,6 @@ def excerpt(text: str | bytes) -> str:
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """One JSON line a bad row: path, line, code, what, text; an empty file when none is bad."""
+    """Write one JSON line per bad row (path, line, code, what, text); an empty file if there are none."""
     with atomic_path(path) as partial:
         partial.write_text("".join(canonical_json(reject.to_json()) + "\n" for reject in rejects), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""From a source spec of the config to rows: files, globs, folders, hub datasets, generators.
+"""Read the rows that a source spec in the config names: files, globs, folders, hub datasets, generators.
 
-`readers` reads one file; this module finds which, and reads what is not a file. A digest is kept of all that
-was read: of the bytes of files, of the fingerprint of a hub dataset, of the rows of a generator.
+`readers` reads a single file; this module finds the files and reads the other sources. Each source has a digest: of the
+bytes of a file, the fingerprint of a hub dataset, or the rows of a generator.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _HUB = re.compile(r"hf:(?P<name>[^:@\[\]]+)(?:@(?P<revision>[^:]+))?(?::(?P<conf
 
 @dataclass(frozen=True)
 class Source:
-    """One file, folder, dataset or generator, read."""
+    """The rows of one file, folder, dataset or generator."""
 
     path: str
     stem: str
-    """Short name; made ids begin with it."""
+    """Short name; ids that we create start with it."""
     entries: list[Entry]
     sha256: str
     generated: bool = False
@@ -41,8 +41,8 @@ class Source:
 def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
     """Read everything that data.train, data.validation or data.test names, in order.
 
-    Raises InputError or DataError, with the path, for what cannot be read, EnvironmentFault when a hub dataset
-    cannot be reached, ConfigError for a spec that is none.
+    Raises InputError or DataError with the path of what cannot be read, EnvironmentFault when a hub dataset cannot be
+    fetched, and ConfigError for an invalid spec.
     """
     sources = []
     seen: set[str] = set()
@@ -50,7 +50,7 @@ def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
         for target in _targets(word, root):
             real = os.path.realpath(target) if isinstance(target, Path) else target
             if real in seen:
-                raise InputError(f"data.{split} names it twice", "name it once", path=target)
+                raise InputError(f"data.{split} names the same source twice", "name it once", path=target)
             seen.add(real)
             sources.append(_read(target, split))
     if not sources:
@@ -91,15 +91,17 @@ def _read(target: Path | str, split: str) -> Source:
 
 
 def _read_folder(folder: Path, split: str) -> Source:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """Read a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():
             names = ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-            raise InputError(f"no split {split!r} in it", f"name the folder of one of its splits: {names}", path=folder)
+            raise InputError(
+                f"the dataset has no split {split!r}", f"name the folder of one of its splits: {names}", path=folder
+            )
         folder = folder / split
     if not (folder / "state.json").is_file():
         raise InputError(
-            "is a folder, but not one that save_to_disk wrote",
+            "is a folder, but was not written by save_to_disk",
             _files_in(folder),
             path=folder,
         )
@@ -112,37 +114,37 @@ def _read_folder(folder: Path, split: str) -> Source:
         probe(arrow, expansion_limit(sum(file.stat().st_size for file in arrow)))
         dataset = datasets.load_from_disk(str(folder))
         entries = list(_dataset_rows(dataset, str(folder), folder.name))
-    except Exception as error:  # the reader below raises pyarrow's, the system's and its own kinds
+    except Exception as error:  # the library raises pyarrow's exceptions, OSError and its own
         raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
     digest = digest_of([sha256_file(file) for file in files])
     return _not_empty(Source(str(folder), folder.name, entries, digest))
 
 
 def _files_in(folder: Path) -> str:
-    """What to write instead of a folder that merely holds data files."""
+    """A remedy for a folder that merely contains data files."""
     suffixes = [file.suffix for file in sorted(folder.iterdir()) if data_suffix(file.name) in SUFFIXES]
     if not suffixes:
-        return "name a data file or such a folder"
-    return f"for the files in it write '{folder.absolute()}/*{suffixes[0]}'"
+        return "name a data file or a save_to_disk folder"
+    return f"to read the files in it use '{folder.absolute()}/*{suffixes[0]}'"
 
 
 def _read_hub(spec: str) -> Source:
-    """`hf:NAME[@REVISION][:CONFIG]:SPLIT`, through the datasets library and its cache."""
+    """Read `hf:NAME[@REVISION][:CONFIG]:SPLIT` through the datasets library and its cache."""
     match = _HUB.fullmatch(spec)
     if match is None:
         raise ConfigError(f"{spec!r} is not hf:NAME[:CONFIG]:SPLIT", "for example hf:openai/gsm8k:main:train")
     datasets = _datasets(spec)
     name, split = match["name"], match["split"]
     try:
-        # trust_remote_code is never given: a dataset that needs its own code is refused by the library.
+        # trust_remote_code is never set, so the library refuses a dataset that needs to run its own code.
         dataset = datasets.load_dataset(name, match["config"], split=split, revision=match["revision"])
     except (ConnectionError, OSError, TimeoutError) as error:
         raise EnvironmentFault(
             f"cannot fetch the dataset: {first_line(error, 160)}",
-            "check its name, the network and HF_TOKEN; with HF_HUB_OFFLINE=1 only the cache is read",
+            "check its name, the network and HF_TOKEN; HF_HUB_OFFLINE=1 allows only cached datasets",
             path=spec,
         ) from error
-    except Exception as error:  # unknown config, unknown split, foreign code: each of its own kind
+    except Exception as error:  # unknown config or split, or remote code: each raises a different exception
         raise InputError(
             f"cannot load the dataset: {first_line(error, 160)}", "check name, config and split", path=spec
         ) from error
@@ -152,7 +154,7 @@ def _read_hub(spec: str) -> Source:
 
 def _not_empty(source: Source) -> Source:
     if not source.entries:
-        raise DataError("no rows in it", "give a dataset with at least one row", path=source.path)
+        raise DataError("the dataset has no rows", "use a dataset with at least one row", path=source.path)
     return source
 
 
@@ -160,7 +162,9 @@ def _datasets(path: Path | str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise EnvironmentFault("needs the datasets library", "pip install 'pst-dist[data]'", path=path) from error
+        raise EnvironmentFault(
+            "reading it needs the datasets library", "pip install 'pst-dist[data]'", path=path
+        ) from error
     return datasets
 
 
@@ -170,7 +174,7 @@ def _dataset_rows(dataset: Any, path: str, name: str) -> Iterator[Entry]:
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a `datasets.Dataset` as plain values; a class label is its name: its number means nothing elsewhere."""
+    """Rows of a `datasets.Dataset` as plain values. Class labels become their names, as their numbers are arbitrary."""
     features = dataset.features or {}  # a streamed dataset may not know them
     labels = {column: feature for column, feature in features.items() if hasattr(feature, "int2str")}
     for row in dataset.with_format(None):
@@ -181,5 +185,5 @@ def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
 
 
 def _worded(rationales: tuple[str, ...]) -> dict[str, Any]:
-    """A generator's rationale, or its several wordings, by the name that a file would have for it."""
+    """A generator's rationale, or its wordings, under the column name that a file would use."""
     return {"rationale": rationales[0]} if len(rationales) == 1 else {"rationales": list(rationales)}

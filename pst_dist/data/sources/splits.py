@@ -1,6 +1,6 @@
-"""Who is in which split: cuts by hash, repeated rows, leaks and ids, as pure functions over drafts.
+"""Assign rows to splits: cuts by hash, duplicates, leaks and ids, as pure functions over drafts.
 
-How a row becomes a draft is `drafts`; in which order the steps are taken is `load`.
+`drafts` turns rows into drafts; `load` calls these functions in order.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _MAX_SPLIT_FILE_BYTES = 1 << 30
 
 
 def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
-    """One draft for each question and answer; a later row's new rationales join the first row's.
+    """Merge rows with the same question and answer; new rationales of later rows are added to the first row.
 
-    Returns the drafts, how many rows brought a new rationale, and how many brought nothing.
+    Returns the drafts, the number of rows that added a rationale, and the number of rows that added nothing.
     """
     first: dict[tuple[str, str], int] = {}
     kept: list[Draft] = []
@@ -34,10 +34,10 @@ def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
         if place == len(kept):
             kept.append(draft)
             continue
-        elder = kept[place].sample
-        new = tuple(text for text in draft.sample.rationales if text not in elder.rationales)
+        earlier = kept[place].sample
+        new = tuple(text for text in draft.sample.rationales if text not in earlier.rationales)
         if new:
-            kept[place] = replace(kept[place], sample=replace(elder, rationales=elder.rationales + new))
+            kept[place] = replace(kept[place], sample=replace(earlier, rationales=earlier.rationales + new))
             merged += 1
         else:
             dropped += 1
@@ -45,38 +45,38 @@ def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
 
 
 def conflicting_answers(drafts: Sequence[Draft]) -> list[tuple[Draft, Draft]]:
-    """Pairs of rows that ask the same and disagree about the answer, each question once."""
+    """Pairs of rows with the same question and different answers, one pair per question."""
     first: dict[str, Draft] = {}
     found: dict[str, tuple[Draft, Draft]] = {}
     for draft in drafts:
-        elder = first.setdefault(draft.question_key, draft)
-        if elder.sample.answer != draft.sample.answer:
-            found.setdefault(draft.question_key, (elder, draft))
+        earlier = first.setdefault(draft.question_key, draft)
+        if earlier.sample.answer != draft.sample.answer:
+            found.setdefault(draft.question_key, (earlier, draft))
     return list(found.values())
 
 
 def repeats(drafts: Sequence[Draft]) -> int:
-    """How many rows repeat question and answer of an earlier one."""
+    """Number of rows that repeat the question and answer of an earlier row."""
     return len(drafts) - len({(draft.question_key, draft.sample.answer) for draft in drafts})
 
 
 def find_leaks(drafts: Sequence[Draft], held_out: Sequence[Draft]) -> list[tuple[Draft, Draft]]:
-    """Rows of `drafts` whose question also stands in `held_out`, each with the row it repeats."""
+    """Rows of `drafts` whose question is also in `held_out`, each with the row it repeats."""
     there = {draft.question_key: draft for draft in reversed(held_out)}
     return [(draft, there[draft.question_key]) for draft in drafts if draft.question_key in there]
 
 
 def with_wrong_rationales(drafts: Sequence[Draft], share: float) -> tuple[list[Draft], int]:
-    """The same rows in order, a share of them with the rationales of another one; and how many those are.
+    """The same rows in order, a share of them with the rationales of another row, and the number of changed rows.
 
-    Rows are ranked by the hash of their question; the first ones take what the next in rank has. A larger share so
-    spoils the same rows and more. Raises DataError when a single row is all there is to take from.
+    Rows are ranked by the hash of their question, and the first ones get the rationales of the next row in rank. A
+    larger share therefore changes the same rows and more. Raises DataError if there is only one row.
     """
     count = round(share * len(drafts))
     if not count:
         return list(drafts), 0
     if len(drafts) < 2:
-        raise DataError("data.wrong_rationales: a single training row has no other's rationale to take")
+        raise DataError("data.wrong_rationales needs at least two training rows, found one")
     ranks = sorted(
         range(len(drafts)), key=lambda k: hashlib.sha256(f"wrong/{drafts[k].question_key}".encode()).digest()
     )
@@ -88,18 +88,18 @@ def with_wrong_rationales(drafts: Sequence[Draft], share: float) -> tuple[list[D
 
 
 def without(drafts: Sequence[Draft], removed: Sequence[Draft]) -> list[Draft]:
-    """`drafts` less `removed`, by identity."""
+    """`drafts` without those in `removed`, compared by identity."""
     gone = {id(draft) for draft in removed}
     return [draft for draft in drafts if id(draft) not in gone]
 
 
 def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tuple[list[Draft], list[Draft]]:
-    """Set some rows apart: (the rest, the part), both in their old order.
+    """Cut a part off the rows: (the rest, the part), both in the original order.
 
-    `size` under 1 is a fraction: the hash of a question's first row decides, so rows added later move no other. From
-    1 on it is a number of questions, those with the smallest hashes. Rows with one question stay together, so the
-    part cannot leak. `purpose` salts the hash: a test cut and a validation cut are independent. Raises ConfigError
-    when nothing would be left.
+    `size` below 1 is a fraction: the hash of a question's first row decides, so rows added later never move other rows.
+    From 1 on it is a number of questions, those with the smallest hashes. Rows with the same question stay together, so
+    the part cannot leak. `purpose` salts the hash, so that test and validation cuts are independent. Raises ConfigError
+    if no training rows would remain.
     """
     if size == 0 or not drafts:
         return list(drafts), []
@@ -116,35 +116,35 @@ def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tup
     rest = without(drafts, part)
     if not rest:
         raise ConfigError(
-            f"data.{purpose}_size={size} leaves none of {len(groups)} questions to train on", "make it smaller"
+            f"data.{purpose}_size={size} leaves none of the {len(groups)} questions for training", "make it smaller"
         )
     return rest, without(drafts, rest)
 
 
 def first_by_hash(drafts: Sequence[Draft], count: int) -> list[Draft]:
-    """The `count` rows with the smallest hashes, in their old order: a smaller count gives a subset."""
+    """The `count` rows with the smallest hashes, in the original order. A smaller count gives a subset."""
     chosen = sorted(drafts, key=lambda draft: _rank(draft, "rows"))[:count]
     return without(drafts, without(drafts, chosen))
 
 
 def _rank(draft: Draft, purpose: str) -> float:
-    """A number in [0, 1) that depends on the id and the purpose alone."""
+    """A number in [0, 1) that depends only on the id and the purpose."""
     digest = hashlib.sha256(f"{purpose}/{draft.sample.id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def check_ids(drafts: Sequence[Draft]) -> None:
-    """Raise DataError when two rows of one split bear the same id and differ; names both places."""
+    """Raise DataError, naming both locations, if two different rows of a split have the same id."""
     seen: dict[str, Draft] = {}
     for draft in drafts:
-        elder = seen.setdefault(draft.sample.id, draft)
-        if elder is not draft and (elder.question_key, elder.sample.answer) != (
+        earlier = seen.setdefault(draft.sample.id, draft)
+        if earlier is not draft and (earlier.question_key, earlier.sample.answer) != (
             draft.question_key,
             draft.sample.answer,
         ):
             raise DataError(
-                f"id {draft.sample.id!r} already stands at {elder.where}",
-                "make ids unique, or leave them out and we make them",
+                f"duplicate id {draft.sample.id!r}, first used at {earlier.where}",
+                "make ids unique, or remove them so that they are generated",
                 path=draft.path,
                 line=draft.line,
             )
@@ -153,8 +153,8 @@ def check_ids(drafts: Sequence[Draft]) -> None:
 def final_ids(splits: dict[str, list[Draft]]) -> dict[str, list[ReasoningSample]]:
     """Samples with ids that are unique over all splits.
 
-    Files often count from 0 each; an id that an earlier split has taken gets the split's name in front, one
-    that its own split has taken a number behind.
+    Ids often count from 0 in every file. An id that an earlier split uses gets the split's name as a prefix; one that
+    its own split uses gets a number as a suffix.
     """
     taken: set[str] = set()
     samples: dict[str, list[ReasoningSample]] = {}
@@ -176,10 +176,10 @@ def final_ids(splits: dict[str, list[Draft]]) -> dict[str, list[ReasoningSample]
 
 
 def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], str]:
-    """Indices of each split, counted from 0, in the file's order, and the file's sha256.
+    """Row indices of each split, counted from 0, in the file's order, and the file's sha256.
 
-    The file is JSON {"train": […], "test": […]}, with "validation" if one is wanted. Raises InputError when it
-    cannot be read and DataError when an index is no row of the `rows` there are or stands twice.
+    The file is JSON {"train": […], "test": […]} with an optional "validation". Raises InputError if it cannot be read,
+    and DataError for an index outside the `rows` rows or a duplicate index.
     """
     raw = read_regular(path, _MAX_SPLIT_FILE_BYTES, remedy="check data.split_file")
     try:
@@ -194,11 +194,11 @@ def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], str]:
             raise DataError(f"{split} is not a list of row indices", path=path)
         for index in indices:
             if isinstance(index, bool) or not isinstance(index, int):
-                raise DataError(f"{split} holds {index!r}, which is no row index", path=path)
+                raise DataError(f"{split} contains {index!r}, which is not a row index", path=path)
             if not 0 <= index < rows:
                 raise DataError(
-                    f"{split} names row {index}, but data.train has {rows} rows",
-                    "the split file belongs to another file",
+                    f"{split} contains row {index}, but data.train has {rows} rows",
+                    "use the split file that belongs to data.train",
                     path=path,
                 )
             if index in owner:

@@ -1,7 +1,7 @@
-"""JSON read strictly: what the usual readers accept without a word is a named fault here.
+"""Read JSON strictly: report what ordinary parsers accept silently.
 
-A duplicate key, NaN, a number past the range of a float, half a surrogate pair, a row that is no object: each
-becomes a `Reject` with its line, and the rows around it go on. Lines are cut at b"\\n" only.
+A duplicate key, NaN, a number beyond the range of a float, half a surrogate pair or a row that is not an object becomes
+a `Reject` with its line, and reading continues with the next row. Lines end only at b"\\n".
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import DataError, InputError
 
 MAX_LINE_BYTES = 16 << 20
-"""A longer line is a reject and is not held in memory."""
+"""A longer line is rejected and not kept in memory."""
 MAX_CELL_CHARACTERS = 16 << 20
-"""A row with a longer text is a reject, whatever the format."""
+"""A row with a longer text is rejected, in any format."""
 LONG_CELL = f"a text of more than {MAX_CELL_CHARACTERS >> 20} Mi characters"
 NOT_UTF8 = " (for Windows-1252 convert the file with iconv -f WINDOWS-1252 -t UTF-8)"
 MAX_DEPTH = 64
-"""Deeper nesting of lists and objects is a reject."""
+"""Deeper nesting of lists and objects is rejected."""
 
 
 def refuse_utf16(path: Path, start: bytes) -> None:
-    """Name UTF-16 and UTF-32, by their mark or, without one, by the zero bytes between letters; raises InputError."""
+    """Raise InputError for UTF-16 and UTF-32, recognised by their byte order mark or by zero bytes between letters."""
     wide = start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0" in start[:4]
     if wide or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start[:2]:
         name = "UTF-32" if wide else "UTF-16"
@@ -39,7 +39,7 @@ def refuse_utf16(path: Path, start: bytes) -> None:
 
 @dataclass(frozen=True)
 class _Fault:
-    """Stands in a parsed value where strict JSON would not go on."""
+    """A placeholder inside a parsed value for something that strict JSON does not allow."""
 
     code: str
     what: str
@@ -50,7 +50,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        return _Fault("duplicate_key", f"key {excerpt(twice)!r} is in one object twice")
+        return _Fault("duplicate_key", f"duplicate key {excerpt(twice)!r} in an object")
     return value
 
 
@@ -73,7 +73,7 @@ _DECODER = json.JSONDecoder(
 
 
 def fault_in(value: Any) -> _Fault | None:
-    """The first fault anywhere in a parsed value; walks without recursion, so depth cannot hurt it."""
+    """The first fault anywhere in a parsed value. Works without recursion, so deep nesting is no problem."""
     stack = [(value, 1)]
     while stack:
         item, depth = stack.pop()
@@ -98,7 +98,7 @@ def _row_or_reject(value: Any, path: Path, line: int, text: str | bytes) -> Entr
     if fault is not None:
         return Reject(str(path), line, fault.code, fault.what, excerpt(text))
     if not isinstance(value, dict):
-        return Reject(str(path), line, "not_object", f"row is {kind_of(value)}, wanted an object", excerpt(text))
+        return Reject(str(path), line, "not_object", f"row is {kind_of(value)}, expected an object", excerpt(text))
     return RawRow(value, str(path), line, f"{path.name}:{line}")
 
 
@@ -144,7 +144,7 @@ def _json_line(path: Path, number: int, raw: bytes) -> Entry:
 
 
 def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
-    """A list of objects, JSON lines under another name, or an object that holds rows in a form of `json_tables`."""
+    """Read a list of objects, JSON Lines with another suffix, or an object with rows in a form of `json_tables`."""
     refuse_utf16(path, raw)
     raw = raw.removeprefix(codecs.BOM_UTF8)
     start = raw.lstrip()[:1]
@@ -165,8 +165,8 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
     rows = value.get("data") if isinstance(value, dict) else None
     if isinstance(rows, dict):
         raise DataError(
-            "its `data` is an object, not a list of rows",
-            "a Fine-tune-CoT completion file belongs in data.teacher_completions",
+            "`data` is an object, not a list of rows",
+            "if this is a Fine-tune-CoT completion file, set it as data.teacher_completions",
             path=path,
         )
     if not isinstance(rows, list) or "columns" in value:
@@ -177,7 +177,7 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
             else:
                 yield RawRow(row, str(path), number, f"{path.name}#{number}")
         return
-    # Found by its content: the word "data" may also stand elsewhere in the object.
+    # Compare the content, because the word "data" may also occur elsewhere in the object.
     for match in re.finditer(r'"data"\s*:\s*(?=\[)', text):
         if _DECODER.raw_decode(text, match.end())[0] == rows:
             yield from _json_list(path, text, match.end())
@@ -185,7 +185,7 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
 
 
 def _is_lines(raw: bytes) -> bool:
-    """Whether one of the first lines is a whole object: JSON lines, however the file is called."""
+    """Whether one of the first lines is a complete object, so that the file is JSON Lines despite its suffix."""
     lines = [line for line in raw.split(b"\n", 20)[:20] if line.strip()]
     for line in lines[:5]:
         try:
@@ -217,9 +217,9 @@ def _whole(path: Path, text: str) -> Any:
 
 
 def _json_list(path: Path, text: str, start: int | None = None) -> Iterator[Entry]:
-    """The elements of a JSON list one by one, so that each has its line and a faulty one its own reject.
+    """Read the elements of a JSON list one by one, so that each has its line and a faulty one becomes a reject.
 
-    `start` is the place of the opening bracket, None when nothing but the list may stand in the text.
+    `start` is the position of the opening bracket, or None if the text must contain nothing but the list.
     """
     alone = start is None
     start = text.index("[") if start is None else start

@@ -1,6 +1,6 @@
-"""Layouts of single public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's.
+"""Layouts of individual public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's.
 
-All end in one form of question, Fine-tune-CoT's: the choices stand behind it as `Answer choices: (A) …, (B) ….`
+All produce questions in Fine-tune-CoT's form, followed by `Answer choices: (A) …, (B) ….`
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pst_dist.data.sources.options import LETTERS, read_options, with_choices
 from pst_dist.data.sources.rows import RowError
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
-# People close with "The answer is B", "Answer C", "Choice E is correct", "The answer is 30. i.e C": the last such
-# word, and in what follows the first capital from A to E that stands alone.
+# Human rationales end in "The answer is B", "Answer C", "Choice E is correct" or "The answer is 30. i.e C": take the
+# last such word, and after it the first single capital from A to E.
 _CLOSING = re.compile(
     r"(?:\b(?:hence|therefore|thus|so)\b,?\s*)?\b(?:the )?(?:correct )?(?:answer|choice|option)\b", re.I
 )
@@ -24,7 +24,7 @@ _LETTER = re.compile(r"(?<![A-Za-z])([A-E])(?![A-Za-z])")
 
 
 def _aqua(row: Mapping[str, Any]) -> Fields:
-    """AQuA as published: question, options `A)…`, rationale, correct."""
+    """AQuA's original format: question, options `A)…`, rationale, correct."""
     options = read_options(row.get("options"))
     return Fields(
         question=with_choices(as_text(row.get("question"), "question"), options.texts),
@@ -51,9 +51,9 @@ def _aqua_human(row: Mapping[str, Any]) -> Fields:
 
 
 def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
-    """Steps and letter; where the ending names a choice's text instead of its letter, the letter of that text."""
+    """Steps and letter. If the ending gives the text of a choice instead of its letter, the letter of that choice."""
     closings = list(_CLOSING.finditer(output))
-    # "The answer is option B" holds two such words; the rationale ends before the first of the last sentence.
+    # "The answer is option B" has two such words; the rationale ends before the first one in the last sentence.
     for last in reversed(closings):
         first = next(mark for mark in closings if not _SENTENCE_END.search(output, mark.start(), last.start()))
         ending = output[last.end() :]
@@ -70,13 +70,13 @@ def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _csqa_palm(row: Mapping[str, Any]) -> Fields:
-    """CommonsenseQA of the Distilling step-by-step release; its rationales are in data.teacher_completions."""
+    """CommonsenseQA from the Distilling step-by-step release; its rationales are in data.teacher_completions."""
     options = read_options(row.get("choices"))
     answer = as_text(row.get("answer"), "answer")
     if answer not in options.texts:
-        raise RowError("answer", "answer is none of the choices")
+        raise RowError("answer", "answer is not one of the choices")
     # In 48 of the 10,962 rows two options have the answer's text, and the release does not say which one is meant. The
-    # published 9,741 and 1,221 rows include them, so the first is taken; it is CommonsenseQA's own key in 29 of the 48.
+    # published 9,741 and 1,221 rows include them, so we take the first; it is CommonsenseQA's own key in 29 of the 48.
     return Fields(
         question=with_choices(as_text(row.get("question"), "question"), options.texts),
         answer=LETTERS[options.texts.index(answer)],
@@ -111,4 +111,4 @@ TASK_LAYOUTS: dict[str, Layout] = {
         ),
     )
 }
-"""By name; guessing tries them before the general layouts, because they are narrower."""
+"""Layouts by name. Guessing tries them before the general layouts, because they are more specific."""

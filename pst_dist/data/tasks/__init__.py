@@ -1,7 +1,7 @@
-"""What counts as a right answer: the 12 reasoning tasks and the demo tasks.
+"""How answers are parsed and scored: the 12 reasoning tasks and the demo tasks.
 
-`scoring` holds the rules, `registry` the tasks by name, `numbers` the one reader of numbers. Reading files is
-`sources`; turning a model's tokens into text is `student.generate`.
+`scoring` has the rules, `registry` the tasks by name, and `numbers` the number parser that everything uses. `sources`
+reads files; `student.generate` turns a model's tokens into text.
 """
 
 from pst_dist.data.tasks.registry import TASKS, get_task

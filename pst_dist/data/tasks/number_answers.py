@@ -1,8 +1,8 @@
-"""The number in a student's output: what it answers with, or nothing where that is not certain.
+"""Find the number that a student's output gives as its answer, or nothing where that is not certain.
 
-A student may wrap its number in a sentence ("So 12 pens."). What counts as a number is `numbers`; this module only
-finds the text that has to be one. Everything takes time linear in the text. Like `numbers`, its source is shipped with
-the lm-evaluation-harness task.
+A student may put its number in a sentence ("So 12 pens."). This module finds the text that must be a number; `numbers`
+parses it. Everything runs in time linear in the text. Like `numbers`, this source is shipped with the
+lm-evaluation-harness task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pst_dist.data.tasks.number_markup import NotANumber
 from pst_dist.data.tasks.numbers import NOT_UNITS, SCALES, read_number
 
 _BOXED = "\\boxed{"
-# Not before more digits: "1, 234" and "3 . 5" may be one number that was torn apart. Not after a digit: 5! is 120.
+# Not before more digits: "1, 234" and "3 . 5" may be one number with stray spaces. Not after a digit: 5! is 120.
 _CLAUSE_END = re.compile(
     r"(?<!\s)[,;](?=\s+[^\s\d]|\s*$)|(?<!\s)[.?](?=\s|$)|(?<![\s\d])!(?=\s|$)|[;\n]|\b(?:because|since|which)\b",
     re.IGNORECASE,
@@ -22,21 +22,21 @@ _CLAUSE_END = re.compile(
 _DIGIT = re.compile(r"\d|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _NUMBER_BEGINS = re.compile(r"\\|" + _DIGIT.pattern)
 _WORD = re.compile(r"[^\W\d_]+")
-# What may stand directly before the digits of one number: signs, currencies, brackets, the beginning of `.5`.
+# Characters allowed directly before the digits of a number: signs, currencies, brackets, the point of `.5`.
 _DASHES = "-+\u2212\u2013"
 _BEFORE_DIGITS = frozenset(_DASHES + "$€£¥₹.*`\"'([ \u00a0")
 _PLAIN_LEAD = re.compile(r"[\w\s:,.'\"*()\[\]#-]*")
-# Words before a number that deny it, turn its sign or leave it open; these few words of a sentence do not.
+# Words before a number that negate it, change its sign or leave it open. The words removed here are harmless there.
 _NO_LEAD = (NOT_UNITS | {"no", "never", "without", "cannot", "because", "since"}) - {"by", "to", "and", "from", "but"}
 _PUNCTUATION = ".,;:!?()[]\"'*`"
 
 
 def find_number(text: str, *, percent_is_hundredths: bool = False) -> Fraction | None:
-    """The number that a student answers with; None where there is none, several, or one that is not understood.
+    """The number that a student's output gives; None if there is none, several, or one that cannot be parsed.
 
-    A whole text that is a number is that number, and so is what stands in its `\\boxed{}`. Otherwise the first clause
-    with a digit counts, which may hold words, one number and its unit; of an equation, what follows the last `=`.
-    Nothing is guessed: "3 or 4" is None.
+    If the text has a `\\boxed{}`, its content is the number; otherwise the whole text, if it is a number. Otherwise the
+    first clause that contains a digit counts. It may contain words, one number and its unit; in an equation, the part
+    after the last `=` counts. Nothing is guessed: "3 or 4" gives None.
     """
     text = text.strip()
     boxed = _boxed(text)
@@ -48,7 +48,7 @@ def find_number(text: str, *, percent_is_hundredths: bool = False) -> Fraction |
 
 
 def numbers_in(text: str, *, percent_is_hundredths: bool = False) -> list[Fraction]:
-    """Every number in a text that can be read where it stands, in order."""
+    """Every number in a text that can be parsed on its own, in order."""
     words, found, place = text.split(), [], 0
     while place < len(words):
         width = 1
@@ -93,7 +93,7 @@ def _boxed(text: str) -> list[str | None]:
 
 
 def _clause(text: str) -> str | None:
-    """The number of the first clause with a digit, from its sign to the clause's end; None where words forbid it."""
+    """The number in the first clause with a digit, from its sign to the clause's end; None where words exclude it."""
     first = _DIGIT.search(text)
     if first is None:
         return None
@@ -113,7 +113,7 @@ def _clause(text: str) -> str | None:
         start -= 1
     lead, number = clause[:start], clause[start:].strip()
     if lead:
-        # x5 and x-5 are no numbers, and the dash of "Answer - 5" may be no sign.
+        # x5 and x-5 are not numbers, and the dash in "Answer - 5" may not be a sign.
         apart = clause[start].isspace() or lead[-1] in ":(["
         if not apart or (number[0] in _DASHES and number[1:2].isspace()):
             return None

@@ -1,7 +1,7 @@
-"""The plain text of a number: without LaTeX, markdown and quotes, with one character for each sign and space.
+"""Reduce the text of a number to plain characters: remove LaTeX, Markdown and quotes, unify signs and spaces.
 
-What the plain text means is `numbers`. Like that module, this one is shipped with the lm-evaluation-harness task and
-imports nothing of this package.
+`numbers` parses the plain text. Like that module, this one is shipped with the lm-evaluation-harness task and imports
+nothing from this package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _QUOTES = {0x2019: "'", 0x2018: "'", 0x2044: "/", 0xFF0B: "+"}
 _VULGAR = {ord(char): f" {unicodedata.normalize('NFKC', char)}".replace("\u2044", "/") for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _ONE_CHARACTER = {**_SPACES, **_MINUSES, **_FULL_WIDTH, **_QUOTES, **_VULGAR}
 
-# LaTeX that only says how a number looks. `\$` becomes ¤ so that it is not taken for the mark of mathematics.
+# LaTeX that only affects how a number looks. `\$` becomes ¤ so that it is not taken for a math delimiter.
 _LATEX_WORDS = (
     *((r"\$", "¤"), (r"\%", "%"), (r"\!", ""), ("{,}", ","), ("{.}", ".")),
     *((r"\,", " "), (r"\;", " "), (r"\:", " "), ("\\ ", " "), (r"^{\circ}", "°"), (r"^\circ", "°")),
@@ -36,11 +36,11 @@ _WRAPPERS = (
 
 
 class NotANumber(ValueError):
-    """The text is not one number that is understood wholly; the message says what is in the way."""
+    """The text is not exactly one number that can be parsed completely; the message gives the reason."""
 
 
 def without_markup(text: str) -> str:
-    """The text without LaTeX, markdown and quotes around it, and with one character for each kind of sign and space."""
+    """The text without LaTeX, Markdown and quotes around it, with one character for each kind of sign and space."""
     text = text.translate(_ONE_CHARACTER)
     for markup, plain in _LATEX_WORDS:
         text = text.replace(markup, plain)
@@ -56,25 +56,25 @@ def without_markup(text: str) -> str:
     if text[:2] in ("(-", "(+") and text.endswith(")"):
         text = text[1:-1].strip()
     if "\\" in text:
-        raise NotANumber("holds LaTeX that is more than a number")
+        raise NotANumber("contains LaTeX that is more than a number")
     return text
 
 
 def _unwrapped(text: str) -> str:
-    """The text without the full stop at its end and without what stands around the whole of it."""
+    """The text without a final full stop and without delimiters around the whole of it."""
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1].rstrip()
     for start, end in _WRAPPERS:
         if len(text) > len(start) + len(end) and text.startswith(start) and text.endswith(end):
             inner = text[len(start) : len(text) - len(end)]
-            # "{1}+{2}" and "$1$ or $2$" begin and end alike too, but are not one group.
+            # "{1}+{2}" and "$1$ or $2$" also start and end with the delimiters, but are not one group.
             if _balanced(inner) if end == "}" else start not in inner and end not in inner:
                 text = inner.strip()
     return text
 
 
 def _balanced(inner: str) -> bool:
-    """Whether every brace that a text closes was opened in it, and the other way round."""
+    """Whether the braces in a text are balanced."""
     depth = 0
     for char in inner:
         depth += (char == "{") - (char == "}")

@@ -1,10 +1,10 @@
-"""The one reader of numbers, for gold answers and for a student's output: a number is read right or refused.
+"""The number parser for gold answers and student outputs: it reads a number correctly or refuses it.
 
-`read_number` reads a whole text, `write_number` gives the form in which answers are stored; finding the answer in a
-student's sentence is `number_answers`. The table of what is accepted is in docs/data.md. Values are exact fractions.
-Sizes are bounded before anything is computed, and every pattern takes time linear in the text.
+`read_number` parses a whole text, `write_number` gives the form in which answers are stored, and `number_answers` finds
+the answer in a student's sentence. docs/data.md lists what is accepted. Values are exact fractions. Sizes are bounded
+before anything is computed, and every pattern runs in time linear in the text.
 
-The source is shipped with the lm-evaluation-harness task, so it imports nothing but its neighbour `number_markup`.
+The source is shipped with the lm-evaluation-harness task, so it imports only `number_markup`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from fractions import Fraction
 from pst_dist.data.tasks.number_markup import NotANumber, without_markup
 
 MAX_DIGITS = 1000
-"""Digits that a number may have when it is written out, so that 1e999999 is refused instead of computed."""
+"""Maximum number of digits when written out, so that 1e999999 is refused instead of computed."""
 MAX_TEXT = 4000
-"""Characters of a text that may be one number."""
+"""Maximum length in characters of the text of one number."""
 
 _CURRENCY_SIGNS = "$€£¥₹₩₽¤"
 _CURRENCY_CODES = "USD|US\\$|EUR|GBP|JPY|CNY|INR|CHF|CAD|AUD|Rs\\.?"
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-# In finance, m, mm, bn or k behind an amount are scales, so behind an amount of money only these words may follow.
+# After an amount of money m, mm, bn and k are scales, so only these words may follow one.
 _MONEY_WORDS = frozenset(
     "dollar dollars euro euros pound pounds yen rupee rupees franc francs usd eur gbp jpy cny inr chf cad aud "
     "in of total all each apiece per person day week month year hour minute item unit piece ticket".split()
 )
-# Shorter words could be a variable, a scale or an ordinal; these are units and nothing else.
+# A short word could be a variable, a scale or an ordinal suffix; these are unambiguous units.
 _SHORT_UNITS = frozenset("km cm mm nm kg mg ml cl dl ft in yd mi lb oz hr kb gb tb kw of".split())
 _GLUED_UNITS = frozenset("km cm mm nm kg mg ml cl dl ft lbs lb oz mph kmh kph hrs hr mins min secs sec".split())
 _RATE_UNITS = _SHORT_UNITS | frozenset("m s h g l hr hour min minute sec second day week month year person".split())
-# Words behind a number that change its value, leave it open or make it something else: 5 dozen, 5 or more, 5 pm.
+# Words after a number that change its value, leave it open or make it something else: 5 dozen, 5 or more, 5 pm.
 NOT_UNITS = frozenset(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million "
@@ -64,7 +64,7 @@ _MIXED = re.compile(r" (\d+) ?/ ?(\d+)", re.ASCII)
 def read_number(text: str, *, percent_is_hundredths: bool = False) -> Fraction:
     """The value of a text that is one number and nothing else; raises NotANumber.
 
-    A unit or currency is allowed and dropped. So is the percent sign, unless `percent_is_hundredths`: 50 % is then 1/2.
+    A unit or currency is allowed and ignored. So is the percent sign, unless `percent_is_hundredths`: then 50 % is 1/2.
     """
     if len(text) > MAX_TEXT:
         raise NotANumber(f"is longer than {MAX_TEXT:,} characters")
@@ -77,7 +77,7 @@ def read_number(text: str, *, percent_is_hundredths: bool = False) -> Fraction:
 
 
 def write_number(value: Fraction) -> str:
-    """The canonical text of a value: 43, -0.5 or, where its decimals do not end, 1/3. `read_number` reads it back.
+    """The canonical text of a value: 43, -0.5 or, for an infinite decimal, 1/3. `read_number` parses it back.
 
     Raises NotANumber for more than MAX_DIGITS digits.
     """
@@ -97,10 +97,10 @@ def write_number(value: Fraction) -> str:
 
 
 def number_of_json(value: int | float) -> Fraction:
-    """The value of a number in a JSON or Parquet file; raises NotANumber when it is not finite or too long.
+    """The value of a number from a JSON or Parquet file; raises NotANumber when it is not finite or too long.
 
-    A float that is no whole number is taken at the 15 digits that every decimal keeps on its way through a float, so
-    0.1 is one tenth and 0.30000000000000004 is 0.3.
+    A float that is not a whole number is rounded to 15 significant digits, which every decimal keeps when stored as a
+    float: 0.1 is one tenth and 0.30000000000000004 is 0.3.
     """
     if value != value or value in (float("inf"), float("-inf")):
         raise NotANumber("is not a finite number")
@@ -108,14 +108,14 @@ def number_of_json(value: int | float) -> Fraction:
 
 
 def _bounded(value: Fraction) -> Fraction:
-    # bit_length costs nothing; str() of a million digits would.
+    # bit_length is cheap; str() of a million digits is not.
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_DIGITS * 3.33:
         raise NotANumber(f"has more than {MAX_DIGITS:,} digits")
     return value
 
 
 def _amount(text: str) -> tuple[Fraction, int, bool]:
-    """The value at the start of a text, where it ends, and whether a currency stands before it."""
+    """The value at the start of a text, the position where it ends, and whether a currency precedes it."""
     place, negative, signs, money = 0, False, 0, False
     while place < len(text):
         if sign := _SIGN.match(text, place):
@@ -130,20 +130,20 @@ def _amount(text: str) -> tuple[Fraction, int, bool]:
         raise NotANumber("has two signs")
     spaced = _SPACED.match(text, place)
     if spaced:
-        # 1 234/567 is one fraction or a mixed number, and +1 555 123 456 a telephone number.
+        # 1 234/567 is either a fraction or a mixed number, and +1 555 123 456 is a telephone number.
         if text[spaced.end() : spaced.end() + 2].strip()[:1] in tuple("/.,'") or "+" in text[:place]:
             raise NotANumber("has spaces that may be more than thousands separators")
         whole, _, fraction = spaced.group().replace(" ", "").replace(",", ".").partition(".")
         return _signed(_decimal(whole, fraction), negative), spaced.end(), money
     run = _RUN.match(text, place)
     if run is None:
-        raise NotANumber("does not begin with a number" if any(map(str.isdigit, text)) else "holds no number")
+        raise NotANumber("does not start with a number" if any(map(str.isdigit, text)) else "contains no number")
     value, place = _plain(run.group()), run.end()
     if over := _OVER.match(text, place):
         value, place = _divided(value, _plain(over.group(1))), over.end()
     elif mixed := _MIXED.match(text, place):
         if not run.group().isdigit() or int(mixed.group(1)) >= int(mixed.group(2)):
-            raise NotANumber("is no mixed number such as 1 1/2")
+            raise NotANumber("is not a mixed number such as 1 1/2")
         part = _divided(_plain(mixed.group(1)), _plain(mixed.group(2)))
         value, place = value + part, mixed.end()
     elif exponent := _EXPONENT.match(text, place):
@@ -178,11 +178,11 @@ def _decimal(whole: str, fraction: str) -> Fraction:
 
 
 def _plain(run: str) -> Fraction:
-    """The value of digits with points, commas and apostrophes, where they can mean only one number."""
+    """The value of digits with points, commas and apostrophes if they can only mean one number."""
     kinds = [mark for mark in ".,'" if mark in run]
     counts = {mark: run.count(mark) for mark in kinds}
     if not any(map(str.isdigit, run)):
-        raise NotANumber("holds no number")
+        raise NotANumber("contains no number")
     if not kinds:
         return _decimal(run, "")
     last = max(kinds, key=run.rfind)
@@ -190,11 +190,11 @@ def _plain(run: str) -> Fraction:
         whole, _, fraction = run.partition(last)
         if last == ".":
             return _decimal(whole, fraction)
-        # 1,234 has a thousands separator; 12,5 and 0,123 cannot, and 012,5 is nothing that people write.
+        # 1,234 has a thousands separator; in 12,5 and 0,123 the comma must be a decimal comma. Nobody writes 012,5.
         if last == "," and fraction and (whole == "0" or (whole and whole[0] != "0" and not _is_grouped(run, ","))):
             return _decimal(whole, fraction)
     elif counts[last] == 1 and last != "'" and len(kinds) == 2:
-        # The mark that comes last, and once, parts the decimals; the other one must part thousands.
+        # The last mark, if it occurs once, separates the decimals; the other one must separate thousands.
         whole, _, fraction = run.partition(last)
         other = next(mark for mark in kinds if mark != last)
         if fraction and _is_grouped(whole, other):
@@ -205,7 +205,7 @@ def _plain(run: str) -> Fraction:
 
 
 def _is_grouped(run: str, mark: str) -> bool:
-    """Whether `mark` parts thousands: one to three digits, the first not zero, then groups of three."""
+    """Whether `mark` separates thousands: one to three digits, the first not zero, then groups of three."""
     first, *groups = run.split(mark)
     return bool(
         groups
@@ -217,11 +217,11 @@ def _is_grouped(run: str, mark: str) -> bool:
 
 
 def _tail(tail: str, money: bool, percent_is_hundredths: bool) -> Fraction:
-    """The factor that what follows a number stands for; raises NotANumber when it may be anything but a unit."""
+    """The factor given by the text after a number; raises NotANumber when that text may be more than a unit."""
     rest = tail.strip()
     if rest.lower() in ("%", "percent", "per cent", "pct"):
         if money:
-            raise NotANumber("is money and a percentage")
+            raise NotANumber("is both money and a percentage")
         return Fraction(1, 100) if percent_is_hundredths else Fraction(1)
     first, _, others = rest.partition(" ")
     scale = Fraction(1)
@@ -236,7 +236,7 @@ def _tail(tail: str, money: bool, percent_is_hundredths: bool) -> Fraction:
     words = rest.split(" ")
     glued = not tail.startswith(" ")
     if glued and (money or re.split(r"[/^²³]", words[0])[0] not in _GLUED_UNITS or not _is_unit(words[0], money)):
-        raise NotANumber(f"has {_cut(rest)!r} after the number, which is no unit")
+        raise NotANumber(f"has {_cut(rest)!r} after the number, which is not a known unit")
     if len(words) > 5 or not all(_is_unit(word, money) for word in words[glued:]):
         raise NotANumber(f"has {_cut(rest)!r} after the number, which may change its value")
     return scale

@@ -1,4 +1,4 @@
-"""The tasks by name: Fine-tune-CoT's twelve, the demo's own, and a generic one for each answer type."""
+"""The tasks by name: Fine-tune-CoT's twelve, those of the demo, and a generic one for each answer type."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _ALL = (
     _yes_no("coin_flip", "is the coin still heads up after some flips"),
     _choice("commonsense_qa", "ABCDE", "everyday knowledge with five choices"),
     _yes_no("strategy_qa", "questions that need several implied steps"),
-    # Scored like svamp, as all the results of it that are published here were.
+    # Scored like svamp, as in all published results of this repository.
     _numbers("arithmetic", "the demo's word problems of several steps", numeric=True),
     Task(
         name="proportion",
         answer_type="number",
         rule="number",
         percent_is_hundredths=True,
-        summary="a share or a probability: 1/2, 0.5 and 50 % are equal",
+        summary="a proportion or probability: 1/2, 0.5 and 50 % are equal",
     ),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
-"""The 12 tasks in the order of the published tables, then the demo's and `proportion`."""
+"""The 12 tasks in the order of the published tables, then the demo's task and `proportion`."""
 
 _GENERIC: dict[str, Task] = {
     "text": Task(name="text", answer_type="text", rule="whole_text", summary="free text, compared without case"),
@@ -69,24 +69,24 @@ _GENERIC: dict[str, Task] = {
 
 
 def get_task(name: str | None, answer_type: str | None = None) -> Task:
-    """The task of that name, or without one the generic task of an answer type (text when none is given).
+    """The task `name`, or without a name the generic task of an answer type (default text).
 
-    Raises ConfigError for a name that does not exist, with the nearest one, and for an answer type that
-    contradicts the named task's.
+    Raises ConfigError for an unknown name, with the closest known one, and for an answer type that differs from the
+    named task's.
     """
     if name is None:
         if answer_type is not None and answer_type not in _GENERIC:
-            raise ConfigError(f"answer type {answer_type!r} is none of {', '.join(ANSWER_TYPES)}")
+            raise ConfigError(f"answer type {answer_type!r} is not one of {', '.join(ANSWER_TYPES)}")
         return _GENERIC[answer_type or "text"]
     task = TASKS.get(name)
     if task is None:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
         raise ConfigError(
-            f"no task {name!r}", f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(TASKS)
+            f"no task {name!r}", f"did you mean {near[0]!r}?" if near else "known tasks: " + ", ".join(TASKS)
         )
     if answer_type is not None and answer_type != task.answer_type:
         raise ConfigError(
-            f"task {name} has {task.answer_type} answers, data.answer_type says {answer_type}",
-            "leave data.answer_type out, or task",
+            f"task {name} has {task.answer_type} answers, but data.answer_type is {answer_type}",
+            "remove data.answer_type, or task",
         )
     return task

@@ -1,9 +1,9 @@
-"""How answers are found in text, brought to one form and compared.
+"""How answers are found in text, normalised and compared.
 
-The rules named `fine_tune_cot_*` (with `yes_no` and `joined_letters`) are those of Fine-tune-CoT's evaluator for its 12
-tasks, exactly, because published accuracies depend on them: they take the first thing that looks like an answer. The
-others are for rows of no named task. They read an answer right or count it as unparsed. Gold answers are read strictly
-for every task. Which task follows which rule is `registry`; what a number is, `numbers`.
+The rules named `fine_tune_cot_*`, `yes_no` and `joined_letters` are exactly those of Fine-tune-CoT's evaluator for its
+12 tasks, because published accuracies depend on them: they take the first thing that looks like an answer. The other
+rules are for rows without a named task. They read an answer correctly or count it as unparsed. Gold answers are parsed
+strictly for every task. `registry` assigns rules to tasks; `numbers` parses numbers.
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ _KINDS: dict[str, str] = {
     "whole_text": "text",
 }
 _NEVER_GUESSED = ("number", "marked_letters", "dates")
-"""Rules under which an output without its answer marker has no answer: its last number may be an interim result."""
+"""Rules that find no answer in an output without its answer marker: its last number may be an intermediate result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kind of question: how its answers look and when two are the same."""
+    """One kind of question: what its answers look like and when two of them are equal."""
 
     name: str
     answer_type: AnswerType
     rule: Rule
-    """How candidates for an answer are found in text."""
+    """How candidate answers are found in text."""
     choice_letters: str = ""
-    """The letters that an answer may be, for multiple choice; empty otherwise."""
+    """The possible letters of a multiple-choice answer; empty for other tasks."""
     numeric: bool = False
-    """For `fine_tune_cot_numbers`: compare as floats within 1e-6 and write 43.0 as 43; else strings must be equal."""
+    """For `fine_tune_cot_numbers`: compare as floats within 1e-6 and write 43.0 as 43. Otherwise compare as strings."""
     percent_is_hundredths: bool = False
-    """For `number`: 50 % is 0.5. Otherwise the percent sign is a unit like any other, and 50 % is 50."""
+    """For `number`: 50 % is 0.5. Otherwise the percent sign is treated as a unit, and 50 % is 50."""
     summary: str = ""
-    """What is asked, in a few words."""
+    """A short description of the task."""
 
     def candidates(self, text: str) -> list[str]:
         """Everything in `text` that looks like an answer, in order, in canonical form."""
         return _candidates(self, text)
 
     def cleanse(self, text: str) -> str | None:
-        """The answer in a piece of answer text; None where there is none, or none for certain: a parse failure.
+        """The answer in a piece of answer text; None (unparsed) where there is no certain answer.
 
-        That is the first candidate, except for `number` and `marked_letters`, which never choose among several.
+        This is the first candidate, except for `number` and `marked_letters`, which never choose among several.
         """
         if self.rule == "number":
             value = find_number(text, percent_is_hundredths=self.percent_is_hundredths)
@@ -81,10 +81,10 @@ class Task:
         return found[0] if found else None
 
     def extract(self, completion: str, marker: str | None) -> str | None:
-        """The answer in a whole completion: what `cleanse` finds after `marker`, or with marker None in all of it.
+        """The answer in a whole completion: what `cleanse` finds after `marker`, or in all of it if marker is None.
 
-        When the marker is not in the text, Fine-tune-CoT's rules take the last candidate: a rationale that ran into its
-        answer without one. The rules for numbers, letters and dates of no named task take none.
+        When the text lacks the marker, Fine-tune-CoT's rules take the last candidate, because the rationale may have
+        led to its answer without a marker. The rules for numbers, letters and dates without a named task find nothing.
         """
         if marker is None:
             return self.cleanse(completion)
@@ -97,7 +97,7 @@ class Task:
         return candidates[-1] if candidates else None
 
     def is_correct(self, prediction: str | None, gold: str) -> bool:
-        """Whether a cleansed prediction equals a gold answer; None, a parse failure, never does."""
+        """Whether a normalised prediction equals a gold answer. False for None, which means unparsed."""
         if prediction is None:
             return False
         if prediction == gold:
@@ -111,11 +111,11 @@ class Task:
         return False
 
     def gold(self, value: object) -> str:
-        """The canonical form of a gold answer; raises ValueError, with the reason, when it is not one.
+        """The canonical form of a gold answer; raises ValueError with the reason when it is not valid.
 
-        Stricter than `cleanse`: a gold answer that is not understood wholly is a fault in the data. Numbers of JSON
-        are answers of number tasks, true and false of yes/no tasks. What an index or the text of an option means only
-        the options tell: `sources.choices`.
+        Stricter than `cleanse`: a gold answer that cannot be parsed completely is an error in the data. JSON numbers
+        are valid for number tasks, true and false for yes/no tasks. `sources.choices` resolves an index or the text of
+        an option, which need the options.
         """
         return _gold(self, value)
 
@@ -131,12 +131,12 @@ def _candidates(task: Task, text: str) -> list[str]:
         return re.findall(f"[{task.choice_letters}]", text)
     if rule == "marked_letters":
         letters = task.choice_letters
-        # A bracketed letter is meant as one; a bare A or I may be a word, so it counts only without those.
+        # A bracketed letter is unambiguous. A bare A or I may be a word, so it counts only if none is bracketed.
         bracketed = re.findall(rf"\(([{letters}{letters.lower()}])\)", text)
         return [letter.upper() for letter in bracketed] or re.findall(rf"\b([{letters}])\b", text)
     if rule == "yes_no":
-        # Only these marks part words. "yes!" and "yes-" are no candidates: with them StrategyQA's teacher
-        # would score 53.76 instead of the published 53.45.
+        # Only these marks separate words, so "yes!" and "yes-" are not candidates. With them StrategyQA's teacher would
+        # score 53.76 instead of the published 53.45.
         return [word for word in re.split(r"[\"'.:,\s]", text.lower()) if word in ("yes", "no")]
     if rule == "joined_letters":
         joined = re.sub(r"[\"'.\s]", "", text)
@@ -148,7 +148,7 @@ def _candidates(task: Task, text: str) -> list[str]:
 
 
 def _shortest(number: str) -> str:
-    """043.50 -> 43.5, -0.0 -> 0; on the digits themselves, so no number is too large."""
+    """043.50 -> 43.5, -0.0 -> 0. Works on the digits, so no number is too large."""
     sign, digits = ("-", number[1:]) if number.startswith("-") else ("", number)
     whole, _, fraction = digits.partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
@@ -162,12 +162,12 @@ def _close(left: str, right: str) -> bool:
         a, b = float(left), float(right)
     except ValueError:
         return False
-    # Beyond the range of a float only equal digits are equal, and those were compared before.
+    # Numbers beyond the range of a float are equal only if their digits are, which was checked before.
     return math.isfinite(a) and math.isfinite(b) and abs(a - b) <= _TOLERANCE
 
 
 def _equal(prediction: str, gold: str, percent_is_hundredths: bool) -> bool:
-    """Whether two texts are numbers of one value."""
+    """Whether two texts are numbers with the same value."""
     try:
         left, right = (read_number(text, percent_is_hundredths=percent_is_hundredths) for text in (prediction, gold))
     except NotANumber:
@@ -176,13 +176,13 @@ def _equal(prediction: str, gold: str, percent_is_hundredths: bool) -> bool:
 
 
 def _only_letter(text: str, letters: str) -> str | None:
-    """The one choice letter that a text answers with: at its start with a mark, in brackets, or standing alone."""
+    """The one choice letter in a text: at its start with a mark, in brackets, or on its own."""
     leading = re.match(r"[\s\"'*]*\(?([A-Za-z])(?:[).:,;\"'*]|\s*$)", text)
     if leading and leading.group(1).upper() in letters:
-        # "C, as A is wrong" answers C; "(B) or (C)" and "B, C" answer nothing.
+        # "C, as A is wrong" means C; "(B) or (C)" and "B, C" are ambiguous.
         another = re.match(r"\s*(?:(?:or\b|and\b|[/,&])\s*)?\(?[A-Z](?![\w'])", text[leading.end() :])
         return None if another else leading.group(1).upper()
-    # A bracketed letter is meant as one; a bare A or I in front of a word may be a word.
+    # A bracketed letter is unambiguous; a bare A or I before a word may be a word.
     found = {letter.upper() for letter in re.findall(rf"\(([{letters}{letters.lower()}])\)", text)}
     found = found or set(re.findall(rf"(?<![\w'])(?![AI]\s+[a-z])([{letters}])(?![\w'])", text))
     return found.pop() if len(found) == 1 else None
@@ -209,16 +209,16 @@ def _gold(task: Task, value: object) -> str:
     wanted = _KINDS[task.rule]
     if isinstance(value, bool):
         if task.rule != "yes_no":
-            raise ValueError(f"is true or false, wanted {wanted}" + _unless_said(task, "bool"))
+            raise ValueError(f"is true or false, expected {wanted}" + _unless_said(task, "bool"))
         return "yes" if value else "no"
     if isinstance(value, int | float):
         if task.answer_type != "number":
             hint = "; name the column of its options data.columns.choices" if task.choice_letters else ""
-            raise ValueError(f"is a number, wanted {wanted}{hint}" + _unless_said(task, "number"))
+            raise ValueError(f"is a number, expected {wanted}{hint}" + _unless_said(task, "number"))
         number = number_of_json(value)
         return _gold_number(task, number, write_number(number))
     if not isinstance(value, str):
-        raise ValueError(f"is {kind_of(value)}, wanted {wanted}")
+        raise ValueError(f"is {kind_of(value)}, expected {wanted}")
     if task.answer_type == "number":
         try:
             number = read_number(value, percent_is_hundredths=task.percent_is_hundredths)
@@ -233,15 +233,15 @@ def _gold(task: Task, value: object) -> str:
     if not found:
         raise ValueError(f"{snippet(value)} is not {wanted}")
     if len(found) > 1:
-        raise ValueError(f"{snippet(value)} holds several: {', '.join(found[:3])}; wanted {wanted}")
+        raise ValueError(f"{snippet(value)} contains several: {', '.join(found[:3])}; expected {wanted}")
     return found[0]
 
 
 def _gold_number(task: Task, value: Fraction, text: str) -> str:
-    """The value as text, in a form that the task's own rule reads back.
+    """The value as text, in a form that the task's own rule parses back.
 
-    Fine-tune-CoT's evaluator compares some tasks' numbers as strings: where it reads the gold answer as it stands, that
-    form is kept, such as 51.0.
+    Fine-tune-CoT's evaluator compares the numbers of some tasks as strings. Where it can parse the gold answer
+    unchanged, such as 51.0, that form is kept.
     """
     if task.rule == "number":
         return write_number(value)
@@ -250,26 +250,26 @@ def _gold_number(task: Task, value: Fraction, text: str) -> str:
         return as_it_stands[0]
     written = write_number(value)
     if task.candidates(written) != [written]:
-        raise ValueError(f"{snippet(text)} is no decimal number, and task {task.name} compares those")
+        raise ValueError(f"{snippet(text)} is not a decimal number, which task {task.name} requires")
     return written
 
 
 def _unless_said(task: Task, kind: str) -> str:
-    """A hint where text is wanted only because nothing else was asked for."""
-    return f" (say data.answer_type={kind} if all are)" if task.rule == "whole_text" else ""
+    """A hint for the case that text is expected only because no answer type was given."""
+    return f" (set data.answer_type={kind} if all answers are)" if task.rule == "whole_text" else ""
 
 
 def _gold_letter(task: Task, value: str) -> str:
-    """A letter alone or in brackets, or one with a mark before the text of its option: (B), `B) x`, `B. x`."""
+    """A letter on its own, in brackets, or with a mark before the text of its option: B, (B), `B) x`, `B. x`."""
     text, letters = value.strip(), task.choice_letters
     alone = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", text) or re.match(r"\(?([A-Z])[).:]", text)
     if alone and alone.group(1).upper() in letters:
         return alone.group(1).upper()
-    raise ValueError(f"{snippet(value)} is no choice letter of {letters[0]} to {letters[-1]}")
+    raise ValueError(f"{snippet(value)} is not a choice letter from {letters[0]} to {letters[-1]}")
 
 
 def kind_of(value: object) -> str:
-    """A value's JSON type in words, for messages."""
+    """The JSON type of a value in words, for messages."""
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
@@ -277,6 +277,6 @@ def kind_of(value: object) -> str:
 
 
 def snippet(text: str, width: int = 40) -> str:
-    """The beginning of a text, quoted and with control characters escaped."""
+    """The start of a text, quoted, with control characters escaped."""
     cut = text if len(text) <= width else text[: width - 1] + "…"
     return ascii(cut) if not cut.isprintable() else repr(cut)

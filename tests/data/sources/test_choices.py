@@ -70,18 +70,18 @@ def test_options_are_read_from_every_common_layout(value, texts):
     ("value", "what"),
     [
         (None, "choices is missing"),
-        ("x, y", "choices is text, wanted a list or an object"),
+        ("x, y", "choices is text, expected a list or an object"),
         ("['x' 'y']", "choices is text"),
         ("b ) x , a ) y", "choices is text"),
-        (["x"], "choices has 1 options, wanted 2 to 26"),
+        (["x"], "choices has 1 options, expected 2 to 26"),
         (["x"] * 27, "choices has 27 options"),
         (["x", None], "choice B is missing"),
         (["x", " "], "choice B is missing or empty"),
         (["x", True], "choice B is true or false"),
         ({"A": "x", "B": None, "C": "y"}, "choice B is missing"),
-        ({"A": "x", "C": "y"}, "choices are called 'A', 'C'"),
-        ({"label": ["A"], "text": ["x", "y"]}, "not one label for each text"),
-        ({"label": ["A", "A"], "text": ["x", "y"]}, "choices are called 'A', 'A'"),
+        ({"A": "x", "C": "y"}, "choices has labels 'A', 'C'"),
+        ({"label": ["A"], "text": ["x", "y"]}, "does not have one label for each text"),
+        ({"label": ["A", "A"], "text": ["x", "y"]}, "choices has labels 'A', 'A'"),
         ([{"letter": "A"}, {"letter": "B"}], "objects without a text"),
     ],
 )
@@ -125,15 +125,15 @@ def test_letters_and_texts_lead_to_one_letter(answer):
 @pytest.mark.parametrize(
     ("answer", "options", "what"),
     [
-        ("E", ANIMALS, "answer 'E' is none of the 4 options"),
-        ("horse", ANIMALS, "answer 'horse' is none of the 4 options"),
+        ("E", ANIMALS, "answer 'E' is not one of the 4 options"),
+        ("horse", ANIMALS, "answer 'horse' is not one of the 4 options"),
         ("B. cat", ANIMALS, "answer 'B. cat' is not option B"),
-        (4.5, ANIMALS, "answer '4.5' is none of"),
-        (-1, ANIMALS, "answer '-1' is none of"),
-        (7, ANIMALS, "answer '7' is none of"),
+        (4.5, ANIMALS, "answer '4.5' is not one of"),
+        (-1, ANIMALS, "answer '-1' is not one of"),
+        (7, ANIMALS, "answer '7' is not one of"),
         (True, ANIMALS, "answer is true or false"),
-        ("dog", Options(("dog", "cat", "dog")), "answer 'dog' is the text of options A and C"),
-        ("1/2", Options(("0.5", "50/100", "1")), "answer '1/2' is the text of options A and B"),
+        ("dog", Options(("dog", "cat", "dog")), "answer 'dog' matches the text of options A and C"),
+        ("1/2", Options(("0.5", "50/100", "1")), "answer '1/2' matches the text of options A and B"),
         (1, ANIMALS, "answer '1' may be B as index from 0 or A as index from 1"),
         (2, NUMBERS, "may be C as text or C as index from 0 or B as index from 1"),
         ("B", Options(("B", "A")), "answer 'B' may be A as text or B as letter"),
@@ -183,13 +183,13 @@ def test_a_map_may_say_what_an_index_counts_from(tmp_path, base, letter):
     ]
     kept, refused = _loaded(tmp_path, rows, columns=columns)
     assert [answer for _, answer, _ in kept] == [letter]
-    assert f"answer '3' is no index of 2 options from {base}" in refused[0]
+    assert f"answer '3' is not an index of 2 options counted from {base}" in refused[0]
 
 
 def test_a_map_names_the_answer_once():
     for columns, what in (
-        ({"question": "q", "answer": "a", "answer_from_0": "b", "choices": "c"}, "names answer and answer_from_0"),
-        ({"question": "q", "answer_from_1": "b"}, "names answer_from_1, but no choices"),
+        ({"question": "q", "answer": "a", "answer_from_0": "b", "choices": "c"}, "has both answer and answer_from_0"),
+        ({"question": "q", "answer_from_1": "b"}, "has answer_from_1, but no choices"),
     ):
         with pytest.raises(ConfigError, match=what):
             field_map(columns)
@@ -284,7 +284,7 @@ def test_more_than_ten_options_have_letters_too(tmp_path):
     config = Config.model_validate(
         {"task": "aqua", "arm": "answer_only", "data": {"root": str(tmp_path), "train": "rows.jsonl"}}
     )
-    with pytest.raises(DataError, match="answer is option G, task aqua has ABCDE"):
+    with pytest.raises(DataError, match="answer is option G, but task aqua has only ABCDE"):
         load_data(config)
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_does_not_tell_follows_the_others_of_its_layout(tmp_path):
     _write(tmp_path / "test.jsonl", [{"question": "Which?", "choices": ["cat", "dog", "cow"], "answer": 1}])
     loaded = load_data(_config(tmp_path, train="train.jsonl", test="test.jsonl", answer_type="choice"))
     assert [sample.answer for sample in loaded.splits["test"]] == ["B"]
-    with pytest.raises(DataError, match="no row of the file tells; name its column answer_from_0 or answer_from_1"):
+    with pytest.raises(DataError, match="no row of the file decides it; use answer_from_0 or answer_from_1"):
         load_data(_config(tmp_path, train="test.jsonl", answer_type="choice"))
 
 
@@ -302,7 +302,7 @@ def test_an_index_never_becomes_the_answer_of_another_type(tmp_path, answer_type
     rows = [{"question": f"q{k}", "choices": ["x", "y", "z"], "answer": k} for k in range(3)]
     kept, refused = _loaded(tmp_path, rows, answer_type=answer_type)
     assert kept == [] and len(refused) == 3
-    assert "names option B by index" in refused[1] and "say data.answer_type=choice" in refused[1]
+    assert "names option B by index" in refused[1] and "set data.answer_type=choice" in refused[1]
     kept, refused = _loaded(
         tmp_path, [{"question": "q", "choices": ["5", "7"], "answer": "7"}], answer_type=answer_type
     )
@@ -313,7 +313,7 @@ def test_a_letter_beyond_the_options_in_the_question_is_a_bad_row(tmp_path):
     rows = [{"question": "Which? (A) x (B) y", "answer": "C"}, {"question": "Which? (A) x (B) z", "answer": "B"}]
     kept, refused = _loaded(tmp_path, rows)
     assert [answer for _, answer, _ in kept] == ["B"]
-    assert "rows.jsonl:1: answer C is none of the 2 options in the question" in refused[0]
+    assert "rows.jsonl:1: answer C is not one of the 2 options in the question" in refused[0]
     assert gold_answer(get_task("aqua"), "Which?", "E", None, convention_of([]), None) == "E"
 
 

@@ -47,15 +47,15 @@ def test_a_field_map_gives_fields():
     [
         ({"answer": "a"}, "missing", "question is missing"),
         ({"question": None, "answer": "a"}, "missing", "question is missing"),
-        ({"question": 3, "answer": "a"}, "type", "question is a number, wanted text"),
-        ({"question": ["q"], "answer": "a"}, "type", "question is a list, wanted text"),
+        ({"question": 3, "answer": "a"}, "type", "question is a number, expected text"),
+        ({"question": ["q"], "answer": "a"}, "type", "question is a list, expected text"),
         ({"question": "  ", "answer": "a"}, "empty", "question is empty"),
-        ({"question": "q\x00", "answer": "a"}, "nul", "question holds a NUL"),
+        ({"question": "q\x00", "answer": "a"}, "nul", "question contains a NUL"),
         ({"question": "q", "answer": ""}, "empty", "answer is empty"),
         ({"question": "q", "answer": float("nan")}, "missing", "answer is missing"),
-        ({"question": "q", "answer": {"x": 1}}, "type", "answer is an object, wanted text"),
-        ({"question": "q", "answer": "a", "rationale": 4}, "type", "rationale is a number, wanted text"),
-        ({"question": "q", "answer": "a", "rationale": ["x", 4]}, "type", "rationale is a number, wanted text"),
+        ({"question": "q", "answer": {"x": 1}}, "type", "answer is an object, expected text"),
+        ({"question": "q", "answer": "a", "rationale": 4}, "type", "rationale is a number, expected text"),
+        ({"question": "q", "answer": "a", "rationale": ["x", 4]}, "type", "rationale is a number, expected text"),
     ],
 )
 def test_a_row_that_lacks_a_field_says_which_and_what_it_found(row, code, what):
@@ -198,7 +198,7 @@ def test_a_missing_column_is_named_with_those_that_exist_and_the_nearest():
     with pytest.raises(DataError) as caught:
         guess_columns(rows, "train.jsonl")
     assert "no column 'question' for question among: quesiton, answer" in str(caught.value)
-    assert "the nearest is 'quesiton'" in str(caught.value)
+    assert "the closest is 'quesiton'" in str(caught.value)
     with pytest.raises(DataError, match="no column 'awnser'"):
         choose_columns({"question": "quesiton", "answer": "awnser"}, rows, "train.jsonl")
     with pytest.raises(DataError, match="no column 'why'"):

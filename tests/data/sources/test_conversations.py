@@ -72,9 +72,9 @@ def test_system_text_alone_precedes_the_question_without_roles():
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, REPLY]},
             "context",
-            "messages[0] holds a part of type 'image_url'",
+            "messages[0] has a part of type 'image_url'",
         ),
-        ({"messages": [USER, REPLY], "history": "earlier"}, "context", "history is neither pairs"),
+        ({"messages": [USER, REPLY], "history": "earlier"}, "context", "history is neither question-reply pairs"),
         ({"conversations": [{"from": "observation", "value": "x"}]}, "context", "observation turn"),
     ],
 )

@@ -74,24 +74,28 @@ def test_zstandard_is_read_where_its_library_is_and_named_where_not(tmp_path):
     assert _values(path) == many
     for cut in (3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(DataError, match="cannot decompress it: the file ends inside"):
+        with pytest.raises(DataError, match="cannot decompress: the file ends inside"):
             read_file(path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("rows.jsonl.gz", gzip.compress(_lines())[:-12], "cannot decompress it"),
-        ("rows.jsonl.gz", _lines(), "cannot decompress it"),
+        ("rows.jsonl.gz", gzip.compress(_lines())[:-12], "cannot decompress: "),
+        ("rows.jsonl.gz", _lines(), "cannot decompress: "),
         ("rows.jsonl.bz2", b"x", r"cannot read \.bz2; decompress it"),
-        ("rows.parquet.gz", b"x", "Parquet inside another compression"),
+        ("rows.parquet.gz", b"x", "compressed Parquet files are not supported"),
         ("rows.txt.gz", b"x", r"cannot read \.gz; use \.jsonl"),
         ("wide.jsonl", "\ufeff{}".encode("utf-16-le"), "is UTF-16; convert it to UTF-8"),
         ("wide.csv", "question,answer\nq,a\n".encode("utf-16-le"), "is UTF-16"),
         ("wide.json", "[{}]".encode("utf-32"), "is UTF-32"),
-        ("head.csv", "größe,answer\n1,a\n".encode("cp1252"), "header holds bytes that are not UTF-8 .for Windows-1252"),
+        (
+            "head.csv",
+            "größe,answer\n1,a\n".encode("cp1252"),
+            "header contains bytes that are not UTF-8 .for Windows-1252",
+        ),
         ("rows.json", b'{"question": ["a", "b"], "answer": ["a"]}', "different lengths: question 2, answer 1"),
-        ("rows.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}', "holds the splits train, test.*file of its own"),
+        ("rows.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}', "contains the splits train, test.*its own file"),
         ("rows.json", b'{"a": {"0": 1}, "b": {"1": 1}}', "columns with different rows"),
         ("rows.json", b'{"columns": ["a"], "data": [[1, 2]]}', "row 1 does not have 1 values"),
     ],
@@ -181,7 +185,7 @@ def test_a_reader_that_is_ended_by_a_signal_is_told_from_the_child(tmp_path, mon
     script = tmp_path / "child.py"
     script.write_text("import os, signal, sys\nprint(sys.argv[2], flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setattr("pst_dist.data.sources.arrow_probe.__file__", str(script))
-    with pytest.raises(Unreadable, match=r"bad\.parquet is damaged: reading it ends the reader by SIGSEGV"):
+    with pytest.raises(Unreadable, match=r"bad\.parquet is damaged: it crashes the reader with SIGSEGV"):
         probe([tmp_path / "bad.parquet"], 1)
 
 
@@ -207,10 +211,13 @@ def test_answers_of_tables_are_read_as_what_they_are(value, expected):
 
 
 def test_several_answers_are_refused_with_a_way_to_choose():
-    for value, what in ((["a", "b"], r"a list of 2, wanted one answer; data\.columns\.answer=COLUMN\[0\]"), ([], "0")):
+    for value, what in (
+        (["a", "b"], r"a list of 2, expected one answer; data\.columns\.answer=COLUMN\[0\]"),
+        ([], "0"),
+    ):
         with pytest.raises(RowError, match=what):
             as_answer(value)
-    with pytest.raises(DataError, match=r"column 'answer' cannot be the answer: it holds an object; name a part"):
+    with pytest.raises(DataError, match=r"column 'answer' cannot be the answer: it contains an object; select a part"):
         guess_columns([{"question": "q", "answer": {"value": 3}}], "f")
 
 

@@ -103,7 +103,7 @@ def test_class_labels_are_names_and_a_named_index_is_a_column():
 @pytest.mark.parametrize(
     ("rows", "where", "what"),
     [
-        ([], "data.train", "holds no rows"),
+        ([], "data.train", "contains no rows"),
         ({"question": ["a"], "answer": ["b"]}, "data.train", "mapping with question, answer"),
         (7, "data.train", "is int, not rows"),
         (b"rows", "data.train", "is bytes"),
@@ -136,9 +136,9 @@ def test_columns_of_a_frame_must_have_one_text_name_each():
     pandas = pytest.importorskip("pandas")
     with pytest.raises(DataError, match="duplicate"):
         rows_file(pandas.DataFrame([[1, 2]], columns=["a", "a"]), "train")
-    with pytest.raises(DataError, match="not named by text"):
+    with pytest.raises(DataError, match="of the frame is not text"):
         rows_file(pandas.DataFrame([[1, 2]]), "train")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="contains no rows"):
         rows_file(pandas.DataFrame({"a": []}), "train")
 
 

@@ -59,9 +59,11 @@ def test_the_same_rows_are_loaded_from_every_kind_of_file(tmp_path):
         loaded = _load(tmp_path, train=name, validation_size=0)
         found = [(sample.question, sample.answer, sample.rationales) for sample in loaded.splits["train"]]
         assert found == expected, name
-    with pytest.raises(InputError, match="no split 'test' in it; name the folder of one of its splits: other, train"):
+    with pytest.raises(
+        InputError, match="the dataset has no split 'test'; name the folder of one of its splits: other, train"
+    ):
         _load(tmp_path, train="rows.csv", test="dict")
-    with pytest.raises(InputError, match="not one that save_to_disk wrote"):
+    with pytest.raises(InputError, match="was not written by save_to_disk"):
         _load(tmp_path.parent, train=tmp_path.name)
 
 
@@ -100,9 +102,9 @@ def test_globs_and_lists_are_read_in_order_and_a_file_only_once(tmp_path):
     loaded = _load(tmp_path, train="*.jsonl", validation_size=0)
     assert _questions(loaded, "train") == ["What is number a?", "What is number b?"]
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="names it twice"):
+    with pytest.raises(InputError, match="names the same source twice"):
         _load(tmp_path, train=["a.jsonl", "link.jsonl"])
-    with pytest.raises(InputError, match="are the same rows"):
+    with pytest.raises(InputError, match="have the same content"):
         _load(tmp_path, train="a.jsonl", test="link.jsonl")
     with pytest.raises(InputError, match="no file matches"):
         _load(tmp_path, train="*.csv")
@@ -111,10 +113,13 @@ def test_globs_and_lists_are_read_in_order_and_a_file_only_once(tmp_path):
 def test_without_data_or_with_contradictions_the_config_is_refused(tmp_path):
     _write(tmp_path / "a.jsonl", [_row(1)])
     for data, reason in (
-        ({}, "data.train is not given"),
-        ({"test": "a.jsonl", "split_file": "s.json"}, "count rows of data.train"),
-        ({"train": "a.jsonl", "test": "a.jsonl", "split_file": "s.json"}, "both say what is held out"),
-        ({"train": "a.jsonl", "keep": "teacher_correct"}, "nothing says what the teacher answered"),
+        ({}, "data.train is not set"),
+        ({"test": "a.jsonl", "split_file": "s.json"}, "refer to rows of data.train"),
+        (
+            {"train": "a.jsonl", "test": "a.jsonl", "split_file": "s.json"},
+            "data.split_file cannot be combined with data.test",
+        ),
+        ({"train": "a.jsonl", "keep": "teacher_correct"}, "needs the teacher's answers"),
         ({"train": "a.jsonl", "max_bad": "many"}, "neither a number nor a percentage"),
         ({"train": []}, "empty list"),
     ):
@@ -133,7 +138,7 @@ def test_bad_rows_are_counted_against_the_budget_and_the_first_is_named(tmp_path
     with pytest.raises(DataError) as caught:
         _load(tmp_path, train="rows.jsonl")
     assert (caught.value.path, caught.value.line) == (str(path), 3)
-    assert "answer is missing (2 bad rows of 8, data.max_bad is 0)" in str(caught.value)
+    assert "answer is missing (2 of 8 rows are bad, data.max_bad is 0)" in str(caught.value)
     assert "`pst check` lists them" in str(caught.value)
     for budget in (2, "25%"):
         loaded = _load(tmp_path, train="rows.jsonl", max_bad=budget, validation_size=0)
@@ -147,8 +152,8 @@ def test_answers_that_fit_no_type_are_bad_rows(tmp_path):
     _write(tmp_path / "rows.jsonl", [_row(1, answer="12"), _row(2, answer="about 3 or 4"), _row(3, answer=7)])
     loaded = _load(tmp_path, train="rows.jsonl", answer_type="number", max_bad=1, validation_size=0)
     assert [sample.answer for sample in loaded.splits["train"]] == ["12", "7"]
-    assert loaded.rejects[0].what == "answer 'about 3 or 4' is not a number: it does not begin with a number"
-    with pytest.raises(DataError, match="answer is a number, wanted text"):
+    assert loaded.rejects[0].what == "answer 'about 3 or 4' is not a number: it does not start with a number"
+    with pytest.raises(DataError, match="answer is a number, expected text"):
         _load(tmp_path, train="rows.jsonl")
 
 
@@ -161,7 +166,7 @@ def test_an_arm_that_needs_rationales_is_refused_without_any(tmp_path):
 
 def test_nothing_left_to_train_on_is_an_error(tmp_path):
     _write(tmp_path / "rows.jsonl", ["text", 3])
-    with pytest.raises(DataError, match="none of 2 rows is left to train on: bad rows 2"):
+    with pytest.raises(DataError, match="none of 2 rows is left for training: bad rows 2"):
         _load(tmp_path, train="rows.jsonl", max_bad="100%")
 
 
@@ -209,7 +214,7 @@ def test_equal_ids_of_different_rows_are_an_error_that_names_both_places(tmp_pat
     with pytest.raises(DataError) as caught:
         _load(tmp_path, train="rows.jsonl")
     assert f"{path}:3" in str(caught.value)
-    assert f"already stands at {path}:1" in str(caught.value)
+    assert f"first used at {path}:1" in str(caught.value)
 
 
 def test_files_that_each_count_from_zero_get_different_ids(tmp_path):
@@ -232,7 +237,7 @@ def test_several_rationales_for_one_question_become_one_sample(tmp_path):
     assert len(loaded.splits["train"]) == 3
     assert (loaded.report["rationales_merged"], loaded.report["duplicates_dropped"]) == (1, 1)
     assert loaded.report["conflicting_answers"] == 1
-    assert loaded.report["first_conflict"] == "rows.jsonl:1 says a1, rows.jsonl:5 b"
+    assert loaded.report["first_conflict"] == "rows.jsonl:1 has a1, rows.jsonl:5 has b"
     kept = _load(tmp_path, train="rows.jsonl", validation_size=0, duplicates="keep").splits["train"]
     assert len(kept) == 5
     assert len({sample.id for sample in kept}) == 5
@@ -323,7 +328,7 @@ def test_cuts_by_number_are_exact_and_test_and_validation_are_apart(tmp_path):
         "test": 20,
     }
     assert len({sample.id for samples in loaded.splits.values() for sample in samples}) == 100
-    with pytest.raises(ConfigError, match="leaves none of 100 questions"):
+    with pytest.raises(ConfigError, match="leaves none of the 100 questions"):
         _load(tmp_path, train="rows.jsonl", validation_size=100)
     with pytest.raises(ConfigError, match="neither a fraction nor a number"):
         _load(tmp_path, train="rows.jsonl", validation_size=1.5)
@@ -366,9 +371,9 @@ def test_a_split_file_names_rows_of_the_file_bad_ones_counted(tmp_path):
     assert _questions(loaded, "test") == ["What is number 0?", "What is number 4?"]
     assert loaded.report["rows_unused"] == 1
     for split, reason in (
-        ({"train": [0, 9]}, "names row 9, but data.train has 6 rows"),
+        ({"train": [0, 9]}, "contains row 9, but data.train has 6 rows"),
         ({"train": [0], "test": [0]}, "row 0 is in train and again in test"),
-        ({"train": ["0"]}, "which is no row index"),
+        ({"train": ["0"]}, "which is not a row index"),
         ({"test": [0]}, "split file is not"),
         ([0], "split file is not"),
     ):
@@ -405,7 +410,7 @@ def test_completions_are_joined_by_index_and_wrong_ones_dropped_but_never_from_t
     rejects = _load(tmp_path, "svamp", **files, max_bad=2).rejects
     assert [reject.what for reject in rejects] == [
         "row 1 has no completion in D.json",
-        "row 3 asks another question than its completion in D.json",
+        "the question of row 3 differs from its completion's in D.json",
     ]
 
 

@@ -81,10 +81,10 @@ def test_the_last_mark_gives_the_answer_and_what_precedes_it_is_the_rationale(re
         ("<think>a</think>", "empty", "nothing follows the reasoning"),
         ("Four legs. The answer is 13. Wait, that cannot be, let me count ag", "answer", "doubts its last answer '13'"),
         ("So the answer is not 4.", "answer", "says what the answer is not"),
-        ("x = \\boxed{3} or x = \\boxed{5}", "answer", "boxes several answers: '3' and '5'"),
-        ("A cat has four legs. Hmm, let me count", "answer", "no mark tells the answer from the reasoning"),
+        ("x = \\boxed{3} or x = \\boxed{5}", "answer", "several boxed answers: '3' and '5'"),
+        ("A cat has four legs. Hmm, let me count", "answer", "no mark separates the answer from the reasoning"),
         ("3 cats.\n#### Step 2", "answer", "no mark"),
-        ("<think>a</think>\nFirst 3.\nThen 4.", "answer", "2 lines follow the thought and none marks the answer"),
+        ("<think>a</think>\nFirst 3.\nThen 4.", "answer", "2 lines follow the thought, and none marks the answer"),
     ],
 )
 def test_a_reply_whose_answer_cannot_be_told_is_refused(reply, code, what):
@@ -154,7 +154,7 @@ def test_open_r1_rows_use_the_answer_column_and_every_complete_and_right_generat
     assert found.rationales == ("Three and four.\n\nIt is $\\boxed{7}$.", "Count up.\n\n\\boxed{7}")
     bare = {name: OPEN_R1[name] for name in ("problem", "answer", "generations")}
     assert len(guess_columns([bare], "f").fields(bare).rationales) == 4  # the cut one is never a rationale
-    with pytest.raises(RowError, match="is_reasoning_complete does not have one value for each of 5"):
+    with pytest.raises(RowError, match="is_reasoning_complete does not have one value for each of the 5"):
         columns.fields({**OPEN_R1, "is_reasoning_complete": [True]})
 
 
@@ -198,5 +198,5 @@ def test_where_no_rationale_is_found_the_unused_text_columns_are_named(tmp_path)
     loaded = _load(tmp_path, rows)
     assert loaded.report["unused_text_columns"] == ["my_notes"]
     config = {"data": {"root": str(tmp_path), "train": "train.jsonl"}}
-    with pytest.raises(DataError, match="text columns that are not used: my_notes"):
+    with pytest.raises(DataError, match="unused text columns: my_notes"):
         load_data(Config.model_validate(config))

@@ -378,7 +378,7 @@ def test_the_command_line_refuses_overrides_without_effect_too(finished, capsys)
         (["evaluate", root, "data.test=other.jsonl"], "data.test=other.jsonl has no effect on evaluate"),
         (["evaluate", root, "train.learning_rate=1"], "train.learning_rate=1.0 has no effect on evaluate"),
         (["export", root, "evaluate.split=validation"], "evaluate.split=validation has no effect on export"),
-        (["evaluate", root, "arms=[pst,prefix]", "arm=pst"], "arm=pst has no effect beside arms=[pst, prefix]"),
+        (["evaluate", root, "arms=[pst,prefix]", "arm=pst"], "arm=pst has no effect together with arms=[pst, prefix]"),
     ):
         assert run_verb(words) == 2
         assert said in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""From YAML text and `key.sub=value` words to a checked `Config`, and back to text.
+"""Turn YAML text and `key.sub=value` overrides into a validated `Config`, and a `Config` into YAML.
 
-Every complaint names the file and line, or the override, that it is about.
+Every error names the file and line, or the override, that caused it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pst_dist.redaction import is_redacted, redact_values
 from pst_dist.storage.regular_files import open_regular, read_regular_text
 
 _MAX_YAML_NODES = 100_000
-"""Values in a YAML file, with every alias written out; ours have a few hundred."""
+"""Maximum number of values in a YAML file after expanding aliases. Ours have a few hundred."""
 _MAX_YAML_DEPTH = 64
 
 RESOLVED = "config.resolved.yaml"
@@ -39,7 +39,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 
 _SECTIONS = {name.rpartition(".")[0] for name in known_keys() if "." in name}
-"""Keys that hold other keys; a mapping elsewhere, as data.columns may be, is one value."""
+"""Keys that contain other keys. A mapping elsewhere, such as data.columns, is a single value."""
 
 
 def flat_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,13 +53,13 @@ def flat_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def ready_made_configs(folder_name: str = "") -> list[str]:
-    """Names of the configs that come with the package, one a task and one for the demo, or of a folder of them."""
+    """Names of the ready-made configs in the package (one per task, and the demo), or of those in a subfolder."""
     folder = resources.files("pst_dist") / "config" / "presets" / folder_name
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def overlays() -> dict[str, str]:
-    """Name -> one line of help of the overlays that come with the package: `+NAME` lays one over any config."""
+    """Name -> one-line help of the overlays in the package. `+NAME` applies one to any config."""
     found = {}
     for name in ready_made_configs("overlays"):
         file = resources.files("pst_dist") / "config" / "presets" / "overlays" / f"{name}.yaml"
@@ -69,7 +69,7 @@ def overlays() -> dict[str, str]:
 
 
 def locate_overlay(word: str) -> Path:
-    """`+NAME` of a ready-made overlay, or `+path/to/keys.yaml` -> the file; raises InputError."""
+    """The file of a ready-made overlay `+NAME` or of `+path/to/keys.yaml`; raises InputError."""
     name = word.removeprefix("+")
     path = Path(name).expanduser()
     if path.is_file():
@@ -79,12 +79,12 @@ def locate_overlay(word: str) -> Path:
         return Path(str(resources.files("pst_dist") / "config" / "presets" / "overlays" / f"{name}.yaml"))
     near = difflib.get_close_matches(name, names, n=1)
     raise InputError(
-        "no such overlay", f"did you mean +{near[0]}?" if near else f"there are: +{', +'.join(names)}", path=word
+        "no such overlay", f"did you mean +{near[0]}?" if near else f"available: +{', +'.join(names)}", path=word
     )
 
 
 def is_rows(name: str) -> bool:
-    """Whether a word names rows: a data file, compressed or not, a glob, a save_to_disk folder, `hf:…` or `gen:…`."""
+    """Whether a name refers to rows: a data file, compressed or not, a glob, a save_to_disk folder, `hf:…`, `gen:…`."""
     path = Path(name)
     if path.is_dir():
         return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
@@ -95,17 +95,17 @@ def is_rows(name: str) -> bool:
 
 
 def locate_config(name: str) -> Path:
-    """A YAML path, a run directory, or the name of a ready-made config -> the file; raises InputError."""
+    """The config file for a YAML path, a run directory or the name of a ready-made config; raises InputError."""
     path = Path(name)
     if path.is_dir() and not is_rows(name):
         resolved = path / RESOLVED
         if not resolved.is_file():
-            raise InputError(f"no {RESOLVED} here", "give a config file or a directory that `pst run` made", path=path)
+            raise InputError(f"no {RESOLVED} here", "use a config file, or a directory made by `pst run`", path=path)
         return resolved
     if is_rows(name):
         raise InputError(
             "these are rows, not a config",
-            f"look at them with `pst check {name}` and name them as data.train in a config",
+            f"inspect them with `pst check {name}` and set data.train to them in a config",
             path=path,
         )
     if os.path.lexists(path):
@@ -114,12 +114,12 @@ def locate_config(name: str) -> Path:
     if name in ready_made_configs():
         return Path(str(resources.files("pst_dist") / "config" / "presets" / f"{name}.yaml"))
     near = difflib.get_close_matches(name, ready_made_configs(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "ready-made ones: " + ", ".join(ready_made_configs())
+    hint = f"did you mean {near[0]}?" if near else "ready-made configs: " + ", ".join(ready_made_configs())
     raise InputError("no such config file, run directory or ready-made config", hint, path=name)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's loader, which would silently keep the last of two equal keys, made to refuse them."""
+    """A YAML loader that refuses duplicate keys, of which the standard loader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -128,13 +128,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in a YAML file and the line of each of its keys, counted from 1."""
+    """The mapping in a YAML file, and the line number of each key, counted from 1."""
     try:
         text = read_regular_text(path, remedy="name a YAML file")
         root = yaml.compose(text, yaml.SafeLoader)
@@ -151,7 +151,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     if loaded is None:
         return {}, {}
     if not isinstance(loaded, dict):
-        raise ConfigError("not a mapping of keys to values", "see `pst config demo`", path=path, line=1)
+        raise ConfigError("not a mapping of keys to values", "see `pst config demo` for an example", path=path, line=1)
     lines: dict[tuple[str, ...], int] = {}
 
     def visit(node: yaml.Node | None, keys: tuple[str, ...]) -> None:
@@ -166,16 +166,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
 
 
 def _bound_yaml(root: yaml.Node | None, path: Path) -> None:
-    """Refuse a file whose aliases grow into more than memory holds, or refer to themselves; raises ConfigError."""
+    """Raise ConfigError for a file whose aliases expand to too many values or refer to themselves."""
     stack, seen = [(root, 1)], 0
     while stack:
         node, depth = stack.pop()
         seen += 1
         if depth > _MAX_YAML_DEPTH or seen > _MAX_YAML_NODES:
             deep = f"nested deeper than {_MAX_YAML_DEPTH}, or an alias refers to itself"
-            what = (
-                deep if depth > _MAX_YAML_DEPTH else f"more than {_MAX_YAML_NODES:,} values once its aliases are read"
-            )
+            what = deep if depth > _MAX_YAML_DEPTH else f"more than {_MAX_YAML_NODES:,} values after expanding aliases"
             raise ConfigError(what, "fix the YAML", path=path)
         if isinstance(node, yaml.MappingNode):
             stack.extend((part, depth + 1) for pair in node.value for part in pair)
@@ -187,7 +185,7 @@ def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
     """`train.bf16=true` -> (("train", "bf16"), True); the value is read as YAML."""
     key, sign, text = word.removeprefix("--").partition("=")
     if not sign or not key:
-        raise ConfigError(f"{word!r} is not key.sub=value", "write for example train.learning_rate=1e-3")
+        raise ConfigError(f"{word!r} is not key.sub=value", "for example train.learning_rate=1e-3")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -196,7 +194,7 @@ def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
 
 
 def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
-    """Set a nested key; what stands in the way and is no section is replaced."""
+    """Set a nested key. A value on the way that is not a section is replaced."""
     for key in keys[:-1]:
         child = tree.get(key)
         if not isinstance(child, dict):
@@ -214,14 +212,14 @@ def load_config(
 ) -> Config:
     """Read a config by path, run directory or ready-made name and apply overrides.
 
-    The config of a run directory that was moved or copied is that of the directory as it is now (`moved`).
+    A run directory that was moved or copied is used at its current path (see `moved`).
 
-    An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys that is applied before all single keys,
-    wherever it is among them. `keys` are nested sections of Python values, applied last. `base` is a config that is
-    already checked, in place of a name.
+    An override is `key.sub=value`, or `+NAME` for an overlay: a file of keys, applied before all single keys regardless
+    of its position. `keys` are nested sections of Python values, applied last. `base` is an already validated config,
+    used instead of `name`.
 
-    Raises InputError when there is no such file and ConfigError, with file and line where there is one, for anything
-    that is unknown, of the wrong type or contradictory, and for an override that has no effect.
+    Raises InputError when there is no such file, and ConfigError, with file and line if possible, for anything unknown,
+    of the wrong type or contradictory, and for an override that has no effect.
     """
     tree: dict[str, Any] = base.model_dump() if base is not None else {}
     lines: dict[tuple[str, ...], int] = {}
@@ -251,20 +249,20 @@ def load_config(
         raise explain(error, path, lines, origins) from error
     if config.arms and ("arm",) in origins:
         raise ConfigError(
-            f"arm={config.arm} has no effect beside arms=[{', '.join(config.arms)}]",
-            f"set arms=[{config.arm}], or arms=[] with it",
+            f"arm={config.arm} has no effect together with arms=[{', '.join(config.arms)}]",
+            f"set arms=[{config.arm}], or add arms=[]",
             **origins[("arm",)],
         )
     for key, value in flat_keys(tree).items():
         if isinstance(value, str) and is_redacted(value):
             raise ConfigError(
-                f"{key}={value}: its password was not saved with the run", f"give {key}=… again", path=path
+                f"{key}={value}: its password was not saved with the run", f"set {key}=… again", path=path
             )
     return config
 
 
 def _leaves(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(keys, value) of nested sections; a mapping that is one value, as data.columns may be, stays whole."""
+    """(keys, value) of nested sections. A mapping that is a single value, such as data.columns, is not split."""
     for key, value in tree.items():
         here = (*place, *key.split("."))
         if isinstance(value, Mapping) and ".".join(here) in _SECTIONS:
@@ -274,9 +272,9 @@ def _leaves(tree: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def load_tree(name: str | None, overlays: Sequence[str] = ()) -> dict[str, Any]:
-    """The keys of a config by path, run directory or ready-made name, with overlays (`+NAME`) laid over them.
+    """The keys of a config by path, run directory or ready-made name, with overlays (`+NAME`) applied.
 
-    Raises as `load_config` does; nothing is checked but that they are there and can be read.
+    Raises like `load_config`, but only checks that the files exist and can be parsed.
     """
     tree = read_yaml(locate_config(name))[0] if name is not None else {}
     lay_over(tree, overlays)
@@ -284,14 +282,14 @@ def load_tree(name: str | None, overlays: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def lay_over(tree: dict[str, Any], overlays: Sequence[str]) -> None:
-    """Lay overlays (`+NAME`) over the keys of a config; raises InputError for one that is not there."""
+    """Apply overlays (`+NAME`) to the keys of a config; raises InputError for a missing one."""
     for word in overlays:
         _lay_over(tree, locate_overlay(word), {})
     _drop_empty_sections(tree)
 
 
 def _lay_over(tree: dict[str, Any], path: Path, origins: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """Set every key of a file in the tree; a complaint about one of them is then about that file."""
+    """Set every key of a file in the tree. Errors about one of these keys then name that file."""
     keys, lines = read_yaml(path)
 
     def visit(part: dict[str, Any], place: tuple[str, ...]) -> None:
@@ -300,14 +298,14 @@ def _lay_over(tree: dict[str, Any], path: Path, origins: dict[tuple[str, ...], d
             if ".".join(here) not in _SECTIONS or not isinstance(value, dict | None):
                 set_key(tree, here, value)
                 origins[here] = {"path": path, "line": lines[here]}
-            elif value is not None:  # a section without keys changes nothing
+            elif value is not None:  # an empty section changes nothing
                 visit(value, here)
 
     visit(keys, ())
 
 
 def _drop_empty_sections(tree: dict[str, Any], model: type[BaseModel] = Config) -> None:
-    """A section whose keys are all commented out reads as null in YAML and means its defaults."""
+    """Remove null sections. YAML reads a section whose keys are all commented out as null; it means its defaults."""
     for name, info in model.model_fields.items():
         section = info.annotation
         if not isinstance(section, type) or not issubclass(section, BaseModel) or name not in tree:
@@ -326,13 +324,13 @@ def explain(
     *,
     keys: set[str] | None = None,
 ) -> ConfigError:
-    """One line for the first complaint of pydantic, in our words, with the place it stands at; `keys` are the model's.
+    """Turn pydantic's first error into one line in our words, with its location; `keys` are the model's known keys.
 
-    `lines` are those of a file's keys; `origins` say where other keys were set: {} for the command line.
+    `lines` has the line numbers of a file's keys. `origins` has the source of other keys: {} for the command line.
     """
     first = error.errors()[0]
     location = tuple(str(part) for part in first["loc"])
-    # A union adds the name of the branch that failed: keep the part that is a key.
+    # pydantic appends the failed branch of a union to the location; keep the part that is a key.
     keys = set(known_keys()) if keys is None else keys
     while location and ".".join(location) not in keys and first["type"] != "extra_forbidden":
         location = location[:-1]
@@ -360,13 +358,13 @@ def explain(
 
 
 def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:
-    """The known key that a mistyped one most resembles, by the whole path or by its last word."""
+    """A hint with the known key that is closest to a mistyped one, by its whole path or by its last part."""
     dotted = ".".join(location)
-    if dotted in keys:  # the words of the command line, written into the file
+    if dotted in keys:  # command-line syntax used in a file
         section, _, key = dotted.rpartition(".")
         return f"in a file write {key} on a line of its own below {section}:"
     near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
-    if not near or near[0] == dotted.rpartition(".")[0]:  # its own section is no help
+    if not near or near[0] == dotted.rpartition(".")[0]:  # suggesting its own section would not help
         last = dotted.rsplit(".", 1)[-1]
         by_last = {key.rsplit(".", 1)[-1]: key for key in sorted(keys, reverse=True)}
         near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
@@ -374,5 +372,5 @@ def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML, every key with its value; passwords in URLs are left out."""
+    """The resolved config as YAML, with the value of every key. Passwords in URLs are left out."""
     return yaml.safe_dump(redact_values(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=100)

@@ -1,6 +1,6 @@
-"""A run directory that was moved or copied: its saved config names the places where it was made.
+"""Use a run directory that was moved or copied, although its saved config has the original paths.
 
-The directory that a command names is the one it works on, and data that came along with it is used where it is now.
+A command works on the directory that it names, and data that was moved with it is used at its new path.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 def at_its_place(tree: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The keys of the config saved in `run`, with the places that moved along with it.
+    """The keys of the config saved in `run`, with paths adjusted to where the run is now.
 
-    Unchanged when `output_dir` is `run`. Otherwise `output_dir` becomes `run`. Data that was inside the run moves with
-    it; data beside it (as the arms of one run have it) does so where it lies beside `run` now; any other data_dir or
-    data_cache stays, unless it is missing from here and lies at the same place relative to `run`.
+    Unchanged if `output_dir` is `run`; otherwise `output_dir` becomes `run`. A data_dir or data_cache inside the run
+    moves with it. One next to the run (shared by the arms of a run) moves if it exists next to `run` now. Any other
+    path is kept, unless it does not exist here but does at the same path relative to `run`.
     """
     recorded = tree.get("output_dir")
     if not isinstance(recorded, str) or _is_same(recorded, run):
@@ -28,12 +28,12 @@ def at_its_place(tree: dict[str, Any], run: Path) -> dict[str, Any]:
         folder = tree.get(key)
         if isinstance(folder, str) and "://" not in folder:
             moved[key] = _followed(folder, recorded, run)
-    log.info("%s was made as %s and is used where it is now", run, recorded)
+    log.info("%s was created as %s; using it at its current path", run, recorded)
     return moved
 
 
 def _followed(folder: str, recorded: str, run: Path) -> str:
-    """Where a folder that a run names is, now that the run is no longer at its recorded place."""
+    """The current path of a folder that a moved run names."""
     relative = os.path.relpath(folder, recorded)
     here = os.path.normpath(run / relative)
     if not relative.startswith(os.pardir):

@@ -1,4 +1,4 @@
-"""Where everything of a run lies, and the record that lets a later verb work from the directory alone."""
+"""The paths of a run, and the record that lets later commands work from the run directory alone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "se
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run; the data directory may be shared by several runs."""
+    """Paths of one run. Several runs may share a data directory."""
 
     path: Path
     data: Path
-    """With `remote`, what this machine has of it."""
+    """The data directory; with `remote`, the local copy."""
     remote: RemoteFolder | None = None
-    """Where the data lies when data_dir is a URL."""
+    """The location of the data if data_dir is a URL."""
 
     @property
     def shards(self) -> Path:
@@ -43,27 +43,27 @@ class RunDir:
 
     @property
     def embeddings(self) -> Path:
-        """One safetensors file a shard, and `manifest.json`."""
+        """One safetensors file per shard, and `manifest.json`."""
         return self.data / "embeddings"
 
     @property
     def checkpoints(self) -> Path:
-        """`checkpoint-<step>` directories: state to go on training from."""
+        """`checkpoint-<step>` directories, from which training can resume."""
         return self.path / "checkpoints"
 
     @property
     def best(self) -> Path:
-        """The student that validation chose, as a Hugging Face folder, and its alignment head."""
+        """The student with the best validation result, as a Hugging Face folder, and its alignment head."""
         return self.path / "best"
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a logged step."""
+        """One JSON line per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def training(self) -> Path:
-        """What came of the training, written when its last step is done."""
+        """The result of the training, written after its last step."""
         return self.path / "train.json"
 
     @property
@@ -82,7 +82,7 @@ class RunDir:
 
 
 def run_dir(config: Config) -> RunDir:
-    """The paths that a config names; creates nothing."""
+    """The paths of the run that a config describes. Creates nothing."""
     path = Path(config.output_dir)
     if is_url(config.data_dir):
         here = Path(config.data_cache) if config.data_cache else path / "data"
@@ -91,32 +91,32 @@ def run_dir(config: Config) -> RunDir:
 
 
 def check_lasting(config: Config) -> None:
-    """Raises ConfigError when this process is in a job of Ray, whose directory is a copy, and would write into it."""
+    """Raise ConfigError if this process runs in a Ray job and would write into the job's temporary directory."""
     if "working_dir_files" in Path.cwd().parts:
         refuse_relative(config, "this job works")
 
 
 def refuse_relative(config: Config, who: str) -> None:
-    """Raises ConfigError for folders that would lie in a copy of the directory; `who` begins the reason."""
+    """Raise ConfigError for relative folders, which would be in a copy of the directory; `who` starts the reason."""
     for key, folder in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
         if folder is not None and not is_url(folder) and not Path(folder).is_absolute():
             raise ConfigError(
-                f"{key}={folder} is relative, and {who} in a copy of your directory that Ray removes at its end",
-                f"give {key}=/… on a disk that all nodes share",
+                f"{key}={folder} is relative, but {who} in a copy of your directory that Ray deletes at its end",
+                f"set {key}=/… to a path on a disk that all nodes share",
             )
 
 
 def data_settings(config: Config) -> dict[str, str]:
-    """The settings by which another run, with an output_dir of its own, has the same data."""
+    """The settings with which another run, with a different output_dir, uses the same data."""
     run = run_dir(config)
     return {"data_dir": run.remote.url, "data_cache": str(run.data)} if run.remote else {"data_dir": str(run.data)}
 
 
 def fetch_data(config: Config, *, on_file: Callable[[], None] = lambda: None) -> None:
-    """Bring shards and embeddings that lie in object storage to this machine; nothing for a data_dir that is a folder.
+    """Download shards and embeddings from object storage to this machine. Does nothing if data_dir is a folder.
 
-    `on_file` is called before each file. What is here with the promised bytes stays. All processes may call it: on each
-    machine one fetches, the others wait.
+    `on_file` is called before each file. Files that exist with the expected bytes are kept. All processes may call it:
+    on each machine one downloads and the others wait.
     """
     run = run_dir(config)
     if run.remote is not None:
@@ -125,7 +125,7 @@ def fetch_data(config: Config, *, on_file: Callable[[], None] = lambda: None) ->
 
 
 def expand_arms(config: Config) -> list[Config]:
-    """One config a trained arm: itself, or with `arms` one below output_dir for each, sharing the data."""
+    """One config per trained arm: the config itself, or with `arms` one per arm below output_dir, sharing the data."""
     if not config.arms:
         return [config]
     base = run_dir(config)
@@ -138,7 +138,7 @@ def expand_arms(config: Config) -> list[Config]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for the record."""
+    """Package versions and the platform, for the record."""
     versions = {}
     for package in ("pst_dist", *_PACKAGES):
         try:
@@ -161,23 +161,24 @@ def record_run(config: Config, *, command: str | None = None) -> None:
 
 @contextlib.contextmanager
 def recorded(config: Config, *, wait_seconds: float = 0.0, command: str | None = None) -> Iterator[None]:
-    """`record_run` around the work itself: a refusal inside puts the earlier record back.
+    """Call `record_run`, and restore the earlier record if the work inside is refused.
 
-    Otherwise a refused command (other settings, a directory in use) would leave its own settings behind as those
-    of what lies there, and every later verb would be refused too. A first record goes again when the refusal came
-    before anything was made. Other ends (an interrupt, a full disk, a divergence) keep the new one: work was done.
+    Otherwise a refused command (different settings, a directory in use) would leave its own settings behind as those of
+    the existing run, and every later command would be refused too. A first record is removed if the refusal came before
+    anything was created. After any other end (an interrupt, a full disk, a divergence) the new record stays, because
+    work was done.
 
-    The record has a lock of its own, held all the while, because the work takes the directory's lock after the record
-    is written: of two commands that start together the refused one must not put its record over the other's, nor take
-    the directory for an empty one. Raises LockedError when another command holds it and has not let go of it within
-    `wait_seconds`; of several ranks the first goes on without a record instead, and is refused with the others.
+    The record has its own lock, held for the whole time, because the work takes the directory's lock only after the
+    record is written. Of two commands that start together, the refused one must neither overwrite the other's record
+    nor take the directory for an empty one. Raises LockedError if another command does not release the lock within
+    `wait_seconds`. With several ranks the first one continues without a record instead, and is refused with the others.
     """
     with contextlib.ExitStack() as stack:
         lock = directory_lock(Path(config.output_dir), name=_RECORD_LOCK, wait_seconds=wait_seconds)
         try:
             stack.enter_context(lock)
         except LockedError:
-            # Other ranks wait to meet this one: the directory's own lock refuses all of them together.
+            # The other ranks wait for this one; the directory's own lock then refuses all of them together.
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 raise
         else:
@@ -187,7 +188,7 @@ def recorded(config: Config, *, wait_seconds: float = 0.0, command: str | None =
 
 @contextlib.contextmanager
 def _recorded(config: Config, command: str | None) -> Iterator[None]:
-    """`recorded` by the command that holds the record."""
+    """`recorded` for the command that holds the record's lock."""
     path = Path(config.output_dir)
     earlier = {name: (path / name).read_text("utf-8") for name in _RECORD if (path / name).is_file()}
     record_run(config, command=command)
@@ -205,7 +206,7 @@ def _recorded(config: Config, command: str | None) -> Iterator[None]:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Remove a run directory in which nothing was made; its locks, which hold nothing, do not count."""
+    """Remove a run directory that contains nothing but its empty lock files."""
     if path.is_dir() and all(entry.name in (".lock", _RECORD_LOCK) for entry in path.iterdir()):
         with contextlib.suppress(OSError):
             for name in (".lock", _RECORD_LOCK):

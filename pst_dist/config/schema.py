@@ -92,7 +92,7 @@ class DataConfig(Section):
     teacher_completions: Plain | None = None
     """Fine-tune-CoT completion file, or a list of raw continuations. Joined by row index; provides the rationales."""
     keep: Literal["all", "teacher_correct"] = "all"
-    """`teacher_correct` drops training rows for which the teacher's answer differs from the gold answer."""
+    """`teacher_correct` drops training and validation rows whose teacher answer differs from the gold answer."""
     columns: str | dict[str, str] | None = None
     """A map from our fields (question, answer, rationale, choices, id; all are in docs/data.md) to columns. A column is
     a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the name of a ready-made map: messages,
@@ -375,8 +375,8 @@ class TrainConfig(Section):
     text up to the end of the answer (which includes the rationale in arms that think first); `accuracy` decodes the
     rows."""
     report_to: Annotated[list[str], BeforeValidator(_tracker_list), AfterValidator(_known_trackers)] = ["tensorboard"]
-    """Where metrics go besides metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker that another
-    package brings (entry points of the group pst_dist.trackers); none for nowhere else."""
+    """Where to write metrics in addition to metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker
+    from another package (entry points in the group pst_dist.trackers). `none` writes metrics.jsonl only."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     """Number of processes that tokenise in advance. 0 tokenises in the training process."""
     num_threads: Positive | None = None

@@ -62,7 +62,7 @@ class ReasoningSample:
         try:
             return cls(**{**row, "rationales": tuple(row["rationales"]), "choices": tuple(row["choices"])})
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"not a sample: {error}") from error
+            raise DataError(f"not a valid sample: {error}") from error
 
 
 def normalise_question(question: str) -> str:

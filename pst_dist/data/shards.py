@@ -167,7 +167,11 @@ class ShardSet:
         self._counts = typed(manifest.extra["counts"], dict[str, int], directory / MANIFEST, REMAKE)
         version = manifest.extra["schema_version"]
         if version != SCHEMA_VERSION:
-            raise StaleError(f"shards of schema {version}, this is {SCHEMA_VERSION}", REMAKE, path=directory)
+            raise StaleError(
+                f"the shards have schema version {version}, this version of pst_dist reads {SCHEMA_VERSION}",
+                REMAKE,
+                path=directory,
+            )
         for info in self._table:  # each name becomes a path, here and for the embeddings
             promised = manifest.files.get(info.name, {})
             if not _SHARD.fullmatch(info.name) or promised.get("sha256") != info.sha256:
@@ -206,7 +210,7 @@ class ShardSet:
             index = typed(read_json(path), ShardIndex, path, REMAKE)
             lengths = {len(column) for column in (index.ids, index.offsets, index.sizes, index.rationales)}
             if lengths != {shard.samples}:
-                raise IntegrityError(f"index is not of {shard.samples} samples", REMAKE, path=path)
+                raise IntegrityError(f"the index does not have {shard.samples} samples", REMAKE, path=path)
             size, _ = self.stamps.get(shard.name) or _stamp(self.directory / shard.name)
             places = zip(index.offsets, index.sizes, strict=True)
             # A read allocates the number of bytes that the index names before it notices that the tar is smaller.

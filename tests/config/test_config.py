@@ -54,7 +54,7 @@ def test_a_wrong_value_is_refused_in_one_line(word, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("seed: 1\nseed: 2\n", "2: key 'seed' twice"), ("seed: [1\n", ":2:"), ("- a\n", "not a mapping")],
+    [("seed: 1\nseed: 2\n", "2: duplicate key 'seed'"), ("seed: [1\n", ":2:"), ("- a\n", "not a mapping")],
 )
 def test_broken_yaml_names_its_line(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:

@@ -67,6 +67,6 @@ def excerpt(text: str | bytes) -> str:
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """Write one JSON line per bad row (path, line, code, what, text); an empty file if there are none."""
+    """One JSON line a bad row: path, line, code, what, text; an empty file when none is bad."""
     with atomic_path(path) as partial:
         partial.write_text("".join(canonical_json(reject.to_json()) + "\n" for reject in rejects), encoding="utf-8")

@@ -94,7 +94,7 @@ def test_an_answer_that_fits_no_number_names_its_row(tmp_path, capsys):
 def test_a_row_without_rationale_is_named_by_the_arm_that_needs_it(tmp_path, capsys):
     path = rows_file(tmp_path, [{"question": row["question"], "answer": row["answer"]} for row in GOOD])
     words = rows_config(path, tmp_path / "run")
-    code, _, err = run(capsys, "run", *words, "arms=[]", "arm=pst")
+    code, _, err = run(capsys, "run", *words, "arms=[]", "arm=pst", "data.test_size=1")
     assert code == 2 and "rationale" in err.splitlines()[-1], err
 
 

@@ -472,7 +472,7 @@ def test_a_question_that_cannot_be_asked_is_named(student, questions, words):
 
 
 def test_settings_of_a_question_are_checked(student):
-    with pytest.raises(InputError, match="think_below is for students of arm adaptive"):
+    with pytest.raises(InputError, match="think_below applies to the arm adaptive only"):
         student.ask("2 + 3?", think_below=0.5)
     with pytest.raises(InputError, match="batch_size is 0"):
         student.ask_many(["2 + 3?"], batch_size=0)

@@ -1,8 +1,8 @@
-"""The finished student as a plain Hugging Face folder that any program loads: it answers, and stops by itself.
+"""Exports the finished student as a plain Hugging Face folder that any program loads; it stops after the answer.
 
-No line of this package is needed to use it. The answer stop stands in `generation_config.eos_token_id`, the prompt
-in the tokenizer's chat template, everything a reader must know in the model card (`model_card`). The alignment head,
-which only training needs, stays behind.
+Using the export does not need this package. The answer stop token is in `generation_config.eos_token_id`, the prompt
+in the tokenizer's chat template, and everything else a reader must know in the model card (`model_card`). The
+alignment head, which only training needs, is not exported.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PROBES = ("How many are 2 and 3?", '  "Quoted", {braces} {{ x }}\nand a second 
 
 
 def export(config: Config, *, rebuild: bool = False) -> Path:
-    """Write `run.export` and return its path; a no-op when that export of this student is there.
+    """Write `run.export` and return its path; does nothing when the same export already exists.
 
-    The model card holds every finished evaluation of exactly this student. Raises InputError when there is no
-    student, and DivergedError when a weight of it is not finite.
+    The model card contains every finished evaluation of exactly this student. Raises InputError when there is no
+    student, and DivergedError when one of its weights is not finite.
     """
     run = run_dir(config)
     student = load_student(run.best, device="cpu")
@@ -83,8 +83,8 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
 def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
     """(digests of the shards and embeddings that the student was trained from, identity of their encoder).
 
-    They are those that training wrote down: what lies in the data directory today may be newer. None where nothing
-    was written down, or where today's embeddings are others, whose encoder says nothing about this student's.
+    Taken from the training record, because the data directory may hold newer artefacts by now. A digest is None if it
+    was not recorded; the encoder is None if the embeddings in the data directory are not the recorded ones.
     """
     record = read_training(run.training)
     if record.get("fingerprint") != student.fingerprint:
@@ -96,25 +96,25 @@ def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[
 
 
 def generation_settings(student: LoadedStudent, max_new_tokens: int) -> Any:
-    """Greedy, ending at the answer stop, and never beyond the positions that the model has."""
+    """Greedy decoding that ends at the answer stop and never exceeds the model's positions."""
     settings = answer_generation_config(student.model, student.tokenizer, student.format)
     settings.max_new_tokens = max_new_tokens
     positions = max_positions(student.model)
     causal = not student.model.config.is_encoder_decoder
     if causal and positions is not None and student.format.max_length + max_new_tokens > positions:
-        # A limit on the whole text: a long prompt then shortens the answer instead of breaking the program.
+        # A limit on prompt and answer together: a long prompt shortens the answer instead of raising an error.
         settings.max_new_tokens, settings.max_length = None, positions
     if not causal and positions is not None:
-        settings.max_new_tokens = min(max_new_tokens, positions - 1)  # the start token has one
+        settings.max_new_tokens = min(max_new_tokens, positions - 1)  # the start token takes one position
     if not causal and student.format.semantic_before and student.format.semantic_tokens == 1:
         settings.forced_bos_token_id = student.tokenizer.convert_tokens_to_ids(student.format.semantic_token)
     return settings
 
 
 def prepare_tokenizer(student: LoadedStudent) -> None:
-    """Give the tokenizer the chat template, and take from it what would change a plain program's input.
+    """Set the tokenizer's chat template and remove settings that would change the input in a plain program.
 
-    The template is kept only when it gives exactly the ids that the student was trained on.
+    The template is kept only if it gives exactly the token ids that the student was trained on.
     """
     tokenizer = student.tokenizer
     tokenizer.clean_up_tokenization_spaces = False
@@ -145,7 +145,7 @@ def _renders(student: LoadedStudent, template: str, question: str) -> bool:
 
 
 def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
-    """The ids before the answer, as training put them."""
+    """The token ids before the answer, as in training."""
     encdec = bool(student.model.config.is_encoder_decoder)
     layout = Layout(student.tokenizer, student.format, is_encoder_decoder=encdec)
     semantic = student.format.semantic_tokens if student.format.semantic_before and not encdec else 0

@@ -155,7 +155,7 @@ def test_a_run_without_an_evaluation_says_what_to_run(runs, tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(InputError, match="run `pst evaluate` first"):
         compare([runs[0], tmp_path / "raw"])
-    with pytest.raises(InputError, match="two runs or more"):
+    with pytest.raises(InputError, match="at least two runs"):
         compare(runs[:1])
 
 

@@ -296,7 +296,7 @@ def test_a_missing_answer_is_refused_by_its_row(tmp_path):
         (["demo", "+papr_t5"], {}, InputError, ["did you mean +paper_t5?"]),
         (["demo", "max_steps"], {}, ConfigError, ["is not key.sub=value"]),
         (["demo", {"seed": 1}], {}, ConfigError, ["keywords"]),
-        ([{"seed": 1}], {}, ConfigError, ["a config is a path"]),
+        ([{"seed": 1}], {}, ConfigError, ["expected the path or name of a config"]),
         ([None], {"train": ROWS}, ConfigError, ['data={"train": rows}']),
         ([None], {"test": ROWS}, ConfigError, ['data={"test": rows}']),
         ([None], {"data": ROWS}, ConfigError, ['data={"train": rows}']),

@@ -237,7 +237,7 @@ def test_preview_wants_at_least_one_row(capsys):
     for count in ("0", "-3", "x"):
         with pytest.raises(SystemExit) as end:
             run_verb(["preview", "demo", "-n", count])
-        assert end.value.code == 2 and "number of rows from 1" in capsys.readouterr().err
+        assert end.value.code == 2 and "positive number of rows" in capsys.readouterr().err
 
 
 def test_refused_input_leaves_no_directory_at_all(tmp_path, capsys):
@@ -325,4 +325,4 @@ def test_a_disk_that_refuses_a_librarys_file_is_one_line_too(tmp_path, monkeypat
 def test_a_student_that_writes_no_rationale_says_so(tmp_path, capsys):
     Tiny("answer_only").fit().save(tmp_path / "best")
     code, out, _ = run(capsys, "answer", tmp_path, ROWS[1].question, "--explain")
-    assert (code, out) == (0, f"{ROWS[1].answer}\nbecause: (this student was not taught to explain)\n")
+    assert (code, out) == (0, f"{ROWS[1].answer}\nbecause: (this student was not trained to explain)\n")

@@ -34,7 +34,7 @@ def test_on_ray_is_a_short_word_for_the_stages_of_a_verb(verb, word, expected):
 
 
 def test_another_place_is_refused():
-    with pytest.raises(ConfigError, match="on=mars: there is no such place; write on=ray or on=local"):
+    with pytest.raises(ConfigError, match="on=mars: unknown value; use on=ray or on=local"):
         spell_on(["on=mars"], verbs.run.on)
 
 

@@ -420,7 +420,7 @@ class TestOnARealSlurm:
             (["nodes=2", "partition=small"], 2, "error[CONFIG] nodes=2, but partition small has 1"),
             (["gpus=1"], 2, "error[CONFIG] gpus=1, but partition main has none; leave gpus= out"),
             (["partition=night"], 2, "there is no partition 'night'; give partition=, one of main, small"),
-            ([f"data_dir={tmp_path}/none"], 2, "no finished shards here"),
+            ([f"data_dir={tmp_path}/none"], 2, "no finished shards found"),
             ([f"output_dir={tmp_path}/file/run"], 4, "error[ENVIRONMENT]"),
             (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch says: "),
         ]:

@@ -59,7 +59,7 @@ def test_a_machine_and_a_config_that_fit_have_no_problem_and_leave_nothing(small
     before = sorted(small_data.rglob("*"))
     assert run_verb(["doctor", str(path), "--report", str(tmp_path / "here.json")]) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
-    for word in ("packages", "torch", "cores", "memory", "output_dir", "data_dir", "encoder", "student", "by plan"):
+    for word in ("packages", "torch", "cores", "memory", "output_dir", "data_dir", "encoder", "student", "estimated"):
         assert word in said
     assert "no problems" in said.splitlines()[-1]
     assert sorted(small_data.rglob("*")) == before and sorted(os.listdir(tmp_path)) == ["here.json", "run.yaml"]
@@ -173,7 +173,7 @@ def test_nodes_with_other_software_are_told_apart(tmp_path, capsys):
     assert re.search("PROBLEM  torch  .* on a, b, 2.7.0 on c; install", said) and "PROBLEM  code" in said
     assert "warning  driver" in said
     write_json(tmp_path / "c.json", {"steps": 8})
-    assert run_verb(["doctor", *reports]) == 2 and "no report of a node" in capsys.readouterr().err
+    assert run_verb(["doctor", *reports]) == 2 and "not a report of a node" in capsys.readouterr().err
     with pytest.raises(InputError, match="no such report"):
         read_report(tmp_path / "d.json")
 
@@ -196,7 +196,7 @@ def test_a_check_that_hangs_or_breaks_keeps_nothing_waiting():
     assert [one.line() for one in found] == [
         "PROBLEM  refuses      rows.jsonl: no such file; give another",
         "PROBLEM  hangs        no answer within 0 s; wake it",
-        "warning  breaks       could not be looked at (ValueError: three)",
+        "warning  breaks       could not be checked (ValueError: three)",
         "ok       works        fine",
     ]
 
@@ -302,11 +302,11 @@ def test_a_read_only_and_a_full_disk_are_named_before_anything_starts(mounts):
     said = [line for line in mounts.stdout.splitlines() if line.startswith("PROBLEM")]
     assert any("output_dir" in line and "readonly: cannot write: Read-only file system" in line for line in said)
     assert any("data_dir" in line and "more files fit" in line for line in said)
-    assert any("output_dir" in line and "the run writes" in line and "by plan" in line for line in said)
+    assert any("output_dir" in line and "the run writes" in line and "an estimated" in line for line in said)
 
 
 def test_memory_of_one_machine_is_no_place_for_two_nodes(mounts):
-    assert "tiny/data is a tmpfs of this machine alone, and there are 2 nodes" in mounts.stdout
+    assert "tiny/data is on tmpfs, which is local to this machine, but there are 2 nodes" in mounts.stdout
 
 
 def test_a_run_at_work_is_named_with_its_process(tmp_path):
@@ -335,7 +335,7 @@ def test_damaged_and_unfinished_artefacts_are_named(small_data, tmp_path):
     assert "1000 bytes, manifest says" in said[1] and "to step 2 at best" in said[1]
     (tmp_path / "checkpoints" / "checkpoint-2" / "state-00000.safetensors").unlink()
     said = lines(places.contents(config))
-    assert len(said) == 2 and all("no other is whole" in line for line in said)
+    assert len(said) == 2 and all("no other is intact" in line for line in said)
 
 
 def test_memory_that_a_rank_would_not_have_is_said(small_data, tmp_path):
@@ -370,7 +370,7 @@ def test_models_are_looked_for_on_disk_and_on_the_hub(tmp_path, monkeypatch):
     assert "no such folder" in student(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
-    assert "no weights in it" in student(tmp_path / "empty")
+    assert "contains no weights" in student(tmp_path / "empty")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in student("org/open")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -533,7 +533,7 @@ class TestARealRayCluster:
             (tmp_path / "token").write_text("f" * 32)
             environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
         (found,) = clusters.ray(None, environment)
-        assert "the token does not fit" in found.what and "RAY_AUTH_TOKEN_PATH" in found.remedy
+        assert "the token is not accepted" in found.what and "RAY_AUTH_TOKEN_PATH" in found.remedy
 
     def test_a_cluster_of_another_version_is_named(self, head):
         """Its own record of its version is changed, which is all that a joining process compares."""

@@ -193,7 +193,7 @@ def test_actors_fetch_and_put_by_themselves_and_the_driver_holds_nothing(s3, ref
 def test_what_is_not_there_is_one_line_in_seconds(s3, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"s3://nobody/run.*there is no such bucket"):
         RemoteFolder("s3://nobody/run").check()
-    with pytest.raises(InputError, match=r"s3://data/empty.*no finished shards here; run `pst shard` first"):
+    with pytest.raises(InputError, match=r"s3://data/empty.*no finished shards found; run `pst shard` first"):
         make_embeddings(config(tmp_path / "m", "s3://data/empty"))
     with pytest.raises(InputError, match=r"there is no storage nonsense://"):
         RemoteFolder("nonsense://a/b").check()

@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_is_caught_before_the_step(small_data, tmp_pat
         train(config)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
-    assert train(config).steps == 8, "the same command goes on from the last checkpoint"
+    assert train(config).steps == 8, "the same command resumes from the last checkpoint"
 
 
 def test_the_best_student_is_the_one_validation_chose(small_data, tmp_path):

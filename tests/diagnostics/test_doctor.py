@@ -224,7 +224,7 @@ def test_a_driver_that_hangs_or_complains_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("pst_dist.diagnostics.machine.facts._SMI_SECONDS", 1.0)
     for script, wanted in (
-        ("sleep 600", "no answer within 1 s"),
+        ("sleep 600", "did not answer within 1 s"),
         ("echo Driver/library mismatch; exit 18", "mismatch"),
     ):
         program.write_text(f"#!/bin/sh\n{script}\n")
@@ -332,7 +332,7 @@ def test_damaged_and_unfinished_artefacts_are_named(small_data, tmp_path):
     (tmp_path / "best" / "manifest.json").unlink()
     said = lines(places.contents(config), "warning")
     assert [line.split()[1] for line in said] == ["student", "checkpoint", "left"]
-    assert "1000 bytes, manifest says" in said[1] and "to step 2 at best" in said[1]
+    assert "1000 bytes, but the manifest has" in said[1] and "the newest intact step is 2" in said[1]
     (tmp_path / "checkpoints" / "checkpoint-2" / "state-00000.safetensors").unlink()
     said = lines(places.contents(config))
     assert len(said) == 2 and all("no other is intact" in line for line in said)
@@ -341,7 +341,7 @@ def test_damaged_and_unfinished_artefacts_are_named(small_data, tmp_path):
 def test_memory_that_a_rank_would_not_have_is_said(small_data, tmp_path):
     config = small_config(small_data, tmp_path, train__deepspeed="zero1")
     assert not lines(places.room(config, Machines(), 2**34, False))
-    assert "2 rank(s) take" in lines(places.room(config, Machines(gpus=2), 2**20, False))[0]
+    assert "2 rank(s) need an estimated" in lines(places.room(config, Machines(gpus=2), 2**20, False))[0]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -379,8 +379,8 @@ def test_models_are_looked_for_on_disk_and_on_the_hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert student("org/open").startswith("ok")
-        assert "does not give org/gated to this user (401)" in student("org/gated")
-        assert "the hub has no org/nothing" in student("org/nothing")
+        assert "denies this user access to org/gated (401)" in student("org/gated")
+        assert "the hub does not have org/nothing" in student("org/nothing")
         server.shutdown()
     assert "does not answer" in student("org/open"), "the server is gone"
 

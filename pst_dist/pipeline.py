@@ -65,7 +65,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             write_rejects(run.data / "rejects.jsonl", loaded.rejects)
         if run.remote is not None and rebuild:
             remove_leftovers(run.shards, locked=True)
-        elif run.remote is not None:  # what is kept or refused is decided by what lies there
+        elif run.remote is not None:  # the remote shards decide what is kept or refused
             fetch_folder(run.remote.child("shards"), run.shards, "shards")
         manifest = write_shards(
             loaded.splits,

@@ -104,7 +104,7 @@ def _kind(folder: Path) -> str | None:
         return "evaluation"
     if (folder / MANIFEST).is_file():
         return kind_written_in(folder) or _NAMES.get(folder.name, "artefact")
-    # Others keep folders of such names too: only with files in them that look like ours.
+    # Other programs use such names too, so the folder must contain files that look like ours.
     ours = any(folder.glob("*.index.json")) or any(folder.glob("*.safetensors"))
     return _NAMES.get(folder.name) if ours else None
 
@@ -140,7 +140,7 @@ def _links(intact: dict[Path, Manifest]) -> Iterator[Finding]:
         for kind, source, digest in _sources(folder, manifest):
             current = intact.get(source)
             if isinstance(digest, str) and current is not None and current.digest != digest:
-                what = f"made from other {kind} ({digest[:12]}, not {current.digest[:12]})"
+                what = f"made from different {kind} ({digest[:12]}, not {current.digest[:12]})"
                 yield Finding("stale", manifest.kind, folder, what, REMAKE.get(manifest.kind, ""))
 
 

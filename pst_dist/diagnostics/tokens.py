@@ -72,7 +72,7 @@ def preview(config: Config, rows: int) -> str:
 
 
 def _block(config: Config, layout: Layout, sequence: Sequence, escape: Callable[[str], str]) -> str:
-    """One sequence: runs of tokens of equal segment and loss, tokens parted by a thin bar."""
+    """One sequence: tokens separated by dots, grouped by segment and loss."""
     tokens = preview_tokens(config, layout, sequence)
     pieces: list[str] = []
     start = 0

@@ -171,7 +171,7 @@ def _check_current(runs: Sequence[Path], results: Sequence[dict[str, Any] | None
     for run, result in zip(runs, results, strict=True):
         student = read_manifest(run / "best", "student")
         if student is not None and result is not None and student_of(result) != student.digest:
-            raise StaleError("the evaluation is of an older student", "run `pst evaluate` again", path=run)
+            raise StaleError("the evaluation belongs to an older student", "run `pst evaluate` again", path=run)
 
 
 def _same_rows(

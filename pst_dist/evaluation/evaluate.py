@@ -126,7 +126,7 @@ def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> 
 
 
 def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
-    """The results of a whole evaluation (with this fingerprint, when given), or None; raises IntegrityError."""
+    """The results of a complete evaluation (with this fingerprint, if given), or None; raises IntegrityError."""
     artefact = Artefact(directory, "evaluation")
     if artefact.verified(fingerprint, remedy="run `pst evaluate` with --rebuild") is None:
         return None
@@ -144,7 +144,7 @@ def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
         if results is None:
             continue
         if student is not None and student_of(results) != student.digest:
-            log.warning("%s is of an older student and left out: run `pst evaluate` again", run / "eval" / split)
+            log.warning("skipping %s: it belongs to an older student; run `pst evaluate` again", run / "eval" / split)
             continue
         found.append(results)
     return found
@@ -250,7 +250,7 @@ def _device_name(student: LoadedStudent) -> str:
 
 
 def _training(run: RunDir, student: LoadedStudent) -> dict[str, Any] | None:
-    """Steps, seconds and tokens of the training that made this student, when its record is there."""
+    """Steps, seconds and tokens of the training that produced this student; None without its record."""
     record = read_training(run.training)
     if record.get("fingerprint") != student.manifest.fingerprint:
         return None

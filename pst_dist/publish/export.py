@@ -76,7 +76,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
             config, student.format, student.manifest, evaluations, encoder, chain, student.model, has_template
         )
         write_text(draft.path / "README.md", model_card(facts))
-    log.info("exported to %s: loads with plain transformers", run.export)
+    log.info("exported to %s; it loads with plain transformers", run.export)
     return run.export
 
 
@@ -121,12 +121,12 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
     # A causal model continues at the right edge of a batch. Only what stands in init_kwargs is written to the file.
     side = "right" if student.model.config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
-    # GPT-2 would add the embeddings of token_type_ids, which some tokenizers hand out, to the words'.
+    # Some tokenizers return token_type_ids, and GPT-2 would add their embeddings to those of the words.
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.chat_template = None
     if student.model.config.is_encoder_decoder and student.format.semantic_before:
-        return  # its semantic token is the decoder's, which no chat template reaches
+        return  # its semantic token belongs to the decoder's input, which a chat template cannot set
     # Some SentencePiece tokenizers put a space before a text, but not after the BOS that a template spells out.
     for spaced in (False, True):
         template = chat_template(student, spaced=spaced)

@@ -159,7 +159,7 @@ def _similarity(results: dict[str, Any]) -> str:
 
 
 def _samples(run: Path, split: str) -> Table:
-    """The first scored rows, with their rationales when any was asked for."""
+    """The first scored rows, with their rationales if any were generated."""
     rows = read_rows(run / "eval" / split / SAMPLES)[:_SHOWN]
     explained = any(row.get("rationale") for row in rows)
     head: Row = [

@@ -191,7 +191,7 @@ def _artefact(folder: Path, kind: str) -> list[Finding]:
 
 
 def _checkpoints(root: Path) -> list[Finding]:
-    """A damaged checkpoint is passed over at the next start when an elder one is whole."""
+    """The checkpoints of a run; the next start skips a damaged one if another is intact."""
     names = [path.name for path in root.glob("checkpoint-*")]
     steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", name))
     whole: list[tuple[int, Finding]] = []

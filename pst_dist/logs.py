@@ -196,10 +196,10 @@ def _rich_bar(name: str, total: int | None, unit: str) -> Iterator[Progress]:
 
 
 _NOISE = re.compile(
-    # What this package checks itself, and then refuses or reports in its own words: weights that the files lack
+    # Checked by this package, which refuses or reports them in its own words: weights that are missing from the files
     # (`models.load`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
     r"LOAD REPORT|seem corrupted|generation flags|longer than the specified maximum"
-    # What only a library's own callers can act on.
+    # Only relevant to the callers of a library.
     r"|deprecat|will be removed|use_cache=(True|False)|loss_type"
     r"|new (embeddings|lm_head weights) will be|special tokens have been added",
     re.IGNORECASE,
@@ -214,7 +214,7 @@ class _WithoutNoise(logging.Filter):
 
 
 def drop_noise() -> None:
-    """Let transformers say what matters and leave out what does not; call again as often as you like."""
+    """Show the warnings of transformers that matter and hide the others; may be called repeatedly."""
     import transformers  # noqa: F401  its import makes the handler
 
     for handler in logging.getLogger("transformers").handlers:

@@ -55,7 +55,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
         }
     )
     if run.remote is None and not rebuild:
-        # Without a lock, which needs the right to write: a colleague may own the directory.
+        # Without a lock, which requires write permission: a colleague may own the directory.
         found = reusable_shards(run.shards, fingerprint, config.shards.samples_per_shard)
         if found is not None:
             log.info("shards: %s is complete, nothing to do", run.shards)
@@ -89,8 +89,8 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     if run.remote is not None:
         with directory_lock(run.data):
             return _make_remote_embeddings(config, run.remote, rebuild=rebuild)
-    # Whoever encodes a shard verifies it; with Ray that is as many machines as there are. Shards that change from here
-    # on are refused by their digests.
+    # Each process verifies the shards that it encodes; with Ray these are on many machines. Shards that change from now
+    # on are refused because of their digests.
     shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
     return embed_all(
         config.embed,

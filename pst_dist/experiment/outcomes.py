@@ -57,7 +57,7 @@ class _Latency(BaseModel):
 
 
 class _Account(BaseModel):
-    """What `results` reads of a run's account; every other number is only passed on."""
+    """The fields of a run's results that `experiment.results` reads; other numbers are only copied."""
 
     arm: str
     task: str
@@ -115,7 +115,7 @@ class Outcome:
 
     @classmethod
     def from_line(cls, line: str, path: Path) -> Outcome:
-        """The inverse; raises IntegrityError, or ValueError for another version's config, for anything else."""
+        """Parse such a line; raises IntegrityError if it is invalid, or ValueError for another version's config."""
         raw = parse_json(line.encode(), path)
         typed(raw, _Line, path)
         right = np.array([one == "1" for one in raw["right"]], dtype=bool)

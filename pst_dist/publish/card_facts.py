@@ -99,5 +99,5 @@ def _base_words(facts: CardFacts) -> str:
         return f"none: random weights, {'a tokenizer trained on the training rows' if bpe else 'bytes as tokens'}"
     base = f"`{facts.base_model}`" if facts.base_model else "a model from a local folder"
     if quantised := (facts.student.extra.get("base") or {}).get("quantised"):
-        base += f", from a GGUF file: its weights were quantised ({quantised}) once and made float32 again"
+        base += f", from a GGUF file: its weights were quantised ({quantised}) and converted back to float32"
     return base + (", an encoder whose weights the student started from" if warm_shape(student) is not None else "")

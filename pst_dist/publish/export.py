@@ -118,7 +118,7 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
     """
     tokenizer = student.tokenizer
     tokenizer.clean_up_tokenization_spaces = False
-    # A causal model continues at the right edge of a batch. Only what stands in init_kwargs is written to the file.
+    # A causal model continues at the right edge of a batch. Only the contents of init_kwargs are written to the file.
     side = "right" if student.model.config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
     # Some tokenizers return token_type_ids, and GPT-2 would add their embeddings to those of the words.
@@ -127,13 +127,13 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
     tokenizer.chat_template = None
     if student.model.config.is_encoder_decoder and student.format.semantic_before:
         return  # its semantic token belongs to the decoder's input, which a chat template cannot set
-    # Some SentencePiece tokenizers put a space before a text, but not after the BOS that a template spells out.
+    # Some SentencePiece tokenizers insert a space before a text, but not after a BOS token in the template.
     for spaced in (False, True):
         template = chat_template(student, spaced=spaced)
         if all(_renders(student, template, probe) for probe in _PROBES):
             tokenizer.chat_template = template
             return
-    log.warning("this tokenizer takes no chat template that gives the trained prompt: exported without one")
+    log.warning("no chat template gives this tokenizer's trained prompt: exported without one")
 
 
 def _renders(student: LoadedStudent, template: str, question: str) -> bool:
@@ -153,7 +153,7 @@ def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
 
 
 def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
-    """Jinja that puts the last user message into the prompt, with the special tokens that the tokenizer adds.
+    """Jinja that renders the last user message into the prompt, with the special tokens that the tokenizer adds.
 
     `spaced` puts a space between them and a prompt that does not begin with one.
     """
@@ -180,5 +180,5 @@ def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Jinja string literal. Jinja has no surrogate pairs, so characters beyond ASCII stand as themselves."""
+    """A Jinja string literal. Jinja has no surrogate pairs, so non-ASCII characters are not escaped."""
     return json.dumps(text, ensure_ascii=False)

@@ -103,7 +103,7 @@ def test_a_student_from_a_gguf_file_is_saved_exported_and_loaded_again(files, tm
     assert all(words not in text for words in ("quantization_config", str(tmp_path.parent), "_model_name_or_path"))
     assert {value.dtype for value in load_file(written / "model.safetensors").values()} == {torch.float32}
     card = (written / "README.md").read_text()
-    assert "its weights were quantised (Q8_0) once and made float32 again" in card and base["sha256"] in card
+    assert "its weights were quantised (Q8_0) and converted back to float32" in card and base["sha256"] in card
 
 
 def test_plan_and_doctor_know_a_gguf_file(files):

@@ -54,7 +54,7 @@ def _gguf(name: str) -> list[Finding]:
         return [problem("student", f"{name}: {error.what}", error.remedy)]
     if importlib.util.find_spec("gguf") is None:
         return [problem("student", f"{name}: reading a GGUF file needs the package gguf", "pip install gguf")]
-    return [ok("student", f"{place.target}/{place.gguf}: on this disk")]
+    return [ok("student", f"{place.target}/{place.gguf}: found")]
 
 
 def _folder(subject: str, folder: Path, key: str) -> list[Finding]:

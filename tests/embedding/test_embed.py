@@ -527,7 +527,7 @@ NAME = "train-000000.safetensors"
 def test_rows_under_the_wrong_ids_are_refused(copied):
     shards, directory = copied
     rewrite(directory, NAME, keys=[("row-2", 0), ("row-1", 0), ("row-2", 1)])
-    with pytest.raises(StaleError, match=r"not of the rationales of train-000000\.tar"):
+    with pytest.raises(StaleError, match=r"do not match the rationales of train-000000\.tar"):
         EmbeddingStore.open(directory, shards)
 
 

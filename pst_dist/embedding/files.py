@@ -61,7 +61,7 @@ class FolderFiles:
             remove_leftovers(self.embeddings, kind, locked=True)
 
     def names(self) -> set[str]:
-        """Every file that lies there now."""
+        """Names of all files there now."""
         return {entry.name for entry in os.scandir(self.embeddings)}
 
     def remove(self, name: str) -> None:
@@ -138,7 +138,7 @@ class RemoteFiles:
                 self.remove(name)
 
     def names(self) -> set[str]:
-        """Every file that lies there now."""
+        """Names of all files there now."""
         return self._embeddings.names()
 
     def remove(self, name: str) -> None:

@@ -119,7 +119,7 @@ class WeightsAndBiases(Tracker):
         self._run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
-        """Hand over what is buffered."""
+        """Send the buffered rows and close the run."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -190,7 +190,7 @@ class Trackio(Tracker):
         self._run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
-        """Hand over what is buffered."""
+        """Send the buffered rows and close the run."""
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
 

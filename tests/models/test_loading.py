@@ -75,7 +75,7 @@ def test_weights_under_other_names_are_refused_by_name(copied):
         InputError, match=r"of its weights are missing from the files \(lm_head\.weight, model\.embed"
     ) as caught:
         load_language_model(locate_model(str(copied)))
-    assert "the files contain _orig_mod.model.embed_tokens.weight instead" in line_of(caught.value)
+    assert "instead the files contain _orig_mod.model.embed_tokens.weight" in line_of(caught.value)
 
 
 def test_a_missing_layer_is_refused_and_counted(copied):

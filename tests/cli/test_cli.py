@@ -190,7 +190,7 @@ def test_training_refuses_embeddings_of_other_shards_or_another_encoder(small_da
     code, _, err = run(capsys, "train", path, "embed.encoder=some/other-encoder")
     assert code == 3 and "error[STALE]" in err and "some/other-encoder" in err
     code, _, err = run(capsys, "train", path, "embed.max_seq_length=8")
-    assert code == 3 and "made with max_seq_length=256, the config says 8" in err
+    assert code == 3 and "made with max_seq_length=256, but the config has 8" in err
     assert run(capsys, "shard", path, "data.max_rows=20", "--rebuild")[0] == 0
     code, _, err = run(capsys, "train", path)
     assert code == 3 and "pst embed" in err

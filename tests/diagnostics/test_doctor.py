@@ -407,8 +407,8 @@ def test_a_hostfile_is_read_line_by_line(tmp_path):
     said = lines(network.hostfile(path, 2))
     for number, words in (
         (2, "99 slots, but this host has room for 2"),
-        (3, "no address is known for the host 'nowhere.invalid'"),
-        (4, "localhost is listed twice"),
+        (3, "the host name 'nowhere.invalid' does not resolve"),
+        (4, "duplicate host localhost"),
         (5, "'n3: 4' is not a host"),
         (6, "n4 slots=0"),
     ):
@@ -416,7 +416,7 @@ def test_a_hostfile_is_read_line_by_line(tmp_path):
     path.write_text("localhost slots=2\n")
     assert not lines(network.hostfile(path, 2))
     path.write_text("# nothing\n")
-    assert "names no host" in lines(network.hostfile(path, 2))[0]
+    assert "lists no hosts" in lines(network.hostfile(path, 2))[0]
     assert "no such hostfile" in lines(network.hostfile(tmp_path / "none", 2))[0]
 
 

@@ -1,4 +1,4 @@
-"""`python -m pst_dist.slurm`: prints the arguments of one Slurm array task, for `cluster/train.sbatch` and its copies."""
+"""`python -m pst_dist.slurm`: prints one Slurm array task's arguments, for `cluster/train.sbatch` and its copies."""
 
 import sys
 

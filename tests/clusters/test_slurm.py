@@ -49,11 +49,11 @@ def test_words_of_the_job_and_of_the_config_are_told_apart():
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("nodes=0", "nodes=0 is not a number from 1"),
+        ("nodes=0", "nodes=0 is not a positive whole number"),
         ("gpus=many", "gpus=many is not a number of GPUs"),
         ("time=soon", "time=soon is not a time limit"),
         ("arms=pst", "not a list"),
-        ("arms=[pst,pst]", "not a list of different values"),
+        ("arms=[pst,pst]", "not a list of distinct values"),
         ("arms=[pts]", "no arm 'pts'"),
         ("seeds=[one]", "'one' is not a whole number"),
     ],
@@ -422,7 +422,7 @@ class TestOnARealSlurm:
             (["partition=night"], 2, "there is no partition 'night'; give partition=, one of main, small"),
             ([f"data_dir={tmp_path}/none"], 2, "no finished shards here"),
             ([f"output_dir={tmp_path}/file/run"], 4, "error[ENVIRONMENT]"),
-            (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch says: "),
+            (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch failed: "),
         ]:
             assert run_verb(["submit", "slurm", config, *words]) == code, words
             err = capsys.readouterr().err
@@ -440,7 +440,7 @@ class TestOnARealSlurm:
         assert number
         try:
             assert run_verb(["submit", "slurm", config]) == 5
-            assert f"job {number[1]} already works here; follow it: " in capsys.readouterr().err
+            assert f"job {number[1]} already uses this directory; follow it: " in capsys.readouterr().err
         finally:
             slurm.ask("scancel", number[1])
 

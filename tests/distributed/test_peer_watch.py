@@ -306,7 +306,10 @@ def groups(tmp_path_factory) -> Iterator[dict[str, RankGroup]]:
 
 
 LOSSES = {
-    "rank 1 of 3 is stuck": (1, r"hangs in backward of step 5 \(no rank made progress for 6 s; it is at rank_group.py:\d+\)"),
+    "rank 1 of 3 is stuck": (
+        1,
+        r"hangs in backward of step 5 \(no rank made progress for 6 s; it is at rank_group.py:\d+\)",
+    ),
     "rank 0 is stuck": (0, r"hangs in forward of step 5 \(no rank made progress for 6 s; it is at rank_group.py:\d+\)"),
     "rank 1 is stopped": (1, r"hangs in (forward|backward) of step \d+ \(no message from it for 6 s: stopped, .*\)"),
     "rank 0 is stopped": (0, r"hangs in (forward|backward) of step \d+ \(no message from it for 6 s: stopped, .*\)"),

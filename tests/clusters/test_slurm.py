@@ -181,7 +181,7 @@ def test_gpus_of_a_node_are_added_up_over_their_kinds():
     [
         (["nodes=9"], "nodes=9, but partition cpu has 8; ask for at most 8, or another partition of cpu, gpu"),
         (["gpus=1"], "gpus=1, but partition cpu has none"),
-        (["gpus=8", "partition=gpu"], "gpus=8, but partition gpu has at most 4 a node"),
+        (["gpus=8", "partition=gpu"], "gpus=8, but partition gpu has at most 4 per node"),
         (["partition=tpu"], "there is no partition 'tpu'; give partition=, one of cpu, gpu"),
     ],
 )

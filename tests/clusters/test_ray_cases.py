@@ -177,7 +177,7 @@ def test_the_words_of_a_job_are_told_from_those_of_the_config(tmp_path, monkeypa
         ("dir=nowhere", "is not a directory"),
         ("name=a b", "is not a valid job name"),
         ("cpus=many", "is not a number"),
-        ("on=ray", "is on Ray already"),
+        ("on=ray", "already runs on Ray"),
     ],
 )
 def test_a_word_that_ray_would_not_take_is_refused(word, says):

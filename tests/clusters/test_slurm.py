@@ -331,7 +331,7 @@ class TestOnARealSlurm:
         assert ended(job, seen) == 0, "".join(seen) + slurm.last_words()
         said = "".join(seen)
         assert 5 <= int(step) < STEPS
-        assert f"job {number}: saved, back into the queue" in said
+        assert f"job {number}: saved, going back into the queue" in said
         assert f"resumed step {step} from" in said
         assert f"job {number}: completed on n[1-2], exit code 0" in said
         assert losses(tmp_path / "run") == losses(undisturbed[0]), "a stop must not be seen in the losses"

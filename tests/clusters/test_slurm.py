@@ -344,7 +344,7 @@ class TestOnARealSlurm:
         number = lines_until(job, r"job (\d+): submitted", seen)  # early: such a job runs for a second or two
         job.send_signal(signal.SIGINT)
         assert ended(job, seen) == 130
-        assert f"look again: pst submit slurm --follow {number}, end it: scancel {number}" in seen[-1]
+        assert f"follow it: pst submit slurm --follow {number}, cancel it: scancel {number}" in seen[-1]
         again = start_submit(slurm, "--follow", number)
         assert ended(again, seen) == 6, "diverged"
         assert "error[DIVERGED]" in seen[-1] and f"job {number}: failed on n1, exit code 6" in seen[-1]

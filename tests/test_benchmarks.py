@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -42,6 +43,22 @@ def test_the_vote_of_a_student_that_is_sure_is_its_greedy_answer(tmp_path):
     assert row["majority"] == row["greedy"] == row["certain"] == 4 / 6
     assert (row["rows"], row["certain_rows"], row["unsure"]) == (6, 6, None)
     assert "66.67" in printed
+
+
+def test_each_start_of_new_tokens_is_measured_on_the_same_rows(tmp_path):
+    output = tmp_path / "result.json"
+    rows = ["data.train=gen:last_letters?rows=40&seed=0&words=2", "data.validation_size=8", "layout.max_length=128"]
+    sizes = ["train.global_batch_size=4", "train.per_device_train_batch_size=4", "train.learning_rate=1e-2"]
+    model = f"student.model_name_or_path={zoo.make('gpt2', tmp_path / 'base')}"
+    config = tmp_path / "config.yaml"
+    config.write_text("task: last_letter_concatenation\narm: answer_only\n")
+    printed = run("new_tokens.py", config, *rows, *sizes, model, "--steps", 0, 2, "--out", output)
+    results = json.loads(output.read_text())["results"]
+    assert [result["start"] for result in results.values()] == ["mean", "newline"]
+    for result in results.values():
+        assert result["losses"]["2"] < result["losses"]["0"]
+    assert results["mean"]["losses"]["0"] != results["auto"]["losses"]["0"]
+    assert "| `auto` (newline) |" in printed
 
 
 def test_a_step_in_either_precision_with_either_attention_has_the_same_loss(tmp_path):

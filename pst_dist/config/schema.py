@@ -165,7 +165,10 @@ class LayoutConfig(Section):
     """How a sample is turned into tokens."""
 
     prompt: str = "{question} ###"
-    """Prompt template around the question. The exported model expects the same prompt."""
+    """Template around {question}, which the exported model expects too. `auto`: for a pretrained language model its own
+    chat template, or "{question}\\nAnswer:" where its tokenizer has none; "{question} ###" for any other student."""
+    system: str | None = None
+    """System text for the chat template that `prompt: auto` takes; refused where there is no place for it."""
     answer_marker: str = " -->"
     """Text between a rationale and the answer that follows it, in arms that think first."""
     max_length: Positive = 512
@@ -210,6 +213,10 @@ class StudentConfig(Section):
     learning rate of about 5e-4. Default for minilm: causal."""
     revision: Plain | None = None
     """Git revision of a model on the hub."""
+    new_token_init: Annotated[str, Field(min_length=1)] = "auto"
+    """Start of the embeddings of the tokens added to a pretrained model: a copy of the token `eos`, `newline` or any
+    other token by its text, or the `mean` of all. `auto`: newline, or eos for arms that think
+    first."""
     fresh: FreshConfig = FreshConfig()
     """Architecture and size of a new student, used when no model is named."""
     gradient_checkpointing: bool = False
@@ -314,6 +321,9 @@ class TrainConfig(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate of AdamW."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the alignment head, which always starts from random weights; learning_rate times 1 when not
+    given. It follows the same schedule."""
     weight_decay: Weight = 0.01
     """Decoupled weight decay. Not applied to biases and norm weights."""
     adam_beta1: Fraction = 0.9

@@ -23,6 +23,7 @@ from pst_dist.diagnostics.model_size import ModelShape, shape_of
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.storage.regular_files import read_regular_text
 from pst_dist.student.layout import forward_passes
+from pst_dist.student.prompt import AUTO, FRESH_PROMPT
 from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json
 
 GIB = 2**30
@@ -281,7 +282,8 @@ def count_rows(config: Config) -> Rows:
     reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and arm.aligned)
     exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"
     a_token = 1.0 if exact else _CHARACTERS_A_TOKEN
-    prompt = len(config.layout.prompt) - len("{question}") + 3  # the space before an answer, the stop and end tokens
+    template = FRESH_PROMPT if config.layout.prompt == AUTO else config.layout.prompt  # a guess, without the tokenizer
+    prompt = len(template) - len("{question}") + 3  # the space before an answer, its stop, the end
     tokens, texts = 0.0, 0
     for sample in samples:
         written = len(sample.rationales[0].encode()) if arm.needs_rationale and reads and sample.rationales else 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pst_dist.arms import ARMS, Segment
-from pst_dist.config.run_dir import expand_arms
+from pst_dist.config.run_dir import expand_arms, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import load_data
 from pst_dist.errors import InputError
@@ -55,6 +55,7 @@ def preview(config: Config, rows: int) -> str:
     from rich.markup import escape
 
     from pst_dist.student.pretrained import is_encoder_decoder
+    from pst_dist.training.begun import begun_settings, settled
 
     samples = load_data(config).splits["train"]
     if not samples:
@@ -63,6 +64,7 @@ def preview(config: Config, rows: int) -> str:
     seq2seq = is_encoder_decoder(config.student)
     blocks = []
     for arm in expand_arms(config):
+        arm = settled(arm, begun_settings(run_dir(arm)), lambda: tokenizer)
         layout = layout_for(arm, tokenizer, is_encoder_decoder=seq2seq)
         for sample in samples[:rows]:
             for sequence in layout.sequences(sample):

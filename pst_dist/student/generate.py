@@ -67,8 +67,10 @@ def decode_answers(
     max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
     longest prompt sets the limit, and a question that fills them all is left unanswered. `given` are rationales that
     pre_thinking is taken to have written, one a question; arms that answer first have not come to theirs yet when the
-    answer is there. `other` has an adaptive student think first. `on_batch` is told how many questions each batch has
-    finished. The model is decoded in evaluation mode and left in the mode it had.
+    answer is there. Where the rationale comes first, neither the stop nor the end-of-sequence token is taken before the
+    answer's marker: it would leave the question without an answer. `other` has an adaptive student think first.
+    `on_batch` is told how many questions each batch has finished. The model is decoded in evaluation mode and left in
+    the mode it had.
     """
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     asked = ARMS[fmt.arm].asked[-1 if other else 0]
@@ -81,13 +83,20 @@ def decode_answers(
     ]
     settings = answer_generation_config(model, tokenizer, fmt)
     decoded: list[Decoded | None] = [None] * len(questions)
-    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
+    marker = fmt.answer_marker.strip()
+    early = settings.eos_token_id if asked.thinks_first and given is None else ()
+
+    def before_marker(generated: list[int]) -> bool:
+        return marker not in text_of(tokenizer, generated)
+
+    made = _generate(model, contexts, settings, batch_size, max_new_tokens, forbidden=early, is_open=before_marker)
+    for rows, generated in made:
         for row, (ids, probability) in zip(rows, generated, strict=True):
             # Nothing follows the stop token; an end-of-sequence token without one ends an answer that is not complete.
             text = text_of(tokenizer, [*thoughts[row], *ids])
             decoded[row] = Decoded(
                 text=text,
-                answer_text=text.partition(fmt.answer_marker.strip())[2] if asked.thinks_first else text,
+                answer_text=text.partition(marker)[2] if asked.thinks_first else text,
                 answer_tokens=len(ids),
                 complete=layout.stop_id in ids,
                 token_ids=ids,
@@ -141,9 +150,19 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _generate(
-    model: Any, contexts: Sequence[_Context], settings: Any, batch_size: int, max_new_tokens: int
+    model: Any,
+    contexts: Sequence[_Context],
+    settings: Any,
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    forbidden: Sequence[int] = (),
+    is_open: Callable[[list[int]], bool] = lambda generated: True,
 ) -> Iterator[tuple[list[int], list[tuple[list[int], float]]]]:
-    """Batches of (row indices, generated ids and their probability of each), each row cut after its first end token."""
+    """Batches of (row indices, generated ids and their probability of each), each row cut after its first end token.
+
+    No row takes a `forbidden` token as long as `is_open` of the ids that it has generated.
+    """
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     rooms = [_room(model, context) for context in contexts]
     full = [row for row, room in enumerate(rooms) if room < 1]
@@ -154,7 +173,7 @@ def _generate(
         for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], batch_size):
             most = min(max_new_tokens, *(rooms[row] for row in rows))
             output, log_probabilities = _generate_batch(
-                model, [contexts[row] for row in rows], settings.pad_token_id, most
+                model, [contexts[row] for row in rows], settings.pad_token_id, most, forbidden, is_open
             )
             cut = [_until_end(ids, ends) for ids in output]
             sums = [sum(own[: len(ids)]) for ids, own in zip(cut, log_probabilities, strict=True)]
@@ -191,19 +210,39 @@ def _room(model: Any, context: _Context) -> int:
     return positions - len(context.prompt)
 
 
-class _Watching:
-    """A logits processor that changes nothing and keeps the log probability of each step's greedy token."""
+class _Greedy:
+    """A logits processor that keeps the log probability of each step's token and masks ends that come too early.
 
-    def __init__(self) -> None:
+    Where a row would take a `forbidden` token and `is_open` says that it may not end yet, that token and the others of
+    them are masked. The probabilities are those before masking.
+    """
+
+    def __init__(self, forbidden: Sequence[int], start: int, is_open: Callable[[list[int]], bool]) -> None:
+        self.forbidden, self.start, self.is_open = list(forbidden), start, is_open
         self.steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.steps.append(scores.float().log_softmax(-1).amax(-1))
+        logits_BV = scores.float()
+        best_B = logits_BV.argmax(-1)
+        if self.forbidden:
+            rows = torch.isin(best_B, best_B.new_tensor(self.forbidden)).nonzero().flatten().tolist()
+            early = [row for row in rows if self.is_open(input_ids[row, self.start :].tolist())]
+            if early:
+                scores = scores.clone()
+                places = torch.tensor(early, device=scores.device)
+                scores[places[:, None], best_B.new_tensor(self.forbidden)] = -math.inf
+                best_B = scores.argmax(-1)
+        self.steps.append(logits_BV.log_softmax(-1).gather(-1, best_B[:, None])[:, 0])
         return scores
 
 
 def _generate_batch(
-    model: Any, batch: Sequence[_Context], pad: int, most: int
+    model: Any,
+    batch: Sequence[_Context],
+    pad: int,
+    most: int,
+    forbidden: Sequence[int],
+    is_open: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], list[list[float]]]:
     """The ids that `generate` adds to each context, padding included, and the log probability of each."""
     device = model.get_input_embeddings().weight.device
@@ -224,10 +263,10 @@ def _generate_batch(
     if seq2seq:
         inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
         start = len(batch[0].decoder)
-    watching = _Watching()
+    greedy = _Greedy(forbidden, start, is_open)
     with torch.no_grad():
-        output_BT = model.generate(**inputs, max_new_tokens=most, logits_processor=[watching])
-    return output_BT[:, start:].tolist(), torch.stack(watching.steps, dim=1).tolist()
+        output_BT = model.generate(**inputs, max_new_tokens=most, logits_processor=[greedy])
+    return output_BT[:, start:].tolist(), torch.stack(greedy.steps, dim=1).tolist()
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -292,7 +331,9 @@ def decode_rationales(
         owners.append(row)
     settings = answer_generation_config(model, tokenizer, fmt)
     settings.eos_token_id = tokenizer.eos_token_id
-    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens):
+    # The stop belongs to answers; a student whose stop began as a copy of a newline would take it for one here.
+    stop = [layout.stop_id]
+    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens, forbidden=stop):
         for row, (ids, _) in zip(rows, generated, strict=True):
             rationales[owners[row]] = text_of(tokenizer, ids).strip()
     return rationales

@@ -14,6 +14,7 @@ from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Arm, Asked, Segment
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import ConfigError, DataError
+from pst_dist.student.prompt import prompt_of
 from pst_dist.student.text_ids import TextIds
 
 
@@ -35,19 +36,20 @@ class AnswerFormat:
     """An exported adaptive student's: it thinks first where its answer at once has less than this probability."""
 
     @classmethod
-    def of(cls, config: Config) -> AnswerFormat:
-        """The format that a config describes; raises ConfigError for a template without {question}."""
-        layout = config.layout
-        if layout.prompt.count("{question}") != 1:
-            raise ConfigError(f"layout.prompt: {layout.prompt!r} must hold {{question}} exactly once")
-        for key, text in (("prompt", layout.prompt), ("answer_marker", layout.answer_marker)):
+    def of(cls, config: Config, tokenizer: Any = None) -> AnswerFormat:
+        """The format that a config describes; raises ConfigError for a prompt that cannot be used.
+
+        `tokenizer` is the student's. Only a pretrained student with `layout.prompt: auto` needs it.
+        """
+        layout, prompt = config.layout, prompt_of(config, tokenizer)
+        for key, text in (("prompt", prompt), ("answer_marker", layout.answer_marker)):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise ConfigError(f"layout.{key}: {text!r} holds half of a character", "write the character itself")
         if not layout.answer_marker.strip():
             raise ConfigError("layout.answer_marker is blank: the answer after a rationale could not be found")
         return cls(
             arm=config.arm,
-            prompt=layout.prompt,
+            prompt=prompt,
             answer_marker=layout.answer_marker,
             max_length=layout.max_length,
             semantic_position=layout.semantic_position,
@@ -225,7 +227,7 @@ def layout_for(config: Config, tokenizer: Any, *, is_encoder_decoder: bool) -> L
         raise ConfigError(f"loss.rationale_weight is 0, but {config.arm} must learn to write its rationale")
     return Layout(
         tokenizer,
-        AnswerFormat.of(config),
+        AnswerFormat.of(config, tokenizer),
         is_encoder_decoder=is_encoder_decoder,
         keep_rationale=loss.rationale_weight > 0 or (loss.pooling == "span" and arm.aligned),
         shuffle_seed=config.seed if loss.control == "shuffle_rationale_tokens" else None,

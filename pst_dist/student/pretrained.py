@@ -22,6 +22,7 @@ from pst_dist.models.load import (
     positions_of,
 )
 from pst_dist.models.locate import ModelPlace, locate_model
+from pst_dist.student.new_tokens import start_new_tokens, token_start
 from pst_dist.student.warm_start import check_warm_start, warm_checkpoint, warm_model, warm_shape
 
 
@@ -45,6 +46,7 @@ def build_model(config: Config, tokenizer: Any) -> Any:
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             # A multiple of 64 keeps the head's matrix products on the fast path of tensor cores.
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    start_new_tokens(model, tokenizer, token_start(config, tokenizer))
     _check_architecture(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -159,6 +161,7 @@ def build_without_weights(config: Config, tokenizer: Any) -> bool:
     Raises what `build_model` would raise, as far as config, tokenizer and the headers of the weight files tell.
     """
     settings, max_length = config.student, config.layout.max_length
+    token_start(config, tokenizer)
     if warm_shape(settings) is not None:
         check_warm_start(settings, max_length=max_length)
     elif settings.model_name_or_path is None:

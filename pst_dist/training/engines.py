@@ -32,7 +32,7 @@ from pst_dist.training.fragments import (
 )
 from pst_dist.training.loss import PSTLossOutput
 from pst_dist.training.module import Student
-from pst_dist.training.optimizer import adamw
+from pst_dist.training.optimizer import adamw, set_learning_rate
 
 STATE_FILES = "state"
 """Name prefix of the files that hold an engine's state in a checkpoint."""
@@ -152,8 +152,7 @@ class SingleProcessEngine(Engine):
     def step(self, learning_rate: float) -> float:
         limit = self.train_config.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), limit))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
         if math.isfinite(norm):
             self.optimizer.step()
         self.discard()
@@ -209,8 +208,7 @@ class DeepSpeedEngine(Engine):
         self.engine.backward(loss * self.ranks.world_size)
 
     def step(self, learning_rate: float) -> float:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.engine.optimizer.param_groups, learning_rate)
         if self.stage == 0:
             # In float32 without ZeRO, DeepSpeed neither reports the norm nor skips a step with NaN gradients.
             grads = [p.grad.detach().float() for p in self.student.parameters() if p.grad is not None]

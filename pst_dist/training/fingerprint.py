@@ -32,8 +32,22 @@ _FREE = {
 # The batch of a step stands in the settings as one number, however it is cut.
 _BATCH = {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
 _CHOOSES = "train.metric_for_best_model"
+_IMPLIED: dict[str, Any] = {
+    "student.new_token_init": "mean",
+    "layout.system": None,
+    "train.head_learning_rate": None,
+}
+"""Settings that older trainings did not have, with the value that they used. A setting with that value is left out, so
+that the digest of an older training does not change."""
 _ADJUSTABLE = {
-    *("train.learning_rate", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon"),
+    *(
+        "train.learning_rate",
+        "train.head_learning_rate",
+        "train.weight_decay",
+        "train.adam_beta1",
+        "train.adam_beta2",
+        "train.adam_epsilon",
+    ),
     *("train.max_grad_norm", "train.num_train_epochs", "train.max_steps", "train.lr_scheduler_type"),
     *("train.warmup_ratio", "train.bf16", "train.eval_steps", _CHOOSES),
     *("train.skip_bad_steps", "train.max_rollbacks", "train.spike_factor", "train.spike_window"),
@@ -58,11 +72,15 @@ def chosen_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def training_settings(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> dict[str, Any]:
-    """Everything that shapes the weights: dotted key -> value; `batch` is the samples of one optimizer step."""
+    """Everything that shapes the weights: dotted key -> value; `batch` is the samples of one optimizer step.
+
+    The config must be settled (`training.begun`). Settings with the value that older trainings used are left out.
+    """
     settings = flat_keys(config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "student", "loss"}))
     train = config.train.model_dump(mode="json")
     settings |= {f"train.{key}": value for key, value in train.items() if key not in _FREE | _BATCH}
     settings[_CHOOSES] = choosing_metric(config)
+    settings = {key: value for key, value in settings.items() if key not in _IMPLIED or value != _IMPLIED[key]}
     return settings | {"batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
 
 
@@ -76,6 +94,7 @@ def check_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, accept
 
     Raises StaleError, naming them, when one makes another training, or when `accept` is false.
     """
+    saved, wanted = {**_IMPLIED, **saved}, {**_IMPLIED, **wanted}
     changed = [key for key in sorted({**saved, **wanted}) if saved.get(key) != wanted.get(key)]
     fixed = [key for key in changed if key not in _ADJUSTABLE]
     if fixed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,23 +11,48 @@ from torch import nn
 
 from pst_dist.config.schema import TrainConfig
 
+RATE_FACTOR = "rate_factor"
+"""Key of a parameter group: its learning rate over `train.learning_rate`, at every step of the schedule."""
+HEAD = "head."
+"""Beginning of the alignment head's parameter names in `Student`."""
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay, biases and norms do not."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for _, parameter in named if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2]
-    plain = [parameter for _, parameter in named if len(getattr(parameter, "ds_shape", parameter.shape)) < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+
+def parameter_groups(module: nn.Module, weight_decay: float, *, head_factor: float = 1.0) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay, biases and norms do not; `head_factor` scales the alignment head's learning rate.
+
+    The head has groups of its own only where its factor is not 1.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {
+        (factor, decays): [] for factor in dict.fromkeys((1.0, head_factor)) for decays in (True, False)
+    }
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            groups[head_factor if name.startswith(HEAD) else 1.0, decays].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, RATE_FACTOR: factor}
+        for (factor, decays), parameters in groups.items()
+        if parameters
+    ]
 
 
 def adamw(student: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(student, train.weight_decay),
+    """AdamW over the student's groups, every rate at the peak of its schedule."""
+    factor = (train.head_learning_rate or train.learning_rate) / train.learning_rate
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, train.weight_decay, head_factor=factor),
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
     )
+    set_learning_rate(optimizer.param_groups, train.learning_rate)
+    return optimizer
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Give each group its own rate when the body's is `learning_rate`."""
+    for group in groups:
+        group["lr"] = learning_rate * group[RATE_FACTOR]
 
 
 def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:

@@ -12,6 +12,8 @@ from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
+from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.training.begun import begun_settings, settled
 from pst_dist.training.fingerprint import settings_digest, training_settings
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,9 @@ def complete_training(config: Config, world_size: int) -> TrainingResult | None:
     run = run_dir(config)
     shards = ShardSet.open(run.shards)
     teacher = open_teacher(config, run, shards)
+    if not run.training.is_file():
+        return None
+    own = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, shards.split("train")))
     batch = global_batch_size(config.train, world_size)
-    settings = training_settings(config, shards.manifest.digest, teacher.digest if teacher else None, batch)
+    settings = training_settings(own, shards.manifest.digest, teacher.digest if teacher else None, batch)
     return finished_training(run, settings_digest(settings))

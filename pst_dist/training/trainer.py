@@ -53,6 +53,7 @@ from pst_dist.training.bad_steps import (
     diverged_validation,
 )
 from pst_dist.training.batches import Collator, step_batches
+from pst_dist.training.begun import begun_settings, record_settled, settled
 from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines import Engine, build_engine
@@ -113,9 +114,18 @@ def train(
             stack.enter_context(lock)
             if rebuild and ranks.is_main:
                 _forget(run)
+        with main_first_errors(ranks):
+            config = _settled(config, run) if ranks.is_main else config
+        config = from_main(config)
         with together(ranks):
             training = _Training(config, run, ranks, told, observer)
         return training.run_all()
+
+
+def _settled(config: Config, run: RunDir) -> Config:
+    """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
+    rows = ShardSet.open(run.shards, verify=False).split("train")
+    return settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
 
 
 def _forget(run: RunDir) -> None:
@@ -173,6 +183,8 @@ class _Training:
 
     def run_all(self) -> TrainingResult:
         done = from_main(finished_training(self.run, self.fingerprint) if self.ranks.is_main else None)
+        if self.ranks.is_main:
+            record_settled(self.config, self.run)
         if done is not None:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
@@ -389,6 +401,7 @@ class _Training:
                         "embeddings": self.teacher.digest if self.teacher else None,
                         "base_model": self.config.student.model_name_or_path,
                         "base": base_of(self.config.student),
+                        "new_token_init": self.config.student.new_token_init,
                         "loss": self.config.loss.model_dump(mode="json"),
                         **value.to_json(),
                     },

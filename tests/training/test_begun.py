@@ -1,0 +1,79 @@
+"""Settings that came later: older trainings keep their digest, and a run keeps what it began with."""
+
+import shutil
+
+import pytest
+import zoo
+from small_run import small_config
+
+from pst_dist.config.loading import RESOLVED, dump_config, load_config
+from pst_dist.config.run_dir import run_dir
+from pst_dist.errors import StaleError
+from pst_dist.storage.json_files import read_json
+from pst_dist.training.begun import begun_settings, settled
+from pst_dist.training.fingerprint import check_changes, settings_digest, training_settings
+from pst_dist.training.result import complete_training
+from pst_dist.training.trainer import train
+
+OLD_DIGEST = "aaad60345f819a9a8c5c533ddc9fd6452ad9d8ea7d96dcc8d797f366345e5848"
+"""Of these settings, as the code before the new keys computed it."""
+OLD = {"layout.prompt": "{question} ###", "student.new_token_init": "mean"}
+
+
+def settings(*overrides: str) -> dict:
+    config = load_config(None, ["arm=answer_only", "student.model_name_or_path=some/model", *overrides])
+    return training_settings(settled(config, OLD, lambda: None), "s" * 64, None, 32)
+
+
+def test_an_older_training_has_the_digest_that_it_had():
+    old = settings()
+    assert settings_digest(old) == OLD_DIGEST
+    assert not {"student.new_token_init", "layout.system", "train.head_learning_rate"} & old.keys()
+    assert settings_digest(settings("student.new_token_init=eos")) != OLD_DIGEST
+    assert check_changes(old, old | {"student.new_token_init": "mean"}, accept=False) == []
+
+
+def test_a_later_setting_is_compared_with_what_older_trainings_did():
+    with pytest.raises(StaleError, match=r"trained with student\.new_token_init=mean, this run has .*=eos"):
+        check_changes(settings(), settings("student.new_token_init=eos"), accept=True)
+    faster = settings("train.head_learning_rate=0.01")
+    with pytest.raises(StaleError, match=r"trained with train\.head_learning_rate=null"):
+        check_changes(settings(), faster, accept=False)
+    assert check_changes(settings(), faster, accept=True) == ["train.head_learning_rate null -> 0.01"]
+
+
+@pytest.mark.encoder
+def test_a_run_keeps_what_it_began_with(small_data, tmp_path):
+    base = zoo.make("gpt2", tmp_path / "base")
+    changes = {
+        "arm": "answer_only",
+        "student__model_name_or_path": base,
+        "layout__max_length": 128,
+        "train__max_steps": 2,
+    }
+    config = small_config(small_data, tmp_path / "run", **changes)
+    assert config.student.new_token_init == "auto"
+    run = run_dir(config)
+    assert begun_settings(run) is None
+    older = small_config(small_data, tmp_path / "run", **changes, student__new_token_init="mean")
+    result = train(older)
+    newest = run.checkpoints / "checkpoint-2" / "run_state.json"
+    assert "student.new_token_init" not in read_json(newest)["settings"], "as older versions wrote it"
+    run.path.joinpath(RESOLVED).write_text(dump_config(config))
+    assert train(config) == result, "the same training, complete"
+    assert load_config(str(run.path)).student.new_token_init == "mean"
+    assert complete_training(config, 1) == result
+    auto = small_config(small_data, tmp_path / "run", **changes, layout__prompt="auto")
+    assert complete_training(auto, 1) == result
+
+    shutil.rmtree(run.checkpoints)
+    assert begun_settings(run) == OLD
+    assert train(auto) == result
+
+    run.path.joinpath(RESOLVED).write_text(dump_config(config))  # as a second `pst run --rebuild` does
+    other = train(config, rebuild=True)
+    assert other.fingerprint != result.fingerprint
+    assert begun_settings(run) == OLD | {"student.new_token_init": "newline"}
+    saved = read_json(run.checkpoints / "checkpoint-2" / "run_state.json")
+    assert saved["settings"]["student.new_token_init"] == "newline"
+    assert load_config(str(run.path)).student.new_token_init == "newline"

@@ -29,7 +29,7 @@ from pst_dist.config.loading import (
     ready_made_configs,
     set_key,
 )
-from pst_dist.config.schema import Config, Positive, RayConfig, Section, Weight
+from pst_dist.config.schema import Config, Folder, Positive, RayConfig, Section, Weight
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.manifest import digest_of
 
@@ -63,7 +63,7 @@ class Experiment(Section):
     """Names the output directory and the page; letters, digits, `-` and `_`."""
     question: str = ""
     """What is asked, in a few sentences; the page begins with it."""
-    output_dir: str | None = None
+    output_dir: Folder | None = None
     """Where everything goes; runs/experiments/NAME when not given."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Keys of every run: `train.max_steps: 300`, or sections as in a config. A task's own keys win over them."""

@@ -45,7 +45,7 @@ def new_figure(width: float, height: float, panels: int = 1, *, columns: int | N
 def to_png(figure: Any) -> bytes:
     """The picture as the bytes of a PNG file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    figure.savefig(stream, format="png", metadata={"Software": "pst_dist"})
     return stream.getvalue()
 
 

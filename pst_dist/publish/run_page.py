@@ -19,21 +19,25 @@ from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.redaction import redact
-from pst_dist.storage.atomic import atomic_path, write_text
 from pst_dist.storage.json_files import read_object
 from pst_dist.storage.manifest import Manifest, read_manifest
+from pst_dist.storage.outputs import check_output, is_page, is_picture, write_output
 
 __all__ = ["compare_report", "report"]
 
 _SHOWN = 12
+_MOVE = "move it away"
 
 
 def report(run: Path) -> Path:
     """Write `run/report.html` and `run/plots/*.png` from what is in the run directory; returns the page.
 
     A run that is not evaluated yet is shown as far as it got. An evaluation of an older student than the current one
-    is left out. Raises InputError when nothing was trained here.
+    is left out. Raises InputError when nothing was trained here, and for a page or picture that was not
+    written by pst.
     """
+    target = run / "report.html"
+    check_output(target, is_page, inside=run, remedy=_MOVE)
     metrics = read_metrics(run / "metrics.jsonl")
     training = read_training(run / "train.json", whole=True)
     if not metrics and not training:
@@ -55,8 +59,8 @@ def report(run: Path) -> Path:
         digests=html.pairs_table(_digests(student, evaluations)),
         **_record(run),
     )
-    write_text(run / "report.html", page)
-    return run / "report.html"
+    write_output(target, page, is_page, inside=run, remedy=_MOVE)
+    return target
 
 
 def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,14 +111,9 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
     found = []
     for name, (png, caption) in drawn.items():
         if png is not None:
-            _write_bytes(run / "plots" / f"{name}.png", png)
+            write_output(run / "plots" / f"{name}.png", png, is_picture, inside=run, remedy=_MOVE)
             found.append(Figure(png, caption))
     return found
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with atomic_path(path) as partial:
-        partial.write_bytes(content)
 
 
 def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:

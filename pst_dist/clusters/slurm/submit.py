@@ -21,9 +21,11 @@ from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, LockedError, PstError
-from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import read_manifest
 from pst_dist.storage.mounts import OF_ONE_MACHINE, filesystem_of
+from pst_dist.storage.outputs import check_output, is_batch_script, is_config, write_output
+
+_MOVE = "move it away"
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,10 @@ def submit(config: Config, request: SlurmRequest, *, say: Say) -> str:
     folder = _folder(config)
     base = folder.parent
     script = folder / "train.sbatch"
-    write_text(folder / "config.yaml", dump_config(config))
-    write_text(script, render(request, config, folder / "config.yaml"))
+    text = render(request, config, folder / "config.yaml")
+    check_output(script, is_batch_script, inside=base, remedy=_MOVE)
+    write_output(folder / "config.yaml", dump_config(config), is_config, inside=base, remedy=_MOVE)
+    write_output(script, text, is_batch_script, inside=base, remedy=_MOVE)
     for line in script.read_text("utf-8").splitlines():
         if line.startswith(("#SBATCH", "export PST_", "export DS_", "set -- ")):
             say(f"  {line}")

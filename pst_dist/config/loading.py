@@ -165,7 +165,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return loaded, lines
 
 
-def _bound_yaml(root: yaml.Node | None, path: Path) -> None:
+def _bound_yaml(root: yaml.Node | None, path: Path | None) -> None:
     """Raise ConfigError for a file whose aliases expand to too many values or refer to themselves."""
     stack, seen = [(root, 1)], 0
     while stack:
@@ -187,9 +187,16 @@ def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
     if not sign or not key:
         raise ConfigError(f"{word!r} is not key.sub=value", "for example train.learning_rate=1e-3")
     try:
-        value = yaml.safe_load(text)
+        _bound_yaml(yaml.compose(text, yaml.SafeLoader), None)
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.constructor.ConstructorError as error:  # YAML, but of a key twice or a type that does not exist here
+        raise ConfigError(f"{key[:80]}: {str(error.problem)[:160]}", "fix the value, or quote it") from error
     except yaml.YAMLError:
         value = text
+    except RecursionError as error:
+        raise ConfigError(f"{key[:80]}: nested deeper than {_MAX_YAML_DEPTH}", "fix the value") from error
+    except ValueError as error:  # `!!int x`, or a number of thousands of digits
+        raise ConfigError(f"{key[:80]}: cannot be read: {str(error)[:80]}", "fix the value, or quote it") from error
     return tuple(key.replace("-", "_").split(".")), value
 
 

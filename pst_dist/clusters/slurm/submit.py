@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pst_dist.clusters.jobs import Job, Launcher, Say, Status, Submission
 from pst_dist.clusters.slurm import follow
-from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of
+from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of, unreadable, whole
 from pst_dist.clusters.slurm.script import SlurmRequest, read_words, render
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import run_dir
@@ -171,16 +171,23 @@ def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:
 
 
 def partitions() -> list[Partition]:
-    """All partitions, the rows of one added up: sinfo gives a row for each kind of node."""
+    """All partitions; raises EnvironmentFault when sinfo fails or its answer cannot be read."""
+    return read_partitions(ask("sinfo", "--noheader", "--format=%R|%P|%a|%D|%G"))
+
+
+def read_partitions(text: str) -> list[Partition]:
+    """The partitions in sinfo's answer, the rows of one added up: there is a row for each kind of node."""
     found: dict[str, Partition] = {}
-    for line in ask("sinfo", "--noheader", "--format=%R|%P|%a|%D|%G").splitlines():
+    for line in text.splitlines():
+        if line.count("|") < 4:
+            raise unreadable("sinfo", line)
         name, starred, state, nodes, gres = line.split("|", 4)
         before = found.get(name)
         found[name] = Partition(
             name,
             starred.endswith("*"),
             state == "up",
-            int(nodes) + (before.nodes if before else 0),
+            whole(nodes, "sinfo") + (before.nodes if before else 0),
             max(gpus_of(gres), before.gpus if before else 0),
         )
     return list(found.values())
@@ -188,7 +195,8 @@ def partitions() -> list[Partition]:
 
 def gpus_of(gres: str) -> int:
     """GPUs in a node's generic resources as Slurm writes them: `gpu:a100:8(S:0-1),gpu:h100:4,nvme:1` -> 12."""
-    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]*[^:,(\d][^:,(]*)?:(\d+)", gres))
+    counts = re.findall(r"\bgpu(?::[^:,(]*[^:,(\d][^:,(]*)?:([0-9]+)", gres)
+    return sum(whole(count, "sinfo") for count in counts)
 
 
 def _check_inputs(config: Config) -> None:
@@ -228,5 +236,10 @@ def _check_shared(folder: Path, request: SlurmRequest) -> None:
 
 def _own_jobs() -> list[tuple[str, str]]:
     """Number and comment of this user's jobs that wait or run."""
-    rows = ask("squeue", "--me", "--noheader", "--format=%i|%k").splitlines()
+    return read_own_jobs(ask("squeue", "--me", "--noheader", "--format=%i|%k"))
+
+
+def read_own_jobs(text: str) -> list[tuple[str, str]]:
+    """Number and comment in each line of squeue's answer."""
+    rows = text.splitlines()
     return [(number, comment) for number, _, comment in (row.strip().partition("|") for row in rows)]

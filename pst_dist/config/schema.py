@@ -48,7 +48,9 @@ Folder = Annotated[Plain, AfterValidator(_no_url)]
 class Section(BaseModel):
     """Base class of all sections: frozen, refuses unknown keys, and uses the string below a field as its help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     if not TYPE_CHECKING:
 

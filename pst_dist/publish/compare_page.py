@@ -47,7 +47,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
         arms=_arms_table(comparison),
         has_cost_baseline=any(arm.times_fewer_tokens for arm in comparison.arms),
         cost_baseline=COST_BASELINE,
-        chance=html.percent(comparison.arms[0].results["chance"] or None),
+        chance=html.percent(comparison.arms[0].results.get("chance") or None),
         accuracy_figure=Figure(plots.accuracy_plot(comparison), _ACCURACY_CAPTION),
         curves=Figure(png, _CURVES_CAPTION) if (png := plots.curves_plot(comparison, metrics)) else None,
         samples=samples,

@@ -123,8 +123,8 @@ def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
         ("rows", lambda r: f"{r['rows']:,}"),
         ("accuracy", lambda r: f"{100 * r['accuracy']:.2f} %"),
         ("standard error", lambda r: f"{100 * r['accuracy_stderr']:.2f} points"),
-        ("guessing", lambda r: html.percent(r["chance"]) or "not known"),
-        ("the most frequent answer", lambda r: html.percent(r["majority"])),
+        ("guessing", lambda r: html.percent(r.get("chance")) or "not known"),
+        ("the most frequent answer", lambda r: html.percent(r.get("majority"))),
         ("gold answer anywhere in the text", lambda r: html.percent(r["contains_answer"])),
         ("unparsed: no answer in the text", lambda r: f"{r['unparsed']} rows"),
         ("never reached the stop token", lambda r: f"{r['incomplete']} rows"),
@@ -150,7 +150,7 @@ def _milliseconds(results: dict[str, Any]) -> str:
 
 
 def _similarity(results: dict[str, Any]) -> str:
-    likeness = results["rationale_similarity"]
+    likeness = results.get("rationale_similarity")
     if not likeness:
         return "not measured"
     own, others = (round(likeness[name], 3) + 0.0 for name in ("mean", "shuffled_mean"))  # no minus zero

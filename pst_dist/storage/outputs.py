@@ -210,7 +210,7 @@ def _is_in_another_run(link: Path) -> bool:
 
 def _listed(folder: Path, kind: str) -> set[str] | None:
     """The first parts of the names in a manifest of that kind; None when there is no such manifest."""
-    with contextlib.suppress(PstError, OSError, ValueError, RecursionError, AttributeError, TypeError):
+    with contextlib.suppress(PstError, OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
         with open_regular(folder / _MANIFEST) as stream:
             manifest = json.load(stream)
         if manifest["kind"] == kind:

@@ -479,6 +479,8 @@ def _forged(content: bytes, folder: Path) -> object:
     from pst_dist.storage.manifest import digest_of
 
     fields = {"kind": "shards", "fingerprint": "", "files": {}, "extra": {}}
+    (folder / "shards").mkdir(exist_ok=True)
+    _file(folder, "shards/train-000000.tar", b"tar")
     text = content
     with contextlib.suppress(ValueError, RecursionError, TypeError):  # no JSON, or none that has a digest
         fields |= json.loads(content)

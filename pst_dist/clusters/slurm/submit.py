@@ -195,8 +195,12 @@ def read_partitions(text: str) -> list[Partition]:
 
 def gpus_of(gres: str) -> int:
     """GPUs in a node's generic resources as Slurm writes them: `gpu:a100:8(S:0-1),gpu:h100:4,nvme:1` -> 12."""
-    counts = re.findall(r"\bgpu(?::[^:,(]*[^:,(\d][^:,(]*)?:([0-9]+)", gres)
-    return sum(whole(count, "sinfo") for count in counts)
+    total = 0
+    for entry in gres.split(","):  # cut inside (IDX:0,2) too, whose parts are no gpu
+        kind, *parts = entry.partition("(")[0].strip().split(":")
+        if kind == "gpu" and parts and parts[-1].isdecimal():
+            total += whole(parts[-1], "sinfo")
+    return total
 
 
 def _check_inputs(config: Config) -> None:

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -40,8 +40,13 @@ class Count:
     """CPU seconds of the longest call."""
 
 
-def run(total: int, *, seed: int = 0, only: Sequence[str] = ()) -> list[Count]:
-    """Share `total` inputs out among the parsers by their weights; equal arguments give equal inputs."""
+def run(
+    total: int, *, seed: int = 0, only: Sequence[str] = (), on_count: Callable[[Count], None] = lambda count: None
+) -> list[Count]:
+    """Share `total` inputs out among the parsers by their weights; equal arguments give equal inputs.
+
+    `on_count` is called with the count of each parser as it ends.
+    """
     chosen = [parser for parser in PARSERS if not only or parser.name in only]
     weights = sum(parser.weight for parser in chosen)
     counts = []
@@ -50,6 +55,7 @@ def run(total: int, *, seed: int = 0, only: Sequence[str] = ()) -> list[Count]:
     try:
         for parser in chosen:
             counts.append(_count(parser, max(1, round(total * parser.weight / weights)), seed))
+            on_count(counts[-1])
     finally:
         signal.signal(signal.SIGPROF, previous)
         logging.disable(logging.NOTSET)

@@ -25,6 +25,8 @@ from pst_dist.storage.regular_files import open_regular, read_regular_text
 _MAX_YAML_NODES = 100_000
 """Maximum number of values in a YAML file after expanding aliases. Ours have a few hundred."""
 _MAX_YAML_DEPTH = 64
+_MOST_NUMBER = 10**18
+"""Whole numbers are smaller: the largest that we have are bytes and seeds."""
 
 RESOLVED = "config.resolved.yaml"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -139,7 +141,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         text = read_regular_text(path, remedy="name a YAML file")
         root = yaml.compose(text, yaml.SafeLoader)
         _bound_yaml(root, path)
-        loaded = yaml.load(text, _UniqueKeyLoader)
+        loaded = _bound_numbers(yaml.load(text, _UniqueKeyLoader))
     except RecursionError as error:
         raise ConfigError(f"nested deeper than {_MAX_YAML_DEPTH}", "fix the YAML", path=path) from error
     except yaml.YAMLError as error:
@@ -181,6 +183,17 @@ def _bound_yaml(root: yaml.Node | None, path: Path | None) -> None:
             stack.extend((part, depth + 1) for part in node.value)
 
 
+def _bound_numbers(value: Any) -> Any:
+    """The value itself; raises ValueError for a number of many digits, which hexadecimal can hide until it is shown."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, int) and abs(item) >= _MOST_NUMBER:
+            raise ValueError("a number of more than 18 digits")
+        stack.extend((*item, *item.values()) if isinstance(item, dict) else item if isinstance(item, list) else ())
+    return value
+
+
 def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
     """`train.bf16=true` -> (("train", "bf16"), True); the value is read as YAML."""
     key, sign, text = word.removeprefix("--").partition("=")
@@ -188,7 +201,7 @@ def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
         raise ConfigError(f"{word!r} is not key.sub=value", "for example train.learning_rate=1e-3")
     try:
         _bound_yaml(yaml.compose(text, yaml.SafeLoader), None)
-        value = yaml.load(text, _UniqueKeyLoader)
+        value = _bound_numbers(yaml.load(text, _UniqueKeyLoader))
     except yaml.constructor.ConstructorError as error:  # YAML, but of a key twice or a type that does not exist here
         raise ConfigError(f"{key[:80]}: {str(error.problem)[:160]}", "fix the value, or quote it") from error
     except yaml.YAMLError:

@@ -6,6 +6,7 @@ Every error names the file and line, or the override, that caused it.
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ def overlays() -> dict[str, str]:
 def locate_overlay(word: str) -> Path:
     """The file of a ready-made overlay `+NAME` or of `+path/to/keys.yaml`; raises InputError."""
     name = word.removeprefix("+")
+    check_name(name)
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -96,8 +98,22 @@ def is_rows(name: str) -> bool:
     return name.startswith(("hf:", "gen:")) or path.suffix.lower() in DATA_SUFFIXES or pattern
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for a name that the file system cannot even look up, such as one that is too long."""
+    try:
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return  # refused when it is opened
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"cannot be looked up: {reason}", "name a file that you can read", path=name[:200]) from error
+
+
 def locate_config(name: str) -> Path:
     """The config file for a YAML path, a run directory or the name of a ready-made config; raises InputError."""
+    check_name(name)
     path = Path(name)
     if path.is_dir() and not is_rows(name):
         resolved = path / RESOLVED

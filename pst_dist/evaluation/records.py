@@ -171,11 +171,20 @@ def read_results(path: Path) -> dict[str, Any]:
 def check_comparable(results: dict[str, Any], path: Path) -> None:
     """Raises IntegrityError when results lack something that a comparison needs."""
     typed(results, _ComparedResults, path, _REMEDY)
+    _check_unparsed(results, path)
 
 
 def check_whole(results: dict[str, Any], path: Path) -> None:
     """Raises IntegrityError when results lack something that the page of a run shows."""
     typed(results, _WholeResults, path, _REMEDY)
+    _check_unparsed(results, path)
+
+
+def _check_unparsed(results: dict[str, Any], path: Path) -> None:
+    """The count that older versions wrote under another name; `read_results` has given it today's."""
+    value = results.get("unparsed")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise IntegrityError("unparsed: is missing or not a whole number", _REMEDY, path=path)
 
 
 def student_of(results: dict[str, Any]) -> str | None:

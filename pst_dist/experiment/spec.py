@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS, BASELINE, COST_BASELINE
 from pst_dist.config.loading import (
+    check_name,
     explain,
     flat_keys,
     known_keys,
@@ -166,6 +167,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     run (`train.max_steps=50`); `+paper_t5` lays an overlay over what the file says of all runs. Raises InputError when
     there is no such file, ConfigError with file and line for what is wrong in it.
     """
+    check_name(name)
     path = Path(name)
     if not path.is_file():
         if name not in ready_made_experiments():

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The whole pipeline as Slurm jobs, each waiting for the one before: shard -> embed -> train -> evaluate, export, report.
+# The whole pipeline as Slurm jobs, each waiting for the previous one: shard -> embed -> train -> evaluate, export, report.
 #
 #   cluster/pipeline.sh my.yaml train.deepspeed=zero2 -- --nodes=2 --gpus-per-node=8 --time=04:00:00
 #
-# What follows -- are sbatch's options for the training. ALL="--account=…": options of every job. EMBED="--nodes=4
-# --gpus-per-node=8": embed with Ray on that many nodes; otherwise one process on one node does it.
-# Prints the numbers of the jobs. A stage that is already complete is skipped inside its job, so when one has failed
-# the same command, typed again, goes on there.
+# The words after -- are sbatch's options for the training job. ALL="--account=…" sets options of every job.
+# EMBED="--nodes=4 --gpus-per-node=8" embeds with Ray on that many nodes; without it, one process on one node does.
+# Prints the job numbers. A job skips a stage that is already complete, so after a failure the same command resumes.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 words=() training=()
@@ -19,7 +18,7 @@ done
 read -ra all <<<"${ALL:-}"
 read -ra embedding <<<"${EMBED:-}"
 
-# Inside a job (salloc, a notebook) the outer job's memory, tasks and export settings would become those of these jobs.
+# Inside a job (salloc, a notebook), these jobs would inherit the outer job's memory, tasks and export settings.
 for variable in $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SRUN|SALLOC|PMI|PMIX)_'); do
   case $variable in
     SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT | SLURM_CLUSTERS | SBATCH_CLUSTERS | SBATCH_ACCOUNT) ;;
@@ -27,10 +26,10 @@ for variable in $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SRUN|SALLOC|PMI|PM
   esac
 done
 
-submit() { # the number of the job alone; one whose forerunner failed is removed instead of waiting for ever
+submit() { # prints only the job number; Slurm removes a job whose predecessor failed instead of letting it wait forever
   sbatch --parsable --kill-on-invalid-dep=yes "${all[@]}" "$@" | cut -d ';' -f 1
 }
-pst() { # pst VERB: that verb in one process of one node, as a job's command
+pst() { # pst VERB: the command of a job that runs the verb in one process on one node
   printf '%q ' "${PST_PYTHON:-python}" -m pst_dist.cli "$1" "${words[@]}"
 }
 

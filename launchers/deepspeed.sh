@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole pipeline on one machine with several GPUs: data stages once, training on every GPU, then the report.
+# The whole pipeline on one machine with several GPUs: data stages in one process, training on every GPU, then the report.
 #   launchers/deepspeed.sh my.yaml train.deepspeed=zero2
-# HOSTFILE=hosts starts ranks on the machines of that file, after a look at it: `pst doctor` says what it would stumble on.
-# NUM_GPUS=2 limits the ranks; on a machine without GPUs it is the number of CPU (gloo) ranks.
+# HOSTFILE=hosts starts ranks on the machines of that file, after checking it with `pst doctor`.
+# NUM_GPUS=2 limits the number of ranks; on a machine without GPUs it is the number of CPU (gloo) ranks.
 set -euo pipefail
 config=$1
 shift

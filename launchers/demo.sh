@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs the demo: four ways of distilling the same rows, compared.  launchers/demo.sh [key.sub=value …]
+# Installs pst_dist and runs the demo, which compares four ways to distil the same rows: launchers/demo.sh [key.sub=value …]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 "$here/setup.sh" all

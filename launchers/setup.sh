@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with pst_dist in it:  launchers/setup.sh [--latest] [extras]   (default: all)
-# It installs the versions that CI ran, those of launchers/constraints.txt, whatever is installed already.
+# Creates .venv and installs pst_dist in it:  launchers/setup.sh [--latest] [extras]   (default: all)
+# It installs the versions in launchers/constraints.txt, which CI ran, and replaces other installed versions.
 # --latest (or PST_FRESH=1) installs the newest versions that pyproject.toml allows instead, but keeps an installed torch.
 # A machine with an NVIDIA GPU gets PyPI's CUDA build of torch; any other gets the CPU build, a tenth of the size.
 set -euo pipefail
@@ -12,7 +12,7 @@ venv=${PST_VENV:-.venv}
 python=${PYTHON:-python3}
 pins=launchers/constraints.txt
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: Python 3.10 or newer is needed" >&2; exit 4; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: Python 3.10 or newer is required" >&2; exit 4; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --quiet)
 if [ -z "$fresh" ] && ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -20,7 +20,7 @@ if [ -z "$fresh" ] && ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_
   fresh=1
 fi
 
-# Which build of torch, as a second file of constraints: pip takes the versions that both files allow.
+# The build of torch, as a second constraints file: pip installs versions that both files allow.
 torch=$(sed -n 's/^torch==//p' "$pins")
 installed=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
 cpu_build=
@@ -29,7 +29,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
 elif [ "$(uname -sm)" != "Linux x86_64" ]; then
   build=
 else
-  # Only a version that ends in +cpu can never resolve to the CUDA wheels.
+  # Only a version ending in +cpu never resolves to the CUDA wheels.
   cpu_build=1
   build="torch==$torch+cpu"
 fi
@@ -43,7 +43,7 @@ else
 fi
 pip+=("${limits[@]/#/--constraint=}")
 
-# The editable install holds a copy of pyproject.toml's requirements; this names the copy.
+# The editable install stores a copy of pyproject.toml's requirements; the stamp identifies that copy.
 stamp="$PWD $(cksum <pyproject.toml)"
 if [ -z "$fresh" ] && [ "$(cat "$venv/setup-stamp" 2>/dev/null)" = "$stamp" ] &&
   "$venv/bin/python" launchers/installed.py check "$extras" "${limits[@]}" >/dev/null; then
@@ -51,11 +51,11 @@ if [ -z "$fresh" ] && [ "$(cat "$venv/setup-stamp" 2>/dev/null)" = "$stamp" ] &&
   exit
 fi
 if [ -n "$cpu_build" ]; then
-  # Some package indexes carry the CPU build, else PyTorch's own index does.
+  # Some package indexes have the CPU build; otherwise use PyTorch's own index.
   "${pip[@]}" torch 2>/dev/null || "${pip[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu
 fi
 "${pip[@]}" -e ".[$extras]"
 "$venv/bin/python" launchers/installed.py check "$extras" "${limits[@]}" >&2 ||
-  { echo "setup: the packages above are not as they should be" >&2; exit 4; }
+  { echo "setup: the packages above have wrong versions" >&2; exit 4; }
 echo "$stamp" >"$venv/setup-stamp"
 echo "setup: ready in $venv"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs the checks and tests.  launchers/test.sh [pytest arguments]
+# Installs everything, then runs the checks and the tests.  launchers/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launchers/setup.sh dev

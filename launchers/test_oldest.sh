@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs fast tests on the oldest versions that pyproject.toml allows.  launchers/test_oldest.sh [pytest arguments]
-# Needs what launchers/setup.sh dev installs: .venv-oldest holds only the packages of launchers/constraints-oldest.txt,
-# which come first on its path, and takes all others from .venv. Torch is one of those: older CPU builds are not on PyPI.
+# Run launchers/setup.sh dev first: .venv-oldest contains only the packages of launchers/constraints-oldest.txt, which
+# come first on its path, and takes all others from .venv, including torch: PyPI has no older CPU builds of torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=${PST_VENV:-.venv}
@@ -17,7 +17,7 @@ fi
 purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
 echo "import site; site.addsitedir('$(cd "$base" && bin/python -c "$purelib")')" >"$("$venv/bin/python" -c "$purelib")/rest.pth"
 "$venv/bin/python" launchers/installed.py oldest train,embed,data,ray,report,s3
-# The tests of what calls other libraries most.
+# The tests of the code that depends most on other libraries.
 tests=(
   tests/config tests/data tests/embedding tests/storage tests/student
   tests/evaluation/test_evaluate.py tests/publish/test_export.py tests/publish/test_pages.py
@@ -25,5 +25,5 @@ tests=(
   tests/training/test_module.py tests/training/test_trainer.py
 )
 [ $# -eq 0 ] || tests=("$@")
-# The golden losses are those of constraints.txt: releases of transformers differ from the first step of a fresh student on.
+# The golden losses hold for constraints.txt: with other releases of transformers, a fresh student's losses differ from step 1.
 "$venv/bin/python" -m pytest -q -m "not slow and not data" -k "not golden and not attention_of_a_fresh_student" "${tests[@]}"

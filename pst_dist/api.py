@@ -5,10 +5,10 @@
     config = pst_dist.load_config(arm="pst", output_dir="runs/mine", data={"train": rows, "test": held_out})
     result = pst_dist.run(config)
     result.to_frame()
-    pst_dist.load_student("runs/mine").ask("How many letters has 'reason'?", explain=True)
+    pst_dist.load_student("runs/mine").ask("How many letters does 'reason' have?", explain=True)
 
-The functions and the command line share runs: either goes on with what the other began. Every error that a user can
-cause is a `PstError`. Importing this module imports no torch; each function imports what it needs.
+The functions and the command line share runs: each can resume what the other started. Every error that a user can
+cause is a `PstError`. Importing this module does not import torch; each function imports what it needs.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ Source = Config | str | Path | None
 
 
 def load_config(source: Source = None, *overrides: str, **keys: Any) -> Config:
-    """A checked config: `source`, then `overrides`, then `keys`, each over the ones before.
+    """A checked config: `source`, then `overrides`, then `keys`, each taking precedence over the previous ones.
 
-    `overrides` are the words of the command line, "train.learning_rate=1e-3" or "+paper_t5". `keys` are Python values:
+    `overrides` are words as on the command line, "train.learning_rate=1e-3" or "+paper_t5". `keys` are Python values:
     sections as dicts (`train={"max_steps": 100}`) and plain settings (`seed=1`).
 
-    `data={"train": rows, "test": rows}` also takes the rows themselves: a list of dicts, a pandas frame or a
+    `data={"train": rows, "test": rows}` also accepts the rows themselves: a list of dicts, a pandas frame or a
     `datasets.Dataset`. They are written once, as JSON Lines, to `rows/` in the run's data directory, and the config
-    names that file; so the command line can go on with the run, and an error about row 7 says line 7.
+    names that file, so the command line can resume the run, and an error in row 7 names line 7.
 
-    Raises InputError where there is no such config, ConfigError naming the key for a setting that is unknown, of the
+    Raises InputError when the config does not exist, ConfigError naming the key for a setting that is unknown, of the
     wrong type or contradictory, and DataError naming the row for rows that cannot be written.
     """
     with _our_errors():
@@ -82,9 +82,9 @@ def load_config(source: Source = None, *overrides: str, **keys: Any) -> Config:
 def run(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> RunResult:
     """All stages for every arm: shards, embeddings, training, evaluation, export and report.
 
-    A stage that is complete for the same inputs is skipped and a training that was interrupted goes on from its newest
-    checkpoint, so the same call resumes; `run("runs/mine")` resumes from the directory alone. `rebuild` replaces what
-    was made from other inputs. The arguments are those of `load_config`.
+    A stage that is complete for the same inputs is skipped, and an interrupted training resumes from its newest
+    checkpoint, so the same call resumes; `run("runs/mine")` resumes from the directory alone. `rebuild` replaces
+    artefacts made from other inputs. The arguments are those of `load_config`.
 
     Raises as `load_config` and the stages do (see `pst_dist.errors`). Ctrl-C during training saves a checkpoint after
     the current step and raises KeyboardInterrupt; a second Ctrl-C ends the process at once.
@@ -100,9 +100,9 @@ def run(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> 
 
 
 def train(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> TrainResult:
-    """Train one arm, making its shards and embeddings first where they are missing; resumes as `run` does.
+    """Train one arm, making missing shards and embeddings first; resumes like `run`.
 
-    Of several ranks (a script under torchrun), every one calls this; shards and embeddings must be there already.
+    With several ranks (a script under torchrun), every rank calls this, and shards and embeddings must already exist.
     Raises ConfigError for a config with several arms.
     """
     from pst_dist.embedding.targets import needs_embeddings
@@ -125,9 +125,9 @@ def train(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -
 def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> EvaluationResult:
     """Decode and score one split with a trained student; done once for the same student, rows and settings.
 
-    It reads the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories.
-    Any other that is given and differs from the run's own raises ConfigError, because it has no effect; of a `Config`
-    so do its rows, student, layout and loss. So do several arms.
+    It uses the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories. Any
+    other given setting that differs from the run's own has no effect and raises ConfigError; so do rows, student,
+    layout and loss of a given `Config` that differ, and a config with several arms.
     """
     from pst_dist.evaluation.evaluate import evaluate
 
@@ -139,7 +139,7 @@ def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any
 def export(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> Path:
     """Write the student as a folder that plain transformers loads, with its model card; returns the folder.
 
-    It reads `evaluate.max_new_tokens`, the task and the directories; others are refused as by `evaluate`.
+    It uses `evaluate.max_new_tokens`, the task and the directories; other settings are refused as in `evaluate`.
     """
     from pst_dist.publish.export import export
 
@@ -148,22 +148,23 @@ def export(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) 
 
 
 def load_student(folder: str | Path, *, device: str | None = None) -> Student:
-    """The trained student of a run directory, or of a folder that holds a student or an export, ready to be asked.
+    """The trained student of a run directory, or of a folder with a student or an export, ready to answer questions.
 
-    `device` is torch's name of one, the best there is by default. Every file is compared with its digest first. Raises
-    InputError when there is no student, naming the arms where there are several, and IntegrityError for a damaged one.
+    `device` is a torch device name; it defaults to the best one available. Every file is first compared with its
+    digest. Raises InputError when there is no student, or several (naming the arms), and IntegrityError for a damaged
+    one.
     """
     with _our_errors(), shown_by_default():
         from pst_dist.evaluation.asking import student_folder
         from pst_dist.student.saved import load_student
 
         if not isinstance(folder, str | Path):
-            raise InputError(f"a student's folder is a path, got {type(folder).__name__}", "give its path")
+            raise InputError(f"expected the path of a student's folder, got {type(folder).__name__}", "give its path")
         return Student(load_student(student_folder(Path(folder)), device))
 
 
 class Student:
-    """A trained student that answers questions; one thread at a time is answered, others wait."""
+    """A trained student that answers questions. It may be shared between threads; calls are served one at a time."""
 
     def __init__(self, loaded: LoadedStudent) -> None:
         self._loaded, self._turn = loaded, threading.Lock()
@@ -173,7 +174,7 @@ class Student:
 
     @property
     def arm(self) -> str:
-        """What it was trained as."""
+        """The arm it was trained with."""
         return self._loaded.format.arm
 
     @property
@@ -183,7 +184,7 @@ class Student:
 
     @property
     def device(self) -> str:
-        """torch's name of the device it is on."""
+        """The torch name of its device."""
         return str(self._loaded.model.device)
 
     @property
@@ -201,8 +202,8 @@ class Student:
     ) -> Answer:
         """Answer one question greedily; with `explain` the student also writes its rationale.
 
-        An adaptive student thinks first where the probability of its answer is below `think_below` (0 never, 2
-        always; by default what the evaluation chose). Raises InputError for an empty question, for one that is too
+        An adaptive student thinks first when the probability of its answer is below `think_below` (0 never, 2 always;
+        defaults to the threshold that the evaluation chose). Raises InputError for a question that is empty or too
         long for the model, and for `think_below` with a student of another arm.
         """
         return self._ask([question], explain, think_below, max_new_tokens, None)[0]
@@ -216,9 +217,9 @@ class Student:
         max_new_tokens: int = 256,
         batch_size: int = 64,
     ) -> list[Answer]:
-        """Answer many questions, `batch_size` at a time, with progress; the answers are in the order of `questions`.
+        """Answer many questions, `batch_size` at a time, showing progress; answers are in the order of `questions`.
 
-        The arguments and errors are those of `ask`; an error names the question by its number, and none is answered.
+        The arguments and errors are those of `ask`; an error names the question's number, and none is answered.
         """
         if isinstance(questions, str):
             raise InputError("questions is one string", "give a list of them, or use `ask`")
@@ -256,15 +257,15 @@ class Student:
 
 
 def _checked(source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> tuple[Config, list[RowsFile]]:
-    """The config, and the rows that it names and that are to be written; nothing is written here."""
+    """The config, and the rows that must be written for it; writes nothing itself."""
     if not (source is None or isinstance(source, Config | str | Path)):
         raise ConfigError(
-            f"a config is a path, a name or a Config, got {type(source).__name__}",
-            'write settings as keywords: load_config(train={"max_steps": 100})',
+            f"expected the path or name of a config, or a Config, got {type(source).__name__}",
+            'pass settings as keywords: load_config(train={"max_steps": 100})',
         )
     for word in overrides:
         if not isinstance(word, str):
-            raise ConfigError(f"{word!r} is not key.sub=value", "give Python values as keywords: seed=1")
+            raise ConfigError(f"{word!r} is not key.sub=value", "pass Python values as keywords: seed=1")
     tree, files = _without_rows(_tree(keys))
     base = source if isinstance(source, Config) else None
     name = str(source) if isinstance(source, str | Path) else None
@@ -276,11 +277,11 @@ def _checked(source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) 
 
 
 def _tree(keys: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Nested keywords as plain dicts of settings; paths become text, and keys must be text."""
+    """Nested keywords as plain dicts of settings; paths become strings, and keys must be strings."""
     tree: dict[str, Any] = {}
     for key, value in keys.items():
         if not isinstance(key, str):
-            raise ConfigError(f"key {key!r} in {place or 'the settings'} is not text", "name it by text")
+            raise ConfigError(f"key {key!r} in {place or 'the settings'} is not a string", "use a string")
         here = f"{place}.{key}" if place else key
         if isinstance(value, Mapping) and here not in _ROWS:
             value = _tree(value, here)
@@ -296,7 +297,7 @@ _ROWS = tuple(f"data.{split}" for split in SPLITS)
 
 
 def _without_rows(tree: dict[str, Any]) -> tuple[dict[str, Any], list[RowsFile]]:
-    """The settings with a stand-in for rows that are Python objects, and those rows."""
+    """The settings with a placeholder for rows given as Python objects, and those rows."""
     from pst_dist.data.sources.in_memory import is_in_memory, rows_file
 
     files = []
@@ -313,12 +314,14 @@ def _without_rows(tree: dict[str, Any]) -> tuple[dict[str, Any], list[RowsFile]]
     for name in ("data", *SPLITS):
         if name in tree and is_in_memory(tree[name]) and not isinstance(tree[name], dict | int | float):
             split = "train" if name == "data" else name
-            raise ConfigError(f"{name} is {type(tree[name]).__name__}", f'give rows as data={{"{split}": rows}}')
+            raise ConfigError(f"{name} is {type(tree[name]).__name__}", f'pass rows as data={{"{split}": rows}}')
     return tree, files
 
 
 def _path_of(file: RowsFile, config: Config) -> Path:
-    """Where a rows file lies, as the config names it: relative paths are taken from data.root where that is set."""
+    """The path of a rows file as written in the config; absolute if data.root is set, else relative paths would be
+    resolved against it.
+    """
     path = file.path_in(run_dir(config).data)
     return path.absolute() if config.data.root or str(path).startswith("~") else path
 
@@ -329,7 +332,7 @@ def _write(config: Config, files: Iterable[RowsFile]) -> None:
 
 
 def _of_finished(verb: str, source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> Config:
-    """The config of a trained arm; raises ConfigError for a setting that `verb` does not read."""
+    """The config of a trained arm; raises ConfigError for a setting that `verb` does not use."""
     config, _ = _checked(source, overrides, keys)
     config = _one_arm(config, verb)
     given = [*given_keys(overrides), *loading.flat_keys(_tree(keys))]
@@ -343,14 +346,14 @@ def _one_arm(config: Config, verb: str) -> Config:
     if len(arms) > 1:
         raise ConfigError(
             f"{verb} takes one arm, and this config has {len(arms)}: {', '.join(arm.arm for arm in arms)}",
-            f"call it for each: `for arm in pst_dist.expand_arms(config): {verb}(arm)`",
+            f"call it for each arm: `for arm in pst_dist.expand_arms(config): {verb}(arm)`",
             path=config.output_dir,
         )
     return arms[0]
 
 
 def _arm_result(config: Config) -> ArmResult:
-    """What a finished arm left in its run directory."""
+    """The results of a finished arm, from its run directory."""
     from pst_dist.evaluation.evaluate import finished_evaluation
     from pst_dist.storage.manifest import read_json
     from pst_dist.training.result import TrainingResult
@@ -358,7 +361,7 @@ def _arm_result(config: Config) -> ArmResult:
     paths = run_dir(config)
     results = finished_evaluation(paths.evaluation(config.evaluate.split))
     if results is None:
-        raise InputError("the run was not evaluated", "run it again", path=paths.path)
+        raise InputError("the run has not been evaluated", "run it again", path=paths.path)
     return ArmResult(
         arm=config.arm,
         config=config,
@@ -371,13 +374,13 @@ def _arm_result(config: Config) -> ArmResult:
 
 
 def _command(verb: str, config: Config) -> str:
-    """What the record of a run says about how it was made: the call that goes on with it."""
+    """The command in a run's record: the call that resumes it."""
     return f"pst_dist.{'api.' if verb == 'train' else ''}{verb}({config.output_dir!r})"
 
 
 @contextlib.contextmanager
 def _our_errors() -> Iterator[None]:
-    """Errors of other libraries that a user can cause, as ours; bugs and KeyboardInterrupt pass."""
+    """Convert other libraries' errors that a user can cause to ours; bugs and KeyboardInterrupt pass through."""
     try:
         yield
     except ValidationError as error:
@@ -390,12 +393,12 @@ def _our_errors() -> Iterator[None]:
 
 
 def as_our_error(error: ModuleNotFoundError | OSError) -> PstError | None:
-    """A package that is not installed, or a disk that is full or failing, as an EnvironmentFault; None for others."""
+    """An EnvironmentFault for a missing package or a full or failing disk; None for other errors."""
     from pst_dist.storage.atomic import FAILING, OUT_OF_ROOM, fault_of
 
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     if error.errno not in (*OUT_OF_ROOM, *FAILING, errno.EROFS):
         return None
-    # A file that nobody here writes: TensorBoard's, or a temporary one of a library.
+    # A file that we do not write ourselves: TensorBoard's, or a library's temporary file.
     return fault_of(error, Path(error.filename or os.environ.get("TMPDIR", "/tmp")))

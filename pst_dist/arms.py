@@ -1,4 +1,4 @@
-"""The six arms: what each is asked for, in which order it answers, what it needs, and how it is described and drawn.
+"""The six arms: what each student generates and in which order, what it needs, its description and its colour.
 
 The arms are rows of one table, not six trainers: config, layout, loss, plots, model card and experiments read it. To
 add an arm, add a row.
@@ -14,7 +14,7 @@ SEMANTIC_TOKEN = "<|semantic|>"
 
 
 class Segment(IntEnum):
-    """Who owns a token."""
+    """The part of a sequence that a token belongs to."""
 
     PAD = 0
     PROMPT = 1
@@ -25,7 +25,7 @@ class Segment(IntEnum):
 
 @dataclass(frozen=True)
 class Asked:
-    """One thing a student is asked for: what stands before the question, and the segments to produce, in order."""
+    """One task of a student: the prefix of the question, and the segments to generate, in order."""
 
     prefix: str
     order: tuple[Segment, ...]
@@ -39,12 +39,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of distilling: what a student is asked for, and what that needs."""
+    """One way of distilling: what the student generates, and what that requires."""
 
     name: str
     asked: tuple[Asked, ...]
-    """How the answer is asked for; then, in arms that learn two tasks at once, the other thing. Each sample gives one
-    training sequence for each."""
+    """How to ask for the answer, followed by the second task in arms that learn two. Each sample gives one training
+    sequence per task."""
     needs_rationale: bool
     """Whether every training row needs a teacher's rationale."""
     aligned: bool
@@ -56,12 +56,12 @@ class Arm:
 
     @property
     def answers_first(self) -> bool:
-        """Whether the answer comes before anything that could spoil it."""
+        """Whether the answer comes before the rationale."""
         return not self.asked[0].thinks_first
 
     @property
     def chooses_order(self) -> bool:
-        """Whether it answers first and also learns to think first, and so can choose for each question."""
+        """Whether it learns both to answer first and to think first, so that it can choose for each question."""
         return self.answers_first and any(asked.thinks_first for asked in self.asked[1:])
 
 
@@ -115,7 +115,7 @@ ARMS = {
             colour="#c2255c",
         ),
         # Both orders in one student, which chooses for each question. arXiv 2404.09170 v4 chooses with soft prompts;
-        # here the probability of the answer that it would give at once decides.
+        # here the probability of the immediate answer decides.
         Arm(
             "adaptive",
             (Asked("", (_ANSWER, _SEMANTIC, _RATIONALE)), Asked("think: ", (_RATIONALE, _ANSWER))),
@@ -129,6 +129,6 @@ ARMS = {
 }
 
 BASELINE = "answer_only"
-"""The arm that others are tested against: what the same rows teach without any rationale."""
+"""The arm that others are tested against: the same rows without any rationale."""
 COST_BASELINE = "pre_thinking"
-"""The arm whose tokens to the answer are divided by an arm's: what it costs to think before answering."""
+"""The arm whose tokens to the answer are divided by each arm's: the cost of thinking before answering."""

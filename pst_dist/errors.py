@@ -1,8 +1,7 @@
-"""Every error a user can cause, one class a kind, each with its exit code.
+"""Every error that a user can cause, one class per kind, each with its exit code.
 
-The command line prints one of these as a single line without a traceback:
-`pst: error[CODE] where: what; what to do`, without the passwords that an address may contain. Anything else that
-escapes is a bug of ours.
+The command line prints such an error as one line without a traceback, `pst: error[CODE] where: what; what to do`, with
+passwords in URLs removed. Any other exception that escapes is a bug of ours.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pst_dist.redaction import redact
 
 
 class PstError(Exception):
-    """Base of all errors a user can cause; `str()` of it is the line the command line prints."""
+    """Base of all errors that a user can cause; its `str()` is the line that the command line prints."""
 
     code = "PST"
     exit_code = 70
@@ -36,12 +35,12 @@ class PstError(Exception):
         return redact(" ".join(f"error[{self.code}]{where} {self.what}{remedy}".split()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions cross process borders (Ray, multiprocessing); the default would lose the keywords.
+        # Exceptions are pickled between processes (Ray, multiprocessing); the default would lose the keywords.
         return (_rebuild, (type(self), self.what, self.remedy, self.path, self.line))
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:
-    """The first line of what another library's error says, cut to `most` characters; its type when it says nothing."""
+    """The first line of another library's error message, cut to `most` characters; its type when it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
 
 
@@ -52,11 +51,11 @@ _EXTRA_OF = {
     **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "report"),
     "ray": "ray",
 }
-"""Module -> the extra of this package that installs it."""
+"""Module -> the extra of pst-dist that installs it."""
 
 
 def missing_package(error: ModuleNotFoundError) -> EnvironmentFault | None:
-    """The extra to install for a module that is not here; None for a module that no extra has."""
+    """The error that names the extra to install for a missing module; None when no extra contains the module."""
     extra = _EXTRA_OF.get((error.name or "").partition(".")[0])
     if extra is None:
         return None
@@ -68,7 +67,7 @@ def _rebuild(kind: type[PstError], what: str, remedy: str, path: Path | str | No
 
 
 class ConfigError(PstError):
-    """A knob that does not exist, has the wrong type, or contradicts another one."""
+    """A setting that does not exist, has the wrong type, or contradicts another one."""
 
     code, exit_code = "CONFIG", 2
 
@@ -80,31 +79,31 @@ class InputError(PstError):
 
 
 class DataError(PstError):
-    """A row that cannot become a training sample."""
+    """A row that cannot be used as a sample."""
 
     code, exit_code = "DATA", 2
 
 
 class IntegrityError(PstError):
-    """Bytes on disk are not the ones that the manifest promises."""
+    """Files on disk do not match their manifest."""
 
     code, exit_code = "INTEGRITY", 3
 
 
 class StaleError(IntegrityError):
-    """An artefact is whole but was made from other inputs than today's."""
+    """An artefact is intact but was made from different inputs."""
 
     code, exit_code = "STALE", 3
 
 
 class EnvironmentFault(PstError):
-    """The machine lacks something: a package, a device, disk space, a reachable cluster."""
+    """Something is missing or failing on this machine: a package, a device, disk space, a reachable cluster."""
 
     code, exit_code = "ENVIRONMENT", 4
 
 
 class LockedError(PstError):
-    """Another process works in the same directory."""
+    """Another process is using the same directory."""
 
     code, exit_code = "LOCKED", 5
 
@@ -122,6 +121,6 @@ class PeerLostError(PstError):
 
 
 class PreemptedError(PstError):
-    """A signal asked us to stop; state is saved and the same command continues."""
+    """A signal asked us to stop; the state is saved, and the same command resumes."""
 
     code, exit_code = "PREEMPTED", 75

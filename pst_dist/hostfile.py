@@ -1,10 +1,9 @@
-"""A hostfile of the deepspeed launcher, looked at before anything starts: `python -m pst_dist.hostfile FILE [PORT]`.
+"""Checks a hostfile of the deepspeed launcher before anything starts: `python -m pst_dist.hostfile FILE [PORT]`.
 
-The launcher trains on one machine without a word when the file is not there, and with `--no_ssh` it believes every
-name: ranks on a host that does not exist are waited for until a timeout. So each line is read by the same rule as
-DeepSpeed's, each name is looked up, and on the host where it is asked its slots and the port are tried. Prints this
-host's place in the file and the address of the first one, which the launcher wants as `--node_rank` and
-`--master_addr`.
+When the file is missing, the launcher silently trains on one machine; with `--no_ssh` it checks no name and waits
+until a timeout for the ranks of a host that does not exist. So this command parses each line by DeepSpeed's rule,
+resolves each name, and checks slots and port of the host on which it runs. It prints this host's index in the file and
+the name of the first host, for the launcher's `--node_rank` and `--master_addr`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pst_dist.errors import PstError
 
 
 def main() -> int:
-    """Print `PLACE ADDRESS`; the exit code is that of what is wrong."""
+    """Print `INDEX NAME`; returns 0, or the exit code of the error."""
     path, port = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else DEFAULT_PORT
     try:
         hosts = read_hostfile(path)

@@ -1,7 +1,7 @@
-"""What a person sees of long work: progress bars and log lines, and other libraries kept quiet.
+"""Progress bars, log lines, and switches that silence other libraries.
 
-`with progress("embed", total=n, unit="texts") as bar: bar.advance(k)` draws a bar on a terminal and writes a line every
-ten seconds to a log. What is counted is up to the caller; only rank 0 should show anything (`show=False` elsewhere).
+`with progress("embed", total=n, unit="texts") as bar: bar.advance(k)` draws a bar on a terminal, or logs a line every
+ten seconds. Only rank 0 should show progress (`show=False` on the others).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OURS = "pst_dist"
 
 
 class Progress:
-    """Counts what is done and derives speed and time left; `emit` gets a line when one is due."""
+    """Counts completed units and derives speed and time left; `emit` gets each log line when it is due."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class Progress:
         self._done_before = 0
 
     def restart(self) -> None:
-        """Take time and speed from now on: what came before was not the work itself, or was done by an earlier run."""
+        """Measure time and speed from now on; earlier units were set-up, or were done by an earlier run."""
         self._start = self._last = self._clock()
         self._done_before = self.done
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add `count` units; `note` replaces the words at the end of the line ("loss 1.83")."""
+        """Add `count` units; `note` replaces the text at the end of the line ("loss 1.83")."""
         self.done += count
         self.note = note or self.note
         if self._emit is not None and self._clock() - self._last >= self._every:
@@ -55,25 +55,25 @@ class Progress:
             self._emit(self.line())
 
     def skip(self, count: int) -> None:
-        """Count units that an earlier run did: they are done, and say nothing of this run's speed."""
+        """Add units that an earlier run completed; they do not count towards this run's speed."""
         self._done_before += count
         self.advance(count)
 
     @property
     def rate(self) -> float:
-        """Units a second since the start or restart; 0 before the first."""
+        """Units per second since the start or restart; 0 before the first."""
         seconds = self._clock() - self._start
         return (self.done - self._done_before) / seconds if seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """At the speed so far; None when the total or the speed is unknown."""
+        """Time left at the current speed; None when the total or the speed is unknown."""
         if self.total is None or self.rate == 0:
             return None
         return max(0, self.total - self.done) / self.rate
 
     def line(self, *, final: bool = False) -> str:
-        """`embed 1,200/3,000 texts  412.0 texts/s  4 s left`, or with the time taken when it is the last line."""
+        """`embed 1,200/3,000 texts  412.0 texts/s  4 s left`; the final line gives the total time instead."""
         of = f"/{self.total:,}" if self.total is not None else ""
         parts = [f"{self.name} {self.done:,}{of} {self.unit}", f"{self.rate:,.1f} {self.unit}/s"]
         left = self.seconds_left
@@ -105,10 +105,10 @@ def progress(
     every_seconds: float = LOG_EVERY_SECONDS,
     show: bool = True,
 ) -> Iterator[Progress]:
-    """A `Progress` that shows itself: a bar of rich's on a terminal (stderr) or in a notebook, else log lines.
+    """A `Progress` that displays itself: a rich bar on a terminal (stderr) or in a notebook, otherwise log lines.
 
-    A log line comes at most every `every_seconds`, and one last line with the total time in both cases, also when the
-    body raises. A level above INFO on the logger `pst_dist` silences both.
+    Log lines appear at most every `every_seconds`. Both end with a line that gives the total time, even if the body
+    raises. A level above INFO on the logger `pst_dist` silences both.
     """
     if show and logging.getLogger(_OURS).level <= logging.INFO and (sys.stderr.isatty() or _in_notebook()):
         with _rich_bar(name, total, unit) as bar:
@@ -123,7 +123,7 @@ def progress(
 
 
 def _in_notebook() -> bool:
-    """Whether this is a notebook in which rich can draw: it needs ipywidgets there and shows nothing without."""
+    """Whether this is a notebook in which rich can draw; without ipywidgets it would show nothing."""
     shell = sys.modules.get("IPython")
     if shell is None or type(shell.get_ipython()).__name__ not in ("ZMQInteractiveShell", "Shell"):
         return False
@@ -131,7 +131,7 @@ def _in_notebook() -> bool:
 
 
 class _Shown:
-    """How many bodies of `shown_by_default` are running, in all threads, and the handler that they share."""
+    """The number of active `shown_by_default` blocks in all threads, and the handler that they share."""
 
     lock = threading.Lock()
     count = 0
@@ -143,8 +143,8 @@ class _Shown:
 def shown_by_default() -> Iterator[None]:
     """Write our log lines to standard error while the body runs, unless the application has configured logging.
 
-    It has where the root logger or ours has a handler; nothing is changed then. A level that was set on our logger is
-    respected; otherwise it is INFO in the body.
+    If the root logger or ours has a handler, nothing is changed. A level set on our logger is respected; otherwise it
+    is INFO while the body runs.
     """
     ours = logging.getLogger(_OURS)
     with _Shown.lock:
@@ -185,7 +185,7 @@ def _rich_bar(name: str, total: int | None, unit: str) -> Iterator[Progress]:
         class Bar(Progress):
             def advance(self, count: int = 1, note: str = "") -> None:
                 super().advance(count, note)
-                # The bar itself says name and count; the rest of the line is ours.
+                # The bar shows name and count; we add the rest of the line.
                 display.update(task, completed=self.done, speed="  ".join(self.line().split("  ")[1:]))
 
         bar = Bar(name, total, unit)
@@ -196,10 +196,10 @@ def _rich_bar(name: str, total: int | None, unit: str) -> Iterator[Progress]:
 
 
 _NOISE = re.compile(
-    # What this package checks itself, and then refuses or reports in its own words: weights that the files lack
+    # Checked by this package, which refuses or reports them in its own words: weights that are missing from the files
     # (`models.load`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
     r"LOAD REPORT|seem corrupted|generation flags|longer than the specified maximum"
-    # What only a library's own callers can act on.
+    # Only relevant to the callers of a library.
     r"|deprecat|will be removed|use_cache=(True|False)|loss_type"
     r"|new (embeddings|lm_head weights) will be|special tokens have been added",
     re.IGNORECASE,
@@ -214,7 +214,7 @@ class _WithoutNoise(logging.Filter):
 
 
 def drop_noise() -> None:
-    """Let transformers say what matters and leave out what does not; call again as often as you like."""
+    """Show the warnings of transformers that matter and hide the others; may be called repeatedly."""
     import transformers  # noqa: F401  its import makes the handler
 
     for handler in logging.getLogger("transformers").handlers:
@@ -223,7 +223,7 @@ def drop_noise() -> None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of transformers (it draws one a file), no notes of DeepSpeed about the accelerator it found.
+    """Silence the progress bars of transformers (one per file) and DeepSpeed's messages about the accelerator.
 
     Warnings of transformers stay, but for those in `_NOISE`. Call before sentence_transformers or deepspeed are
     imported: importing the one may import the other.

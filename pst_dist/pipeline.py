@@ -1,8 +1,8 @@
-"""The stages of a run, each skipped when its artefact is already there for the same inputs.
+"""The stages of a run, each skipped when its artefact already exists for the same inputs.
 
-rows -> shards -> embeddings -> training -> evaluation -> export -> report. A stage knows that it is complete by a
-fingerprint over everything it is made from, so deleting any artefact and running again makes just that one and what
-hangs on it.
+rows -> shards -> embeddings -> training -> evaluation -> export -> report. A fingerprint over all inputs of a stage
+shows whether it is complete, so after deleting an artefact the next run recreates only that one and those that depend
+on it.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 
 
 def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
-    """Read the sources and pack them; a no-op when the same rows are already packed.
+    """Read the sources and pack them into shards; does nothing when the same rows are already packed.
 
-    Raises StaleError when other rows are packed there and `rebuild` is false.
+    Raises StaleError when different rows are packed there and `rebuild` is false.
     """
     from pst_dist.data.shards import reusable_shards, write_shards
     from pst_dist.data.sources import load_data
     from pst_dist.data.sources.rows import write_rejects
 
     run = run_dir(config)
-    # Read before anything is made on disk, so that bad rows leave nothing behind, not even a lock.
+    # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
     loaded = load_data(config)
     fingerprint = digest_of(
         {
@@ -55,7 +55,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
         }
     )
     if run.remote is None and not rebuild:
-        # Without a lock, which needs the right to write: a colleague may own the directory.
+        # Without a lock, which requires write permission: a colleague may own the directory.
         found = reusable_shards(run.shards, fingerprint, config.shards.samples_per_shard)
         if found is not None:
             log.info("shards: %s is complete, nothing to do", run.shards)
@@ -65,7 +65,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             write_rejects(run.data / "rejects.jsonl", loaded.rejects, inside=run.data)
         if run.remote is not None and rebuild:
             remove_leftovers(run.shards, locked=True)
-        elif run.remote is not None:  # what is kept or refused is decided by what lies there
+        elif run.remote is not None:  # the remote shards decide what is kept or refused
             fetch_folder(run.remote.child("shards"), run.shards, "shards")
         manifest = write_shards(
             loaded.splits,
@@ -81,7 +81,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
 
 
 def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
-    """Encode every rationale of the shards; only what is missing or stale."""
+    """Encode the rationales of all shards whose embeddings are missing or stale."""
     from pst_dist.data.shards import ShardSet
     from pst_dist.embedding.embed import embed_all
 
@@ -89,8 +89,8 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
     if run.remote is not None:
         with directory_lock(run.data):
             return _make_remote_embeddings(config, run.remote, rebuild=rebuild)
-    # Whoever encodes a shard verifies it; with Ray that is as many machines as there are. Shards that change from here
-    # on are refused by their digests.
+    # Each process verifies the shards that it encodes; with Ray these are on many machines. Shards that change from now
+    # on are refused because of their digests.
     shards = ShardSet.open(run.shards, verify=config.embed.backend == "local")
     return embed_all(
         config.embed,
@@ -103,7 +103,7 @@ def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
 
 
 def _make_remote_embeddings(config: Config, remote: RemoteFolder, *, rebuild: bool) -> Manifest:
-    """The same where the data lies in object storage: of the shards only the manifest is needed here."""
+    """The same for data in object storage; this process needs only the manifest of the shards."""
     from pst_dist.data.shards import ShardSet
     from pst_dist.embedding.embed import embed_all
 
@@ -111,7 +111,7 @@ def _make_remote_embeddings(config: Config, remote: RemoteFolder, *, rebuild: bo
     remote.check()
     manifest = remote.child("shards").manifest("shards")
     if manifest is None:
-        raise InputError("no finished shards here", "run `pst shard` first", path=remote.url)
+        raise InputError("no finished shards found", "run `pst shard` first", path=remote.url)
     return embed_all(
         config.embed,
         ShardSet(run.shards, manifest),
@@ -123,7 +123,7 @@ def _make_remote_embeddings(config: Config, remote: RemoteFolder, *, rebuild: bo
 
 
 def _executor(config: Config) -> Executor | None:
-    """What encodes the shards: Ray's actors, or None for this process."""
+    """What encodes the shards: Ray actors, or None for this process."""
     if config.embed.backend != "ray":
         return None
     from pst_dist.clusters.ray.embed import embed_with_ray
@@ -132,13 +132,13 @@ def _executor(config: Config) -> Executor | None:
 
 
 def make_student(config: Config, *, rebuild: bool = False) -> Any:
-    """Train one arm in this process or on Ray; with `rebuild`, what an earlier training left is removed first."""
+    """Train one arm in this process or on Ray; `rebuild` first removes the files of an earlier training."""
     if config.train.backend == "ray":
         from pst_dist.clusters.ray.train import train_with_ray
         from pst_dist.data.shards import ShardSet
 
         fetch_data(config)
-        ShardSet.open(run_dir(config).shards, verify=False)  # refused here, before workers are started
+        ShardSet.open(run_dir(config).shards, verify=False)  # fails here, before workers are started
         return train_with_ray(config, rebuild=rebuild)
     from pst_dist.training.trainer import train
 
@@ -146,7 +146,7 @@ def make_student(config: Config, *, rebuild: bool = False) -> Any:
 
 
 def run_all(config: Config, *, rebuild: bool = False, command: str | None = None) -> list[Path]:
-    """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages made.
+    """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages written.
 
     `command` is what the run's record says about how it was made; the command line of this process when not given.
     What can be known to fail is refused before anything is written, by `preflight`. Raises DataError before training
@@ -185,7 +185,7 @@ def finish_arm(config: Config, *, rebuild: bool = False) -> Path:
 
 
 def compare_arms(config: Config) -> Path:
-    """One page with all arms of a config side by side."""
+    """Write one page with all arms of a config side by side; returns its path."""
     from pst_dist.publish.run_page import compare_report
 
     return compare_report([run_dir(arm).path for arm in expand_arms(config)], run_dir(config).report)
@@ -199,10 +199,10 @@ def _stage(name: str, work: Callable[[], Any]) -> Any:
 
 
 def repair(root: Path, findings: list[Finding]) -> None:
-    """Remove what is damaged and make again what is made from rows, shards or a student on this machine.
+    """Remove damaged artefacts and recreate those that can be made from rows, shards or a student on this machine.
 
-    Damaged checkpoints are removed while an intact one is left; students are left to `pst train`, which goes back to
-    the last intact checkpoint. Raises InputError when `root` is not a run directory, whose config says how.
+    Damaged checkpoints are removed if an intact one is left. Students are left to `pst train`, which returns to the
+    newest intact checkpoint. Raises InputError when `root` is not a run directory with a saved config.
     """
     if not (root / RESOLVED).is_file():
         raise InputError("is not a run directory: it has no saved config", "run the commands named above", path=root)
@@ -215,7 +215,7 @@ def repair(root: Path, findings: list[Finding]) -> None:
         if finding.kind == "checkpoint" and finding.is_problem:
             folder = finding.path if finding.path.name.startswith("checkpoint-") else finding.path.parent
             if folder.parent in intact:
-                log.warning("removing damaged %s: an intact one is left", folder)
+                log.warning("removing damaged %s; an intact checkpoint is left", folder)
                 shutil.rmtree(folder, ignore_errors=True)
     config = load_config(str(root))
     _rebuild(config, bad)
@@ -230,7 +230,7 @@ def _rebuild(config: Config, bad: set[str]) -> None:
     if "embeddings" in bad:
         make_embeddings(config)
     if "student" in bad:
-        return  # scores and export would be of the damaged one
+        return  # scores and export would belong to the damaged student
     for arm in expand_arms(config):
         if "evaluation" in bad:
             evaluate(arm, rebuild=True)

@@ -1,7 +1,7 @@
-"""Values that reach a script, a URL, a header or a listing must be one visible line: one check for all of them.
+"""The check for values that go into a script, a URL, a header or a listing: each must be one visible line.
 
-A newline in a name becomes a command of its own in a batch script and a header of its own in a request; other control
-characters and changes of writing direction hide from a person what a machine reads.
+A newline in a name would become a separate command in a batch script and a separate header in a request; other control
+characters and changes of writing direction hide from people what a machine reads.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import unicodedata
 from pst_dist.errors import ConfigError
 
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode's categories: control characters, lone surrogates (bytes that are no text), line and paragraph separators."""
+"""Unicode categories: control characters, lone surrogates (undecodable bytes), line and paragraph separators."""
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def hidden_character(value: str) -> str | None:
-    """The first character that may not be in such a value, as `U+000A`; None when all of it is plain."""
+    """The first forbidden character of a value, as `U+000A`; None when there is none."""
     for character in value:
         if unicodedata.category(character) in _REFUSED or character in _DIRECTION:
             return f"U+{ord(character):04X}"
@@ -30,7 +30,7 @@ def has_scheme(value: str) -> bool:
 
 
 def plain(value: str, what: str) -> str:
-    """The value itself; raises ConfigError, naming `what` it is, when it holds such a character."""
+    """The value itself; raises ConfigError, saying `what` it is, when it contains a forbidden character."""
     found = hidden_character(value)
     if found is not None:
         raise ConfigError(f"{what} contains the control character {found}", "remove it: the value must be one line")

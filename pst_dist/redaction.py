@@ -1,8 +1,8 @@
-"""Passwords and tokens out of everything that is written or printed: one function, `redact`, that every writer uses.
+"""Removes passwords and tokens from everything that is written or printed: every writer uses `redact`.
 
-Writers are the command record, the resolved config, log lines, error messages, trackers and the listings of jobs;
-reports and model cards show only what those have written. What counts as a secret is below, and nothing is guessed
-from its value: a secret that is written in another way is not recognised. The best place for one is the environment.
+Writers are the command record, the resolved config, log lines, error messages, trackers and job listings; reports and
+model cards show only what those have written. `redact` lists what counts as a secret; nothing is guessed from a value,
+so a secret in another form is not recognised. The best place for a secret is the environment.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 MARK = "***"
 _NAME = r"(?:token|secret|password|passwd|pwd|api[_-]?key|access[_-]?key|secret[_-]?key|signature|sig|credentials?)"
 _MOST = 2048
-"""Longest secret that is looked for, so that every pattern runs in linear time."""
+"""Length limit of a secret, so that every pattern runs in linear time."""
 _USER_INFO = re.compile(
-    # `://` USER:PASSWORD `@`, up to the last @ before the path. A password may hold / and @ although it should not;
+    # `://` USER:PASSWORD `@`, up to the last @ before the path. A password may contain / and @ although it should not;
     # digits and a / after the colon are a port, not a password.
     rf"(?<=://)(?:(?!\w[\w.-]{{0,253}}:\d{{1,5}}/)[^\s/?#@:'\"<>]{{0,{_MOST}}}:[^\s'\"<>]{{0,{_MOST}}}@"
-    # TOKEN `@` alone is a secret of the web's protocols; elsewhere it is a user's name, which is needed and harmless.
+    # For http and https, `TOKEN@` alone is a secret; in other schemes it is a user name, which is needed and harmless.
     rf"|(?<=https://)[^\s/?#'\"<>]{{1,{_MOST}}}@|(?<=http://)[^\s/?#'\"<>]{{1,{_MOST}}}@)"
 )
 _NAMED = re.compile(rf"(?i)({_NAME}=)[^\s&;,'\"<>]{{1,{_MOST}}}")
-"""`?X-Amz-Signature=…`, `env.WANDB_API_KEY=…`: the last word of the name says what it is."""
+"""`?X-Amz-Signature=…`, `env.WANDB_API_KEY=…`: recognised by the last word of the name."""
 _BEARER = re.compile(rf"(?i)\b((?:bearer|basic)\s)[\w.~+/=-]{{8,{_MOST}}}")
 _KNOWN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_)[A-Za-z0-9_]{16,255}")
 
@@ -33,9 +33,9 @@ _KNOWN = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_)[A-Za-z0-9_]{16,255}")
 def redact(text: str) -> str:
     """The text with every password and token replaced by `***`.
 
-    Recognised are `USER:PASSWORD@` (and for http `TOKEN@`) in a URL; `NAME=VALUE` where the name ends in token, secret,
-    password, key and the like, as in a URL's query or an environment variable; `Bearer …`; and tokens of the Hugging
-    Face hub and GitHub.
+    It recognises `USER:PASSWORD@` (and for http `TOKEN@`) in a URL; `NAME=VALUE` where the name ends in token, secret,
+    password, key and the like, as in a URL's query or an environment variable; `Bearer …` and `Basic …`; and tokens of
+    the Hugging Face hub and GitHub.
     """
     if "@" in text:
         text = _USER_INFO.sub(f"{MARK}@", text)
@@ -45,7 +45,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(value: Any) -> Any:
-    """The same for every string inside dicts, lists and tuples."""
+    """`redact` for every string inside dicts, lists and tuples."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -56,20 +56,20 @@ def redact_values(value: Any) -> Any:
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter of log lines, tracebacks included, that leaves secrets out."""
+    """A log formatter that redacts secrets, also in tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """The formatted record without secrets."""
         return redact(super().format(record))
 
 
 def redacted_command(words: Sequence[str]) -> str:
-    """A command line as a shell would take it, less its secrets."""
+    """A command line quoted for a shell, without its secrets."""
     return shlex.join(redact(_whole(word)) for word in words)
 
 
 def _whole(word: str) -> str:
-    """A `NAME=VALUE` word whose name is a secret's: all of the value goes, blanks and quotes too."""
+    """A word with its value replaced when it is a `NAME=VALUE` secret, even if the value has blanks or quotes."""
     name, given, _ = word.partition("=")
     return f"{name}={MARK}" if given and re.search(rf"(?i){_NAME}$", name) else word
 
@@ -80,7 +80,7 @@ def has_secret(text: str) -> bool:
 
 
 def is_redacted(text: str) -> bool:
-    """Whether a secret was taken out of this text, so that it is not what it was."""
+    """Whether a secret was removed from this text, so that it cannot be used as it is."""
     return bool(_REDACTED.search(text))
 
 

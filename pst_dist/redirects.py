@@ -1,4 +1,4 @@
-"""Requests that carry a token and follow redirects: the token goes only to the origin for which it was meant."""
+"""Requests that carry a token and follow redirects: the token is sent only to its original origin."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class SameOriginToken(urllib.request.HTTPRedirectHandler):
-    """Follows redirects; sends `Authorization` on only to the same scheme, host and port."""
+    """Follows redirects; keeps `Authorization` only for the same scheme, host and port."""
 
     def redirect_request(self, request: Any, *details: Any) -> urllib.request.Request | None:
-        """The request to the new address; urllib's own would send it every header of the old one."""
+        """The request to the new address; urllib's own handler would send it every header of the old request."""
         new = super().redirect_request(request, *details)
         if new is not None and origin(new.full_url) != origin(request.full_url):
             new.remove_header("Authorization")

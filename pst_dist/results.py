@@ -1,4 +1,4 @@
-"""What the Python API returns: plain values with their units, which convert to a pandas frame.
+"""The results that the Python API returns: plain values with units, convertible to a pandas frame.
 
 Everything is read from the run directory, where the stages have written it.
 """
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
-    """A pandas frame with one row a mapping; raises EnvironmentFault without pandas."""
+    """A pandas frame with one row per mapping; raises EnvironmentFault without pandas."""
     try:
         import pandas
     except ImportError as error:
-        raise EnvironmentFault("a frame needs pandas", "pip install pandas") from error
+        raise EnvironmentFault("to_frame needs pandas", "pip install pandas") from error
     return pandas.DataFrame(list(rows))
 
 
@@ -40,26 +40,26 @@ class TrainResult:
     steps: int
     """Optimizer steps."""
     seconds: float
-    """Training time over all starts, without validation and checkpoints."""
+    """Training time over all starts, excluding validation and checkpoints."""
     tokens: int
-    """Tokens of all sequences trained on, padding not counted."""
+    """Tokens of all sequences trained on, excluding padding."""
     metric: str
-    """What the best step was chosen by: answer_nll or accuracy."""
+    """The metric that chose the best step: answer_nll or accuracy."""
     best_step: int
     best_value: float | None
     """The metric at the best step; None without validation rows."""
     history: tuple[dict[str, Any], ...] = field(repr=False)
     """A dict for each logged step: step, epoch, loss, the raw terms (answer_nll, rationale_nll, alignment) and more."""
     validation: tuple[dict[str, Any], ...] = field(repr=False)
-    """A dict for each look at the validation rows: step and the metrics."""
+    """A dict for each validation: step and the metrics."""
 
     def to_frame(self) -> pandas.DataFrame:
-        """The history, one row for each logged step."""
+        """The history, one row per logged step."""
         return frame_of(self.history)
 
     @classmethod
     def of(cls, config: Config, record: TrainingResult) -> TrainResult:
-        """From what the training of a config returned and the metrics it wrote."""
+        """From a training's record and the metrics it wrote."""
         from pst_dist.config.run_dir import run_dir
         from pst_dist.storage.manifest import read_lines
 
@@ -88,9 +88,9 @@ class ScoredRow:
     question: str
     gold: str
     prediction: str | None
-    """The cleansed answer; None where the text holds none."""
+    """The parsed answer; None if the text contains none."""
     answer_text: str
-    """The student's answer as it was generated."""
+    """The student's answer as generated."""
     correct: bool
     answer_tokens: int
     complete: bool
@@ -101,9 +101,9 @@ class ScoredRow:
     similarity: float | None = None
     """Cosine of the two rationales' centred embeddings."""
     thought_first: bool | None = None
-    """Adaptive students only: whether this answer was thought about first."""
+    """Adaptive students only: whether it thought before this answer."""
     probability_at_once: float | None = None
-    """Adaptive students only: the probability of the answer at once."""
+    """Adaptive students only: the probability of the immediate answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,36 +118,36 @@ class EvaluationResult:
     """Rows scored."""
     correct: int
     accuracy: float
-    """Share of right answers, 0 to 1."""
+    """Share of correct answers, 0 to 1."""
     accuracy_stderr: float
     """Its binomial standard error, sqrt(p (1 - p) / n)."""
     chance: float | None
-    """Expected accuracy of blind guessing; None where the allowed answers cannot be counted."""
+    """Expected accuracy of blind guessing; None when the allowed answers cannot be counted."""
     majority: float
     """Accuracy of always giving the most frequent answer."""
     unparsed: int
-    """Rows whose answer text holds no answer."""
+    """Rows whose text contains no answer."""
     incomplete: int
-    """Rows whose answer never reached its stop token."""
+    """Rows whose answer did not reach its stop token."""
     tokens: float
     """Mean tokens to the answer."""
     tokens_stderr: float
     """Standard error of that mean."""
     milliseconds: float | None
-    """Median wall time to the answer, one question at a time; None where it was not measured."""
+    """Median wall time to the answer, one question at a time; None if not measured."""
     rationale_similarity: float | None
-    """Mean cosine to the teacher's rationales; None where it was not measured."""
+    """Mean cosine to the teacher's rationales; None if not measured."""
     rows: tuple[ScoredRow, ...] = field(repr=False)
     details: dict[str, Any] = field(repr=False)
     """All of results.json: percentiles, device, digests, the training's summary."""
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row for each scored row."""
+        """One row per scored row."""
         return frame_of(asdict(row) for row in self.rows)
 
     @classmethod
     def of(cls, config: Config, results: dict[str, Any]) -> EvaluationResult:
-        """From what the evaluation of a config returned and the scored rows it wrote."""
+        """From an evaluation's results and the scored rows it wrote."""
         from pst_dist.config.run_dir import run_dir
         from pst_dist.evaluation.evaluate import SAMPLES
         from pst_dist.storage.manifest import read_lines
@@ -184,11 +184,11 @@ class ArmResult:
 
     arm: str
     config: Config = field(repr=False)
-    """This arm's own config; `evaluate`, `export` and `train` take it."""
+    """This arm's config, to pass to `evaluate`, `export` and `train`."""
     output_dir: Path
     training: TrainResult
     evaluation: EvaluationResult
-    """Scores of the split that evaluate.split names, the test rows by default."""
+    """Scores on the split named by evaluate.split, by default the test rows."""
     export: Path
     """A folder that plain transformers loads."""
     report: Path
@@ -206,7 +206,7 @@ class RunResult:
     """The HTML page of the run; with several arms, the page that compares them."""
 
     def __getitem__(self, arm: str) -> ArmResult:
-        """The arm of this name; raises KeyError with the names there are."""
+        """The arm of this name; raises KeyError listing the arms of the run."""
         for one in self.arms:
             if one.arm == arm:
                 return one
@@ -216,7 +216,7 @@ class RunResult:
         return iter(self.arms)
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row for each arm: its scores, tokens and training."""
+        """One row per arm: its scores, tokens and training."""
         return frame_of(
             {
                 "arm": one.arm,

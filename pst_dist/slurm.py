@@ -1,4 +1,4 @@
-"""`python -m pst_dist.slurm`: the arguments of one Slurm array task, for `cluster/train.sbatch` and copies of it."""
+"""`python -m pst_dist.slurm`: prints one Slurm array task's arguments, for `cluster/train.sbatch` and its copies."""
 
 import sys
 

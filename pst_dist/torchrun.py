@@ -1,8 +1,7 @@
 """`python -m pst_dist.torchrun …`: torchrun that ends with the exit code of the rank that failed first.
 
-torchrun itself ends with 1 whatever its ranks said, and a batch script must tell "saved, run me again" (75) from a
-mistake (2) and a lost peer (7). Arguments and everything else are torchrun's own; which ranks are started where is the
-launcher's business, and what they do is `pst_dist.train`'s.
+torchrun itself always ends with 1, but a batch script must distinguish "saved, run me again" (75) from a mistake (2)
+and a lost peer (7). Arguments and everything else are torchrun's own; `pst_dist.train` is what the ranks run.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from pst_dist.errors import EnvironmentFault, PstError
 
 
 def exit_code_of(rank_code: int) -> int:
-    """A process's exit code as a shell gives it: 128 + number when a signal ended it (`-number` in Python)."""
+    """An exit code as a shell reports it: 128 + number for a process that a signal ended (`-number` in Python)."""
     return 128 - rank_code if rank_code < 0 else rank_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun in this process; signals that were ignored when it started stay the ranks' own affair.
+    """Run torchrun in this process; it does not forward SIGTERM when SIGTERM was ignored at its start.
 
-    Returns 4, after one line, when the nodes did not find one another in time.
+    Returns 4, after printing one line, when the nodes did not find each other in time.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -37,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *words]
     options = parser.parse_args(words)
     if options.max_restarts:
-        # Else ranks that are started again find the dead ones' addresses in the store that they share with torchrun,
-        # and wait for them (pytorch#135712).
+        # Otherwise restarted ranks find the dead ranks' addresses in the store that they share with torchrun, and wait
+        # for them (pytorch#135712).
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(options)

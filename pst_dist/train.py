@@ -3,7 +3,7 @@
     deepspeed --num_gpus 8 --module pst_dist.train config.yaml train.deepspeed=zero2
     torchrun --standalone --nproc_per_node 2 -m pst_dist.train config.yaml train.deepspeed=zero1
 
-Shards and embeddings must be there (`pst shard`, `pst embed`). Started again, it goes on from the newest valid
+Shards and embeddings must exist (`pst shard`, `pst embed`). When run again, it resumes from the newest valid
 checkpoint.
 """
 
@@ -17,7 +17,7 @@ from pst_dist.cli.main import run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; the exit code is that of `pst train`."""
+    """Train; returns the exit code of `pst train`."""
     return run_verb(["train", *(sys.argv[1:] if arguments is None else arguments)])
 
 

@@ -296,7 +296,7 @@ def test_a_missing_answer_is_refused_by_its_row(tmp_path):
         (["demo", "+papr_t5"], {}, InputError, ["did you mean +paper_t5?"]),
         (["demo", "max_steps"], {}, ConfigError, ["is not key.sub=value"]),
         (["demo", {"seed": 1}], {}, ConfigError, ["keywords"]),
-        ([{"seed": 1}], {}, ConfigError, ["a config is a path"]),
+        ([{"seed": 1}], {}, ConfigError, ["expected the path or name of a config"]),
         ([None], {"train": ROWS}, ConfigError, ['data={"train": rows}']),
         ([None], {"test": ROWS}, ConfigError, ['data={"test": rows}']),
         ([None], {"data": ROWS}, ConfigError, ['data={"train": rows}']),
@@ -398,7 +398,7 @@ def test_one_arm_at_a_time(tmp_path):
 def test_without_a_student_the_remedy_is_named(tmp_path):
     with pytest.raises(InputError, match="pst train"):
         pst_dist.load_student(tmp_path / "none")
-    with pytest.raises(InputError, match="a path, got list"):
+    with pytest.raises(InputError, match="path of a student's folder, got list"):
         pst_dist.load_student([tmp_path])
     for arm in ("pst", "prefix"):
         (tmp_path / arm / "best").mkdir(parents=True)
@@ -472,7 +472,7 @@ def test_a_question_that_cannot_be_asked_is_named(student, questions, words):
 
 
 def test_settings_of_a_question_are_checked(student):
-    with pytest.raises(InputError, match="think_below is for students of arm adaptive"):
+    with pytest.raises(InputError, match="think_below applies to the arm adaptive only"):
         student.ask("2 + 3?", think_below=0.5)
     with pytest.raises(InputError, match="batch_size is 0"):
         student.ask_many(["2 + 3?"], batch_size=0)

@@ -227,7 +227,7 @@ def test_a_control_character_reaches_no_script_url_header_or_command(tmp_path, m
 
 
 def test_an_environment_variable_of_a_job_has_a_plain_name():
-    with pytest.raises(ConfigError, match="names no environment variable"):
+    with pytest.raises(ConfigError, match="is not a valid environment variable"):
         read_words(["env.A;touch x=1"])
 
 

@@ -1,4 +1,4 @@
-"""The `pst` command: its verbs, their help, and what they print.
+"""The `pst` command: its verbs, their help, and their output.
 
 May import everything; only `pst_dist.train` imports it.
 """

@@ -1,6 +1,6 @@
-"""The verbs that change nothing in a run: check, preview, plan, doctor, verify, config.
+"""The verbs that do not change a run: check, preview, plan, doctor, verify, config.
 
-The work of a verb is imported when it runs, so that `pst --help` stays fast.
+Each verb imports what it needs when it runs, so that `pst --help` stays fast.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pst_dist.errors import ConfigError
 
 
 @verb(
-    "read the rows and say what is wrong with them",
+    "read the rows and report problems in them",
     "pst check rows.jsonl",
     Option(
         "config", help="config file, run directory, ready-made name, or the rows themselves (a file, hf:… or gen:…)"
@@ -28,10 +28,10 @@ def check(arguments: argparse.Namespace) -> int:
     from pst_dist.diagnostics.rows import check
 
     if is_rows(arguments.config):
-        # A shell may have expanded a pattern into several files. Quoted, because YAML reads `*` as an alias.
+        # A shell may have expanded a pattern into several files. JSON quotes them, because YAML reads `*` as an alias.
         files = [arguments.config, *(word for word in arguments.overrides if "=" not in word and is_rows(word))]
         rest = [word for word in arguments.overrides if word not in files]
-        # Nothing is held out of files that are only looked at.
+        # No validation rows are held out, because the files are only inspected.
         words = [f"data.train={json.dumps(files if len(files) > 1 else files[0])}", "data.validation_size=0", *rest]
         config = load_config(None, words)
     else:
@@ -43,14 +43,14 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _at_least_one(text: str) -> int:
-    """A number of rows, for argparse."""
+    """A positive number of rows, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of rows")
     return int(text)
 
 
 @verb(
-    "show the tokens of some rows and the loss each one carries",
+    "show the tokens of some rows and which loss each one carries",
     "pst preview my.yaml -n 2",
     CONFIG,
     OVERRIDES,
@@ -75,7 +75,7 @@ def _machine_words() -> str:
 
 
 @verb(
-    "what a run will cost: memory, checkpoints, time",
+    "estimate what a run will cost: memory, checkpoints, time",
     "pst plan my.yaml nodes=4 gpus=8",
     CONFIG,
     OVERRIDES,
@@ -92,14 +92,15 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "what on this machine would stop a run, and the remedy",
+    "find what on this machine would stop a run, with remedies",
     "pst doctor my.yaml nodes=2 gpus=8",
     Option("config", nargs="?", help="config file, run directory, ready-made name, or a first report"),
     overrides(
-        "keys of the config, nodes=N gpus=N (or CPU ranks, each), hostfile=PATH; or further reports to compare", "word"
+        "keys of the config, nodes=N, gpus=N (per node; or CPU ranks), hostfile=PATH; or more reports to compare",
+        "word",
     ),
-    Option("--report", metavar="FILE.json", help="also write what this node has, to compare with others"),
-    Option("--compare", action="store_true", help="say how the nodes of several reports differ"),
+    Option("--report", metavar="FILE.json", help="also write the facts about this node, to compare it with others"),
+    Option("--compare", action="store_true", help="show how the nodes of several reports differ"),
     on=("embed.backend", "train.backend"),
 )
 def doctor(arguments: argparse.Namespace) -> int:
@@ -109,7 +110,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     words = [word for word in (arguments.config, *arguments.overrides) if word is not None]
     if arguments.compare or (len(words) > 1 and all(word.endswith(".json") for word in words)):
         if len(words) < 2:
-            raise ConfigError("one report compares with nothing", "pst doctor a.json b.json")
+            raise ConfigError("a comparison needs at least two reports", "pst doctor a.json b.json")
         findings = examine.compare_reports([Path(word) for word in words])
     else:
         name = words.pop(0) if words and "=" not in words[0] else None
@@ -152,11 +153,11 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "print the resolved config, its schema, or the ready-made ones",
+    "print the resolved config, the schema, or the ready-made configs",
     "pst config my.yaml",
     MAYBE_CONFIG,
     OVERRIDES,
-    Option("--schema", action="store_true", help="print the JSON schema of all keys, with their help"),
+    Option("--schema", action="store_true", help="print the JSON schema of all keys, with descriptions"),
     Option("--list", action="store_true", help="list the ready-made configs, the overlays and the arms"),
 )
 def config(arguments: argparse.Namespace) -> int:

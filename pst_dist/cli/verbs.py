@@ -1,7 +1,7 @@
-"""The verbs that make a run, stage by stage or as a whole, and those that use it: each reads its config, calls the
+"""The verbs that do a run, stage by stage or as a whole, and those that use one. Each reads its config, calls the
 stage, and prints the result.
 
-The work of a verb is imported when it runs, so that `pst --help` stays fast.
+Each verb imports what it needs when it runs, so that `pst --help` stays fast.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def embed(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "train the student; resumes by itself",
+    "train the student; resumes automatically",
     "pst train my.yaml train.deepspeed=zero2",
     CONFIG,
     OVERRIDES,
     REBUILD,
-    # The deepspeed launcher appends it; the rank comes from LOCAL_RANK.
+    # The deepspeed launcher adds it; the rank comes from LOCAL_RANK.
     Option("--local_rank", type=int, help=argparse.SUPPRESS),
     on=("train.backend",),
 )
@@ -77,7 +77,7 @@ def train(arguments: argparse.Namespace) -> int:
     whole = lasting_config_of(arguments)
     with contextlib.ExitStack() as stack:
         if len(whole.arms) > 1 and ranks.world_size > 1:
-            # One group for all arms: ranks that meet again in a launcher's store read the addresses of the first time.
+            # One group for all arms: a second rendezvous in a launcher's store would read the addresses of the first.
             with_deepspeed = whole.train.deepspeed is not None
             patience = whole.train.timeout_seconds
             stack.enter_context(process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience))
@@ -88,7 +88,7 @@ def train(arguments: argparse.Namespace) -> int:
                 result = make_student(config, rebuild=arguments.rebuild)
             if not is_main:
                 continue
-            chosen = "no validation rows: the last step is kept"
+            chosen = "no validation rows, so the last step is kept"
             if result.best_value is not None:
                 chosen = f"best at step {result.best_step} ({result.metric} {result.best_value:.4f} on validation)"
             print(f"{config.output_dir}: {result.steps} steps in {result.seconds:.1f} s, {chosen}")
@@ -113,7 +113,7 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
 
 
 @verb(
-    "write the student as a plain Hugging Face model",
+    "export the student as a plain Hugging Face model",
     "pst export runs/demo/pst",
     CONFIG,
     OVERRIDES,
@@ -121,7 +121,7 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
     Option(
         "--lm-eval",
         action="store_true",
-        help="also write the test rows as a task of the lm-evaluation-harness, and print its command",
+        help="also write the test rows as a task for the lm-evaluation-harness, and print its command",
     ),
 )
 def export(arguments: argparse.Namespace) -> int:
@@ -146,8 +146,8 @@ def export(arguments: argparse.Namespace) -> int:
         "--think-below",
         type=float,
         metavar="P",
-        help="an adaptive student thinks first where its answer has a probability under this (0 never, 2 always); "
-        "the default is what `pst evaluate` chose",
+        help="an adaptive student thinks first when the probability of its answer is below this (0 never, 2 always); "
+        "defaults to the threshold that `pst evaluate` chose",
     ),
 )
 def answer(arguments: argparse.Namespace) -> int:
@@ -164,8 +164,8 @@ def answer(arguments: argparse.Namespace) -> int:
         )
         print(answer.text)
         if arguments.explain:
-            silent = "wrote none" if student.format.writes_rationale else "was not taught to explain"
-            silent = silent if answer.complete else "never ended its answer"
+            silent = "wrote none" if student.format.writes_rationale else "was not trained to explain"
+            silent = silent if answer.complete else "did not finish its answer"
             print(f"because: {answer.rationale or f'(this student {silent})'}")
         logging.getLogger("pst_dist").info(
             "%d tokens, %.1f ms to the answer%s",
@@ -176,7 +176,7 @@ def answer(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@verb("draw the plots and the page of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
+@verb("write the plots and the page of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
 def report(arguments: argparse.Namespace) -> int:
     from pst_dist.pipeline import compare_arms
     from pst_dist.publish.run_page import report
@@ -190,7 +190,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "put finished runs side by side",
+    "compare finished runs side by side",
     "pst compare runs/demo/pst runs/demo/answer_only",
     Option("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows"),
     Option("-o", "--output", metavar="PAGE.html", help="also write an HTML page"),
@@ -211,7 +211,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "all stages, skipping those already complete",
+    "do all stages, skipping completed ones",
     "pst run my.yaml arms=[pst,answer_only]",
     CONFIG,
     OVERRIDES,
@@ -242,7 +242,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "all stages on an embedded task, no data needed",
+    "do all stages on a built-in task; needs no data",
     "pst demo",
     OVERRIDES,
     REBUILD,

@@ -1,4 +1,4 @@
-"""What the words after a verb mean: the config, its overrides, and `on=ray`."""
+"""Parses the arguments after a verb: the config, its overrides, and `on=ray`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
-    """The config that the command line names, with its overrides."""
+    """The config named on the command line, with its overrides."""
     from pst_dist.config.loading import load_config
 
     return load_config(arguments.config, spell_on(arguments.overrides, arguments.on))
 
 
 def finished_config_of(arguments: argparse.Namespace, verb: str) -> Config:
-    """The same for a verb that uses a finished run: refuses an override that would have no effect on `verb`."""
+    """The same for a verb that uses a finished run; refuses overrides that have no effect on `verb`."""
     from pst_dist.config.effect import given_keys, refuse_without_effect
 
     config = config_of(arguments)
@@ -29,7 +29,7 @@ def finished_config_of(arguments: argparse.Namespace, verb: str) -> Config:
 
 
 def lasting_config_of(arguments: argparse.Namespace) -> Config:
-    """The same for a verb that writes: refuses folders that would vanish with a job of Ray."""
+    """The same for a verb that writes; refuses folders that would be deleted with a Ray job."""
     from pst_dist.config.run_dir import check_lasting
 
     config = config_of(arguments)
@@ -38,15 +38,15 @@ def lasting_config_of(arguments: argparse.Namespace) -> Config:
 
 
 def spell_on(words: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """The words with `on=ray` or `on=local` as values of `keys`; raises ConfigError for another place.
+    """The words with `on=ray` or `on=local` replaced by values of `keys`; raises ConfigError for another value.
 
-    It is no key of a file: YAML reads a bare `on` as true. Without `keys` it is a word like any other.
+    `on` cannot be a config key because YAML reads a bare `on` as true. Without `keys` it is not special.
     """
     spelt: list[str] = []
     for word in words:
         if keys and word.startswith("on="):
             if word not in ("on=ray", "on=local"):
-                raise ConfigError(f"{word}: there is no such place", "write on=ray or on=local")
+                raise ConfigError(f"{word}: unknown value", "use on=ray or on=local")
             spelt += [f"{key}={word.removeprefix('on=')}" for key in keys]
         else:
             spelt.append(word)
@@ -56,7 +56,7 @@ def spell_on(words: Sequence[str], keys: Sequence[str]) -> list[str]:
 def gather_overrides(unknown: Sequence[str]) -> list[str]:
     """`--key.sub value` and `--key.sub=value` as `key.sub=value`; raises ConfigError for a flag without a value.
 
-    `unknown` also has the plain `key.sub=value` and `+NAME` that follow an option, where argparse ends their list.
+    `unknown` also contains plain `key.sub=value` and `+NAME` after an option, because argparse ends its list there.
     """
     words: list[str] = []
     rest = list(unknown)

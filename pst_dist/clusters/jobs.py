@@ -1,8 +1,8 @@
-"""The launcher interface: how `pst submit NAME` hands a run to a kind of cluster and follows it there.
+"""The launcher interface: how `pst submit NAME` submits a run to a kind of cluster and follows it.
 
 A launcher is a folder here, `clusters/NAME/`: `submit.py` defines `LAUNCHER`, and the `WORDS` of its `__init__.py` are
-its help. A package of your own brings one by an entry point of the group `pst_dist.launchers` that names an instance
-or a subclass of `Launcher`. Nothing is imported until its name is asked for.
+its help. A package of your own adds a launcher with an entry point in the group `pst_dist.launchers` that names an
+instance or a subclass of `Launcher`. A launcher is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GROUP = "pst_dist.launchers"
 Say = Callable[[str], None]
-"""Takes each line that a person should see, as it comes."""
+"""Called with each line for the user, as it arrives."""
 
 
 @dataclass(frozen=True)
@@ -32,40 +32,40 @@ class Submission:
 
     config: Config
     request: Any
-    """The launcher's own: its words, parsed."""
+    """The launcher's own options, parsed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that the cluster knows."""
+    """A job on the cluster."""
 
     name: str
-    """The cluster's own number or name for it."""
+    """The cluster's number or name of the job."""
     place: str = ""
-    """Where to ask about it, such as a dashboard's address; empty when there is one place."""
+    """Where to ask about the job, such as a dashboard's address; empty when there is only one place."""
     submitted: str = ""
     """The line that announces a new job."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where a job stands."""
+    """The state of a job."""
 
     line: str
-    """For people."""
+    """The state in words."""
     exit_code: int | None
-    """That of the job's command, 128 + number after a signal; None until it has ended."""
+    """Exit code of the job's command, 128 + number after a signal; None until it has ended."""
 
 
 class Launcher(abc.ABC):
     """One kind of cluster. The methods are called in this order, and only `submit` changes anything."""
 
     checks: frozenset[str] = frozenset()
-    """The checks of `pst doctor`, by subject, whose result here also holds where the job will run."""
+    """The checks of `pst doctor`, by subject, whose result on this machine also holds where the job will run."""
 
     @abc.abstractmethod
     def parse(self, config: str, words: Sequence[str]) -> Submission:
-        """Tell the job's own words from keys of the config and load the config; raises ConfigError or InputError."""
+        """Separate the launcher's options from config keys and load the config; raises ConfigError or InputError."""
 
     @abc.abstractmethod
     def render(self, submission: Submission) -> str:
@@ -73,36 +73,36 @@ class Launcher(abc.ABC):
 
     @abc.abstractmethod
     def check(self, submission: Submission) -> None:
-        """Raises a PstError when the cluster cannot be reached or the job could never start or never work."""
+        """Raises a PstError when the cluster cannot be reached, or when the job could never start or never succeed."""
 
     @abc.abstractmethod
     def submit(self, submission: Submission, say: Say) -> Job:
-        """Submit, or raise with nothing left behind."""
+        """Submit the job; on an error, nothing is left behind."""
 
     @abc.abstractmethod
     def find(self, name: str, words: Sequence[str]) -> Job:
-        """A job that was submitted earlier; `words` say where to look. Raises ConfigError for what is no job's name."""
+        """A job that was submitted earlier; `words` say where. Raises ConfigError when `name` is not a job name."""
 
     @abc.abstractmethod
     def status(self, job: Job) -> Status:
-        """Where a job stands now; raises InputError or EnvironmentFault when the cluster does not know."""
+        """The state of a job now; raises InputError or EnvironmentFault when the cluster cannot tell."""
 
     @abc.abstractmethod
     def follow(self, job: Job, say: Say) -> int:
-        """Say the job's changes of state and its log until it has ended; returns its exit code. Never touches it."""
+        """Report the job's state changes and its log until it has ended; returns its exit code. Read-only."""
 
     @abc.abstractmethod
     def look_again(self, job: Job) -> str:
-        """How to follow the job again and how to end it, on one line."""
+        """How to follow the job again and how to cancel it, on one line."""
 
 
 def launcher_names() -> list[str]:
-    """The names that `pst submit` takes: folders here, then entry points."""
+    """The names that `pst submit` accepts: folders here and entry points, sorted."""
     return sorted({*_folders(), *_entry_points()})
 
 
 def words_of_folders() -> str:
-    """The help of the launchers that are folders here: the words that each takes besides keys of the config."""
+    """The help of the launchers that are folders here: the options that each takes besides config keys."""
     return "\n".join(importlib.import_module(f"pst_dist.clusters.{name}").WORDS for name in _folders())
 
 
@@ -114,15 +114,17 @@ def load_launcher(name: str) -> Launcher:
         try:
             found = points[name].load()
             found = found() if isinstance(found, type) else found
-        except Exception as error:  # a package of somebody else's
+        except Exception as error:  # a third-party package may raise anything
             raise EnvironmentFault(
                 f"the launcher {name!r} of {points[name].value} cannot be loaded ({type(error).__name__}: {error})",
-                "see the package that brings it",
+                "repair or remove the package that provides it",
             ) from error
     else:
         raise ConfigError(f"there is no launcher {name!r}", f"choose from {', '.join(launcher_names())}")
     if not isinstance(found, Launcher):
-        raise EnvironmentFault(f"the launcher {name!r} is not a pst_dist.clusters.jobs.Launcher", "see its package")
+        raise EnvironmentFault(
+            f"the launcher {name!r} is not a pst_dist.clusters.jobs.Launcher", "repair or remove its package"
+        )
     return found
 
 
@@ -133,6 +135,6 @@ def _folders() -> list[str]:
 
 
 def _entry_points() -> dict[str, EntryPoint]:
-    import importlib.metadata  # slow, and only needed for a launcher that is no folder here
+    import importlib.metadata  # slow, and only needed for a launcher that is not a folder here
 
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}

@@ -1,8 +1,8 @@
-"""`pst verify DIR`: is every byte the one that was written, and does each artefact belong to the others?
+"""`pst verify DIR`: checks that every file is unchanged and that the artefacts of a run belong together.
 
-It trusts manifests only after their own digest, compares every file with them, names each one that differs, and says
-which command mends it. The stages make the same comparisons by themselves before they use anything; this is for a
-person who moved, copied or restored something, and `mend` makes again what can be made here.
+It checks each manifest's own digest first, then compares every file with its manifest, names each one that differs,
+and gives the command that repairs it. The stages make the same checks before they use an artefact; this is for people
+who moved, copied or restored files. `pipeline.repair` recreates what can be made here.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from pst_dist.storage.manifest import (
 log = logging.getLogger(__name__)
 State = Literal["intact", "damaged", "stale", "unfinished", "leftover"]
 _NAMES = {"shards": "shards", "embeddings": "embeddings", "best": "student", "export": "export"}
-"""Directories that should hold a manifest, by name; and `checkpoint-N`, and those in `eval`."""
+"""Directories that should contain a manifest, by name; so should `checkpoint-N` and those in `eval`."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One artefact, or one file of it that is not as it should be."""
+    """One artefact, or one bad file of it."""
 
     state: State
     kind: str
@@ -48,19 +48,19 @@ class Finding:
 
     @property
     def is_problem(self) -> bool:
-        """Whether a stage would refuse it; a leftover only takes room."""
+        """Whether a stage would refuse it; a leftover only takes space."""
         return self.state not in ("intact", "leftover")
 
     @property
     def line(self) -> str:
-        """For a person."""
+        """The finding as one line of text."""
         return f"{self.state:10s} {self.path}: {self.what}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 def verify(root: Path) -> list[Finding]:
-    """Everything that this project has made at or below `root`, in the order of paths; changes nothing.
+    """Check every artefact of this program at or below `root`, in the order of paths; changes nothing.
 
-    Raises InputError when there is nothing of it.
+    Raises InputError when there are none.
     """
     if not root.is_dir():
         raise InputError("no such directory", "give a run, data or model directory", path=root)
@@ -71,8 +71,8 @@ def verify(root: Path) -> list[Finding]:
     with progress("verify", total=files, unit="files") as bar:
         for folder, kind in folders:
             if kind is None:
-                what = f"{bytes_below(folder) / 2**20:.1f} MiB left by a command that was killed"
-                findings.append(Finding("leftover", "leftover", folder, what, "the same command removes it"))
+                what = f"{bytes_below(folder) / 2**20:.1f} MiB left behind by a killed command"
+                findings.append(Finding("leftover", "leftover", folder, what, "running that command again removes it"))
                 continue
             found, manifest = _check(folder, kind, bar)
             findings += found
@@ -80,12 +80,12 @@ def verify(root: Path) -> list[Finding]:
                 intact[folder.resolve()] = manifest
     findings += _links(intact)
     if not findings:
-        raise InputError("nothing here was made by this program", "give a run, data or model directory", path=root)
+        raise InputError("no artefacts of pst found", "give a run, data or model directory", path=root)
     return findings
 
 
 def _artefacts(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """(directory, kind) of what has or should have a manifest; kind None for what a killed command left."""
+    """(directory, kind) of everything that should have a manifest; kind None for leftovers of a killed command."""
     for folder in sorted([root, *(path for path in root.rglob("*") if path.is_dir())]):
         inside = folder.relative_to(root).parts
         if any(final_name(part) for part in inside[:-1]):
@@ -97,20 +97,20 @@ def _artefacts(root: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def _kind(folder: Path) -> str | None:
-    """What a directory should be; None when it is none of ours."""
+    """The kind of artefact in a directory; None if it is not ours."""
     if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.parent.name == "checkpoints":
         return "checkpoint"
     if folder.parent.name == "eval":
         return "evaluation"
     if (folder / MANIFEST).is_file():
         return kind_written_in(folder) or _NAMES.get(folder.name, "artefact")
-    # Others keep folders of such names too: only with files in them that look like ours.
+    # Other programs use such names too, so the folder must contain files that look like ours.
     ours = any(folder.glob("*.index.json")) or any(folder.glob("*.safetensors"))
     return _NAMES.get(folder.name) if ours else None
 
 
 def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manifest | None]:
-    """One artefact: a finding for each bad file, or one that says it is intact."""
+    """Check one artefact: a finding for each bad file, or a single one if it is intact."""
     remedy = REMAKE.get(kind, "")
     try:
         manifest = read_manifest(folder, kind)
@@ -135,17 +135,17 @@ def _check(folder: Path, kind: str, bar: Progress) -> tuple[list[Finding], Manif
 
 
 def _links(intact: dict[Path, Manifest]) -> Iterator[Finding]:
-    """Artefacts that are whole but were made from others than those that lie here now."""
+    """Artefacts that are intact but were made from others than the current ones."""
     for folder, manifest in intact.items():
         for kind, source, digest in _sources(folder, manifest):
             current = intact.get(source)
             if isinstance(digest, str) and current is not None and current.digest != digest:
-                what = f"made from other {kind} ({digest[:12]}, not {current.digest[:12]})"
+                what = f"made from different {kind} ({digest[:12]}, not {current.digest[:12]})"
                 yield Finding("stale", manifest.kind, folder, what, REMAKE.get(manifest.kind, ""))
 
 
 def _sources(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Path, Any]]:
-    """(what, where it lies, digest that was written down) of each thing an artefact was made from."""
+    """(kind, path, recorded digest) of each artefact that this one was made from."""
     extra = manifest.extra
     if manifest.kind == "embeddings":
         yield "shards", folder.parent / "shards", extra.get("shards_digest")
@@ -160,7 +160,7 @@ def _sources(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Path, Any]
 
 
 def _data_of(run: Path) -> Path:
-    """Where a run's shards lie, by the config that it saved."""
+    """The data directory of a run, according to its saved config."""
     try:
         return run_dir(load_config(str(run))).data.resolve()
     except PstError:

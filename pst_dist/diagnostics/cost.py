@@ -1,7 +1,7 @@
-"""What a run will cost before it starts: steps, memory a rank, checkpoints, embeddings, and how often to save.
+"""Estimates what a run will cost: steps, memory per rank, checkpoints, embeddings, and how often to save.
 
-Arithmetic on the config and the rows, without torch; every rule has its source beside it. Speeds are not guessed:
-without a measured one the plan says how to give it.
+Arithmetic on the config and the rows, without torch; every rule names its source. Speeds are not guessed: if none was
+measured, the plan says how to pass one.
 """
 
 # Letters in this file: P parameters (the student's and the alignment head's), N ranks
@@ -27,25 +27,25 @@ from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepsp
 GIB = 2**30
 _CHARACTERS_A_TOKEN = 4.0
 _BASE_BYTES = 34
-"""Bytes of activations a token, layer and unit of width in 16 bits, attention scores not kept (Korthikanti et al.,
+"""Bytes of activations per token, layer and unit of width in 16 bits, without attention scores (Korthikanti et al.,
 arXiv 2205.05198, equation 1 without its second term, which flash or memory-efficient attention does not store)."""
 
 
 class Machines(Section):
-    """What the run will be given; the words of `pst plan` that are no keys of the config."""
+    """The machines for the run: the arguments of `pst plan` that are not keys of the config."""
 
     nodes: int = Field(1, ge=1)
     """Machines."""
     gpus: int = Field(1, ge=1)
-    """Ranks on each: GPUs, or CPU ranks."""
+    """Ranks per machine: GPUs, or CPU ranks."""
     gpu_memory: float | None = Field(None, gt=0)
-    """Memory of one in GiB; the plan then says whether a rank fits."""
+    """Memory of one GPU in GiB; the plan then says whether a rank fits."""
     tokens_per_second: float | None = Field(None, gt=0)
     """Training speed of one rank, from the log of a short run."""
     texts_per_second: float | None = Field(None, gt=0)
     """Speed of one encoder, from `pst embed` or benchmarks/embed_throughput.py."""
     write_gb_per_second: float = Field(1.0, gt=0)
-    """What the shared file system takes from all ranks together, in GB/s."""
+    """Write speed of the shared file system for all ranks together, in GB/s."""
     node_hours_between_failures: float = Field(6300.0, gt=0)
     """Mean time between failures of one node. 6300 h is Llama 3's pre-training: 419 unexpected interruptions in 54
     days of 2048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4)."""
@@ -53,21 +53,21 @@ class Machines(Section):
 
 @dataclass(frozen=True)
 class Rows:
-    """The training rows, counted."""
+    """Counts of the training rows."""
 
     rows: int
     texts: int
-    """Rationales, which are what is embedded."""
+    """Rationales to embed."""
     tokens: float
     """Tokens of all training sequences of one epoch."""
     shard_bytes: int
     exact: bool
-    """Whether tokens are counted rather than taken to have four characters."""
+    """Whether tokens are counted; otherwise they are estimated at four characters each."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that one rank holds while training."""
+    """Bytes that one rank needs for training."""
 
     weights: float
     gradients: float
@@ -75,7 +75,7 @@ class RankMemory:
     activations: float
     loss_path: float
     buffers: float = 0.0
-    """In which gradients are gathered before they travel between ranks."""
+    """Buckets that collect gradients before they are sent between ranks."""
 
     @property
     def states(self) -> float:
@@ -84,13 +84,13 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return self.states + self.buffers + self.activations + self.loss_path
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; times are None where no speed was given."""
+    """The estimate; times are None if no speed was given."""
 
     config: Config
     machines: Machines
@@ -100,7 +100,7 @@ class Plan:
     steps: int
     global_batch: int
     micro_batches: int
-    """Forward passes of a rank in one step."""
+    """Forward passes per rank in one step."""
     memory: RankMemory
     by_stage: dict[int, RankMemory]
     checkpoint_bytes: float
@@ -109,18 +109,18 @@ class Plan:
     embedding_hours: float | None
     embedding_bytes: float
     failures: float | None
-    """Expected over the whole training."""
+    """Expected number over the whole training."""
     save_every_seconds: float
     save_every_steps: int | None
 
     @property
     def ranks(self) -> int:
-        """Over all nodes."""
+        """Ranks on all nodes."""
         return self.machines.nodes * self.machines.gpus
 
 
 def split_words(words: list[str]) -> tuple[list[str], Machines]:
-    """Words of the command line as overrides of the config and what the run is given; raises ConfigError."""
+    """Split command-line arguments into config overrides and the machines; raises ConfigError."""
     ours = [word for word in words if word.partition("=")[0] in Machines.model_fields]
     given = dict(word.partition("=")[::2] for word in ours)
     try:
@@ -133,7 +133,7 @@ def split_words(words: list[str]) -> tuple[list[str], Machines]:
 
 
 def make_plan(config: Config, machines: Machines) -> Plan:
-    """Work it all out. Raises what reading the rows or the student's config raises."""
+    """Compute the plan. Raises what reading the rows or the student's config raises."""
     train, ranks = config.train, machines.nodes * machines.gpus
     if ranks > 1 and train.deepspeed is None:
         raise ConfigError(f"{ranks} ranks but train.deepspeed is not set", "add train.deepspeed=zero1, zero2 or zero3")
@@ -185,7 +185,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
 
 
 def teacher_width(config: Config) -> int:
-    """Width of the encoder's vectors: MiniLM's, or what the folder of another says; 1024 where it cannot be seen."""
+    """Width of the encoder's vectors: MiniLM's, or from another encoder's config.json; 1024 if that is missing."""
     if config.embed.encoder == "minilm":
         return 384
     try:
@@ -202,7 +202,7 @@ def zero_stage(deepspeed: str | None) -> int | None:
     stage = _zero_section(deepspeed).get("stage", 0)
     if not is_stage(stage):
         raise ConfigError(
-            f"train.deepspeed: cannot read the stage: it is {shown(stage)}", "0, 1, 2 or 3", path=deepspeed
+            f"train.deepspeed: cannot read the ZeRO stage: it is {shown(stage)}", "use 0, 1, 2 or 3", path=deepspeed
         )
     return int(stage)
 
@@ -214,17 +214,17 @@ def _zero_section(deepspeed: str | None) -> dict[str, Any]:
     try:
         section = foreign_object(find_deepspeed_json(deepspeed)).get("zero_optimization", {})
     except InputError as error:
-        raise ConfigError(f"train.deepspeed: cannot read the stage: {error.what}", path=deepspeed) from error
+        raise ConfigError(f"train.deepspeed: cannot read the ZeRO stage: {error.what}", path=deepspeed) from error
     return section if isinstance(section, dict) else {}
 
 
 def rank_memory(
     config: Config, shape: ModelShape, parameters: int, stage: int, ranks: int, *, micro_tokens: int
 ) -> RankMemory:
-    """What one rank holds at a ZeRO stage (Rajbhandari et al., arXiv 1910.02054, section 3; Adam's K is 12 bytes).
+    """Memory of one rank at a ZeRO stage (Rajbhandari et al., arXiv 1910.02054, section 3; Adam's K is 12 bytes).
 
-    float32 training keeps 4 bytes each of weights and gradients; DeepSpeed's stages 1 to 3 hold a float32 copy of
-    their share beside Adam's two moments. bf16 at stage 1 and above halves weights and gradients.
+    float32 training needs 4 bytes each for weights and gradients; DeepSpeed's stages 1 to 3 keep a float32 copy of
+    their share in addition to Adam's two moments. bf16 at stage 1 and above halves weights and gradients.
     """
     half = config.train.bf16 and stage >= 1
     each, p, n = (2.0 if half else 4.0), float(parameters), float(ranks)
@@ -232,7 +232,7 @@ def rank_memory(
     per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
     activations = shape.layers * per_layer
     if config.student.gradient_checkpointing:
-        # One input a layer, and one layer made again at a time.
+        # The input of each layer, and the activations of the one layer being recomputed.
         activations = shape.layers * item * micro_tokens * shape.hidden_size + per_layer
     # The head's gradient in float32 and a chunk of logits (`kernels.ops.CHUNK_BYTES` on a CPU).
     loss_path = 4.0 * shape.vocabulary * shape.hidden_size + min(64 * 2**20, item * micro_tokens * shape.vocabulary)
@@ -249,10 +249,10 @@ def rank_memory(
 def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> float:
     """Elements of DeepSpeed's gradient buckets: two at stages 1 and 2 where communication overlaps, one at stage 3.
 
-    A bucket is as large as the student, and half a milliard elements at most, unless the JSON says otherwise. Without
-    ZeRO gradients are copied together once a step, as many at a time.
+    A bucket has as many elements as the student, at most half a billion, unless the JSON sets another size. Without
+    ZeRO, gradients are copied into one bucket of that size once per step.
     """
-    # The other stages of the table are those of our own profiles, which overlap.
+    # The table's other stages assume our own profiles, in which communication overlaps.
     given = _zero_section(deepspeed) if zero_stage(deepspeed) == stage else {"overlap_comm": True}
     size = given.get("reduce_bucket_size")
     each = float(size if isinstance(size, int) and 0 < size <= MOST_WHOLE else min(MOST_BUCKET_ELEMENTS, parameters))
@@ -260,12 +260,12 @@ def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> floa
 
 
 def checkpoint_bytes(parameters: int) -> int:
-    """Bytes of one checkpoint over all ranks: float32 weights and Adam's two moments, whatever engine saves them."""
+    """Bytes of one checkpoint over all ranks: float32 weights and Adam's two moments, with any engine."""
     return 12 * parameters
 
 
 def count_rows(config: Config) -> Rows:
-    """Training rows from the shards where they are packed, else from the sources; raises what those raise."""
+    """Count the training rows in the shards, or in the sources if nothing is packed; raises what those raise."""
     from pst_dist.data.shards import ShardSet
 
     run = run_dir(config)
@@ -282,7 +282,7 @@ def count_rows(config: Config) -> Rows:
     reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and arm.aligned)
     exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"
     a_token = 1.0 if exact else _CHARACTERS_A_TOKEN
-    prompt = len(config.layout.prompt) - len("{question}") + 3  # the space before an answer, its stop, the end
+    prompt = len(config.layout.prompt) - len("{question}") + 3  # the space before an answer, the stop and end tokens
     tokens, texts = 0.0, 0
     for sample in samples:
         written = len(sample.rationales[0].encode()) if arm.needs_rationale and reads and sample.rationales else 0

@@ -1,4 +1,4 @@
-"""The plan of a run as a page of text; what it says is worked out in `plan`."""
+"""The plan of a run as text; `diagnostics.cost` computes it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from pst_dist.diagnostics.cost import GIB, Plan, zero_stage
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """The plan as a page of text."""
+    """The plan as lines of text."""
     train, machines, rows = plan.config.train, plan.machines, plan.rows
-    about = "" if rows.exact else " (four characters a token)"
-    count = f"{plan.parameters:,}" + ("" if plan.shape.exact else " (as a Llama of this shape)")
+    about = "" if rows.exact else " (estimated at four characters per token)"
+    count = f"{plan.parameters:,}" + ("" if plan.shape.exact else " (estimated as a Llama of this shape)")
     engine = train.deepspeed or "one process"
     lines = [
         f"{plan.config.arm}: {count} parameters on {machines.nodes} x {machines.gpus} ranks, {engine}, "
         f"{'bf16' if train.bf16 else 'float32'}",
         "",
         f"rows         {rows.rows:,}, {rows.tokens / max(1, rows.rows):.0f} tokens each{about}",
-        f"steps        {plan.steps:,} of {plan.global_batch} rows, {plan.micro_batches} forward pass(es) a rank each",
+        f"steps        {plan.steps:,} of {plan.global_batch} rows, {plan.micro_batches} forward pass(es) per rank",
         f"time         {_hours(plan.training_hours, 'tokens_per_second')}",
         f"embeddings   {rows.texts:,} texts, {_bytes(plan.embedding_bytes)}; "
         f"{_hours(plan.embedding_hours, 'texts_per_second')}",
         f"checkpoint   {_bytes(plan.checkpoint_bytes)}, {plan.checkpoint_seconds:.3g} s at "
-        f"{machines.write_gb_per_second:g} GB/s; {train.save_total_limit + 1} of them, the best one among them, take "
+        f"{machines.write_gb_per_second:g} GB/s; {train.save_total_limit + 1} of them, including the best one, take "
         f"{_bytes((train.save_total_limit + 1) * plan.checkpoint_bytes)}",
-        f"failures     {'?' if plan.failures is None else f'{plan.failures:.2g}'} expected; least work is lost by "
-        f"saving every {plan.save_every_seconds / 60:.3g} min"
+        f"failures     {'?' if plan.failures is None else f'{plan.failures:.2g}'} expected; to lose the least work, "
+        f"save every {plan.save_every_seconds / 60:.3g} min"
         + (f" = train.save_steps={plan.save_every_steps}" if plan.save_every_steps else "")
         + " (Young 1974; Daly 2006: sqrt(2 x save time x time between failures))",
         "",
-        f"memory a rank    {'weights':>10} {'gradients':>10} {'optimizer':>10} {'buckets':>10} "
+        f"memory per rank  {'weights':>10} {'gradients':>10} {'optimizer':>10} {'buckets':>10} "
         f"{'activations':>12} {'loss path':>10} {'total':>10}",
     ]
     chosen = zero_stage(train.deepspeed)
@@ -48,13 +48,13 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"  ZeRO stage {stage}   {cells} {_bytes(memory.total):>10}{mark}")
     if machines.gpu_memory is not None:
         verdict = "fits" if plan.memory.total < 0.9 * machines.gpu_memory * GIB else "does not fit"
-        lines.append(f"  one rank {verdict} in {machines.gpu_memory:g} GiB, of which a tenth is left to the allocator")
+        lines.append(f"  one rank {verdict} in {machines.gpu_memory:g} GiB, with a tenth reserved for the allocator")
     return lines
 
 
 def _hours(hours: float | None, word: str) -> str:
     if hours is None:
-        return f"unknown: give {word}=…"
+        return f"unknown: set {word}=…"
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
 
 

@@ -1,6 +1,6 @@
-"""How large a student is, from its config alone: parameters by formula or by the headers of its weight files.
+"""The size of a student from its config alone: parameters by formula or from the headers of its weight files.
 
-For planning on a machine without torch; what is loaded and trained is `student`.
+For planning on a machine without torch; `student` loads the actual model.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pst_dist.storage.regular_files import safetensors_header
 from pst_dist.student.warm_start import CAPITALS, VOCABULARY_MULTIPLE, warm_checkpoint, warm_shape
 
 _BYTES, _SPECIAL = 256, 4
-"""The byte tokenizer's alphabet; end, padding, answer stop and semantic token."""
+"""The byte tokenizer's alphabet; end, padding, answer stop and semantic tokens."""
 _T5_BUCKETS = 32
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and time depend on."""
+    """The sizes that memory and time depend on."""
 
     parameters: int
-    """All of them, tied matrices counted once, the alignment head not counted."""
+    """Number of parameters, tied matrices counted once, without the alignment head."""
     hidden_size: int
     layers: int
     """Decoder and encoder layers together."""
     vocabulary: int
     """Rows of the language-model head."""
     exact: bool
-    """Whether the count was read from weight files or follows from a formula for this very architecture."""
+    """Whether the count comes from weight files or from a formula for exactly this architecture."""
 
 
 def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
@@ -63,12 +63,12 @@ def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
 def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
-        raise InputError("no config.json here", "give the folder of a Hugging Face model", path=folder)
+        raise InputError("no config.json found", "give the folder of a Hugging Face model", path=folder)
     return foreign_object(path, remedy="give the folder of a Hugging Face model")
 
 
 def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
-    """The shape of a student made from random weights, as `student_model.fresh_model` makes it."""
+    """The shape of a student with random weights, as `student.pretrained.fresh_model` creates it."""
     words = _BYTES + _SPECIAL if fresh.tokenizer == "byte" else fresh.vocab_size + 2
     width = fresh.hidden_size
     sizes: dict[str, Any]
@@ -89,10 +89,10 @@ def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
 
 
 def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str) -> ModelShape:
-    """The shape that a `config.json` describes; `counted` is the number of parameters where it is known.
+    """The shape that a `config.json` describes; `counted` is the number of parameters if known.
 
     Formulas: GPT-2, T5 and BertGeneration as transformers builds them; others as a Llama (gated MLP, grouped keys, no
-    biases), which is close for its many descendants but not exact.
+    biases), which is close but not exact for its many descendants.
     """
     settings = section(settings, "text_config", where) if settings.get("text_config") else settings
     kind = settings.get("model_type")
@@ -132,7 +132,7 @@ def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str
             block = attention + 3 * width * size("intermediate_size") + 2 * width
             count = vocabulary * width + layers * block + width
     except KeyError as error:
-        what = f"cannot tell the size of a {str(kind)[:60]!r} without {error.args[0]}"
+        what = f"cannot compute the size of a {str(kind)[:60]!r} without {error.args[0]}"
         raise InputError(what, path=where) from error
     if not settings.get("tie_word_embeddings", kind == "gpt2"):
         count += vocabulary * width
@@ -141,7 +141,7 @@ def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str
 
 
 def warm_start_shape(bert: dict[str, Any], warm: str) -> ModelShape:
-    """The shape of a student that `warm_start` makes of a BERT encoder with this `config.json`."""
+    """The shape of a student that `student.warm_start` builds from a BERT encoder with this `config.json`."""
     new = len(CAPITALS) + 2  # the answer stop and the semantic token
     vocabulary = (
         -(-(whole_number(bert, "vocab_size", "student.warm_start") + new) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -155,7 +155,7 @@ def warm_start_shape(bert: dict[str, Any], warm: str) -> ModelShape:
 
 
 def _bert_generation(settings: Mapping[str, Any], where: str) -> int:
-    """Parameters of a BertGeneration encoder, or of a decoder with its head's bias."""
+    """Parameters of a BertGeneration encoder, or of a decoder including its head's bias."""
 
     def size(key: str) -> int:
         return whole_number(settings, key, where)
@@ -192,7 +192,7 @@ def _optional(settings: Mapping[str, Any], key: str, where: str) -> int | None:
 
 
 def _counted(folder: Path) -> int | None:
-    """Parameters in a folder's safetensors files, by their headers; None where there are none."""
+    """Parameters in a folder's safetensors files, from their headers; None without such files."""
     files = sorted(folder.glob("*.safetensors"))
     files = [file for file in files if file.name != "alignment_head.safetensors"]
     total = 0
@@ -222,7 +222,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         path = Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:
         raise EnvironmentFault(
-            "its config.json is not in the cache and cannot be fetched",
+            "config.json is not in the cache and cannot be downloaded",
             "check its name, the network and HF_TOKEN, or give a folder",
             path=name,
         ) from error

@@ -1,7 +1,7 @@
-"""What can be known to fail later, found before the first stage of a run: student, layout, encoder, split, ranks.
+"""Checks before the first stage of a run for errors of later stages: student, layout, encoder, split, ranks.
 
-Cheap on purpose: configs, tokenizers and the headers of weight files are read, models are built without memory (on
-torch's meta device), weights are not. What only the weights or the rows can tell is refused where they are read.
+The checks are cheap: they read configs, tokenizers and the headers of weight files, and build models on torch's meta
+device without memory, but read no weights. Errors in weights or rows are found where these are read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _OTHER = {"test": "validation", "validation": "test"}
 
 
 def preflight(config: Config) -> None:
-    """Raise the error that a later stage of `pst run` would end with, as far as it can be known now; writes nothing.
+    """Raise the error with which a later stage of `pst run` would fail, if it can be detected now; writes nothing.
 
     ConfigError for settings that contradict the student, InputError or EnvironmentFault for a student or encoder that
-    cannot be loaded, DataError for a split that is to be scored and has no rows.
+    cannot be loaded, DataError if the split to score has no rows.
     """
     check_split(config)
     if config.train.backend != "ray":
@@ -39,24 +39,24 @@ def preflight(config: Config) -> None:
 
 
 def _is_here(config: Config) -> bool:
-    """Whether this machine, which only drives Ray's workers, can load the student: they may have what it lacks."""
+    """Whether this machine, which only drives Ray workers, can load the student; it may lack what the workers have."""
     name = config.student.model_name_or_path
     has_libraries = all(importlib.util.find_spec(module) is not None for module in ("torch", "transformers"))
     return has_libraries and (name is None or Path(name).expanduser().exists())
 
 
 def check_split(config: Config) -> None:
-    """Raise DataError when no rows are given for the split that is to be scored."""
+    """Raise DataError when no rows are given for the split to score."""
     split, data = config.evaluate.split, config.data
     if data.split_file is None and getattr(data, split) is None and not getattr(data, f"{split}_size"):
         raise no_rows(split)
 
 
 def no_rows(split: str) -> DataError:
-    """The error for a split that is to be scored and is empty."""
+    """The error for an empty split that should be scored."""
     return DataError(
         f"there are no {split} rows to score the student on",
-        f"give data.{split} or data.{split}_size, or evaluate.split={_OTHER[split]}",
+        f"set data.{split} or data.{split}_size, or evaluate.split={_OTHER[split]}",
     )
 
 
@@ -68,7 +68,7 @@ def check_student(config: Config) -> None:
     from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending
 
     quiet_libraries()
-    # Without rows a fresh tokenizer knows bytes only, which is all that the checks below ask of it.
+    # Without rows a fresh tokenizer only knows bytes, which is enough for the checks below.
     tokenizer: Any = build_tokenizer(config.student, ())
     seq2seq = build_without_weights(config, tokenizer)
     check_prompt_ending(tokenizer, is_encoder_decoder=seq2seq)

@@ -1,7 +1,7 @@
-"""What `pst check` prints: an account of the data before anything is spent on it, and a column map to paste.
+"""`pst check`: a report on the data before any compute is spent on it, and a column map to paste into the config.
 
-Nothing is refused here that `load_data` would refuse for quantity (bad rows, leaks, no rationales): it is
-listed, and `ok` says whether `load_data` would go on.
+Problems for which `load_data` would refuse the data because of their number (bad rows, leaks, missing rationales) are
+listed instead; `ok` says whether `load_data` would succeed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CheckReport:
     loaded: LoadedData | None
     """None when the data could not be read at all."""
     problem: PstError | None
-    """What `load_data` would raise; None when it would go on."""
+    """The error that `load_data` would raise; None if it would succeed."""
     proposal: str
     """YAML for the data section, when no columns are given in the config; empty otherwise."""
     columns: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class CheckReport:
         return self.problem is None
 
     def lines(self) -> list[str]:
-        """The report as text, a line each."""
+        """The report as lines of text."""
         text: list[str] = []
         if self.loaded is not None:
             text += _first_row_lines(self.loaded)
@@ -66,10 +66,10 @@ class CheckReport:
 
 
 def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
-    """Read the data as `load_data` would and account for all of it; writes bad rows to `rejects_path`.
+    """Read the data as `load_data` would and report on all of it; writes bad rows to `rejects_path`.
 
-    Raises what cannot be looked past: a config that contradicts itself, a file that cannot be read. A file
-    whose columns are not understood is answered with a proposal instead.
+    Raises errors that prevent a report: a config that contradicts itself, a file that cannot be read. For a file with
+    unknown columns the report proposes a column map instead.
     """
     if rejects_path is not None:
         _refuse_own_source(config, rejects_path)
@@ -88,7 +88,7 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     except DataError as error:
         problem = error
     if rejects_path is not None:
-        # No empty file beside the rows: the next `*.jsonl` would stumble over it.
+        # No empty file next to the rows, because a later `*.jsonl` would match it.
         if loaded.rejects or rejects_path.is_file():
             write_rejects(rejects_path, loaded.rejects)
     proposal = ""
@@ -99,13 +99,13 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
 
 
 def _refuse_own_source(config: Config, rejects_path: Path) -> None:
-    """Bad rows must not replace the rows; raises InputError when the file to write is one that was read."""
+    """Raises InputError when the file for bad rows is one of the files with the rows, which it would replace."""
     root = Path(config.data.root).expanduser() if config.data.root else Path()
     for split in SPLITS:
         spec = getattr(config.data, split)
         for word in [spec] if isinstance(spec, str) else spec or []:
             if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
-                raise InputError("is the file that was read", _REJECTS_REMEDY, path=rejects_path)
+                raise InputError("is one of the input files", _REJECTS_REMEDY, path=rejects_path)
 
 
 def _first_source(config: Config) -> Source:
@@ -120,7 +120,7 @@ def _sample(source: Source) -> list[dict[str, Any]]:
 
 
 def _column_lines(source: Source) -> list[str]:
-    """Every column of the first rows with the beginning of a value."""
+    """Every column of the first rows with the start of a value."""
     text = [f"columns of {source.path}:"]
     seen: dict[str, object] = {}
     for row in _sample(source):
@@ -131,7 +131,7 @@ def _column_lines(source: Source) -> list[str]:
 
 
 def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | None) -> str:
-    """Lines of YAML below `data:`; a field that no column fits is left open."""
+    """The `data:` section as YAML; a field without a matching column gets a placeholder."""
     if isinstance(found, str):
         lines = [f"  columns: {found}"]
     else:
@@ -146,7 +146,7 @@ def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | 
 
 
 def _likely_type(config: Config, loaded: LoadedData | None) -> str:
-    """choice where the rows have options, else the first type that every answer is; empty when none or already said."""
+    """`choice` if the rows have options, else the first type that fits every answer; "" if none fits or one is set."""
     if loaded is None or config.task or config.data.answer_type:
         return ""
     fields = _first_fields(config)
@@ -157,7 +157,7 @@ def _likely_type(config: Config, loaded: LoadedData | None) -> str:
 
 
 def _first_fields(config: Config) -> list[Fields]:
-    """The fields of the first file's rows; bad rows are left out."""
+    """The fields of the first file's rows, without bad rows."""
     source, found = _first_source(config), []
     sample = _sample(source)
     if source.generated or not sample:
@@ -173,13 +173,14 @@ def _first_fields(config: Config) -> list[Fields]:
 
 
 def _all_are(kind: str, answers: Sequence[object]) -> bool:
-    """Whether every answer is a gold answer of that type, which is read right or refused."""
+    """Whether every answer is a valid gold answer of that type."""
     task = get_task(None, kind)
     try:
         golds = [task.gold(answer) for answer in answers]
     except ValueError:
         return False
-    # A number is read wholly or not at all. "no" is an answer, "Is it? no" a text that holds one, and k no choice.
+    # A number is parsed completely or not at all. "no" is an answer, "Is it? no" is a text that contains one, and a
+    # lower-case k is not a choice.
     return bool(golds) and all(
         kind == "number"
         or str(answer).lower() in ("true", "false")
@@ -189,7 +190,7 @@ def _all_are(kind: str, answers: Sequence[object]) -> bool:
 
 
 def _first_row_lines(loaded: LoadedData) -> list[str]:
-    """The first row as it was read, so that a wrong column is seen before anything else."""
+    """The first row as it was read, so that a wrong column is noticed at once."""
     first = next((sample for split in SPLITS for sample in loaded.splits[split]), None)
     if first is None:
         return []
@@ -204,7 +205,7 @@ def _first_row_lines(loaded: LoadedData) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    """The beginning of a text on one line, and how long it is when that is not all of it."""
+    """The start of a text on one line, followed by its full length if it was cut."""
     return excerpt(text) if len(text) <= 80 else f"{excerpt(text)}… ({len(text):,} characters)"
 
 
@@ -226,7 +227,7 @@ def _split_lines(loaded: LoadedData) -> list[str]:
 
 
 def _length_lines(samples: Sequence[ReasoningSample]) -> list[str]:
-    """Words of question, answer and rationale at the 5th, 50th, 95th percentile and the longest."""
+    """Words in question, answer and rationale: 5th, 50th and 95th percentile, and the longest."""
     texts = {
         "question": [sample.question for sample in samples],
         "answer": [sample.answer for sample in samples],
@@ -236,7 +237,7 @@ def _length_lines(samples: Sequence[ReasoningSample]) -> list[str]:
     for name, values in texts.items():
         if values:
             counts = sorted(len(value.split()) for value in values)
-            # Nearest rank: the smallest count that p per cent of the rows do not exceed.
+            # Nearest rank: the smallest count that p percent of the texts do not exceed.
             marks = [counts[max(0, -(-len(counts) * p // 100) - 1)] for p in _PERCENTILES]
             lines.append(f"  {name} words: 5% {marks[0]}, median {marks[1]}, 95% {marks[2]}, longest {marks[3]}")
     return lines
@@ -247,18 +248,18 @@ def _finding_lines(loaded: LoadedData) -> list[str]:
     found = (
         (report["rows_unused"], "rows in no split of the split file"),
         (report["teacher_wrong_dropped"], "rows dropped because the teacher's answer is wrong"),
-        (report["duplicates_found"], "training rows repeat question and answer of an earlier one"),
-        (report["rationales_merged"], "of them brought another rationale for the same question"),
+        (report["duplicates_found"], "training rows repeat the question and answer of an earlier one"),
+        (report["rationales_merged"], "of these have another rationale, which was merged into the earlier row"),
         (report["test_duplicates"], "test rows repeat an earlier one"),
         (report["conflicting_answers"], f"questions have two answers, first: {report.get('first_conflict')}"),
-        (report["leaks_found"], f"training questions are held out too, first: {report.get('first_leak')}"),
-        (report["validation_leaks_found"], "validation questions stand in test too"),
+        (report["leaks_found"], f"training questions are also held out, first: {report.get('first_leak')}"),
+        (report["validation_leaks_found"], "validation questions are also in test"),
     )
     return [f"{count:,} {what}" for count, what in found if count]
 
 
 def _reject_lines(rejects: Sequence[Reject], path: Path | None) -> list[str]:
-    """Bad rows in groups of one reason, the largest first, each with its first place."""
+    """Bad rows grouped by reason, largest group first, each with its first location."""
     if not rejects:
         return ["0 bad rows"]
     where = f", all in {path}" if path is not None else ""
@@ -271,10 +272,10 @@ def _reject_lines(rejects: Sequence[Reject], path: Path | None) -> list[str]:
         text.append(f"  {group[0]}" if len(group) == 1 else f"  {len(group):,} rows, the first {group[0]}")
     if len(ordered) > _SHOWN:
         rest = sum(map(len, ordered[_SHOWN:]))
-        text.append(f"  … and {rest:,} more for {len(ordered) - _SHOWN:,} other reasons")
+        text.append(f"  … and {rest:,} more, for {len(ordered) - _SHOWN:,} other reasons")
     return text
 
 
 def _reason(what: str) -> str:
-    """A message without the values in it, which differ from row to row: quoted texts and numbers."""
+    """A message without quoted texts and numbers, which differ from row to row."""
     return re.sub(r"\d+", "0", re.sub(r"'[^'\n]{0,80}'", "''", what[:400]))

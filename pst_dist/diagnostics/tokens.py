@@ -1,4 +1,4 @@
-"""What a sample looks like to the student: each token with its segment, and which loss it carries."""
+"""`pst preview`: a sample as the student sees it, each token with its segment and the loss that it carries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class PreviewToken:
-    """One token as it is trained on."""
+    """One token of a training sequence."""
 
     text: str
     segment: Segment
@@ -51,14 +51,14 @@ def preview_tokens(config: Config, layout: Layout, sequence: Sequence) -> list[P
 
 
 def preview(config: Config, rows: int) -> str:
-    """Rich markup that shows the first training rows under each arm of the config."""
+    """Rich markup that shows the first training rows for each arm of the config."""
     from rich.markup import escape
 
     from pst_dist.student.pretrained import is_encoder_decoder
 
     samples = load_data(config).splits["train"]
     if not samples:
-        raise InputError("there are no training rows", "give data.train")
+        raise InputError("there are no training rows", "set data.train")
     tokenizer = build_tokenizer(config.student, samples)
     seq2seq = is_encoder_decoder(config.student)
     blocks = []
@@ -68,11 +68,11 @@ def preview(config: Config, rows: int) -> str:
             for sequence in layout.sequences(sample):
                 blocks.append(_block(arm, layout, sequence, escape))
     legend = "  ".join(f"[{COLOURS[segment]}]{segment.name.lower()}[/]" for segment in COLOURS)
-    return "\n\n".join([f"{legend}   in brackets: the loss that the tokens before it carry", *blocks])
+    return "\n\n".join([f"{legend}   in brackets: the loss of the preceding tokens", *blocks])
 
 
 def _block(config: Config, layout: Layout, sequence: Sequence, escape: Callable[[str], str]) -> str:
-    """One sequence: runs of tokens of equal segment and loss, tokens parted by a thin bar."""
+    """One sequence: tokens separated by dots, grouped by segment and loss."""
     tokens = preview_tokens(config, layout, sequence)
     pieces: list[str] = []
     start = 0
@@ -94,7 +94,7 @@ def _block(config: Config, layout: Layout, sequence: Sequence, escape: Callable[
 
 
 def _same(tokens: list[PreviewToken], start: int, index: int) -> bool:
-    """Whether token `index` continues the run that began at `start`."""
+    """Whether token `index` belongs to the same group as token `start`."""
     if index >= len(tokens):
         return False
     first, here = tokens[start], tokens[index]

@@ -1,4 +1,4 @@
-"""This process among its peers: ranks, reductions, lost peers, stop signals. Knows no model and no config.
+"""Ranks and what they share: reductions, lost peers, stop signals. Knows no model and no config.
 
 May import errors and logs.
 """

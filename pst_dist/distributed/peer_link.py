@@ -1,9 +1,9 @@
-"""The wire between a rank's watcher and rank zero's: short JSON lines over TCP, and how the two find each other.
+"""The connection between a rank's watcher and rank zero's: short JSON lines over TCP, and how the two find each other.
 
-Anyone on the network can connect, so nothing is read from a connection before it has authenticated: its first bytes
-must be a secret that the ranks shared through the process group, compared in constant time and as bytes. Only what
-follows is parsed, as JSON and never unpickled. Until then a connection may hold `_HELLO_BYTES` and a few seconds, and
-there is a limit to their number. What the lines mean, and who is to blame for silence, is `peer_watch`'s.
+Anyone on the network can connect, so a connection must authenticate first: its first bytes must be a secret that the
+ranks shared through the process group, compared as bytes and in constant time. Only what follows is parsed, as JSON
+and never unpickled. An unauthenticated connection may send `_HELLO_BYTES` and stay a few seconds, and their number is
+limited. `peer_watch` defines what the lines mean, `peer_verdict` who is lost.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from dataclasses import dataclass
 from typing import Any
 
 UNANSWERED_SECONDS = 5.0
-"""How long a peer's kernel may leave our bytes unacknowledged. A stopped process's kernel still acknowledges; that of a
-machine without power or cable does not."""
+"""How long a peer's kernel may leave our bytes unacknowledged. The kernel of a stopped process still acknowledges them;
+a machine without power or network does not."""
 STRANGERS = 64
-"""Most connections that have not authenticated; a further one replaces the oldest."""
+"""Limit of unauthenticated connections; a further one replaces the oldest."""
 HELLO_SECONDS = 10.0
 """How long a connection may take to authenticate."""
 _HELLO_BYTES = 512
-"""Longest first line: the secret, a rank and a host name."""
+"""Size limit of the first line: the secret, a rank and a host name."""
 _LONGEST_LINE = 4096
 _CONNECT_SECONDS = 5.0
 
 
 class LinkClosed(Exception):
-    """The other side is gone; `str()` of it says how that showed."""
+    """The connection has ended; the message says how."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where rank zero listens and how both sides prove themselves; travels through the process group."""
+    """Where rank zero listens and how both sides authenticate; sent through the process group."""
 
     addresses: tuple[str, ...]
-    """Rank zero's host as others may know it, best first."""
+    """Addresses by which other hosts may reach rank zero, best first."""
     port: int
     host: str
     """Rank zero's host name, for people."""
     asked: str
-    """Secret that a connecting rank shows."""
+    """Secret that a connecting rank sends."""
     answered: str
-    """Secret that rank zero shows in return."""
+    """Secret that rank zero sends in return."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Who a connection says it is, once it has shown the secret."""
+    """The rank and host of an authenticated connection."""
 
     rank: int
     host: str
 
 
 class Link:
-    """One connection: whole lines out, whole lines in."""
+    """One connection that sends and receives complete lines."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -70,7 +70,7 @@ class Link:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             milliseconds = int(UNANSWERED_SECONDS * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-        # A line is small and the buffer large, so a send that blocks means a peer that is long gone.
+        # A line is small and the buffer large: a send blocks only when the peer is long gone.
         connection.settimeout(1.0)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -78,14 +78,14 @@ class Link:
         self.send_bytes(json.dumps(message).encode())
 
     def send_bytes(self, line: bytes) -> None:
-        """Send one line as it is; raises LinkClosed."""
+        """Send one line unchanged; raises LinkClosed."""
         try:
             self.socket.sendall(line + b"\n")
         except OSError as error:
             raise LinkClosed("connection closed") from error
 
     def greet(self, meeting: Meeting, world_size: int) -> Hello | None:
-        """Who is calling; None while its first line is incomplete. Raises LinkClosed for anyone but a rank of ours.
+        """Who is connecting; None while its first line is incomplete. Raises LinkClosed for anyone but a rank of ours.
 
         The line is `SECRET {"rank": 1, "host": "n1"}`. Bytes that do not begin with the secret are never parsed.
         """
@@ -93,7 +93,7 @@ class Link:
         line, ended, rest = self._rest.partition(b"\n")
         size = len(meeting.asked)
         if not ended and len(line) < size:
-            return None  # judged only as a whole: an answer to each byte would let a stranger guess them one by one
+            return None  # compared only as a whole: an answer to each byte would let a stranger guess byte by byte
         if len(line) > _HELLO_BYTES or not _same(line[:size], meeting.asked):
             raise LinkClosed("a stranger")
         if not ended:
@@ -106,23 +106,23 @@ class Link:
         return Hello(rank, host)
 
     def receive(self) -> list[dict[str, Any]]:
-        """The lines that have arrived, waiting a second at most for the first; raises LinkClosed when it ended."""
+        """The lines that have arrived, waiting at most a second for the first; raises LinkClosed at the end."""
         self._read(65536)
         return self.waiting_lines()
 
     def waiting_lines(self) -> list[dict[str, Any]]:
-        """The whole lines among the bytes read so far; raises LinkClosed for what is not a line of ours."""
+        """The complete lines among the bytes read so far; raises LinkClosed for a line that is not in our protocol."""
         *lines, self._rest = self._rest.split(b"\n")
         if max(map(len, (*lines, self._rest))) > _LONGEST_LINE:
             raise LinkClosed("a line is too long")
         return [_parsed(line) for line in lines]
 
     def first_bytes(self, count: int) -> bytes:
-        """Exactly so many bytes, by which rank zero proves itself; raises LinkClosed when they do not come."""
+        """Read exactly `count` bytes (rank zero's secret); raises LinkClosed when they do not arrive."""
         while len(self._rest) < count:
             before = len(self._rest)
             self._read(count - before)
-            if len(self._rest) == before:  # nothing came in time
+            if len(self._rest) == before:  # nothing arrived in time
                 raise LinkClosed("no answer")
         first, self._rest = self._rest[:count], self._rest[count:]
         return first
@@ -139,14 +139,14 @@ class Link:
         self._rest += piece
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.socket.close()
 
 
 def listen() -> tuple[socket.socket, Meeting]:
-    """Rank zero's listening socket, and what the others need to find it.
+    """Rank zero's listening socket, and what the other ranks need to connect to it.
 
-    It listens on one interface: that of MASTER_ADDR, which is loopback when the whole run is on this machine.
+    It listens on one interface, that of MASTER_ADDR: loopback when the whole run is on this machine.
     """
     master = os.environ.get("MASTER_ADDR", "127.0.0.1")
     server: socket.socket | None = None
@@ -159,7 +159,7 @@ def listen() -> tuple[socket.socket, Meeting]:
     if server is None:
         server = socket.create_server(("127.0.0.1", 0), backlog=1024)
     own = str(server.getsockname()[0])
-    # A network that translates addresses may know this host only by its names.
+    # In a network with address translation, other hosts may reach this one only by name.
     addresses = [own] if _is_loopback(own) else [own, master, socket.gethostname()]
     server.setblocking(False)
     meeting = Meeting(
@@ -180,19 +180,19 @@ def _is_loopback(address: str) -> bool:
 
 
 def _own_address(towards: str) -> str | None:
-    """The address under which this machine reaches another one, or its own; None when the name means nothing here."""
+    """This machine's address on the route to a host, which may be itself; None when the name does not resolve."""
     with contextlib.suppress(OSError, UnicodeError):
         family, kind, _, _, place = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # of a datagram socket: looks at the routes, sends nothing
+            probe.connect(place)  # a datagram socket only looks up the route; it sends nothing
             own = probe.getsockname()[0]
-            # Some systems give a host's own name a loopback address that means another machine elsewhere.
+            # Some systems resolve a host's own name to loopback, an address that other machines cannot use.
             return None if _is_loopback(own) else own
     return None
 
 
 def _default_address() -> str | None:
-    """This machine's address on the interface of its default route, as Linux lists it; None without one."""
+    """This machine's address on the interface of its default route (from /proc/net/route); None without one."""
     with contextlib.suppress(OSError, ValueError):
         with open("/proc/net/route", encoding="ascii") as routes:
             rows = [line.split() for line in routes][1:]
@@ -222,7 +222,7 @@ def call(meeting: Meeting, rank: int) -> Link | None:
 
 
 def hello_line(meeting: Meeting, rank: int) -> bytes:
-    """The first line that a rank sends, without its end."""
+    """The first line that a rank sends, without its line ending."""
     return f"{meeting.asked} {json.dumps({'rank': rank, 'host': os.uname().nodename})}".encode()
 
 
@@ -231,7 +231,7 @@ def _same(given: bytes, secret: str) -> bool:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line; raises LinkClosed for anything else, however deep, long or badly encoded."""
+    """The JSON object on a line; raises LinkClosed for anything else, including deep nesting and bad encodings."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""Who is lost, and why we think so: a judgement over what was heard of each rank, and nothing else.
+"""Decides which rank is lost, and why, from what each rank has reported: a pure function.
 
-No clock is read and nothing is sent here; `watch` listens, asks, and ends the process.
+It reads no clock and sends nothing; `peer_watch` listens, calls it, and ends the process.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import NamedTuple
 from pst_dist.errors import PeerLostError
 
 FAREWELL_SECONDS = 5.0
-"""A rank that ends by an error of its own says so; the others have this long to end by the same one."""
-REMEDY = "run the same command again: it goes on from the last checkpoint"
+"""A rank that ends with an error reports it; the other ranks have this long to end with the same one."""
+REMEDY = "run the same command again: it resumes from the last checkpoint"
 
 
 class Place(NamedTuple):
-    """Where a rank stands."""
+    """Where a rank is in the program."""
 
     section: str = "starting"
     step: int | None = None
     """The optimizer step it works on, from 1; None outside of steps."""
     entered: int = 0
-    """Sections entered so far; ranks run one program, so these numbers can be compared."""
+    """Sections entered so far; comparable between ranks, because they run the same program."""
     signs: int = 0
-    """Signs of progress so far, which only this rank's own earlier ones compare with."""
+    """Signs of progress so far; comparable only with earlier values of the same rank."""
 
     def __str__(self) -> str:
         return self.section if self.step is None else f"{self.section} of step {self.step}"
@@ -33,30 +33,30 @@ class Place(NamedTuple):
 
 @dataclass
 class Peer:
-    """What one rank's watcher knows of another rank. Times are seconds of this process's monotonic clock."""
+    """What one rank's watcher knows about another rank. Times are seconds of this process's monotonic clock."""
 
     rank: int
     host: str
     heard: float
     """When it last sent anything."""
     moved: float
-    """When it last was somewhere else than before."""
+    """When it last made progress."""
     place: Place = field(default_factory=Place)
     waiting: bool = False
     """Whether its training thread was inside a collective."""
     line: str = ""
-    """The line of code at which its training thread was: `trainer.py:301`."""
+    """The line of code that its training thread was executing: `trainer.py:301`."""
     closed: str = ""
-    """How its connection ended; empty while it stands."""
+    """How its connection ended; empty while it is open."""
     farewell: str | None = None
-    """What it said when it left; empty when its work was done."""
+    """The error it reported when it left; empty when its work was done."""
     left: float = 0.0
-    """When it said so."""
+    """When it reported that it was leaving."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who was lost, and why we think so."""
+    """Which rank was lost, and why."""
 
     rank: int
     host: str
@@ -65,17 +65,17 @@ class Verdict:
     hangs: bool = False
 
     def error(self) -> PeerLostError:
-        """As the error that every other rank ends with."""
+        """The error that every other rank ends with."""
         verb = "hangs" if self.hangs else "was lost"
         return PeerLostError(f"rank {self.rank} on {self.host} {verb} in {self.place} ({self.reason})", REMEDY)
 
 
 def judge(peers: Iterable[Peer], now: float, timeout_seconds: float, *, all_are_known: bool = True) -> Verdict | None:
-    """Who of `peers` is lost, or None; decides by what was heard alone.
+    """Which of `peers` is lost, or None.
 
-    While one rank hangs the others soon stand still too, waiting for it: so the time that counts is that since any
-    rank moved, and the one to blame is the one that came least far, or that is not inside a collective. Only who knows
-    all ranks can tell.
+    While one rank hangs, the others soon stop too, waiting for it. So the time that counts is the time since any rank
+    made progress, and the rank that hangs is the one that got least far, or that is not inside a collective. Deciding
+    this needs all ranks, hence `all_are_known`.
     """
     here = []
     for peer in peers:
@@ -87,13 +87,15 @@ def judge(peers: Iterable[Peer], now: float, timeout_seconds: float, *, all_are_
             here.append(peer)
     silent = min(here, key=lambda peer: peer.heard, default=None)
     if silent is not None and now - silent.heard >= timeout_seconds:
-        return hung(silent, f"not heard of for {timeout_seconds:g} s: stopped, or its machine is overwhelmed")
+        return hung(silent, f"no message from it for {timeout_seconds:g} s: stopped, or its machine is overloaded")
     if all_are_known and here and now - max(peer.moved for peer in here) >= timeout_seconds:
         least = min(here, key=lambda peer: (peer.place.entered, peer.waiting))
-        return hung(least, f"no rank moved for {timeout_seconds:g} s, it is at {least.line or 'an unknown line'}")
+        return hung(
+            least, f"no rank made progress for {timeout_seconds:g} s; it is at {least.line or 'an unknown line'}"
+        )
     return None
 
 
 def hung(peer: Peer, reason: str) -> Verdict:
-    """The verdict on a rank that is there and does not come any further."""
+    """The verdict on a rank that is still running but makes no progress."""
     return Verdict(peer.rank, peer.host, str(peer.place), reason, hangs=True)

@@ -1,12 +1,12 @@
-"""Noticing that a rank is lost: who it was, on which host, in which section, and an end in seconds for all the others.
+"""Detects a lost rank, names it with its host and section, and ends all other ranks within seconds.
 
-Collectives say "connection reset by peer" when a process dies, wait for many minutes when a machine dies or a rank
-hangs, and never name the rank. So each rank has one more thread, connected to rank zero's: once a second it says where
-its rank stands. A rank is *dead* when its connection ends or its machine no longer acknowledges what was sent; it is
-*hung* when it is not heard of, or when no rank moves, for `train.timeout_seconds`. Rank zero passes the judgement on,
-and every rank ends with PeerLostError; one that cannot, because it sits in a collective, is ended here.
-The wire is `peer_link`, who is to blame `peer_verdict`; starting again is the launcher's, going on from a checkpoint
-the trainer's. Whatever arrives on a connection can at most close that connection: it never ends this thread.
+Collectives report "connection reset by peer" when a process dies, wait for many minutes when a machine dies or a rank
+hangs, and never name the rank. So each rank runs a watcher thread connected to rank zero's; once a second it reports
+where its rank is. A rank is *dead* when its connection ends or its machine no longer acknowledges what was sent; it is
+*hung* when it sends nothing, or when no rank makes progress, for `train.timeout_seconds`. Rank zero broadcasts the
+verdict, and every rank ends with PeerLostError; the watcher ends a rank that is blocked in a collective.
+`peer_link` is the connection and `peer_verdict` the decision; the launcher restarts ranks, and the trainer resumes
+from a checkpoint. Whatever arrives on a connection can at most close that connection: it never ends this thread.
 """
 
 from __future__ import annotations
@@ -33,32 +33,31 @@ from pst_dist.errors import PeerLostError, PstError
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 1.0
-"""How long the training thread has to end by itself once somebody is lost."""
+"""How long the training thread has to end by itself once a rank is lost."""
 _VERDICT_SECONDS = 8.0
-"""How long the training thread waits to hear who was lost, when a collective broke before the watcher knew."""
+"""How long the training thread waits for the verdict when a collective failed before the watcher noticed."""
 _NONSENSE = "it does not speak our protocol"
 _place = Place()
 
 
 def at(section: str, step: int | None = None) -> None:
-    """Note that this rank enters a section ("backward", step 41); a tuple is made, nothing is sent or waited for."""
+    """Record that this rank enters a section ("backward", step 41); cheap: sends nothing and waits for nothing."""
     global _place
     _place = Place(section, step, _place.entered + 1, _place.signs + 1)
 
 
 def alive() -> None:
-    """Note progress inside a long section, which is then no hang however long it takes."""
+    """Record progress inside a long section, so that it does not count as a hang."""
     global _place
     _place = _place._replace(signs=_place.signs + 1)
 
 
 @contextlib.contextmanager
 def watched(ranks: Ranks, timeout_seconds: float) -> Iterator[None]:
-    """Watch this run's ranks over one another in this block; collective at its start, nothing for a single rank.
+    """Let the ranks watch each other within this block; collective at its start, does nothing for a single rank.
 
-    Raises PeerLostError, naming the lost rank, in place of what a collective raises when its peer is gone; where the
-    thread that runs this block does not come back to raise anything, the process prints that line and ends with its
-    exit code.
+    When a peer is gone, raises PeerLostError naming the lost rank instead of the collective's own exception. When this
+    block's thread is blocked and cannot raise, the process prints that line and ends with its exit code.
     """
     if ranks.world_size == 1:
         yield
@@ -69,7 +68,7 @@ def watched(ranks: Ranks, timeout_seconds: float) -> Iterator[None]:
     link = None if ranks.is_main else peer_link.call(meeting, ranks.rank)
     if server is None and link is None:
         log.warning(
-            "rank %d cannot reach %s port %d: the loss of a rank will be noticed late and not named",
+            "rank %d cannot reach %s port %d: a lost rank will be noticed late and not named",
             ranks.rank,
             " or ".join(meeting.addresses),
             meeting.port,
@@ -95,9 +94,9 @@ def _name_of(error: BaseException) -> str:
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether an exception may be a collective's way of saying that a peer is gone.
+    """Whether an exception may come from a collective whose peer is gone.
 
-    Those of gloo, NCCL and their stores are RuntimeErrors; a hub that cannot be reached raises OSErrors.
+    gloo, NCCL and their stores raise RuntimeErrors; an unreachable model hub raises OSErrors.
     """
     words = str(error).lower()
     signs = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "remote process")
@@ -105,7 +104,7 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 
 class _Watcher:
-    """The thread of one rank, and what its training thread asks of it."""
+    """The watcher thread of one rank, and what its training thread calls."""
 
     def __init__(
         self,
@@ -118,15 +117,15 @@ class _Watcher:
         self.ranks, self.meeting, self.timeout_seconds = ranks, meeting, timeout_seconds
         self.server = server
         self.links: dict[Link, Peer | None] = {}
-        """Peer of each connection; None until it has shown its secret."""
+        """Peer of each connection; None until it has authenticated."""
         now = time.monotonic()
         self.peers = {0: Peer(0, meeting.host, now, now)}
-        """On rank zero every rank that has connected, itself among them; elsewhere rank zero alone."""
+        """On rank zero, all connected ranks including itself; on other ranks, rank zero alone."""
         self.verdict: Verdict | None = None
         self.known = threading.Event()
         self._training_thread = threading.get_ident()
         self._overslept = -FAREWELL_SECONDS
-        """When this thread last found that it had not run for longer than the timeout."""
+        """When this thread last found that it had been suspended for longer than the timeout."""
         self._farewell: str | None = None
         self._gone = threading.Event()
         self._speaker = threading.Lock()
@@ -144,7 +143,7 @@ class _Watcher:
     # --- the training thread's side ---------------------------------------------------------------------------------
 
     def explain(self, error: BaseException) -> PeerLostError | None:
-        """The loss that an exception is the echo of; waits a moment for the verdict when it looks like one."""
+        """The lost rank behind an exception, if any; waits for the verdict when it looks like a broken connection."""
         if _is_broken_connection(error):
             self.known.wait(_VERDICT_SECONDS)
             if self.verdict is None:
@@ -153,13 +152,13 @@ class _Watcher:
         if self.verdict is None or isinstance(error, PstError):
             return None
         if not self._speaker.acquire(blocking=False):
-            time.sleep(60)  # the watcher is just ending this process
+            time.sleep(60)  # the watcher is already ending this process
         if self.ranks.is_main:
-            time.sleep(0.5)  # the end of this process would overtake the verdict on its way to the others
+            time.sleep(0.5)  # let the verdict reach the other ranks before this process ends
         return self.verdict.error()
 
     def leave(self, farewell: str) -> None:
-        """End the thread, after it has told the others; `farewell` is empty when the work is done."""
+        """Inform the other ranks and end the thread; `farewell` is empty when the work is done."""
         self._farewell = farewell
         self._gone.set()
         with contextlib.suppress(OSError):
@@ -191,7 +190,7 @@ class _Watcher:
             closing.callback(self._selector.close)
 
     def closers(self) -> list[Callable[[], None]]:
-        """What closes each of its sockets in this process."""
+        """Functions that close its sockets in this process."""
         closers = [self._wake.close, self._woken.close, *(link.close for link in self.links)]
         return [*closers, self.server.close] if self.server is not None else closers
 
@@ -205,8 +204,7 @@ class _Watcher:
         peer = self.links.pop(link)
         if peer is None:
             return
-        # How the kernel reports a machine that no longer answers depends on who asks first; how long it has been silent
-        # does not.
+        # How the kernel reports an unreachable machine varies, so decide by how long the peer has been silent.
         silence = time.monotonic() - peer.heard
         gone = silence >= peer_link.UNANSWERED_SECONDS - BEAT_SECONDS
         peer.closed = f"no answer for {silence:.0f} s: its machine or the network is gone" if gone else reason
@@ -219,7 +217,7 @@ class _Watcher:
             return
         key = self._selector.get_map().get(source) if source.fileno() >= 0 else None
         if key is None:
-            return  # closed since the selector named it: a stranger that made room for another
+            return  # closed since select() returned: a stranger that was dropped in favour of another
         link: Link = key.data
         try:
             peer = self.links[link]
@@ -244,13 +242,13 @@ class _Watcher:
             if connection is not None:
                 connection.close()
                 return
-            time.sleep(0.05)  # out of file descriptors, perhaps for long: not in a busy loop
+            time.sleep(0.05)  # out of file descriptors, perhaps for long: avoid a busy loop
         strangers = [link for link, peer in self.links.items() if peer is None]
-        for link in strangers[: -peer_link.STRANGERS]:  # in the order in which they came
+        for link in strangers[: -peer_link.STRANGERS]:  # oldest first
             self._drop(link, "a stranger")
 
     def _greet(self, link: Link) -> Peer | None:
-        """Let a rank in once its first line is complete; raises LinkClosed for a stranger."""
+        """Register a rank once its first line is complete; raises LinkClosed for a stranger."""
         hello = link.greet(self.meeting, self.ranks.world_size)
         if hello is None:
             return None
@@ -260,7 +258,7 @@ class _Watcher:
         return peer
 
     def _take(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Believe what a peer says of itself, and rank zero what it says of all; raises LinkClosed for nonsense."""
+        """Apply a peer's message about itself, or rank zero's verdict; raises LinkClosed for an invalid message."""
         peer.heard = time.monotonic()
         if "place" in message:
             place, waiting, line = _place_in(message)
@@ -275,10 +273,10 @@ class _Watcher:
             self.verdict = _verdict_in(message["verdict"])
 
     def _standing(self) -> dict[str, Any]:
-        """Where this rank is, as told to the others; rank zero also notes it for itself."""
+        """The message that says where this rank is; rank zero also applies it to itself."""
         frame = sys._current_frames().get(self._training_thread)
         while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith("<"):
-            frame = frame.f_back  # out of code that lies in no file: the import machinery, generated functions
+            frame = frame.f_back  # skip code without a file: the import machinery, generated functions
         file = frame.f_code.co_filename if frame else ""
         waiting = "/torch/distributed/" in file or "/deepspeed/" in file
         line = f"{os.path.basename(file)}:{frame.f_lineno}" if frame else ""
@@ -293,7 +291,7 @@ class _Watcher:
                 if time.monotonic() - link.since > peer_link.HELLO_SECONDS:
                     self._drop(link, "a stranger")
                 continue
-            # Lines pile up at a process that does not read them; its kernel has answered for it until now.
+            # Do not pile up lines for a stopped process: its kernel acknowledges them, but nobody reads them.
             if time.monotonic() - peer.heard > 30 * BEAT_SECONDS:
                 continue
             try:
@@ -302,7 +300,7 @@ class _Watcher:
                 self._drop(link, str(error))
 
     def _forgive(self, late: float) -> None:
-        """A time in which this thread itself did not run (stopped, a suspended machine) is nobody's silence."""
+        """Do not count time during which this thread itself was stopped (or its machine suspended) as silence."""
         if late <= 2 * BEAT_SECONDS:
             return
         now = time.monotonic()
@@ -314,22 +312,22 @@ class _Watcher:
     def _judge(self, now: float) -> Verdict | None:
         verdict = judge(self.peers.values(), now, self.timeout_seconds, all_are_known=self.ranks.is_main)
         if verdict is not None and now - self._overslept < FAREWELL_SECONDS:
-            # Whoever wakes up to find the others gone was the one that they gave up.
+            # A rank that resumes and finds the others gone is the one that they gave up on.
             this = Peer(self.ranks.rank, os.uname().nodename, now, now, _place)
-            return hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the others did not wait")
+            return hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the other ranks did not wait")
         return verdict
 
     def _end_this_rank(self, verdict: Verdict) -> None:
-        """Give the training thread a moment to end by itself; else print the line and end the process."""
+        """Give the training thread a moment to end by itself; otherwise print the line and end the process."""
         if self._gone.wait(_GRACE_SECONDS) or not self._speaker.acquire(blocking=False):
             return
-        # Nothing of logging or sys.stderr: the thread that hangs may hold their locks.
+        # Without logging and sys.stderr: the blocked thread may hold their locks.
         os.write(2, f"pst: {verdict.error()}\n".encode())
         os._exit(PeerLostError.exit_code)
 
 
 def _place_in(message: dict[str, Any]) -> tuple[Place, bool, str]:
-    """Where a rank says it is: its place, whether it waits in a collective, its line of code; raises LinkClosed."""
+    """A rank's place, whether it waits in a collective, and its line of code; raises LinkClosed when invalid."""
     place, waiting, line = message["place"], message.get("waiting"), message.get("line")
     if not (isinstance(place, list) and len(place) == len(Place._fields)):
         raise LinkClosed(_NONSENSE)
@@ -341,7 +339,7 @@ def _place_in(message: dict[str, Any]) -> tuple[Place, bool, str]:
 
 
 def _verdict_in(fields: Any) -> Verdict:
-    """The verdict that rank zero sends; raises LinkClosed."""
+    """The verdict that rank zero sent; raises LinkClosed when it is invalid."""
     kinds = {"rank": int, "host": str, "place": str, "reason": str, "hangs": bool}
     if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
         raise LinkClosed(_NONSENSE)
@@ -352,7 +350,7 @@ _watchers: weakref.WeakSet[_Watcher] = weakref.WeakSet()
 
 
 def _let_go_in_child() -> None:
-    """A forked child (a data loader's worker) must not hold its dead parent's connections open."""
+    """A forked child (a data loader's worker) must not keep its parent's connections open after the parent has died."""
     for close in [close for watcher in _watchers for close in watcher.closers()]:
         with contextlib.suppress(OSError):
             close()

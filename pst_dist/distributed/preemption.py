@@ -1,7 +1,7 @@
-"""Being told to stop: the first signal asks for an end at the next step boundary, the second ends at once.
+"""Stop signals: the first requests a stop at the next step boundary, the second ends the process at once.
 
-Slurm, Kubernetes and spot machines announce an end by a signal and wait for a while. What happens at the boundary is
-the trainer's; all ranks must learn of it there, also when one alone was told.
+Slurm, Kubernetes and spot machines announce the end with a signal and then wait for a while. The trainer acts on the
+request at the step boundary, where all ranks learn of it even if only one received the signal.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pst_dist.errors import PeerLostError, PreemptedError
 log = logging.getLogger(__name__)
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm's --signal is told to send before the time limit."""
+"""Our Slurm scripts have Slurm's --signal send SIGUSR1 before the time limit."""
 
 
 ONE_REQUEST_SECONDS = 2.0
-"""A signal to a whole process group also comes from the launcher, which passes on its own: that is one request."""
+"""A signal to a whole process group arrives twice, because the launcher forwards its own: that is one request."""
 
 
 class StopRequest:
@@ -40,28 +40,28 @@ class StopRequest:
         if self.signal and time.monotonic() - self._since < ONE_REQUEST_SECONDS:
             return
         if self.signal:
-            # Asked twice: no more patience. What was being written stays under its temporary name.
+            # The second request ends the process at once. A file being written keeps its temporary name.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.signal, self._since = number, time.monotonic()
-        log.warning("%s: stopping after this step; once more ends at once", signal.Signals(number).name)
+        log.warning("%s: stopping after this step; a second signal stops at once", signal.Signals(number).name)
 
 
 def end_as_told(number: int, what: str) -> NoReturn:
-    """End in the way that a signal asks for: KeyboardInterrupt for SIGINT, else PreemptedError with `what` was done."""
+    """Raise what a signal asks for: KeyboardInterrupt for SIGINT, else PreemptedError saying `what` was done."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise PreemptedError(f"told to stop: {what}", "the same command goes on")
+    raise PreemptedError(f"told to stop: {what}", "run the same command again to resume")
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Listen to SIGTERM, SIGINT and SIGUSR1 within this block; earlier handlers are back after it.
+    """Handle SIGTERM, SIGINT and SIGUSR1 within this block; afterwards the earlier handlers are restored.
 
-    After PeerLostError, with which a process ends, SIGTERM stays unheard.
+    After PeerLostError, which ends the process, SIGTERM stays ignored.
 
-    Only a process's main thread may listen: elsewhere (a Ray worker runs training in a thread) nothing is asked.
+    Only a process's main thread can handle signals: in other threads (such as Ray Train's) this does nothing.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -71,10 +71,10 @@ def stop_requests() -> Iterator[StopRequest]:
     try:
         yield request
     except PeerLostError:
-        # A launcher that saw the loss too ends the ranks that are left by SIGTERM: not before they have said why.
+        # A launcher that noticed the loss too sends the remaining ranks SIGTERM; they must report the reason first.
         before[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
         for number, handler in before.items():
-            if handler is not None:  # None was set outside Python, by a program that embeds it, and cannot be set again
+            if handler is not None:  # None: set outside Python by an embedding program; it cannot be restored
                 signal.signal(number, handler)

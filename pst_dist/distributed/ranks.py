@@ -1,7 +1,7 @@
-"""Ranks, and the few things they must agree on: sums, a value from rank zero, whether to stop.
+"""Ranks, and the few things they share: sums, a value from rank zero, an error on any rank.
 
 Every launcher (deepspeed, torchrun, srun, Ray Train) only sets RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*; this
-module reads them. Without them there is one rank, and no process group is made.
+module reads them. Without them there is one rank and no process group.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pst_dist._version import __version__
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
 
 SLOWER_THAN_THE_WATCH_SECONDS = 30.0
-"""Collectives wait this much longer than `train.timeout_seconds`: `watch` is to speak first, it knows who hangs."""
+"""Collectives wait this much longer than `train.timeout_seconds`, so that `peer_watch` names the hung rank first."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """This process's rank, its rank on this node, and the number of ranks."""
 
     rank: int = 0
     local_rank: int = 0
@@ -37,12 +37,12 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, which alone writes shared files and logs."""
+        """Whether this is rank zero; only rank zero writes shared files and logs."""
         return self.rank == 0
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """From RANK, LOCAL_RANK and WORLD_SIZE; raises EnvironmentFault when only some are set or make no sense."""
+        """From RANK, LOCAL_RANK and WORLD_SIZE; raises EnvironmentFault when some are missing or invalid."""
         names = ("RANK", "WORLD_SIZE")
         present = [name for name in names if name in os.environ]
         if not present:
@@ -60,7 +60,7 @@ class Ranks:
 
 
 def check_meeting_place(ranks: Ranks) -> None:
-    """Several ranks need an address to meet at; raises EnvironmentFault when it is not in the environment."""
+    """Several ranks need a rendezvous address; raises EnvironmentFault when the environment does not give it."""
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if ranks.world_size > 1 and absent and not dist.is_initialized():
         raise EnvironmentFault(
@@ -80,15 +80,16 @@ def device_of(ranks: Ranks) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float = 600) -> Iterator[None]:
-    """The process group of this run, left as it was found; none for one rank without DeepSpeed.
+    """The process group of this run, destroyed at the end; none for one rank without DeepSpeed.
 
-    Raises EnvironmentFault when the ranks do not meet within `timeout_seconds` and a little.
+    An existing process group is used and left alone. Raises EnvironmentFault when the ranks do not meet within about
+    `timeout_seconds`.
     """
     if dist.is_initialized() or (ranks.world_size == 1 and not with_deepspeed):
         yield
         return
     check_meeting_place(ranks)
-    # Without a launcher there is one rank, which must look to DeepSpeed as if torchrun had started it.
+    # A single rank without a launcher must look to DeepSpeed as if torchrun had started it.
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     added = {name: value for name, value in alone.items() if ranks.world_size == 1 and name not in os.environ}
     os.environ.update(added)
@@ -99,10 +100,10 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float 
             timeout = datetime.timedelta(seconds=timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
             dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
         yield
-        # Nobody takes the connections down while another rank still reads from them.
+        # No rank may close its connections while another still reads from them.
         dist.barrier()
     except PeerLostError:
-        intact = False  # taking a broken group down may wait for the rank that is gone; this process ends anyway
+        intact = False  # destroying a broken group may wait for the lost rank; this process ends anyway
         raise
     finally:
         if intact and dist.is_initialized():
@@ -113,7 +114,7 @@ def process_group(ranks: Ranks, *, with_deepspeed: bool, timeout_seconds: float 
 
 
 def _forget_in_deepspeed() -> None:
-    """Let DeepSpeed's next engine make groups of its own: it keeps the first one's for the life of the process."""
+    """Make DeepSpeed's next engine create its own groups: it would reuse the first ones for the life of the process."""
     groups = sys.modules.get("deepspeed.utils.groups")
     for name, value in list(vars(groups).items()) if groups is not None else ():
         if isinstance(value, dist.ProcessGroup):
@@ -122,7 +123,7 @@ def _forget_in_deepspeed() -> None:
 
 @contextlib.contextmanager
 def _meeting_errors(ranks: Ranks) -> Iterator[None]:
-    """What goes wrong while the ranks look for one another, in one line."""
+    """Turn errors of the rendezvous into EnvironmentFault."""
     try:
         yield
     except RuntimeError as error:
@@ -132,12 +133,12 @@ def _meeting_errors(ranks: Ranks) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise EnvironmentFault(
             f"the {ranks.world_size} ranks did not meet at {place} ({reason})",
-            "check that each of them was started and can reach that address",
+            "check that every rank was started and can reach that address",
         ) from error
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over ranks of a tensor, on every rank; gloo and NCCL alike."""
+    """The sum of a tensor over all ranks, on every rank; works with gloo and NCCL."""
     if not dist.is_initialized():
         return values
     moved = values.to(device_of(Ranks.from_environment())) if dist.get_backend() == "nccl" else values.cpu()
@@ -153,7 +154,7 @@ def barrier() -> None:
 
 
 def from_main(value: Any) -> Any:
-    """Rank zero's value on every rank; other ranks' argument is ignored."""
+    """Rank zero's value, on every rank; the argument of other ranks is ignored."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -162,7 +163,7 @@ def from_main(value: Any) -> Any:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every rank's value in the order of ranks, on every rank; values must pickle."""
+    """All ranks' values in rank order, on every rank; values must be picklable."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -171,10 +172,10 @@ def gathered(value: Any) -> list[Any]:
 
 
 def leave(code: int) -> NoReturn:
-    """End a rank that a launcher started, without the destructors of C++ threads.
+    """End a rank that a launcher started, without running C++ destructors.
 
-    After a finished ZeRO run the interpreter's own way out was seen to end in SIGABRT ("terminate called without an
-    active exception"), which a launcher takes for a failed rank.
+    After a finished ZeRO run, the interpreter's normal exit has been seen to end in SIGABRT ("terminate called without
+    an active exception"), which a launcher reports as a failed rank.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -184,9 +185,9 @@ def leave(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def main_first_errors(ranks: Ranks) -> Iterator[None]:
-    """Make an exception that rank zero alone meets in this block end every rank with the same words.
+    """Raise an exception of rank zero in this block on every rank, with the same message.
 
-    Without it the others would wait in their next collective until its timeout.
+    Otherwise the other ranks would wait in their next collective until its timeout.
     """
     failure: BaseException | None = None
     try:
@@ -202,9 +203,10 @@ def main_first_errors(ranks: Ranks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
-    """Make an exception that any rank meets in this block end every rank, the others with its words and its number.
+    """Raise an exception of any rank in this block on every rank; the other ranks' message names the rank.
 
-    For what each rank does by itself, such as opening files that one node may not see: no collective inside.
+    For work that each rank does by itself, such as opening files that one node may not see. The block must not contain
+    a collective.
     """
     failure: Exception | None = None
     try:
@@ -222,7 +224,7 @@ def together(ranks: Ranks) -> Iterator[None]:
 
 
 def check_same_software() -> None:
-    """Raises EnvironmentFault on every rank when they run different versions: their sums would not mean the same."""
+    """Raises EnvironmentFault on every rank when they run different versions, whose sums may not be comparable."""
     mine = {"pst_dist": __version__, "torch": str(torch.__version__), "python": ".".join(sys.version.split(".")[:2])}
     told = gathered((os.uname().nodename, mine))
     for name in mine:
@@ -233,10 +235,10 @@ def check_same_software() -> None:
             said = ", ".join(f"{version} on {place}" for version, place in places.items())
             raise EnvironmentFault(
                 f"ranks differ in {name}: {said}",
-                "install the same on every node; `pst doctor --report` shows what each has",
+                "install the same version on every node; `pst doctor --report` shows what each has",
             )
 
 
 def sums_over_ranks(output: Tensor) -> Tensor:
-    """[...] float64 on the CPU: a tensor of sums added over all ranks."""
+    """[...] float64 on the CPU: the sum of a tensor over all ranks."""
     return all_sum(output.detach().double().cpu())

@@ -1,9 +1,9 @@
-"""Teacher rationales made into vectors: one file a shard, each done once, wherever it is done.
+"""Embeds teacher rationales: one file per shard, each computed once, on any machine.
 
-`embed_shard` turns one shard into one `.safetensors` file and is a pure function of encoder and shard, so it may
-run anywhere and any number of times. `embed_all` has every shard looked at, here or by an executor (Ray actors),
-adds up what they tell and writes the manifest last: it reads no vectors itself, so it is as fast with a hundred
-thousand shards as its actors are. Reading is `embedding_store`, the encoder is `encoder`, the samples are `shards`.
+`embed_shard` turns one shard into one `.safetensors` file. It is a pure function of encoder and shard, so it may run
+anywhere and any number of times. `embed_all` has every shard processed, here or by an executor (Ray actors), sums their
+summaries and writes the manifest last. It reads no vectors itself, so even with 100,000 shards it does not slow down
+its actors. `embedding.store` reads the files, `embedding.encoder` encodes, `data.shards` provides the samples.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ __all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embe
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
 _FRACTION_BITS = 36
 _VISIBLE_SECONDS = 60.0
-"""How long another machine's new file may take to show: NFS clients keep a folder's listing for up to a minute."""
+"""How long another machine's new file may take to appear: NFS clients cache a folder's listing for up to a minute."""
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedShard:
-    """What there is to know of one finished embedding file without reading it again; a few kilobytes."""
+    """Summary of one finished embedding file, a few kilobytes, so that it need not be read again."""
 
     file: str
     bytes: int
@@ -55,7 +55,7 @@ class EmbeddedShard:
     sums: np.ndarray
     """[E] int64, the sum of its vectors in units of 2^-36; see `fixed_point_sums`."""
     encoded: bool
-    """False when the file was there already and was found to be whole and of this shard and encoder."""
+    """False when a complete file of this shard and encoder already existed."""
 
 
 def embed_shard(
@@ -66,14 +66,14 @@ def embed_shard(
     *,
     advance: Callable[[int], None] | None = None,
 ) -> EmbeddedShard:
-    """Make `target` the embedding file of one shard, unless it is that already, and sum it up.
+    """Write the embedding file of one shard to `target`, unless it is there already, and return its summary.
 
-    Raises IntegrityError when the shard is not the promised one or a vector is zero or not finite; then no file
-    is written. `advance` is told of texts as they are encoded, and of none when the file was there.
+    Raises IntegrityError, and writes no file, when the shard differs from its manifest or a vector is zero or not
+    finite. `advance` receives the number of texts as they are encoded; nothing when the file existed.
     """
     path = shards_directory / shard.name
     if not path.is_file() or sha256_file(path) != shard.sha256:
-        raise IntegrityError("shard is missing or is not the one the manifest names", "run `pst shard`", path=path)
+        raise IntegrityError("shard is missing or differs from its manifest", "run `pst shard`", path=path)
     samples = read_shard(path)
     keys = [(sample.id, k) for sample in samples for k in range(len(sample.rationales))]
     content = _current(target, encoder.identity, shard, keys)
@@ -94,7 +94,7 @@ def embed_shard(
 def _current(
     path: Path, identity: dict[str, Any], shard: ShardInfo, keys: list[tuple[str, int]]
 ) -> ShardVectors | None:
-    """The content of a file that is whole and was made from this shard by this encoder, else None."""
+    """The content of a complete file made from this shard by this encoder; otherwise None."""
     if not path.is_file():
         return None
     try:
@@ -115,9 +115,9 @@ def _summary(target: Path, content: ShardVectors, *, encoded: bool) -> EmbeddedS
 def fixed_point_sums(vectors: np.ndarray) -> np.ndarray:
     """[E] int64: the sums of n unit vectors [n, E] in units of 2^-36, each element rounded before it is added.
 
-    Integers add up to the same whatever the order and the grouping, floating-point numbers do not; so the mean is
-    the same bits however many actors there were and whichever finished first. Elements of 2^-12 and more are
-    float32 multiples of 2^-36 and lose nothing, smaller ones at most 2^-37. An int64 holds 2^26 rows.
+    Unlike floating-point sums, integer sums do not depend on order and grouping. So the mean has the same bits however
+    many actors there are and whichever finishes first. Elements of 2^-12 and more are multiples of 2^-36 in float32 and
+    lose nothing; smaller ones lose at most 2^-37. An int64 holds the sum of 2^26 rows.
     """
     total = np.zeros(vectors.shape[1], dtype=np.int64)
     for start in range(0, len(vectors), 4096):  # in blocks, so that the float64 copy stays small
@@ -129,7 +129,7 @@ def fixed_point_sums(vectors: np.ndarray) -> np.ndarray:
 Executor = Callable[
     [EmbedConfig, dict[str, Any], Files, list[ShardInfo], Callable[[ShardInfo, "EmbeddedShard"], None], Progress], None
 ]
-"""Sees to the file of every shard in a list; calls back once for each, and advances the bar."""
+"""Embeds every shard in a list; calls back once per shard and advances the bar."""
 
 
 def embed_all(
@@ -144,19 +144,18 @@ def embed_all(
 ) -> Manifest:
     """Encode every shard that has no current file, then write the centring mean and the manifest.
 
-    `executor` sees to all shards on other processes (`clusters.ray.embed`); without one, this process does.
-    With `remote`, a data_dir in object storage, shards and embeddings lie there, and `directory` is what this machine
-    has of the latter. Finished embeddings of other shards keep the files whose shard is the same; those of another
-    encoder are refused with StaleError unless `rebuild`. A killed run leaves whole files and no manifest, and the next
-    one goes on. `lock` is held while anything is written, besides the directory's own. Raises DataError when no sample
-    has a rationale.
+    `executor` embeds the shards in other processes (`clusters.ray.embed`); without one, this process does.
+    `remote` is a data_dir in object storage that holds shards and embeddings; `directory` is then the local copy of the
+    embeddings. Finished embeddings of other shards keep the files of unchanged shards. Those of another encoder raise
+    StaleError unless `rebuild`. A killed run leaves complete files but no manifest, and the next run resumes. `lock` is
+    held during all writing, in addition to the directory's own lock. Raises DataError when no sample has a rationale.
     """
     texts = {shard.name: shards.rationale_count(shard) for shard in shards.shards()}
     if not any(texts.values()):
-        raise DataError("no sample has a rationale: there is nothing to embed", path=shards.directory)
+        raise DataError("no sample has a rationale, so there is nothing to embed", path=shards.directory)
     here = FolderFiles(shards.directory, directory)
     files: Files = here if remote is None else RemoteFiles(remote, directory.parent)
-    # With an executor its workers encode; here the encoder is only asked who it is.
+    # With an executor, its workers encode; here only the encoder's identity is needed.
     encoder = TextEncoder(config, device="cpu" if executor is not None else None)
     identity = encoder.identity
     fingerprint = digest_of({"encoder": identity, "shards": shards.manifest.digest})
@@ -167,12 +166,12 @@ def embed_all(
             log.info("embed: %s is complete, nothing to do", files.where)
             return manifest
     with lock or contextlib.nullcontext(), directory_lock(directory):
-        # From here to the end there is no manifest: the directory is unfinished, and says so.
+        # From here to the end there is no manifest, which marks the directory as unfinished.
         files.remove(MANIFEST)
         files.remove_leftovers()
         present = _remove_others(files, [] if rebuild else map(file_name, shards.shards()))
-        # Looking at a finished file is quick: those come first, and the speed that is shown is that of encoding.
-        # Then the largest, so that the last ones to end are small.
+        # Finished files come first: checking them is quick, so the speed shown later is that of encoding.
+        # The rest is in descending order of size, so that the last ones to finish are small.
         order = sorted(shards.shards(), key=lambda shard: (file_name(shard) not in present, -shard.bytes, shard.name))
         tally = _Tally(identity["dimension"])
         with progress("embed", total=sum(texts.values()), unit="texts") as bar:
@@ -190,14 +189,14 @@ def embed_all(
 
 
 def _check_encoder(files: Files, identity: dict[str, Any]) -> None:
-    """Raises StaleError when finished embeddings are by another encoder."""
+    """Raises StaleError when the finished embeddings were made by another encoder."""
     manifest = files.manifest()
     if manifest is None:
         return
     made_by = manifest.extra.get("encoder")
     if made_by != identity:
         raise StaleError(
-            f"embeddings are by {difference(made_by if isinstance(made_by, dict) else {}, identity)}",
+            f"the embeddings were made by {difference(made_by if isinstance(made_by, dict) else {}, identity)}",
             "run again with --rebuild, or choose another data_dir",
             path=files.where,
         )
@@ -207,14 +206,14 @@ def difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
     """`encoder 'a', wanted 'b'` for each setting in which two identities differ, short enough for a line."""
     names = [name for name in {**wanted, **made_by} if made_by.get(name) != wanted.get(name)]
     if "encoder" in names:
-        names = ["encoder"]  # the rest follows from it
+        names = ["encoder"]  # the other differences follow from it
     return ", ".join(f"{name} {str(made_by.get(name))[:60]!r}, wanted {str(wanted.get(name))[:60]!r}" for name in names)
 
 
 def _remove_others(files: Files, wanted: Iterable[str]) -> set[str]:
-    """Delete embedding files of shards that no longer exist; returns the names that stay.
+    """Delete embedding files of shards that no longer exist; returns the names that remain.
 
-    The caller holds the lock. Only names that this module gives: somebody may keep other weights in the folder.
+    The caller holds the lock. Deletes only names that this module uses; the folder may contain other weights.
     """
     kept, present = set(wanted), files.names()
     for name in present - kept:
@@ -224,13 +223,13 @@ def _remove_others(files: Files, wanted: Iterable[str]) -> set[str]:
 
 
 class _Tally:
-    """What the shards' summaries come to: O(E) for the mean, and the two lines that the manifest has for each."""
+    """The totals of the shards' summaries: O(E) for the mean, plus two manifest lines per shard."""
 
     def __init__(self, dimension: int) -> None:
         self.files: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.encoded = self.train_rows = 0
-        self._sums = np.zeros(dimension, dtype=object)  # Python's integers: any number of rows fits
+        self._sums = np.zeros(dimension, dtype=object)  # Python's integers cannot overflow
 
     def add(self, shard: ShardInfo, result: EmbeddedShard) -> None:
         assert shard.name not in self.rows
@@ -249,7 +248,7 @@ class _Tally:
 
 
 def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Tally, fingerprint: str) -> Manifest:
-    """Write the mean and, when every file is seen to be there, the manifest."""
+    """Write the mean and, once every file is visible here, the manifest."""
     table = [tally.rows[shard.name] for shard in shards.shards()]
     _wait_for(files, set(tally.files))
     mean = tally.mean()
@@ -271,14 +270,14 @@ def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Ta
             "rows": sum(row["rows"] for row in table),
             "truncated": sum(row["truncated"] for row in table),
             "train_rows": tally.train_rows,
-            # How nearly parallel the vectors are: 1 would mean that all are the same.
+            # How nearly parallel the vectors are; 1 means that all are equal.
             "mean_length": round(float(np.linalg.norm(mean.astype(np.float64))), 6),
         },
     )
     files.keep([MANIFEST], lambda folder: write_manifest(folder, manifest))
     if manifest.extra["truncated"]:
         log.warning(
-            "embed: %d of %d rationales are longer than the encoder's %s tokens and lose their end",
+            "embed: %d of %d rationales exceed the encoder's %s tokens and are truncated",
             manifest.extra["truncated"],
             manifest.extra["rows"],
             identity["max_seq_length"],
@@ -289,16 +288,16 @@ def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Ta
 
 
 def _wait_for(files: Files, names: set[str]) -> None:
-    """Return when this machine sees all files; raises EnvironmentFault when some stay away.
+    """Wait until this machine sees all files; raises EnvironmentFault when some do not appear.
 
-    Temporary files of actors that died while they wrote are removed first.
+    Temporary files of actors that died while writing are removed first.
     """
     files.remove_leftovers()
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while missing := names - _remove_others(files, names):
         if time.monotonic() > deadline:
             raise EnvironmentFault(
-                f"{len(missing)} of {len(names)} files were written where this machine cannot see them",
+                f"{len(missing)} of {len(names)} files were written to a place that this machine cannot see",
                 "put data_dir on storage that all machines of the cluster share",
                 path=files.where,
             )

@@ -1,7 +1,7 @@
-"""The frozen sentence encoder: teacher rationales in, unit vectors out, with everything that decides their bits.
+"""The frozen sentence encoder: teacher rationales in, unit vectors out, with every setting that affects their bits.
 
-The models are sentence-transformers'; the batching is ours: each distinct text once, sorted by length, cut under a
-budget of tokens. What is encoded and where the vectors are kept is `embeddings`.
+The models come from sentence-transformers; the batching is ours: each distinct text once, sorted by length, split by a
+token budget. `embedding.embed` decides what is encoded and where the vectors are kept.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ class TextEncoder:
     """A sentence-transformers model that turns texts into unit vectors [n, E] float32."""
 
     identity: dict[str, Any]
-    """Every setting and file that changes the bits of a vector; compared before vectors are used.
+    """Every setting and file that affects the bits of a vector; compared before vectors are used.
 
-    The device is left out on purpose: a GPU's vectors differ from a CPU's by rounding only.
+    The device is deliberately excluded: vectors from GPU and CPU differ only by rounding.
     """
     dimension: int
     """E."""
 
     def __init__(self, config: EmbedConfig, device: str | None = None) -> None:
-        """Load the model on `device`, else on config.device, else on the best one present.
+        """Load the model on `device`, else on config.device, else on the best one available.
 
-        Raises EnvironmentFault or InputError in one line when it cannot be had or is not an encoder.
+        Raises EnvironmentFault or InputError, in one line, when it cannot be loaded or is not an encoder.
         """
         folder = locate_encoder(config.encoder, config.revision)
         self._batch_tokens = config.batch_tokens
         self._model = _load_model(folder, config, device)
         prompts: Mapping[str, str] = getattr(self._model, "prompts", None) or {}
-        # As SentenceTransformer.encode does: the model's own default prompt, unless the config gives one.
+        # Like SentenceTransformer.encode: the model's own default prompt, unless the config sets one.
         default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
         self._prefix: str = config.prefix or default or ""
         self._max_length: int | None = self._model.max_seq_length
@@ -87,9 +87,9 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> np.ndarray:
         """Unit vectors [n, E] float32 in the order of `texts`; equal texts are encoded once.
 
-        Batches depend on the set of texts alone, so the same texts give the same bits. `advance` is told how
-        many of the n texts each batch has finished. Raises IntegrityError when the encoder yields a vector
-        that is zero or not finite.
+        Batches depend only on the set of texts, so the same texts give the same bits. `advance` receives the number of
+        texts finished by each batch. Raises IntegrityError when the encoder returns a vector that is zero or not
+        finite.
         """
         unique = sorted(set(texts))
         rows_of: dict[str, list[int]] = {text: [] for text in unique}
@@ -108,7 +108,7 @@ class TextEncoder:
         return vectors
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the encoder's limit and lose their end."""
+        """Number of texts that exceed the encoder's limit and are truncated."""
         if self._max_length is None or not texts:
             return 0
         prefixed = [self._prefix + text for text in texts]
@@ -120,7 +120,7 @@ class TextEncoder:
         return self._model.tokenizer
 
     def _tokenise(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """One dict of [T] tensors a text, without padding."""
+        """One dict of [T] tensors per text, without padding."""
         prepare = getattr(self._model, "preprocess", None) or self._model.tokenize  # 5.x and before
         rows: list[dict[str, torch.Tensor]] = []
         for start in range(0, len(texts), _TOKENISE_AT_ONCE):
@@ -153,9 +153,9 @@ class TextEncoder:
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut rows into batches of rows x longest <= batch_tokens, longest first; a row over the budget stands alone.
+    """Split rows into batches with rows x longest <= batch_tokens, longest first; a row over the budget gets its own.
 
-    Rows of equal length keep their order, so the plan is a function of the lengths.
+    Rows of equal length keep their order, so the plan depends only on the lengths.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
@@ -172,14 +172,14 @@ def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     if bad.any():
         text = texts[int(np.argmax(bad))]
         raise IntegrityError(
-            f"the encoder gives a vector that is zero or not finite for {text[:60]!r}",
+            f"the encoder returns a vector that is zero or not finite for {text[:60]!r}",
             "try embed.dtype=float32 or another embed.encoder",
         )
     return (vectors / norms).astype(np.float32)
 
 
 def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> SentenceTransformer:
-    """The model in evaluation mode, on its device and cut to the configured length."""
+    """The model in evaluation mode, on its device, with the configured maximum length."""
     try:
         import torch
         from sentence_transformers import SentenceTransformer
@@ -196,11 +196,11 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
             )
         except PstError:
             raise
-        except Exception as error:  # nearly every kind, for a folder that is no encoder or a device that is absent
+        except Exception as error:  # a folder without an encoder or a missing device raises almost any kind
             reason = first_line(error)
             raise InputError(
                 f"cannot be loaded as a sentence encoder ({reason[:160]})",
-                "see embed.encoder and embed.device",
+                "check embed.encoder and embed.device",
                 path=folder,
             ) from error
     model.eval()
@@ -208,18 +208,18 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
     if type(first).__name__ == "StaticEmbedding":
         raise static_encoder(folder)
     if getattr(first, "unpad_inputs", False) is not False:
-        first.unpad_inputs = False  # our batches are padded; packing them would change what a batch is
+        first.unpad_inputs = False  # our batches are padded; packing would change them
     if config.max_seq_length is not None:
         limit = model.max_seq_length
         if limit is not None and config.max_seq_length > limit:
-            raise InputError(f"embed.max_seq_length {config.max_seq_length} is over the encoder's own limit of {limit}")
+            raise InputError(f"embed.max_seq_length is {config.max_seq_length}, but the encoder's own limit is {limit}")
         model.max_seq_length = config.max_seq_length
     log.info("encoder: %s on %s, %s, at most %s tokens", folder.name, model.device, config.dtype, model.max_seq_length)
     return model
 
 
 def check_encoder(config: EmbedConfig) -> None:
-    """Raise what loading the encoder would raise, as far as its config files tell; fetches it when it is a hub id."""
+    """Raise what loading the encoder would raise, as far as its config files show; fetches a hub id."""
     folder = locate_encoder(config.encoder, config.revision)
     modules = folder / "modules.json"
     place = folder
@@ -234,16 +234,16 @@ def check_encoder(config: EmbedConfig) -> None:
 
 
 def static_encoder(folder: Path) -> InputError:
-    """The error for an encoder that averages fixed word vectors: it has no layers to run over padded batches."""
+    """The error for an encoder that averages fixed word vectors and so cannot run on padded batches."""
     return InputError(
         "is a static embedding model, which embed.encoder does not support",
-        "name a transformer encoder, such as embed.encoder=minilm",
+        "use a transformer encoder, such as embed.encoder=minilm",
         path=folder,
     )
 
 
 def _pooling(model: SentenceTransformer) -> str:
-    """`mean`, `cls`…, read from whichever module pools; the module names when none says."""
+    """`mean`, `cls`…, read from the module that pools; the module names when none says."""
     modules: list[Any] = list(model)
     for module in modules:
         mode = getattr(module, "pooling_mode", None)

@@ -1,8 +1,9 @@
-"""Where embedding files lie while they are made: a folder that every machine sees, or object storage.
+"""Where embedding files are stored while they are being written: a folder that every machine sees, or object storage.
 
-Both are asked the same things by `embeddings` and by the actors of `ray_jobs`, and both are small values that travel
-to an actor. With object storage an actor fetches its shard and puts its file by way of a folder of its own, so that no
-machine has to hold everything. What is in a file is `embedding_format`, how files are moved `remote`.
+Both classes have the interface used by `embedding.embed` and by the actors of `clusters.ray.embed`, and both are small
+values that can be sent to an actor. With object storage an actor fetches its shard and uploads its file through a
+temporary folder, so that no machine has to hold everything. `embedding.vector_file` defines the contents of a file;
+`storage.object_store` moves files.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from pst_dist.storage.object_store import RemoteFolder
 
 log = logging.getLogger(__name__)
 
-_DRIVER = ".driver"  # a file of the driver's by which an actor knows that it sees the same folder
+_DRIVER = ".driver"  # a file of the driver, by which an actor verifies that it sees the same folder
 
 
 def file_name(shard: ShardInfo) -> str:
-    """What a shard's embedding file is called."""
+    """Name of a shard's embedding file."""
     return f"{shard.stem}.safetensors"
 
 
@@ -51,7 +52,7 @@ class FolderFiles:
         return Artefact(self.embeddings, "embeddings").manifest()
 
     def finished(self, fingerprint: str) -> Manifest | None:
-        """The manifest of embeddings that are whole and made from these inputs, else None."""
+        """The manifest of complete embeddings made from these inputs; otherwise None."""
         return Artefact(self.embeddings, "embeddings").finished(fingerprint)
 
     def remove_leftovers(self) -> None:
@@ -60,16 +61,16 @@ class FolderFiles:
             remove_leftovers(self.embeddings, kind, locked=True)
 
     def names(self) -> set[str]:
-        """Every file that lies there now."""
+        """Names of all files there now."""
         return {entry.name for entry in os.scandir(self.embeddings)}
 
     def remove(self, name: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file; a missing one is not an error."""
         (self.embeddings / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def at_hand(self, shard: ShardInfo) -> Iterator[tuple[Path, Path]]:
-        """(folder of the shard's tar, path of its embedding file): what is written to the path is kept."""
+        """(folder of the shard's tar, path of its embedding file); a file written to the path is kept."""
         yield self.shards, self.embeddings / file_name(shard)
 
     def keep(self, names: list[str], write: Callable[[Path], None]) -> None:
@@ -78,7 +79,7 @@ class FolderFiles:
 
     @contextlib.contextmanager
     def announced(self, driver: str) -> Iterator[None]:
-        """For the time of this block, actors can know this folder again by the driver's name."""
+        """During this block, actors can recognise this folder by the driver's name."""
         write_text(self.embeddings / _DRIVER, driver)
         try:
             yield
@@ -86,15 +87,15 @@ class FolderFiles:
             (self.embeddings / _DRIVER).unlink(missing_ok=True)
 
     def for_actor(self) -> FolderFiles:
-        """The same, for a process with another working directory."""
+        """The same files, for a process with another working directory."""
         return FolderFiles(self.shards.resolve(), self.embeddings.resolve())
 
     def check(self, driver: str) -> None:
-        """Raise EnvironmentFault when this machine does not see what the driver sees."""
+        """Raise EnvironmentFault when this machine does not see the driver's folder."""
         mark = self.embeddings / _DRIVER
         if not mark.is_file() or mark.read_text() != driver:
             raise EnvironmentFault(
-                f"{platform.node()} does not see this folder as the driver does",
+                f"{platform.node()} does not see the driver's files in this folder",
                 "put data_dir on storage that all machines of the cluster share",
                 path=self.embeddings,
             )
@@ -106,7 +107,7 @@ class RemoteFiles:
 
     data: RemoteFolder
     mirror: Path | None
-    """A folder whose `shards` and `embeddings` hold what this machine has of them; None keeps nothing here."""
+    """A local folder with copies of `shards` and `embeddings`; None keeps no copies here."""
 
     @property
     def where(self) -> str:
@@ -122,14 +123,14 @@ class RemoteFiles:
         return self._embeddings.manifest("embeddings")
 
     def finished(self, fingerprint: str) -> Manifest | None:
-        """The same; that all files are there is enough, as whoever fetches one compares its digest."""
+        """The same; checks only that all files exist, since fetching a file compares its digest."""
         manifest = self.manifest()
         if manifest is None or manifest.fingerprint != fingerprint or not manifest.files.keys() <= self.names():
             return None
         return manifest
 
     def remove_leftovers(self) -> None:
-        """The same: of the mirror here, and of a folder behind `file://`."""
+        """The same, for the local mirror and for a folder behind `file://`."""
         if self.mirror is not None:
             remove_leftovers(self.mirror / "embeddings", locked=True)
         for name in self.names():
@@ -137,18 +138,18 @@ class RemoteFiles:
                 self.remove(name)
 
     def names(self) -> set[str]:
-        """Every file that lies there now."""
+        """Names of all files there now."""
         return self._embeddings.names()
 
     def remove(self, name: str) -> None:
-        """Delete a file, here and there; one that is not there is no error."""
+        """Delete a file locally and in the storage; a missing one is not an error."""
         if self.mirror is not None:
             (self.mirror / "embeddings" / name).unlink(missing_ok=True)
         self._embeddings.remove(name)
 
     @contextlib.contextmanager
     def at_hand(self, shard: ShardInfo) -> Iterator[tuple[Path, Path]]:
-        """(folder of the shard's tar, path of its embedding file), both fetched; a new embedding file is put there."""
+        """(folder of the shard's tar, path of its embedding file), both fetched; a new embedding file is uploaded."""
         with contextlib.ExitStack() as stack:
             here = self.mirror or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pst-embed-")))
             tar, target = here / "shards" / shard.name, here / "embeddings" / file_name(shard)
@@ -174,7 +175,7 @@ class RemoteFiles:
         return contextlib.nullcontext()
 
     def for_actor(self) -> RemoteFiles:
-        """The same for another machine, which keeps nothing."""
+        """The same files, for another machine, which keeps no copies."""
         return RemoteFiles(self.data, None)
 
     def check(self, driver: str) -> None:

@@ -1,7 +1,7 @@
-"""Finished embeddings, read: opened with their shards, joined by id and digest, refused when stale or damaged.
+"""Reads finished embeddings: opened with their shards, joined by id and digest, refused when stale or damaged.
 
-How they are made is `embeddings`, the bytes of a file are `embedding_format`, what training does with a vector is
-`teacher_vectors`.
+`embedding.embed` writes them, `embedding.vector_file` defines the bytes of a file, and `embedding.targets` turns the
+vectors into training targets.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from pst_dist.storage.manifest import MANIFEST, Manifest
 
 @dataclass(frozen=True)
 class VectorFile:
-    """Where the vectors of one embedding file lie. Neither mapped nor kept open: there may be 100,000 of them, and a
-    process may have a thousand files open and 65,530 maps."""
+    """The position of the vectors in one embedding file. The file is neither mapped nor kept open: there may be 100,000
+    of them, and a process is limited to about a thousand open files and 65,530 maps."""
 
     path: Path
     keys: list[tuple[str, int]]
     """(sample id, rationale index) of each row."""
     offset: int
-    """Of the first row, in bytes."""
+    """Offset of the first row, in bytes."""
     stamp: tuple[int, int, int]
-    """Inode, bytes and time of change as they were when the digests were compared."""
+    """Inode, size in bytes and modification time at the moment the digests were compared."""
 
     @classmethod
     def of(cls, path: Path, content: ShardVectors) -> VectorFile:
-        """What there is to know of a file that has just been read."""
+        """The entry for a file that has just been read."""
         offset = content.vectors.offset if isinstance(content.vectors, np.memmap) else 0
         return cls(path, content.keys, offset, _stamp(os.stat(path)))
 
     def read(self, row: int, count: int, width: int) -> np.ndarray:
-        """[count, E] float32, rows `row` …; raises IntegrityError when the file is no longer the one it was."""
+        """[count, E] float32, starting at row `row`; raises IntegrityError when the file has changed since."""
         try:
             with self.path.open("rb") as stream:
                 intact = _stamp(os.fstat(stream.fileno())) == self.stamp
@@ -69,7 +69,7 @@ class _Row(BaseModel):
 
 
 class _Extra(BaseModel):
-    """What is read of the manifest besides its files."""
+    """The fields of the manifest that are read, besides its files."""
 
     encoder: _Encoder
     shards_digest: str
@@ -95,9 +95,9 @@ class EmbeddingStore:
     def open(
         cls, directory: Path, shards: ShardSet, *, encoder: str | None = None, verify: bool = True
     ) -> EmbeddingStore:
-        """Open the embeddings of exactly these shards, by `encoder` (an `embed.encoder` value) when one is given.
+        """Open the embeddings of exactly these shards, made by `encoder` (an `embed.encoder` value) if given.
 
-        Raises InputError when there are none, StaleError when they are of other shards or by another encoder,
+        Raises InputError when there are none, StaleError when they belong to other shards or another encoder,
         IntegrityError when they are damaged.
         """
         artefact = Artefact(directory, "embeddings")
@@ -109,14 +109,14 @@ class EmbeddingStore:
         made_by, shards_digest = extra.encoder.encoder, extra.shards_digest
         if encoder is not None and encoder_name(encoder) != made_by:
             raise StaleError(
-                f"embeddings are by encoder {made_by!r}, the config wants {encoder_name(encoder)!r}",
+                f"the embeddings were made by encoder {made_by!r}, but the config asks for {encoder_name(encoder)!r}",
                 f"{EMBED_AGAIN} --rebuild, or set embed.encoder={made_by}",
                 path=directory,
             )
         if shards_digest != shards.manifest.digest:
             changed = [s.name for s in shards.shards() if table.get(s.name) != s.sha256]
             which = f"{', '.join(changed[:5])} ({len(changed)} in all)" if changed else "other shards"
-            raise StaleError(f"embeddings are older than the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
+            raise StaleError(f"the embeddings do not match the shards: {which}", f"{EMBED_AGAIN} again", path=directory)
         if verify:
             artefact.verified()
         splits: dict[str, list[VectorFile]] = {split: [] for split in shards.manifest.extra["counts"]}
@@ -125,18 +125,18 @@ class EmbeddingStore:
             content = read_vectors(path, verify=verify)
             if content.shard_sha256 != shard.sha256 or content.keys != shards.rationale_keys(shard):
                 raise StaleError(
-                    f"embeddings are not of the rationales of {shard.name}", f"{EMBED_AGAIN} again", path=path
+                    f"the embeddings do not match the rationales of {shard.name}", f"{EMBED_AGAIN} again", path=path
                 )
             if content.identity != manifest.extra["encoder"]:
                 raise IntegrityError(
-                    "is by another encoder than the manifest says", f"{EMBED_AGAIN} --rebuild", path=path
+                    "was made by an encoder other than the manifest's", f"{EMBED_AGAIN} --rebuild", path=path
                 )
             splits[shard.split].append(VectorFile.of(path, content))
         mean = read_tensor(directory / STATISTICS, "mean", verify=verify)[1]
         return cls(manifest, np.array(mean), splits)
 
     def vector(self, sample_id: str, rationale: int = 0) -> np.ndarray:
-        """[E] float32, the unit vector of one rationale; raises IntegrityError when there is none."""
+        """[E] float32, the unit vector of one rationale; raises IntegrityError when it is missing."""
         try:
             file, row = self._place[(sample_id, rationale)]
         except KeyError:
@@ -144,7 +144,7 @@ class EmbeddingStore:
         return np.array(file.read(row, 1, self.dimension)[0])
 
     def centred(self, vectors: np.ndarray) -> np.ndarray:
-        """Unit vectors [..., E] float32 around the training mean; rows of zeros (no rationale) stay zeros."""
+        """Unit vectors [..., E] float32 after subtracting the training mean; rows of zeros (no rationale) stay zero."""
         moved = np.where(np.any(vectors != 0, axis=-1, keepdims=True), vectors - self.mean, 0).astype(np.float64)
         norms = np.linalg.norm(moved, axis=-1, keepdims=True)
         return np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0).astype(np.float32)
@@ -155,13 +155,13 @@ class EmbeddingStore:
         return list(self._splits)
 
     def keys(self, split: str) -> list[tuple[str, int]]:
-        """All (id, rationale index) of a split in shard order; raises InputError for one that is not there."""
+        """All (id, rationale index) of a split in shard order; raises InputError for an unknown split."""
         if split not in self._splits:
             raise InputError(f"no split {split!r}", f"there are {', '.join(sorted(self._splits))}")
         return [key for file in self._splits[split] for key in file.keys]
 
     def first_rows(self, split: str, most: int) -> np.ndarray:
-        """[n, E] float32: the first `most` vectors of a split in shard order, or all there are."""
+        """[n, E] float32: the first `most` vectors of a split in shard order, or all if there are fewer."""
         vectors = np.empty((min(most, len(self.keys(split))), self.dimension), dtype=np.float32)
         start = 0
         for file in self._splits[split]:

@@ -1,4 +1,4 @@
-"""The teacher's vectors as the loss is to see them: centred, whitened, averaged, or (a control) another row's."""
+"""The teacher's vectors as the loss uses them: centred, whitened, averaged, or (a control) those of another row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Teacher:
         whiten: bool = False,
         mean_of_all: bool = False,
     ) -> None:
-        """`mean_of_all`: whatever the rationale index, the mean of the sample's vectors; `whiten` needs `centre`."""
+        """`mean_of_all` returns the mean of a sample's vectors for every rationale index; `whiten` needs `centre`."""
         self.store, self.centre, self.mean_of_all = store, centre, mean_of_all
         self.dimension = store.dimension
         self.digest = store.manifest.digest
@@ -65,7 +65,7 @@ def whitening(store: EmbeddingStore) -> np.ndarray:
 
     W = (C + s * mean(diag C) * I)^(-1/2) with C their covariance (Kessy, Lewin and Strimmer, "Optimal whitening and
     decorrelation", The American Statistician 72 (2018), 309-314), from the first 65,536 of them in shard order. The
-    shrinkage s = 0.01 keeps directions without any variance from being blown up.
+    shrinkage s = 0.01 limits the amplification of directions with almost no variance.
     """
     centred = store.centred(store.first_rows("train", _WHITEN_ROWS)).astype(np.float64)
     covariance = centred.T @ centred / max(1, len(centred))
@@ -75,19 +75,19 @@ def whitening(store: EmbeddingStore) -> np.ndarray:
 
 
 def another_row(keys: list[tuple[str, int]], *, seed: int) -> dict[tuple[str, int], tuple[str, int]]:
-    """A map without fixed points: each key to the next one of a shuffled circle."""
+    """A map without fixed points: each key to the next one in a shuffled cycle."""
     order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(keys))
     return {keys[here]: keys[there] for here, there in zip(order, np.roll(order, -1), strict=True)}
 
 
 def _check_settings(config: Config, store: EmbeddingStore, directory: Path) -> None:
-    """Refuse vectors made with another prefix, length or precision than the config now says."""
+    """Refuse vectors made with a prefix, length or precision other than the config's."""
     wanted = {"prefix": config.embed.prefix, "max_seq_length": config.embed.max_seq_length, "dtype": config.embed.dtype}
     for name, value in wanted.items():
-        # An unset prefix or length is the encoder's own, which only the encoder knows.
+        # An unset prefix or length means the encoder's own, which is unknown here.
         if value and store.identity[name] != value:
             raise StaleError(
-                f"made with {name}={store.identity[name]!r}, the config says {value!r}",
+                f"the embeddings were made with {name}={store.identity[name]!r}, but the config has {value!r}",
                 "run `pst embed --rebuild`, or undo the change",
                 path=directory,
             )
@@ -96,7 +96,7 @@ def _check_settings(config: Config, store: EmbeddingStore, directory: Path) -> N
 def open_teacher(config: Config, run: RunDir, shards: ShardSet) -> Teacher | None:
     """The vectors that an arm aligns with, or None for an arm without alignment.
 
-    A `pst` run with alignment_weight 0 keeps its semantic token and needs no embeddings: that is a control.
+    As a control, a `pst` run with alignment_weight 0 keeps its semantic token and needs no embeddings.
     """
     if not ARMS[config.arm].aligned or config.loss.alignment_weight == 0:
         return None
@@ -113,5 +113,5 @@ def open_teacher(config: Config, run: RunDir, shards: ShardSet) -> Teacher | Non
 
 
 def needs_embeddings(config: Config) -> bool:
-    """Whether some arm of this config aligns with the teacher's embeddings."""
+    """Whether any arm of this config aligns with the teacher's embeddings."""
     return config.loss.alignment_weight > 0 and any(ARMS[arm.arm].aligned for arm in expand_arms(config))

@@ -1,7 +1,7 @@
 """The bytes of one embedding file: safetensors with one float32 tensor and one metadata key.
 
-safetensors detects a cut file but not a changed one, so the metadata carries the digest of the tensor, and with it
-which encoder and which shard it comes from. What is computed and when is `embeddings`.
+safetensors detects a truncated file but not a changed one, so the metadata contains the tensor's digest, together with
+the encoder and the shard it comes from. `embedding.embed` decides what is computed and when.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pst_dist.storage.manifest import canonical_json
 
 EMBED_AGAIN = "run `pst embed`"
 STATISTICS = "statistics.safetensors"
-"""The file beside the shards' files that holds the centring mean."""
+"""The file with the centring mean, in the same folder as the shards' files."""
 _UNIT_TOLERANCE = 1e-3
 _META = "pst"  # one metadata key only: safetensors writes several in no fixed order
 
@@ -36,15 +36,15 @@ class ShardVectors:
     vectors: np.ndarray
     """[n, E] float32, unit rows, mapped from the file."""
     identity: dict[str, Any]
-    """Of the encoder that made them."""
+    """Identity of the encoder that made them (`TextEncoder.identity`)."""
     shard_sha256: str
-    """Of the tar they were made from."""
+    """SHA-256 of the tar they were made from."""
     truncated: int
-    """Rationales that were longer than the encoder reads."""
+    """Number of rationales that were longer than the encoder's limit."""
 
 
 def write_vectors(path: Path, content: ShardVectors) -> None:
-    """Write one embedding file, whole or not at all; equal content gives equal bytes."""
+    """Write one embedding file atomically; equal content gives equal bytes."""
     write_tensor(
         path,
         "vectors",
@@ -69,10 +69,10 @@ def write_tensor(path: Path, name: str, tensor: np.ndarray, meta: dict[str, Any]
 
 
 def read_vectors(path: Path, *, verify: bool = True) -> ShardVectors:
-    """Map one embedding file; raises IntegrityError when it is not one of ours.
+    """Map one embedding file; raises IntegrityError when it is not a valid one.
 
-    With `verify` the vectors are compared with their digest and must be unit vectors, so that a file without a
-    manifest, left by a killed run, can be trusted when work goes on.
+    `verify` compares the vectors with their digest and requires unit vectors, so that a resumed run can trust a file
+    that a killed run left without a manifest.
     """
     meta, vectors = read_tensor(path, "vectors", verify=verify)
     try:
@@ -105,13 +105,13 @@ def read_tensor(path: Path, name: str, *, verify: bool = True) -> tuple[dict[str
             entry = stream.get_slice(name)
             shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
         with path.open("rb") as raw:
-            start = 8 + int.from_bytes(raw.read(8), "little")  # a length, the header, then the tensor
+            start = 8 + int.from_bytes(raw.read(8), "little")  # length of the header, the header, then the tensor
         if dtype != "F32" or not isinstance(meta, dict) or path.stat().st_size != start + 4 * int(np.prod(shape)):
-            raise ValueError(f"{name!r} is {dtype} {shape}, not the only float32 tensor")
+            raise ValueError(f"{name!r} is {dtype} {shape}, not a single float32 tensor")
         empty = 0 in shape
         tensor = np.empty(shape, np.float32) if empty else np.memmap(path, "<f4", "r", offset=start, shape=shape)
     except (SafetensorError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         raise IntegrityError(f"not an embedding file: {error}", EMBED_AGAIN, path=path) from error
     if verify and hashlib.sha256(tensor.data).hexdigest() != meta.get("tensor_sha256"):
-        raise IntegrityError("vectors differ from their digest", EMBED_AGAIN, path=path)
+        raise IntegrityError("the vectors do not match their digest", EMBED_AGAIN, path=path)
     return meta, tensor

@@ -1,8 +1,8 @@
-"""When an adaptive student should think first: from which certainty on its answer at once is taken, and what that buys.
+"""When an adaptive student thinks before it answers, and what that costs and gains.
 
-The later versions of arXiv 2404.09170 add a perception module of soft prompts that chooses between thinking before and
-after the answer. Here the student's own certainty chooses, the probability of the answer that it gives at once, and one
-number decides: below it the student thinks. That number is chosen on validation rows.
+Later versions of arXiv 2404.09170 add a perception module of soft prompts that chooses between thinking before and
+after the answer. Here the student's own confidence decides: if the probability of its immediate answer is below a
+threshold, it thinks first. The threshold is chosen on validation rows.
 """
 
 # Shapes in this file: R rows
@@ -28,20 +28,20 @@ ALWAYS = 2.0
 
 @dataclass(frozen=True)
 class BothWays:
-    """Rows answered at once and after thinking."""
+    """Rows answered both immediately and after thinking."""
 
     probability_R: np.ndarray
-    """float64: of the answer at once."""
+    """float64: probability of the immediate answer."""
     right_R2: np.ndarray
-    """bool: at once, and after thinking."""
+    """bool: whether the immediate answer and the one after thinking are correct."""
     tokens_R2: np.ndarray
-    """int64: tokens to the answer at once, and to the one after thinking (without those of the one at once)."""
+    """int64: tokens of the immediate answer, and of the one after thinking alone."""
 
     @classmethod
     def of(
         cls, at_once: Sequence[Decoded], thought: Sequence[Decoded], right: Callable[[int, Decoded], bool]
     ) -> BothWays:
-        """From what was decoded; `right` is told the row and its answer."""
+        """From decoded answers; `right` takes the row's index and an answer."""
         pairs = list(zip(at_once, thought, strict=True))
         return cls(
             np.array([first.probability for first, _ in pairs]),
@@ -50,7 +50,7 @@ class BothWays:
         )
 
     def at(self, think_below: float) -> dict[str, float]:
-        """What a threshold gives: accuracy and its binomial standard error, tokens to the answer, share that thinks."""
+        """Accuracy, its binomial standard error, tokens to the answer and share of rows that think, at a threshold."""
         thinks_R = self.probability_R < think_below
         accuracy = float(np.where(thinks_R, self.right_R2[:, 1], self.right_R2[:, 0]).mean())
         return {
@@ -62,22 +62,21 @@ class BothWays:
         }
 
     def choices(self) -> list[float]:
-        """Thresholds that differ in what they do: never, between any two probabilities, always."""
+        """Every threshold that gives a different result: never, between each two probabilities, always."""
         found = np.unique(self.probability_R)
         return [0.0, *((found[1:] + found[:-1]) / 2).tolist(), ALWAYS]
 
     def trade_off(self, points: int = 20) -> list[dict[str, float]]:
-        """Some thresholds from never to always, evenly spread over the rows."""
+        """Results at thresholds from never to always, evenly spread over the rows."""
         choices = self.choices()
         places = np.unique(np.linspace(0, len(choices) - 1, points).round().astype(int))
         return [self.at(choices[place]) for place in places]
 
 
 def choose_threshold(rows: BothWays) -> float:
-    """The threshold of fewest tokens whose accuracy is within one standard error of the best one's.
+    """The threshold with the fewest tokens whose accuracy is within one standard error of the best.
 
-    The rule of one standard error (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3): what is
-    cheaper wins until it is worse by more than chance.
+    The one-standard-error rule of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
     """
     found = [rows.at(threshold) for threshold in rows.choices()]
     best = max(found, key=lambda one: one["accuracy"])
@@ -97,10 +96,10 @@ def adaptive_answers(
     decode: Callable[[Sequence[ReasoningSample], bool], list[Decoded]],
     right: Callable[[ReasoningSample, Decoded], bool],
 ) -> tuple[list[Decoded], dict[str, Any]]:
-    """(each sample's answer, what an evaluation says of the choice): both ways are decoded for every sample.
+    """(each sample's answer, the `adaptive` section of the results); every sample is decoded both ways.
 
-    The threshold is settings.think_below, or chosen on the validation rows. `decode` answers samples at once, or after
-    thinking when its second argument is true. Raises InputError when there are no rows to choose on.
+    The threshold is settings.think_below if set, otherwise it is chosen on the validation rows. `decode` answers
+    immediately, or after thinking when its second argument is true. Raises InputError without validation rows.
     """
 
     def both(rows: Sequence[ReasoningSample]) -> tuple[list[Decoded], list[Decoded], BothWays]:
@@ -109,8 +108,8 @@ def adaptive_answers(
 
     if settings.think_below is None and not len(validation):
         raise InputError(
-            "there are no validation rows to choose on when an adaptive student thinks",
-            "give data.validation_size and train again, or set evaluate.think_below",
+            "there are no validation rows on which to choose the adaptive student's threshold",
+            "set data.validation_size and train again, or set evaluate.think_below",
         )
     at_once, thought, scored = both(samples)
     if settings.think_below is not None:

@@ -1,4 +1,4 @@
-"""Which student of a directory answers questions, and below which probability an adaptive one thinks first."""
+"""Which student in a directory answers questions, and below which probability an adaptive one thinks first."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def student_folder(path: Path) -> Path:
 
 
 def threshold_of(student: LoadedStudent, asked: float | None = None) -> float:
-    """Below this probability of its first answer a student thinks first; 0 for arms that never do.
+    """The student thinks first when the probability of its immediate answer is below this; 0 for other arms.
 
-    It is the one asked for, else the exported one, else the one that the evaluation chose. Raises InputError when one
-    is asked for and the student is not adaptive.
+    Taken from `asked`, else from the export, else from the evaluation. Raises InputError when `asked` is given for a
+    student that is not adaptive.
     """
     if not ARMS[student.format.arm].chooses_order:
         if asked is not None:
             raise InputError(
-                f"think_below is for students of arm adaptive, this one is of {student.format.arm}",
-                "leave it out",
+                f"think_below applies to the arm adaptive only; this student's arm is {student.format.arm}",
+                "omit it",
                 path=student.directory,
             )
         return 0.0
@@ -45,5 +45,5 @@ def threshold_of(student: LoadedStudent, asked: float | None = None) -> float:
     if chosen is None:
         chosen = chosen_threshold(evaluations_of(student.directory.parent, student.manifest))
     if chosen is None:
-        log.warning("no threshold was chosen yet, so the student never thinks first: evaluate it, or set think_below")
+        log.warning("no threshold has been chosen, so the student never thinks first: evaluate it, or set think_below")
     return chosen or 0.0

@@ -1,7 +1,7 @@
 """Arms scored on identical rows, compared by paired tests.
 
-Arms are compared row by row, which is far sharper than comparing two accuracies. Rows are joined by id; runs that were
-scored on different rows are refused. `publish.compare_page` makes a page of the result.
+Arms are compared row by row, which detects much smaller differences than comparing two accuracies. Rows are joined by
+id; runs that were scored on different rows are refused. `publish.compare_page` renders the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ArmResult:
     test: PairedTest | None
     """None for the baseline itself."""
     times_fewer_tokens: float | None
-    """Tokens to the answer of pre_thinking over this arm's; None without a pre_thinking run."""
+    """Tokens to the answer of pre_thinking divided by this arm's; None without a pre_thinking run."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Comparison:
         )
 
     def columns(self) -> tuple[str, ...]:
-        """What the values of `cells` are; s.e. and differences are in points."""
+        """Headings for the values of `cells`; s.e. and differences are in percentage points."""
         return ("accuracy %", "s.e.", f"vs {self.baseline}", "95 % interval", "p", "unparsed", "tokens", "fewer", "ms")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict, samples left out."""
+        """Plain dict, without the samples."""
         arms = [
             {
                 "label": arm.label,
@@ -100,13 +100,13 @@ def cells(arm: ArmResult) -> tuple[str, ...]:
 def compare(runs: Sequence[Path]) -> Comparison:
     """Arms side by side, tested against the first answer_only run, or the first run when there is none.
 
-    A directory that holds the runs of several arms stands for all of them. Raises InputError for a run without a
-    finished evaluation and for runs that were scored on different rows, naming two of them; StaleError for an
-    evaluation of another student than the run holds.
+    A directory with the runs of several arms counts as all of them. Raises InputError for a run without a finished
+    evaluation and for runs that were scored on different rows, naming two of them; StaleError when an evaluation does
+    not belong to the student in its run.
     """
     found = expand_runs(runs)
     if len(found) < 2:
-        raise InputError("a comparison needs two runs or more", "name several run directories", path=found[0])
+        raise InputError("a comparison needs at least two runs", "name several run directories", path=found[0])
     split = _common_split(found)
     results = [finished_evaluation(run / "eval" / split) for run in found]
     for run, result in zip(found, results, strict=True):
@@ -135,13 +135,13 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def _times_fewer(thinking: dict[str, Any] | None, results: dict[str, Any]) -> float | None:
-    """Mean tokens of pre_thinking over an arm's; None without the one, or when the other generated nothing."""
+    """Mean tokens of pre_thinking divided by an arm's; None without pre_thinking or when the arm generated nothing."""
     tokens = results["tokens_to_answer"]["mean"]
     return thinking["tokens_to_answer"]["mean"] / tokens if thinking and tokens > 0 else None
 
 
 def expand_runs(runs: Sequence[Path]) -> list[Path]:
-    """Each run directory, and in place of one that only holds runs, those; raises InputError."""
+    """The run directories, each directory that only contains runs replaced by those runs; raises InputError."""
     found: list[Path] = []
     for run in runs:
         inner = sorted(path.parent.parent for path in run.glob("*/eval/*") if (path / SAMPLES).is_file())
@@ -150,10 +150,10 @@ def expand_runs(runs: Sequence[Path]) -> list[Path]:
         else:
             found += list(dict.fromkeys(inner))
     if not found:
-        raise InputError("no run is named", "name run directories")
+        raise InputError("no run given", "name run directories")
     for run in found:
         if not (run / "eval").is_dir():
-            raise InputError("no evaluation here", "run `pst evaluate` first", path=run)
+            raise InputError("no evaluation found", "run `pst evaluate` first", path=run)
     return found
 
 
@@ -167,24 +167,24 @@ def _common_split(runs: Sequence[Path]) -> str:
 
 
 def _check_current(runs: Sequence[Path], results: Sequence[dict[str, Any] | None]) -> None:
-    """Raises StaleError for an evaluation of an older student than the run holds: its curves would be another's."""
+    """Raises StaleError when an evaluation is older than the student in its run: scores and curves would not match."""
     for run, result in zip(runs, results, strict=True):
         student = read_manifest(run / "best", "student")
         if student is not None and result is not None and student_of(result) != student.digest:
-            raise StaleError("the evaluation is of an older student", "run `pst evaluate` again", path=run)
+            raise StaleError("the evaluation belongs to an older student", "run `pst evaluate` again", path=run)
 
 
 def _same_rows(
     first: Path, wanted: list[dict[str, Any]], run: Path, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows of a run in the order of the first one's; raises InputError when they are not the same."""
+    """A run's rows in the order of the first run's; raises InputError when the rows differ."""
     by_id = {row["id"]: row for row in rows}
     ours = {row["id"]: (row["question"], row["gold"]) for row in wanted}
     theirs = {name: (row["question"], row["gold"]) for name, row in by_id.items()}
     if ours != theirs:
         differ = sum(ours.get(name) != theirs.get(name) for name in {*ours, *theirs})
         raise InputError(
-            f"was scored on other rows than {first}: {differ} of {len({*ours, *theirs})} differ",
+            f"was scored on different rows than {first}: {differ} of {len({*ours, *theirs})} differ",
             "evaluate both on the same shards and with the same evaluate.max_rows",
             path=run,
         )
@@ -192,9 +192,9 @@ def _same_rows(
 
 
 def _labels(runs: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
-    """Arm and variant, and where two are alike the seed, and where those are alike the directory.
+    """A unique label for each run: arm and variant, then the seed if needed, then the directory if needed.
 
-    The directory is told by its name, or by its whole path where names are alike too: each label is one run's.
+    The directory is given by its name, or by its full path when names repeat.
     """
     labels = [", ".join([result["arm"], *result["variant"]]) for result in results]
     seeded = [f"{label} seed {result['seed']}" for label, result in zip(labels, results, strict=True)]

@@ -1,8 +1,8 @@
-"""Scores a trained student on held-out rows: accuracy, tokens and milliseconds to the answer, the rationale's likeness.
+"""Scores a trained student on held-out rows: accuracy, tokens and milliseconds to the answer, rationale similarity.
 
-The text before the stop token is scored, not the last number of the whole text. Results are tied to the digests of
-student and rows, so an evaluation is done once. `data.tasks` turns text into an answer, `student.generate` generates
-it, `scores` counts, `compare` compares evaluations.
+The text before the stop token is scored, not the last number in the whole text. Results are tied to the digests of
+student and rows, so the same evaluation never runs twice. `data.tasks` turns text into an answer, `student.generate`
+generates it, `scores` counts, `compare` compares evaluations.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _WARM_UPS = 2
 
 
 def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
-    """Decode and score one split; writes results.json and samples.jsonl below the run and returns the results.
+    """Decode and score one split; writes results.json and samples.jsonl into the run and returns the results.
 
     A finished evaluation of the same student, rows and settings is read back instead, unless `rebuild`. Raises
-    InputError when there is no student or nothing to score, StaleError when the student is another arm's or was
+    InputError when there is no student or nothing to score, StaleError when the student belongs to another arm or was
     trained from other shards.
     """
     run, split = run_dir(config), config.evaluate.split
@@ -83,7 +83,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     if not samples:
         raise InputError(
             f"there are no {split} rows in these shards",
-            f"give data.{split} or data.{split}_size and run `pst shard` again",
+            f"set data.{split} or data.{split}_size and run `pst shard` again",
             path=run.shards,
         )
     refuse_foreign_folder(directory, "evaluation")  # before the decoding
@@ -105,10 +105,10 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What of the settings shapes the results."""
+    """The settings that affect the results."""
     settings = config.evaluate.model_dump()
     if not ARMS[config.arm].chooses_order:
-        del settings["think_below"]  # so that what was scored before it existed need not be scored again
+        del settings["think_below"]  # keeps evaluations valid that were made before this key existed
     return settings
 
 
@@ -116,19 +116,19 @@ def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> 
     """Raises StaleError for a student of another arm or of other shards."""
     if student.format.arm != config.arm:
         raise StaleError(
-            f"the student here was trained as {student.format.arm}, the config says {config.arm}",
-            "name its own run directory, or train again",
+            f"the student here was trained as {student.format.arm}, but the config has arm {config.arm}",
+            "name the run directory of that arm, or train again",
             path=student.directory,
         )
     trained_from = student.manifest.extra.get("shards")
     if trained_from is not None and trained_from != shards.manifest.digest:
         raise StaleError(
-            "the student was trained from other shards than those here", "run `pst train` again", path=student.directory
+            "the student was trained from different shards", "run `pst train` again", path=student.directory
         )
 
 
 def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
-    """The results of a whole evaluation (with this fingerprint, when given), or None; raises IntegrityError."""
+    """The results of a complete evaluation (with this fingerprint, if given), or None; raises IntegrityError."""
     artefact = Artefact(directory, "evaluation")
     if artefact.verified(fingerprint, remedy="run `pst evaluate` with --rebuild") is None:
         return None
@@ -136,10 +136,9 @@ def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict
 
 
 def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
-    """Finished evaluations of exactly this student below a run directory, test first; all of them for None.
+    """Finished evaluations of exactly this student in a run directory, test first; all of them for None.
 
-    Those of a student that was trained there before are left out with a warning. Raises IntegrityError for a
-    damaged one.
+    Evaluations of an earlier student are skipped with a warning. Raises IntegrityError for a damaged one.
     """
     found = []
     for split in ("test", "validation"):
@@ -147,7 +146,7 @@ def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
         if results is None:
             continue
         if student is not None and student_of(results) != student.digest:
-            log.warning("%s is of an older student and left out: run `pst evaluate` again", run / "eval" / split)
+            log.warning("skipping %s: it belongs to an older student; run `pst evaluate` again", run / "eval" / split)
             continue
         found.append(results)
     return found
@@ -161,7 +160,7 @@ def _score(
     samples: list[ReasoningSample],
     task: Task,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(results, one row a sample)."""
+    """(results, one row per sample)."""
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
@@ -210,7 +209,7 @@ def _score(
 def _decode(
     config: Config, student: LoadedStudent, samples: Sequence[ReasoningSample], other: bool = False
 ) -> list[Decoded]:
-    """Answers to all samples, with the rationales given where the settings say so; `other` has it think first."""
+    """Answers to all samples, with rationales supplied if the settings ask for it; `other` makes it think first."""
     settings = config.evaluate
     with progress(f"evaluate {config.arm}", total=len(samples), unit="rows") as bar:
         return decode_answers(
@@ -231,7 +230,7 @@ def _decode(
 def _latency(
     student: LoadedStudent, questions: Sequence[str], max_new_tokens: int, think_below: float
 ) -> dict[str, Any] | None:
-    """Wall time to the answer in milliseconds, one question at a time, after a warm-up."""
+    """Wall time to the answer in milliseconds, one question at a time, after warming up."""
     if not questions:
         return None
     for question in questions[:_WARM_UPS]:
@@ -253,7 +252,7 @@ def _device_name(student: LoadedStudent) -> str:
 
 
 def _training(run: RunDir, student: LoadedStudent) -> dict[str, Any] | None:
-    """Steps, seconds and tokens of the training that made this student, when its record is there."""
+    """Steps, seconds and tokens of the training that produced this student; None without its record."""
     record = read_training(run.training)
     if record.get("fingerprint") != student.manifest.fingerprint:
         return None

@@ -1,6 +1,6 @@
-"""The JSON files of a finished run, checked for what their readers count on: report, comparison, experiment, card.
+"""Reads the JSON files of a finished run and checks the fields that report, comparison, experiment and card use.
 
-results.json and samples.jsonl are an evaluation's, train.json and metrics.jsonl the training's.
+An evaluation writes results.json and samples.jsonl, training writes train.json and metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Adaptive(_Share):
 
 
 class _Results(_Open):
-    """What every reader needs, and the types of the rest where it is there."""
+    """The fields that every reader needs, and the types of the optional ones."""
 
     task: str
     split: str
@@ -90,7 +90,7 @@ class _Results(_Open):
 
 
 class _ComparedResults(_Results):
-    """What a comparison names its runs by as well."""
+    """Also the fields by which a comparison names its runs."""
 
     arm: str
     variant: list[str]
@@ -98,7 +98,7 @@ class _ComparedResults(_Results):
 
 
 class _WholeResults(_ComparedResults):
-    """What the page of a run shows as well."""
+    """Also the fields that the page of a run shows."""
 
     tokens_to_answer: _WholeTokens
     milliseconds_to_answer: _WholeLatency | None
@@ -128,7 +128,7 @@ class _WholeTraining(_Training):
 
 
 def read_training(path: Path, *, whole: bool = False) -> dict[str, Any]:
-    """What train.json says of a finished training, {} when there is none.
+    """The contents of train.json; {} if the file does not exist.
 
     Raises IntegrityError, naming the field, for a wrong type, and with `whole` when steps, seconds or tokens are
     missing.
@@ -141,7 +141,7 @@ def read_training(path: Path, *, whole: bool = False) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps in metrics.jsonl in their order; lines that are no such rows are left out."""
+    """The logged steps in metrics.jsonl, in order; other lines are skipped."""
     return [row for row in read_lines(path) if _is_step(row.get("step")) and _are_numbers(row.get("validation", {}))]
 
 
@@ -188,13 +188,13 @@ def _check_unparsed(results: dict[str, Any], path: Path) -> None:
 
 
 def student_of(results: dict[str, Any]) -> str | None:
-    """Digest of the student that was scored; None where it was not written down."""
+    """Digest of the student that was scored; None if it was not recorded."""
     student = results.get("student")
     return student["digest"] if student else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The scored rows in samples.jsonl; raises IntegrityError, naming the line, when one lacks what is read of it."""
+    """The scored rows in samples.jsonl; raises IntegrityError, naming the line, for a missing or invalid field."""
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
         wrong = [name for name in ("id", "question", "gold") if not isinstance(row.get(name), str)]

@@ -1,6 +1,6 @@
-"""What decoded rows come to: which rows are scored, whether an answer is right, means and their standard errors.
+"""Scores of decoded rows: which rows are scored, whether an answer is correct, means and their standard errors.
 
-Pure functions over rows; generating the answers and keeping the results is `evaluate`'s.
+Pure functions over rows; `evaluate` generates the answers and stores the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pst_dist.student.generate import Decoded
 
 
 def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[ReasoningSample]:
-    """All rows, or the first `most` by the sha256 of their id: the same ones for every arm."""
+    """All rows, or the first `most` ordered by the sha256 of their id: the same rows for every arm."""
     rows = list(samples)
     if most is None or most >= len(rows):
         return rows
@@ -29,20 +29,20 @@ def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[
 
 
 def given_rationales(samples: Sequence[ReasoningSample], *, wrong: bool) -> list[str]:
-    """Each row's first rationale, or with `wrong` that of the row after it by the sha256 of ids.
+    """Each row's first rationale, or with `wrong` that of the next row in the order of the ids' sha256.
 
-    Raises InputError for a row without one, and for a single row that would be given its own.
+    Raises InputError for a row without a rationale, and with `wrong` for a single row.
     """
     lacking = next((sample for sample in samples if not sample.rationales), None)
     if lacking is not None:
         raise InputError(
-            f"row {lacking.id} has no rationale to give", "use evaluate.rationale=own", path=lacking.source
+            f"row {lacking.id} has no rationale to supply", "use evaluate.rationale=own", path=lacking.source
         )
     texts = [sample.rationales[0] for sample in samples]
     if not wrong:
         return texts
     if len(samples) < 2:
-        raise InputError("a single row has no other's rationale to be given", "use evaluate.rationale=own")
+        raise InputError("a wrong rationale needs at least two rows, there is one", "use evaluate.rationale=own")
     ranks = sorted(range(len(samples)), key=lambda k: hashlib.sha256(samples[k].id.encode()).digest())
     donors = dict(zip(ranks, [*ranks[1:], ranks[0]], strict=True))
     return [texts[donors[k]] for k in range(len(samples))]
@@ -63,9 +63,9 @@ def sample_row(sample: ReasoningSample, answer: Decoded, prediction: str | None,
 
 
 def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, accuracy as a share with its binomial standard error sqrt(p (1 - p) / n), and tokens to the answer.
+    """Counts, accuracy (0 to 1) with its binomial standard error sqrt(p (1 - p) / n), and tokens to the answer.
 
-    One row or more. The standard error of the mean of tokens is s / sqrt(n), s with n - 1; 0 for a single row.
+    Needs at least one row. The standard error of the mean tokens is s / sqrt(n), s with n - 1; 0 for a single row.
     """
     correct = sum(row["correct"] for row in rows)
     share = correct / len(rows)
@@ -87,27 +87,27 @@ def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_current_names(results: dict[str, Any]) -> dict[str, Any]:
-    """Results with today's names: the count `unparsed` was called `parse_failures` before."""
+    """Results with current names: `unparsed` used to be called `parse_failures`."""
     if "parse_failures" not in results:
         return results
     return {"unparsed" if name == "parse_failures" else name: value for name, value in results.items()}
 
 
 def chance_of(task: Task, samples: Sequence[ReasoningSample]) -> float | None:
-    """Expected accuracy of guessing blindly among each row's own options; None where they cannot be counted."""
+    """Expected accuracy of blind guessing among each row's own options; None when they cannot be counted."""
     if task.rule == "yes_no":
         return 0.5
     if not task.choice_letters:
         return None
     counts = [len(sample.choices) or listed_options(sample.question) for sample in samples]
     if task.rule == "fine_tune_cot_letters":
-        # These tasks have a known number of options, wherever a question does not list its own.
+        # These tasks have a known number of options, for questions that do not list their own.
         counts = [count or len(task.choice_letters) for count in counts]
     return sum(1 / count for count in counts) / len(counts) if all(counts) else None
 
 
 def contains_answer(task: Task, text: str, gold: str) -> bool:
-    """Whether the gold answer stands anywhere in what was generated, as a candidate or (free text) as words."""
+    """Whether the gold answer occurs anywhere in the generated text, as a candidate or (free text) as a substring."""
     if any(task.is_correct(candidate, gold) for candidate in task.candidates(text)):
         return True
     return task.answer_type == "text" and gold.casefold() in text.casefold()

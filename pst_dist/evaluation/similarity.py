@@ -1,7 +1,7 @@
-"""How like the teacher's rationales the student's are: the cosine of their sentence embeddings, and its baseline.
+"""How similar the student's rationales are to the teacher's: the cosine of their sentence embeddings, and a baseline.
 
-The vectors are centred by the training mean before they are compared, because raw sentence embeddings of rationales
-for one task are nearly parallel. The baseline is the same rationale against the other rows' teachers.
+The training mean is subtracted from the vectors before they are compared, because raw sentence embeddings of
+rationales for one task are nearly parallel. The baseline compares each rationale with the teacher's for other rows.
 """
 
 # Shapes in this file: R rows with a rationale, E encoder width
@@ -35,11 +35,11 @@ def compare_rationales(
     decoded: Sequence[Decoded],
     rows: list[dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Write rationales for the first evaluate.explain_rows rows into `rows`, and compare them with the teacher's.
+    """Add rationales for the first evaluate.explain_rows rows to `rows`, and compare them with the teacher's.
 
-    Returns {"mean", "shuffled_mean", "rows"}, or None where the arm writes no rationale, fewer than two rows have
-    one on both sides, there are no embeddings to compare with, or their encoder cannot be had here. Raises StaleError
-    or IntegrityError when the embeddings are not those of `shards`.
+    Returns {"mean", "shuffled_mean", "rows"}, or None if the arm writes no rationale, fewer than two rows have one on
+    both sides, there are no embeddings, or their encoder is not available here. Raises StaleError or IntegrityError
+    when the embeddings do not belong to `shards`.
     """
     count = config.evaluate.explain_rows
     if not student.format.writes_rationale or not count:
@@ -78,18 +78,18 @@ def _vectors(
     store = EmbeddingStore.open(run.embeddings, shards)
     try:
         encoder = TextEncoder(config.embed)
-    except (EnvironmentFault, InputError) as error:  # the scores stand without it
-        log.warning("rationales are not compared with the teacher's: %s", error)
+    except (EnvironmentFault, InputError) as error:  # the other scores do not need it
+        log.warning("cannot compare rationales with the teacher's: %s", error)
         return None
     if encoder.identity != store.identity:
-        log.warning("rationales are not compared with the teacher's: the embeddings are another encoder's")
+        log.warning("cannot compare rationales with the teacher's: the embeddings come from another encoder")
         return None
     teacher_RE = np.stack([store.vector(name, 0) for name in ids])
     return store.centred(encoder.encode(texts)), store.centred(teacher_RE)
 
 
 def likeness(student_RE: np.ndarray, teacher_RE: np.ndarray) -> tuple[np.ndarray, float]:
-    """([R] cosines of each row to its own teacher, the mean cosine to all other rows' teachers); R is at least 2."""
+    """([R] cosine of each row to its own teacher vector, mean cosine to those of all other rows); R is at least 2."""
     cosines = _unit(student_RE) @ _unit(teacher_RE).T
     own, count = np.diagonal(cosines), len(cosines)
     return own, float((cosines.sum() - own.sum()) / (count * (count - 1)))

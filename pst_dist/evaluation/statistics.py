@@ -21,9 +21,9 @@ class PairedTest:
     """One arm against the baseline on the same rows."""
 
     only_arm: int
-    """Rows that only this arm has right."""
+    """Rows that only this arm answers correctly."""
     only_baseline: int
-    """Rows that only the baseline has right."""
+    """Rows that only the baseline answers correctly."""
     difference: float
     """Accuracy of the arm minus the baseline's."""
     low: float
@@ -31,7 +31,7 @@ class PairedTest:
     high: float
     """Its upper end."""
     p: float
-    """Exact McNemar p, two-sided, not corrected for several comparisons."""
+    """Exact McNemar p, two-sided, not corrected for multiple comparisons."""
 
 
 def format_p(p: float) -> str:
@@ -40,7 +40,7 @@ def format_p(p: float) -> str:
 
 
 def paired_test(arm: np.ndarray, baseline: np.ndarray) -> PairedTest:
-    """[n] bool of right answers of two arms on the same rows -> the paired comparison."""
+    """[n] bool, correct answers of two arms on the same rows -> the paired comparison."""
     only_arm, only_baseline = int((arm & ~baseline).sum()), int((~arm & baseline).sum())
     low, high = bootstrap_interval(only_arm, only_baseline, len(arm))
     difference = (only_arm - only_baseline) / len(arm)
@@ -48,9 +48,9 @@ def paired_test(arm: np.ndarray, baseline: np.ndarray) -> PairedTest:
 
 
 def mcnemar(only_arm: int, only_baseline: int) -> float:
-    """Two-sided exact p that rows which just one of two arms has right fall to either with probability 1/2.
+    """Two-sided exact p for: a row that only one of the two arms answers correctly is equally likely to be either's.
 
-    McNemar, Psychometrika 12 (1947), 153-157, in its exact binomial form. 1 when no row tells the arms apart. Raises
+    McNemar, Psychometrika 12 (1947), 153-157, in its exact binomial form. 1 when the arms agree on every row. Raises
     EnvironmentFault without scipy.
     """
     try:
@@ -62,10 +62,10 @@ def mcnemar(only_arm: int, only_baseline: int) -> float:
 
 
 def bootstrap_interval(only_arm: int, only_baseline: int, rows: int, *, seed: int = _SEED) -> tuple[float, float]:
-    """95 % percentile interval of the accuracy difference when rows are drawn anew, pairs kept together.
+    """95 % percentile interval of the accuracy difference over resampled rows, pairs kept together.
 
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. A row adds +1, 0 or -1 to the
-    difference, so a resample of rows is a multinomial draw over the three and no row needs to be touched.
+    difference, so resampling the rows is one multinomial draw over these three counts.
     """
     shares = np.array([only_arm, only_baseline, rows - only_arm - only_baseline]) / rows
     draws = np.random.Generator(np.random.Philox(key=seed)).multinomial(rows, shares, size=RESAMPLES)
@@ -76,7 +76,7 @@ def bootstrap_interval(only_arm: int, only_baseline: int, rows: int, *, seed: in
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant against a baseline: same task, same values, same rows, the seeds that both have."""
+    """A variant against a baseline: same task, varied values and rows, over the seeds that both have."""
 
     baseline: str
     difference: float
@@ -86,7 +86,7 @@ class Difference:
     high: float
     """Its upper end."""
     p: float
-    """Two-sided, not corrected for several comparisons."""
+    """Two-sided, not corrected for multiple comparisons."""
     seeds: int
 
 
@@ -98,10 +98,10 @@ def standard_error(values: np.ndarray) -> float:
 def paired(baseline: str, arm_SR: np.ndarray, base_SR: np.ndarray) -> Difference:
     """Accuracy difference of two variants over the same seeds and rows, with a 95 % interval and p.
 
-    Seeds and rows are both drawn anew, the two variants together (Owen, "The pigeonhole bootstrap", Annals of Applied
-    Statistics 1 (2007), 386-411): with one seed it is the paired bootstrap over rows. Few seeds are a coarse sample of
-    seeds, and the interval is then somewhat too narrow. p is exact McNemar's for one seed, else twice the share of
-    resamples on the other side of zero, and at least 1 / RESAMPLES.
+    Resamples seeds and rows, the two variants together (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics
+    1 (2007), 386-411); with one seed this is the paired bootstrap over rows. With few seeds the interval is somewhat
+    too narrow. p is exact McNemar's for one seed, otherwise twice the share of resamples on the other side of zero,
+    and at least 1 / RESAMPLES.
     """
     differences = arm_SR.astype(np.float32) - base_SR.astype(np.float32)
     seeds, rows = differences.shape

@@ -1,4 +1,4 @@
-"""Runs an experiment from its file to its page, going on from whatever is finished."""
+"""Runs an experiment from its file to its page, resuming from whatever is finished."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def run_experiment(
     only_collect: bool = False,
     beside: Sequence[Path] = (),
 ) -> tuple[Results, PstError | None]:
-    """Do what is missing and write the results; returns them with the first error of a run, when one failed.
+    """Do the missing runs and write the results; returns them, and the first error if a run failed.
 
-    A failed run is named in the results and does not keep the others. `page` is a further folder for the page;
-    `only_collect` trains nothing; runs whose outcomes lie in a folder of `beside` are taken from there, unless they are
-    finished here too. Raises what making the data and `outcomes_elsewhere` raise, LockedError when the experiment is
-    under way elsewhere, and PreemptedError or KeyboardInterrupt when told to stop: then everything has saved, and what
-    is finished is in the results on disk.
+    A failed run is named in the results and does not stop the others. `page` is a second folder for the page;
+    `only_collect` trains nothing. Runs whose outcomes are in a folder of `beside` are taken from there unless they are
+    also finished here. Raises what preparing the data and `outcomes_elsewhere` raise, LockedError when the experiment
+    is already running elsewhere, and PreemptedError or KeyboardInterrupt on a stop request: by then all runs have
+    saved, and the results on disk include everything finished.
     """
     runs = runs_of(experiment)
     elsewhere = outcomes_elsewhere(runs, beside)
@@ -55,7 +55,7 @@ def run_experiment(
         else:
             own = [run for run in runs if run.name not in elsewhere]
             make_data(own)
-            check_same_rows(runs, elsewhere)  # before hours are spent beside other rows
+            check_same_rows(runs, elsewhere)  # before spending hours on runs that cannot be compared
             todo = [run for run in own if result_of(run.config) is None]
         log.info("%d runs, %d to do", len(runs), len(todo))
         journal = _Journal(len(todo))
@@ -67,7 +67,7 @@ def run_experiment(
                     first.append(error)
                 else:
                     log.error("%s:\n%s", run.name, error)
-                    first.append(PstError(f"{run.name} failed by an error of ours", "see above"))
+                    first.append(PstError(f"{run.name} failed with an internal error", "see above"))
             journal.ended(run, error)
 
         try:
@@ -91,7 +91,7 @@ def _work(experiment: Experiment, todo: list[Run], tell: Tell) -> None:
 
 
 class _Journal:
-    """One line for each run that ends, with what came of it and how long the rest may take."""
+    """Logs one line for each run that ends, with its result and the estimated time left."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._start = total, 0, time.monotonic()

@@ -1,7 +1,7 @@
-"""Runs of an experiment as tasks of a Ray cluster; the experiment's directory must be on a disk that all nodes share.
+"""Runs of an experiment as tasks of a Ray cluster; all nodes must share the experiment's directory.
 
-Ray decides where and when each runs. A task that is lost with its worker or node is started again by Ray and goes on
-from the run's newest checkpoint.
+Ray decides where and when each task runs. When a worker or node is lost, Ray restarts its task, which resumes from the
+run's newest checkpoint.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 
 _LOSSES = 3
 _LET_GO_SECONDS = 60.0
-"""How long a run waits for an earlier process of it to let go of its directory."""
+"""How long a run waits for an earlier process of the same run to release its directory."""
 _QUIET_SECONDS = 300.0
 
 
 def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) -> None:
-    """Do all runs; an error of one is told and does not keep the others.
+    """Do all runs; an error of one is passed to `tell` and does not stop the others.
 
-    Raises EnvironmentFault when the cluster cannot be reached or has no room for a single run, ConfigError for a
-    directory that the nodes cannot share; PreemptedError and KeyboardInterrupt as `work_here`.
+    Raises EnvironmentFault when the cluster cannot be reached or cannot fit a single run, ConfigError for a directory
+    that the nodes cannot share; PreemptedError and KeyboardInterrupt like `work_here`.
     """
     with ray_cluster(jobs.cluster) as ray, stop_requests() as told:
         if len(ray.nodes()) > 1:
@@ -44,7 +44,7 @@ def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) ->
             finished, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
             quiet = 0.0 if finished else quiet + 1.0
             if quiet and quiet % _QUIET_SECONDS == 0:
-                log.info("%d runs to go; `ray status` says what they wait for", len(under_way))
+                log.info("%d runs left; `ray status` shows what they are waiting for", len(under_way))
             for call in finished:
                 tell(under_way.pop(call), _error(ray, call))
         for call in under_way:
@@ -60,7 +60,7 @@ def _check_room(jobs: RayJobs, resources: dict[str, float]) -> None:
     for name, amount in (("CPU", jobs.num_cpus_per_run), ("GPU", jobs.num_gpus_per_run)):
         if amount > resources.get(name, 0):
             raise EnvironmentFault(
-                f"a run needs {amount:g} {name}, the whole cluster has {resources.get(name, 0):g}",
+                f"a run needs {amount:g} {name}, but the whole cluster has {resources.get(name, 0):g}",
                 f"lower ray.num_{name.lower()}s_per_run",
             )
 
@@ -76,7 +76,7 @@ def _error(ray: Any, call: Any) -> BaseException | None:
 
 
 def _task(run: Run, keep: str, threads: int) -> None:
-    """Do a run on whichever node Ray has chosen."""
+    """Do a run on the node that Ray has chosen."""
     import torch
 
     from pst_dist.experiment.runs import do_run

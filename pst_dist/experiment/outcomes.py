@@ -1,8 +1,8 @@
-"""What each finished run came to, as lines of a file: an experiment's runs may be done where no disk is shared.
+"""The outcome of each finished run, one per line of a file, so that machines without a shared disk can split the runs.
 
-`outcomes.jsonl` lies beside every page. It holds, for each run, what shaped it, which rows it had right and its own
-account, so that every number and every paired test of the page can be worked out again, and so that another machine's
-seeds can be put beside ours: `pst experiment FILE --with FOLDER`.
+`outcomes.jsonl` is written next to every page. For each run it contains the settings, which rows were answered
+correctly, and the results, so every number and paired test on the page can be recomputed and results of several
+machines can be combined: `pst experiment FILE --with FOLDER`.
 """
 
 # Shapes in this file: R scored rows
@@ -34,7 +34,7 @@ _ALWAYS = {
     *("arm", "task", "split", "parameters", "unparsed", "device", "tokens_to_answer", "milliseconds_to_answer"),
 }
 _ACCOUNT = _ALWAYS | {"chance", "majority", "training", "adaptive"}
-"""What the page tells of a run's results besides its right rows."""
+"""The results that the page shows besides the correct rows."""
 
 
 class _Share(BaseModel):
@@ -57,7 +57,7 @@ class _Latency(BaseModel):
 
 
 class _Account(BaseModel):
-    """What `results` reads of a run's account; every other number is only passed on."""
+    """The fields of a run's results that `experiment.results` reads; other numbers are only copied."""
 
     arm: str
     task: str
@@ -88,20 +88,20 @@ class Outcome:
     """One finished run."""
 
     run: str
-    """Its name: task, variant, values and seed."""
+    """Its name: task, variant, varied values and seed."""
     config: Config
-    """All that shaped it, without the places where it lay."""
+    """All settings, without directories."""
     shards: str
     """Digest of the shards that it was trained and scored on."""
     rows: str
-    """Digest of the scored rows' ids, sorted."""
+    """Digest of the sorted ids of the scored rows."""
     right: np.ndarray
-    """[R] bool, in the order of the sorted ids."""
+    """[R] bool, whether each row is correct, in the order of the sorted ids."""
     results: dict[str, Any]
-    """Its results as `pst evaluate` wrote them, as far as a page tells of them."""
+    """The part of its results, as `pst evaluate` wrote them, that a page shows."""
 
     def to_line(self) -> str:
-        """One line of JSON; settings at their default are left out, so that new ones do not make it another run."""
+        """One line of JSON; default settings are omitted, so that new settings do not change old lines."""
         return canonical_json(
             {
                 "run": self.run,
@@ -115,7 +115,7 @@ class Outcome:
 
     @classmethod
     def from_line(cls, line: str, path: Path) -> Outcome:
-        """The inverse; raises IntegrityError, or ValueError for another version's config, for anything else."""
+        """Parse such a line; raises IntegrityError if it is invalid, or ValueError for another version's config."""
         raw = parse_json(line.encode(), path)
         typed(raw, _Line, path)
         right = np.array([one == "1" for one in raw["right"]], dtype=bool)
@@ -127,7 +127,7 @@ class Outcome:
 
 
 def outcome_of(run: Run) -> Outcome | None:
-    """What a run that is finished here came to; None for any other. Raises IntegrityError for damaged results."""
+    """The outcome of a run that is finished here; None for any other. Raises IntegrityError for damaged results."""
     results = result_of(run.config)
     if results is None:
         return None
@@ -143,15 +143,15 @@ def outcome_of(run: Run) -> Outcome | None:
 
 
 def outcomes_text(outcomes: Iterable[Outcome]) -> str:
-    """The file's content."""
+    """The content of the outcomes file."""
     return "".join(outcome.to_line() + "\n" for outcome in outcomes)
 
 
 def outcomes_elsewhere(runs: Sequence[Run], folders: Sequence[Path]) -> dict[str, Outcome]:
-    """Run name -> what it came to according to the folders' files, for those of `runs` that are in one; the first wins.
+    """Run name -> outcome in the folders' files, for each of `runs` that is in one; the first folder wins.
 
-    Raises InputError for a folder without such a file, IntegrityError for a line that is none, and StaleError, naming
-    the settings, for a run that was not the same there as here.
+    Raises InputError for a folder without the file, IntegrityError for an invalid line, and StaleError, naming the
+    settings, for a run that had other settings there.
     """
     wanted = {run.name: run for run in runs}
     found: dict[str, Outcome] = {}
@@ -164,7 +164,7 @@ def outcomes_elsewhere(runs: Sequence[Run], folders: Sequence[Path]) -> dict[str
 
 
 def check_same_rows(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> None:
-    """Raises StaleError when runs that are to share their rows did not, or when others are packed here now."""
+    """Raises StaleError when runs that must share rows used different ones, or different rows are packed here now."""
     known: dict[str, str] = {}
     for run in runs:
         if run.name not in outcomes:
@@ -175,15 +175,15 @@ def check_same_rows(runs: Sequence[Run], outcomes: Mapping[str, Outcome]) -> Non
             known[place] = here.digest if here else outcomes[run.name].shards
         if outcomes[run.name].shards != known[place]:
             raise StaleError(
-                f"{run.name} was run on other rows than the rest of its task",
-                "compare data and versions of the machines; rows are equal when `pst shard` gives equal digests",
+                f"{run.name} was run on different rows than the rest of its task",
+                "compare data and versions on the machines; rows are equal when `pst shard` prints equal digests",
                 path=place,
             )
 
 
 def _read(path: Path) -> dict[str, Outcome]:
     if not path.is_file():
-        raise InputError("no outcomes here", "`pst experiment` writes them beside every page", path=path)
+        raise InputError("no outcomes found", "`pst experiment` writes them next to every page", path=path)
     found = {}
     for number, line in enumerate(read_content(path).decode(errors="replace").split("\n"), start=1):
         if not line:
@@ -192,7 +192,7 @@ def _read(path: Path) -> dict[str, Outcome]:
             outcome = Outcome.from_line(line, path)
         except (ValueError, IntegrityError) as error:  # pydantic's is a ValueError
             raise IntegrityError(
-                "not the outcome of a run as this version writes it",
+                "not a run's outcome in this version's format",
                 "copy the file again, or use the version that wrote it",
                 path=path,
                 line=number,

@@ -1,6 +1,6 @@
-"""The pictures of an experiment, each a PNG in memory: accuracies with their errors, over what is varied, against cost.
+"""The plots of an experiment, each a PNG in memory: accuracies with errors, over a varied key, and against tokens.
 
-Colours are those of the arms on every other page; variants of one arm are told apart by marker and dash.
+Arms have the same colours as on every other page; variants of one arm differ in marker and line style.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pst_dist.publish.plots import (
 )
 
 _MOST_PANELS = 6
-"""More of them make no picture of costs: a page of thumbnails says less than the table."""
+"""With more panels there is no cost plot: a page of thumbnails is harder to read than the table."""
 Panel = tuple[str, list[Group]]
 """A title and the variants in it."""
 
 
 def panels_of(results: Results) -> list[Panel]:
-    """One panel a task and point."""
+    """One panel per task and point."""
     experiment = results.experiment
     found = []
     for task in experiment.tasks:
@@ -42,7 +42,7 @@ def panels_of(results: Results) -> list[Panel]:
 
 
 def _across(panels: int) -> int:
-    """Panels in a row: three at most, and four as a square."""
+    """Panels per row: at most three; four panels form a square."""
     return 2 if panels == 4 else min(3, panels)
 
 
@@ -78,14 +78,14 @@ def accuracy_picture(results: Results) -> bytes | None:
 
 
 def _reach(groups: Sequence[Group]) -> tuple[float, float]:
-    """From a little below the lowest to a little above the highest, in percent, never beyond 0 and 100."""
+    """Axis limits in percent, a little beyond the lowest and highest value, limited to about 0 and 100."""
     ends = [100 * value for g in groups for value in (*g.accuracies, g.accuracy - g.stderr, g.accuracy + g.stderr)]
     room = max(2.0, 0.08 * (max(ends) - min(ends)))
     return max(-1.0, min(ends) - room), min(101.0, max(ends) + room)
 
 
 def sweep_picture(results: Results) -> bytes | None:
-    """Accuracy over the one key that is varied, a panel a task; None when nothing, or no number, is."""
+    """Accuracy over the one varied key, a panel per task; None unless exactly one numeric key is varied."""
     experiment = results.experiment
     if len(experiment.vary) != 1:
         return None
@@ -124,7 +124,7 @@ def sweep_picture(results: Results) -> bytes | None:
 
 
 def cost_picture(results: Results) -> bytes | None:
-    """Accuracy against tokens to the answer for the arms, a panel a task and point; None without results."""
+    """Accuracy against tokens to the answer for the arms, a panel per task and point; None without results."""
     panels = panels_of(results)
     if not panels or len(panels) > _MOST_PANELS:
         return None
@@ -147,14 +147,14 @@ def cost_picture(results: Results) -> bytes | None:
             )
         token_axis(axis, places)
         highest = max(100 * (group.accuracy + group.stderr) for group in shown)
-        axis.set_ylim(0, 1.05 * highest or None)  # with room for a dot at the top; the axis' own choice when all are 0
+        axis.set_ylim(0, 1.05 * highest or None)  # room for a dot at the top; automatic when all are 0
         name_axes(axis, "tokens to the answer (mean, logarithmic)", "accuracy (%)", title)
     add_legend(axes[-1])
     return to_png(figure)
 
 
 def _plain(groups: Sequence[Group]) -> list[Group]:
-    """The first variant of each arm: its plain form, where the file names that first."""
+    """The first variant of each arm in the file, which is normally its plain form."""
     return list({group.arm: group for group in reversed(groups)}.values())[::-1]
 
 
@@ -163,7 +163,7 @@ def _at(groups: Sequence[Group], variant: str) -> Group | None:
 
 
 def _styles(results: Results) -> list[tuple[str, dict[str, Any]]]:
-    """Each variant with the colour of its arm and a dash and marker of its own."""
+    """Each variant with its arm's colour and its own line style and marker."""
     arms = {group.variant: group.arm for group in results.groups}
     seen: dict[str, int] = {}
     found = []

@@ -1,8 +1,8 @@
-"""Accuracies that others have published for the twelve tasks, to stand beside ours.
+"""Published accuracies for the twelve tasks, for comparison.
 
 From the results notebook of Fine-tune-CoT (itsnamgyu/reasoning-teacher; Ho et al., "Large Language Models Are Reasoning
 Teachers", arXiv 2212.10071): answer-only fine-tuning (FT) and chain-of-thought fine-tuning (CoT) of the same students.
-Its reported epoch is the best on the test set, and its FT rows include those on which the teacher is wrong.
+The reported epoch is the best on the test set, and the FT rows include those on which the teacher is wrong.
 """
 
 from __future__ import annotations
@@ -23,4 +23,4 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
     "GPT-2 medium, 355M, FT": (4.61, 8.40, 12.22, 1.59, 24.80, 12.00, 20.72, 33.78, 2.00, 55.33, 20.23, 54.59),
     "GPT-2 medium, 355M, CoT": (5.92, 10.92, 7.78, 2.81, 24.41, 7.33, 25.23, 42.22, 12.00, 83.33, 21.70, 56.19),
 }
-"""Label -> accuracy in %, one a task of PUBLISHED_TASKS."""
+"""Label -> accuracy in %, one per task of PUBLISHED_TASKS."""

@@ -1,8 +1,8 @@
-"""What the runs of an experiment say together: means over seeds, errors, and paired tests against the baselines.
+"""Combines the runs of an experiment: means over seeds, standard errors, and paired tests against the baselines.
 
-Rows and seeds are both samples: of questions, and of initial weights and orders. Accuracy is the mean over both; the
-error over seeds says how far another training would differ, the error over rows how far another test set would. How
-it looks is `results_page` and `pictures`.
+Rows are a sample of questions; seeds are a sample of initial weights and sample orders. Accuracy is the mean over both;
+the error over seeds estimates how much another training would differ, the error over rows how much another test set
+would. `results_page` and `pictures` present the results.
 """
 
 # Shapes in this file: S seeds, R rows
@@ -33,44 +33,44 @@ class Group:
     point: Point
     arm: str
     scored_as: str
-    """The task whose rules scored it."""
+    """The task whose scoring rules were used."""
     seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
-    """One a seed."""
+    """One per seed."""
     accuracy: float
     stderr_seeds: float | None
-    """Standard deviation over seeds / sqrt(S), with S - 1; None for one seed."""
+    """Standard deviation over seeds / sqrt(S), with S - 1; None for a single seed."""
     stderr_rows: float
-    """Standard deviation over rows of a row's mean over seeds / sqrt(R)."""
+    """Standard deviation over rows of each row's mean over seeds, / sqrt(R)."""
     rows: int
     split: str
     chance: float | None
     majority: float | None
-    """What the most frequent answer of the scored rows would get; None where it was not told."""
+    """Accuracy of always giving the most frequent answer of the scored rows; None if it was not recorded."""
     tokens: float
     """Tokens to the answer, mean over rows and seeds."""
     times_fewer_tokens: float | None
-    """Those of pre_thinking over these; None without a pre_thinking run."""
+    """Tokens of pre_thinking divided by these; None without a pre_thinking run."""
     milliseconds: float | None
-    """Median to the answer, one question at a time; the mean over seeds."""
+    """Median milliseconds to the answer, one question at a time; mean over seeds."""
     training_tokens: float | None
     training_seconds: float | None
     parameters: int
     steps: float | None
     unparsed: int
-    """Outputs over all seeds in which no answer was found."""
+    """Outputs without an answer, over all seeds."""
     device: str
-    """What answered."""
+    """The device that generated the answers."""
     generated: bool
-    """Whether the rows were made by a generator, in which case no published number is of the same ones."""
+    """Whether the rows come from a generator; published numbers are then not comparable."""
     adaptive: dict[str, dict[str, float]] | None
-    """An adaptive student's answers at once, always after thinking, and as it chose: accuracy, tokens and the share of
-    rows that were thought about, means over seeds."""
+    """An adaptive student answering at once, always thinking first, and as it chose: accuracy, tokens and the share of
+    rows on which it thought, means over seeds."""
     tests: tuple[Difference, ...] = ()
 
     @property
     def stderr(self) -> float:
-        """Both errors together: sqrt(seeds^2 + rows^2)."""
+        """Both errors combined: sqrt(seeds^2 + rows^2)."""
         return math.hypot(self.stderr_seeds or 0.0, self.stderr_rows)
 
     def against(self, baseline: str) -> Difference | None:
@@ -90,18 +90,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Results:
-    """An experiment's results as far as its runs are finished."""
+    """The results of an experiment's finished runs."""
 
     experiment: Experiment
     groups: list[Group]
     pairs: list[Pair]
     missing: list[Run]
     failures: dict[str, str] = field(default_factory=dict)
-    """Name of a run -> what ended it."""
+    """Name of a run -> its error."""
     outcomes: list[Outcome] = field(default_factory=list)
     """Every finished run, in the order of the runs."""
     elsewhere: int = 0
-    """How many of them were done elsewhere."""
+    """How many of them were taken from other folders."""
 
     def of(self, task: str, point: Point) -> list[Group]:
         """The variants of one task at one point, in the order of the file."""
@@ -127,7 +127,7 @@ class _Scored:
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Each seed's own account."""
+        """The results of each seed."""
         return [outcome.results for outcome in self.outcomes]
 
     @property
@@ -142,10 +142,10 @@ def collect(
     failures: dict[str, str] | None = None,
     elsewhere: Mapping[str, Outcome] | None = None,
 ) -> Results:
-    """Put every finished run together; those that are not are listed as missing.
+    """Combine all finished runs; the others are listed as missing.
 
-    A run that is not finished here may be so in `elsewhere`, by its name. Raises InputError when two runs of one task
-    were scored on different rows, StaleError when runs that share their rows were not trained on the same.
+    A run that is not finished here is looked up by name in `elsewhere`. Raises InputError when two runs of one task
+    were scored on different rows, StaleError when runs that must share rows were trained on different ones.
     """
     elsewhere = elsewhere or {}
     here = {run.name: outcome for run in runs if (outcome := outcome_of(run)) is not None}
@@ -160,7 +160,7 @@ def collect(
         scored_rows = (outcome.rows, len(outcome.right))
         if rows.setdefault(run.task, scored_rows) != scored_rows:
             raise InputError(
-                f"{run.name} was scored on other rows than {run.task}'s first run", path=run.config.output_dir
+                f"{run.name} was scored on different rows than the first run of {run.task}", path=run.config.output_dir
             )
         own = scored.setdefault(run.group, _Scored([], []))
         own.runs.append(run)
@@ -182,7 +182,7 @@ def collect(
 
 
 def _pairs(experiment: Experiment, scored: dict[tuple[str, str, Point], _Scored]) -> list[Pair]:
-    """Every pair on every task and point where both have a seed in common."""
+    """Every pair, on each task and point for which the two variants share a seed."""
     found = []
     for (variant, other), task, point in itertools.product(experiment.pairs, experiment.tasks, experiment.points):
         own, base = scored.get((task, variant, point)), scored.get((task, other, point))
@@ -248,7 +248,7 @@ def _group(
 
 
 def _adaptive(accounts: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]] | None:
-    """Means over seeds of what the evaluations say of an adaptive student."""
+    """Means over seeds of the `adaptive` sections of the evaluations."""
     if not accounts:
         return None
     ways = {"at once": [account["at_once"] for account in accounts]}
@@ -258,13 +258,13 @@ def _adaptive(accounts: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what was measured; None when nothing was."""
+    """The mean of the measured values; None without any."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _test(baseline: str, own: _Scored, other: _Scored) -> Difference | None:
-    """The paired test over the seeds that both have; None when they share none."""
+    """The paired test over the seeds that both have; None if they share none."""
     mine = {run.seed: row for run, row in zip(own.runs, own.right, strict=True)}
     theirs = {run.seed: row for run, row in zip(other.runs, other.right, strict=True)}
     common = [seed for seed in mine if seed in theirs]

@@ -1,7 +1,7 @@
-"""An experiment's results as text: the table on the terminal, and a page of Markdown with its pictures beside it.
+"""An experiment's results as text: the table on the terminal, and a Markdown page with its plots next to it.
 
-The page is written into the experiment's directory, and on request into another one too, such as a project's docs. It
-holds everything that is needed to make it again.
+The page is written into the experiment's directory, and on request into a second one, such as a project's docs. It
+contains everything needed to reproduce it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from pst_dist.storage.json_files import json_text
 from pst_dist.storage.outputs import IsOurs, check_output, is_experiment_page, is_picture, write_output
 
 _HOW = (
-    "Accuracy is the mean over seeds; s.e. joins the error over seeds and over rows. Differences are paired: same "
-    "rows, same seeds. Their 95 % intervals draw rows and seeds anew (10,000 times); p is not corrected for several "
-    "comparisons. Tokens are those up to the answer's end, ms the median time to the answer for one question at a time."
+    "Accuracy is the mean over seeds; s.e. combines the errors over seeds and over rows. Differences are paired: same "
+    "rows, same seeds. Their 95 % intervals resample rows and seeds (10,000 times); p is not corrected for multiple "
+    "comparisons. Tokens are counted up to the end of the answer; ms is the median time to the answer, one question at "
+    "a time."
 )
 _UNPARSED = (
-    " Unparsed outputs hold no answer, for example because they reached evaluate.max_new_tokens first; they count as "
-    "wrong."
+    " Unparsed outputs contain no answer, for example because they reached evaluate.max_new_tokens first; they count "
+    "as wrong."
 )
 
 
@@ -38,9 +39,9 @@ RESOLVED_EXPERIMENT = "experiment.resolved.yaml"
 
 
 def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
-    """Write the page, its pictures and its numbers (`results.json`, `results.csv`, `outcomes.jsonl`) into each folder.
+    """Write the page, its plots and its numbers (`results.json`, `results.csv`, `outcomes.jsonl`) into each folder.
 
-    Returns the first page. Raises InputError as `check_page_folder` does.
+    Returns the path of the first page. Raises InputError as `check_page_folder` does.
     """
     pages = []
     for folder in folders:
@@ -83,7 +84,7 @@ def check_page_folder(folder: Path) -> IsOurs:
 
 
 def table_lines(results: Results) -> list[str]:
-    """The terminal's table: a block for each task and point."""
+    """The terminal's table, a block per task and point."""
     lines = []
     for title, groups in panels_of(results):
         rows = _rows(results, groups)
@@ -97,14 +98,14 @@ def table_lines(results: Results) -> list[str]:
 
 
 def _rows(results: Results, groups: Sequence[Group]) -> list[list[str]]:
-    """The table of one task and point, its header first."""
+    """The table of one task and point, header first."""
     baselines = [name for name in results.experiment.baselines if any(group.against(name) for group in groups)]
     unparsed = _tell_unparsed(groups)
     return [_columns(baselines, unparsed), *(_cells(group, baselines, unparsed) for group in groups)]
 
 
 def _tell_unparsed(groups: Sequence[Group]) -> bool:
-    """Whether so many outputs held no answer that a reader has to know: 1 % of some variant's."""
+    """Whether to show unparsed outputs: if they are at least 1 % of some variant's outputs."""
     return any(_unparsed(group) >= 0.01 for group in groups)
 
 
@@ -140,16 +141,16 @@ def _cells(group: Group, baselines: Sequence[str], unparsed: bool) -> list[str]:
 
 
 def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -> str:
-    """The page as Markdown; `pictures` lie beside it."""
+    """The page as Markdown; `pictures` are the file names of plots next to it."""
     experiment, panels = results.experiment, panels_of(results)
     parts = [f"# {experiment.name}", experiment.question.strip(), _state(results)]
     if "accuracy.png" in pictures:
-        caption = "Dots with one standard error; small dots are single seeds; the dashed line is guessing."
+        caption = "Dots show one standard error; small dots are single seeds; the dashed line is guessing."
         parts += ["## Accuracy", "![accuracy of every variant](accuracy.png)", caption]
     if "sweep.png" in pictures:
         parts += [f"## Accuracy over {next(iter(experiment.vary))}", "![accuracy over the varied key](sweep.png)"]
     if len(panels) > 1:
-        parts += ["## All together", _summary(results)]
+        parts += ["## Summary", _summary(results)]
     parts += ["## In detail", _HOW + (_UNPARSED if any(_tell_unparsed(groups) for _, groups in panels) else "")]
     for title, groups in panels:
         parts += [
@@ -160,15 +161,15 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
     if results.pairs:
         parts += ["## Pairs", _pairs(results)]
     if "cost.png" in pictures:
-        caption = "Points of like tokens are drawn a little apart."
+        caption = "Points with similar token counts are drawn slightly apart."
         parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)", caption]
     parts += [*_adaptive(panels), "## Cost of training", _cost(panels)]
     published = _published(results)
     if published:
-        parts += ["## Published, for comparison", *published]
+        parts += ["## Published results for comparison", *published]
     if results.failures:
         failed = [f"- {name}: {what}" for name, what in results.failures.items()]
-        parts += ["## Runs that failed", "\n".join(failed)]
+        parts += ["## Failed runs", "\n".join(failed)]
     parts += ["## How it was made", _how(results, command)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -176,7 +177,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
 def _state(results: Results) -> str:
     done = sum(len(group.seeds) for group in results.groups)
     total = done + len(results.missing)
-    return f"{done} of {total} runs are finished; the others are not in these tables." if results.missing else ""
+    return f"{done} of {total} runs are finished; the tables leave out the others." if results.missing else ""
 
 
 def _chance(group: Group) -> str:
@@ -185,7 +186,7 @@ def _chance(group: Group) -> str:
 
 
 def _summary(results: Results) -> str:
-    """Variants down, tasks and points across, and the mean over them where a variant has all."""
+    """A row per variant, a column per task and point, and the mean for variants that have all of them."""
     panels = panels_of(results)
     header = ["variant", *(title for title, _ in panels), "mean"]
     rows = [header]
@@ -201,8 +202,8 @@ def _summary(results: Results) -> str:
         shares = [f"{100 * share:.2f}" for share in (*frequent, sum(frequent) / len(frequent))]
         rows.append(["the most frequent answer", *shares])
     return _markdown(rows) + (
-        "\n\nAccuracy in % with its standard error; + and - mark a difference to "
-        f"{BASELINE} whose 95 % interval leaves out zero."
+        "\n\nAccuracy in % with its standard error; + and - mark a difference from "
+        f"{BASELINE} whose 95 % interval excludes zero."
         if BASELINE in results.experiment.baselines
         else "\n\nAccuracy in % with its standard error."
     )
@@ -228,8 +229,8 @@ def _pairs(results: Results) -> str:
 
 
 def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:
-    """The section on students that choose when to think; nothing without one."""
-    rows = [["task", "variant", "answers", "accuracy %", "tokens", "thought about %"]]
+    """The section on adaptive students; empty without one."""
+    rows = [["task", "variant", "answers", "accuracy %", "tokens", "thinking %"]]
     for title, groups in panels:
         for group in groups:
             for way, mean in (group.adaptive or {}).items():
@@ -238,9 +239,9 @@ def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:
     if len(rows) == 1:
         return []
     words = (
-        "One student each, which learnt both orders. It thinks where the probability of its answer at once is under a "
-        "threshold, chosen on validation rows unless evaluate.think_below gives it; tokens are of both answers where "
-        "it did."
+        "Each is one student that learnt both orders. It thinks first when the probability of its immediate answer is "
+        "below a threshold, which is chosen on validation rows unless evaluate.think_below is set. When it thinks, "
+        "tokens include both answers."
     )
     return ["## Answering at once or thinking first", words, _markdown(rows, text=3)]
 
@@ -260,11 +261,11 @@ def _cost(panels: Sequence[tuple[str, list[Group]]]) -> str:
                     f"{group.training_seconds:,.0f}" if group.training_seconds else "",
                 ]
             )
-    return _markdown(rows, text=2) + "\n\nMeans over seeds; seconds depend on what else the machine was doing."
+    return _markdown(rows, text=2) + "\n\nMeans over seeds. Seconds depend on the load of the machine."
 
 
 def _published(results: Results) -> list[str]:
-    """Fine-tune-CoT's tables for the tasks that are among its twelve; made-up rows are not theirs."""
+    """Fine-tune-CoT's tables for its twelve tasks; not shown for generated rows."""
     scored_as = {group.scored_as for group in results.groups if not group.generated}
     names = [name for name in PUBLISHED_TASKS if name in scored_as]
     if not names:
@@ -276,9 +277,9 @@ def _published(results: Results) -> list[str]:
     return [
         _markdown(rows),
         "Accuracy in %, from the notebook of Fine-tune-CoT (itsnamgyu/reasoning-teacher). Those students are "
-        "pretrained, their reported epoch is the best one on the test set, and their answer-only rows include those "
-        "on which the teacher is wrong. Where students or rows differ from ours the numbers say what is usual, not "
-        "who is better.",
+        "pretrained, the reported epoch is the best on the test set, and their answer-only rows include those "
+        "on which the teacher is wrong. If students or rows differ from ours, the numbers are context, not a "
+        "comparison.",
     ]
 
 
@@ -289,27 +290,25 @@ def _how(results: Results, command: Sequence[str]) -> str:
     lines = [
         f"    {redacted_command(command)}",
         "",
-        "Typed again, it goes on where it stopped, and is a no-op when finished. ",
+        "The same command resumes a stopped experiment, and does nothing when it is finished. ",
     ]
     lines[-1] += ", ".join(f"{name} {versions[name]}" for name in shown) + (f"; on {devices}." if devices else ".")
     if results.elsewhere:
         total = len(results.outcomes)
-        lines[-1] += f" {results.elsewhere} of {total} runs were done by earlier calls, whose outcomes were put beside."
-    lines[-1] += (
-        f" [{OUTCOMES}]({OUTCOMES}) has the right rows of every run, from which the tests can be worked out again."
-    )
+        lines[-1] += f" The outcomes of {results.elsewhere} of {total} runs come from earlier calls or other machines."
+    lines[-1] += f" [{OUTCOMES}]({OUTCOMES}) lists the correct rows of every run, so the tests can be recomputed."
     return "\n".join(lines)
 
 
 def _markdown(rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
-    """A table; the first `text` columns are words, the others numbers."""
+    """A Markdown table; the first `text` columns are text, the others numbers."""
     header, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---" if place < text else "---:" for place in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
 def _csv(results: Results) -> str:
-    """One line a finished seed."""
+    """One line per finished seed."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["task", *results.experiment.vary, "variant", "arm", "seed", "rows", "split", "accuracy"])

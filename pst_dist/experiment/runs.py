@@ -1,7 +1,7 @@
-"""One run of an experiment: what it needs made, doing it, and whether it is done.
+"""One run of an experiment: preparing its data, doing it, and checking whether it is done.
 
-Everything is the stages of `pst run`, each of which skips itself when complete; this module only strings them together
-so that any number of runs can go on at once.
+It consists of the stages of `pst run`, each of which skips itself when complete; this module chains them so that many
+runs can proceed at the same time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def make_data(runs: Sequence[Run]) -> None:
-    """Shards and embeddings of all runs, each made once; raises what those stages raise, naming the task.
+    """Make the shards and embeddings of all runs, each once; raises what those stages raise, naming the task.
 
-    Raises DataError too when the rows that are to be scored are none.
+    Also raises DataError when there are no rows to score.
     """
     done: set[tuple[str | None, bool]] = set()
     for run in sorted(runs, key=lambda run: needs_embeddings(run.config)):
@@ -42,7 +42,7 @@ def make_data(runs: Sequence[Run]) -> None:
                 counts = make_shards(run.config).extra["counts"]
                 split = run.config.evaluate.split
                 if not counts.get(split):
-                    raise DataError(f"there are no {split} rows to score", f"give data.{split} or data.{split}_size")
+                    raise DataError(f"there are no {split} rows to score", f"set data.{split} or data.{split}_size")
             if wants and (run.config.data_dir, True) not in done:
                 make_embeddings(run.config)
         except PstError as error:
@@ -52,9 +52,9 @@ def make_data(runs: Sequence[Run]) -> None:
 
 
 def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds: float = 0.0) -> None:
-    """Train and score one run, going on where an earlier start stopped, and remove what `keep` does not name.
+    """Train and score one run, resuming if it was started before, and remove what `keep` does not name.
 
-    A student that an earlier run has trained with the same settings is taken over.
+    Reuses the student of an earlier run with the same training settings.
     """
     from pst_dist.evaluation.evaluate import evaluate
     from pst_dist.training.trainer import train
@@ -73,7 +73,7 @@ def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds
 
 
 def _take_over(run: Run) -> None:
-    """Copy a finished training that is the same as this run's, unless it has begun one of its own."""
+    """Copy a finished training with the same settings, unless this run has started its own."""
     from pst_dist.training.result import complete_training
 
     own = run_dir(run.config)
@@ -87,23 +87,23 @@ def _take_over(run: Run) -> None:
             refuse_foreign_folder(own.best, "student")
             with atomic_directory(own.best) as partial:
                 shutil.copytree(theirs.best, partial, dirs_exist_ok=True)
-            for name in (own.metrics.name, own.training.name):  # the record last: it says that all is there
+            for name in (own.metrics.name, own.training.name):  # the record last: it marks the copy as complete
                 refuse_link_out(own.path / name, own.path)
                 with atomic_path(own.path / name) as file:
                     shutil.copyfile(theirs.path / name, file)
-            log.info("%s trains as %s did: taken over", run.name, folder)
+            log.info("%s: reusing the student of %s, which has the same training settings", run.name, folder)
             return
 
 
 def result_of(config: Config) -> dict[str, Any] | None:
-    """The results of a run that is finished with exactly this config on the data that is there; None otherwise.
+    """The results of a run that is finished with exactly this config and the current data; None otherwise.
 
-    Raises IntegrityError for results that are damaged.
+    Raises IntegrityError for damaged results.
     """
     run = run_dir(config)
     try:
         same = placeless(load_config(str(run.path))) == placeless(config)
-    except PstError:  # nothing there, or of another version
+    except PstError:  # no run, or one of another version
         return None
     results = finished_evaluation(run.evaluation(config.evaluate.split)) if same else None
     shards = read_manifest(run.shards, "shards")
@@ -111,7 +111,7 @@ def result_of(config: Config) -> dict[str, Any] | None:
 
 
 def placeless(config: Config) -> Config:
-    """A config without the places: an experiment's directory may be moved, and its runs done on several machines."""
+    """A config without its directories: an experiment may be moved, and its runs may be done on several machines."""
     return config.model_copy(update={"output_dir": Config().output_dir, "data_dir": None})
 
 

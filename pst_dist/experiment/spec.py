@@ -1,8 +1,7 @@
-"""What an experiment's file says, and the runs that follow from it.
+"""The experiment file, and the runs that it defines.
 
-A file names tasks, variants (an arm, or an arm with some keys changed), seeds and, if something is swept, values of
-other keys. Every combination is one run: an ordinary config with a directory of its own, over data that all runs with
-the same rows share.
+A file names tasks, variants (an arm, or an arm with some keys changed), seeds and, for a sweep, values of other keys.
+Every combination is one run: an ordinary config with its own directory; runs with the same rows share their data.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ from pst_dist.storage.manifest import digest_of
 
 _FIVE = tuple(name for name, arm in ARMS.items() if not arm.chooses_order)
 _BEGIN = "config"
-"""The key of a task that names the config it begins with."""
+"""The key of a task that names its base config."""
 _OWN = ("output_dir", "data_dir", "data_cache", "arms", "seed")
-"""What the experiment itself decides for each run."""
+"""Keys that the experiment sets for each run."""
 
 
 class RayJobs(Section):
-    """Where runs go with backend=ray; each is one task of Ray."""
+    """Resources of the runs with backend=ray; each run is one Ray task."""
 
     address: str | None = None
-    """Cluster to join, as in embed.ray.address; when not given, that of RAY_ADDRESS, else a local one."""
+    """Cluster to join, as in embed.ray.address; defaults to RAY_ADDRESS, else a local cluster."""
     num_cpus_per_run: Weight = 1
-    """CPU cores of one run; also its torch threads."""
+    """CPU cores per run; also its number of torch threads."""
     num_gpus_per_run: Weight = 0
-    """GPUs of one run; a fraction lets several share one."""
+    """GPUs per run; with a fraction several runs share one."""
 
     @property
     def cluster(self) -> RayConfig:
-        """The same as what `ray_cluster` asks for."""
+        """The same as a RayConfig, for `ray_cluster`."""
         return RayConfig(address=self.address)
 
 
@@ -61,49 +60,49 @@ class Experiment(Section):
     """Tasks x variants x values x seeds, on identical rows."""
 
     name: str
-    """Names the output directory and the page; letters, digits, `-` and `_`."""
+    """Name of the output directory and the page; letters, digits, `-` and `_`."""
     question: str = ""
-    """What is asked, in a few sentences; the page begins with it."""
+    """The question that the experiment answers, in a few sentences; the page begins with it."""
     output_dir: Folder | None = None
-    """Where everything goes; runs/experiments/NAME when not given."""
+    """Directory of all runs and results; defaults to runs/experiments/NAME."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Keys of every run: `train.max_steps: 300`, or sections as in a config. A task's own keys win over them."""
     overlays: list[str] = Field(default=[])
-    """Sets of keys such as `+paper_t5`, laid over the config of every task; `settings` win over them."""
+    """Overlays such as `+paper_t5`, applied to the config of every task; `settings` win over them."""
     recipe: list[str] = Field(default=[])
-    """Such sets that win over `settings` and a task's own keys: those of the command line, `+paper_t5`."""
+    """Overlays that win over `settings` and a task's own keys, such as `+paper_t5` on the command line."""
     tasks: dict[str, dict[str, Any]]
-    """Label of a task -> keys of its runs; `config:` names a config (file or ready-made) to begin with."""
+    """Label of a task -> keys of its runs; `config:` names its base config (file or ready-made)."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in _FIVE})
-    """Label of a variant -> its keys, on top of the task's; the five arms of the method when not given."""
+    """Label of a variant -> its keys, applied over the task's; defaults to the five arms of the method."""
     vary: dict[str, list[Any]] = Field(default_factory=dict)
-    """Key -> values: every task and variant is run at each of them (several keys: at each combination)."""
+    """Key -> values: every task and variant is run with each value, or with each combination of several keys."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Keys that win over all others, as those of the command line do."""
+    """Keys that win over all others, like those of the command line."""
     seeds: list[int] = Field(default=[0, 1, 2])
-    """One run of everything for each."""
+    """Every task, variant and value is run once per seed."""
     baselines: list[str] = Field(default=[BASELINE, COST_BASELINE])
     """Variants that all others are tested against, on the same rows."""
     pairs: list[tuple[str, str]] = Field(default=[])
-    """Pairs of variants to test against each other besides: `[pst, post_thinking]`."""
+    """Further pairs of variants to test against each other: `[pst, post_thinking]`."""
     keep: Literal["results", "student", "all"] = "student"
-    """What stays of a finished run besides its results: nothing, the student, or checkpoints too."""
+    """What is kept of a finished run: only its results, also the student, or also the checkpoints."""
     jobs: Positive | None = None
-    """Runs at a time on this machine; as many as it has GPUs, or without one, CPU cores."""
+    """Runs at a time on this machine; defaults to its number of GPUs, or of CPU cores without a GPU."""
     backend: Literal["local", "ray"] = "local"
-    """Processes here, or tasks of a Ray cluster."""
+    """Where runs go: processes on this machine, or tasks of a Ray cluster."""
     ray: RayJobs = RayJobs()
     """Settings of the Ray backend."""
 
     @model_validator(mode="after")
     def _can_be_run(self) -> Experiment:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(f"name: {self.name!r} may hold letters, digits, - and _ only")
+            raise ValueError(f"name: {self.name!r} may only contain letters, digits, - and _")
         for key, values in (("tasks", self.tasks), ("variants", self.variants), ("seeds", self.seeds)):
             if not values:
                 raise ValueError(f"{key} is empty")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds names a seed twice")
+            raise ValueError("seeds contains a duplicate")
         empty = [key for key, values in self.vary.items() if not values]
         if empty:
             raise ValueError(f"vary.{empty[0]} has no values")
@@ -119,12 +118,12 @@ class Experiment(Section):
 
     @property
     def points(self) -> list[Point]:
-        """Every combination of the varied values; one empty one when nothing varies."""
+        """Every combination of the varied values; a single empty one when nothing varies."""
         return [tuple(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
 
 
 Point = tuple[tuple[str, Any], ...]
-"""(key, value) of what is varied."""
+"""(key, value) of each varied key."""
 
 
 @dataclass(frozen=True)
@@ -137,21 +136,21 @@ class Run:
     seed: int
     config: Config
     alike: tuple[str, ...] = ()
-    """Directories of earlier runs that train the same and are only scored otherwise."""
+    """Directories of earlier runs with the same training that are only scored differently."""
 
     @property
     def name(self) -> str:
-        """A line for a person."""
+        """A readable name, on one line."""
         return " / ".join([self.task, self.variant, *point_words(self.point), f"seed {self.seed}"])
 
     @property
     def group(self) -> tuple[str, str, Point]:
-        """What it shares with the same run of other seeds."""
+        """The key shared with the same run of other seeds."""
         return self.task, self.variant, self.point
 
 
 def point_words(point: Point) -> list[str]:
-    """`rows 250` for (("data.max_rows", 250),): the last words of the keys."""
+    """`max_rows 250` for (("data.max_rows", 250),): the last part of each key with its value."""
     return [f"{key.rsplit('.', 1)[-1]} {'default' if value is None else value}" for key, value in point]
 
 
@@ -163,9 +162,9 @@ def ready_made_experiments() -> list[str]:
 def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment by path or ready-made name.
 
-    A word `key=value` changes the experiment when the key is one of its own (`seeds=[0]`), else it is a key of every
-    run (`train.max_steps=50`); `+paper_t5` lays an overlay over what the file says of all runs. Raises InputError when
-    there is no such file, ConfigError with file and line for what is wrong in it.
+    An override `key=value` changes the experiment if the key is one of its own (`seeds=[0]`), otherwise the config of
+    every run (`train.max_steps=50`); `+paper_t5` applies an overlay to every run. Raises InputError when there is no
+    such file, ConfigError with file and line for an error in it.
     """
     check_name(name)
     path = Path(name)
@@ -193,10 +192,10 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def runs_of(experiment: Experiment) -> list[Run]:
-    """Every run, the first seed of everything before the second of anything: a stopped experiment says most.
+    """Every run, ordered by seed, so that a stopped experiment has results for as many variants as possible.
 
-    Raises ConfigError, naming task and variant, for keys that make no valid config, and for labels that would share a
-    directory.
+    Raises ConfigError, naming task and variant, for keys that do not make a valid config, and for labels that would
+    share a directory.
     """
     bases = {task: _begin(task, experiment) for task in experiment.tasks}
     runs: list[Run] = []
@@ -211,17 +210,17 @@ def runs_of(experiment: Experiment) -> list[Run]:
     for run in runs:
         other = folders.setdefault(run.config.output_dir, run)
         if other is not run:
-            raise ConfigError(f"{run.name} and {other.name} would share a directory", "label them more differently")
+            raise ConfigError(f"{run.name} and {other.name} would share a directory", "use more distinct labels")
     return runs
 
 
 def _training_of(config: Config) -> str:
-    """Digest of all that shapes a training: where it lies and how it is scored do not."""
+    """Digest of all settings that affect training: not the directory and not the evaluation."""
     return digest_of(config.model_dump(mode="json", exclude={"output_dir", "evaluate"}))
 
 
 def _begin(task: str, experiment: Experiment) -> dict[str, Any]:
-    """The tree of keys that a task's runs begin with."""
+    """The keys that all runs of a task start from."""
     keys = experiment.tasks[task]
     name = keys.get(_BEGIN)
     tree = load_tree(None if name is None else str(name), experiment.overlays)
@@ -266,10 +265,10 @@ def _config(
 
 
 def _put(tree: dict[str, Any], keys: Mapping[str, Any], where: str) -> None:
-    """Write keys, dotted or nested, into a tree; raises ConfigError for those that the experiment decides itself."""
+    """Write keys, dotted or nested, into a tree; raises ConfigError for keys that the experiment sets itself."""
     for key, value in flat_keys(keys).items():
         if key in _OWN:
-            raise ConfigError(f"{where}.{key}: an experiment decides this for each run", "leave it out")
+            raise ConfigError(f"{where}.{key}: an experiment sets this for each run", "remove it")
         try:
             set_key(tree, tuple(key.split(".")), value)
         except PstError as error:
@@ -281,5 +280,5 @@ def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slug(label: str) -> str:
-    """A label as a directory's name."""
+    """A label as a directory name."""
     return re.sub(r"[^A-Za-z0-9_.=-]+", "-", label).strip("-.") or "run"

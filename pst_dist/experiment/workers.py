@@ -1,8 +1,8 @@
 """Runs of an experiment in processes of this machine, several at a time.
 
-A worker loads the heavy libraries once and takes run after run. It is told to stop by SIGTERM, also by the kernel when
-this process dies, and then saves at the next step boundary, as any training does. A worker that is killed is replaced
-and its run given out again, which goes on from its newest checkpoint.
+A worker loads the heavy libraries once and then does one run after another. On SIGTERM, which the kernel also sends
+when this process dies, it saves at the next step boundary, like any training. A killed worker is replaced and its run
+is assigned again, which resumes from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pst_dist.redaction import RedactingFormatter
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Run, BaseException | None], None]
-"""Called once for each run that has ended, with what ended it; None when it is finished."""
+"""Called once for each run that has ended, with its error or None."""
 
 _LOSSES = 2
-"""How often a run is given out again after its worker was lost."""
+"""How often a run is assigned again after its worker was lost."""
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def work_here(runs: Sequence[Run], *, jobs: int | None, keep: str, tell: Tell) -> None:
-    """Do all runs, `jobs` at a time; an error of one is told and does not keep the others.
+    """Do all runs, `jobs` at a time; an error of one is passed to `tell` and does not stop the others.
 
-    Told to stop, it raises PreemptedError (KeyboardInterrupt for SIGINT) once all workers have saved.
+    On a stop request it raises PreemptedError (KeyboardInterrupt for SIGINT) once all workers have saved.
     """
     gpus, cores = _gpus(), len(os.sched_getaffinity(0))
     count = min(jobs or gpus or cores, len(runs))
@@ -58,7 +58,7 @@ def work_here(runs: Sequence[Run], *, jobs: int | None, keep: str, tell: Tell) -
                     crew[place] = _Worker.start(worker.gpu, threads)
                     losses[run.name] += 1
                     if losses[run.name] <= _LOSSES:
-                        log.warning("%s: %s; it goes on", run.name, error.what)
+                        log.warning("%s: %s; restarting it", run.name, error.what)
                         waiting.appendleft(run)
                         continue
                 tell(run, error)
@@ -74,7 +74,7 @@ def _gpus() -> int:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process and the run it is at."""
+    """A process and its current run."""
 
     process: Any
     pipe: Connection
@@ -92,7 +92,7 @@ class _Worker:
 
     def give(self, run: Run, keep: str) -> None:
         self.run = run
-        with contextlib.suppress(OSError):  # it has died: `outcome` says so
+        with contextlib.suppress(OSError):  # the worker has died: `outcome` reports it
             self.pipe.send((run, keep))
 
     def outcome(self) -> tuple[Run, BaseException | None]:
@@ -105,19 +105,19 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-            remedy = "look for out-of-memory; fewer jobs= at a time" if code == -signal.SIGKILL else ""
+            remedy = "check for out-of-memory; use fewer jobs=" if code == -signal.SIGKILL else ""
             return run, PeerLostError(f"its process was {how}", remedy)
 
 
 def _ended(crew: Sequence[_Worker]) -> Iterator[tuple[int, _Worker]]:
-    """Workers whose run has ended, waiting for a moment when there is none."""
+    """Workers whose run has ended; waits briefly when there is none."""
     ready = wait([worker.pipe for worker in crew if worker.run is not None], timeout=0.3)
     yield from [(place, worker) for place, worker in enumerate(crew) if worker.pipe in ready and worker.run is not None]
 
 
 @contextlib.contextmanager
 def _dismissed(crew: list[_Worker]) -> Iterator[None]:
-    """At the end of the block all workers end: those at work are told to save first."""
+    """Ends all workers when the block ends; those with a run are told to save first."""
     try:
         yield
     finally:
@@ -133,16 +133,16 @@ def _dismissed(crew: list[_Worker]) -> Iterator[None]:
 
 
 def _serve(pipe: Connection, gpu: int | None, threads: int, parent: int) -> None:
-    """A worker's life: take a run, do it, send what came of it, until None comes or the parent is gone."""
+    """A worker's main loop: receive a run, do it, send its error or None; ends on None or when the parent is gone."""
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the line above
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs a terminal's Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent handles Ctrl-C
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) > gpu and visible[gpu] else str(gpu)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    import torch  # sees the GPU that was chosen
+    import torch  # after CUDA_VISIBLE_DEVICES is set
 
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError):
@@ -160,7 +160,7 @@ def _result(run: Run, keep: str) -> BaseException | None:
     except PstError as error:
         return error
     except KeyboardInterrupt:
-        return PreemptedError("told to stop", "the same command goes on")
+        return PreemptedError("stopped by a signal", "the same command resumes")
     except Exception as error:
         return RuntimeError("".join(traceback.format_exception(error)))
     return None

@@ -1,6 +1,6 @@
 """The PST loss path: cross-entropy on supervised rows only, pooled spans, and distances to the teacher.
 
-`reference` says in plain PyTorch what each kernel computes, `triton_backend` computes the same on CUDA, `dispatch`
-chooses; `ops`, `contrastive` and `head` wire them into autograd and `torch.compile`. They take activations, never
-parameters by name, so ZeRO-3, LoRA and autocast work as they do without them.
+`reference` defines in plain PyTorch what each kernel computes, `triton_backend` computes the same on CUDA, and
+`dispatch` chooses between them. `ops`, `contrastive` and `head` connect them to autograd and `torch.compile`. The
+kernels take activations, never parameters by name, so ZeRO-3, LoRA and autocast work as usual.
 """

@@ -1,9 +1,9 @@
 """InfoNCE at scale: each row's own key against any number of keys, without a matrix of all their scores.
 
-Rows are taken in chunks whose scores fit a GPU's L2 cache. With frozen keys (the teacher's) the gradient is one more
-product of the same chunk, softmax(S) K - k_own, so it is made in the forward pass and the backward pass only scales
-it; keys that learn have their chunks made again in the backward pass. Narrow half-precision keys go through the one
-kernel of `contrastive_kernels`. Who the candidates are, across ranks too, is said in `gather`.
+Rows are processed in chunks whose scores fit a GPU's L2 cache. With frozen keys (the teacher's) the gradient is one
+more product of the same chunk, softmax(S) K - k_own, so the forward pass computes it and the backward pass only scales
+it. For trainable keys the backward pass recomputes the chunks. Narrow half-precision keys use the fused kernel of
+`contrastive_kernels`. `gather` defines the candidates, also across ranks.
 """
 
 # Shapes in this file: A rows, C rows of a chunk, G keys, E width
@@ -25,7 +25,7 @@ from pst_dist.kernels.reference import wide
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 32 << 20
-"""Room for the scores of a chunk: 128 rows of 65536 keys in float32. An A100 has 40 MB of L2 cache, an H100 50."""
+"""Bytes for the scores of a chunk: 128 rows of 65536 keys in float32. An A100 has 40 MB of L2 cache, an H100 50."""
 
 
 def info_nce(
@@ -41,15 +41,15 @@ def info_nce(
     """[A] cross-entropies in nats of each row's own key among the keys; float32 (float64 for float64).
 
     loss_i = log sum_j exp(q_i . k_j / temperature) - q_i . k_own(i) / temperature (van den Oord et al., arXiv
-    1807.03748). Keys of a row's own group are left out of its sum, its own key excepted: they are paraphrases, not
-    negatives; a row left with its own key alone has loss 0. Keys that are not `valid` (padding) are left out for all.
+    1807.03748). Keys of a row's own group, except its own key, are excluded from its sum: they are paraphrases, not
+    negatives. A row with only its own key has loss 0. Keys that are not `valid` (padding) are excluded for all rows.
 
-    Vectors are taken as they are: pass unit vectors for cosines. Both have one dtype: float16 and bfloat16 are
-    multiplied as such on CUDA (torch >= 2.8; elsewhere in float32), and everything is added up in float32.
-    Differentiable once, to the queries, and to the keys where they require a gradient.
+    Vectors are not normalised: pass unit vectors for cosines. Both must have the same dtype. float16 and bfloat16 are
+    multiplied in that dtype on CUDA (torch >= 2.8; elsewhere in float32), and everything is summed in float32.
+    Differentiable once, with respect to the queries and to keys that require a gradient.
 
-    own_A: int64 in 0 … G - 1, a valid key; groups_A, key_groups_G: int64, any numbers. On CUDA an own key outside the
-    keys is not reported.
+    own_A: int64 in 0 … G - 1, a valid key; groups_A, key_groups_G: int64, any numbers. On CUDA an out-of-range own key
+    is not reported.
     """
     assert queries_AE.dtype == keys_GE.dtype, f"queries are {queries_AE.dtype}, keys {keys_GE.dtype}"
     tensors = (queries_AE, keys_GE, own_A, groups_A, key_groups_G, valid_G)
@@ -71,7 +71,7 @@ def _info_nce_frozen(
     scale: float,
     learns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(losses [A], gradient of their sum to the queries [A, E]); the gradient is empty where nothing learns."""
+    """(losses [A], gradient of their sum to the queries [A, E]); the gradient is empty when none is required."""
     if learns and valid_G is None and _takes_fused(queries_AE, keys_GE):
         from pst_dist.kernels.contrastive_kernels import contrastive_pass
 
@@ -106,7 +106,7 @@ def _(
 
 @torch.library.custom_op("pst::scaled_rows", mutates_args=())
 def _scaled_rows(rows_AE: Tensor, factors_A: Tensor) -> Tensor:
-    """rows * factors, rounded once. An operator without a gradient: a second derivative is refused, not wrong."""
+    """rows * factors, rounded once. It has no gradient, so that a second derivative is refused instead of wrong."""
     return torch.mul(rows_AE, factors_A[:, None], out=torch.empty_like(rows_AE))
 
 
@@ -141,7 +141,7 @@ def _info_nce(
     valid_G: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """[A] losses; what keys that learn need for their gradient is computed again in the backward pass."""
+    """[A] losses; the backward pass recomputes what the gradient of trainable keys needs."""
     backend = backend_for(queries_AE.device)
     nll_A = queries_AE.new_empty(len(queries_AE), dtype=wide(queries_AE.dtype))
     for here, scores_CG, _ in _chunks(*_operands(queries_AE, keys_GE), valid_G, scale):
@@ -175,7 +175,7 @@ def _info_nce_gradients(
     queries_learn: bool,
     keys_learn: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of sum(upstream * loss) to queries [A, E] and keys [G, E]; empty for what does not learn."""
+    """Gradients of sum(upstream * loss) to queries [A, E] and keys [G, E]; empty where none is required."""
     backend = backend_for(queries_AE.device)
     left_AE, right_GE = _operands(queries_AE, keys_GE)
     queries_gradient_AE = left_AE.new_empty(left_AE.shape if queries_learn else (0,))
@@ -225,7 +225,7 @@ _info_nce.register_autograd(_backward, setup_context=_setup)
 
 
 def _operands(queries_AE: Tensor, keys_GE: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys in the dtype they are multiplied in: their own where the product comes in the wide dtype."""
+    """Queries and keys in the dtype of the product: their own if it can return the wide dtype."""
     if queries_AE.dtype == wide(queries_AE.dtype) or (queries_AE.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out")):
         return queries_AE, keys_GE
     return queries_AE.float(), keys_GE.float()
@@ -234,9 +234,9 @@ def _operands(queries_AE: Tensor, keys_GE: Tensor) -> tuple[Tensor, Tensor]:
 def _chunks(
     queries_AE: Tensor, keys_GE: Tensor, valid_G: Tensor | None, scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their scores [C, G] in the wide dtype, room for those scores in the queries' dtype), in the same memory.
+    """(rows, their scores [C, G] in the wide dtype, a buffer for those scores in the queries' dtype), reusing memory.
 
-    Where the dtypes are equal the room is the scores themselves.
+    When the dtypes are equal, the buffer is the scores tensor itself.
     """
     rows, keys, dtype = len(queries_AE), len(keys_GE), wide(queries_AE.dtype)
     stride = -(-keys // SCORES_GRAIN) * SCORES_GRAIN
@@ -263,7 +263,7 @@ def _copied(scores_CG: Tensor, factor_CG: Tensor) -> Tensor:
 
 
 def _takes_fused(queries_AE: Tensor, keys_GE: Tensor) -> bool:
-    """Whether the fused kernel computes this: Triton runs here, the kernel is made for it, and it is right here."""
+    """Whether to use the fused kernel: Triton runs here, the kernel supports the inputs, and it passed its check."""
     if backend_for(queries_AE.device).name != "triton":
         return False
     from pst_dist.kernels.contrastive_kernels import serves
@@ -273,12 +273,12 @@ def _takes_fused(queries_AE: Tensor, keys_GE: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _fused_agrees(device: torch.device) -> bool:
-    """Whether the fused kernel gave, once on this device, what the reference gives."""
+    """Whether the fused kernel agrees with the reference on this device; checked once."""
     from pst_dist.kernels.contrastive_kernels import disagreement
 
     obstacle = disagreement(device)
     if obstacle is None:
         log.info("InfoNCE on %s: fused kernel for half-precision keys (it agrees with the reference)", device)
     else:
-        log.warning("InfoNCE on %s: %s, so chunks are used instead", device, obstacle)
+        log.warning("InfoNCE on %s: %s; using chunks instead", device, obstacle)
     return obstacle is None

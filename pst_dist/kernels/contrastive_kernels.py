@@ -1,8 +1,8 @@
 """InfoNCE against frozen, narrow keys as one Triton kernel: losses and the queries' gradient in one pass over the keys.
 
-With frozen keys the gradient is attention whose values are the keys, so a row's running maximum, sum and weighted
-mean of keys are all there is to keep: no scores are written anywhere, nothing is added atomically, and each row's
-bits depend on its own vector and the keys alone. Wider or float32 vectors take the chunks of `contrastive`.
+With frozen keys the gradient is attention whose values are the keys, so it is enough to keep a row's running maximum,
+sum and weighted mean of keys. No scores are written, there are no atomic additions, and each row's bits depend only on
+its own vector and the keys. Wider or float32 vectors use the chunks of `contrastive`.
 """
 
 # Shapes in this file: A rows, G keys, E width (WIDE + TAIL columns, as a block's must be a power of two). In kernels
@@ -22,15 +22,15 @@ from pst_dist.kernels.launch_table import SCORES_GRAIN, Launch, launch_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 WIDEST = 512
-"""Elements of the widest vectors: more do not fit the registers. `launch_table` holds what was compiled."""
+"""Elements of the widest supported vectors; wider ones do not fit the registers. See `launch_table`."""
 
 
 def serves(queries_AE: Tensor, keys_GE: Tensor) -> bool:
-    """Whether the kernel is for these: half precision, rows at 128-bit places, narrow, and enough for the device.
+    """Whether the kernel supports these: half precision, rows aligned to 128 bits, narrow, and enough for the device.
 
-    Rows at other places would be loaded element by element, which takes registers that are not there. A program takes
-    one block of rows through all keys: unless there are blocks for half of the processors, the chunks' matrix
-    products, which spread over the keys too, are the better choice.
+    Unaligned rows would be loaded element by element, for which the registers do not suffice. A program takes one block
+    of rows through all keys. Unless there are blocks for half of the processors, the chunks' matrix products, which
+    also parallelise over the keys, are faster.
     """
     rows, width = queries_AE.shape
     if queries_AE.dtype not in (torch.float16, torch.bfloat16) or not 0 < width <= WIDEST or not rows:
@@ -51,10 +51,10 @@ def contrastive_pass(
 ) -> tuple[Tensor, Tensor]:
     """(losses [A] float32, gradient of their sum to the queries [A, E] in the queries' dtype).
 
-    Scores are scale * q . k; keys of a row's own group are left out, its own key excepted. Both come without
-    cancellation: the loss is softplus(lse of the others - own score), and the gradient its derivative times
-    (mean of the others - own key), so a row that has nearly found its key keeps its digits. An own key outside the
-    keys gives NaN. The last dimension is made dense if it is not.
+    Scores are scale * q . k; keys of a row's own group, except its own key, are excluded. Both results avoid
+    cancellation: the loss is softplus(lse of the others - own score), and the gradient is its derivative times
+    (mean of the others - own key), so a row close to its key keeps its precision. An out-of-range own key gives NaN.
+    The last dimension is copied to be dense if it is not.
     """
     queries_AE, keys_GE = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (queries_AE, keys_GE))
     rows, width = queries_AE.shape
@@ -80,7 +80,7 @@ def contrastive_pass(
             queries_AE.stride(0),
             keys_GE.stride(0),
             gradient_AE.stride(0),
-            # Triton's interpreter would multiply the bit patterns of bfloat16.
+            # Triton's interpreter would multiply bfloat16 values as bit patterns.
             UPCAST=queries_AE.dtype == torch.bfloat16 and not isinstance(contrastive_rows, triton.JITFunction),
             **launch.options,
         )
@@ -113,10 +113,10 @@ def contrastive_rows(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Losses and gradients of ROWS rows. Grid: blocks of rows. `others` below are keys of neither own row nor group.
+    """Losses and gradients of ROWS rows. Grid: blocks of rows. `others` are the keys outside the row's own group.
 
-    The vectors' columns are WIDE and TAIL ones, zeros where they are wider than the vectors. Scores are in powers of
-    two. Their maximum starts at minus infinity, where a row without others stays.
+    A vector has WIDE + TAIL columns, padded with zeros. Scores are base-2 exponents. Their maximum starts at minus
+    infinity and stays there for a row without others.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < rows
@@ -162,14 +162,14 @@ def contrastive_rows(
             tail_mean = tl.dot(share, tail_vector, tail_mean * decay[:, None])
         highest = rising
 
-    # Read again (volatile, or the compiler would not), so that the loop need not hold it for each row of a thread.
+    # Reloaded (volatile, or the compiler would keep it), so that the loop need not hold it for each row of a thread.
     own_row = tl.load(own_A + row, mask=here, other=0, volatile=True).to(tl.int64)
     inside = (own_row >= 0) & (own_row < key_rows)
     some = mass > 0
     mass = tl.where(some, mass, 1.0)
     margin = tl.where(some, (highest + tl.log2(mass) - own_score) / LOG2_E, float("-inf"))
     margin = tl.where(inside, margin, float("nan"))
-    # log1p by way of what 1 + odds rounds to, as Triton's interpreter has none.
+    # log1p computed from the rounded value of 1 + odds, since Triton's interpreter has no log1p.
     odds = tl.exp(-tl.abs(margin))
     rounded = (1.0 + odds) - 1.0
     stretch = odds / tl.where(rounded == 0.0, 1.0, rounded)
@@ -189,7 +189,7 @@ def contrastive_rows(
 
 @triton.jit
 def _operand(at, column, present, filled, UPCAST: tl.constexpr):
-    """Rows of vectors, zeros where there is no row or no column."""
+    """Rows of vectors, with zeros for missing rows and columns."""
     value = tl.load(at + column[None, :], mask=present[:, None] & filled[None, :], other=0.0)
     if UPCAST:
         value = value.to(tl.float32)
@@ -202,13 +202,13 @@ def _write(at, column, value, present, filled):
 
 
 def disagreement(device: torch.device) -> str | None:
-    """How the kernel differs from the reference on a device, in words; None when it does not. Waits for the device."""
+    """How the kernel differs from the reference on a device; None when it agrees. Synchronises with the device."""
     draw = torch.Generator("cpu").manual_seed(0)
     for width in (48, 384):
         vectors = torch.randn(220, width, generator=draw, device="cpu")
         queries, keys = torch.nn.functional.normalize(vectors, dim=-1).bfloat16().split([70, 150])
         own, groups = torch.randperm(150, generator=draw, device="cpu")[:70], torch.arange(150, device="cpu") // 2
-        # Some rows are of no key's group: their own key is left out of the others for being their own.
+        # Some rows share no group with any key: only being their own excludes their own key from the others.
         row_groups = torch.where(own < 50, -1, groups[own])
         scores, weights = 10 * queries.double() @ keys.double().T, torch.full((70,), 10.0, device="cpu").double()
         expected = reference.contrastive_nll(scores, own, row_groups, groups, weights)
@@ -218,10 +218,10 @@ def disagreement(device: torch.device) -> str | None:
             losses, gradient = contrastive_pass(there[0], there[1], there[2], there[3], there[4], 10.0)
             off = float((losses.cpu() - expected).norm() / expected.norm())
             bent = float((gradient.cpu() - slope).norm() / slope.norm())
-        except Exception as error:  # whatever it is, chunks can be used instead
+        except Exception as error:  # after any error, chunks can be used instead
             reason = (str(error).strip() or "no message").splitlines()[0]
             return f"the fused InfoNCE kernel raised {type(error).__name__}: {reason}"
-        # Written so that an error that is not a number does not pass.
+        # Negated, so that a NaN error fails the check.
         if not (off <= 1e-4 and bent <= 1e-2):
             return f"the fused InfoNCE kernel has relative errors of {off:.1e} and {bent:.1e} at width {width}"
     return None

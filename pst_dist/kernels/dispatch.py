@@ -1,7 +1,7 @@
-"""Which kernels run: Triton on CUDA devices that can, the plain reference elsewhere; decided once, logged once.
+"""Chooses the kernels: Triton on CUDA devices that support it, the plain reference elsewhere; decided and logged once.
 
 `PST_KERNELS` forces the choice: `auto` (default), `triton`, `reference`, or `interpret` (Triton's interpreter on CPU
-tensors: slow, for finding a fault without a GPU).
+tensors: slow, for debugging without a GPU).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 VARIABLE = "PST_KERNELS"
 CHOICES = ("auto", "triton", "reference", "interpret")
 OLDEST_CAPABILITY = (8, 0)
-"""bfloat16 and asynchronous copies begin with it; nothing older was compiled for."""
+"""The first with bfloat16 and asynchronous copies; the kernels are not compiled for older ones."""
 
 
 def backend_for(device: torch.device) -> ModuleType:
     """The module whose kernels run on tensors of a device: `reference` or `triton_backend`.
 
-    Raises ConfigError for an unknown PST_KERNELS and EnvironmentFault when it forces what cannot run here.
+    Raises ConfigError for an unknown PST_KERNELS and EnvironmentFault when it forces kernels that cannot run here.
     """
     return _backend(device.type, device.index, os.environ.get(VARIABLE, "auto"))
 
@@ -52,7 +52,7 @@ def _backend(kind: str, index: int | None, choice: str) -> ModuleType:
         if obstacle is None:
             return _chosen(triton_backend, kind, "they agree with the reference on this device")
         if choice == "auto":
-            log.warning("kernels: %s, so the slower reference runs instead", obstacle)
+            log.warning("kernels: %s; using the slower reference instead", obstacle)
             return reference
     if choice == "triton":
         raise EnvironmentFault(f"{VARIABLE}=triton, but {obstacle}", f"unset {VARIABLE}, or use reference")
@@ -67,7 +67,7 @@ def _chosen(backend: ModuleType, kind: str, reason: str) -> ModuleType:
 def _obstacle(kind: str, index: int | None) -> str | None:
     """Why Triton's kernels cannot run on a device; None when they can."""
     if kind != "cuda":
-        return f"no Triton for {kind} tensors"
+        return f"Triton does not support {kind} tensors"
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {'.'.join(map(str, OLDEST_CAPABILITY))}"
@@ -80,8 +80,8 @@ def _interpreted() -> ModuleType:
     if importlib.util.find_spec("triton") is None:
         raise EnvironmentFault(f"{VARIABLE}=interpret, but triton is not installed", "pip install triton")
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton decides at its own import whether its functions are compiled or interpreted.
-        raise EnvironmentFault(f"{VARIABLE}=interpret came too late", "set TRITON_INTERPRET=1 before Python starts")
+        # Triton decides when it is imported whether its functions are compiled or interpreted.
+        raise EnvironmentFault(f"{VARIABLE}=interpret was set too late", "set TRITON_INTERPRET=1 before Python starts")
     os.environ["TRITON_INTERPRET"] = "1"
     from pst_dist.kernels import triton_backend
 

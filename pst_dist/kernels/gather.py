@@ -1,15 +1,15 @@
-"""InfoNCE whose candidates come from all ranks: gathering with the right gradient, and both directions of the loss.
+"""InfoNCE with candidates from all ranks: gathering with the correct gradient, and both directions of the loss.
 
-Student to teacher, each local student is compared with the teachers of the whole global batch (and any more keys,
-say of a bank). Those are frozen and at hand on every rank, so nothing is communicated, and the gradient is exact.
-Teacher to student, each local student's own teacher is compared with the students of all ranks. They must be gathered
-with their gradient, as a rank's students are candidates of the other ranks' losses too.
+Student to teacher: each local student is compared with the teachers of the whole global batch (and any further keys,
+such as a bank). These are frozen and available on every rank, so nothing is communicated and the gradient is exact.
+Teacher to student: each local student's own teacher is compared with the students of all ranks. These must be gathered
+with their gradient, because a rank's students are also candidates in the losses of other ranks.
 
-Every loss here belongs to a local row. Added up over ranks the losses are the global batch's, and so are the
-gradients: a rank's loss is its share of the global one. Engines that average over ranks (DDP, DeepSpeed) must have
-that undone, as ours do. Two customs that fail this are not offered: gathering without a gradient misses the other
-ranks' part of it; splicing the local rows into a gathered batch and computing the global loss on every rank gives
-each rank its rows' gradient only, which averaging then divides by the number of ranks.
+Every loss here belongs to a local row. Summed over ranks, losses and gradients are those of the global batch: a rank's
+loss is its share of the global one. Engines that average over ranks (DDP, DeepSpeed) must undo the averaging, as ours
+do. Two common alternatives get this wrong and are not offered. Gathering without a gradient misses the other ranks'
+part. Splicing the local rows into a gathered batch and computing the global loss on every rank gives each rank only the
+gradient of its own rows, which averaging then divides by the number of ranks.
 """
 
 # Shapes in this file: A local rows, W ranks, G = W * capacity gathered rows, K keys, E width
@@ -28,17 +28,17 @@ from pst_dist.kernels.reference import wide
 
 
 def gather_rows(rows_AE: Tensor, *, capacity: int) -> tuple[Tensor, Tensor]:
-    """([G, E] rows of all ranks in rank order, [G] bool whether one is there), differentiable.
+    """([G, E] rows of all ranks in rank order, [G] bool, false for padding), differentiable.
 
-    Each rank's part is padded with zeros to `capacity` rows, one number on all ranks and known on the host, so that
-    nothing waits for the device; a rank may have fewer rows or none. The gradient of a local row is the sum of what
-    all ranks' losses say about it. Without a process group, or alone in one, the rows come back as they are.
+    Each rank's part is padded with zeros to `capacity` rows, the same on all ranks and known on the host, so that no
+    sync with the device is needed; a rank may have fewer rows or none. The gradient of a local row is the sum over all
+    ranks' losses. With a single rank or no process group, the rows are returned unchanged.
 
-    Collective, and so is its backward pass: if rows require a gradient anywhere they must on every rank (an empty
-    tensor may), and every rank must run backward. Raises ValueError for more rows than capacity, on that rank alone.
+    Collective, and so is its backward pass: if rows require a gradient on one rank, they must on every rank (even an
+    empty tensor), and every rank must run backward. Raises ValueError for more rows than capacity, on that rank only.
     """
     if len(rows_AE) > capacity:
-        raise ValueError(f"{len(rows_AE)} rows do not fit a capacity of {capacity} rows a rank")
+        raise ValueError(f"{len(rows_AE)} rows exceed the capacity of {capacity} rows per rank")
     if _ranks() == 1:
         return rows_AE, torch.ones(len(rows_AE), dtype=torch.bool, device=rows_AE.device)
     count = torch.full((1,), len(rows_AE), dtype=torch.int64, device=rows_AE.device)
@@ -55,8 +55,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_GE: Tensor) -> tuple[Tensor, None]:
-        # Added up in the wide dtype, as there are as many terms as ranks. Of the sum a slice is ours; a reduce-scatter
-        # would move half as much, but gloo has none in some versions of torch.
+        # Summed in the wide dtype, since there is one term per rank. Our part of the sum is a slice; a reduce-scatter
+        # would move half as much data, but gloo has none in some versions of torch.
         total_GE = gradient_GE.to(wide(gradient_GE.dtype), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total_GE)
         return total_GE[ctx.first : ctx.first + ctx.rows].to(gradient_GE.dtype), None
@@ -74,12 +74,12 @@ def symmetric_info_nce(
 ) -> Tensor:
     """[A] half the sum of both directions for each local row, float32 (float64 for float64); collective.
 
-    Student to teacher, row i's candidates are all K keys: the teachers of the whole global batch, in one order on all
-    ranks, of which own_A are this rank's, and perhaps more. Teacher to student, its candidates are the students that
-    the ranks pass to this very call: with gradient accumulation those of one micro-batch, so that direction, unlike
-    the first, depends on how a batch is cut. In both, candidates of a row's own group are left out, its own excepted.
+    Student to teacher, row i's candidates are all K keys: the teachers of the whole global batch, in the same order on
+    all ranks (own_A are this rank's), and any further keys. Teacher to student, its candidates are the students that
+    the ranks pass to this call: with gradient accumulation those of one micro-batch. So this direction, unlike the
+    first, depends on how a batch is split. Both exclude candidates of a row's own group, except its own.
 
-    The keys are frozen; unit vectors as in `info_nce`; ranks, capacity and the backward pass as in `gather_rows`.
+    The keys are frozen. Pass unit vectors as for `info_nce`; ranks, capacity and backward pass are as in `gather_rows`.
     """
     to_teachers_A = info_nce(students_AE, keys_KE.detach(), own_A, groups_A, key_groups_K, temperature=temperature)
     candidates_GE, valid_G = gather_rows(students_AE, capacity=capacity)
@@ -109,7 +109,7 @@ def _padded(rows: Tensor, capacity: int) -> Tensor:
 
 
 def _gathered(rows: Tensor) -> Tensor:
-    """[W * rows, ...]: a tensor of one shape on all ranks, one rank's after the other's."""
+    """[W * rows, ...]: the tensors of all ranks, which must have the same shape, concatenated in rank order."""
     everyone = rows.new_empty(dist.get_world_size(), *rows.shape)
     dist.all_gather(list(everyone.unbind()), rows.contiguous())
     return everyone.flatten(0, 1)

@@ -1,9 +1,9 @@
 """The combined head: cross-entropy on supervised rows and pooled spans of one hidden state, gradients in the forward.
 
-The language-model head sees supervised rows only, chunk by chunk, and its loss comes with gradients already made;
-the backward pass scales them and writes the gradient of the hidden state once, that of the pooled spans included.
-Parameters are taken from the caller, inside the head module's own forward, where ZeRO-3 and FSDP have gathered them;
-a head that is no plain `nn.Linear` (LoRA, quantised) is run as the module it is.
+The language-model head processes only supervised rows, chunk by chunk, and computes loss and gradients together. The
+backward pass scales the gradients and writes that of the hidden state once, including the pooled spans' part. The
+parameters come from the caller, inside the head module's own forward, where ZeRO-3 and FSDP have gathered them. A head
+that is not a plain `nn.Linear` (LoRA, quantised) runs as a module.
 """
 
 # Shapes in this file: B sequences, T positions, D student width, N supervised rows, V vocabulary, A spans
@@ -27,7 +27,7 @@ from pst_dist.kernels.spans import Spans, Supervised
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What the combined head gives."""
+    """Output of the combined head."""
 
     loss: Tensor
     """[] float32 (float64 for float64) with gradient: sum over N of weight * nll."""
@@ -36,10 +36,10 @@ class HeadOutput:
     pooled: Tensor
     """[A, D] float32 means over the spans, with gradient."""
     squares: Tensor
-    """[N] float32: squared norm of the loss's gradient at each supervised row; empty unless asked for."""
+    """[N] float32: squared norm of the loss's gradient at each supervised row; empty unless requested."""
     anchor: Tensor
-    """[] zero that hangs on the same graph: what a replaced forward returns in place of logits is made of it, so that
-    hooks on the module's output (ZeRO-3's) still run before the head's backward pass."""
+    """[] zero in the same graph. A replaced forward builds its dummy logits from it, so that hooks on the module's
+    output (ZeRO-3's) still run before the head's backward pass."""
 
 
 def combined_head(
@@ -54,15 +54,15 @@ def combined_head(
 ) -> HeadOutput:
     """Cross-entropy of `head` on supervised rows and means over spans, from one [B, T, D] hidden state.
 
-    Call it inside the head's own forward, with its original `forward` where that was replaced. A plain `nn.Linear`
-    runs fused; any other module is called on chunks of rows. Nothing outside the supervised rows and the spans is
-    read. Weights are those of the loss, denominators included: scaling afterwards is what the upstream gradient is
-    for. Raises EnvironmentFault when the head's weight is not in memory (ZeRO-3 outside the head's forward).
+    Call it inside the head's own forward, passing the original `forward` if that was replaced. A plain `nn.Linear` runs
+    fused; any other module is called on chunks of rows. Only the supervised rows and the spans are read. The weights
+    are those of the loss, including denominators; the upstream gradient handles any later scaling. Raises
+    EnvironmentFault when the head's weight is not in memory (ZeRO-3 outside the head's forward).
     """
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if any(parameter.numel() == 0 for parameter in head.parameters()):
         raise EnvironmentFault(
-            "the language-model head's weight is empty here", "under ZeRO-3 it exists only inside the head's forward"
+            "the language-model head's weight is empty here", "under ZeRO-3, call this inside the head's forward"
         )
     learns = torch.is_grad_enabled() and (hidden_BTD.requires_grad or bool(parameters))
     settings = _Settings(learns, with_squares, spans.longest)
@@ -77,7 +77,7 @@ def combined_head(
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is just x @ W^T + b, which runs fused."""
+    """Whether a head is plain x @ W^T + b, which runs fused."""
     return type(head) is nn.Linear and not nn.utils.parametrize.is_parametrized(head)
 
 
@@ -122,7 +122,7 @@ class _Combined(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows_gradient, slots, lengths, owner, hidden.new_empty(1))
         ctx.shape, ctx.inputs = hidden.shape, 11 + len(parameters)
-        # Not among the saved tensors: a backward pass that keeps no graph may then hand them over without a copy.
+        # Not saved tensors, so that a backward pass that keeps no graph can pass them on without a copy.
         ctx.gradients = [
             (gradient, parameter.dtype) if parameter is not None and gradient.numel() else None
             for gradient, parameter in zip(gradients, parameters, strict=True)
@@ -168,9 +168,9 @@ def _through_module(
     targets: Tensor,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(nll, rows' gradient, parameters' gradients) of a head that is only known as a function of hidden states."""
+    """(nll, rows' gradient, parameters' gradients) of a head that can only be called on hidden states."""
     backend, dtype = backend_for(picked_ND.device), wide(picked_ND.dtype)
-    # The vocabulary is not known before the first call; a chunk of 256 rows stands for what is usual.
+    # The vocabulary is unknown before the first call; start with 256 rows, a usual size.
     chunk = 256
     likelihoods, rows_gradient = picked_ND.new_empty(len(picked_ND), dtype=dtype), torch.empty_like(picked_ND)
     totals = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters if parameter is not None]
@@ -194,15 +194,15 @@ def _through_module(
 
 
 def _hand_over(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
-    """The parameters' gradients times the upstream one, in each parameter's dtype.
+    """The parameters' gradients times the upstream gradient, in each parameter's dtype.
 
-    They are as large as the head. When this backward pass keeps no graph they are scaled where they lie, so that no
-    second copy is made; a second backward pass needs them unscaled.
+    They are as large as the head. When this backward pass keeps no graph, they are scaled in place to avoid a second
+    copy; otherwise a second backward pass needs them unscaled.
     """
     if upstream is None:
         return [None] * len(ctx.gradients)
     last = not torch.compiler.is_compiling() and not _keeps_graph()
-    # On a CPU looking at a number costs nothing; on a GPU it would wait for the device.
+    # Reading the value is free on a CPU; on a GPU it would sync with the device.
     unscaled = last and upstream.device.type == "cpu" and upstream.item() == 1
     handed: list[Tensor | None] = []
     for index, item in enumerate(ctx.gradients):
@@ -217,23 +217,23 @@ def _hand_over(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
         elif last and gradient.dtype == dtype:
             handed.append(gradient.mul_(upstream))
         else:
-            # Scaled and rounded in one pass over what is as large as the head.
+            # Scaled and rounded in one pass, since the gradient is as large as the head.
             handed.append(torch.mul(gradient, upstream, out=gradient.new_empty(gradient.shape, dtype=dtype)))
         del gradient, item
     return handed
 
 
 def _keeps_graph() -> bool:
-    """Whether the running backward pass was called with retain_graph; yes where torch does not tell."""
+    """Whether the running backward pass was called with retain_graph; true when torch does not report it."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
 
 def span_tap(hidden_BTD: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
-    """(hidden, pooled [A, D]): means over spans of a hidden state that goes on to a head of its own.
+    """(hidden, pooled [A, D]): means over spans of a hidden state that another head also reads.
 
-    Use the returned hidden state from there on. Its gradient and that of the means are then added in one pass, where
-    autograd would make a dense gradient of the means first and add two full tensors.
+    Use the returned hidden state from here on. Its gradient and that of the means are then added in one pass; autograd
+    would first build a dense gradient of the means and then add two full tensors.
     """
     return _Tap.apply(hidden_BTD, spans.rows, spans.starts, spans.lengths, spans.owner, spans.longest)
 

@@ -1,8 +1,8 @@
 """Block sizes and warps of every Triton kernel, by width of the rows and architecture; nothing is tuned at run time.
 
-An autotuner would time kernels in the middle of a training step, differently on each rank, and so give up bits that
-agree between runs. Entries were chosen by what the compiler reports (`benchmarks/kernel_compile.py`: registers, no
-spills, 128-bit loads, occupancy), not by a stopwatch on a GPU.
+An autotuner would time kernels in the middle of a training step, with different results on each rank, so runs would not
+be bitwise reproducible. Entries were chosen from the compiler's reports (`benchmarks/kernel_compile.py`: registers, no
+spills, 128-bit loads, occupancy), not from timings on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 SCORES_GRAIN = 16
-"""Rows of scores begin at multiples of this many elements: matrix products and loads are slow where they do not."""
+"""Rows of scores begin at multiples of this many elements; otherwise matrix products and loads are slow."""
 
 
 ANYTHING = 1 << 62
@@ -21,31 +21,31 @@ ANYTHING = 1 << 62
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How one kernel is launched for rows of some width."""
+    """Launch settings of one kernel for rows up to some width."""
 
     up_to: int = ANYTHING
-    """Widest rows (elements) this entry is for; the first entry of a kernel that fits is taken."""
+    """Widest rows (elements) of this entry; the first entry of a kernel that fits is used."""
     architectures: tuple[int, ...] = ()
-    """Compute capabilities (90 is 9.0) this entry is for; empty for all."""
+    """Compute capabilities of this entry (90 is 9.0); empty for all."""
     blocks: dict[str, int] = field(default_factory=dict)
     """Constants of the kernel by name."""
     warps: int = 4
     stages: int | None = None
-    """Steps of a loop with matrix products that are under way at once; None leaves it to the compiler."""
+    """Pipeline stages of a loop with matrix products; None leaves it to the compiler."""
     registers: int | None = None
-    """Most registers a thread may have; None leaves it to the compiler."""
+    """Maximum registers per thread; None leaves it to the compiler."""
 
     @property
     def options(self) -> dict[str, int]:
-        """Keywords of the launch."""
+        """Keyword arguments of the launch."""
         asked = {"num_stages": self.stages, "maxnreg": self.registers}
         known = {option: value for option, value in asked.items() if value is not None}
         return {**self.blocks, "num_warps": self.warps, **known}
 
 
 CHUNKS = {256: 64, 1024: 128, ANYTHING: 256}
-"""Positions of a span that one program sums, by width. It fixes the order of summation, so it depends on nothing else:
-an entry of TABLE may not choose it."""
+"""Positions of a span that one program sums, by width. It fixes the order of summation, so it may depend only on the
+width and not on an entry of TABLE."""
 
 NARROW_SOFTMAX = (
     Launch(up_to=512, blocks={"BLOCK": 256}, warps=1),
@@ -55,8 +55,8 @@ NARROW_SOFTMAX = (
 )
 
 TABLE: dict[str, tuple[Launch, ...]] = {
-    # Two accumulators, as a block's width is a power of two. On 9.0 tensor cores add up in registers, on 10.0 each
-    # accumulator is fetched from their own memory; where 64 rows of 512 spill there or on 8.0, 32 do not.
+    # Two accumulators, because a block's width is a power of two. Tensor cores accumulate in registers on 9.0 and in
+    # their own memory on 10.0. 64 rows of 512 spill on 10.0 and on 8.0; 32 rows do not.
     "contrastive_rows": (
         Launch(
             up_to=128, architectures=(90,), blocks={"WIDE": 128, "TAIL": 0, "ROWS": 128, "KEYS": 64}, warps=8, stages=2
@@ -91,13 +91,13 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch(up_to=512, blocks={"BLOCK": 512}, warps=2),
         Launch(blocks={"BLOCK": 1024}, warps=4),
     ),
-    # A wide row is read twice. One program of 32 warps with over 32 registers fills an SM, so that few rows are under
-    # way and the second reading finds them in the cache: 132 rows of 152k bfloat16 logits are 40 MB.
+    # A wide row is read twice. One program of 32 warps with over 32 registers fills an SM, so few rows are in progress
+    # and the second read hits the cache: 132 rows of 152k bfloat16 logits are 40 MB.
     "softmax_rows": (
         *NARROW_SOFTMAX,
         Launch(blocks={"BLOCK": 16384}, warps=32),
     ),
-    # The groups of the classes (64-bit) take registers, too.
+    # The classes' groups (64-bit) need registers, too.
     "softmax_rows with groups": (
         *NARROW_SOFTMAX,
         Launch(blocks={"BLOCK": 8192}, warps=32),
@@ -117,7 +117,7 @@ def chunk_of(width: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def architecture_of(device: torch.device) -> int:
-    """90 for compute capability 9.0; 0 for what is no CUDA device (Triton's interpreter)."""
+    """90 for compute capability 9.0; 0 for a device other than CUDA (Triton's interpreter)."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -129,4 +129,4 @@ def _entry(kernel: str, width: int, architecture: int) -> Launch:
     for entry in TABLE[kernel]:
         if width <= entry.up_to and (not entry.architectures or architecture in entry.architectures):
             return entry
-    raise KeyError(f"no launch of {kernel} for width {width} on architecture {architecture}")
+    raise KeyError(f"no launch entry of {kernel} for width {width} on architecture {architecture}")

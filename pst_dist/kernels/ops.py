@@ -1,7 +1,7 @@
-"""The kernels as `torch.library` operators: what `torch.compile` and autograd see of them.
+"""The kernels as `torch.library` operators for `torch.compile` and autograd.
 
-Each operator picks its backend by the device of its tensors, has a fake for tracing, and makes no graph breaks. The
-raw ones (`hidden_gradient`, `linear_nll`) carry no autograd formula; `head` composes them.
+Each operator picks its backend by the device of its tensors, has a fake for tracing, and causes no graph breaks. The
+raw ones (`hidden_gradient`, `linear_nll`) have no autograd formula; `head` composes them.
 """
 
 # Shapes in this file: B sequences, T positions, D student width, N supervised rows, V vocabulary, A spans, E teacher
@@ -19,8 +19,8 @@ from pst_dist.kernels.dispatch import backend_for
 from pst_dist.kernels.reference import is_smooth_l1, wide
 from pst_dist.kernels.spans import Spans
 
-# One pass over the vocabulary needs this much room for logits: large enough that the matrix product of a chunk runs
-# at full speed, small beside a student's activations.
+# Bytes for the logits of one chunk: large enough that its matrix product runs at full speed, small compared with a
+# student's activations.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
@@ -28,7 +28,7 @@ def chunk_rows(vocabulary: int, width: int, itemsize: int, device: torch.device)
     """Supervised rows whose logits are in memory at a time; at least 64, a multiple of 64."""
     room = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     if device.type == "cuda":
-        # Each further chunk reads and writes the head's float32 gradient once more: as much room as that itself takes.
+        # Each further chunk reads and writes the head's float32 gradient once more, so allow as many bytes as it takes.
         room = max(room, 4 * vocabulary * width)
     return max(64, room // max(1, vocabulary * itemsize) // 64 * 64)
 
@@ -36,8 +36,8 @@ def chunk_rows(vocabulary: int, width: int, itemsize: int, device: torch.device)
 def span_mean(hidden_BTD: Tensor, spans: Spans) -> Tensor:
     """[A, D] means of the hidden states over spans, float32 (float64 for float64); differentiable.
 
-    Positions outside every span are never read: a NaN there reaches neither the value nor the gradient. The sum of a
-    span is bitwise the same however the batch around it is packed.
+    Positions outside every span are never read, so a NaN there affects neither value nor gradient. The sum of a span is
+    bitwise the same however the batch is packed.
     """
     pooled, _ = torch.ops.pst.span_mean(hidden_BTD, spans.rows, spans.starts, spans.lengths, spans.owner, spans.longest)
     return pooled
@@ -47,7 +47,7 @@ def span_mean(hidden_BTD: Tensor, spans: Spans) -> Tensor:
 def _span_mean(
     hidden_BTD: Tensor, rows_A: Tensor, starts_A: Tensor, lengths_A: Tensor, owner_R: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """The means, and an empty tensor that remembers the hidden state's dtype for the gradient."""
+    """The means, and an empty tensor that carries the hidden state's dtype to the gradient."""
     pooled = backend_for(hidden_BTD.device).span_mean(hidden_BTD, rows_A, starts_A, lengths_A, longest)
     return pooled, hidden_BTD.new_empty(0)
 
@@ -120,10 +120,10 @@ def _(
 def row_distance(student_AE: Tensor, teacher_AE: Tensor, *, kind: str, eps: float = 1e-8) -> tuple[Tensor, Tensor]:
     """(distances [A] with gradient to the student, cosines [A] without), float32 (float64 for float64).
 
-    kind `cosine` or `smooth_l1`; see `reference.row_distance`. The teacher is frozen: it receives no gradient. Raises
+    `kind` is `cosine` or `smooth_l1`; see `reference.row_distance`. The teacher is frozen and gets no gradient. Raises
     ValueError for any other kind.
     """
-    is_smooth_l1(kind)  # before the operator, which is not run while torch.compile traces
+    is_smooth_l1(kind)  # before the operator, which does not run during tracing
     distance, cosine, _ = torch.ops.pst.row_distance(student_AE, teacher_AE.detach(), kind, eps)
     return distance, cosine.detach()
 
@@ -191,10 +191,10 @@ def linear_nll(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(nll [N], rows' gradient [N, D], weight's [V, D], bias's [V]) of a linear language-model head.
 
-    `rows` and `weight` have one dtype, in which the matrix products run; likelihoods and the gradients of weight and
-    bias are added up in the wide dtype. The gradients are those of sum(weights * nll), made here, chunk by chunk, so
-    that never more than `chunk` rows of logits exist. Without weights nothing but the likelihoods is computed;
-    without `with_weight` the head is frozen. What is not computed comes back empty.
+    `rows` and `weight` have the same dtype, in which the matrix products run; likelihoods and the gradients of weight
+    and bias are summed in the wide dtype. The gradients are those of sum(weights * nll), computed chunk by chunk, so
+    that at most `chunk` rows of logits exist at a time. Without weights only the likelihoods are computed; without
+    `with_weight` the head is frozen. Results that are not computed are returned empty.
     """
     rows, vocabulary, dtype = len(rows_ND), len(weight_VD), wide(rows_ND.dtype)
     backend = backend_for(rows_ND.device)
@@ -225,7 +225,7 @@ def linear_nll(
 
 
 def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: bool) -> None:
-    """total += left^T @ right, accumulated in the total's dtype; the first product is written over what is there."""
+    """total += left^T @ right, accumulated in the total's dtype; the first product overwrites the total."""
     dtype, kept = total_VD.dtype, 0 if first else 1
     if left_CV.dtype == dtype:
         total_VD.addmm_(left_CV.T, right_CD, beta=kept)
@@ -243,9 +243,9 @@ def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, first: 
 
 @functools.lru_cache(maxsize=64)
 def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch's addmm takes a float32 summand beside half-precision factors; tried once, as versions differ.
+    """Whether this torch's addmm accepts a float32 summand with half-precision factors; tested once.
 
-    Where it does not, every chunk of logits costs a second matrix as large as the head and three passes over it.
+    If not, every chunk of logits costs a second matrix as large as the head and three passes over it.
     """
     try:
         total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
-"""The kernels in plain PyTorch: their meaning, and what runs on a CPU.
+"""The kernels in plain PyTorch: the definition of each kernel, and the implementation for CPUs.
 
-Every function here has a Triton twin of the same name and arguments in `triton_backend`; `dispatch` hands out one
-of the two modules. float64 in gives float64 out, so the twins can be held to it; every other dtype is summed in
-float32. Nothing here makes an autograd graph: gradients are functions of their own, wired up in `ops` and `head`.
+Every function here has a Triton counterpart of the same name and arguments in `triton_backend`; `dispatch` selects one
+of the two modules. float64 inputs give float64 results, to which tests compare the kernels; every other dtype is summed
+in float32. Nothing here builds an autograd graph: gradients are separate functions, connected in `ops` and `head`.
 """
 
 # Shapes in this file: B sequences, T positions, D student width, N supervised rows, V vocabulary, A spans,
@@ -32,7 +32,7 @@ def span_mean(hidden_BTD: Tensor, rows_A: Tensor, starts_A: Tensor, lengths_A: T
     first = torch.cumsum(lengths_A, 0) - lengths_A
     positions = torch.arange(len(owner), device=rows_A.device) - first[owner] + starts_A[owner]
     picked = hidden_BTD[rows_A[owner], positions].to(wide(hidden_BTD.dtype))
-    # One span after the other in its own order: no atomics, and the same bits however the batch is packed.
+    # Spans are summed one by one in a fixed order: no atomics, and the same bits however the batch is packed.
     sums = torch.segment_reduce(picked, "sum", lengths=lengths_A, unsafe=True, initial=0)
     return sums / lengths_A.clamp(min=1)[:, None]
 
@@ -51,8 +51,8 @@ def hidden_gradient(
     """[B, T, D] of `like`'s dtype: the gradient of the hidden state, each position written once.
 
     Position t receives base[t] + rows_upstream * rows_gradient[slots[t]] + spans_gradient[owner[t]] / lengths[owner[t]]
-    added in the wide dtype; what is None or NOWHERE contributes nothing. `rows_upstream` is a [] tensor. Of `like`
-    only shape, dtype and device count.
+    summed in the wide dtype; parts that are None or NOWHERE contribute nothing. `rows_upstream` is a [] tensor. Only
+    shape, dtype and device of `like` are used.
     """
     shape, dtype = like_BTD.shape, wide(like_BTD.dtype)
     width = shape[-1]
@@ -98,7 +98,7 @@ def softmax_nll(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor | None) 
 
 
 def is_smooth_l1(kind: str) -> bool:
-    """True for `smooth_l1`, False for `cosine`: the two row distances. Raises ValueError for any other name."""
+    """True for `smooth_l1`, False for `cosine`, the two row distances. Raises ValueError for any other name."""
     if kind not in ("cosine", "smooth_l1"):
         raise ValueError(f"unknown row distance {kind!r}: use 'cosine' or 'smooth_l1'")
     return kind == "smooth_l1"
@@ -113,7 +113,7 @@ def row_distance(student_AE: Tensor, teacher_AE: Tensor, kind: str, eps: float) 
     """
     smooth_l1 = is_smooth_l1(kind)
     student, teacher = student_AE.to(wide(student_AE.dtype)), teacher_AE.to(wide(student_AE.dtype))
-    # Clamped after the division: 1 / eps is then the very number by which the gradient knows a short vector.
+    # Clamped after the division, so that a short vector has exactly 1 / eps, by which the gradient recognises it.
     inverse_student = (1 / torch.linalg.vector_norm(student, dim=-1)).clamp(max=1 / eps)
     inverse_teacher = (1 / torch.linalg.vector_norm(teacher, dim=-1)).clamp(max=1 / eps)
     unit_student, unit_teacher = student * inverse_student[:, None], teacher * inverse_teacher[:, None]
@@ -131,7 +131,7 @@ def row_distance_gradient(
 ) -> Tensor:
     """[A, E] of the student's dtype: gradient of sum(upstream * distance) to the student's vectors.
 
-    A student shorter than eps is divided by eps, a constant: its gradient has no part along the vector. Raises
+    A student shorter than eps is divided by the constant eps, so its gradient has no component along the vector. Raises
     ValueError for an unknown kind.
     """
     smooth_l1 = is_smooth_l1(kind)
@@ -147,10 +147,10 @@ def row_distance_gradient(
 def contrastive_nll(
     scores_CG: Tensor, own_C: Tensor, groups_C: Tensor, key_groups_G: Tensor, weights_C: Tensor | None
 ) -> Tensor:
-    """[C] negative log likelihoods of each row's own key among the keys; `softmax_nll` behind a group mask.
+    """[C] negative log likelihoods of each row's own key among the keys; `softmax_nll` with a group mask.
 
-    Keys of a row's own group, its own key excepted, are left out (they are paraphrases, not negatives). `scores` are
-    overwritten by the mask, and with weights by the gradient of sum(weights * nll) to them.
+    Keys of a row's own group, except its own key, are excluded (they are paraphrases, not negatives). The mask
+    overwrites `scores`; with weights, the gradient of sum(weights * nll) overwrites them.
     """
     others = key_groups_G[None, :] == groups_C[:, None]
     others.scatter_(1, own_C[:, None], False)

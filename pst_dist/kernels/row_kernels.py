@@ -1,7 +1,7 @@
 """Triton kernels over single rows: the distance of a projected span to its teacher's vector, and its gradient.
 
-One program owns one row, whatever its width, and passes over it in blocks; rows number a few hundred and fit the
-cache, so these kernels cost their launch. `triton_backend` holds tensors and grids.
+One program handles one row of any width in blocks. There are a few hundred rows, which fit the cache, so these kernels
+cost little more than their launch. `triton_backend` has the tensors and grids.
 """
 
 # Shapes in this file: A spans, E teacher width (`width`). Tensors are pointers here.
@@ -96,7 +96,7 @@ def row_distance_gradients(
             z = tl.load(teacher + columns, mask=inside, other=0.0).to(tl.float32) * inverse_teacher
             total += tl.minimum(tl.maximum(y - z, -1.0), 1.0) * y
         along = tl.sum(total, 0)
-    # A student shorter than eps was divided by the constant eps, so its gradient has no part along it.
+    # A student shorter than eps was divided by the constant eps, so its gradient has no component along it.
     along = tl.where(inverse_student < longest_inverse, along, 0.0)
     for offset in range(0, width, BLOCK):
         columns = offset + tl.arange(0, BLOCK)
@@ -112,6 +112,6 @@ def row_distance_gradients(
 
 @triton.jit
 def _inverse_norm(square, eps, longest_inverse):
-    """1 / max(norm, eps), and exactly 1 / eps for the short ones: the gradient recognises them by it."""
+    """1 / max(norm, eps); exactly 1 / eps for short vectors, by which the gradient recognises them."""
     norm = tl.sqrt_rn(square)
     return tl.where(norm > eps, tl.div_rn(1.0, norm), longest_inverse)

@@ -1,9 +1,9 @@
-"""A quick look, before training begins, at whether a backend computes on this device what the reference says.
+"""A quick check before training that a backend agrees with the reference on this device.
 
-Every function runs once on a small odd problem in float32 and in bfloat16, and is held against the reference in float64
-on the CPU, on the same rounded inputs. A compiler, driver or GPU that gets a kernel wrong then costs speed and one
-line in the log instead of a wrong gradient. The first run on a machine also compiles the kernels (seconds; Triton
-keeps them on disk).
+Every function runs once on a small problem of odd shapes in float32 and in bfloat16, and is compared with the reference
+in float64 on the CPU for the same rounded inputs. If a compiler, driver or GPU gets a kernel wrong, the result is a
+slower run and one log line instead of a wrong gradient. The first run on a machine also compiles the kernels (seconds;
+Triton caches them on disk).
 """
 
 # Shapes in this file: B sequences, T positions, D student width, N supervised rows, V vocabulary, A spans, E teacher
@@ -25,10 +25,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative error (L2) of a result, by its own dtype."""
 
 PLACES = ((0, 140, 1), (1, 7, 129), (0, 3, 64), (1, 0, 0), (0, 70, 67))
-"""Spans (sequence, first position, positions): one, none, a whole chunk, more than one and more than two of them."""
+"""Spans (sequence, first position, positions): with one position, none, a whole chunk, and over one and two chunks."""
 BATCH, LENGTH, WIDTH, TEACHER_WIDTH, CLASSES = 2, 149, 33, 45, 2501
 EPS = 2.0
-"""Far above what training uses, so that a row shorter than it does not drown the others with its gradient."""
+"""Far above the value in training, so that the gradient of a row shorter than it does not dominate the others."""
 
 
 def disagreement(
@@ -37,9 +37,9 @@ def disagreement(
     device: torch.device,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> str | None:
-    """A sentence about the first function of `candidate` that is wrong on a device, or raises; None if none is.
+    """Describes the first function of `candidate` that is wrong or raises on a device; None if all agree.
 
-    Global random state is left alone, and so are autograd and autocast.
+    Leaves the global random state, autograd and autocast unchanged.
     """
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False):
         for dtype in dtypes:
@@ -49,7 +49,7 @@ def disagreement(
                 shaped = check(reference, _Draw(dtype, torch.device("cpu")))
                 try:
                     found = [result.cpu() for result in check(candidate, _Draw(dtype, device))]
-                except Exception as error:  # whatever it is, the reference can run instead
+                except Exception as error:  # after any error, the reference can run instead
                     reason = (str(error).strip() or "no message").splitlines()[0]
                     return f"{candidate.name}'s {name} in {kind} raised {type(error).__name__}: {reason}"
                 for exact, model, result in zip(truth, shaped, found, strict=True):
@@ -57,7 +57,7 @@ def disagreement(
                         shape = f"{list(result.shape)} {result.dtype} instead of {list(model.shape)} {model.dtype}"
                         return f"{candidate.name}'s {name} in {kind} gave {shape}"
                     error_L2 = _relative_error(result, exact)
-                    # Written so that an error that is not a number does not pass.
+                    # Negated, so that a NaN error fails the check.
                     if not error_L2 <= TOLERANCE[result.dtype]:
                         allowed = f"{TOLERANCE[result.dtype]:.0e} are allowed"
                         return f"{candidate.name}'s {name} in {kind} has a relative error of {error_L2:.1e}, {allowed}"
@@ -126,7 +126,7 @@ def _contrastive_nll(backend: ModuleType, draw: _Draw) -> tuple[Tensor, ...]:
 
 
 def _scores(draw: _Draw) -> tuple[Tensor, Tensor]:
-    """(logits of five rows, targets): a target has about a third of the probability, so that its part is seen."""
+    """(logits of five rows, targets); targets have about a third of the probability, so that errors in them show."""
     logits_CV, targets_C = draw.values(5, CLASSES) * 4, draw.indices(CLASSES, 5)
     return logits_CV.scatter(1, targets_C[:, None], 16.0), targets_C
 
@@ -148,7 +148,7 @@ def _row_distance_gradient(backend: ModuleType, draw: _Draw) -> tuple[Tensor, ..
 
 
 def _row_pairs(draw: _Draw) -> tuple[Tensor, Tensor]:
-    """Six students and teachers: among them a zero teacher, a student shorter than EPS, and an opposite pair."""
+    """Six students and teachers, including a zero teacher, a student shorter than EPS and an opposite pair."""
     student_AE, teacher_AE = draw.values(6, TEACHER_WIDTH), draw.values(6, TEACHER_WIDTH, dtype=torch.float32)
     teacher_AE[0] = 0
     student_AE[1] *= 0.125
@@ -164,4 +164,4 @@ CHECKS: dict[str, Callable[[ModuleType, _Draw], tuple[Tensor, ...]]] = {
     "row_distance": _row_distance,
     "row_distance_gradient": _row_distance_gradient,
 }
-"""What is looked at, by the function it is about; `row_distance_gradient` also needs `row_distance`."""
+"""The checks by the function they test; `row_distance_gradient` also needs `row_distance`."""

@@ -1,9 +1,9 @@
 """Triton kernels over ragged spans: their means, and the gradient of the hidden state.
 
-A span is summed in chunks of CHUNK positions counted from its own start, and the chunks in their order: no atomics, the
-same bits in every run and, for hidden states of one width and alignment, however the batch is packed. The
-gradient asks each row what arrives there and writes it once. Which tiles and warps run them is in `launch_table`;
-tensors, grids and checks are in `triton_backend`. Offsets into [B, T, D] are 64-bit throughout.
+A span is summed in chunks of CHUNK positions from its start, and then the chunks in order: no atomics, the same bits in
+every run and, for hidden states of one width and alignment, however the batch is packed. The gradient kernel looks up
+each row's contributions and writes the row once. `launch_table` has the tiles and warps, `triton_backend` the tensors,
+grids and checks. Offsets into [B, T, D] are 64-bit throughout.
 """
 
 # Shapes in this file: B sequences, T positions, R = B * T rows, D student width, A spans, K chunks of the longest
@@ -32,8 +32,8 @@ def chunk_sums(
 ):
     """Sums over CHUNK positions of a span in float32; chunks beyond its end are neither read nor written.
 
-    Grid: (spans x blocks of WIDTH columns, chunks); neighbours read the same positions. WHOLE says that one chunk
-    holds every span: then the mean itself is written, and `span_means` need not run.
+    Grid: (spans x blocks of WIDTH columns, chunks); adjacent programs read the same positions. WHOLE means that every
+    span fits one chunk: the means are then written directly, and `span_means` need not run.
     """
     blocks = tl.cdiv(width, WIDTH)
     span = (tl.program_id(0) // blocks).to(tl.int64)
@@ -46,7 +46,7 @@ def chunk_sums(
         position = tl.load(starts_A + span).to(tl.int64) + first
         start = hidden_BTD + tl.load(rows_A + span).to(tl.int64) * batch_stride + position * position_stride
         last = tl.minimum(CHUNK, length - first)
-        # A whole tile is accumulated and reduced once: reducing in the loop would go through shared memory each time.
+        # Accumulate a whole tile and reduce it once; reducing in the loop would use shared memory each time.
         total = tl.zeros([TILE, WIDTH], dtype=tl.float32)
         for offset in range(0, last, TILE):
             steps = offset + tl.arange(0, TILE)
@@ -69,9 +69,9 @@ def span_means(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Means of spans from the sums of their chunks, added in a fixed order; zeros for an empty span.
+    """Means of spans from the sums of their chunks, in a fixed order; zeros for an empty span.
 
-    Grid: spans x blocks of WIDTH columns. `chunks` is K, the chunks of the longest span.
+    Grid: spans x blocks of WIDTH columns. `chunks` is K, the number of chunks of the longest span.
     """
     blocks = tl.cdiv(width, WIDTH)
     span = (tl.program_id(0) // blocks).to(tl.int64)
@@ -115,7 +115,7 @@ def hidden_gradient_rows(
     """Every row of the gradient, written once: base + upstream * rows_gradient[slot] + spans_gradient[owner] / length.
 
     Grid: blocks of TILE rows x blocks of WIDTH columns; `rows` is R, `positions` T. A part whose flag is False is not
-    touched and may be any pointer. A slot or owner below 0 means that nothing arrives from there.
+    accessed and may be any pointer. A slot or owner below 0 means no contribution.
     """
     blocks = tl.cdiv(width, WIDTH)
     row = (tl.program_id(0) // blocks).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -130,7 +130,7 @@ def hidden_gradient_rows(
     if HAS_ROWS:
         slot = tl.load(slots_R + row, mask=there, other=-1).to(tl.int64)
         carries = slot >= 0
-        # The scale is 0 where no row arrives, so that an infinite upstream stays away from the other rows.
+        # The scale is 0 for rows without a contribution, so that an infinite upstream does not reach them.
         scale = tl.where(carries, 1.0, 0.0)
         if HAS_UPSTREAM:
             scale = tl.where(carries, tl.load(rows_upstream).to(tl.float32), 0.0)

@@ -1,7 +1,7 @@
-"""Where the losses sit in a batch of hidden states: which rows carry cross-entropy, which form a pooled span.
+"""Positions of the losses in a batch of hidden states: rows with cross-entropy, and rows that form a pooled span.
 
-Both maps are made on the CPU, beside the batch, in both directions: a kernel that writes the gradient of the hidden
-state asks each of its rows what arrives there, so it writes every row once and needs no atomics and no search.
+Both maps are built on the CPU with the batch, in both directions. The kernel that writes the gradient of the hidden
+state looks up each row's contributions, so it writes every row once, without atomics or a search.
 """
 
 # Shapes in this file: B sequences, T positions, N supervised rows, A spans
@@ -17,7 +17,7 @@ from torch import Tensor
 from pst_dist.errors import InputError
 
 NOWHERE = -1
-"""In the maps from rows: this row carries no cross-entropy, or lies in no span."""
+"""In the maps from rows: this row has no cross-entropy, or is in no span."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Spans:
     """Ragged spans of a [B, T] batch; no two share a position."""
 
     rows: Tensor
-    """[A] int64, the sequence of each span."""
+    """[A] int64: the sequence of each span."""
     starts: Tensor
-    """[A] int64, its first position."""
+    """[A] int64: its first position."""
     lengths: Tensor
-    """[A] int64, its positions; 0 pools to a zero vector."""
+    """[A] int64: its number of positions; 0 pools to a zero vector."""
     owner: Tensor
-    """[B * T] int32, the span that a position lies in, or NOWHERE."""
+    """[B * T] int32: the span that contains a position, or NOWHERE."""
     longest: int
-    """The largest length: known on the host, so that launching a kernel needs no word from the device."""
+    """The largest length; known on the host, so that launching a kernel needs no sync with the device."""
 
     @classmethod
     def of(cls, places: Sequence[tuple[int, int, int]], *, batch: int, length: int) -> Spans:
@@ -65,12 +65,12 @@ class Spans:
 
 @dataclass(frozen=True)
 class Supervised:
-    """The rows of a [B, T] batch that carry cross-entropy."""
+    """The rows of a [B, T] batch with cross-entropy."""
 
     rows: Tensor
-    """[N] int64 into the flattened batch, each at most once."""
+    """[N] int64: indices into the flattened batch, without duplicates."""
     slots: Tensor
-    """[B * T] int32, the inverse: index into `rows`, or NOWHERE."""
+    """[B * T] int32: the inverse, an index into `rows` or NOWHERE."""
     targets: Tensor
     """[N] int64 token ids."""
 
@@ -78,16 +78,16 @@ class Supervised:
     def of(cls, rows: Sequence[int], targets: Sequence[int], *, positions: int) -> Supervised:
         """From rows of a batch of `positions` = B * T and the token that each predicts.
 
-        Raises InputError for a row that stands twice (a hidden state predicts one token) or outside the batch.
+        Raises InputError for a duplicate row (a hidden state predicts one token) and for one outside the batch.
         """
         slots = torch.full((positions,), NOWHERE, dtype=torch.int32)
         picked = torch.tensor(rows, dtype=torch.int64)
         if picked.numel() and not (0 <= int(picked.min()) and int(picked.max()) < positions):
             first, last = int(picked.min()), int(picked.max())
-            raise InputError(f"supervised rows {first} … {last} reach outside a batch of {positions} positions")
+            raise InputError(f"supervised rows {first} … {last} are outside a batch of {positions} positions")
         slots[picked] = torch.arange(len(rows), dtype=torch.int32)
         if int((slots != NOWHERE).sum()) != len(rows):
-            raise InputError("a row is supervised twice: each hidden state predicts one token")
+            raise InputError("duplicate supervised row: each hidden state predicts one token")
         return cls(picked, slots, torch.tensor(targets, dtype=torch.int64))
 
     def to(self, device: torch.device) -> Supervised:

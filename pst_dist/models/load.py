@@ -1,8 +1,8 @@
-"""A causal or encoder-decoder model and its tokenizer from a hub id, a folder or a GGUF file: one loader for all.
+"""Loads a causal or encoder-decoder model and its tokenizer from a hub id, a folder or a GGUF file.
 
-Three rules hold for everything that is loaded here. Code that lies beside a model is never run. Every weight of the
-model must come from the files: a weight that the files do not hold would silently stay random. Whatever a library
-raises ends in one line that names the model and what to do.
+Three rules hold for everything that is loaded here. Code in a model's folder is never run. Every weight of the model
+must come from the files; a missing one would silently stay random. Every error of a library becomes one line that names
+the model and what to do.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, TOKENIZER = "config.json and weights", "tokenizer.json"
 UNUSED = ("pooler.",)
-"""Beginnings of weights that nothing here reads: a sentence encoder's vectors and a warm start's layers do not
-come from BERT's pooler, which many published encoders leave out."""
+"""Name prefixes of weights that are never used here: sentence vectors and warm starts do not need BERT's pooler, which
+many published encoders lack."""
 _NAMED = 3
 _PATCH = threading.Lock()
 
 
 @contextlib.contextmanager
 def loading_errors(what: str, place: ModelPlace, wanted: str) -> Iterator[None]:
-    """Turn whatever a library raises in the body into one InputError or EnvironmentFault; ours pass through."""
+    """Turn any error that a library raises in the body into an InputError or EnvironmentFault; ours pass through."""
     try:
         with without_chatter():
             yield
     except PstError:
         raise
-    # Libraries raise nearly everything here: OSError for files, ImportError for quantised weights, bare Exception for
+    # Libraries raise almost anything here: OSError for files, ImportError for quantised weights, a bare Exception for
     # a tokenizer.json of a newer format, dataclass errors for a config field of the wrong type.
     except Exception as error:
         raise cannot_load(what, place.name, wanted, error) from error
 
 
 def load_model_config(place: ModelPlace, what: str = "the student") -> Any:
-    """The Hugging Face config of a model; no weights are read. Raises InputError or EnvironmentFault."""
+    """The Hugging Face config of a model; reads no weights. Raises InputError or EnvironmentFault."""
     with loading_errors(what, place, WEIGHTS):
         return _config(place)
 
@@ -92,9 +92,9 @@ def load_language_model(place: ModelPlace, what: str = "the student", *, attn_im
 
 
 def language_model_without_weights(shape: Any, place: ModelPlace, *, attn_implementation: str | None = None) -> Any:
-    """The model that `load_language_model` would load, on torch's meta device: its structure, without memory or files.
+    """The structure of the model on torch's meta device: no weights, no memory.
 
-    Raises InputError, EnvironmentFault or ConfigError, as loading it would.
+    Raises the InputError, EnvironmentFault or ConfigError that `load_language_model` would raise.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -109,8 +109,8 @@ def language_model_without_weights(shape: Any, place: ModelPlace, *, attn_implem
 def check_headers(model: Any, place: ModelPlace, what: str = "the student") -> None:
     """Raise InputError when the headers of a folder's safetensors files show that its weights do not fit the model.
 
-    Some architectures rename weights while they load. So a weight counts as missing only where every name in the files
-    is one of the model's, and two shapes are compared only under one name; the rest is found when it is loaded.
+    Some architectures rename weights while loading. So a weight counts as missing only if every name in the files is
+    also one of the model's, and shapes are compared only for equal names; loading finds the remaining faults.
     """
     from safetensors import safe_open
 
@@ -131,20 +131,20 @@ def check_headers(model: Any, place: ModelPlace, what: str = "the student") -> N
 
 
 def positions_of(shape: Any) -> int | None:
-    """Tokens that a model's config has positions for; None when its positions are relative, as T5's are."""
-    # A model put together from two has them in each half.
+    """Number of positions in a model's config; None when its positions are relative, as in T5."""
+    # A model combined from two has them in each half.
     half = getattr(shape, "decoder", shape)
     positions = getattr(half, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _tied(model: Any) -> set[str]:
-    """Names of weights that are another weight's, and need not be in the files."""
+    """Names of weights that are tied to another weight and may be absent from the files."""
     return set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
 
 
 def load_bare_encoder(place: ModelPlace, what: str = "the student") -> Any:
-    """An encoder without any head, float32, on the CPU. Raises InputError or EnvironmentFault."""
+    """An encoder without a head, in float32 on the CPU. Raises InputError or EnvironmentFault."""
     import torch
     from transformers import AutoModel
 
@@ -157,20 +157,20 @@ def load_bare_encoder(place: ModelPlace, what: str = "the student") -> Any:
             ignore_mismatched_sizes=True,
             **_options(place),
         )
-        # A checkpoint with a head on top has weights that an encoder does not use; that is as it should be.
+        # A checkpoint with a head has weights that the bare encoder does not use, which is fine.
         refuse_unmatched(info, what, place.name, unused=UNUSED, warn=False)
     return model
 
 
 def refuse_quantised(shape: Any, place: ModelPlace) -> None:
-    """Raise ConfigError for a base whose weights are stored in few bits: they cannot be trained."""
+    """Raise ConfigError for a base model with quantised weights, which cannot be trained."""
     quantised = getattr(shape, "quantization_config", None)
     if quantised is None:
         return
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     raise ConfigError(
         f"the weights are quantised ({getattr(method, 'value', method) or 'method not named'}) and cannot be trained",
-        "name the full-precision model that they were made from, or a .gguf file, which is converted to float32",
+        "use the full-precision model that they were made from, or a .gguf file, which is converted to float32",
         path=place.name,
     )
 
@@ -178,16 +178,16 @@ def refuse_quantised(shape: Any, place: ModelPlace) -> None:
 def refuse_unmatched(
     info: dict[str, Any], what: str, path: str, *, unused: tuple[str, ...] = (), warn: bool = True
 ) -> None:
-    """Raise InputError when weights of the model are not in its files or have another shape there.
+    """Raise InputError when weights of the model are missing from its files or have another shape there.
 
-    `info` is what `from_pretrained(..., output_loading_info=True)` returns: tied weights and buffers are already left
-    out of it. Weights that begin with one of `unused` may be missing. Weights of the files that the model does not
-    have are named in a warning.
+    `info` is the loading information of `from_pretrained(..., output_loading_info=True)`, which excludes tied weights
+    and buffers. Weights whose names start with one of `unused` may be missing. A warning names weights in the files
+    that the model does not have.
     """
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     unexpected = sorted(info["unexpected_keys"])
     if missing:
-        found = f"; the files hold instead {_named(unexpected)}" if unexpected else ""
+        found = f"; instead the files contain {_named(unexpected)}" if unexpected else ""
         raise InputError(
             f"cannot load {what}: {len(missing)} of its weights are missing from the files ({_named(missing)}){found}",
             "save the model again with save_pretrained, without a wrapper around it",
@@ -197,9 +197,9 @@ def refuse_unmatched(
     if mismatched:
         key, stored, wanted = mismatched[0]
         raise InputError(
-            f"cannot load {what}: {len(mismatched)} weights have other shapes in the files than config.json says, "
-            f"{key} for example {list(stored)} where {list(wanted)} is expected",
-            "make config.json fit the weights",
+            f"cannot load {what}: the shapes of {len(mismatched)} weights in the files do not match config.json, "
+            f"for example {key}: {list(stored)} instead of {list(wanted)}",
+            "correct config.json to match the weights",
             path=path,
         )
     if unexpected and warn:
@@ -208,9 +208,9 @@ def refuse_unmatched(
 
 @contextlib.contextmanager
 def every_weight_loaded(what: str, path: str, *, unused: tuple[str, ...] = UNUSED) -> Iterator[None]:
-    """Inside the body, refuse any transformers model whose files lack weights, whoever calls `from_pretrained`.
+    """Inside the body, refuse any transformers model whose files lack weights, wherever `from_pretrained` is called.
 
-    For libraries that call it themselves and do not pass its loading information on, as sentence-transformers.
+    For libraries such as sentence-transformers, which call it themselves and do not pass on its loading information.
     """
     from transformers import PreTrainedModel
 
@@ -232,10 +232,10 @@ def every_weight_loaded(what: str, path: str, *, unused: tuple[str, ...] = UNUSE
 
 @functools.lru_cache(maxsize=8)
 def base_identity(place: ModelPlace) -> dict[str, Any]:
-    """What says which weights a student started from: digests for files here, the commit for a hub id.
+    """Identifies the weights that a student started from: digests for local files, the commit for a hub id.
 
-    `sha256` of a GGUF file, or of a folder's weight files over their names and digests; `quantised` is the GGUF's
-    most frequent low-bit type, such as Q4_1. None where it is not known.
+    `sha256` is that of a GGUF file, or a digest over the names and digests of a folder's weight files; `quantised` is
+    the GGUF's most frequent low-bit type, such as Q4_1. Unknown values are None.
     """
     identity: dict[str, Any] = {"sha256": None, "revision": None, "quantised": None}
     if place.gguf is not None:
@@ -263,7 +263,7 @@ def _options(place: ModelPlace) -> dict[str, Any]:
     return options
 
 
-# Parsing a GGUF file takes seconds with a real vocabulary, and a run asks for config and tokenizer several times.
+# Parsing a GGUF file with a real vocabulary takes seconds, and a run needs config and tokenizer several times.
 @functools.lru_cache(maxsize=8)
 def _gguf_config(place: ModelPlace) -> Any:
     from transformers import AutoConfig
@@ -296,7 +296,7 @@ def _refuse_adapter(place: ModelPlace) -> None:
     if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise InputError(
             "is an adapter (LoRA), not a whole model",
-            "merge it into its base (peft: merge_and_unload, then save_pretrained), and name that folder",
+            "merge it into its base (peft: merge_and_unload, then save_pretrained) and use that folder",
             path=place.name,
         )
 
@@ -313,10 +313,10 @@ def _need_gguf(place: ModelPlace) -> None:
 
 
 def _from_gguf(family: Any, shape: Any, place: ModelPlace, what: str, **extra: Any) -> Any:
-    """The model of a GGUF file, its weights converted back to float32.
+    """The model of a GGUF file, with its weights converted to float32.
 
-    `from_pretrained(gguf_file=...)` would do the same, but asks for accelerate, marks the model as quantised so that
-    it cannot be saved, and does not report missing weights.
+    `from_pretrained(gguf_file=...)` does the same, but needs accelerate, marks the model as quantised so that it cannot
+    be saved, and does not report missing weights.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils
@@ -326,11 +326,11 @@ def _from_gguf(family: Any, shape: Any, place: ModelPlace, what: str, **extra: A
     config = copy.deepcopy(shape)
     config.dtype, config.architectures = torch.float32, None
     config._name_or_path = ""  # a path of this machine
-    vars(config).pop("_model_name_or_path", None)  # a note of whoever made the file
-    with torch.random.fork_rng(devices=[]):  # the random weights are replaced: no draw of theirs may shift later ones
+    vars(config).pop("_model_name_or_path", None)  # a note from the file's author
+    with torch.random.fork_rng(devices=[]):  # these random draws are replaced and must not shift later ones
         model = family.from_config(config, trust_remote_code=False, **extra)
     file, bar = str(Path(place.target) / str(place.gguf)), gguf_utils.tqdm
-    gguf_utils.tqdm = lambda items, **_: items  # its progress bar takes no settings
+    gguf_utils.tqdm = lambda items, **_: items  # its progress bar cannot be switched off
     try:
         tensors = gguf_utils.load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
     finally:

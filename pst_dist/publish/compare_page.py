@@ -1,6 +1,6 @@
 """The page that compares several arms: table, accuracy against tokens, loss curves, sample answers.
 
-The statistics come from `evaluation.compare`, the pictures from `plots`, the layout from `templates/compare.html`.
+The statistics come from `evaluation.compare`, the plots from `plots`, the layout from `templates/compare.html`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pst_dist.storage.outputs import check_output, is_page, write_output
 
 _SHOWN = 12
 _ACCURACY_CAPTION = (
-    "Higher is more accurate; further left is fewer tokens before the answer is complete. Bars are one standard error. "
-    "Arms with nearly equal tokens are drawn side by side."
+    "Higher is more accurate; further left means fewer tokens to the answer. Bars show one standard error. "
+    "Arms with nearly equal token counts are drawn side by side."
 )
 _CURVES_CAPTION = (
     "Loss of the answer during training: on training batches (left) and on held-out validation rows (right)."
@@ -31,7 +31,7 @@ _CURVES_CAPTION = (
 
 
 def compare_report(runs: Sequence[Path], target: Path) -> Path:
-    """Write one self-contained page with all arms side by side to `target` and return it.
+    """Write one self-contained page with all arms side by side to `target` and return its path.
 
     Raises InputError and StaleError as `compare` does, InputError for a target that is not ours, and EnvironmentFault
     without matplotlib or scipy.
@@ -82,7 +82,7 @@ def _arms_table(comparison: Comparison) -> Table:
 
 
 def _side_by_side(comparison: Comparison) -> tuple[Table, int]:
-    """(sample answers of all arms, in how many of the first rows they disagree): those first, then other rows."""
+    """(sample answers of all arms, number of shown rows on which they disagree); those rows come first."""
     marks = list(zip(*([row["correct"] for row in arm.samples] for arm in comparison.arms), strict=True))
     order = sorted(range(len(marks)), key=lambda k: (len(set(marks[k])) == 1, k))[:_SHOWN]
     head: Row = ["question", "gold", *(Cell(arm.label, colour=s["color"]) for arm, s in _styled(comparison))]
@@ -122,7 +122,7 @@ def _cost_table(comparison: Comparison) -> Table:
 
 
 def _commands(comparison: Comparison, target: Path) -> str:
-    """The commands that make every run again, and this page."""
+    """The commands that recreate every run and this page."""
     made_by = dict.fromkeys(
         redact(command.read_text(encoding="utf-8").strip())
         for arm in comparison.arms
@@ -131,7 +131,7 @@ def _commands(comparison: Comparison, target: Path) -> str:
     again = [f"pst run {shlex.quote(str(arm.run / RESOLVED))}   # {arm.label}" for arm in comparison.arms]
     runs = " ".join(shlex.quote(str(arm.run)) for arm in comparison.arms)
     page_again = f"pst compare {runs} --output {shlex.quote(str(target))}"
-    recorded = ["# the commands that made these runs", *made_by, ""] if made_by else []
+    recorded = ["# the commands that produced these runs", *made_by, ""] if made_by else []
     return "\n".join(
-        [*recorded, "# run each of them again, from its resolved config", *again, "", "# this page", page_again]
+        [*recorded, "# repeat each run from its resolved config", *again, "", "# recreate this page", page_again]
     )

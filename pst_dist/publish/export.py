@@ -1,8 +1,8 @@
-"""The finished student as a plain Hugging Face folder that any program loads: it answers, and stops by itself.
+"""Exports the finished student as a plain Hugging Face folder that any program loads; it stops after the answer.
 
-No line of this package is needed to use it. The answer stop stands in `generation_config.eos_token_id`, the prompt
-in the tokenizer's chat template, everything a reader must know in the model card (`model_card`). The alignment head,
-which only training needs, stays behind.
+Using the export does not need this package. The answer stop token is in `generation_config.eos_token_id`, the prompt
+in the tokenizer's chat template, and everything else a reader must know in the model card (`model_card`). The
+alignment head, which only training needs, is not exported.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PROBES = ("How many are 2 and 3?", '  "Quoted", {braces} {{ x }}\nand a second 
 
 
 def export(config: Config, *, rebuild: bool = False) -> Path:
-    """Write `run.export` and return its path; a no-op when that export of this student is there.
+    """Write `run.export` and return its path; does nothing when the same export already exists.
 
-    The model card holds every finished evaluation of exactly this student. Raises InputError when there is no
-    student, and DivergedError when a weight of it is not finite.
+    The model card contains every finished evaluation of exactly this student. Raises InputError when there is no
+    student, and DivergedError when one of its weights is not finite.
     """
     run = run_dir(config)
     student = load_student(run.best, device="cpu")
@@ -76,15 +76,15 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
             config, student.format, student.manifest, evaluations, encoder, chain, student.model, has_template
         )
         write_text(draft.path / "README.md", model_card(facts))
-    log.info("exported to %s: loads with plain transformers", run.export)
+    log.info("exported to %s; it loads with plain transformers", run.export)
     return run.export
 
 
 def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
     """(digests of the shards and embeddings that the student was trained from, identity of their encoder).
 
-    They are those that training wrote down: what lies in the data directory today may be newer. None where nothing
-    was written down, or where today's embeddings are others, whose encoder says nothing about this student's.
+    Taken from the training record, because the data directory may hold newer artefacts by now. A digest is None if it
+    was not recorded; the encoder is None if the embeddings in the data directory are not the recorded ones.
     """
     record = read_training(run.training)
     if record.get("fingerprint") != student.fingerprint:
@@ -96,44 +96,44 @@ def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[
 
 
 def generation_settings(student: LoadedStudent, max_new_tokens: int) -> Any:
-    """Greedy, ending at the answer stop, and never beyond the positions that the model has."""
+    """Greedy decoding that ends at the answer stop and never exceeds the model's positions."""
     settings = answer_generation_config(student.model, student.tokenizer, student.format)
     settings.max_new_tokens = max_new_tokens
     positions = max_positions(student.model)
     causal = not student.model.config.is_encoder_decoder
     if causal and positions is not None and student.format.max_length + max_new_tokens > positions:
-        # A limit on the whole text: a long prompt then shortens the answer instead of breaking the program.
+        # A limit on prompt and answer together: a long prompt shortens the answer instead of raising an error.
         settings.max_new_tokens, settings.max_length = None, positions
     if not causal and positions is not None:
-        settings.max_new_tokens = min(max_new_tokens, positions - 1)  # the start token has one
+        settings.max_new_tokens = min(max_new_tokens, positions - 1)  # the start token takes one position
     if not causal and student.format.semantic_before and student.format.semantic_tokens == 1:
         settings.forced_bos_token_id = student.tokenizer.convert_tokens_to_ids(student.format.semantic_token)
     return settings
 
 
 def prepare_tokenizer(student: LoadedStudent) -> None:
-    """Give the tokenizer the chat template, and take from it what would change a plain program's input.
+    """Set the tokenizer's chat template and remove settings that would change the input in a plain program.
 
-    The template is kept only when it gives exactly the ids that the student was trained on.
+    The template is kept only if it gives exactly the token ids that the student was trained on.
     """
     tokenizer = student.tokenizer
     tokenizer.clean_up_tokenization_spaces = False
-    # A causal model continues at the right edge of a batch. Only what stands in init_kwargs is written to the file.
+    # A causal model continues at the right edge of a batch. Only the contents of init_kwargs are written to the file.
     side = "right" if student.model.config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
-    # GPT-2 would add the embeddings of token_type_ids, which some tokenizers hand out, to the words'.
+    # Some tokenizers return token_type_ids, and GPT-2 would add their embeddings to those of the words.
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.chat_template = None
     if student.model.config.is_encoder_decoder and student.format.semantic_before:
-        return  # its semantic token is the decoder's, which no chat template reaches
-    # Some SentencePiece tokenizers put a space before a text, but not after the BOS that a template spells out.
+        return  # its semantic token belongs to the decoder's input, which a chat template cannot set
+    # Some SentencePiece tokenizers insert a space before a text, but not after a BOS token in the template.
     for spaced in (False, True):
         template = chat_template(student, spaced=spaced)
         if all(_renders(student, template, probe) for probe in _PROBES):
             tokenizer.chat_template = template
             return
-    log.warning("this tokenizer takes no chat template that gives the trained prompt: exported without one")
+    log.warning("no chat template gives this tokenizer's trained prompt: exported without one")
 
 
 def _renders(student: LoadedStudent, template: str, question: str) -> bool:
@@ -145,7 +145,7 @@ def _renders(student: LoadedStudent, template: str, question: str) -> bool:
 
 
 def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
-    """The ids before the answer, as training put them."""
+    """The token ids before the answer, as in training."""
     encdec = bool(student.model.config.is_encoder_decoder)
     layout = Layout(student.tokenizer, student.format, is_encoder_decoder=encdec)
     semantic = student.format.semantic_tokens if student.format.semantic_before and not encdec else 0
@@ -153,7 +153,7 @@ def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
 
 
 def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
-    """Jinja that puts the last user message into the prompt, with the special tokens that the tokenizer adds.
+    """Jinja that renders the last user message into the prompt, with the special tokens that the tokenizer adds.
 
     `spaced` puts a space between them and a prompt that does not begin with one.
     """
@@ -180,5 +180,5 @@ def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Jinja string literal. Jinja has no surrogate pairs, so characters beyond ASCII stand as themselves."""
+    """A Jinja string literal. Jinja has no surrogate pairs, so non-ASCII characters are not escaped."""
     return json.dumps(text, ensure_ascii=False)

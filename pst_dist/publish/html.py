@@ -1,7 +1,7 @@
-"""What pages are made of: cells, tables and figures, which `templates/parts.html` turns into HTML.
+"""The parts of a page: cells, tables and figures, which `templates/parts.html` turns into HTML.
 
 A page module collects the values and its template lays them out. Every page is one self-contained file: all text is
-escaped, pictures are part of it, nothing is fetched.
+escaped, images are embedded, nothing is fetched.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ _LONGEST = 600
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: its text and how it looks."""
+    """A table cell: its text and appearance."""
 
     text: str
     look: str = ""
-    """`right`, `mono`, `yes` or `no`; several with a space between."""
+    """`right`, `mono`, `yes` or `no`; several are separated by spaces."""
     colour: str = ""
-    """A dot of this colour before the text."""
+    """Colour of a dot before the text; no dot when empty."""
 
 
 Row = list[str | Cell]
-"""Cells from left to right; a plain string is a left-aligned one."""
+"""Cells from left to right; a plain string is a left-aligned cell."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; no head line when `head` is empty."""
+    """A table; without a header row when `head` is empty."""
 
     head: Row
     rows: Sequence[Row]
@@ -39,19 +39,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG that becomes part of the page, with a sentence that says what it shows."""
+    """A PNG embedded in the page, with its caption."""
 
     png: bytes
     caption: str
 
     @property
     def width(self) -> int:
-        """Half the picture's pixels, from the PNG header."""
+        """Display width: half the image's width in pixels, from the PNG header."""
         return int.from_bytes(self.png[16:20], "big") // 2
 
     @property
     def base64(self) -> str:
-        """The picture for a `data:` URL."""
+        """The image for a `data:` URL."""
         return base64.b64encode(self.png).decode()
 
 
@@ -71,11 +71,11 @@ def duration(seconds: float) -> str:
 
 
 def answer_cell(row: dict[str, Any]) -> Cell:
-    """The answer as scored, or the start of the text when no answer could be parsed."""
+    """The answer as scored, or the start of the text if it is unparsed."""
     text = row["prediction"] if row["prediction"] is not None else f"unparsed: {row['answer_text'].strip()[:80]!r}"
     return Cell(shortened(text), "yes" if row["correct"] else "no")
 
 
 def shortened(text: str) -> str:
-    """A text that is not too long for a table cell."""
+    """The text, cut if it is too long for a table cell."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

@@ -1,8 +1,8 @@
-"""The rows of `pst evaluate` as a task of the lm-evaluation-harness, to score an export in somebody else's program.
+"""The rows of `pst evaluate` as a task for the lm-evaluation-harness, to score an export with an independent program.
 
-Written beside the export, never into it: test rows have no place in a folder that may be published. The scoring rules
-are this package's own source, copied into the task's `utils.py`, so the harness needs nothing of it. How students are
-scored here is `evaluate`; the harness must give the same accuracy, to the row, when it asks one question at a time.
+The task is written next to the export, never into it: test rows do not belong in a folder that may be published. The
+scoring rules are this package's own source, copied into the task's `utils.py`, so the harness does not need this
+package. The harness must score every row as `evaluate` does when it asks one question at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SCHEMA = "from pst_dist.data.sample import AnswerType"
 
 
 def task_name(config: Config) -> str:
-    """What the harness calls it: `pst_svamp`, say."""
+    """The task's name in the harness, for example `pst_svamp`."""
     return f"pst_{config.task or config.data.answer_type or 'text'}"
 
 
@@ -44,7 +44,7 @@ def write_lm_eval_task(config: Config) -> Path:
     """Write `RUN/lm_eval` for the export of a run and return its path, replacing an older one.
 
     Its rows are those that `pst evaluate` scores with this config. Raises InputError when there is no export or there
-    are no rows, and ConfigError for a student that a plain prompt cannot ask.
+    are no rows, and ConfigError for a student that cannot be asked by a plain prompt.
     """
     run = run_dir(config)
     student = load_student(run.export, device="cpu")
@@ -64,7 +64,7 @@ def write_lm_eval_task(config: Config) -> Path:
         write_text(partial / "utils.py", utils_source(task, fmt))
         settings = task_settings(task_name(config), student, samples, config.evaluate.max_new_tokens)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        # The harness's own tag for a function, which YAML would quote as a string.
+        # The harness's tag for a function; YAML would otherwise quote it as a string.
         for name in ("process_results", "rows"):
             text = text.replace(f"'!function utils.{name}'", f"!function utils.{name}")
         write_text(partial / f"{task_name(config)}.yaml", f"# {_command(run.export, folder, config)}\n{text}")
@@ -94,9 +94,10 @@ def _row(sample: ReasoningSample, fmt: AnswerFormat, seq2seq: bool) -> dict[str,
 def task_settings(
     name: str, student: LoadedStudent, samples: list[ReasoningSample], max_new_tokens: int
 ) -> dict[str, Any]:
-    """The task's YAML: greedy, up to the answer stop, and no longer than the model has positions for.
+    """The task's YAML: greedy decoding up to the answer stop, within the model's positions.
 
-    The harness cuts the beginning of a prompt that leaves no room for all new tokens, so room is made for the longest.
+    The harness cuts the beginning of a prompt that leaves too little room for new tokens, so the limit on new tokens
+    leaves room for the longest prompt.
     """
     positions = max_positions(student.model)
     seq2seq = bool(student.model.config.is_encoder_decoder)
@@ -106,7 +107,7 @@ def task_settings(
         most = max(1, min(most, positions - longest))
     generation: dict[str, Any] = {"until": [student.format.stop_token], "do_sample": False, "max_gen_toks": most}
     if seq2seq:
-        # Otherwise it would allow a decoder as many tokens more as its encoder reads.
+        # Otherwise the harness would add the encoder's input length to the decoder's limit.
         forced = student.model.generation_config.forced_bos_token_id is not None
         generation["max_length"] = most + 1 + forced
     return {
@@ -124,22 +125,22 @@ def task_settings(
 
 
 def utils_source(task: Task, fmt: AnswerFormat) -> str:
-    """A Python module of its own: the scoring rules as this package has them, applied to one task and format."""
+    """A self-contained Python module: this package's scoring rules, applied to one task and format."""
     rules = "\n\n".join(inspect.getsource(module) for module in (number_markup, numbers, number_answers, scoring))
-    # A dataclass with annotations as text looks its module up by name, and the harness has not listed it yet.
+    # A dataclass with string annotations looks its module up by name, and the harness has not registered it yet.
     rules = rules.replace("from __future__ import annotations\n", "").replace(_SCHEMA, "AnswerType = str")
-    # The modules are one here, and import nothing of each other any more.
+    # The modules are merged into one here, so their imports of each other are removed.
     rules = re.sub(r"^from pst_dist\.data\.tasks\.\w+ import .*\n", "", rules, flags=re.MULTILINE)
     marker = None if ARMS[fmt.arm].answers_first else fmt.answer_marker.strip()
     return f"""{rules}
 
 TASK = Task(**{asdict(task)!r})
 MARKER = {marker!r}
-\"\"\"What stands before the answer; None where the answer comes first.\"\"\"
+\"\"\"The text before the answer; None if the answer comes first.\"\"\"
 
 
 def rows(**_):
-    \"\"\"The rows to be scored.\"\"\"
+    \"\"\"The rows to score.\"\"\"
     import datasets
     from pathlib import Path
 
@@ -149,7 +150,7 @@ def rows(**_):
 
 
 def process_results(doc, results):
-    \"\"\"Whether one generated text holds the gold answer.\"\"\"
+    \"\"\"Whether one generated text contains the gold answer.\"\"\"
     prediction = TASK.extract(results[0], MARKER)
     return {{"acc": float(TASK.is_correct(prediction, doc["gold"]))}}
 """

@@ -1,6 +1,6 @@
-"""The README.md of an exported student: the Hub's metadata, how to ask it, how it scored, what it was made from.
+"""The README.md of an exported student: Hub metadata, how to use it, its scores, and what it was made from.
 
-The metadata is huggingface_hub's own `ModelCardData`, the text is `templates/model_card.md`.
+The metadata is huggingface_hub's `ModelCardData`; the text is in `templates/model_card.md`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def model_card(facts: CardFacts) -> str:
         thinking_code=thinking_code(facts),
         score_rows=[_score_cells(row) for row in facts.evaluations],
         devices=" and ".join(dict.fromkeys(row["device"] for row in facts.evaluations)),
-        # Training records the scores of the validation rows; without validation rows it keeps the last step.
+        # Training records validation scores; without validation rows it keeps the last step and records none.
         chosen=any(facts.student.extra.get(metric) is not None for metric in ("answer_nll", "accuracy")),
         lineage=lineage(facts),
         lower_case=warm_shape(facts.config.student) is not None,
@@ -45,7 +45,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
-    """The card's metadata; `ModelCard.load` of the card gives it back."""
+    """The card's metadata; `ModelCard.load` reads it back from the card."""
     from huggingface_hub import ModelCardData
 
     return ModelCardData(

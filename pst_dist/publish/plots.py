@@ -1,6 +1,6 @@
-"""The plots of the pages, each a PNG in memory: a run's metrics and a comparison's accuracies.
+"""The plots of a run's metrics and of a comparison's accuracies, each a PNG in memory.
 
-Each arm has one colour, from `arms`, on every page. `run_page` and `compare_page` put the plots on pages.
+Each arm has one colour, from `arms`, on every page. `run_page` and `compare_page` place the plots.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
     from pst_dist.evaluation.compare import Comparison
 
 METRIC_WORDS = {"accuracy": "accuracy", "answer_nll": "NLL of the answer", "written_nll": "NLL of rationale and answer"}
-"""What chooses a checkpoint, in words for the caption."""
+"""The metric that chooses the checkpoint, in words for the caption."""
 TERM_COLOURS = {"answer": "#2f6fdb", "rationale": "#d0790b", "alignment": "#c2255c"}
 INK, FAINT, _GRID = "#1f2733", "#7a8493", "#e4e8ee"
-_DPI = 192  # twice what a page shows, so that it stays crisp on a fine screen
+_DPI = 192  # twice the displayed size, so that plots stay sharp on a high-density screen
 
 
 def new_figure(width: float, height: float, panels: int = 1, *, columns: int | None = None) -> tuple[Any, list[Any]]:
-    """A figure and its axes, plain and light, side by side or `columns` to a row; raises EnvironmentFault without
-    matplotlib.
-    """
+    """A figure and its axes, side by side or `columns` per row; raises EnvironmentFault without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -44,14 +42,14 @@ def new_figure(width: float, height: float, panels: int = 1, *, columns: int | N
 
 
 def to_png(figure: Any) -> bytes:
-    """The picture as the bytes of a PNG file."""
+    """The figure as the bytes of a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": "pst_dist"})
     return stream.getvalue()
 
 
 def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
-    """Name both axes, and the panel."""
+    """Label both axes, and title the panel."""
     axis.set_xlabel(x, fontsize=9, color=INK)
     axis.set_ylabel(y, fontsize=9, color=INK)
     if title:
@@ -59,25 +57,25 @@ def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
 
 
 def add_legend(axis: Any) -> None:
-    """A legend without a frame, when there is anything to name."""
+    """A legend without a frame, if any curve has a label."""
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one training metric, where it was logged."""
+    """(steps, values) of one training metric at the steps where it was logged."""
     rows = [(row["step"], row[name]) for row in metrics if is_plottable(row.get(name))]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
 def validation_series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one metric of the validation rows."""
+    """(steps, values) of one metric on the validation rows."""
     rows = [(row["step"], row["validation"][name]) for row in metrics if name in (row.get("validation") or {})]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
 def _both(axis: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, label: str) -> bool:
-    """A training curve, with the validation rows as dots on a thin line; False when there is neither."""
+    """Draw a training curve, and validation values as dots on a thin line; False when there is neither."""
     steps, values = series(metrics, name)
     if steps:
         axis.plot(steps, values, color=colour, linewidth=1.6, label=label)
@@ -97,7 +95,7 @@ def _both(axis: Any, metrics: Sequence[dict[str, Any]], name: str, colour: str, 
 
 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
-    """Raw loss terms over steps: the cross-entropies left, the alignment distance right; None without any."""
+    """Raw loss terms over steps: cross-entropies on the left, alignment distance on the right; None without any."""
     aligned = bool(series(metrics, "alignment")[0])
     figure, axes = new_figure(10.3 if aligned else 5.0, 3.0, 2 if aligned else 1)
     drawn = _both(axes[0], metrics, "answer_nll", TERM_COLOURS["answer"], "answer")
@@ -125,7 +123,7 @@ def cosine_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
 
 
 def gradient_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
-    """Each term's share of the gradient at the hidden state; None when fewer than two terms were watched."""
+    """Each term's share of the gradient at the hidden state; None when fewer than two terms were logged."""
     shares = {term: series(metrics, f"gradient_share_{term}") for term in TERM_COLOURS}
     shown = {term: curve for term, curve in shares.items() if curve[0]}
     if len(shown) < 2:
@@ -140,7 +138,7 @@ def gradient_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
 
 
 def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, metric: str) -> bytes | None:
-    """What chose the checkpoint, over steps, with the chosen one marked; None without validation rows."""
+    """The metric that chose the checkpoint over steps, the chosen step marked; None without validation rows."""
     steps, values = validation_series(metrics, metric)
     if not steps:
         return None
@@ -165,12 +163,12 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
 
 
 def arm_colour(arm: str) -> str:
-    """The arm's colour in every plot; a faint one for an arm that this version does not know."""
+    """The arm's colour in every plot; a faint one for an arm unknown to this version."""
     return ARMS[arm].colour if arm in ARMS else FAINT
 
 
 def arm_style(arm: str, index: int) -> dict[str, Any]:
-    """An arm's colour; further runs of the same arm get another dash and marker."""
+    """An arm's colour, with a line style and marker that differ between runs of the same arm."""
     dashes, markers = ("-", "--", ":", "-."), ("o", "s", "^", "D")
     return {
         "color": arm_colour(arm),
@@ -180,7 +178,7 @@ def arm_style(arm: str, index: int) -> dict[str, Any]:
 
 
 def styles(comparison: Comparison) -> list[dict[str, Any]]:
-    """One style a run, in order: the colour is the arm's."""
+    """One style per run, in order; the colour is the arm's."""
     seen: dict[str, int] = {}
     found = []
     for arm in comparison.arms:
@@ -214,13 +212,13 @@ def accuracy_plot(comparison: Comparison) -> bytes:
     token_axis(axis, places)
     top = max(100 * (arm.results["accuracy"] + arm.results["accuracy_stderr"]) for arm in arms)
     axis.set_ylim(0, min(102, max(10, 1.12 * top)))
-    name_axes(axis, "tokens generated up to the answer's end (mean, logarithmic)", "accuracy (%)")
+    name_axes(axis, "tokens to the answer (mean, logarithmic)", "accuracy (%)")
     axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return to_png(figure)
 
 
 def apart(tokens: Sequence[float]) -> list[float]:
-    """Places on a logarithmic axis: values within 8 % of one another are drawn side by side around their middle."""
+    """Positions on a logarithmic axis: values within 8 % of each other are drawn side by side around their middle."""
     places = list(tokens)
     group: list[int] = []
     for k in [*sorted(range(len(tokens)), key=lambda k: (tokens[k], k)), None]:
@@ -235,7 +233,7 @@ def apart(tokens: Sequence[float]) -> list[float]:
 
 
 def token_axis(axis: Any, tokens: Sequence[float]) -> None:
-    """A logarithmic axis with whole numbers a reader knows as ticks."""
+    """Set a logarithmic x axis with ticks at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = min(tokens) / 1.5, max(tokens) * 1.5
@@ -248,7 +246,7 @@ def token_axis(axis: Any, tokens: Sequence[float]) -> None:
 
 
 def curves_plot(comparison: Comparison, metrics: Sequence[Sequence[dict[str, Any]]]) -> bytes | None:
-    """Answer NLL of all runs, on training batches left and on validation rows right; None without any."""
+    """Answer NLL of all runs, training batches on the left and validation rows on the right; None without any."""
     figure, axes = new_figure(10.3, 3.3, 2)
     drawn = False
     for arm, style, rows in zip(comparison.arms, styles(comparison), metrics, strict=True):

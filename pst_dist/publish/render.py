@@ -1,4 +1,4 @@
-"""The Jinja2 templates beside this file: HTML pages and the model card."""
+"""Renders the Jinja2 templates next to this file: HTML pages and the model card."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""Characters that HTML does not allow or that UTF-8 cannot encode; texts of rows and file names may hold them."""
+"""Characters that HTML does not allow or UTF-8 cannot encode; rows and file names may contain them."""
 
 
 def render(template: str, **values: Any) -> str:
-    """What a template of `templates/` makes of the values.
+    """Render a template of `templates/` with the values.
 
     In `*.html` all values are escaped. A character that HTML does not allow becomes U+FFFD. Raises
-    jinja2.UndefinedError for a value that the template uses and that is not given.
+    jinja2.UndefinedError when a value that the template uses is missing.
     """
     return _NOT_TEXT.sub("\ufffd", _environment().get_template(template).render(values))
 

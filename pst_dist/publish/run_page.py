@@ -1,6 +1,6 @@
-"""The page of one run: how it was trained, how it scored, what it answers and what it was made from.
+"""The page of one run: training curves, scores, sample answers, and what it was made from.
 
-Everything shown is read from the run directory; nothing is computed here. The pictures come from `plots`, the layout
+Everything shown is read from the run directory; nothing is computed here. The plots come from `plots`, the layout
 from `templates/run.html`; `compare_page` compares several arms.
 """
 
@@ -30,18 +30,17 @@ _MOVE = "move it away"
 
 
 def report(run: Path) -> Path:
-    """Write `run/report.html` and `run/plots/*.png` from what is in the run directory; returns the page.
+    """Write `run/report.html` and `run/plots/*.png` from the files in the run directory; returns the page's path.
 
-    A run that is not evaluated yet is shown as far as it got. An evaluation of an older student than the current one
-    is left out. Raises InputError when nothing was trained here, and for a page or picture that was not
-    written by pst.
+    A run without an evaluation is shown as far as it got. Evaluations of an older student are omitted. Raises
+    InputError when no training is found, and for a page or picture that was not written by pst.
     """
     target = run / "report.html"
     check_output(target, is_page, inside=run, remedy=_MOVE)
     metrics = read_metrics(run / "metrics.jsonl")
     training = read_training(run / "train.json", whole=True)
     if not metrics and not training:
-        raise InputError("nothing was trained here", "run `pst train` first", path=run)
+        raise InputError("no training found", "run `pst train` first", path=run)
     student = read_manifest(run / "best", "student")
     evaluations = evaluations_of(run, student)
     for results in evaluations:
@@ -85,7 +84,7 @@ def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -
 
 
 def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[str, Any]) -> list[Figure]:
-    """The pictures of a training, each also written to run/plots."""
+    """The plots of a training, each also written to run/plots."""
     metric = training.get("metric", "answer_nll")
     drawn = {
         "loss": (
@@ -98,11 +97,11 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
         ),
         "gradient_shares": (
             plots.gradient_plot(metrics),
-            "Each term's share of the gradient at the hidden state; near 0 or 100 % its weight wants another value.",
+            "Each term's share of the gradient at the hidden state. Near 0 or 100 %, consider another weight.",
         ),
         "validation": (
             plots.validation_plot(metrics, training.get("best_step"), metric),
-            f"Validation {plots.METRIC_WORDS[metric]}, which chose the checkpoint.",
+            f"Validation {plots.METRIC_WORDS[metric]}, by which the checkpoint was chosen.",
         ),
     }
     if metric != "accuracy":
@@ -117,21 +116,21 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
 
 
 def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
-    """What was measured, one column a split."""
+    """What was measured, one column per split."""
     rows: list[tuple[str, Any]] = [
         ("task", lambda r: r["task"]),
         ("rows", lambda r: f"{r['rows']:,}"),
         ("accuracy", lambda r: f"{100 * r['accuracy']:.2f} %"),
         ("standard error", lambda r: f"{100 * r['accuracy_stderr']:.2f} points"),
-        ("guessing", lambda r: html.percent(r.get("chance")) or "not known"),
+        ("guessing", lambda r: html.percent(r.get("chance")) or "unknown"),
         ("the most frequent answer", lambda r: html.percent(r.get("majority"))),
         ("gold answer anywhere in the text", lambda r: html.percent(r["contains_answer"])),
         ("unparsed: no answer in the text", lambda r: f"{r['unparsed']} rows"),
-        ("never reached the stop token", lambda r: f"{r['incomplete']} rows"),
-        ("tokens to the answer: mean, median, 95 %", _tokens),
-        ("milliseconds to the answer: median, 90 %", _milliseconds),
-        ("rows a second, batched", lambda r: f"{r['rows_per_second']:.1f}"),
-        ("rationale's cosine to the teacher's", _similarity),
+        ("incomplete: no stop token", lambda r: f"{r['incomplete']} rows"),
+        ("tokens to the answer: mean, median, 95th percentile", _tokens),
+        ("milliseconds to the answer: median, 90th percentile", _milliseconds),
+        ("rows per second, batched", lambda r: f"{r['rows_per_second']:.1f}"),
+        ("cosine of the rationale to the teacher's", _similarity),
         ("measured on", lambda r: r["device"]),
     ]
     head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
@@ -158,7 +157,7 @@ def _similarity(results: dict[str, Any]) -> str:
 
 
 def _samples(run: Path, split: str) -> Table:
-    """The first scored rows, with their rationales when any was asked for."""
+    """The first scored rows, with their rationales if any were generated."""
     rows = read_rows(run / "eval" / split / SAMPLES)[:_SHOWN]
     explained = any(row.get("rationale") for row in rows)
     head: Row = [
@@ -192,7 +191,7 @@ def _record(run: Path) -> dict[str, str | None]:
 
 
 def _digests(student: Manifest | None, evaluations: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """sha256 of the artefacts that this run depends on."""
+    """sha256 digests of the artefacts that this run depends on."""
     digests = {}
     if student is not None:
         digests["student"] = student.digest

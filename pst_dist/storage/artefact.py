@@ -1,7 +1,7 @@
-"""One artefact: a directory of files with a manifest. Is it complete for these inputs, is it intact, publish it.
+"""One artefact: a directory of files with a manifest. Checks whether it is complete and intact, and publishes it.
 
-Every stage asks the same questions of its own kind of directory: shards, embeddings, student, evaluation, export and
-checkpoint. How files are compared is `manifest`, how a directory takes its name is `atomic`.
+Every stage does this with its own kind of directory: shards, embeddings, student, evaluation, export and checkpoint.
+`manifest` compares the files, `atomic` renames the directory into place.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _MOST_THREADS = 16
 
 @dataclass
 class Draft:
-    """An artefact that is being written."""
+    """An artefact being written."""
 
     path: Path
     """A temporary directory for its files."""
     extra: dict[str, Any]
-    """What the manifest says besides the files; may be added to until the end."""
+    """The manifest's other facts; the block may add to them until it ends."""
     _manifest: Manifest | None = field(default=None, init=False)
 
     @property
     def manifest(self) -> Manifest:
-        """What was published; only after the end."""
+        """The published manifest; available after the block has ended."""
         assert self._manifest is not None, "not published yet"
         return self._manifest
 
@@ -57,7 +57,7 @@ class Artefact:
     """A kind of `Manifest`."""
 
     def manifest(self) -> Manifest | None:
-        """Its manifest without a look at the files; None when it is absent or unfinished.
+        """Its manifest, without checking the files; None when it is absent or unfinished.
 
         Raises IntegrityError when the manifest is damaged, EnvironmentFault when it cannot be read.
         """
@@ -66,11 +66,11 @@ class Artefact:
     def verified(
         self, fingerprint: str | None = None, *, remedy: str | None = None, on_file: Callable[[], None] | None = None
     ) -> Manifest | None:
-        """Its manifest once every file has been compared with it; None when absent, unfinished or made from others.
+        """Its manifest after comparing every file with it; None when absent, unfinished or made from other inputs.
 
-        `fingerprint` names what it should be made from; without one, anything will do. `on_file` is called before each
-        file; without it several files are read at once. Raises IntegrityError, with `remedy` when given, for the first
-        damage, and EnvironmentFault for a file that cannot be read.
+        `fingerprint` identifies the expected inputs; None accepts any. `on_file` is called before each file; without
+        it, several files are read in parallel. Raises IntegrityError, with `remedy` when given, for the first damaged
+        file, and EnvironmentFault for a file that cannot be read.
         """
         try:
             manifest = self.manifest()
@@ -85,23 +85,23 @@ class Artefact:
         return manifest
 
     def finished(self, fingerprint: str | None = None) -> Manifest | None:
-        """`verified` for a stage that can make it again: damage is a warning, and None.
+        """`verified` for a stage that can recreate it: for damage it logs a warning and returns None.
 
         Raises EnvironmentFault for a file that cannot be read.
         """
         try:
             return self.verified(fingerprint)
         except IntegrityError as error:
-            log.warning("%s in %s is damaged and will be made again: %s", self.kind, self.directory, error)
+            log.warning("%s in %s is damaged; recreating it: %s", self.kind, self.directory, error)
             return None
 
     def is_intact(self) -> bool:
-        """Whether it is finished and every byte is the one that was written."""
+        """Whether it is finished and every file matches its manifest."""
         return self.finished() is not None
 
     @contextlib.contextmanager
     def publish(self, fingerprint: str, extra: dict[str, Any] | None = None) -> Iterator[Draft]:
-        """Write it: the block fills `draft.path`; at its end the files are described and take the place of older ones.
+        """Write it: the block fills `draft.path`; after it, the manifest is written and any older version is replaced.
 
         When the block raises, nothing changes. Raises InputError when the directory holds anything that is not ours.
         """
@@ -116,7 +116,7 @@ class Artefact:
     def publish_prepared(
         self, partial: Path, fingerprint: str, files: dict[str, dict[str, Any]], extra: dict[str, Any]
     ) -> Manifest:
-        """Publish a directory that several processes have filled and described; raises InputError as `publish` does."""
+        """Publish a directory that several processes have filled, given the entries of its files; raises as `publish`."""
         refuse_foreign_folder(self.directory, self.kind)
         manifest = Manifest(self.kind, fingerprint, files, extra)
         write_manifest(partial, manifest)
@@ -124,7 +124,7 @@ class Artefact:
         return manifest
 
     def _verify_at_once(self, manifest: Manifest) -> None:
-        """Hashing leaves Python's lock, so all cores take part. Raises for the first bad file in order of names."""
+        """Hash in threads, since hashing releases the GIL; raises for the first bad file in order of names."""
         with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
             names = sorted(manifest.files)
             futures = [pool.submit(verify_files, self.directory, manifest, [name]) for name in names]

@@ -1,7 +1,7 @@
-"""Files and directories that are complete or absent: written under a temporary name, synced, renamed into place.
+"""Atomic writes: files and directories are written under a temporary name, synced, and renamed into place.
 
-Published files have the mode that the umask gives. `leftovers` removes what killed writers left, `manifest` says which
-bytes belong together, and `locks` says who may write.
+Published files have the mode that the umask gives. `leftovers` removes the temporary files of killed writers,
+`manifest` lists the files of an artefact with their digests, and `locks` decides who may write.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def _fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into one line that names path and remedy."""
+    """Turn the operating system's write errors into an EnvironmentFault with path and remedy."""
     try:
         yield
     except Exception as error:
         if isinstance(error, PstError):
-            raise  # told already, of the file itself
+            raise  # already reported, with the path of the file
         if not isinstance(error, OSError):
-            # safetensors and torch write by themselves and raise kinds of their own.
+            # safetensors and torch write files themselves and raise their own exceptions.
             number = _WORDED.search(str(error))
             if number is None and not any(words in str(error) for words in _FULL):
                 raise
@@ -57,44 +57,44 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def fault_of(error: OSError, path: Path) -> EnvironmentFault | None:
-    """The line for an error of the operating system that has a remedy outside this program, else None."""
+    """The EnvironmentFault for an operating system error that the user can fix, else None."""
     if error.errno in OUT_OF_ROOM:
         remedy = _make_room(path)
     elif error.errno in FAILING:
-        remedy = "the disk or network share is failing: see to it, then run the same command again"
+        remedy = "the disk or network share is failing: repair it, then run the same command again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         remedy = "choose a directory that this user may write to"
     elif error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP):
-        remedy = "no file can be made there: choose another place"
+        remedy = "no file can be created there: choose another path"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        remedy = "something else stands at that place: move it or choose another directory"
+        remedy = "something else has that name: move it or choose another directory"
     elif error.errno in (errno.EBUSY, errno.EXDEV):
-        remedy = "another file system is mounted there: mount it on a directory above, or make this one a link to it"
+        remedy = "another file system is mounted there: mount it on a parent directory, or make this path a link to it"
     else:
         return None
     return EnvironmentFault(f"cannot write: {error.strerror}", remedy, path=path)
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the deepest of its parents that is there."""
+    """The path itself, or its deepest parent that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _make_room(path: Path) -> str:
     free = shutil.disk_usage(nearest_existing(path)).free
-    return f"{free / 2**20:.0f} MiB are free: make room and run the same command again"
+    return f"{free / 2**20:.0f} MiB are free: free some space and run the same command again"
 
 
 def _behind_link(path: Path) -> Path:
-    """Where a link leads, else the path itself: the temporary name must be on the disk that the link was made for."""
+    """The target of a link, else the path itself: the temporary file must be on the same file system as the target."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, follow_links: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed.
+    """Yield a temporary path in the folder of `path`; on success it is fsynced and renamed, on failure removed.
 
-    A link stays one, and what it points to is written; without `follow_links` the link itself is replaced.
+    A symbolic link is kept and its target is written; without `follow_links` the link itself is replaced.
     """
     path = _behind_link(path) if follow_links else path
     partial = temporary_name(path, "partial")
@@ -113,11 +113,11 @@ def atomic_path(path: Path, *, follow_links: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; on success its files are fsynced and it takes that name.
+    """Yield a temporary directory in the folder of `path`; on success its files are fsynced and it is renamed.
 
-    An older directory of that name is replaced: a reader sees the old one or the new one, never a mixture, and never
-    none but (for one instant) on a file system that cannot exchange names. A link stays one: what it points to is
-    replaced.
+    An older directory of that name is replaced. A reader sees the old one or the new one, never a mixture; only on a
+    file system that cannot exchange names is the directory missing for an instant. A symbolic link is kept: its target
+    is replaced.
     """
     path = _behind_link(path)
     partial = temporary_name(path, "partial")
@@ -132,7 +132,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def publish_directory(partial: Path, path: Path) -> None:
-    """fsync every file of `partial` and rename it to `path`, replacing what was there."""
+    """fsync every file of `partial` and rename it to `path`, replacing any older directory."""
     with disk_errors(path):
         entries = [*sorted(partial.rglob("*")), partial]
         _give_usual_modes(entries, partial / ".mode")
@@ -149,7 +149,7 @@ def publish_directory(partial: Path, path: Path) -> None:
             try:
                 os.replace(partial, path)
             except OSError:
-                os.replace(replaced, path)  # the old one is still what this name stands for
+                os.replace(replaced, path)  # give the old directory its name back
                 raise
         try:
             _fsync_path(path.parent)
@@ -159,11 +159,10 @@ def publish_directory(partial: Path, path: Path) -> None:
 
 
 def _give_usual_modes(paths: list[Path], probe: Path) -> None:
-    """Give files and directories the mode that any new one gets: 0666 and 0777 less the umask.
+    """Give files and directories the mode of newly created ones: 0666 and 0777 less the umask.
 
-    Some libraries create private files (safetensors writes weights as 0600), which nobody else could then load. Where
-    the directory has a default ACL, that decides instead of the umask; so the mode is read from a new file,
-    `probe`.
+    Some libraries create private files (safetensors writes weights as 0600), which nobody else could load. A default
+    ACL of the directory overrides the umask, so the mode is read from a newly created file, `probe`.
     """
     umask = _umask()
     odd = []
@@ -186,7 +185,7 @@ def _give_usual_modes(paths: list[Path], probe: Path) -> None:
 
 
 def _umask() -> int | None:
-    """This process's umask; None where it cannot be read without changing it for all threads."""
+    """This process's umask; None when it cannot be read from /proc (os.umask would change it for all threads)."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("Umask:"):
@@ -195,9 +194,9 @@ def _umask() -> int | None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one instant, so that neither is ever missing; False where the file system cannot, as NFS.
+    """Swap two names atomically; False when the file system cannot (such as NFS).
 
-    renameat2(2) with RENAME_EXCHANGE, of Linux 3.15.
+    Uses renameat2(2) with RENAME_EXCHANGE, available since Linux 3.15.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
@@ -211,10 +210,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory with all that is in it, in one instant: it first gets a temporary name.
+    """Remove a directory and its contents; it gets a temporary name first, so the name disappears atomically.
 
-    Of a link to a directory, or a directory on which a file system is mounted, what is in there is removed, so that it
-    can be filled anew.
+    A link to a directory, or a mount point, is kept and only emptied, so that it can be filled again.
     """
     remove_leftovers(path.parent, glob.escape(path.name))
     if not path.is_dir():
@@ -238,6 +236,6 @@ def remove_directory(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The JSON files of a run: written in one form, and read so that whatever is in one ends in a value or in one line.
+"""The JSON files of a run: written in one format, and read strictly.
 
-Everything unexpected (not JSON, a number that is not finite, an unknown field, a wrong type, too deep a nesting)
-raises IntegrityError naming the file. Which files belong together is `manifest`.
+Anything unexpected (invalid JSON, a number that is not finite, an unknown field, a wrong type, too deep nesting)
+raises IntegrityError with the file's path. `manifest` lists the files of an artefact.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from pst_dist.storage.atomic import disk_errors, write_text
 _T = TypeVar("_T")
 _MOST_DIGITS = 300
 """Of a whole number: more would not fit a float, with which averages and percentages are taken."""
-_RUN_AGAIN = "run the command that made it again"
-_DELETE = "delete it and run the command that made it"
+_RUN_AGAIN = "rerun the command that wrote it"
+_DELETE = "delete it and rerun the command that wrote it"
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the form that digests are taken of."""
+    """JSON with sorted keys and no spaces; digests are computed from this form."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def json_text(value: Any) -> str:
-    """The one form of our JSON files: sorted keys, two spaces, a newline at the end."""
+    """The format of our JSON files: sorted keys, an indent of two spaces, a final newline."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with sorted keys, whole or not at all."""
+    """Write indented JSON with sorted keys, atomically."""
     write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file that this project wrote.
 
-    Raises IntegrityError when it is missing or not JSON (NaN and numbers too large for a float are not), and
+    Raises IntegrityError when it is missing or invalid JSON (including NaN and numbers too large for a float), and
     EnvironmentFault when it cannot be read.
     """
     return parse_json(read_content(path), path)
@@ -67,7 +67,8 @@ def read_typed(path: Path, kind: type[_T]) -> _T:
 def typed(value: Any, kind: type[_T], path: Path, remedy: str | None = None) -> _T:
     """Plain JSON as a dataclass or TypedDict of exact types; raises IntegrityError, naming the field, otherwise.
 
-    A dataclass takes no unknown fields. An integer is taken for a float, as JSON does not tell 1.0 from 1.
+    A dataclass accepts no unknown fields. An integer is accepted as a float, because JSON does not distinguish 1.0
+    from 1.
     """
     remedy = _DELETE if remedy is None else remedy
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
@@ -76,7 +77,7 @@ def typed(value: Any, kind: type[_T], path: Path, remedy: str | None = None) -> 
             raise IntegrityError(f"unknown field {unknown[0][:80]!r}", remedy, path=path)
     adapter: TypeAdapter[_T] = _adapter(kind)  # type: ignore[arg-type]  # a class is hashable
     try:
-        # As JSON text: in strict mode pydantic takes a mapping for a dataclass there only.
+        # As JSON text: in strict mode pydantic accepts a mapping as a dataclass only there.
         return adapter.validate_json(canonical_json(value), strict=True)
     except (ValueError, RecursionError) as error:  # pydantic's is a ValueError
         raise IntegrityError(_first_fault(error), remedy, path=path) from error
@@ -103,9 +104,9 @@ def read_content(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn the operating system's refusals to read into one line.
+    """Turn the operating system's read errors into our own.
 
-    Raises IntegrityError when the file is missing, naming `remedy`, and EnvironmentFault for a permission or a disk.
+    Raises IntegrityError with `remedy` when the file is missing, and EnvironmentFault for permission and disk errors.
     """
     try:
         yield
@@ -150,13 +151,13 @@ def _finite(text: str) -> float:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line and flush it; a torn last line is the reader's to skip."""
+    """Append one JSON line and flush it; readers skip an incomplete last line."""
     with disk_errors(path), path.open("a", encoding="utf-8") as stream:
         stream.write(canonical_json(value) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file that `append_line` wrote; a torn line, or one that is no object, is left out."""
+    """All complete lines of a file that `append_line` wrote; skips incomplete lines and lines that are not objects."""
     if not path.exists():
         return []
     rows = []

@@ -1,7 +1,7 @@
-"""Temporary names of files and directories that are being written, and the removal of those that killed writers left.
+"""Temporary names of files and directories being written, and the removal of those that killed writers left.
 
-A temporary name is `.NAME.ID.partial` or `.NAME.ID.replaced`, where NAME is the final name and ID says which process
-made it. A `.replaced` directory is an older version on its way out.
+A temporary name is `.NAME.ID.partial` or `.NAME.ID.replaced`, where NAME is the final name and ID identifies the
+process that created it. A `.replaced` directory is an older version that is being removed.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import time
 import uuid
 from pathlib import Path
 
-# ID is 8 hex digits for the machine, 8 for the process and 4 at random. Checkpoints have none, because all ranks
-# write into one directory; files of older versions have other ones.
+# ID is 8 hex digits for the machine, 8 for the process and 4 random ones. Checkpoints have no ID, because all ranks
+# write into one directory; older versions used other IDs.
 _TEMPORARY = re.compile(
     r"\.(.+?)(?:\.([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{4}|\.[0-9a-f]+)?\.(partial|replaced)", re.DOTALL
 )
 _FOREIGN_SECONDS = 24 * 3600.0
-"""How long a temporary file of another machine must lie untouched before it counts as abandoned."""
+"""A temporary file of another machine counts as abandoned when it has not changed for this long."""
 
 
 def temporary_name(path: Path, ending: str) -> Path:
-    """A name beside `path` that no other process uses and that says which process made it."""
+    """A unique name in the folder of `path` that identifies the process that created it."""
     return path.with_name(f".{path.name}.{_origin()}{os.getpid():08x}{uuid.uuid4().hex[:4]}.{ending}")
 
 
 def final_name(name: str) -> str | None:
-    """The final name for which a temporary one stands; None when `name` is not a temporary name."""
+    """The final name that belongs to a temporary one; None when `name` is not a temporary name."""
     found = _TEMPORARY.fullmatch(name)
     return found[1] if found is not None else None
 
 
 def remove_leftovers(folder: Path, pattern: str = "*", *, locked: bool = False) -> None:
-    """Remove what killed writers left in `folder` for final names that match `pattern`, as fnmatch reads it.
+    """Remove temporary files of killed writers in `folder` whose final names match `pattern` (fnmatch).
 
-    With `locked` the caller holds the lock of everything that matches, so every temporary name is abandoned. Without
-    it only those of processes that have ended are removed, and those of other machines and earlier boots once they
-    have not changed for a day. Other files stay. Best effort: what cannot be removed stays.
+    With `locked` the caller holds the lock of everything that matches, so every temporary file is abandoned. Without
+    it, only those of processes that have ended are removed; those of other machines and earlier boots, once they have
+    not changed for a day. Other files stay, and so does whatever cannot be removed.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for name in sorted(name for name in os.listdir(folder) if name.startswith(".")):
@@ -56,7 +56,7 @@ def remove_leftovers(folder: Path, pattern: str = "*", *, locked: bool = False) 
 
 
 def restore_replaced(path: Path) -> bool:
-    """Give a directory its name back when a writer was killed between the two renames that replace it.
+    """Restore a directory's name when a writer was killed between the two renames that replace it.
 
     The caller holds the lock. True when something was restored.
     """
@@ -86,7 +86,7 @@ def _is_abandoned(path: Path, origin: str | None, process: str | None) -> bool:
 
 @functools.cache
 def _origin() -> str:
-    """8 hex digits for the set of processes whose ids can be told apart here: this boot, this container."""
+    """8 hex digits for this boot and container, within which process ids are unique."""
     facts = [os.uname().nodename]
     for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):

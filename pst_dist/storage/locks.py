@@ -1,7 +1,7 @@
-"""Who may work in a directory: locks of the kernel, which vanish with their process however it ends.
+"""Directory locks: kernel locks (flock), which the kernel releases when their process ends, however it ends.
 
-The package filelock takes the same kernel lock (flock) but cannot say who holds it, does not notice a lock file that
-was removed, and needs the right to write to it; so these are our own. On NFS the server keeps the lock.
+We do not use the package filelock: it takes the same lock but cannot report the holder, does not notice a removed
+lock file, and needs write permission for it. On NFS the server keeps the lock.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _NOTE = re.compile(r"process (\d+) on (\S+)")
 def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".lock") -> Iterator[None]:
     """Hold `directory/.lock` for this process; raises LockedError when another process holds it.
 
-    The lock is the kernel's (flock), so it vanishes with its process however that ends. `wait_seconds` is for whoever
-    knows that the holder is about to end.
+    Pass `wait_seconds` when the holder is known to be about to end.
     """
     patient_until = time.monotonic() + wait_seconds
     while True:
@@ -40,19 +39,19 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
                     time.sleep(0.1)
                     continue
                 raise LockedError(
-                    f"in use by {_owner(descriptor)}", "wait for it to end or choose another directory", path=directory
+                    f"in use by {_owner(descriptor)}", "wait until it ends or choose another directory", path=directory
                 ) from error
-            except OSError as error:  # NFS takes no lock on a file that may only be read
+            except OSError as error:  # NFS refuses a lock on a read-only file
                 raise EnvironmentFault(
                     f"cannot take the lock: {error.strerror}",
                     "ask its owner for permission to write, or choose another directory",
                     path=directory / name,
                 ) from error
             if not _is_at(descriptor, directory / name):
-                continue  # a directory in which nothing was made was removed meanwhile, and its lock with it
+                continue  # another process removed the empty directory, and the lock file with it
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
             note = f"process {os.getpid()} on {os.uname().nodename} since {since} UTC"
-            with contextlib.suppress(OSError):  # a full disk: the note is for people, the lock is held without it
+            with contextlib.suppress(OSError):  # a full disk: the note is only for people
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, note.encode(), 0)
             yield
@@ -62,10 +61,9 @@ def directory_lock(directory: Path, *, wait_seconds: float = 0.0, name: str = ".
 
 
 def _open(path: Path) -> int:
-    """Open a lock file, creating it; raises EnvironmentFault naming it and its mode when that is not allowed.
+    """Open or create a lock file; raises EnvironmentFault with its path and mode when permission is denied.
 
-    A colleague's lock file that may only be read serves as well: the kernel's lock needs no right to write (except on
-    NFS, where taking it is refused).
+    A colleague's read-only lock file works too: flock needs no write permission (except on NFS, which refuses it).
     """
     try:
         with disk_errors(path):
@@ -87,32 +85,32 @@ def _open(path: Path) -> int:
 
 
 def _owner(descriptor: int) -> str:
-    """What the holder of a lock says of itself: it may have only just taken it, so its note may not be there yet."""
+    """The note of a lock's holder; retries, because a new holder may not have written it yet."""
     for _ in range(20):
         note = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         found = _NOTE.match(note)
         if found is not None and (found[2] != os.uname().nodename or Path(f"/proc/{found[1]}").exists()):
             return note
         time.sleep(0.05)
-    return "another process"  # the note is of an earlier holder: this one may not write to the file
+    return "another process"  # the note is an earlier holder's: this one cannot write to the file
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that has this name now."""
+    """Whether `path` still names this open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False
 
 
 def lock_holder(directory: Path) -> str | None:
-    """Who holds `directory/.lock`, as `directory_lock` wrote it there; None when nobody does. Changes nothing."""
+    """Who holds `directory/.lock`, from the note of `directory_lock`; None when nobody does. Changes nothing."""
     try:
         stream = (directory / ".lock").open("r")
     except OSError:
         return None
     with stream:
         try:
-            # Shared, and for an instant only; a lock that is held is exclusive and refuses it.
+            # A shared lock, held for an instant: it fails only while somebody holds the exclusive lock.
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return stream.read().strip() or "another process"
@@ -121,7 +119,7 @@ def lock_holder(directory: Path) -> str | None:
 
 @contextlib.contextmanager
 def taking_turns(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` for this process, waiting for it; the kernel's, as `directory_lock` is."""
+    """Wait for the lock file `path` and hold it for this process (flock, as in `directory_lock`)."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")

@@ -1,8 +1,8 @@
-"""The manifest of an artefact directory: each file with its sha256, written last, and the JSON files of a run.
+"""The manifest of an artefact directory: each file with its size and sha256; it is written last.
 
-A directory without a `manifest.json` is unfinished and is never read. Manifests hold no clock and no host, so equal
-inputs give equal bytes; a manifest whose bytes are not exactly those that `write_manifest` writes is damaged. Which
-artefact is complete is `artefact`, which file names are allowed is `names`.
+A directory without a `manifest.json` is unfinished and is never read. Manifests contain no time and no host, so equal
+inputs give equal bytes; a manifest whose bytes are not exactly those that `write_manifest` writes is damaged.
+`artefact` decides whether an artefact is complete, `names` which file names are allowed.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ REMAKE = {
     "student": "run `pst train` again",
     "evaluation": "run `pst evaluate --rebuild`",
     "export": "run `pst export` again",
-    "checkpoint": "`pst train` passes it over and goes on from an older one",
+    "checkpoint": "`pst train` skips it and resumes from an older one",
 }
-"""The command that makes each kind of directory anew when it is damaged."""
+"""The command that recreates each kind of directory when it is damaged."""
 
 
 def digest_of(value: Any) -> str:
@@ -74,7 +74,7 @@ def digest_of(value: Any) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, read in 1 MiB pieces."""
+    """sha256 of a file, read in 1 MiB chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while piece := stream.read(_CHUNK):
@@ -83,18 +83,18 @@ def sha256_file(path: Path) -> str:
 
 
 class HashedFile:
-    """A file being written whose sha256 is taken of the very bytes on their way to it; see `hashed_file`."""
+    """A file whose sha256 is computed while it is written; see `hashed_file`."""
 
     def __init__(self, stream: BinaryIO, hasher: Executor) -> None:
         self._stream, self._hasher = stream, hasher
         self._digest, self._bytes = hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write and hash; `data` is free again on return. A large piece is hashed beside its writing."""
+        """Write and hash; the caller may reuse `data` on return. Large pieces are hashed in a second thread."""
         view = memoryview(data)
         for start in range(0, len(view), _HASHED_CHUNK):
             piece = view[start : start + _HASHED_CHUNK]
-            if len(piece) < _CHUNK:  # not worth a word with another thread
+            if len(piece) < _CHUNK:  # too small to be worth a second thread
                 self._digest.update(piece)
                 self._stream.write(piece)
             else:
@@ -107,13 +107,13 @@ class HashedFile:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `describe_files` says of the finished file, without reading it."""
+        """The entry that `describe_files` gives for the finished file, without reading it again."""
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 @contextlib.contextmanager
 def hashed_file(path: Path) -> Iterator[HashedFile]:
-    """Write a new file into a directory that is not published yet; at the end it is on disk and described."""
+    """Write a new file into an unpublished directory; at the end it is fsynced and `description` is complete."""
     with ThreadPoolExecutor(1, thread_name_prefix="pst-hash") as hasher, path.open("xb") as stream:
         file = HashedFile(stream, hasher)
         yield file
@@ -123,7 +123,7 @@ def hashed_file(path: Path) -> Iterator[HashedFile]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished artefact directory holds and what it was made from."""
+    """What a finished artefact directory contains and what it was made from."""
 
     kind: str
     """`shards`, `embeddings`, `checkpoint`, `student`, `evaluation` or `export`."""
@@ -132,7 +132,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Relative path -> {"bytes", "sha256", …}."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What else a reader needs: counts, encoder, step…"""
+    """Other facts that a reader needs: counts, encoder, step…"""
 
     @property
     def digest(self) -> str:
@@ -152,19 +152,19 @@ def describe_files(
 
 
 def bytes_below(directory: Path) -> int:
-    """Bytes of every file below a directory; 0 when it is not there."""
+    """Total size in bytes of all files below a directory; 0 when it does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def all_files(directory: Path) -> list[str]:
-    """Relative paths of every file below a directory but its manifest, sorted."""
+    """Sorted relative paths of all files below a directory except its manifest."""
     return sorted(
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST
     )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`: the last act of every stage."""
+    """Write `manifest.json`; every stage does this last."""
     write_json(
         directory / MANIFEST,
         {
@@ -178,10 +178,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path, kind: str) -> Manifest | None:
-    """The manifest of a finished directory, or None when there is none.
+    """The manifest of a finished directory; None when it has no manifest.
 
-    Raises IntegrityError when a byte of it differs from what `write_manifest` wrote, when it is of another kind, or
-    when it names a file that may not be written (`names`). Raises EnvironmentFault when it cannot be read.
+    Raises IntegrityError when any byte differs from what `write_manifest` wrote, when it is of another kind, or when
+    it contains a file name that is not allowed (`names`). Raises EnvironmentFault when it cannot be read.
     """
     path = directory / MANIFEST
     with reading(path):
@@ -193,14 +193,14 @@ def read_manifest(directory: Path, kind: str) -> Manifest | None:
     if problem is not None:
         raise IntegrityError(
             f"not an intact {kind} manifest: {problem}",
-            "delete it and run the command that made this directory",
+            "delete it and rerun the command that made this directory",
             path=path,
         )
     return Manifest(raw["kind"], raw["fingerprint"], raw["files"], raw["extra"])
 
 
 def kind_written_in(directory: Path) -> str | None:
-    """The kind that a directory's manifest names, intact or not; None when it names none."""
+    """The kind in a directory's manifest, intact or not; None when there is none."""
     try:
         kind = read_object(directory / MANIFEST).get("kind")
     except PstError:
@@ -209,11 +209,11 @@ def kind_written_in(directory: Path) -> str | None:
 
 
 def _problem(raw: Any, content: bytes, kind: str) -> str | None:
-    """What is wrong with a manifest, given its value and its bytes; None when nothing is."""
+    """What is wrong with a manifest, given its parsed value and its bytes; None when it is intact."""
     if not isinstance(raw, dict) or raw.keys() != {"kind", "fingerprint", "files", "extra", "digest"}:
         return "its fields are not kind, fingerprint, files, extra and digest"
     if not isinstance(raw["kind"], str) or not isinstance(raw["fingerprint"], str):
-        return "kind and fingerprint are not texts"
+        return "kind and fingerprint are not strings"
     if not isinstance(raw["files"], dict) or not isinstance(raw["extra"], dict):
         return "files and extra are not objects"
     try:
@@ -226,7 +226,7 @@ def _problem(raw: Any, content: bytes, kind: str) -> str | None:
     if raw["kind"] != kind:
         return f"its kind is {raw['kind'][:40]!r}"
     if canonical != content:
-        return "its bytes are not those that were written"
+        return "its bytes differ from those that were written"
     for name, entry in raw["files"].items():
         if not isinstance(entry, dict) or not _is_description(entry):
             return f"the entry of file {name[:80]!r} is not a size and a sha256"
@@ -251,7 +251,7 @@ def verify_files(
     `on_file` is called before each file. Raises IntegrityError naming the first file that is missing or differs, and
     EnvironmentFault for one that cannot be read.
     """
-    remedy = REMAKE.get(manifest.kind, f"make the {manifest.kind} again")
+    remedy = REMAKE.get(manifest.kind, f"recreate the {manifest.kind}")
     for name in sorted(manifest.files) if names is None else names:
         on_file()
         path, promised = directory / name, manifest.files[name]

@@ -1,7 +1,7 @@
-"""Which file names a manifest may hold.
+"""Which file names a manifest may contain.
 
 Manifests come from other machines and from object storage, and each name in one becomes a path that is read, written
-or removed. So a name must lead to a file below its directory on every system, and two names never to the same file.
+or removed. So on every system a name must mean a file below its directory, and no two names may mean the same file.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import unicodedata
 from collections.abc import Iterable
 
 _LONGEST = 255
-"""Bytes of one part of a path that the usual file systems allow."""
+"""Byte limit of one path component on common file systems."""
 
 
 def bad_name(name: str) -> str | None:
-    """Why a name may not be in a manifest; None for a relative path in plain form, such as `a.txt` or `sub/b.txt`."""
+    """Why a manifest may not contain a name; None for a normalized relative path, such as `a.txt` or `sub/b.txt`."""
     if not name:
         return "is empty"
     if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in name):
-        return "holds a control character"
+        return "contains a control character"
     if "\\" in name:
-        return "holds a backslash"
+        return "contains a backslash"
     if name.startswith("/"):
         return "is an absolute path"
     if len(name) > 1 and name[1] == ":":
@@ -36,10 +36,10 @@ def bad_name(name: str) -> str | None:
 
 
 def bad_names(names: Iterable[str], *, reserved: str) -> str | None:
-    """Why some names may not be together in one manifest; None when they may.
+    """Why one manifest may not contain these names together; None when it may.
 
-    Besides `bad_name`, none may be the `reserved` file or lie below it, be another one in other letters (case, Unicode
-    form), or be another one's folder.
+    Each name must pass `bad_name`. None may be the `reserved` file or be below it, differ from another name only by
+    case or Unicode form, or be a folder of another name.
     """
     seen: dict[str, str] = {_plain(reserved): reserved}
     folders: dict[str, str] = {}

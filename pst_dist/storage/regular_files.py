@@ -1,4 +1,4 @@
-"""Opening files that a user named: regular files only, and no more bytes than the caller can hold.
+"""Opening files that a user named: regular files only, of bounded size.
 
 Opening a FIFO blocks until somebody writes to it, a device may never end, and some devices act on being opened. So the
 kind is checked before the file is opened, and again on the open file in case it was replaced in between.
@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from pst_dist.errors import InputError, PstError
 
 MAX_SETTINGS_BYTES = 4 << 20
-"""Most bytes of a config, DeepSpeed JSON, hostfile or model config: a thousand times what one needs."""
+"""Size limit of a config, DeepSpeed JSON, hostfile or model config: a thousand times the usual size."""
 MAX_HEADER_BYTES = 100_000_000
-"""Most bytes of a safetensors header, the limit of the format's own reader."""
+"""Size limit of a safetensors header; the format's own reader has the same limit."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -32,8 +32,8 @@ _KINDS = (
 def open_regular(path: Path, *, remedy: str = "name a regular file", kind: type[PstError] = InputError) -> BinaryIO:
     """Open a file for reading in binary mode, following links; never waits for a writer.
 
-    Raises `kind` for a folder, pipe, socket or device, for links that lead to each other, and for a file that is
-    missing or unreadable, with `remedy` as what to do.
+    Raises `kind` with `remedy` for a folder, pipe, socket or device, for a loop of symbolic links, and for a file
+    that is missing or unreadable.
     """
     try:
         _refuse_other_kinds(os.stat(path).st_mode, path, remedy, kind)
@@ -55,7 +55,7 @@ def read_regular(
     remedy: str = "name a regular file",
     kind: type[PstError] = InputError,
 ) -> bytes:
-    """All bytes of a regular file of at most `most` bytes; raises as `open_regular` does, and for a larger file."""
+    """The content of a regular file of at most `most` bytes; raises as `open_regular` does, and for a larger file."""
     with open_regular(path, remedy=remedy, kind=kind) as stream:
         try:
             data = stream.read(most + 1)
@@ -83,8 +83,8 @@ def read_regular_text(
 def safetensors_header(path: Path, *, kind: type[PstError] = InputError) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and the offset of its first tensor byte.
 
-    The header's length comes from the file, so it is compared with the file's size before anything of that length is
-    read (https://github.com/huggingface/safetensors, "Format"). Raises `kind` for one that cannot be right.
+    The file states the header's length, so the length is checked against the file size before the header is read
+    (https://github.com/huggingface/safetensors, "Format"). Raises `kind` for an invalid header.
     """
     with open_regular(path, kind=kind) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -112,7 +112,7 @@ def _reason(error: OSError | ValueError) -> str:
     if not isinstance(error, OSError):
         return f"cannot open it: {error}"
     if error.errno == errno.ELOOP:
-        return "cannot open it: the links lead to each other"
+        return "cannot open it: the symbolic links form a loop"
     if error.errno == errno.ENOENT:
         return "no such file"
     return f"cannot open it: {error.strerror or error}"

@@ -1,4 +1,4 @@
-"""The student without training: how a sample becomes tokens, which model reads them, how it decodes, how it is saved.
+"""The student without its training: tokenising a sample, building the model, decoding answers, saving the folder.
 
 May import data, models and what they may.
 """

@@ -1,4 +1,4 @@
-"""What a student says to one question; plain values, so that reading it needs no torch."""
+"""A student's answer to one question; plain values, so that reading it needs no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ class Answer:
     """One question's answer."""
 
     text: str
-    """The answer alone, without outer white space."""
+    """The answer alone, without surrounding white space."""
     tokens: int
-    """Tokens generated for the answer, its stop token included; with `thought_first` those of the rationale and of the
-    first answer too."""
+    """Tokens generated for the answer, including its stop token; with `thought_first` also those of the rationale and
+    of the first answer."""
     complete: bool
     """Whether the answer ended with its stop token; if not, it was cut off at the token limit."""
     probability: float
-    """What the student gives these answer tokens together, 0 to 1; with `thought_first` those of its first answer."""
+    """Joint probability of the answer's tokens, 0 to 1; with `thought_first` that of the first answer."""
     seconds: float
-    """Wall time to the answer, without the rationale; for questions asked together, their time divided by their
-    number."""
+    """Wall time to the answer, without the rationale; for a batch of questions, the mean per question."""
     rationale: str | None = None
-    """The reasons, when they were asked for; None if not, or where the student wrote none."""
+    """The rationale; None if it was not requested or the student wrote none."""
     thought_first: bool = False
     """Whether the student wrote its rationale before this answer."""

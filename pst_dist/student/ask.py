@@ -1,7 +1,7 @@
-"""Questions to a trained student: one at a time and timed, or many in batches; it may think first when unsure.
+"""Ask a trained student questions: one at a time and timed, or many in batches. It may think first when unsure.
 
-How tokens are generated is `generate`; below which probability an adaptive student thinks first is chosen by the
-evaluation on validation rows.
+`student.generate` generates the tokens. `evaluation.adaptive` chooses, on validation rows, the probability below which
+an adaptive student thinks first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
-    """The second answer, after thinking; it counts the tokens of the first one too and keeps its probability."""
+    """The second answer, after thinking; its token count includes the first answer, whose probability it keeps."""
     tokens = at_once.answer_tokens + thought.answer_tokens
     return replace(thought, answer_tokens=tokens, probability=at_once.probability)
 
@@ -38,7 +38,7 @@ def timed_answer(
 ) -> tuple[Decoded, float]:
     """One question's answer and its wall time in milliseconds, including tokenising and waiting for the device.
 
-    Where the probability of the answer at once is below `think_below`, the student thinks first and answers again.
+    When the direct answer's probability is below `think_below`, the student thinks first and answers again.
     """
     ask = (student.model, student.tokenizer, student.format, [question])
     _wait_for_device(student.model)
@@ -61,9 +61,9 @@ def answer_question(
 ) -> Answer:
     """Ask one question; with `explain` the rationale is generated too.
 
-    `think_below` is for adaptive students: where the probability of the answer at once is lower, the student thinks
-    first. The rationale is None where the arm does not write one. Raises InputError for an empty question or one that
-    leaves the model no position to answer in.
+    `think_below` is for adaptive students: when the direct answer's probability is lower, the student thinks first. The
+    rationale is None when the arm does not write one. Raises InputError for an empty question and for one that leaves
+    no position for an answer.
     """
     (question,) = _checked(student, [question])
     decoded, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
@@ -83,8 +83,8 @@ def answer_questions(
 ) -> list[Answer]:
     """Ask many questions in batches of similar length; the answers are in the order of `questions`.
 
-    As `answer_question`, whose errors name the question's number here. `on_batch` is told how many questions each
-    batch finished, without those that are asked again to think first.
+    Otherwise like `answer_question`; errors give the question's number. `on_batch` receives the number of questions
+    finished in each batch, not counting those asked again to think first.
     """
     questions = _checked(student, questions)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -106,9 +106,9 @@ def answer_questions(
 
 
 def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
-    """The questions without outer white space, as rows are trained on.
+    """The questions without surrounding white space, as in training.
 
-    Raises InputError for a question that is no text, is empty, or fills the model's positions.
+    Raises InputError for a question that is not text, is empty, or fills the model's positions.
     """
     many = len(questions) > 1
     for number, question in enumerate(questions, 1):
@@ -116,13 +116,13 @@ def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
         if not isinstance(question, str):
             raise InputError(f"{which} is {type(question).__name__}, not text", "give a string")
         if not question.strip():
-            raise InputError(f"{which} is empty", "give some text")
+            raise InputError(f"{which} is empty", "enter some text")
     stripped = [question.strip() for question in questions]
     full = without_room(student.model, student.tokenizer, student.format, stripped)
     if full:
         which = f"question {full[0] + 1} of {len(questions)}" if many else "the question"
         raise InputError(
-            f"{which} fills all {max_positions(student.model)} positions of the student", "ask a shorter one"
+            f"{which} fills all {max_positions(student.model)} positions of the student", "ask a shorter question"
         )
     return stripped
 

@@ -1,7 +1,7 @@
-"""Nothing that is not finite is ever published: a look at every tensor before a checkpoint, student or export.
+"""Refuse to publish non-finite values: checks every tensor before writing a checkpoint, student or export.
 
-A finite loss says nothing about a weight that the last step has made infinite, or about Adam's second moment, which is
-a square. The look takes one pass over the values and no memory; what happens to a run that fails it is `divergence`'s.
+The loss can be finite although the last step made a weight infinite, or although Adam's second moment, a square,
+overflowed. The check takes one pass over the values and no extra memory.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from pst_dist.errors import DivergedError
 
-LOWER_THE_RATE = "go on from the last checkpoint with train.accept_changes=true and a lower train.learning_rate"
-"""What to do when numbers have grown beyond all bounds."""
+LOWER_THE_RATE = "resume from the last checkpoint with train.accept_changes=true and a lower train.learning_rate"
+"""The remedy when the training has diverged."""
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinity; an empty one does not."""
+    """Whether a floating-point tensor contains no NaN and no infinity; true for an empty one."""
     if not values.is_floating_point() or values.numel() == 0:
         return True
-    # NaN goes through minimum and maximum, and infinity is one of them: no mask of the tensor's size is made.
+    # Minimum and maximum propagate NaN, and any infinity is one of them; so no mask of the tensor's size is needed.
     low, high = torch.aminmax(values.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
@@ -32,7 +32,7 @@ def refuse_non_finite(named: Iterable[tuple[str, Tensor]], path: Path) -> None:
     for name, values in named:
         if not is_finite(values):
             raise DivergedError(
-                f"{name} is not finite; this was not written",
+                f"{name} is not finite; nothing was written here",
                 LOWER_THE_RATE,
                 path=path,
             )

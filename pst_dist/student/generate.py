@@ -1,8 +1,8 @@
 """Greedy decoding that ends where the answer ends, and the rationale on request.
 
-Prompts are exactly those of `Layout`, so training, evaluation and the exported model put a question in one way.
-Generation itself is transformers' `generate` with the settings that the export carries; what counts as a right
-answer is `tasks`, and what is measured about it is `evaluate`.
+Prompts come from `Layout`, so training, evaluation and the exported model phrase a question identically. Generation
+uses transformers' `generate` with the settings saved in the export. `data.tasks` decides whether an answer is correct;
+`evaluation.evaluate` computes the scores.
 """
 
 # Shapes in this file: B questions of one batch, T tokens of the longest

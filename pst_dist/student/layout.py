@@ -1,7 +1,7 @@
-"""How an arm turns a sample into tokens: which segments, in which order, and which of them is supervised.
+"""How an arm turns a sample into tokens: which segments, in which order, and which of them are supervised.
 
-The same `AnswerFormat` is saved with the student, so
-training, evaluation and the exported model render a question in exactly one way.
+The same `AnswerFormat` is saved with the student, so training, evaluation and the exported model render a question
+identically.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where the student's Hugging Face model comes from: random weights, a hub id or folder, or an encoder's weights.
+"""Builds the student's Hugging Face model: from random weights, a hub id or folder, or an encoder's weights.
 
-What is made of a model in training is `student`, how an encoder becomes one that writes `warm_start`.
+`training.module` trains the model; `student.warm_start` turns an encoder into a model that writes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A student as a folder: written with its answer format and alignment head, verified, and loaded again.
+"""A student as a folder: written with its answer format and alignment head, verified and loaded.
 
-Training writes it as `best`, the export is made from it, and everything that answers questions loads it.
+Training writes it as `best`, the export is built from it, and everything that answers questions loads it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def save_student(
 ) -> Manifest:
     """Write a student as a Hugging Face folder with its answer format and alignment head, replacing an older one.
 
-    `model` is the Hugging Face model that was trained, `weights` are `Engine.full_weights()`: its own under `model.`,
-    the alignment head's as `head.weight`; call on rank zero only. Raises DivergedError when one is not finite.
+    `model` is the trained Hugging Face model. `weights` come from `Engine.full_weights()`: the model's under `model.`,
+    the alignment head's as `head.weight`. Call on rank zero only. Raises DivergedError when a weight is not finite.
     """
     quiet_libraries()
     refuse_non_finite(((f"weight {name}", value) for name, value in weights.items()), directory)
@@ -62,7 +62,7 @@ def save_student(
 
 
 def plain_model(model: Any, weights: dict[str, Tensor]) -> Any:
-    """The Hugging Face model alone with the given weights, on the CPU, whatever the engine has partitioned."""
+    """The Hugging Face model with the given weights, on the CPU, however the engine partitions its own."""
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     state = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
@@ -78,7 +78,7 @@ def plain_model(model: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def answer_generation_config(model: Any, tokenizer: Any, fmt: AnswerFormat) -> Any:
-    """Greedy decoding that ends at the answer stop: every server that reads eos_token_id then stops there too."""
+    """Greedy decoding that ends at the answer stop; a server that reads eos_token_id then stops there too."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
@@ -95,7 +95,7 @@ def answer_generation_config(model: Any, tokenizer: Any, fmt: AnswerFormat) -> A
 
 
 def save_head(weight: Tensor | None, directory: Path) -> None:
-    """Write the alignment head's [E, D] weight beside a student; nothing where the arm has none."""
+    """Write the alignment head's [E, D] weight into a student's folder; nothing when the arm has none."""
     if weight is None:
         return
     from safetensors.torch import save_file
@@ -115,17 +115,17 @@ class LoadedStudent:
 
 
 def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
-    """The student that training left in `directory`, or an export of it, on `device` (the best one when not given).
+    """The student in `directory` (from training or an export) on `device`; without one, on CUDA if available.
 
     Every file is compared with its digest first. Raises InputError when there is no finished student and
     IntegrityError when it is damaged.
     """
     quiet_libraries()
-    # An export is told by its model card.
+    # An export is recognised by its model card.
     artefact = Artefact(directory, "export" if (directory / "README.md").is_file() else "student")
     manifest = artefact.verified()
     if manifest is None:
-        raise InputError("there is no trained student here", "run `pst train` first", path=directory)
+        raise InputError("no trained student here", "run `pst train` first", path=directory)
     fmt = read_typed(directory / FORMAT_FILE, AnswerFormat)
     problem = fmt.problem()
     if problem is not None:
@@ -134,7 +134,7 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
         place = ModelPlace(str(directory), str(directory), local_only=True)
         model = load_language_model(place)
         tokenizer = load_tokenizer(place)
-    except InputError as error:  # these files were written by `save_student`: what does not load is damaged
+    except InputError as error:  # `save_student` wrote these files, so they are damaged
         raise IntegrityError(error.what, "run `pst train` again", path=directory) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,9 +1,9 @@
-"""Text to token ids in which a control token that is spelled out in the text stays text.
+"""Encodes text so that a control token spelled out in it stays text.
 
-A row may quote `</s>` or `<|endoftext|>`. Read as the control token, it would end an answer in the middle of a
-sentence, and train the student to do so. Only the tokenizer's own additions (a BOS token, say) and the control tokens
-that stand in the prompt's template become control tokens; everything from a row or a user is text. Where a text holds
-no control token, the ids are exactly those that `tokenizer(text)` gives to any other program.
+A row may quote `</s>` or `<|endoftext|>`. Encoded as the control token, it would end an answer in the middle of a
+sentence and train the student to do so. Only the tokens that the tokenizer adds itself (such as BOS) and those in the
+prompt template become control tokens; everything from a row or a user is text. For a text without a control token,
+the ids are exactly those of `tokenizer(text)` in any other program.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pst_dist.errors import DataError
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:
-    """The tokens of a tokenizer that steer a model instead of standing for text, by id.
+    """The tokens of a tokenizer that control a model instead of representing text, by id.
 
-    The unknown token is left out, because it stands for text, unless it also is the end of a sequence, its beginning
-    or padding.
+    The unknown token represents text, so it is left out unless it is also the end, the beginning or the padding token.
     """
     added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {index: tokenizer.convert_ids_to_tokens(index) for index in tokenizer.all_special_ids}
@@ -30,7 +29,7 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 class TextIds:
-    """Encodes texts for one tokenizer, whose tokens must not change any more."""
+    """Encodes texts with one tokenizer, whose tokens must not change afterwards."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -44,10 +43,9 @@ class TextIds:
         self._controls_of_template = functools.lru_cache(maxsize=16)(self._template_controls)
 
     def text(self, text: str) -> list[int]:
-        """Token ids of a text alone, without a control token among them; raises DataError where there is no such way.
+        """Token ids of a text without any control token; raises DataError when the tokenizer cannot encode it so.
 
-        A tokenizer whose ordinary vocabulary holds its control tokens (T5's) is given the text in parts that cut
-        through them.
+        If the ordinary vocabulary contains the control tokens (as in T5), the text is split inside them first.
         """
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if self.control.keys().isdisjoint(ids):
@@ -55,15 +53,15 @@ class TextIds:
         return self._by_pieces(text, ids)
 
     def prompt(self, template: str, question: str) -> list[int]:
-        """Token ids of `template` with its `{question}` replaced, and what the tokenizer adds around a text.
+        """Token ids of `template` with `{question}` replaced, including the tokens that the tokenizer adds.
 
-        Control tokens in the template are control tokens, in the question they are text. Raises DataError as `text`.
+        Control tokens in the template stay control tokens; in the question they are text. Raises DataError like `text`.
         """
         before, _, after = template.partition("{question}")
         ids = list(self.tokenizer(before + question + after)["input_ids"])
         if [token for token in ids if token in self.control] == self._controls_of_template(before, after):
             return ids
-        # The template's text around the question is encoded together with it, up to the nearest control tokens.
+        # Encode the question together with the template's text around it, up to the nearest control tokens.
         last = [match.end() for match in self._spelled.finditer(before)][-1:] or [0]
         first = self._spelled.search(after)
         end = first.start() if first is not None else len(after)
@@ -83,7 +81,7 @@ class TextIds:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _by_pieces(self, text: str, ids: list[int]) -> list[int]:
-        """The backend's own steps, with each word cut through the control tokens that its model would find in it."""
+        """Runs the backend's own steps, splitting each word inside the control tokens that its model would find."""
         core = getattr(self.tokenizer, "backend_tokenizer", None)
         if core is not None:
             normal = core.normalizer.normalize_str(text) if core.normalizer is not None else text
@@ -95,7 +93,7 @@ class TextIds:
         if found is None:
             return ids
         raise DataError(
-            f"this tokenizer can read a part of {text[:80]!r} as its control token {found} only",
+            f"this tokenizer can encode part of {text[:80]!r} only as its control token {found}",
             "remove it from the text, or use another student",
         )
 

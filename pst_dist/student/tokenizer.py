@@ -1,7 +1,7 @@
-"""The student's tokenizer: its own, or one trained on the training rows, with our two special tokens added.
+"""The student's tokenizer: the model's own, or one trained on the training rows, plus our two special tokens.
 
-A fresh tokenizer is a pure function of the training texts and its settings, so every arm over the same rows has
-the same one, on every rank.
+A fresh tokenizer is a pure function of the training texts and its settings, so all arms over the same rows have the
+same one on every rank.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ END, PADDING = "<|endoftext|>", "<|pad|>"
 
 
 def build_tokenizer(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
-    """The tokenizer of the named model, or a fresh one trained on the samples; holds our special tokens.
+    """The tokenizer of the named model, or a fresh one trained on the samples; includes our special tokens.
 
-    Raises InputError or EnvironmentFault when a named one cannot be loaded and ConfigError when it has no
-    end-of-sequence token or no room for ours.
+    Raises InputError or EnvironmentFault when a model's tokenizer cannot be loaded, and ConfigError when it has no
+    end-of-sequence token or cannot take our tokens.
     """
     if settings.model_name_or_path is None:
         tokenizer = _train(settings, samples)
@@ -38,7 +38,7 @@ def build_tokenizer(settings: StudentConfig, samples: Iterable[ReasoningSample])
 
 
 def with_special_tokens(tokenizer: Any) -> Any:
-    """Add the answer-stop and the semantic token, each one id; checks that the tokenizer keeps them whole."""
+    """Add the answer-stop and the semantic token, and check that the tokenizer encodes each as one id."""
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
     tokenizer.add_special_tokens(
@@ -51,35 +51,35 @@ def with_special_tokens(tokenizer: Any) -> Any:
         wanted = tokenizer.convert_tokens_to_ids(token)
         if wanted is None or wanted == tokenizer.unk_token_id or ids.count(wanted) != 1:
             raise ConfigError(
-                f"the tokenizer has no room for the special token {token}",
-                "use a tokenizer to which tokens can be added (tokenizer.json of a fast one)",
+                f"the tokenizer does not accept the special token {token}",
+                "use a tokenizer to which tokens can be added (a fast one with tokenizer.json)",
             )
     return tokenizer
 
 
 def check_prompt_ending(tokenizer: Any, *, is_encoder_decoder: bool) -> None:
-    """A causal student's prompt must not end with the end-of-sequence token; raises ConfigError."""
+    """Raise ConfigError when a causal student's prompt would end with the end-of-sequence token."""
     ids = tokenizer("a")["input_ids"]
     if not is_encoder_decoder and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         raise ConfigError(
-            "the tokenizer ends every text with its end-of-sequence token, after which nothing can be answered",
+            "the tokenizer ends every text with its end-of-sequence token, so no answer could follow a prompt",
             "set add_eos_token to false in its tokenizer_config.json",
         )
 
 
 def check_marker(tokenizer: Any, marker: str) -> None:
-    """The marker before an answer must come back from its tokens, or no answer could be found; raises ConfigError."""
+    """Raise ConfigError when the answer marker changes in this tokenizer, since no answer could then be found."""
     ids = TextIds(tokenizer).text(f"a{marker} a")
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if marker.strip() not in text:
         raise ConfigError(
-            f"this tokenizer reads layout.answer_marker {marker!r} back as {text[1:-1].strip()!r}",
-            'choose one that it can write, such as " -->"',
+            f"this tokenizer turns layout.answer_marker {marker!r} into {text[1:-1].strip()!r}",
+            'choose one that it preserves, such as " -->"',
         )
 
 
 def unwritable_answers(text_ids: TextIds, samples: Iterable[ReasoningSample], task: Task) -> list[ReasoningSample]:
-    """The samples whose answer does not survive the way to tokens and back, so that it is never scored right."""
+    """The samples whose answer changes when encoded and decoded, so that it can never be scored correct."""
     lost = []
     for sample in samples:
         ids = text_ids.text(" " + sample.answer)
@@ -95,7 +95,7 @@ def _train(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
 
     fresh = settings.fresh
     core = Tokenizer(models.BPE())
-    # Single digits and bytes: a small student sees place values and spelling, which merges would hide.
+    # Single digits and bytes show a small student place values and spelling, which merges would hide.
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,10 +1,9 @@
-"""A student that starts from a BERT encoder's weights: for language tasks where no pretrained decoder can be had.
+"""A student that starts from a BERT encoder's weights, for language tasks without an available pretrained decoder.
 
-The encoder becomes a causal model, or both halves of an encoder-decoder whose cross attention is new (Rothe et al.,
-arXiv 1907.12461), in transformers' BertGeneration classes: BERT without pooler and token types, its head the tied
-embeddings. What is exported therefore loads with stock transformers. The tokenizer is the encoder's WordPiece, made to
-write what answers consist of: numbers with their marks, the arrow before an answer, choice letters. Everything else is
-lower-cased as ever.
+The encoder becomes a causal model, or both halves of an encoder-decoder with new cross attention (Rothe et al., arXiv
+1907.12461), in transformers' BertGeneration classes: BERT without pooler and token types, with the tied embeddings as
+head. So the export loads with stock transformers. The tokenizer is the encoder's WordPiece, adapted to write the parts
+of answers: numbers with punctuation, the arrow before an answer, choice letters. Everything else stays lower-cased.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ from pst_dist.errors import ConfigError
 from pst_dist.models.locate import MINILM, locate_encoder, locate_model
 
 CAPITALS = string.ascii_uppercase
-"""A capital letter that stands alone stays one: the answers of multiple choice."""
+"""A single capital letter keeps its case: the answers of multiple choice."""
 VOCABULARY_MULTIPLE = 64
-"""Rows of the embedding matrix are a multiple of this: it keeps the head's products on the fast path of GPUs."""
+"""The embedding matrix has a multiple of this many rows, which keeps the head's products on the fast path of GPUs."""
 _FIRST, _LAST, _PADDING, _UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
-# What stays one word for WordPiece, whose pieces then say that no space was between them: 1,051.50 and 04/30/2021,
-# a sign before digits, an arrow; words; any other mark by itself, as BERT has it.
+# What WordPiece gets as one word, so that decoding puts no spaces inside it: 1,051.50 and 04/30/2021, a sign before
+# digits, an arrow; words; any other mark by itself, as in BERT.
 _WORDS = r"(?:(?<![\w)\].])-)?\d+(?:[.,:/]\d+)+|(?<![\w)\].])-\d+|[-=<>+*~|]{2,}|\w+|[^\w\s]"
 
 
 def warm_shape(settings: StudentConfig) -> Literal["causal", "encoder_decoder"] | None:
-    """What is made of a named encoder; None for a student that is none: fresh, or a language model already."""
+    """The architecture built from a named encoder; None for a fresh student or a language model."""
     if settings.model_name_or_path is None:
         return None
     return settings.warm_start or ("causal" if settings.model_name_or_path == MINILM else None)
 
 
 def warm_checkpoint(settings: StudentConfig) -> str:
-    """Folder or hub id of the encoder; raises EnvironmentFault when `minilm`'s package is not installed."""
+    """Folder or hub id of the encoder; raises EnvironmentFault when the package of `minilm` is not installed."""
     name = str(settings.model_name_or_path)
     return str(locate_encoder(MINILM)) if name == MINILM else name
 
 
 def warm_tokenizer(settings: StudentConfig) -> Any:
-    """The encoder's WordPiece in a form that writes answers; our special tokens are not in it yet.
+    """The encoder's WordPiece adapted to write answers, still without our special tokens.
 
-    It begins a prompt with [CLS], and ends one with [SEP], its end-of-sequence token, where an encoder reads it. Raises
-    ConfigError when the encoder's tokenizer is no WordPiece, InputError or EnvironmentFault when it cannot be loaded.
+    A prompt begins with [CLS]; when an encoder reads it, it ends with [SEP], the end-of-sequence token. Raises
+    ConfigError when the tokenizer is not WordPiece, InputError or EnvironmentFault when it cannot be loaded.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +56,7 @@ def warm_tokenizer(settings: StudentConfig) -> Any:
     backend: Any = getattr(theirs, "backend_tokenizer", None)
     kind = json.loads(backend.to_str())["model"]["type"] if backend is not None else type(theirs).__name__
     if kind != "WordPiece":
-        raise ConfigError(f"student.warm_start takes a BERT encoder, the tokenizer here is {kind}", path=name)
+        raise ConfigError(f"student.warm_start needs a BERT encoder, but this tokenizer is {kind}", path=name)
     core = Tokenizer.from_str(backend.to_str())
     core.no_padding()
     core.no_truncation()
@@ -84,8 +83,8 @@ def warm_tokenizer(settings: StudentConfig) -> Any:
 def warm_model(settings: StudentConfig, tokenizer: Any, *, max_length: int) -> Any:
     """The causal or encoder-decoder model of `settings`, float32, with the encoder's weights.
 
-    Only cross attention is drawn from the global generator. Raises ConfigError for another architecture than BERT's
-    and for a `max_length` beyond its positions, InputError or EnvironmentFault when it cannot be loaded.
+    Only cross attention is drawn from the global generator. Raises ConfigError for an architecture other than BERT and
+    for a `max_length` beyond its positions, InputError or EnvironmentFault when the encoder cannot be loaded.
     """
     from transformers import BertGenerationDecoder, EncoderDecoderConfig, EncoderDecoderModel
 
@@ -110,7 +109,7 @@ def warm_model(settings: StudentConfig, tokenizer: Any, *, max_length: int) -> A
         decoder_start_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        # Of each half by itself: transformers has no way to say that both share one matrix.
+        # Each half ties its own; transformers cannot express that both halves share one matrix.
         tie_word_embeddings=False,
     )
     model = EncoderDecoderModel(config=whole)
@@ -120,7 +119,7 @@ def warm_model(settings: StudentConfig, tokenizer: Any, *, max_length: int) -> A
 
 
 def check_warm_start(settings: StudentConfig, *, max_length: int) -> None:
-    """Raise ConfigError, InputError or EnvironmentFault for an encoder that `warm_model` would refuse by its config."""
+    """Raise the error that `warm_model` would raise for an encoder, as far as its config shows."""
     from pst_dist.models.load import load_model_config
 
     name = warm_checkpoint(settings)
@@ -129,10 +128,10 @@ def check_warm_start(settings: StudentConfig, *, max_length: int) -> None:
 
 def _check_encoder(config: Any, max_length: int, name: str) -> None:
     if config.model_type != "bert" or config.is_decoder:
-        raise ConfigError(f"student.warm_start takes a BERT encoder, this is {config.model_type}", path=name)
+        raise ConfigError(f"student.warm_start needs a BERT encoder, but this is {config.model_type}", path=name)
     if max_length > config.max_position_embeddings:
         raise ConfigError(
-            f"layout.max_length is {max_length}, this encoder has {config.max_position_embeddings} positions",
+            f"layout.max_length is {max_length}, but this encoder has {config.max_position_embeddings} positions",
             f"set layout.max_length={config.max_position_embeddings} or less",
         )
 
@@ -158,10 +157,11 @@ def _config(bert: Any, rows: int, tokenizer: Any, settings: StudentConfig, **rol
 
 
 def _widened(weights: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """BERT's weights by their names in BertGeneration, with a row for each token that is new.
+    """BERT's weights under BertGeneration's names, with a row for each new token.
 
-    A new row starts as the one nearest in meaning: capitals as their small letters, the answer stop as [SEP], the
-    semantic token as [CLS]. Marks glued to digits (`##.`), which BERT's own words never hold, start as the marks.
+    A new row starts as a copy of the token nearest in meaning: a capital as its lower-case letter, the answer stop as
+    [SEP], the semantic token as [CLS]. Punctuation attached to digits (`##.`), which never occurs in BERT's own words,
+    starts as the plain mark.
     """
     import torch
 
@@ -179,13 +179,13 @@ def _widened(weights: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         for key, value in weights.items()
         if not key.startswith(("pooler.", "embeddings.token_type_embeddings.")) and not key.endswith("position_ids")
     }
-    # Every token of a single text has token type 0, so that row is part of each position.
+    # Every token of a single text has token type 0, so that row is added to each position.
     places = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
     return kept | {"embeddings.word_embeddings.weight": wide, "embeddings.position_embeddings.weight": places}
 
 
 def _fill(half: Any, weights: dict[str, Any]) -> None:
-    """Copy the encoder's weights into one half; everything but cross attention must be there."""
+    """Copy the encoder's weights into one half; nothing but cross attention may be missing."""
     missing, unexpected = half.load_state_dict(weights, strict=False)
     left = [name for name in missing if ".crossattention." not in name]
     if left or unexpected:

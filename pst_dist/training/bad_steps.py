@@ -1,11 +1,11 @@
-"""A step that must not move the weights, and what follows: it is skipped, training goes back, or it stops.
+"""Bad steps, which must not move the weights, and the response: skip the step, roll back, or stop.
 
-A step is bad when its loss or its gradient is not finite or, where `train.spike_factor` asks for it, when its loss is
-far above what the last steps had. Judged are sums over the global batch, which every rank has, and what happened before
-stands in the run's state: so all ranks answer alike, and so do a resumed run and another number of ranks.
-The order of samples does not change. Going back takes the weights of the newest checkpoint and trains on with the batch
-after the bad one: those between are passed over, since any of them may have spoilt the weights.
-Computing a step and leaving the weights alone is `train_step`'s and the engines'.
+A step is bad when its loss or gradient is not finite or, if `train.spike_factor` is set, when its loss is far above
+that of recent steps. The decision uses sums over the global batch, which every rank has, and the history in the run's
+state, so it is the same on all ranks, in a resumed run and with another number of ranks.
+The order of samples does not change. A rollback loads the weights of the newest checkpoint and continues with the batch
+after the bad one; the batches in between are skipped, since any of them may have spoilt the weights.
+`training.step` and the engines compute a step and leave the weights unchanged when it is bad.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pst_dist.training.loss import TERMS
 from pst_dist.training.state import RunState
 
 MOST_IN_A_ROW = 2
-"""Bad steps that are skipped one after the other; the next one shows that it is not the batches."""
+"""Most consecutive bad steps to skip; one more shows that the batches are not the cause."""
 
 
 class Answer(enum.Enum):
-    """What is done about a bad step."""
+    """The response to a bad step."""
 
     SKIP = "skip"
     ROLL_BACK = "roll back"
@@ -42,12 +42,12 @@ def loss_fault(sums: Tensor) -> str | None:
 
 
 def gradient_fault(norm: float) -> str | None:
-    """What is wrong with a step's gradient, told by its norm."""
+    """What is wrong with a step's gradient, judged by its norm; None when it is finite."""
     return None if math.isfinite(norm) else f"the gradient norm is {norm}"
 
 
 def spike_fault(loss: float, state: RunState, train: TrainConfig) -> str | None:
-    """What is wrong with a finite loss that jumps; None before `train.spike_window` good steps were seen."""
+    """What is wrong with a finite loss that jumps; None without a jump and before `train.spike_window` good steps."""
     recent = state.recent_losses
     if train.spike_factor is None or len(recent) < train.spike_window:
         return None
@@ -58,16 +58,16 @@ def spike_fault(loss: float, state: RunState, train: TrainConfig) -> str | None:
 
 
 def after_good_step(state: RunState, loss: float, train: TrainConfig) -> RunState:
-    """The state with what a later judgement needs of this step's loss."""
+    """The state with this step's loss added to the recent losses, if they are needed."""
     if train.spike_factor is None:
         return replace(state, recent_losses=[]) if state.recent_losses else state
     return replace(state, recent_losses=[*state.recent_losses, loss][-train.spike_window :])
 
 
 def answer_to(state: RunState, train: TrainConfig) -> Answer:
-    """What to do about the step after `state.step`, which is bad.
+    """The response to a bad step `state.step + 1`.
 
-    Skipped are at most `train.skip_bad_steps` since the last time that training went back, and not three in a row.
+    Skips at most `train.skip_bad_steps` steps since the last rollback, and never three in a row.
     """
     since = state.rollbacks[-1][1] if state.rollbacks else 0
     skipped = [step for step in state.skipped_steps if step > since]
@@ -80,15 +80,15 @@ def answer_to(state: RunState, train: TrainConfig) -> Answer:
 
 
 def after_skip(state: RunState) -> RunState:
-    """The state after a bad step whose weights stayed as they were."""
+    """The state after skipping a bad step."""
     step = state.step + 1
     return replace(state, step=step, skipped_steps=[*state.skipped_steps, step])
 
 
 def after_rollback(state: RunState, checkpoint: RunState) -> RunState:
-    """The state at the end of a bad step, with the weights of `checkpoint` and of nothing since.
+    """The state after a bad step that rolled the weights back to `checkpoint`.
 
-    What was measured stays: the best student is on disk, and the tokens were computed.
+    The best student and the token count stay: the student is on disk, and the tokens were processed.
     """
     step = state.step + 1
     return replace(
@@ -100,19 +100,19 @@ def after_rollback(state: RunState, checkpoint: RunState) -> RunState:
 
 
 def diverged(fault: str, state: RunState, train: TrainConfig) -> DivergedError:
-    """The error with which training stops at the step after `state.step`."""
+    """The error that stops training at the step after `state.step`."""
     done = []
     if state.skipped_steps:
-        done.append(f"{len(state.skipped_steps)} skipped before")
+        done.append(f"earlier skips: {len(state.skipped_steps)}")
     if state.rollbacks:
-        done.append(f"gone back {len(state.rollbacks)} times")
+        done.append(f"earlier rollbacks: {len(state.rollbacks)}")
     so_far = f" ({', '.join(done)})" if done else ""
     options = "" if train.skip_bad_steps or train.max_rollbacks else ", train.skip_bad_steps or train.max_rollbacks"
     return DivergedError(f"step {state.step + 1}: {fault}; no weight was moved{so_far}", f"{LOWER_THE_RATE}{options}")
 
 
 def diverged_validation(loss: float, step: int) -> DivergedError:
-    """The error with which training stops when the validation rows have no finite loss."""
+    """The error that stops training when the loss on the validation rows is not finite."""
     return DivergedError(
         f"step {step}: the loss on the validation rows is {loss}; this student is not kept", LOWER_THE_RATE
     )

@@ -1,8 +1,8 @@
-"""From samples to batches: the order plan, the collator and the loader whose whole state is a step number.
+"""From samples to batches: the collator, and the loader whose whole state is a step number.
 
-Which sample comes when is a pure function of (seed, epoch, position): step k's global batch is a slice of the
-epoch's permutation, ranks take strides of it, and each rank cuts its part into forward passes. So resuming needs
-no replay and the world size never changes what is trained on.
+The order of samples is a pure function of (seed, epoch, position), see `training.order`: step k's global batch is a
+slice of the epoch's permutation, each rank takes a stride of it and cuts that into forward passes. So resuming needs no
+replay, and the world size never changes what is trained on.
 """
 
 # Shapes in this file: B sequences, T tokens, N supervised tokens, A aligned spans, E teacher width, G global keys
@@ -30,12 +30,12 @@ from pst_dist.training.order import OrderPlan, rationale_of
 
 @dataclass(frozen=True)
 class PSTBatch:
-    """One forward pass on one rank. All index maps are built on the CPU, so nothing waits for the device."""
+    """One forward pass on one rank. All index maps are built on the CPU, so building them never syncs the device."""
 
     input_ids: Tensor
     """[B, T] int64: prompt and target of a causal student, start token and target of a decoder."""
     attention_mask: Tensor
-    """[B, T] int64, 1 where a token stands."""
+    """[B, T] int64: 1 for a token, 0 for padding."""
     segment_ids: Tensor
     """[B, T] int64 of `Segment`."""
     encoder_input_ids: Tensor | None
@@ -43,21 +43,21 @@ class PSTBatch:
     encoder_attention_mask: Tensor | None
     """[B, S] int64."""
     supervised: Supervised
-    """N hidden states that predict supervised tokens: row * T + position, and the tokens."""
+    """The N hidden states that predict supervised tokens (as row * T + position), and those tokens."""
     is_answer: Tensor
-    """[N] bool: the token belongs to the answer, else to the rationale."""
+    """[N] bool: true for a token of the answer, false for one of the rationale."""
     spans: Spans
     """A aligned spans."""
     teacher_emb: Tensor
     """[A, E] float32, unit length."""
     keys: Tensor
-    """[G, E] float32: teacher embeddings of the global batch and further ones, for InfoNCE; else empty."""
+    """[G, E] float32: for InfoNCE, teacher embeddings of the global batch and any extra negatives; otherwise empty."""
     key_groups: Tensor
-    """[G] int64: equal for rows of the same question, which are not each other's negatives."""
+    """[G] int64: equal for rows of the same question, which are never negatives of one another."""
     key_index: Tensor
-    """[A] int64, the key that is each span's own."""
+    """[A] int64: index of each span's positive key."""
     capacity: int
-    """The most spans that any rank's batch of this pass may hold."""
+    """Most spans that any rank's batch may hold in this pass."""
     sample_ids: tuple[str, ...]
     """Ids in row order."""
 
@@ -82,17 +82,17 @@ def _moved(value: Tensor | Spans | Supervised, device: torch.device) -> Any:
 
 
 class TeacherVectors(Protocol):
-    """What the collator asks of the embeddings: a vector by sample id and rationale index."""
+    """What the collator needs from the embeddings: a vector by sample id and rationale index."""
 
     dimension: int
 
     def vector(self, sample_id: str, rationale: int) -> np.ndarray:
-        """[E] float32, unit length, as the loss is to see it."""
+        """[E] float32, unit length, as the loss uses it."""
         ...
 
 
 class Collator:
-    """Pads token sequences to a `PSTBatch` and builds the maps that say which hidden state carries which loss."""
+    """Pads token sequences to a `PSTBatch` and builds the index maps from hidden states to loss terms."""
 
     def __init__(
         self,
@@ -103,9 +103,9 @@ class Collator:
         teacher: TeacherVectors | None = None,
         capacity: int = 0,
     ) -> None:
-        """`decoder_start_id` is an encoder-decoder's, and None for a causal student.
+        """`decoder_start_id` is for encoder-decoders; None for a causal student.
 
-        `capacity` is the most rows of a forward pass; 0 stands for as many as there are in one.
+        `capacity` is the largest number of rows in a forward pass; 0 takes the number of rows given.
         """
         self.capacity = capacity
         self.loss, self.pad_id = loss, pad_id
@@ -174,7 +174,7 @@ class Collator:
         )
 
     def _span(self, sequence: TokenSequence) -> tuple[int, int] | None:
-        """(first target token, tokens) of what is aligned; None when truncation left no rationale to pool."""
+        """(first target token, token count) of the aligned span; None when truncation left no rationale to pool."""
         wanted = Segment.SEMANTIC if self.loss.pooling == "token" else Segment.RATIONALE
         places = [offset for offset, segment in enumerate(sequence.segments) if segment is wanted]
         return (places[0], len(places)) if places else None
@@ -208,13 +208,13 @@ def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 class _Steps(Dataset[list[PSTBatch]]):
-    """Step number -> this rank's micro-batches; what the loader's workers call."""
+    """Step number -> this rank's micro-batches; runs in the loader's workers."""
 
     def __init__(
         self, plan: OrderPlan, samples: Sequence[ReasoningSample], layout: Layout, collate: Collator, **cut: int
     ) -> None:
         self.plan, self.samples, self.layout, self.collate, self.cut = plan, samples, layout, collate, cut
-        # Tokenising again each epoch costs a small student a tenth of its step; the bound is about 100 MB.
+        # Tokenising anew each epoch costs a small student a tenth of its step; this cache takes up to about 100 MB.
         self._sequences = functools.lru_cache(maxsize=20_000)(self._tokenise)
 
     def _tokenise(self, index: int, rationale: int) -> list[TokenSequence]:
@@ -237,7 +237,7 @@ class _Steps(Dataset[list[PSTBatch]]):
         return batches
 
     def _candidates(self, step: int, indices: list[int], epoch: int) -> tuple[list[tuple[str, int]], list[int]]:
-        """InfoNCE's keys and their question groups: the global batch, then further rows where the config asks."""
+        """InfoNCE's keys and their question groups: the global batch, then `loss.negatives` further rows."""
         loss = self.collate.loss
         if self.collate.teacher is None or loss.alignment != "info_nce":
             return [], []
@@ -260,7 +260,7 @@ def step_batches(
     micro_batch_size: int,
     workers: int = 0,
 ) -> Iterator[list[PSTBatch]]:
-    """This rank's micro-batches for steps first_step … last_step - 1, one list a step."""
+    """This rank's micro-batches for steps first_step … last_step - 1, one list per step."""
     dataset = _Steps(plan, samples, layout, collate, rank=rank, world_size=world_size, size=micro_batch_size)
     loader: Any = DataLoader(
         dataset,

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent, found by what is on disk and never by a pointer file.
+"""Checkpoints that are complete or absent, found by scanning the disk and never by a pointer file.
 
-Every rank writes its files into a new directory and hashes them; when all have, rank zero writes the manifest last and
-renames the directory into place. Loading compares every digest first. What is in the files is `engine_state`'s: it fits
-every engine and every number of ranks.
-The student that validation chose is kept beside them as a plain Hugging Face folder.
+Every rank writes its file into a new directory and hashes it. When all are done, rank zero writes the manifest last and
+renames the directory into place. Loading compares every digest first. The contents of the files are defined in
+`training.fragments` and fit every engine and every number of ranks.
+The student that validation chose is kept separately, as a plain Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ _NAMES = "checkpoint-*"
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """`root/checkpoint-<step>`, with Hugging Face's spelling."""
+    """`root/checkpoint-<step>`, spelled as in Hugging Face."""
     return root / f"checkpoint-{step}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's part of a checkpoint: what it is to write into one file."""
+    """One rank's part of a checkpoint: the contents of the one file it writes."""
 
     final: Path
-    """Where the checkpoint will be; for messages."""
+    """Final path of the checkpoint, for messages."""
     name: str
     fragments: list[Fragment]
     adam_step: int
 
 
 def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: bool = False) -> tuple[Path, Part]:
-    """Make the directory that a checkpoint is written in, and say what this rank is to write there; collective.
+    """Create a checkpoint's temporary directory and return it with this rank's part; collective.
 
-    With `copy` what is to be written is a copy in host memory, so training may go on; else it is the engine's own.
+    With `copy` the part is a copy in host memory, so training may continue; otherwise it holds the engine's tensors.
     Raises DivergedError, naming the tensor, when a weight or a moment is not finite.
     """
     final = checkpoint_path(root, state.step)
@@ -91,7 +91,7 @@ def publish_checkpoint(
         with together(ranks):
             files = written()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
+        shutil.rmtree(partial, ignore_errors=True)  # otherwise a full disk stays full
         raise
     parts = gathered(files)
     with main_first_errors(ranks):
@@ -109,7 +109,7 @@ def publish_checkpoint(
 
 
 def remove_old(root: Path, state: RunState, *, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the best one, and what killed saves left; on rank zero."""
+    """Remove leftovers of killed saves and all checkpoints but the newest `keep` and the best; on rank zero."""
     for old in _by_step(root)[:-keep]:
         if old != checkpoint_path(root, state.best_step or 0):
             remove_directory(old)
@@ -126,11 +126,10 @@ def _step_of(path: Path) -> int:
 
 
 def newest_valid(root: Path, ranks: Ranks, *, at_most: int | None = None) -> tuple[Path, RunState] | None:
-    """The newest checkpoint whose every byte is right, on every rank the same; None when there are none at all.
+    """The newest checkpoint whose digests all match, the same on every rank; None when there are no checkpoints.
 
-    `at_most` leaves out the checkpoints of later steps. Damaged ones are named in the log and passed over. Raises
-    IntegrityError when checkpoints exist but none is valid: starting from zero would then silently throw the
-    training away.
+    `at_most` ignores the checkpoints of later steps. Damaged ones are logged and skipped. Raises IntegrityError when
+    checkpoints exist but none is valid: starting from zero would silently discard the training.
     """
     found = None
     with main_first_errors(ranks):
@@ -143,10 +142,10 @@ def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
     for path in reversed(candidates):
         try:
             if Artefact(path, "checkpoint").verified(on_file=alive) is None:
-                raise IntegrityError("no manifest: it was never finished", path=path)
+                raise IntegrityError("no manifest, so it was never finished", path=path)
             return path, read_typed(path / _STATE, RunState)
         except (IntegrityError, EnvironmentFault) as error:  # damaged, or not readable here
-            log.warning("passing over a damaged checkpoint: %s", error)
+            log.warning("skipping a damaged checkpoint: %s", error)
     if candidates:
         raise IntegrityError(
             f"none of the {len(candidates)} checkpoints here is intact",
@@ -161,8 +160,8 @@ def resume(
 ) -> RunState:
     """Load the newest valid checkpoint into the engine and return its state, or `fresh` when there is none.
 
-    Another engine or another number of ranks takes it up as well. Raises StaleError when it was made with settings
-    that make another training, or, unless `accept_changes`, with any others.
+    The checkpoint may come from another engine or number of ranks. Raises StaleError when its settings differ in a way
+    that needs a new training or, unless `accept_changes`, differ at all.
     """
     found = newest_valid(root, engine.ranks, at_most=at_most)
     if found is None:
@@ -173,11 +172,11 @@ def resume(
             changes = check_changes(state.settings, fresh.settings, accept=accept_changes)
         except StaleError as error:
             raise StaleError(error.what, error.remedy, path=path) from None
-        log.warning("going on with other settings: %s", ", ".join(changes))
+        log.warning("resuming with changed settings: %s", ", ".join(changes))
     engine.load(path)
     log.info("resumed step %d from %s", state.step, path)
     if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
-        log.info("it was saved by %d rank(s) of %s", state.world_size, state.engine)
+        log.info("the checkpoint was saved by %d rank(s) of %s", state.world_size, state.engine)
     return replace(
         state,
         fingerprint=fresh.fingerprint,

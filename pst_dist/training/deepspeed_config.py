@@ -1,7 +1,7 @@
-"""What DeepSpeed is told: a JSON for memory and communication, completed with what our config owns.
+"""DeepSpeed's settings: a JSON for memory and communication, completed from our config.
 
-What the run is (batch, clipping, precision, optimizer) stands in our config; a JSON that sets it is refused naming the
-key, and so is what DeepSpeed would ignore without a word or fall over later, before anything starts.
+Our config owns batch size, clipping, precision and optimizer. A JSON that sets one of these is refused with the key's
+name, and so is any key that DeepSpeed would silently ignore or fail on later; both before anything starts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_lin
 from pst_dist.storage.foreign_json import foreign_object
 
 MOST_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's own default size of the buffers in which gradients are gathered before they travel."""
+"""DeepSpeed's default size of the buffers in which gradients are collected before communication."""
 _OURS = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.learning_rate and its neighbours",
+    "optimizer": "train.learning_rate, train.weight_decay and train.adam_*",
     "scheduler": "train.lr_scheduler_type",
     "bf16": "train.bf16",
     "fp16": "train.bf16",
@@ -54,8 +54,8 @@ def import_deepspeed() -> Any:
         import deepspeed.ops
     except ImportError as error:
         raise EnvironmentFault("deepspeed is not installed", "pip install 'pst-dist[train]'") from error
-    # Built with g++ for a minute at the first start on CPU, only for inference; a kill during that build leaves a
-    # lock file on which every later run hangs (pytorch#189245).
+    # On CPU the first start would build it with g++ for a minute, although only inference uses it. A kill during that
+    # build leaves a lock file on which every later run hangs (pytorch#189245).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -64,7 +64,7 @@ def find_deepspeed_json(name: str) -> Path:
     """`zero2` or a path -> the file; raises InputError."""
     given = Path(name)
     if given.suffix == ".json":
-        if os.path.lexists(given):  # what is no regular file is refused when it is opened
+        if os.path.lexists(given):  # opening it refuses anything but a regular file
             return given
         raise InputError("no such DeepSpeed config", path=given)
     package = Path(__file__).resolve().parents[1]
@@ -75,16 +75,16 @@ def find_deepspeed_json(name: str) -> Path:
 
 
 def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
-    """The JSON of a profile completed with what our config owns, every "auto" resolved.
+    """The JSON of a profile, completed from our config, with every "auto" resolved.
 
-    Raises ConfigError for a key that belongs to our config (it is named) and for one that DeepSpeed would ignore.
+    Raises ConfigError, naming the key, for a key that belongs to our config and for one that DeepSpeed would ignore.
     """
     assert train.deepspeed is not None
     path = find_deepspeed_json(train.deepspeed)
     settings = foreign_object(path, kind=ConfigError, remedy='write {"zero_optimization": {"stage": 2}}')
     for key in settings:
         if key in _OURS:
-            raise ConfigError(f"{shown(key)} belongs to our config", f"remove it and set {_OURS[key]}", path=path)
+            raise ConfigError(f"{shown(key)} belongs in the run's config", f"remove it and set {_OURS[key]}", path=path)
         if key not in _THEIRS:
             raise ConfigError(f"unknown key {shown(key)}, which DeepSpeed would silently ignore", path=path)
     _refuse_quoted_numbers(settings, "", path)
@@ -94,14 +94,14 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
     settings["zero_optimization"] = zero = _without_auto(zero)
     stage = zero.setdefault("stage", 0)
     if not is_stage(stage):
-        raise ConfigError(f"zero_optimization.stage is {shown(stage)}", "0, 1, 2 or 3", path=path)
+        raise ConfigError(f"zero_optimization.stage is {shown(stage)}", "use 0, 1, 2 or 3", path=path)
     _check_zero(zero, stage, path)
     if "checkpoint" in settings:
-        raise ConfigError("'checkpoint' is ours: saves are transactional", "remove it", path=path)
+        raise ConfigError("'checkpoint' has no effect: DeepSpeed writes no checkpoints here", "remove it", path=path)
     micro = train.per_device_train_batch_size
     return settings | {
         "train_micro_batch_size_per_gpu": micro,
-        # Accumulation is driven by hand, so that a step may hold any number of micro-batches.
+        # The trainer controls accumulation, so a step may have any number of micro-batches.
         "gradient_accumulation_steps": 1,
         "train_batch_size": micro * world_size,
         "gradient_clipping": train.max_grad_norm,
@@ -124,7 +124,7 @@ def shown(value: Any) -> str:
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed takes "auto" for its own default without a word; so do we, but by leaving the key out."""
+    """The section without its "auto" values, for which DeepSpeed uses its defaults."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()
@@ -133,7 +133,7 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_quoted_numbers(section: dict[str, Any], prefix: str, path: Path) -> None:
-    """A number or a truth value in quotes: DeepSpeed takes some of them and stumbles over others, much later."""
+    """Refuse a quoted number or boolean: DeepSpeed accepts some of them and fails on others much later."""
     for key, value in section.items():
         if isinstance(value, dict):
             _refuse_quoted_numbers(value, f"{prefix}{key}.", path)
@@ -143,12 +143,12 @@ def _refuse_quoted_numbers(section: dict[str, Any], prefix: str, path: Path) -> 
             except (ValueError, RecursionError):
                 continue
             raise ConfigError(
-                f"{prefix}{key[:80]} is the text {shown(value)}", f"write {json.dumps(read)[:80]}", path=path
+                f"{prefix}{key[:80]} is the string {shown(value)}", f"write {json.dumps(read)[:80]}", path=path
             )
 
 
 def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
-    """Refuse what DeepSpeed's own schema refuses, and the offloading that it accepts and cannot do."""
+    """Refuse what DeepSpeed's own schema refuses, and offloading that it accepts but cannot do."""
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = zero.get(key)
         if offload is None:
@@ -160,13 +160,13 @@ def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
             continue
         if stage < least:
             raise ConfigError(
-                f"zero_optimization.{key} at stage {stage}, where there is nothing to offload",
-                f"take stage {least} or above, or remove it",
+                f"zero_optimization.{key} has nothing to offload at stage {stage}",
+                f"use stage {least} or higher, or remove it",
                 path=path,
             )
         if device == "nvme" and not offload.get("nvme_path"):
             raise ConfigError(
-                f"zero_optimization.{key}.device is nvme without a nvme_path", "name a folder of that disk", path=path
+                f"zero_optimization.{key}.device is nvme without an nvme_path", "name a folder on that disk", path=path
             )
     import_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -190,6 +190,6 @@ def _precision(train: TrainConfig, stage: int) -> dict[str, Any]:
     if not train.bf16:
         return {}
     if stage == 0:
-        # DeepSpeed's bf16 without ZeRO runs one dummy AdamW step at the start: another optimizer than ours.
+        # DeepSpeed's bf16 without ZeRO runs a dummy AdamW step at the start, so its optimizer would differ from ours.
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     return {"bf16": {"enabled": True}}

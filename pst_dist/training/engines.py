@@ -1,7 +1,7 @@
-"""Two engines behind one small interface: plain PyTorch on one process, DeepSpeed ZeRO 0-3 on any number.
+"""Two engines behind one small interface: plain PyTorch in one process, DeepSpeed ZeRO 0-3 in any number.
 
-The trainer gives each micro-batch's share of the *global* loss to `backward`; after `step` both engines have moved
-the weights by the same gradient. What DeepSpeed is told is worked out in `deepspeed_json`.
+The trainer passes each micro-batch's share of the *global* loss to `backward`; `step` then moves the weights by the
+same gradient in both engines. `training.deepspeed_config` builds DeepSpeed's settings.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pst_dist.training.module import Student
 from pst_dist.training.optimizer import adamw
 
 STATE_FILES = "state"
-"""First part of the names of the files that hold an engine's state in a checkpoint."""
+"""Name prefix of the files that hold an engine's state in a checkpoint."""
 
 
 class Engine(ABC):
-    """What the trainer asks of an engine."""
+    """The interface the trainer uses."""
 
     def __init__(self, student: Student, ranks: Ranks) -> None:
         self.student, self.ranks, self.device = student, ranks, device_of(ranks)
@@ -61,12 +61,12 @@ class Engine(ABC):
     def step(self, learning_rate: float) -> float:
         """Move the weights once; returns the global gradient norm before clipping, the same on every rank.
 
-        When that is not finite, no weight and no moment has moved on any rank, and the gradients are gone.
+        When the norm is not finite, weights and moments stay as they are on every rank; gradients are always cleared.
         """
 
     @abstractmethod
     def discard(self) -> None:
-        """Forget the gradients since the last step, which then has not been; collective."""
+        """Clear the gradients accumulated since the last step without moving the weights; collective."""
 
     @property
     def loss_scale(self) -> float:
@@ -79,18 +79,18 @@ class Engine(ABC):
         return f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
 
     def state(self) -> tuple[list[Fragment], int]:
-        """This rank's part of weights and optimizer, as views of the places where they are, and the steps of AdamW."""
+        """This rank's part of weights and optimizer, as views of the live tensors, and AdamW's step count."""
         steps = adam_steps(self.adamw)
         start_moments(self.adamw, self._places(), steps)
         fragments = self._fragments()
-        if self.replicated:  # the ranks share the writing
+        if self.replicated:  # each rank writes its share
             fragments = fragments[self.ranks.rank :: self.ranks.world_size]
         return fragments, steps
 
     def load(self, directory: Path) -> None:
-        """Take up the state that any engine on any number of ranks has saved; collective.
+        """Load the state saved by any engine on any number of ranks; collective.
 
-        Raises IntegrityError when the files lack values, with weights and optimizer in an unusable mixture.
+        Raises IntegrityError when the files lack values; weights and optimizer are then partly loaded and unusable.
         """
         files = FragmentFiles(directory.glob(f"{STATE_FILES}-*.safetensors"))
         start_moments(self.adamw, self._places(), files.adam_step)
@@ -106,7 +106,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def adamw(self) -> torch.optim.Optimizer:
-        """torch's optimizer, whatever engine wraps it."""
+        """torch's optimizer, without any engine's wrapper."""
 
     @abstractmethod
     def _places(self) -> list[Tensor]:
@@ -114,11 +114,11 @@ class Engine(ABC):
 
     @abstractmethod
     def _fragments(self) -> list[Fragment]:
-        """The part of weights and moments that this rank keeps; the moments must be there."""
+        """The part of weights and moments that this rank keeps; the moments must exist."""
 
     @abstractmethod
     def _settle(self) -> None:
-        """Make whatever the engine has copied from the float32 weights agree with them; collective."""
+        """Update the engine's copies of the float32 weights (such as bf16 ones); collective."""
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
@@ -188,10 +188,10 @@ class DeepSpeedEngine(Engine):
         settings = deepspeed_settings(train, ranks.world_size)
         self.stage = settings["zero_optimization"]["stage"]
         elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters())
-        # Half a milliard unless it is said: gigabytes that a student of a tenth of that would never fill.
+        # DeepSpeed's default is 500 million elements: gigabytes of buffer that a small student never fills.
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_BUCKET_ELEMENTS, max(1, elements)))
         self.max_grad_norm = train.max_grad_norm
-        # Our own optimizer needs no compiler; DeepSpeed's CPU one builds a C++ extension for minutes.
+        # torch's optimizer needs no compiler; DeepSpeed's CPU optimizer builds a C++ extension for minutes.
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=student, optimizer=adamw(student, train), config=settings
         )
@@ -205,14 +205,14 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks; our losses are shares that add up.
+        # DeepSpeed averages over ranks; our losses are shares to be summed.
         self.engine.backward(loss * self.ranks.world_size)
 
     def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.stage == 0:
-            # In float32 without ZeRO, DeepSpeed neither reports the norm nor stops at a NaN.
+            # In float32 without ZeRO, DeepSpeed neither reports the norm nor skips a step with NaN gradients.
             grads = [p.grad.detach().float() for p in self.student.parameters() if p.grad is not None]
             norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
             if math.isfinite(norm):
@@ -221,15 +221,15 @@ class DeepSpeedEngine(Engine):
                 self.discard()
             return norm
         self.engine.step()
-        # ZeRO skips the update by itself when the norm is not finite, so the weights are still the old ones.
+        # ZeRO skips the update itself when the norm is not finite, so the weights are unchanged.
         return float(self.engine.get_global_grad_norm())
 
     def discard(self) -> None:
         if self.stage == 0:
             self.engine.zero_grad()
             return
-        # ZeRO keeps gradients in buckets and flat partitions of its own. Its step forgets them all, and moves nothing,
-        # when it finds their norm infinite; so for once it finds that.
+        # ZeRO keeps gradients in its own buckets and flat partitions. Its step clears them all and moves nothing when
+        # their norm is infinite, so this one step is made to see an infinite norm.
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         infinite = torch.tensor(math.inf, device=self.device)
         setattr(self._zero, name, lambda: [infinite] if self.stage == 3 else infinite)
@@ -289,7 +289,7 @@ class DeepSpeedEngine(Engine):
 
 
 def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:
-    """The engine that a config asks for; several ranks need `train.deepspeed`."""
+    """The engine the config selects; raises ConfigError for several ranks without `train.deepspeed`."""
     if train.deepspeed is None:
         if ranks.world_size > 1:
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""What a training depends on, by name, and what may be changed between two starts of it.
+"""The settings that a training depends on, and which of them may change between two starts.
 
-Every setting is of one of three kinds. Free: it changes what is printed, where or how fast, but no weight. Adjustable:
-training can go on with the new value from where it stands, when the user says so. All others make another training.
+There are three kinds of setting. Free: it affects output, place or speed, but no weight. Adjustable: training can
+resume with the new value if the user allows it. Changing any other setting requires a new training.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The state of an engine as fragments of named parameters, so that any engine on any number of ranks can take it up.
+"""The state of an engine as fragments of named parameters, which any engine on any number of ranks can load.
 
-Each rank writes the float32 weights and AdamW moments that lie on it, wherever ZeRO put them, as one-dimensional
-fragments of the parameter's flat form; whoever reads puts together the fragments that it needs from whichever files
-have them. So a checkpoint knows no world size and no ZeRO stage, saving needs no communication, and nothing is
-unpickled. What makes a set of such files a checkpoint is `checkpoint`'s.
+Each rank writes the float32 weights and AdamW moments it holds, wherever ZeRO put them, as one-dimensional fragments of
+each parameter's flat form. A reader assembles the fragments it needs from whichever files contain them. So a checkpoint
+is independent of world size and ZeRO stage, saving needs no communication, and nothing is unpickled.
+`training.checkpoint` turns a set of such files into a checkpoint.
 
-DeepSpeed's own files are tied to stage and world size, and its universal form takes a conversion beforehand and cannot
-go from stage 2 to 3. The places where ZeRO keeps its partitions are those that DeepSpeed's own loading of universal
-checkpoints writes to (`load_hp_checkpoint_state…` in runtime/zero, deepspeed 0.19).
+DeepSpeed's own files are tied to stage and world size; its universal format needs a conversion first and cannot go from
+stage 2 to 3. We read and write ZeRO's partitions in the same tensors that DeepSpeed's loader of universal checkpoints
+writes to (`load_hp_checkpoint_state…` in runtime/zero, deepspeed 0.19).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _META = "pst"
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` … of one parameter's flat form, with the places where this rank keeps them."""
+    """Elements `start` … of one parameter's flat form, with the tensors that hold them on this rank."""
 
     name: str
     start: int
@@ -45,17 +45,17 @@ class Fragment:
 
 
 def named_tensors(fragments: Iterable[Fragment]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of some fragments, under a name that a person understands."""
+    """Every tensor of some fragments, with a readable name."""
     return ((f"{slot} {fragment.name}", values) for fragment in fragments for slot, values in fragment.slots.items())
 
 
 def copied(fragments: Iterable[Fragment]) -> list[Fragment]:
-    """The same fragments in host memory of their own, as they are now."""
+    """A copy of the fragments in host memory."""
     return [
         Fragment(
             fragment.name,
             fragment.start,
-            # From a device, `.cpu()` is a copy already; on the CPU it is the tensor itself.
+            # `.cpu()` copies from a device; on the CPU it returns the tensor itself.
             {slot: v.detach().clone() if v.device.type == "cpu" else v.detach().cpu() for slot, v in slots.items()},
         )
         for fragment in fragments
@@ -64,10 +64,10 @@ def copied(fragments: Iterable[Fragment]) -> list[Fragment]:
 
 
 def write_fragments(stream: HashedFile, fragments: Iterable[Fragment], *, adam_step: int) -> None:
-    """Write one rank's fragments in the form of safetensors, each tensor as it lies in memory, without a copy of all.
+    """Write one rank's fragments in the safetensors format, one tensor at a time, without a copy of them all.
 
-    That form is eight bytes with the length of the header, the header as JSON, the tensors' bytes in the order of its
-    offsets (https://github.com/huggingface/safetensors, "Format").
+    The format is eight bytes with the length of the header, the header as JSON, then the tensors' bytes in the order of
+    the header's offsets (https://github.com/huggingface/safetensors, "Format").
     """
     ordered = sorted(fragments, key=lambda fragment: fragment.name)
     starts = {fragment.name: fragment.start for fragment in ordered}
@@ -86,12 +86,12 @@ def write_fragments(stream: HashedFile, fragments: Iterable[Fragment], *, adam_s
     for fragment in ordered:
         for slot in _SLOTS:
             values = fragment.slots[slot].detach().float().cpu().contiguous()
-            if values.numel():  # an empty view has no bytes to be seen as; little-endian, as all that torch runs on
+            if values.numel():  # an empty view cannot be cast; byte order is little-endian wherever torch runs
                 stream.write(values.numpy().data.cast("B"))
 
 
 class FragmentFiles:
-    """What the fragment files of one checkpoint hold together; only headers are read until `fill`."""
+    """The combined contents of a checkpoint's fragment files; only headers are read until `fill`."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._files: list[Any] = []
@@ -113,10 +113,10 @@ class FragmentFiles:
                 (count,) = stream.get_slice(key).get_shape()
                 self._pieces.setdefault(key, []).append((start, start + count, stream))
         except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, OSError) as error:
-            raise IntegrityError("not a file of a checkpoint's fragments", path=path) from error
+            raise IntegrityError("not a fragment file of a checkpoint", path=path) from error
 
     def fill(self, fragment: Fragment) -> None:
-        """Copy the stored values into a fragment's places; raises IntegrityError when some are in no file."""
+        """Copy the stored values into a fragment's tensors; raises IntegrityError when the files lack some of them."""
         for slot, target in fragment.slots.items():
             key, filled = f"{slot}/{fragment.name}", 0
             for start, stop, stream in self._pieces.get(key, []):
@@ -129,12 +129,12 @@ class FragmentFiles:
             if filled != target.numel():
                 raise IntegrityError(
                     f"the checkpoint has {filled} of {target.numel()} values of {slot} {fragment.name}",
-                    "it is of another student, or of an older version of this program",
+                    "it belongs to another student or to an older version of this program",
                 )
 
 
 def trainable(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Named parameters that the optimizer moves; the others are what the student was built with."""
+    """Named parameters that the optimizer moves; the others keep their initial values."""
     return ((name, value) for name, value in module.named_parameters() if value.requires_grad)
 
 
@@ -150,7 +150,7 @@ def zero_fragments(module: nn.Module, zero: Any) -> list[Fragment]:
     fragments = []
     for name, value in trainable(module):
         mapping = value._hp_mapping
-        if mapping is None:  # lies wholly on other ranks
+        if mapping is None:  # entirely on other ranks
             continue
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         place = mapping.get_hp_fragment_address()
@@ -180,7 +180,7 @@ def _slots(weights: Tensor, state: Mapping[str, Any], start: int, count: int) ->
 
 
 def start_moments(optimizer: torch.optim.Optimizer, places: Iterable[Tensor], adam_step: int) -> None:
-    """Give AdamW the moments it would make at its first step, or keep those that are there, at step `adam_step`."""
+    """Create the moments that AdamW would create at its first step where missing, and set its count to `adam_step`."""
     for place in places:
         state = optimizer.state[place]
         for moment in MOMENTS:
@@ -191,5 +191,5 @@ def start_moments(optimizer: torch.optim.Optimizer, places: Iterable[Tensor], ad
 
 
 def adam_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Steps that the optimizer has made; 0 before the first."""
+    """Steps the optimizer has taken; 0 before the first."""
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)

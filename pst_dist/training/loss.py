@@ -1,10 +1,10 @@
-"""The PST loss as sums and counts: what each term adds up to, and the one place that divides.
+"""The PST loss as sums and counts: the sum of each term, and the one place that divides.
 
 L = w_answer * CE(y | x) + w_rationale * CE(r | x, y) + w_align * D(head(pool(h)), E(r))
 
-arXiv 2404.09170 publishes the idea (answer first; a semantic similarity loss on one unique token) but neither
-distance, pooling nor weights, so each is an option here. Terms are summed on each rank in float32 and divided once
-by counts of the whole global batch: the gradient does not depend on how that batch was cut.
+arXiv 2404.09170 publishes the idea (answer first; a semantic similarity loss on one unique token) but not the
+distance, the pooling or the weights, so each is an option here. Terms are summed on each rank in float32 and divided
+once by counts of the whole global batch: the gradient does not depend on how that batch was split.
 """
 
 # Shapes in this file: N supervised tokens, V vocabulary, A aligned spans, E teacher width, G global keys
@@ -28,10 +28,10 @@ TERMS = ("answer", "rationale", "alignment")
 
 @dataclass(frozen=True)
 class PSTLossOutput:
-    """One forward pass: its share of the global batch's loss, and the sums that it is made of; never means."""
+    """One forward pass: its share of the global batch's loss, and the terms' sums (never means)."""
 
     loss: Tensor
-    """[] float32 with gradient: the three sums, each times its scale, added up."""
+    """[] float32 with gradient: the three sums, each times its scale, added together."""
     sums: Tensor
     """[3] float32 without gradient: answer NLL (nats over tokens), rationale NLL, alignment distance over spans."""
     cosine: Tensor
@@ -47,16 +47,16 @@ class TermWeights:
 
     @classmethod
     def of(cls, loss: LossConfig, arm: str) -> TermWeights:
-        """The weights that a config gives an arm; the prefix arm has alpha and 1 - alpha."""
+        """An arm's weights from the config; the prefix arm uses alpha and 1 - alpha."""
         if arm == "prefix":
             return cls((loss.alpha, 1 - loss.alpha, 0.0), loss.denominator)
         align = loss.alignment_weight if ARMS[arm].aligned else 0.0
         return cls((loss.answer_weight, loss.rationale_weight, align), loss.denominator)
 
     def scales(self, counts: Tensor) -> Tensor:
-        """[3] float64: what each sum is multiplied with, given the [3] counts of the global batch.
+        """[3] float64: the factor of each sum, given the [3] counts of the global batch.
 
-        A term that the batch does not hold counts as zero, not as 0/0. Raises ValueError for an unknown denominator.
+        A term that is absent from the batch counts as zero, not as 0/0. Raises ValueError for an unknown denominator.
         """
         if self.denominator not in ("per_term", "per_token"):
             raise ValueError(f"unknown denominator {self.denominator!r}: use 'per_term' or 'per_token'")
@@ -86,10 +86,10 @@ def alignment_distance(
     """([A] float32 distances, [A] cosines without gradient) between projected students and their teachers.
 
     cosine: 1 - cos. smooth_l1: Huber distance with beta 1 of the unit vectors, summed over E. info_nce:
-    cross-entropy of the own key among the keys, at `loss.temperature`; other rows of the same question are masked
-    (van den Oord et al., arXiv 1807.03748, with frozen keys, so no gradient crosses ranks). With `loss.symmetric`
-    half of it is the cross-entropy of the own student among those of all ranks, at most `capacity` a rank: then this
-    is collective. Raises ValueError for an unknown distance.
+    cross-entropy of the positive key among all keys, at `loss.temperature`; other rows of the same question are masked
+    (van den Oord et al., arXiv 1807.03748, with frozen keys, so no gradient crosses ranks). With `loss.symmetric`,
+    half of it is the reverse cross-entropy: each key's own student among the students of all ranks, at most `capacity`
+    per rank. That makes the call collective. Raises ValueError for an unknown distance.
     """
     if loss.alignment != "info_nce":
         return row_distance(student_AE, teacher_AE, kind=loss.alignment)

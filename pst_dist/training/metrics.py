@@ -1,8 +1,8 @@
-"""What a training step measured, and where it goes: metrics.jsonl, the trackers and a line for people.
+"""The metrics of a training step, and where they go: metrics.jsonl, the trackers and a log line.
 
-Each term is logged raw and weighted, with the norm of its gradient at the hidden state: a term that contributes
-under 1 % or over 99 % of the gradient is warned about, because its weight then does nothing or everything. Not so where
-there is little gradient because a term is learnt: no weight would change that.
+Each term is logged raw and weighted, with the norm of its gradient at the hidden state. A term that contributes under
+1 % or over 99 % of the gradient gets a warning, because its weight then does nothing or everything. A term that is
+already learnt gets none: its gradient is small whatever its weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pst_dist.training.validation import ValidationScore
 log = logging.getLogger(__name__)
 _MOST_IDS = 8
 _LEARNT = 0.05
-"""Nats per token, or distance: below this a term has taught what it has to teach."""
+"""Nats per token, or distance: a term below this counts as learnt."""
 _SHORT = {"answer": "answer", "rationale": "rationale", "alignment": "align"}
 
 
@@ -39,20 +39,20 @@ class StepRecord:
     """One optimizer step over the global batch."""
 
     step: int
-    """Steps done, this one included."""
+    """Steps done, including this one."""
     raw: dict[str, float]
     """Mean of each present term: nats per token, distance per sample."""
     weighted: dict[str, float]
-    """Each present term's share of the loss; they add up to it."""
+    """Each present term's share of the loss; the shares sum to it."""
     cosine: float | None
     """Mean cosine to the teacher; None without alignment."""
     gradients: dict[str, float] | None
-    """Norm of each present term's gradient at the hidden state; None when not watched."""
+    """Norm of each present term's gradient at the hidden state; None when not measured."""
     grad_norm: float
     """Global gradient norm over all parameters, before clipping."""
     learning_rate: float
     tokens: int
-    """Tokens of all sequences, padding not counted, over all ranks."""
+    """Tokens of all sequences over all ranks, without padding."""
 
     @classmethod
     def of(
@@ -92,7 +92,7 @@ class StepRecord:
         return {name: value / total for name, value in (self.gradients or {}).items()} if total > 0 else {}
 
     def unbalanced(self) -> dict[str, float]:
-        """The shares of terms that make next to none of the gradient, or nearly all of it beside terms yet to learn."""
+        """Shares of unlearnt terms that make under 1 % or over 99 % of the gradient; empty for a single such term."""
         to_learn = {name: share for name, share in self.gradient_shares().items() if self.raw[name] > _LEARNT}
         return {name: share for name, share in to_learn.items() if len(to_learn) > 1 and not 0.01 <= share <= 0.99}
 
@@ -130,7 +130,7 @@ class MetricsLog:
         if not self.ranks.is_main:
             return self
         refuse_link_out(self.run.metrics, self.run.path)
-        # Rows after the checkpoint that we resume from belong to steps that are about to be taken again.
+        # Drop rows after the checkpoint we resume from: their steps are about to be repeated.
         found = read_lines(self.run.metrics)
         kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step]
         write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
@@ -139,7 +139,7 @@ class MetricsLog:
         self._progress = progress(f"train {self.config.arm}", total=self.total, unit="steps")
         self._bar = self._progress.__enter__()
         self._bar.advance(self.first_step)
-        self._bar.restart()  # steps of an earlier start say nothing about this one's speed
+        self._bar.restart()  # earlier steps do not count towards the speed of this start
         return self
 
     def __exit__(self, *details: Any) -> None:
@@ -150,7 +150,7 @@ class MetricsLog:
         self.trackers.finish(failed=details[0] is not None)
 
     def step(self, record: StepRecord, *, epoch: int) -> None:
-        """Take note of a step; every logging_steps, write it down."""
+        """Record a step; write a row and a log line every `train.logging_steps`."""
         if not self.ranks.is_main:
             return
         self._tokens += record.tokens
@@ -180,15 +180,15 @@ class MetricsLog:
             self.trackers.log(step, values)
 
     def _warn_about_balance(self, record: StepRecord) -> None:
-        """Warn once of a term whose weight does nothing, or everything."""
+        """Warn once about each term whose weight does nothing or everything."""
         if record.step == 1:
             return
         for name, share in record.unbalanced().items():
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "step %d: the %s term makes %.2f %% of the gradient at the hidden state; loss.%s_weight may want "
-                    "another value",
+                    "step %d: the %s term makes %.2f %% of the gradient at the hidden state; consider another value of "
+                    "loss.%s_weight",
                     record.step,
                     name,
                     100 * share,
@@ -196,7 +196,7 @@ class MetricsLog:
                 )
 
     def bad_step(self, step: int, outcome: str, fault: str, sample_ids: list[str]) -> None:
-        """Write down a step that moved no weight; `outcome` says what was done about it."""
+        """Record a step that moved no weight; `outcome` is the response to it."""
         if not self.ranks.is_main:
             return
         self._bar.advance(1)
@@ -205,7 +205,7 @@ class MetricsLog:
         log.warning("step %d/%d  %s: %s; samples %s", step, self.total, fault, outcome, shown)
 
     def validation(self, step: int, score: ValidationScore) -> None:
-        """Write down what the validation rows gave."""
+        """Record the scores of the validation rows."""
         if not self.ranks.is_main:
             return
         values = {name: value for name, value in score.to_json().items() if value is not None}

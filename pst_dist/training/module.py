@@ -1,9 +1,9 @@
-"""The student: any causal or encoder-decoder Hugging Face model, plus the alignment head beside it.
+"""The student in training: any causal or encoder-decoder Hugging Face model, plus a separate alignment head.
 
 The language-model head runs on supervised positions only (a twentieth of all, in PST), inside its own module call,
-through `kernels.head`. So tied weights, biases, LoRA and ZeRO-3's gathering work as they do without it; a model that
-caps or scales its logits afterwards is noticed, and runs its head as its authors wrote it. The alignment head lives
-outside the Hugging Face module tree and never reaches an export.
+through `kernels.head`. So tied weights, biases, LoRA and ZeRO-3's gathering work as usual. A model that caps or scales
+its logits afterwards is detected, and its head runs unchanged. The alignment head is outside the Hugging Face module
+tree and is never exported.
 """
 
 # Shapes in this file: B sequences, T tokens, D student width, N supervised tokens, A aligned spans, E teacher width
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class Student(nn.Module):
-    """`forward(batch, scales)` -> the loss of this batch and its terms; `model` alone is what is exported.
+    """`forward(batch, scales)` -> the loss of this batch and its terms; only `model` is exported.
 
-    Call it inside the engine's forward, never its parts: ZeRO-3 gathers weights in module hooks.
+    Call it through the engine's forward and never call its parts: ZeRO-3 gathers weights in module hooks.
     """
 
     def __init__(self, model: Any, loss: LossConfig, teacher_width: int | None) -> None:
@@ -40,12 +40,12 @@ class Student(nn.Module):
         self.model = model
         self.loss = loss
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        # No bias: the cosine then does not depend on the scale in which a model hands over its hidden states.
+        # No bias, so the cosine does not depend on the scale of a model's hidden states.
         self.head = nn.Linear(hidden_width(model), teacher_width, bias=False) if teacher_width else None
         self._layer = loss.layer if self.head is not None else None
         self.watch_gradients = False
         self.squared_gradients = torch.zeros(3, dtype=torch.float64)
-        """Sums of squared gradients at the hidden state, one a term, while `watch_gradients`."""
+        """Sums of squared gradients at the hidden state, one per term, while `watch_gradients` is set."""
         self._fusible: bool | None = None
 
     @property
@@ -54,10 +54,10 @@ class Student(nn.Module):
         return self.model.config.decoder_start_token_id if self.is_encoder_decoder else None
 
     def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
-        """Loss and sums over this batch; connected to every parameter even when nothing in it is supervised.
+        """Loss and sums over this batch; the graph reaches every parameter even when nothing is supervised.
 
         `scales` [3] float32 multiply the terms' sums: weights over counts of the whole global batch
-        (`TermWeights.scales`). They are needed here because the head makes its gradients in the forward.
+        (`TermWeights.scales`). They are needed here because the head computes its gradients in the forward pass.
         """
         if self._fusible is None:
             self._fusible = self._returns_the_heads_logits(batch)
@@ -66,7 +66,7 @@ class Student(nn.Module):
         with _replaced_forward(self.model.get_output_embeddings(), call):
             made = self._run(batch, with_layers=self._layer is not None)
         output = call.result(made.logits)
-        # A product would turn a likelihood of infinity into a NaN of the other term.
+        # Multiplying by the mask would turn one term's infinite loss into a NaN in the other term.
         answer, rationale = (torch.where(which, output.nll, 0).sum() for which in (batch.is_answer, ~batch.is_answer))
         pooled = output.pooled if self._layer is None else span_tap(self._layer_of(made), batch.spans)[1]
         alignment, cosine = self._alignment(pooled, batch)
@@ -75,7 +75,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _returns_the_heads_logits(self, batch: PSTBatch) -> bool:
-        """Whether the model hands on what its head returned, tried on one token with logits that nobody would keep.
+        """Whether the model returns its head's logits unchanged, tested on one token with extreme logits.
 
         Raises ConfigError for a model that computes logits without its head module.
         """
@@ -89,7 +89,7 @@ class Student(nn.Module):
         given: list[Tensor] = []
 
         def answer(head: nn.Module, original: Any, hidden: Tensor) -> Tensor:
-            # Spread far beyond what a cap, a scale or a mask would leave as it is.
+            # The range is wide enough that any cap, scale or mask changes some value.
             probe = torch.linspace(-100, 100, vocabulary_of(head, self.model), device=hidden.device).to(hidden.dtype)
             given.append(probe)
             return probe.expand(1, 1, -1)
@@ -106,15 +106,18 @@ class Student(nn.Module):
             )
         same = logits.numel() == given[0].numel() and torch.equal(logits.flatten().float(), given[0].float())
         if not same:
-            log.info("%s changes its head's logits afterwards: its head runs unfused", type(self.model).__name__)
+            log.info("%s changes the logits of its head, so its head runs unfused", type(self.model).__name__)
         return same
 
     def _layer_of(self, made: Any) -> Tensor:
-        """[B, T, D] output of the layer that is aligned; raises ConfigError for one that the model does not have."""
+        """[B, T, D] output of the aligned layer; raises ConfigError when the model has no such layer."""
         states = made.decoder_hidden_states if self.is_encoder_decoder else made.hidden_states
         layers, layer = len(states) - 1, self._layer or 0  # the first state is the embedding
         if layer == 0 or abs(layer) > layers:
-            raise ConfigError(f"loss.layer={layer}: the student has layers 1 to {layers}", "or count them from the end")
+            raise ConfigError(
+                f"loss.layer={layer}: the student has layers 1 to {layers}",
+                f"use one of them, or -1 to -{layers} to count from the end",
+            )
         return states[layer]
 
     def _run(self, batch: PSTBatch, *, with_layers: bool = False) -> Any:
@@ -131,12 +134,12 @@ class Student(nn.Module):
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **more)
 
     def _alignment(self, pooled_AD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor]:
-        """Sum of distances and of cosines over the batch's spans."""
+        """Sums of the distances and of the cosines over the batch's spans."""
         if self.head is None:
             zero = pooled_AD.new_zeros(())
             return zero, zero
         if not len(batch.spans) and not self.loss.symmetric:
-            # Still through the head: each of its parameters must get a gradient on every rank.
+            # Still run the head: each of its parameters must get a gradient on every rank.
             nothing = self.head(pooled_AD.to(self.head.weight.dtype)).float().sum()
             return nothing, nothing.detach()
         if self.watch_gradients and pooled_AD.requires_grad:
@@ -153,15 +156,15 @@ class Student(nn.Module):
         return distance.sum(), cosine.sum()
 
     def _record_spans(self, grad_AD: Tensor, lengths: Tensor) -> None:
-        # Each token of a span receives grad / length: length times its square is square / length.
+        # Each of the span's `length` tokens receives grad / length, so the sum of squares is grad squared / length.
         self.squared_gradients[2] += (grad_AD.detach().double().square().sum(-1) / lengths).sum().cpu()
 
 
 class _HeadCall:
-    """Stands in for the language-model head's forward during one training pass, and keeps what comes of it.
+    """Replaces the language-model head's forward during one training pass and keeps its output.
 
-    A model whose logits are what its head returns gets the combined head, and hands on logits that nobody reads. One
-    that does something to them afterwards (caps, scales, masks) runs its head on the supervised rows as ever.
+    A model that returns its head's logits unchanged gets the combined head; its logits are then dummies. A model that
+    changes them afterwards (caps, scales, masks) runs its own head on the supervised rows.
     """
 
     def __init__(self, student: Student, batch: PSTBatch, weights_N: Tensor) -> None:
@@ -182,7 +185,7 @@ class _HeadCall:
                 with_squares=watch,
             )
             if output.squares.numel():
-                # Only what the hook needs: one that held `output` would keep the loss, and so the graph, alive.
+                # Capture only what the hook needs: holding `output` would keep the loss, and so the graph, alive.
                 squares, record = output.squares, self._recorder()
                 output.loss.register_hook(lambda upstream: record(squares * upstream * upstream))
             self.output = output
@@ -196,9 +199,9 @@ class _HeadCall:
         return original(rows_ND[None])
 
     def result(self, logits: Tensor) -> HeadOutput:
-        """What the head made of the batch, given the logits that the model returned."""
+        """The head's output for the batch, given the logits that the model returned."""
         if self.output is not None:
-            # Adds zero: the backward pass goes through the head module's output, as the hooks on it expect.
+            # Adds zero, but makes the backward pass run through the head module's output, as its hooks expect.
             return replace(self.output, loss=self.output.loss + logits.float().sum())
         assert self.pooled is not None, "the model did not call its head"
         nothing = self.pooled.new_zeros(0)
@@ -208,7 +211,7 @@ class _HeadCall:
         return HeadOutput((nll_N * self.weights_N).sum(), nll_N.detach(), self.pooled, nothing, nothing)
 
     def _recorder(self) -> Callable[[Tensor], None]:
-        """What adds [N] squared gradients of the supervised rows to the two cross-entropies' sums."""
+        """A function that adds [N] squared gradients of the supervised rows to the two cross-entropies' sums."""
         answers, totals = self.batch.is_answer, self.student.squared_gradients
 
         def record(squares_N: Tensor) -> None:
@@ -220,7 +223,7 @@ class _HeadCall:
 
 @contextlib.contextmanager
 def _replaced_forward(head: nn.Module, call: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `call(head, its forward, hidden)` answer for the head, within its hooks; as it was on the way out."""
+    """Replace the head's forward by `call(head, its forward, hidden)`, within its hooks; restore it on exit."""
     before = head.__dict__.get("forward")
     original = head.forward
     head.forward = lambda hidden: call(head, original, hidden)
@@ -234,7 +237,7 @@ def _replaced_forward(head: nn.Module, call: Callable[..., Tensor]) -> Iterator[
 
 
 def vocabulary_of(head: nn.Module, model: Any) -> int:
-    """Logits that a head makes for each position."""
+    """Number of logits a head produces per position."""
     return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
 
@@ -244,9 +247,9 @@ def hidden_width(model: Any) -> int:
 
 
 def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> Student:
-    """A student with its weights, as `build_model` finds or makes them, and raising what that does.
+    """A student with its weights; raises what `build_model` raises.
 
-    The seed of the global generator must be set by the caller.
+    The caller must seed the global random generator.
     """
     model = build_model(config, tokenizer)
     return Student(model, config.loss, teacher_width)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW's parameter groups, and the learning rate of each step."""
+"""The optimizer: AdamW with its parameter groups, and the learning rate of each step."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """Which samples each optimizer step trains on; the last step of an epoch takes what is left."""
+    """Which samples each optimizer step trains on; the last step of an epoch takes the remainder."""
 
     samples: int
     global_batch_size: int
@@ -28,7 +28,7 @@ class OrderPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every sample comes exactly once."""
+        """Optimizer steps that use every sample exactly once."""
         return -(-self.samples // self.global_batch_size)
 
     def epoch_of(self, step: int) -> int:
@@ -49,7 +49,7 @@ class OrderPlan:
         return drawn[~np.isin(drawn, batch)][:count]
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, size: int) -> list[np.ndarray]:
-        """This rank's forward passes; every rank gets equally many, an empty one where samples run out."""
+        """This rank's forward passes; every rank gets the same number, with an empty one where samples run out."""
         indices = self.global_batch(step)
         passes = -(-len(indices[::world_size]) // size)
         mine = indices[rank::world_size]
@@ -57,7 +57,7 @@ class OrderPlan:
 
 
 def rationale_of(sample: ReasoningSample, *, seed: int, epoch: int) -> int:
-    """Which of a sample's rationales an epoch uses: all in turn, from a start that depends on the id."""
+    """Index of the rationale an epoch uses: epochs cycle through all of them, starting at one that the id decides."""
     if len(sample.rationales) < 2:
         return 0
     start = int.from_bytes(hashlib.sha256(f"{seed}/{sample.id}".encode()).digest()[:4], "big")

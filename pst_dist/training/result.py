@@ -1,4 +1,4 @@
-"""What a training comes to, and whether the one that a config asks for is there already."""
+"""The result of a training, and whether the training that a config describes is already complete."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def global_batch_size(train: TrainConfig, world_size: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `train` hands back; also `train.json` in the run directory."""
+    """What `train` returns; also `train.json` in the run directory."""
 
     fingerprint: str
     shards: str
     """Digest of the shards' manifest."""
     embeddings: str | None
-    """Digest of the embeddings' manifest; None for an arm that aligns with none."""
+    """Digest of the embeddings' manifest; None for an arm without alignment."""
     steps: int
     seconds: float
     """Training time over all starts, without validation and checkpoints."""
@@ -51,13 +51,13 @@ def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
     try:
         result = read_typed(path, TrainingResult)
     except IntegrityError as error:
-        log.warning("the record of the training is damaged and will be written again: %s", error)
+        log.warning("the record of the training is damaged and will be rewritten: %s", error)
         return None
     return result if result.fingerprint == fingerprint else None
 
 
 def complete_training(config: Config, world_size: int) -> TrainingResult | None:
-    """What `train` with these settings would find complete, or None; builds no student and starts no rank."""
+    """The complete training that `train` would find for this config, or None; builds no student, starts no rank."""
     run = run_dir(config)
     shards = ShardSet.open(run.shards)
     teacher = open_teacher(config, run, shards)

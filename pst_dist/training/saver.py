@@ -1,10 +1,10 @@
-"""When a checkpoint is written: at once, or by a thread while training goes on.
+"""Saving checkpoints: in the foreground, or in a thread while training continues.
 
-In the background a save copies this rank's state to host memory at the step boundary, so its bits are those of the
-moment it was asked for; a thread writes and hashes the copy. Ranks talk to one another in their main threads only: at a
-later step boundary, when every rank has written, they publish together, as a save in the foreground does at once. At
-most one save is in flight, and whoever needs the newest checkpoint settles it first.
-What a checkpoint is, and what makes it whole or absent, is `checkpoint`'s.
+A background save copies this rank's state to host memory at the step boundary, so it captures exactly that moment; a
+thread writes and hashes the copy. Ranks communicate in their main threads only: they publish together at a later step
+boundary, when every rank has finished writing; a foreground save publishes at once. At most one save is in flight, and
+code that needs the newest checkpoint calls `settle` first.
+`training.checkpoint` defines what a checkpoint is and how it stays complete or absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pst_dist.training.state import RunState
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that all ranks have just written: what an observer is told."""
+    """A checkpoint that all ranks have just written, as passed to the observer."""
 
     path: Path
     state: RunState
@@ -35,7 +35,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A checkpoint of which this rank's part is being written."""
+    """A checkpoint that is still being written."""
 
     partial: Path
     state: RunState
@@ -67,12 +67,12 @@ class Saver:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        # Other ranks may be lost, so nothing is published here: what lies there is removed by the next save.
+        # Other ranks may be lost, so nothing is published here; the next save removes the partial checkpoint.
         self._writer.shutdown(wait=True)
 
     @property
     def pending(self) -> bool:
-        """Whether a save is in flight, on every rank the same."""
+        """Whether a save is in flight, the same on every rank."""
         return self._flight is not None
 
     @property
@@ -82,9 +82,9 @@ class Saver:
         return thread is not None and not thread.done()
 
     def save(self, state: RunState, loss: float) -> None:
-        """Save the engine's state; in the background only the copy is made here. Collective.
+        """Save the engine's state; a background save only makes the copy here. Collective.
 
-        `loss` is the last step's, for the observer. Raises DivergedError when a weight or a moment is not finite.
+        `loss` is that of the last step, for the observer. Raises DivergedError when a weight or moment is not finite.
         """
         self.settle()
         partial, part = prepare_checkpoint(self.engine, self.root, state, copy=self.in_background)
@@ -96,9 +96,9 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Publish what is in flight, waiting for it where that must be; collective.
+        """Publish the save in flight, waiting until it is written; collective.
 
-        Raises what writing it raised, so a full disk is told in the same words by either way of saving.
+        Raises what the writing raised, so a full disk gives the same message in the background and the foreground.
         """
         if self._flight is None:
             return

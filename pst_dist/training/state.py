@@ -1,4 +1,4 @@
-"""Where a training is: what a checkpoint holds besides weights and moments."""
+"""The state of a training run: what a checkpoint holds besides weights and moments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunState:
-    """Where training stands; with the seed it determines every later batch."""
+    """Training progress; together with the seed it determines every later batch."""
 
     fingerprint: str
     """Digest of everything that shapes the training: settings, shards, embeddings."""
@@ -17,20 +17,20 @@ class RunState:
     step: int = 0
     """Optimizer steps done."""
     best_value: float | None = None
-    """The metric on validation of the best student so far."""
+    """Validation metric of the best student so far."""
     best_step: int | None = None
     seconds: float = 0.0
     """Training time so far, in seconds, over all starts."""
     tokens: int = 0
     """Tokens of target and prompt seen so far, over all ranks."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the training depends on by name (`training_settings`); their digest is the fingerprint."""
+    """The settings that shape the training (`fingerprint.training_settings`); their digest is the fingerprint."""
     skipped_steps: list[int] = field(default_factory=list)
-    """Steps, counted from 1, that moved no weight because they were bad (`divergence`)."""
+    """Bad steps, counted from 1, that moved no weight (`training.bad_steps`)."""
     rollbacks: list[list[int]] = field(default_factory=list)
-    """[checkpoint, step] of each time that training went back: the steps after the one up to the other do not count."""
+    """One [checkpoint, step] pair per rollback: the steps after `checkpoint`, up to and including `step`, are void."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last good steps, oldest first; empty unless a jump of the loss is looked for."""
+    """Losses of the last good steps, oldest first; empty unless `train.spike_factor` is set."""
 
 
 def advanced(state: RunState, **changes: Any) -> RunState:

@@ -1,7 +1,8 @@
-"""One optimizer step over a global batch: counts and losses added over ranks, the passes, and the move of the weights.
+"""One optimizer step over a global batch: sum counts over ranks, run the passes, move the weights.
 
-Counts are added over ranks and micro-batches before the first backward pass, so every gradient is that of the global
-batch's loss. A bad step leaves weights and moments as they were and gives a `BadStep`; what follows is `divergence`'s.
+Counts are summed over ranks and micro-batches before the first backward pass, so every gradient is that of the global
+batch's loss. A bad step leaves weights and moments unchanged and returns a `BadStep`; `training.bad_steps` decides
+what follows.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from pst_dist.training.state import RunState
 
 @dataclass(frozen=True)
 class Totals:
-    """One global batch over all ranks, and what they tell one another at a step's beginning."""
+    """One global batch over all ranks, and the flags they exchange at the start of a step."""
 
     counts: Tensor
     """[3] float64: answer tokens, rationale tokens, aligned spans."""
     tokens: int
     told: int
-    """The signal by which some rank was told to stop, or 0."""
+    """The signal that asked some rank to stop, or 0."""
     busy: int
-    """Ranks that still write a checkpoint in the background."""
+    """Number of ranks still writing a checkpoint in the background."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class BadStep:
     fault: str
     """What was wrong, without the step's number."""
     sample_ids: list[str]
-    """The samples of the passes whose loss was not finite; when all were, those of the whole global batch."""
+    """Samples of the passes whose loss was not finite; all samples of the global batch when every loss was finite."""
 
 
 def totals_over_ranks(batches: Sequence[PSTBatch], told: int, *, busy: bool = False) -> Totals:
-    """What a step holds, whether a rank was told to stop (`told`: by which signal) or still writes; one collective."""
+    """The step's counts and flags over all ranks, in one collective; `told` is the stop signal of this rank, or 0."""
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    # SIGINT counts more than any number of ranks that were told otherwise: the launcher passes it to all.
+    # SIGINT on any rank takes precedence over SIGTERM on the others: the launcher forwards it to all.
     flags = [float(told == signal.SIGINT), float(told != 0), float(busy)]
     sums = sums_over_ranks(torch.cat([counts, torch.tensor([float(tokens), *flags], dtype=torch.float64)]))
     told_by = 0 if not sums[5] else signal.SIGINT if sums[4] else signal.SIGTERM
@@ -71,18 +72,18 @@ def take_step(
     total: int,
     watch: bool,
 ) -> StepRecord | BadStep:
-    """The step after `state.step`, of `total`, over this rank's micro-batches; collective.
+    """Take the step after `state.step`, of `total`, over this rank's micro-batches; collective.
 
-    With `watch` the record holds the norm of each term's gradient at the hidden state.
+    With `watch` the record contains the norm of each term's gradient at the hidden state.
     """
     step, student = state.step, engine.student
-    # Dropout depends on (seed, step, rank) alone, so a resumed run draws what the undisturbed one would have.
+    # Dropout depends only on (seed, step, rank), so a resumed run draws the same masks as an uninterrupted one.
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + engine.ranks.rank)
     student.train()
     student.watch_gradients = watch
     student.squared_gradients.zero_()
     scales = weights.scales(totals.counts)
-    # Added up where they are: a look at them from here would wait for the device in every pass.
+    # Summed on the device: reading them here would sync with it in every pass.
     cosine = torch.zeros((), dtype=torch.float64, device=engine.device)
     passes = []
     device_scales = scales.float().to(engine.device)

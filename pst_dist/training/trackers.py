@@ -1,8 +1,8 @@
-"""Where a training's numbers go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, Trackio, or your own.
+"""Experiment trackers that receive the metrics: TensorBoard, Weights & Biases, MLflow, Trackio, or your own.
 
-`train.report_to` names them. A package of your own brings a tracker by an entry point of the group
-`pst_dist.trackers` that names a subclass of `Tracker`. Only rank zero reports. A tracker may fail at any time: it is
-warned about once, by name, and left out from then on; the training goes on. Each library is imported when it is used.
+`train.report_to` names them. Your own package can add a tracker through an entry point of the group
+`pst_dist.trackers` that names a subclass of `Tracker`. Only rank zero reports. When a tracker fails, training logs one
+warning with its name and continues without it. Each library is imported when it is used.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from pst_dist.storage.atomic import write_text
 log = logging.getLogger(__name__)
 _PROJECT = "pst_dist"
 _IDS = "trackers.json"
-"""In the run directory: the ids by which trackers know this run, so that a resumed training goes on in the same one."""
+"""File in the run directory with this run's id in each tracker, so that a resumed training continues the same run."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of the run."""
+    """The run as trackers see it."""
 
     path: Path
-    """The run directory; local files of a tracker belong in it."""
+    """The run directory; a tracker's local files go into it."""
     name: str
     first_step: int
     """Optimizer steps done before this start; 0 for a new training."""
 
     def known_id(self, tracker: str) -> str | None:
-        """The id under which an earlier start of this training is known to a tracker."""
+        """The id that an earlier start of this training has in a tracker; None for a new training."""
         return self._ids().get(tracker) if self.first_step else None
 
     def keep_id(self, tracker: str, value: str) -> None:
-        """Remember an id for the next start."""
+        """Store an id for the next start."""
         write_text(self.path / _IDS, json.dumps(self._ids() | {tracker: value}, sort_keys=True) + "\n")
 
     def _ids(self) -> dict[str, str]:
@@ -59,37 +59,37 @@ class TrackedRun:
 
 
 class Tracker(abc.ABC):
-    """One place that numbers are reported to. Whatever a method raises ends the reporting, not the training."""
+    """One destination for metrics. An exception in any method ends the reporting, not the training."""
 
     @abc.abstractmethod
     def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
-        """Begin, or go on after `run.first_step`; `config` is the resolved config, nested, without passwords."""
+        """Begin, or resume after `run.first_step`; `config` is the resolved config, nested, without passwords."""
 
     @abc.abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take finite numbers that belong to an optimizer step, counted from 1; steps never decrease."""
+        """Report finite numbers of an optimizer step, counted from 1; steps never decrease."""
 
     @abc.abstractmethod
     def finish(self, failed: bool) -> None:
-        """The training has ended, `failed` by an error or an interrupt."""
+        """Close the run; `failed` when an error or an interrupt ended the training."""
 
 
 class TensorBoard(Tracker):
     """Event files in `RUN/tensorboard`."""
 
     def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
-        """Open a file; steps after the checkpoint that is resumed from are hidden, they are taken again."""
+        """Open a file; hide steps after the checkpoint we resume from, since they are repeated."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(run.path / "tensorboard"), purge_step=run.first_step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One scalar a value."""
+        """Write one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def finish(self, failed: bool) -> None:
-        """Write what is buffered."""
+        """Flush and close."""
         self._writer.close()
 
 
@@ -97,10 +97,10 @@ class WeightsAndBiases(Tracker):
     """A run of W&B; WANDB_PROJECT, WANDB_MODE=offline and the other variables of wandb apply."""
 
     def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
-        """Begin or resume a run; its files lie in `RUN/wandb`."""
+        """Begin or resume a run; its files are in `RUN/wandb`."""
         import wandb
 
-        # Its record of the command line and of the working directory's code would carry what we leave out.
+        # Its records of the command line and of the working directory's code could contain secrets that we redact.
         settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True)
         known = run.known_id("wandb")
         self._run: Any = wandb.init(
@@ -115,11 +115,11 @@ class WeightsAndBiases(Tracker):
         run.keep_id("wandb", self._run.id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of its history."""
+        """Write one row of the run's history."""
         self._run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
-        """Hand over what is buffered."""
+        """Send the buffered rows and close the run."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -127,8 +127,8 @@ class MLflow(Tracker):
     """A run of MLflow at MLFLOW_TRACKING_URI, or in `RUN/mlflow.db`; MLFLOW_EXPERIMENT_NAME names the experiment."""
 
     def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
-        """Begin or resume a run, its parameters being the config's keys."""
-        # Its own defaults retry for minutes at each step, and the training would wait.
+        """Begin or resume a run; the config's keys become its parameters."""
+        # With MLflow's defaults, an unreachable server would delay every step by minutes of retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         from mlflow import MlflowClient
@@ -153,21 +153,21 @@ class MLflow(Tracker):
             self._client.log_batch(self._id, params=pairs[start : start + _MOST_PARAMETERS])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One metric a value, in one request."""
+        """Write one metric per value, in one request."""
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [self._metric(name, value, now, step) for name, value in values.items()])
 
     def finish(self, failed: bool) -> None:
-        """Set the run's state."""
+        """Set the run's final status."""
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
 _LONGEST_PARAMETER, _MOST_PARAMETERS = 500, 100
-"""MLflow's limits: characters of a value that every server takes, and parameters in one request."""
+"""MLflow's limits: characters of a parameter value that every server accepts, and parameters per request."""
 
 
 class Trackio(Tracker):
-    """A run of Trackio, kept where TRACKIO_DIR says; TRACKIO_PROJECT names the project."""
+    """A run of Trackio, stored in TRACKIO_DIR; TRACKIO_PROJECT names the project."""
 
     def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
         """Begin or resume a run of that name."""
@@ -186,11 +186,11 @@ class Trackio(Tracker):
         run.keep_id("trackio", name)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row."""
+        """Write one row."""
         self._run.log(dict(values), step=step)
 
     def finish(self, failed: bool) -> None:
-        """Hand over what is buffered."""
+        """Send the buffered rows and close the run."""
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
 
@@ -204,7 +204,7 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 class Trackers:
-    """All trackers of a training behind one call; none of them can end it."""
+    """All trackers of a training behind one interface; a failing tracker never ends the training."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun, config: Config) -> None:
         self._running: dict[str, Tracker] = {}
@@ -231,7 +231,7 @@ class Trackers:
                 self._give_up(name, error)
 
     def finish(self, *, failed: bool) -> None:
-        """End all of them."""
+        """Finish all trackers."""
         for name, tracker in list(self._running.items()):
             try:
                 tracker.finish(failed)
@@ -246,7 +246,7 @@ class Trackers:
             reason = f"the package {error.name} is not installed: pip install 'pst-dist[{extra}]'"
         else:
             reason = f"{type(error).__name__}: {first_line(error, 200)}"
-        log.warning("tracker %s failed and gets no more numbers; training goes on (%s)", name, redact(reason))
+        log.warning("tracker %s failed and gets no more metrics; training continues (%s)", name, redact(reason))
 
 
 def _load(name: str) -> Tracker:

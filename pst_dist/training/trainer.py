@@ -1,7 +1,7 @@
 """`train(config)`: composes data, student, loss, engine and checkpoints into one run, under every launcher.
 
-Each start first resumes the newest valid checkpoint, so a requeued job, a retry and a second hand-typed command are
-one mechanism. A step is `train_step`'s, what a bad one means `divergence`'s, when a checkpoint is written `saving`'s.
+Each start first resumes the newest valid checkpoint, so a requeued job, a retry and a repeated command all work the
+same way. `training.step` takes a step, `training.bad_steps` decides about bad ones, `training.saver` saves checkpoints.
 """
 
 from __future__ import annotations
@@ -79,17 +79,16 @@ def train(
     stop: StopRequest | None = None,
     lock_seconds: float = 0.0,
 ) -> TrainingResult:
-    """Train one arm to its last step and return what came of it; resumes what an earlier call left.
+    """Train one arm to its last step and return the result; resumes an earlier, incomplete training.
 
-    With `rebuild` that is removed first, once the directory is ours: a training that runs there keeps its own.
-    `observer` is called on every rank after each checkpoint. A launcher that runs this where no signals arrive asks
-    for an end through a `stop` of its own; `lock_seconds` is how long it gives an earlier process of the same run to
-    let go of the directory.
-    Raises ConfigError, InputError, StaleError or IntegrityError before the first step, and DivergedError on all
-    ranks together when a step is bad and `train.skip_bad_steps` and `train.max_rollbacks` do not help, with the weights
-    as they were before that step. Told to stop
-    by SIGTERM or SIGUSR1 on any rank, all write a checkpoint at the next step boundary and raise PreemptedError;
-    KeyboardInterrupt after SIGINT.
+    `rebuild` removes the earlier training first, after locking the directory, so never one that is still running.
+    `observer` is called on every rank after each checkpoint. A launcher that receives no signals passes its own `stop`
+    to request an end. `lock_seconds` is how long to wait for an earlier process of the same run to release the
+    directory.
+    Raises ConfigError, InputError, StaleError or IntegrityError before the first step. Raises DivergedError on all
+    ranks, with the weights from before the step, when a step is bad and `train.skip_bad_steps` and
+    `train.max_rollbacks` are used up. After SIGTERM or SIGUSR1 on any rank, all ranks write a checkpoint at the next
+    step boundary and raise PreemptedError; after SIGINT, KeyboardInterrupt.
     """
     quiet_libraries()
     ranks = Ranks.from_environment()
@@ -97,7 +96,7 @@ def train(
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     if config.train.deepspeed is not None:
-        deepspeed_settings(config.train, ranks.world_size)  # refused here, before ranks have met and weights are loaded
+        deepspeed_settings(config.train, ranks.world_size)  # refuse before ranks connect and weights load
     lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
     patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
     with (
@@ -108,7 +107,7 @@ def train(
     ):
         at("loading")
         check_same_software()
-        with together(ranks):  # a node may not see them; a refusal before the lock leaves nothing behind
+        with together(ranks):  # a node may not see the data; refusing before the lock leaves nothing behind
             fetch_data(config, on_file=alive)
             ShardSet.open(run.shards, verify=False)
         with main_first_errors(ranks):
@@ -129,7 +128,7 @@ def _refuse_foreign_folders(run: RunDir) -> None:
 
 
 def _forget(run: RunDir) -> None:
-    """Remove what an earlier training left in a run directory."""
+    """Remove an earlier training from a run directory."""
     for folder in (run.checkpoints, run.best):
         remove_directory(folder)
     for file in (run.training, run.metrics):
@@ -137,7 +136,7 @@ def _forget(run: RunDir) -> None:
 
 
 class _Training:
-    """One call of `train`: what is built once, and the loop over steps."""
+    """One call of `train`: the objects built once, and the loop over steps."""
 
     def __init__(
         self,
@@ -152,7 +151,7 @@ class _Training:
         self.shards_digest = shards.manifest.digest
         samples = shards.split("train")
         if not len(samples):
-            raise InputError("there are no training rows in these shards", "give data.train", path=run.shards)
+            raise InputError("these shards contain no training rows", "set data.train", path=run.shards)
         self.teacher = open_teacher(config, run, shards)
         batch = global_batch_size(config.train, ranks.world_size)
         self.settings = training_settings(
@@ -216,7 +215,7 @@ class _Training:
         with metrics, saver:
             try:
                 state = self._loop(engine, state, metrics, saver)
-            except DivergedError:  # on all ranks alike, so a checkpoint that is still in flight can be finished
+            except DivergedError:  # raised on all ranks, so a checkpoint in flight can still be published
                 saver.settle()
                 raise
         result = TrainingResult(
@@ -232,16 +231,16 @@ class _Training:
         )
         with main_first_errors(self.ranks):
             if self.ranks.is_main:
-                # The last save may have been killed when it had published, and there is none after it.
+                # A kill during the last save, after publishing, leaves old checkpoints that no later save removes.
                 remove_old(self.run.checkpoints, state, keep=self.config.train.save_total_limit)
                 refuse_link_out(self.run.training, self.run.path)
                 write_json(self.run.training, vars(result))
         return result
 
     def _check_rows(self) -> None:
-        """Lay out every row once, a stride on each rank: one that does not fit is refused before the first step.
+        """Lay out every row once, a stride on each rank, to refuse a row that does not fit before the first step.
 
-        Raises DataError on every rank: the rank that found it names the row.
+        Raises DataError on every rank; the rank that found the row names it.
         """
         failure: DataError | None = None
         task = get_task(self.config.task, self.config.data.answer_type)
@@ -257,16 +256,16 @@ class _Training:
         bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))
         if bad[1] > 0:
             first = f", such as {lost[0].answer!r} of sample {lost[0].id}" if lost else ""
-            log.warning("%d answers change in this tokenizer and will never be scored right%s", int(bad[1]), first)
+            log.warning("this tokenizer changes %d answers, which can never be scored correct%s", int(bad[1]), first)
         if failure is not None:
             raise failure
         if bad[0] > 0:
-            raise DataError("another rank met a row that cannot be trained on", "see its message")
+            raise DataError("another rank found a row that cannot be trained on", "see its message")
 
     def _resume(self, engine: Engine) -> RunState:
-        """Go to the newest valid checkpoint; when the best student is lost, back to where it can be made again.
+        """Load the newest valid checkpoint, or an earlier one from which a lost best student can be recreated.
 
-        That is the checkpoint of its own step, or one before it: training on from there meets the same best step.
+        That is the checkpoint of the best step or one before it; training from there reaches the same best step.
         """
         fresh = RunState(self.fingerprint, engine.name, self.ranks.world_size, settings=self.settings)
         root, accept = self.run.checkpoints, self.config.train.accept_changes
@@ -275,7 +274,7 @@ class _Training:
         intact = from_main(Artefact(self.run.best, "student").is_intact() if self.ranks.is_main else None)
         if best_step is None or intact:
             return resume(engine, root, fresh, accept_changes=accept)
-        log.warning("the best student, of step %d, is not there: making it again", best_step)
+        log.warning("the best student (step %d) is missing or damaged; recreating it", best_step)
         state = resume(engine, root, fresh, at_most=best_step, accept_changes=accept)
         if state.step == best_step:
             self._keep_student(engine, state, self.validator.score(engine, self.weights))
@@ -316,7 +315,7 @@ class _Training:
             if isinstance(taken, BadStep):
                 before = len(state.rollbacks)
                 state = self._answer(engine, state, taken, metrics, saver)
-                went_back = len(state.rollbacks) > before  # the next start is to know it
+                went_back = len(state.rollbacks) > before  # saved below, so that the next start knows it
             else:
                 state = after_good_step(advanced(state, step=state.step + 1), taken.loss, train)
                 loss = taken.loss
@@ -333,7 +332,7 @@ class _Training:
         return state
 
     def _answer(self, engine: Engine, state: RunState, bad: BadStep, metrics: MetricsLog, saver: Saver) -> RunState:
-        """Skip a bad step, go back, or raise DivergedError, as `divergence` decides; collective."""
+        """Skip a bad step, roll back, or raise DivergedError, as `training.bad_steps` decides; collective."""
         answer = answer_to(state, self.config.train)
         if answer is Answer.SKIP:
             metrics.bad_step(state.step + 1, "skipped", bad.fault, bad.sample_ids)
@@ -344,7 +343,7 @@ class _Training:
             metrics.bad_step(state.step + 1, "stopped", bad.fault, bad.sample_ids)
             raise diverged(bad.fault, state, self.config.train)
         path, checkpoint = found
-        outcome = f"gone back to the weights of step {checkpoint.step}"
+        outcome = f"rolled back to the weights of step {checkpoint.step}"
         metrics.bad_step(state.step + 1, outcome, bad.fault, bad.sample_ids)
         at("resuming", state.step + 1)
         engine.load(path)
@@ -365,7 +364,7 @@ class _Training:
         )
 
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
-        """Score the validation rows, and keep the student when it is the best so far."""
+        """Score the validation rows and keep the student if it is the best so far."""
         at("validation", state.step)
         value = self.validator.score(engine, self.weights)
         if value.loss is not None and not math.isfinite(value.loss):
@@ -380,7 +379,7 @@ class _Training:
         return state
 
     def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
-        """Write the student as it is now, as the best one; collective."""
+        """Write the current student as the best one; collective."""
         at("keeping the student", state.step)
         weights = engine.full_weights()
         with main_first_errors(self.ranks):

@@ -1,4 +1,4 @@
-"""Scoring the validation rows during training: the three loss terms, and accuracy where it chooses the student."""
+"""Scores the validation rows during training: the three loss terms, and accuracy when it chooses the student."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class ValidationScore:
     """Means over the validation rows; None where nothing was measured."""
 
     answer_nll: float | None = None
-    """Nats per answer token; where it stands after a rationale, after the teacher's."""
+    """Nats per answer token; for an arm that answers after a rationale, given the teacher's rationale."""
     rationale_nll: float | None = None
     """Nats per rationale token."""
     written_nll: float | None = None
-    """Nats per token of rationale and answer together, where that chooses the student (arms that think first)."""
+    """Nats per token of rationale and answer together, when that chooses the student (arms that think first)."""
     alignment: float | None = None
     """Distance per sample."""
     cosine: float | None = None
@@ -41,7 +41,7 @@ class ValidationScore:
     loss: float | None = None
     """The weighted total."""
     accuracy: float | None = None
-    """Share of rows answered right, decoded greedily."""
+    """Fraction of rows answered correctly by greedy decoding."""
 
     def chosen(self, metric: str) -> float | None:
         """The value that chooses the student; None without validation rows."""
@@ -53,12 +53,12 @@ class ValidationScore:
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Accuracy is to rise and a likelihood loss to fall; a tie keeps the later, longer trained student."""
+    """Whether `value` beats `best`: higher accuracy or lower loss. A tie keeps the later, longer-trained student."""
     return value >= best if metric == "accuracy" else value <= best
 
 
 class Validator:
-    """Scores a student on all ranks together; every rank takes a stride of the rows."""
+    """Scores a student on all ranks; every rank takes a stride of the rows."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class Validator:
         self.decodes = config.train.metric_for_best_model == "accuracy"
         if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
             raise ConfigError(
-                "train.metric_for_best_model=accuracy decodes on each rank, which ZeRO-3's divided weights forbid",
-                "choose answer_nll, or zero2",
+                "train.metric_for_best_model=accuracy decodes on each rank, but ZeRO-3 splits the weights over ranks",
+                "set it to answer_nll, or train.deepspeed to zero2",
             )
 
     def score(self, engine: Engine, weights: TermWeights) -> ValidationScore:
@@ -88,7 +88,7 @@ class Validator:
         unscaled = torch.ones(3, device=engine.device)
         with torch.no_grad():
             for sequences, muted in self._passes():
-                # InfoNCE's candidates when scoring are the pass's own rows.
+                # When scoring, InfoNCE's candidates are the rows of the pass.
                 keys = list(dict.fromkeys((sequence.sample_id, sequence.rationale) for sequence in sequences))
                 batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
                 alive()
@@ -109,7 +109,7 @@ class Validator:
         )
 
     def _passes(self) -> Iterator[tuple[list[TokenSequence], bool]]:
-        """This rank's forward passes as (sequences, muted), equally many on every rank."""
+        """This rank's forward passes as (sequences, muted); every rank gets the same number."""
         size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
         most = math.ceil(len(self.samples) / world)
         passes = math.ceil(most / size)

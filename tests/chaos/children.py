@@ -1,7 +1,7 @@
 """Stages of a small real run in forked children: the libraries are imported once, so a trial costs a second or less.
 
-A child runs a `pst` command line as a shell would, with its exit code and what it said. Encodings are made once by the
-real encoder and handed to all children. What is done to the children is the goals' business.
+A child runs a `pst` command line as a shell would; its exit code and output are recorded. The real encoder encodes the
+texts once for all children. The goals decide what happens to the children.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Disks that refuse: full at fifty sizes, full at every system call, failing, read-only, limited, and of two kinds.
 
-Whatever the refusal, a command ends with one line that says so and exit code 4, nothing that stood there before is
-changed, no temporary file stays, and once the cause is gone the same command leaves what an undisturbed one leaves.
+Whatever the fault, the command ends with one error line and exit code 4, existing files are unchanged and no temporary
+file remains. Once the cause is gone, the same command gives the same result as an undisturbed one.
 """
 
 from __future__ import annotations

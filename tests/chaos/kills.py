@@ -1,8 +1,7 @@
 """Kills: each stage at every system call that changes a file, and the whole pipeline at random moments.
 
-What stands on disk at the moment of the kill is what was done before that call. At each point everything under a final
-name is looked at, the child is killed, and the same command runs again: it must leave what a run leaves that nobody
-killed.
+At the moment of the kill, the disk holds the results of all earlier calls. At each point everything under a final name
+is checked, the child is killed, and the same command runs again: it must leave the same result as an uninterrupted run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a run holds: the digests by which two runs are compared, and whether everything under a final name is whole.
 
-A look is taken at a moment of the caller's choosing, in the middle of a write too: what stands under a final name must
-be right at every moment, what has a temporary name need not. Nothing here does harm.
+The caller chooses when to look, even in the middle of a write: a file under a final name must be correct at every
+moment, one under a temporary name need not be. Nothing here does damage.
 """
 
 from __future__ import annotations

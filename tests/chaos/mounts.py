@@ -1,7 +1,7 @@
 """Mounts of a child's own: small disks, read-only places and several file systems, which nobody else sees.
 
-The child may do there what it likes: what it mounted goes when it ends. As root, or as a user who may make a user
-namespace; elsewhere `PermissionError` says why not.
+The child may change them freely: its mounts disappear when it ends. Needs root, or a user who may create a user
+namespace; otherwise `PermissionError` gives the reason.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Watches a child at every system call that changes a file: to kill it there, or to let the call fail.
 
 The work runs in a forked child under ptrace. Each write, fsync, rename, mkdir, unlink, create… is a point, counted from
-zero; the child stands still as it enters one, and what happens next is the caller's: go on, die, or be told an error
-number instead of the call being made. All its threads are watched, and where they write beside one another the points
-come in another order each time. What to run is the caller's too.
+zero. The child pauses when it enters one, and the caller decides what happens: continue, die, or get an error number
+instead of the call being made. All its threads are watched; when they write concurrently, the order of the points
+varies. The caller also provides the work.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def test_both_launchers_of_ours_implement_the_interface_and_their_words_are_in_t
 def test_the_names_of_earlier_jobs_are_checked_before_a_cluster_is_asked(capsys):
     for where, name in [("slurm", "--help"), ("slurm", "12; rm"), ("ray", "../x"), ("ray", "a\nb")]:
         assert run_verb(["submit", where, f"--follow={name}"]) == 2
-        assert "is not a job of" in capsys.readouterr().err
+        assert f"is not a {where.title()} job" in capsys.readouterr().err
 
 
 def test_help_does_not_load_what_only_a_submission_needs():

@@ -34,7 +34,7 @@ def test_on_ray_is_a_short_word_for_the_stages_of_a_verb(verb, word, expected):
 
 
 def test_another_place_is_refused():
-    with pytest.raises(ConfigError, match="on=mars: there is no such place; write on=ray or on=local"):
+    with pytest.raises(ConfigError, match="on=mars: unknown value; use on=ray or on=local"):
         spell_on(["on=mars"], verbs.run.on)
 
 
@@ -110,7 +110,7 @@ def test_only_what_a_new_start_can_mend_is_tried_again():
     watch.after_exception(None, {0: RuntimeError("Connection closed"), 1: RayActorError()})
     watch.after_exception(None, {1: RayActorError()})  # beyond the limit the driver says it
     assert [line.text.partition(" (")[0] for line in desk.lines] == ["lost rank 1"]
-    assert "start 1 of 1 after a loss" in desk.lines[0].text
+    assert "restart 1 of 1; resuming" in desk.lines[0].text
     assert describe({0: RuntimeError("boom\nmore"), 2: RuntimeError("boom")}).startswith("failed: ranks 0, 2 (")
 
 
@@ -174,10 +174,10 @@ def test_the_words_of_a_job_are_told_from_those_of_the_config(tmp_path, monkeypa
     ("word", "says"),
     [
         ("verb=report", "is not a stage that runs on Ray"),
-        ("dir=nowhere", "is no directory"),
-        ("name=a b", "is not a name"),
-        ("cpus=many", "is not an amount"),
-        ("on=ray", "is on Ray already"),
+        ("dir=nowhere", "is not a directory"),
+        ("name=a b", "is not a valid job name"),
+        ("cpus=many", "is not a number"),
+        ("on=ray", "already runs on Ray"),
     ],
 )
 def test_a_word_that_ray_would_not_take_is_refused(word, says):
@@ -213,7 +213,7 @@ def test_what_could_not_work_in_a_copy_of_the_directory_is_refused(project, tmp_
         job_of("data_dir=here")
     assert job_of("data_dir=s3://bucket/data").config.data_dir == "s3://bucket/data"
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(ConfigError, match="which is what the job gets a copy of; give dir="):
+    with pytest.raises(ConfigError, match="the directory that the job gets a copy of; give dir="):
         job_of(f"dir={tmp_path}/elsewhere")
 
 
@@ -240,7 +240,7 @@ def test_too_large_a_directory_is_refused_with_its_largest_entries(project):
         with (project / name).open("wb") as stream:
             stream.truncate(mib * 2**20)  # holes: nothing is written
     with pytest.raises(
-        ConfigError, match=r"550\.0 MiB would be sent, Ray takes 512\.0 MiB; the largest: weights/a\.bin"
+        ConfigError, match=r"550\.0 MiB would be sent, but Ray accepts 512\.0 MiB; the largest: weights/a\.bin"
     ):
         submit.check_size(job_of())
     assert "weights/a.bin" not in submit.check_size(job_of("exclude=weights"))

@@ -190,7 +190,7 @@ def plain_config(data: Path, output: Path) -> Config:
 def test_a_submission_shows_what_it_sends_and_ctrl_c_only_ends_the_following(told):
     assert "command   python -m pst_dist.cli run my.yaml on=ray" in told.submitted
     assert "sent      2 files" in told.submitted  # the config and .rayignore
-    assert told.interrupted == 130 and "no longer following job whole: the job goes on" in told.submitted
+    assert told.interrupted == 130 and "no longer following job whole: the job keeps running" in told.submitted
 
 
 def test_the_job_embeds_on_actors_and_trains_on_workers_and_its_lines_arrive_as_they_are(told):
@@ -279,7 +279,7 @@ def test_a_diverged_training_is_not_tried_again_and_its_exit_code_comes_through(
 @pytest.mark.parametrize(
     ("changes", "what", "code", "words"),
     [
-        ({"RAY_AUTH_TOKEN_PATH": ""}, "dashboard", 4, "asks for a token, and there is none here"),
+        ({"RAY_AUTH_TOKEN_PATH": ""}, "dashboard", 4, "requires a token, and none was found here"),
         ({"RAY_AUTH_TOKEN": "0" * 64}, "dashboard", 4, "refuses this token"),
         ({}, "gcs", 4, "is not a Ray dashboard"),
     ],
@@ -308,4 +308,4 @@ def test_an_unknown_job_is_one_line(head, project):
         timeout=240,
     )
     assert refused.returncode == 2, refused.stderr
-    assert refused.stderr.count("\n") == 1 and "knows no job 'nobody'" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and "has no job 'nobody'" in refused.stderr

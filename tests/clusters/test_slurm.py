@@ -49,11 +49,11 @@ def test_words_of_the_job_and_of_the_config_are_told_apart():
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("nodes=0", "nodes=0 is not a number from 1"),
+        ("nodes=0", "nodes=0 is not a positive whole number"),
         ("gpus=many", "gpus=many is not a number of GPUs"),
         ("time=soon", "time=soon is not a time limit"),
         ("arms=pst", "not a list"),
-        ("arms=[pst,pst]", "not a list of different values"),
+        ("arms=[pst,pst]", "not a list of distinct values"),
         ("arms=[pts]", "no arm 'pts'"),
         ("seeds=[one]", "'one' is not a whole number"),
     ],
@@ -181,7 +181,7 @@ def test_gpus_of_a_node_are_added_up_over_their_kinds():
     [
         (["nodes=9"], "nodes=9, but partition cpu has 8; ask for at most 8, or another partition of cpu, gpu"),
         (["gpus=1"], "gpus=1, but partition cpu has none"),
-        (["gpus=8", "partition=gpu"], "gpus=8, but partition gpu has at most 4 a node"),
+        (["gpus=8", "partition=gpu"], "gpus=8, but partition gpu has at most 4 per node"),
         (["partition=tpu"], "there is no partition 'tpu'; give partition=, one of cpu, gpu"),
     ],
 )
@@ -331,7 +331,7 @@ class TestOnARealSlurm:
         assert ended(job, seen) == 0, "".join(seen) + slurm.last_words()
         said = "".join(seen)
         assert 5 <= int(step) < STEPS
-        assert f"job {number}: saved, back into the queue" in said
+        assert f"job {number}: saved, going back into the queue" in said
         assert f"resumed step {step} from" in said
         assert f"job {number}: completed on n[1-2], exit code 0" in said
         assert losses(tmp_path / "run") == losses(undisturbed[0]), "a stop must not be seen in the losses"
@@ -344,7 +344,7 @@ class TestOnARealSlurm:
         number = lines_until(job, r"job (\d+): submitted", seen)  # early: such a job runs for a second or two
         job.send_signal(signal.SIGINT)
         assert ended(job, seen) == 130
-        assert f"look again: pst submit slurm --follow {number}, end it: scancel {number}" in seen[-1]
+        assert f"follow it: pst submit slurm --follow {number}, cancel it: scancel {number}" in seen[-1]
         again = start_submit(slurm, "--follow", number)
         assert ended(again, seen) == 6, "diverged"
         assert "error[DIVERGED]" in seen[-1] and f"job {number}: failed on n1, exit code 6" in seen[-1]
@@ -420,9 +420,9 @@ class TestOnARealSlurm:
             (["nodes=2", "partition=small"], 2, "error[CONFIG] nodes=2, but partition small has 1"),
             (["gpus=1"], 2, "error[CONFIG] gpus=1, but partition main has none; leave gpus= out"),
             (["partition=night"], 2, "there is no partition 'night'; give partition=, one of main, small"),
-            ([f"data_dir={tmp_path}/none"], 2, "no finished shards here"),
+            ([f"data_dir={tmp_path}/none"], 2, "no finished shards found"),
             ([f"output_dir={tmp_path}/file/run"], 4, "error[ENVIRONMENT]"),
-            (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch says: "),
+            (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch failed: "),
         ]:
             assert run_verb(["submit", "slurm", config, *words]) == code, words
             err = capsys.readouterr().err
@@ -440,7 +440,7 @@ class TestOnARealSlurm:
         assert number
         try:
             assert run_verb(["submit", "slurm", config]) == 5
-            assert f"job {number[1]} already works here; follow it: " in capsys.readouterr().err
+            assert f"job {number[1]} already uses this directory; follow it: " in capsys.readouterr().err
         finally:
             slurm.ask("scancel", number[1])
 

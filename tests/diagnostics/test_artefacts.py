@@ -56,9 +56,9 @@ def test_whole_artefacts_of_another_run_are_stale(finished, run, capsys):
         shutil.copytree(finished / "other" / name, run / name)
     assert run_verb(["verify", str(run)]) == 3
     stale = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale")]
-    assert any(f"{run}/data/embeddings: made from other shards" in line for line in stale)
-    assert any(f"{run}/export: made from other weights" in line for line in stale)
-    assert any(f"{run}/eval/test: made from other weights" in line for line in stale)
+    assert any(f"{run}/data/embeddings: made from different shards" in line for line in stale)
+    assert any(f"{run}/export: made from different weights" in line for line in stale)
+    assert any(f"{run}/eval/test: made from different weights" in line for line in stale)
 
 
 def test_what_can_be_made_again_is_made_again(run, capsys):
@@ -92,7 +92,7 @@ def test_a_damaged_student_is_left_to_training_which_makes_the_same_one(run, cap
 def test_other_peoples_folders_are_left_alone(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "table.csv").write_text("a,b")
-    with pytest.raises(InputError, match="nothing here was made by this program"):
+    with pytest.raises(InputError, match="no artefacts of pst found"):
         verify(tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         verify(tmp_path / "none")

@@ -109,10 +109,10 @@ def test_duplicates_conflicts_leaks_and_missing_rationales_are_counted(tmp_path)
     config = _config(tmp_path, train="train.jsonl", test="test.jsonl", leaks="refuse", validation_size=0)
     report = check(config)
     lines = report.lines()
-    assert "2 training rows repeat question and answer of an earlier one" in lines
-    assert "1 of them brought another rationale for the same question" in lines
+    assert "2 training rows repeat the question and answer of an earlier one" in lines
+    assert "1 of these have another rationale, which was merged into the earlier row" in lines
     assert "1 questions have two answers, first: train.jsonl:3 has 3, train.jsonl:13 has 99" in lines
-    assert "1 training questions are held out too, first: train.jsonl:5 and test.jsonl:1" in lines
+    assert "1 training questions are also held out, first: train.jsonl:5 and test.jsonl:1" in lines
     assert "test: 1 rows read, 1 kept; answers: text 1" in lines
     assert "  1 rows without rationale" in lines
     assert "set data.leaks=drop" in lines[-1]

@@ -38,8 +38,8 @@ def test_hosts_are_read_in_the_order_of_their_ranks(write):
         ("n1 slots=8\nn2 slots=x\n", ":2: 'n2 slots=x' is not a host; write `NAME slots=GPUS`"),
         ("n1 slots=0\n", ":1: 'n1 slots=0' is not a host"),
         ("n1\n", ":1: 'n1' is not a host"),
-        ("n1 slots=8\nn1 slots=8\n", ":2: n1 is listed twice"),
-        ("# nothing\n", ": this hostfile names no host"),
+        ("n1 slots=8\nn1 slots=8\n", ":2: duplicate host n1"),
+        ("# nothing\n", ": this hostfile lists no hosts"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(write, text, said):
@@ -56,7 +56,7 @@ def test_a_hostfile_that_is_not_there_is_refused_where_the_launcher_would_train_
 def test_a_host_without_an_address_is_named_with_its_line(write):
     path = write("n1 slots=8\nghost slots=8\n")
     known = {"n1": {"10.77.0.11"}}
-    with pytest.raises(EnvironmentFault, match=re.escape(":2: no address is known for the host 'ghost'")):
+    with pytest.raises(EnvironmentFault, match=re.escape(":2: the host name 'ghost' does not resolve")):
         check_hosts(read_hostfile(path), path, look_up=lambda name: known.get(name, set()))
 
 
@@ -67,7 +67,7 @@ def test_this_host_finds_its_place_by_name_or_by_address(write):
     path = write("192.0.2.1 slots=1\n127.0.0.1 slots=1\n")
     assert own_place(read_hostfile(path), path) == 1
     path = write("192.0.2.1 slots=1\n")
-    with pytest.raises(InputError, match="is none of the 1 in it"):
+    with pytest.raises(InputError, match="is not one of the 1 listed"):
         own_place(read_hostfile(path), path)
 
 

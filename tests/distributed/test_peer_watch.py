@@ -46,7 +46,7 @@ def test_a_rank_whose_connection_ended_is_dead_at_once_unless_it_said_that_it_wa
     verdict = judge([alive, dead], 100.1, 600)
     assert str(verdict.error()) == (
         "error[PEER_LOST] rank 1 on n1 was lost in backward of step 7 (connection closed); "
-        "run the same command again: it goes on from the last checkpoint"
+        "run the same command again: it resumes from the last checkpoint"
     )
     dead.farewell = ""
     assert judge([alive, dead], 100.1, 600) is None
@@ -71,7 +71,7 @@ def test_of_those_that_came_as_far_the_one_outside_a_collective_is_to_blame():
     ranks = peers(40, 40, 40, heard=110.0, waiting=True)
     ranks[1].waiting, ranks[1].line = False, "data.py:290"
     verdict = judge(ranks, 110, 10)
-    assert verdict.rank == 1 and "no rank moved for 10 s, it is at data.py:290" in verdict.reason
+    assert verdict.rank == 1 and "no rank made progress for 10 s; it is at data.py:290" in verdict.reason
 
 
 def test_while_any_rank_moves_none_hangs():
@@ -306,10 +306,13 @@ def groups(tmp_path_factory) -> Iterator[dict[str, RankGroup]]:
 
 
 LOSSES = {
-    "rank 1 of 3 is stuck": (1, r"hangs in backward of step 5 \(no rank moved for 6 s, it is at rank_group.py:\d+\)"),
-    "rank 0 is stuck": (0, r"hangs in forward of step 5 \(no rank moved for 6 s, it is at rank_group.py:\d+\)"),
-    "rank 1 is stopped": (1, r"hangs in (forward|backward) of step \d+ \(not heard of for 6 s: stopped, .*\)"),
-    "rank 0 is stopped": (0, r"hangs in (forward|backward) of step \d+ \(not heard of for 6 s: stopped, .*\)"),
+    "rank 1 of 3 is stuck": (
+        1,
+        r"hangs in backward of step 5 \(no rank made progress for 6 s; it is at rank_group.py:\d+\)",
+    ),
+    "rank 0 is stuck": (0, r"hangs in forward of step 5 \(no rank made progress for 6 s; it is at rank_group.py:\d+\)"),
+    "rank 1 is stopped": (1, r"hangs in (forward|backward) of step \d+ \(no message from it for 6 s: stopped, .*\)"),
+    "rank 0 is stopped": (0, r"hangs in (forward|backward) of step \d+ \(no message from it for 6 s: stopped, .*\)"),
     "rank 0 is killed": (0, r"was lost in backward of step 9 \(connection closed\)"),
     "rank 2 of 3 is killed": (2, r"was lost in backward of step 9 \(connection closed\)"),
 }

@@ -204,8 +204,8 @@ def _in_process(function, *arguments):
     [
         ({"encoder": "nobody/no-such-encoder"}, EnvironmentFault, "not in the cache and cannot be fetched"),
         ({"encoder": "/no/such/folder"}, InputError, "no such encoder folder"),
-        ({"max_seq_length": 100_000}, InputError, "over the encoder's own limit of 256"),
-        ({"device": "abacus"}, InputError, "see embed.encoder and embed.device"),
+        ({"max_seq_length": 100_000}, InputError, "but the encoder's own limit is 256"),
+        ({"device": "abacus"}, InputError, "check embed.encoder and embed.device"),
     ],
 )
 def test_an_encoder_that_cannot_be_had_is_one_line(config, kind, message):
@@ -295,7 +295,7 @@ def test_a_shard_that_is_not_the_promised_one_is_not_encoded(copied, encoder, tm
     shard = shards.shards("train")[0]
     path = shards.directory / shard.name
     path.write_bytes(path.read_bytes().replace(b"Take 1", b"Take 2"))
-    with pytest.raises(IntegrityError, match="not the one the manifest names"):
+    with pytest.raises(IntegrityError, match="shard is missing or differs from its manifest"):
         embed_shard(encoder, shards.directory, shard, tmp_path / "a.safetensors")
 
 
@@ -332,7 +332,7 @@ def test_only_rewritten_shards_are_encoded_again_and_those_that_are_gone_are_dro
     train = [sample(i, rationales=i % 3) for i in range(8)]  # was 9 rows in 3 shards
     train[5] = sample(5, 2, wording="Now otherwise. ")
     shards = make_shards(shards.directory, train, fingerprint="two")
-    with pytest.raises(StaleError, match=r"older than the shards: train-000001\.tar \(1 in all\).*pst embed"):
+    with pytest.raises(StaleError, match=r"do not match the shards: train-000001\.tar \(1 in all\).*pst embed"):
         EmbeddingStore.open(directory, shards)
     embed_all(CPU, shards, directory)
     after = inodes(directory)
@@ -499,7 +499,7 @@ def test_a_file_that_is_exchanged_while_it_is_in_use_is_noticed(tmp_path):
 
 @needs_encoder
 def test_embeddings_by_another_encoder_are_refused_with_both_names(finished):
-    with pytest.raises(StaleError, match=r"by encoder 'minilm', the config wants 'org/other'.*pst embed"):
+    with pytest.raises(StaleError, match=r"by encoder 'minilm', but the config asks for 'org/other'.*pst embed"):
         EmbeddingStore.open(finished[1], finished[0], encoder="org/other")
 
 
@@ -527,7 +527,7 @@ NAME = "train-000000.safetensors"
 def test_rows_under_the_wrong_ids_are_refused(copied):
     shards, directory = copied
     rewrite(directory, NAME, keys=[("row-2", 0), ("row-1", 0), ("row-2", 1)])
-    with pytest.raises(StaleError, match=r"not of the rationales of train-000000\.tar"):
+    with pytest.raises(StaleError, match=r"do not match the rationales of train-000000\.tar"):
         EmbeddingStore.open(directory, shards)
 
 
@@ -556,7 +556,7 @@ def test_a_file_of_another_encoder_among_the_others_is_refused(copied):
     shards, directory = copied
     identity = {**read_vectors(directory / NAME).identity, "prefix": "other"}
     rewrite(directory, NAME, identity=identity)
-    with pytest.raises(IntegrityError, match="by another encoder"):
+    with pytest.raises(IntegrityError, match="by an encoder other than the manifest's"):
         EmbeddingStore.open(directory, shards)
 
 

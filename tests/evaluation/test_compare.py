@@ -110,7 +110,7 @@ def test_a_directory_of_arms_stands_for_its_runs(runs, tmp_path):
 
 def test_runs_scored_on_other_rows_are_refused_by_name(runs, tmp_path):
     other = scored(tmp_path / "other", "post_thinking", "1111111110", questions={3: "another question"})
-    with pytest.raises(InputError, match=r"other.*scored on other rows than .*pst: 1 of 10 differ"):
+    with pytest.raises(InputError, match=r"other.*scored on different rows than .*pst: 1 of 10 differ"):
         compare([runs[0], other])
     fewer = scored(tmp_path / "fewer", "post_thinking", "11111")
     with pytest.raises(InputError, match="5 of 10 differ"):
@@ -155,7 +155,7 @@ def test_a_run_without_an_evaluation_says_what_to_run(runs, tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(InputError, match="run `pst evaluate` first"):
         compare([runs[0], tmp_path / "raw"])
-    with pytest.raises(InputError, match="two runs or more"):
+    with pytest.raises(InputError, match="at least two runs"):
         compare(runs[:1])
 
 

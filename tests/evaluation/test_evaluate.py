@@ -138,7 +138,7 @@ def test_given_rationales_are_each_rows_own_or_another_rows():
     assert given_rationales(LEARNT, wrong=False) == [row.rationales[0] for row in ROWS]
     wrong = given_rationales(LEARNT, wrong=True)
     assert sorted(wrong) == sorted(row.rationales[0] for row in ROWS)
-    with pytest.raises(InputError, match="single row"):
+    with pytest.raises(InputError, match="at least two rows"):
         given_rationales(LEARNT[:1], wrong=True)
     with pytest.raises(InputError, match="t-1 has no rationale"):
         given_rationales([LEARNT[0], replace(LEARNT[1], rationales=())], wrong=False)
@@ -148,7 +148,7 @@ def test_the_wrong_arm_other_shards_and_missing_pieces_are_refused(tmp_path):
     config = make_run(tmp_path, test=())
     with pytest.raises(InputError, match="no test rows"):
         evaluate(config)
-    with pytest.raises(StaleError, match="trained as pst, the config says answer_only"):
+    with pytest.raises(StaleError, match="trained as pst, but the config has arm answer_only"):
         evaluate(config.model_copy(update={"arm": "answer_only"}))
     with pytest.raises(InputError, match="run `pst train` first"):
         evaluate(config.model_copy(update={"output_dir": str(tmp_path / "none")}))
@@ -161,7 +161,7 @@ def test_a_student_of_other_shards_is_stale(tmp_path):
     fitted("pst").save(tmp_path / "best", shards=digest)
     assert evaluate(config)["shards"] == digest
     fitted("pst").save(tmp_path / "best", shards="of yesterday")
-    with pytest.raises(StaleError, match="other shards"):
+    with pytest.raises(StaleError, match="different shards"):
         evaluate(config)
 
 
@@ -222,10 +222,18 @@ def test_unparsed_and_unfinished_answers_are_counted_apart():
 
 
 def test_results_under_the_old_name_of_a_count_are_still_read(tmp_path):
-    old = {"rows": 4, "parse_failures": 3, "accuracy": 0.25}
-    write_json(tmp_path / "results.json", old)
+    same = {
+        "task": "svamp",
+        "split": "test",
+        "rows": 4,
+        "accuracy": 0.25,
+        "accuracy_stderr": 0.2,
+        "tokens_to_answer": {"mean": 3.0},
+        "milliseconds_to_answer": None,
+    }
+    write_json(tmp_path / "results.json", {**same, "parse_failures": 3})
     write_manifest(tmp_path, Manifest("evaluation", "f", describe_files(tmp_path, ["results.json"])))
-    assert finished_evaluation(tmp_path) == {"rows": 4, "unparsed": 3, "accuracy": 0.25}
+    assert finished_evaluation(tmp_path) == {**same, "unparsed": 3}
 
 
 def test_chance_follows_from_the_allowed_answers():

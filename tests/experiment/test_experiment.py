@@ -134,9 +134,9 @@ def test_a_recipe_on_the_command_line_wins_over_the_file_and_a_key_over_the_reci
         ({"variants": {"a": {"arm": "psst"}}}, "task letters, variant a: arm"),
         ({"variants": {"a": {"output_dir": "x"}}}, "variants.a.output_dir"),
         ({"variants": {"a b": {}, "a-b": {}}}, "would share a directory"),
-        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": [1, 1]}, "contains a duplicate"),
         ({"tasks": {}}, "tasks is empty"),
-        ({"name": "a/b"}, "may hold letters"),
+        ({"name": "a/b"}, "may only contain letters"),
         ({"sedes": [0]}, "did you mean 'seeds'"),
         ({"vary": {"data.max_rows": []}}, "has no values"),
         ({"settings": {"train.lr": 1}}, "train.lr"),
@@ -246,7 +246,7 @@ def test_the_page_has_published_numbers_for_real_rows_and_both_ways_of_an_adapti
     }
     group = replace(results.groups[0], generated=False, adaptive=adaptive)
     page = page_of(replace(results, groups=[group]), ["pst"], [])
-    assert "## Published, for comparison" in page and "| Flan-T5 base, 220M, CoT | 50.00 |" in page
+    assert "## Published results for comparison" in page and "| Flan-T5 base, 220M, CoT | 50.00 |" in page
     assert "| letters | answer_only | as it chose | 85.00 | 12.0 | 30.0 |" in page
     assert "## Answering at once" not in page_of(results, ["pst"], [])
 
@@ -261,7 +261,7 @@ def test_the_page_tells_what_the_most_frequent_answer_gets_and_how_many_outputs_
     assert "12 test rows, the most frequent answer gives 25.0 %." in page
     header, _, first, second, *_ = page[page.index("| variant | accuracy % | s.e.") :].splitlines()
     assert header.endswith(" | ms | unparsed % |") and first.endswith(" | 0.0 |") and second.endswith(" | 25.0 |")
-    assert "Unparsed outputs hold no answer" in page
+    assert "Unparsed outputs contain no answer" in page
     groups[1] = replace(groups[1], unparsed=0)
     plain = page_of(replace(results, groups=groups), ["pst"], [])
     assert "nread" not in plain
@@ -328,7 +328,7 @@ def test_outcomes_of_another_machine_give_the_same_page_without_a_run(small, sha
     theirs = json.loads((other.with_suffix("") / "results.json").read_text())
     assert theirs["groups"] == ours["groups"] and theirs["pairs"] == ours["pairs"]
     assert not (other.with_suffix("") / "runs").exists()
-    assert "6 of 6 runs were done by earlier calls" in (other.with_suffix("") / "README.md").read_text()
+    assert "The outcomes of 6 of 6 runs come from earlier calls" in (other.with_suffix("") / "README.md").read_text()
     again = (other.with_suffix("") / "outcomes.jsonl").read_text()
     assert again == (given / "outcomes.jsonl").read_text()
 
@@ -363,7 +363,7 @@ def test_runs_with_other_settings_or_rows_are_not_put_beside_ours(shared, tmp_pa
     forged = [line | {"shards": "0" * 64} if line["run"].endswith("answer_only / seed 1") else line for line in lines]
     (tmp_path / "forged" / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in forged))
     done = pst(str(file), "--with", str(tmp_path / "forged"), "--collect")
-    assert done.returncode == 3 and "answer_only / seed 1 was run on other rows" in done.stderr
+    assert done.returncode == 3 and "answer_only / seed 1 was run on different rows" in done.stderr
 
 
 def assert_alike(one, other) -> None:
@@ -457,7 +457,7 @@ def test_a_run_that_fails_is_named_and_keeps_no_other(tmp_path):
     assert isinstance(error, ConfigError)
     assert [group.variant for group in results.groups] == ["good"]
     assert list(results.failures) == ["letters / bad / seed 0"]
-    assert "## Runs that failed" in (tmp_path / "e" / "README.md").read_text()
+    assert "## Failed runs" in (tmp_path / "e" / "README.md").read_text()
 
 
 TWO = {name: SMALL["variants"][name] for name in ("answer_only", "no alignment")}
@@ -512,7 +512,7 @@ def test_told_to_stop_all_runs_save_and_a_killed_worker_is_replaced(tmp_path):
         if second.poll() is None:
             second.kill()
     assert second.returncode == 0, said
-    assert "its process was killed by SIGKILL; it goes on" in said
+    assert "its process was killed by SIGKILL; restarting it" in said
     assert "2 runs, 2 to do" in said and "no alignment" in out
     undisturbed = write(tmp_path / "u.yaml", variants=TWO)
     done = pst(str(undisturbed), *LONG)

@@ -1,4 +1,4 @@
-"""Runs to evaluate, with answers that are known, and evaluation folders as `evaluate` leaves them."""
+"""Runs to evaluate, with known answers, and evaluation folders as `evaluation.evaluate` writes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEARNT = tuple(replace(row, id=f"t-{k}") for k, row in enumerate(ROWS))
 
 
 def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, validation=(), **evaluation) -> Config:
-    """A run directory with a trained student and shards, as the stages before leave it."""
+    """A run directory with a trained student and shards, as the earlier stages leave it."""
     tiny = fitted(arm)
     config = Config.model_validate(
         {
@@ -49,7 +49,7 @@ def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, validation=()
 
 
 def scored(run, arm, right, *, tokens=3, split="test", questions=None, seed=0, variant=()):
-    """An evaluation folder as `evaluate` leaves it; `right` is a string of 1 and 0, one a row."""
+    """An evaluation folder as `evaluation.evaluate` writes it; `right` is a string of 1 and 0, one per row."""
     rows = [
         {
             "id": f"row-{k}",

@@ -1,4 +1,4 @@
-"""What it means here that a kernel agrees: errors against float64, absolutely and beside those of plain PyTorch."""
+"""Defines when a kernel agrees: its error against float64, absolute and relative to the error of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def assert_agrees(found: Tensor, exact: Tensor, own: Tensor, *, gradient: bool = False) -> None:
-    """`found` is as near to `exact` (float64) as its dtype allows, and at most twice as far as `own`.
+    """Assert that `found` is as near to `exact` (float64) as its dtype allows, and at most twice as far as `own`.
 
     `own` is the same thing by plain PyTorch operators and autograd in the dtype of the inputs.
     """

@@ -1,8 +1,8 @@
 """Gradients of InfoNCE across ranks, by the ways of gathering: `torchrun … tests/helpers/gather_ranks.py out.pt 5,2 …`.
 
-Each further argument says how many rows each rank has; the data is `problem`'s, of as many rows together. Rank zero
-writes {(rows, way): (losses of all rows, gradient)} where the losses were put in rank order and the gradients of the
-one shared weight were added up over ranks. Starting ranks is slow, so one launch serves all ways.
+Each further argument gives the number of rows of each rank; the data comes from `problem`, with that many rows in all.
+Rank zero writes {(rows, way): (losses of all rows, gradient)} with the losses in rank order and the gradients of the
+one shared weight summed over ranks. Starting ranks is slow, so one launch runs all ways.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Makes chosen steps of a training go wrong on one rank: teacher vectors of NaN, an infinite gradient, wrong targets.
+"""Makes chosen steps of a training fail on one rank: teacher vectors of NaN, an infinite gradient, wrong targets.
 
-Of these steps each rank writes `injected-<rank>.json`: whether the step was taken, and whether anything of this rank's
-weights, moments or working copies moved in it.
+For these steps each rank writes `injected-<rank>.json`: whether the step was taken, and whether any of this rank's
+weights, moments or working copies changed in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inside two hosts (see `hosts`): one loses its power under torchrun, one its cable; the deepspeed launcher goes on.
+"""Runs inside two hosts (see `hosts`): power loss under torchrun, a pulled network cable, then the deepspeed launcher.
 
 `lost_host.py FOLDER CONFIG` prints, as JSON, each process's exit code and how many seconds after the loss it ended;
 what the processes said is in FOLDER/NAME.log.

@@ -1,8 +1,8 @@
 """Ranks without a launcher, to be killed, stopped and cut off: forked from a process that has imported everything.
 
-A start costs a second instead of ten, so that many losses can be tried. What a rank runs is what a launcher starts,
-`pst_dist.train`, or `laps`, which is to the watch what a training is and needs no student. Launchers start the same by
-running this file.
+A start takes a second instead of ten, so that many losses can be tested. A rank runs `pst_dist.train`, as a launcher
+starts it, or `laps`, which looks like a training to `distributed.peer_watch` but needs no student. Launchers run this
+file to start the same.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Trains a list of configs one after the other in one process group: `torchrun … tests/helpers/ranks.py configs.json`.
 
-Starting ranks costs far more than eight steps of a tiny student, so one launch serves many cases. A config may name a
-run and a step (`"resume": [run, step]`): it then goes on from that run's checkpoint, as if it had been stopped there.
-`"inject": {step: fault}` lets steps of the last rank go wrong (see `injections`).
-Of runs in a folder `held-…` each rank writes how many bytes its tensors take just before the first optimizer step and
-after it.
+Starting ranks takes far longer than eight steps of a tiny student, so one launch runs many cases. A config may name a
+run and a step (`"resume": [run, step]`): it then resumes from that run's checkpoint, as if it had been stopped there.
+`"inject": {step: fault}` makes steps of the last rank fail (see `injections`).
+For runs in a folder `held-…` each rank writes how many bytes its tensors take just before and after the first optimizer
+step.
 """
 
 from __future__ import annotations

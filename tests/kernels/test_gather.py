@@ -100,7 +100,7 @@ def test_without_a_process_group_rows_come_back_as_they_are():
 
 
 def test_more_rows_than_capacity_are_refused():
-    with pytest.raises(ValueError, match="4 rows do not fit a capacity of 3"):
+    with pytest.raises(ValueError, match="4 rows exceed the capacity of 3"):
         gather_rows(torch.zeros(4, 2), capacity=3)
 
 

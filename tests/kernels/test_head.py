@@ -341,14 +341,14 @@ def test_an_empty_weight_is_named():
         combined_head(hidden, head, *problem())
 
 
-def test_overlapping_spans_and_rows_that_stand_twice_are_refused():
+def test_overlapping_spans_and_duplicate_rows_are_refused():
     with pytest.raises(InputError, match="spans 0 and 1 of sequence 1 overlap"):
         Spans.of([(1, 2, 3), (1, 4, 2)], batch=B, length=T)
     with pytest.raises(InputError, match="outside"):
         Spans.of([(1, 2, T)], batch=B, length=T)
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError, match="duplicate supervised row"):
         Supervised.of([3, 4, 3], [0, 0, 0], positions=B * T)
-    with pytest.raises(InputError, match="reach outside"):
+    with pytest.raises(InputError, match="are outside a batch"):
         Supervised.of([B * T], [0], positions=B * T)
 
 

@@ -43,13 +43,13 @@ def test_a_cpu_runs_the_reference_and_the_log_says_why(fresh_choice, caplog):
     with caplog.at_level("INFO", logger="pst_dist"):
         assert backend_for(torch.device("cpu")).name == backend_for(torch.device("cpu")).name == "reference"
     assert [record.getMessage() for record in caplog.records] == [
-        "kernels on cpu: reference (no Triton for cpu tensors)"
+        "kernels on cpu: reference (Triton does not support cpu tensors)"
     ]
 
 
 def test_what_cannot_run_here_is_refused_when_forced(fresh_choice):
     fresh_choice.setenv("PST_KERNELS", "triton")
-    with pytest.raises(EnvironmentFault, match="no Triton for cpu tensors"):
+    with pytest.raises(EnvironmentFault, match="Triton does not support cpu tensors"):
         backend_for(torch.device("cpu"))
     fresh_choice.setenv("PST_KERNELS", "fast")
     with pytest.raises(ConfigError, match="use one of auto, triton, reference, interpret"):
@@ -63,7 +63,7 @@ def test_kernels_that_disagree_are_replaced_with_one_line(fresh_choice, caplog):
     fresh_choice.setattr("pst_dist.kernels.self_test.disagreement", lambda *_: "span_mean in bfloat16 is off by 0.3")
     with caplog.at_level("WARNING", logger="pst_dist"):
         assert backend_for(torch.device("cpu")).name == "reference"
-    assert "span_mean in bfloat16 is off by 0.3, so the slower reference runs instead" in caplog.text
+    assert "span_mean in bfloat16 is off by 0.3; using the slower reference instead" in caplog.text
 
 
 @pytest.mark.encoder

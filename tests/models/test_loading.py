@@ -75,7 +75,7 @@ def test_weights_under_other_names_are_refused_by_name(copied):
         InputError, match=r"of its weights are missing from the files \(lm_head\.weight, model\.embed"
     ) as caught:
         load_language_model(locate_model(str(copied)))
-    assert "the files hold instead _orig_mod.model.embed_tokens.weight" in line_of(caught.value)
+    assert "instead the files contain _orig_mod.model.embed_tokens.weight" in line_of(caught.value)
 
 
 def test_a_missing_layer_is_refused_and_counted(copied):
@@ -105,7 +105,7 @@ def test_weights_that_the_model_does_not_have_are_named_in_a_warning(copied, cap
 
 def test_another_vocabulary_in_the_config_than_in_the_weights_is_refused(copied, tmp_path):
     edit(copied / "config.json", vocab_size=300)
-    wanted = r"model\.embed_tokens\.weight for example \[320, 32\] where \[300, 32\] is expected"
+    wanted = r"for example model\.embed_tokens\.weight: \[320, 32\] instead of \[300, 32\]"
     with pytest.raises(InputError, match=wanted):
         load_language_model(locate_model(str(copied)))
     with pytest.raises(InputError, match=wanted):  # and from the headers alone

@@ -96,7 +96,7 @@ def test_a_report_of_a_node_has_its_parts(tmp_path):
     assert any("\\x1b[31m2 on a" in line for line in lines) and all(line.isprintable() for line in lines)
     for part in ({"packages": []}, {"gpus": {}}, {"gpus": [1]}, {"host": None}, {"gpus": [{"name": "x"}]}):
         (tmp_path / "b.json").write_text(json.dumps({**node, **part}))
-        with pytest.raises(InputError, match="not the report of a node"):
+        with pytest.raises(InputError, match="not a report of a node"):
             compare_reports([tmp_path / "a.json", tmp_path / "b.json"])
 
 

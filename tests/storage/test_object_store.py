@@ -1,4 +1,4 @@
-"""What data in object storage promises: the same files as in a folder, fetched once, and one line when it is not there.
+"""What data in object storage promises: the same files as in a folder, fetched once, and one line when it is missing.
 
 The storage is real: folders by `file://`, and an S3 server on loopback, spoken to over HTTP by s3fs.
 """
@@ -193,9 +193,9 @@ def test_actors_fetch_and_put_by_themselves_and_the_driver_holds_nothing(s3, ref
 def test_what_is_not_there_is_one_line_in_seconds(s3, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"s3://nobody/run.*there is no such bucket"):
         RemoteFolder("s3://nobody/run").check()
-    with pytest.raises(InputError, match=r"s3://data/empty.*no finished shards here; run `pst shard` first"):
+    with pytest.raises(InputError, match=r"s3://data/empty.*no finished shards found; run `pst shard` first"):
         make_embeddings(config(tmp_path / "m", "s3://data/empty"))
-    with pytest.raises(InputError, match=r"there is no storage nonsense://"):
+    with pytest.raises(InputError, match=r"nonsense:// is not a known kind of storage"):
         RemoteFolder("nonsense://a/b").check()
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(EnvironmentFault, match=r"gs:// needs gcsfs; pip install gcsfs"):
@@ -209,7 +209,7 @@ def test_an_endpoint_that_does_not_answer_or_hangs_is_one_line_in_bounded_time(s
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        for port, said in ((9, "s3://"), (silent.getsockname()[1], "storage has not answered within 5 s")):
+        for port, said in ((9, "s3://"), (silent.getsockname()[1], "no answer from the storage within 5 s")):
             object_store._system.cache_clear()
             s3fs.S3FileSystem.clear_instance_cache()
             monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -64,7 +64,7 @@ def _make(path: Path, kind: str) -> Path:
         ("pipe", r"is a pipe \(FIFO\), not a regular file"),
         ("folder", "is a folder, not a regular file"),
         ("socket", "is a socket, not a regular file"),
-        ("loop", "links lead to each other"),
+        ("loop", "symbolic links form a loop"),
         ("dangling", "no such file"),
     ],
 )

@@ -110,7 +110,7 @@ except EnvironmentFault as error:
 
 def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path):
     (tmp_path / "a").write_text("a file")
-    with pytest.raises(EnvironmentFault, match="something else stands at that place"):
+    with pytest.raises(EnvironmentFault, match="something else has that name"):
         write_text(tmp_path / "a" / "b.txt", "text")
 
 
@@ -273,12 +273,12 @@ def test_a_library_that_meets_a_full_disk_is_one_line_too(tmp_path):
     # safetensors' words, as seen on a full tmpfs; it raises a kind of its own, not OSError.
     with pytest.raises(EnvironmentFault, match="No space left") as caught, atomic_directory(tmp_path / "out"):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert "make room" in caught.value.remedy and list(tmp_path.iterdir()) == []
+    assert "free some space" in caught.value.remedy and list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match="a bug"), atomic_directory(tmp_path / "out"):
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize(("number", "remedy"), [(27, "make room"), (122, "make room"), (5, "failing")])
+@pytest.mark.parametrize(("number", "remedy"), [(27, "free some space"), (122, "free some space"), (5, "failing")])
 def test_a_library_tells_the_systems_refusal_by_its_number(tmp_path, number, remedy):
     with pytest.raises(EnvironmentFault, match=os.strerror(number)) as caught, atomic_directory(tmp_path / "out"):
         raise RuntimeError(f"Error while serializing: I/O error: some words (os error {number})")

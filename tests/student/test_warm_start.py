@@ -215,7 +215,7 @@ def test_an_answer_that_the_tokenizer_cannot_write_is_found_before_training(warm
 
 def test_a_marker_that_the_tokenizer_changes_is_refused(warm):
     check_marker(warm.tokenizer, " -->")
-    with pytest.raises(ConfigError, match=r"reads layout\.answer_marker ' So The Answer:' back as"):
+    with pytest.raises(ConfigError, match=r"turns layout\.answer_marker ' So The Answer:' into"):
         check_marker(warm.tokenizer, " So The Answer:")
 
 
@@ -264,6 +264,6 @@ def test_what_it_cannot_be_made_of_is_refused_in_one_line(tmp_path):
         config = Config.model_validate({"student": encoder})
         build_student(config, Warm("causal").tokenizer, None)
     Warm("causal").model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="takes a BERT encoder, this is bert-generation"):
+    with pytest.raises(ConfigError, match="needs a BERT encoder, but this is bert-generation"):
         config = config_of("causal", model_name_or_path=str(tmp_path))
         build_student(config, Warm("causal").tokenizer, None)

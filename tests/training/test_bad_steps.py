@@ -204,13 +204,13 @@ class TestOnRanks:
     def test_three_in_a_row_stop_all_ranks(self, runs):
         check_untouched(runs / "row-zero2")
         words = (runs / "row-zero2" / "refusal-1.txt").read_text()
-        assert "step 5" in words and "2 skipped before" in words
+        assert "step 5" in words and "earlier skips: 2" in words
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_going_back_takes_the_weights_of_the_checkpoint_and_the_batches_after_the_bad_one(self, runs, stage):
         one, two = runs / "back", runs / f"back-{stage}"
         check_published(two)
-        assert bad_steps(two)[6]["outcome"] == "gone back to the weights of step 4"
+        assert bad_steps(two)[6]["outcome"] == "rolled back to the weights of step 4"
         saved = read_json(two / "checkpoints" / "checkpoint-6" / "run_state.json")
         assert saved["rollbacks"] == [[4, 6]]
         at_four, at_six = state(two, 4), state(two, 6)
@@ -272,7 +272,7 @@ class TestInOneProcess:
             train(config)
         check_untouched(tmp_path / "run", ranks=1)
         rows = bad_steps(tmp_path / "run")
-        assert list(rows) == [14] and rows[14]["outcome"] == "gone back to the weights of step 12"
+        assert list(rows) == [14] and rows[14]["outcome"] == "rolled back to the weights of step 12"
         assert "over 1.5 times" in rows[14]["bad_step"]
         losses = [row["loss"] for row in curve(tmp_path / "run")]
         assert losses[-1] < losses[12] < losses[0] - 4 and len(losses) == 19
@@ -301,7 +301,7 @@ class TestInOneProcess:
 
         monkeypatch.setattr(torch.optim.AdamW, "step", spoilt)
         config = small_config(small_data, tmp_path, train__save_steps=2, train__eval_steps=8)
-        with pytest.raises(DivergedError, match=r"checkpoint-6: weight \S+ is not finite; this was not written"):
+        with pytest.raises(DivergedError, match=r"checkpoint-6: weight \S+ is not finite; nothing was written here"):
             train(config)
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
         check_published(tmp_path)

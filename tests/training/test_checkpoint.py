@@ -139,7 +139,7 @@ def test_a_newest_checkpoint_with_an_unexpected_state_is_passed_over(tmp_path, c
     (newest / "run_state.json").write_bytes(content)
     write_manifest(newest, Manifest("checkpoint", "f", describe_files(newest, all_files(newest)), {"step": 2}))
     assert newest_valid(tmp_path, Ranks())[1].step == 1
-    assert "passing over" in caplog.text and "checkpoint-2/run_state.json" in caplog.text
+    assert "skipping a damaged checkpoint" in caplog.text and "checkpoint-2/run_state.json" in caplog.text
 
 
 @pytest.mark.parametrize(

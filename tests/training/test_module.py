@@ -267,5 +267,5 @@ def test_a_tokenizer_that_cannot_hold_the_stop_token_is_refused():
         def convert_tokens_to_ids(self, _):
             return 2
 
-    with pytest.raises(ConfigError, match="no room for the special token"):
+    with pytest.raises(ConfigError, match="does not accept the special token"):
         with_special_tokens(Closed())

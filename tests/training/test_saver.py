@@ -103,7 +103,7 @@ def test_an_error_while_writing_is_told_when_it_is_settled_and_the_elder_stays(t
 
         monkeypatch.setattr("pst_dist.storage.manifest.os.fsync", full)
         saver.save(state_at(2), 1.0)
-        with pytest.raises(EnvironmentFault, match=r"checkpoint-2: cannot write: No space left .*make room"):
+        with pytest.raises(EnvironmentFault, match=r"checkpoint-2: cannot write: No space left .*free some space"):
             saver.settle()
         monkeypatch.undo()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]

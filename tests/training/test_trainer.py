@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_is_caught_before_the_step(small_data, tmp_pat
         train(config)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
-    assert train(config).steps == 8, "the same command goes on from the last checkpoint"
+    assert train(config).steps == 8, "the same command resumes from the last checkpoint"
 
 
 def test_the_best_student_is_the_one_validation_chose(small_data, tmp_path):
@@ -229,14 +229,14 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_batch_size": 8}, "'train_batch_size' belongs to our config; remove it and set train.global_batch"),
-        ({"bf16": {"enabled": True}}, "'bf16' belongs to our config; remove it and set train.bf16"),
+        ({"train_batch_size": 8}, "'train_batch_size' belongs in the run's config; remove it and set train.global"),
+        ({"bf16": {"enabled": True}}, "'bf16' belongs in the run's config; remove it and set train.bf16"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
-        ({"gradient_clipping": 1.0}, "'gradient_clipping' belongs to our config; remove it and set train.max_grad"),
+        ({"gradient_clipping": 1.0}, "'gradient_clipping' belongs in the run's config; remove it and set train.max"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
-        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is the text '2'; write 2"),
-        ({"prescale_gradients": "true"}, "prescale_gradients is the text 'true'; write true"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is the string '2'; write 2"),
+        ({"prescale_gradients": "true"}, "prescale_gradients is the string 'true'; write true"),
         ({"zero_optimization": 2}, "zero_optimization is 2"),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: extra inputs"),
         (
@@ -249,15 +249,18 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
-            "zero_optimization.offload_param at stage 2, where there is nothing to offload; take stage 3",
+            "zero_optimization.offload_param has nothing to offload at stage 2; use stage 3",
         ),
-        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer at stage 0"),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer has nothing to offload at stage 0",
+        ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
-            "zero_optimization.offload_optimizer.device is nvme without a nvme_path",
+            "zero_optimization.offload_optimizer.device is nvme without an nvme_path",
         ),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; write {"),
-        ([2], "is no JSON object"),
+        ([2], "is not a JSON object"),
     ],
 )
 def test_a_deepspeed_json_that_sets_what_is_ours_is_refused_by_key(tmp_path, settings, message):
@@ -285,7 +288,7 @@ def test_auto_in_a_deepspeed_json_is_left_to_deepspeeds_defaults(tmp_path):
 def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}')
-    with pytest.raises(ConfigError, match="offload_param at stage 2"):
+    with pytest.raises(ConfigError, match="offload_param has nothing to offload at stage 2"):
         train(small_config(small_data, tmp_path / "run", train__deepspeed=str(path)))
     assert not (tmp_path / "run").exists()
 

@@ -1,7 +1,7 @@
-"""A Ray cluster to work on: the one this process is in, one named by an address, or one started for a block.
+"""Connects to a Ray cluster: the one this process is in, one named by an address, or one started for a block.
 
-It finds or starts the cluster safely (a token of its own, nothing left behind) and turns what can go wrong there
-into one line within seconds. What runs on the cluster is the business of the modules that ask for it.
+It finds or starts the cluster securely (with its own token, leaving nothing behind) and reports failures in one line
+within seconds. The modules that call it decide what runs on the cluster.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # only messages travel; Ray wants at least 75
 
 @contextlib.contextmanager
 def ray_cluster(config: RayConfig) -> Iterator[Any]:
-    """The ray module, connected: to the cluster of this process, to `address`, or to one that lives for this block."""
+    """The ray module, connected to this process's cluster, to `address`, or to a new one that ends with this block."""
     imported = sys.modules.get("ray")
-    if imported is not None and imported.is_initialized():  # whoever connected this process chose the cluster
+    if imported is not None and imported.is_initialized():  # keep the cluster that this process is connected to
         yield imported
         return
     # Inside a job of `ray job submit`, Ray names its cluster in the environment.
@@ -43,9 +43,9 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise EnvironmentFault("cannot import ray", "pip install 'pst-dist[ray]', or work without it") from error
+        raise EnvironmentFault("cannot import ray", "pip install 'pst-dist[ray]', or run without Ray") from error
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    temporary = _folder() if own else None  # Ray's files; ours alone
+    temporary = _folder() if own else None  # Ray's files, private to this user
     try:
         if temporary is not None:
             with _on_loopback():
@@ -70,7 +70,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
         what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
         raise EnvironmentFault(
             f"{what} ({reason[:160]})",
-            "check that it runs (`ray status`) and that RAY_AUTH_MODE fits, or work without Ray",
+            "check that it runs (`ray status`) and that RAY_AUTH_MODE matches, or run without Ray",
         ) from error
     try:
         yield ray
@@ -85,8 +85,8 @@ def _on_loopback() -> Iterator[None]:
     """Have `ray.init` start its services on 127.0.0.1.
 
     Ray's services listen on every interface unless the node's address is loopback, and on Linux `ray.init` replaces a
-    loopback address by the machine's own, so that other nodes could join. It leaves it alone where it believes that
-    there are no other nodes, as on macOS: this switch, which it reads only here (ray 2.60).
+    loopback address by the machine's own, so that other nodes can join. It keeps loopback where it assumes that there
+    are no other nodes, as on macOS; this switch selects that, and Ray reads it only there (ray 2.60).
     """
     from ray._private import ray_constants
 
@@ -99,18 +99,18 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _close_to_others(folder: Path) -> None:
-    """Set the folders that Ray has made for everybody (0777) to 0700; what is inside serves this user's processes."""
+    """Set the folders that Ray created with mode 0777 to 0700; only this user's processes need their content."""
     for path in (folder, *folder.glob("session_*")):
         if path.is_dir() and not path.is_symlink():
             path.chmod(0o700)
 
 
 def secure_local_cluster() -> None:
-    """A token of this process alone, unless the user has set one up; must come before ray is imported.
+    """Create a token for this process, unless the user has set one; must be called before ray is imported.
 
-    Ray would otherwise write one into the home directory, readable by all, that changes what later clusters ask
-    for (ray 2.60). It is read once a process, so it stays for the life of the process, and comes too late for one that
-    has imported ray.
+    Otherwise Ray would write one into the home directory, readable by all, which changes what later clusters require
+    (ray 2.60). Ray reads the token once per process, so it stays valid for the life of the process, and setting it has
+    no effect after ray was imported.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -128,10 +128,10 @@ def secure_local_cluster() -> None:
 
 
 def _folder() -> Path:
-    """A new folder of mode 0700 for a cluster of ours; removes those of processes that were killed.
+    """A new folder of mode 0700 for a cluster of ours; also removes those of processes that were killed.
 
-    Ray works in a folder inside it, which it opens to everybody. Its sockets lie there, and a socket's path may have
-    107 bytes: TMPDIR is often too long for that.
+    Ray works in a folder inside it, which Ray makes accessible to everybody. It holds Ray's sockets, and a socket's
+    path is limited to 107 bytes: TMPDIR is often too long for that.
     """
     place = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     _sweep(place.glob("pst-ray-*/.owner"))
@@ -144,16 +144,16 @@ _held: list[TextIO] = []
 
 
 def _hold(stream: TextIO, claim: Path, path: Path) -> None:
-    """Keep a lock on a file for the life of this process; it has its name only once it is locked."""
+    """Lock a file for the life of this process; it gets its name only after it is locked."""
     fcntl.flock(stream, fcntl.LOCK_EX)
     claim.rename(path)
     _held.append(stream)
 
 
 def _sweep(files: Iterable[Path]) -> None:
-    """Delete those that nobody holds, each with its folder when it is a folder's `.owner`: their processes are dead."""
+    """Delete files that no process has locked, because their processes are dead; an `.owner` file with its folder."""
     for path in files:
-        with contextlib.suppress(OSError), path.open("r+") as stream:  # held, or not ours to open
+        with contextlib.suppress(OSError), path.open("r+") as stream:  # locked, or another user's
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.name == ".owner":
                 shutil.rmtree(path.parent, ignore_errors=True)
@@ -162,10 +162,10 @@ def _sweep(files: Iterable[Path]) -> None:
 
 
 def probe(address: str) -> None:
-    """Fail within seconds, and in one line, when nothing listens at `host:port`; Ray itself waits for minutes."""
+    """Raise EnvironmentFault within seconds when nothing listens at `host:port`; Ray itself waits for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # `auto` and the like: Ray looks for the cluster itself
+        return  # `auto` and the like: Ray finds the cluster itself
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Talking to a Ray cluster's dashboard: which one, with which token, and following a job there to its exit code.
+"""Access to a Ray cluster's dashboard: its address and token, and following a job to its exit code.
 
-Ray's own client does the talking; what it says at length, or not at all, becomes one line within seconds. What a job
-is made of is `ray_submit`.
+Ray's own client sends the requests; its long or missing error messages become one line within seconds.
+`clusters.ray.submit` defines the job.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pst_dist.redirects import SameOriginToken
 
 _ANSWER_SECONDS = 10.0
 _AWAY_SECONDS = 300.0
-"""How long a dashboard may be away while a job is followed."""
+"""How long a dashboard may be unreachable while a job is followed."""
 _POLL_SECONDS = 1.0
 _DEFAULT = "http://127.0.0.1:8265"
 
 
 def dashboard_address(asked: str | None) -> str:
-    """`http://host:8265` of the cluster that is meant: asked for, or named by the environment, or on this machine."""
+    """`http://host:8265` of the cluster: the given address, else the one in the environment, else this machine."""
     from_environment = os.environ.get("RAY_API_SERVER_ADDRESS")
     address = os.environ.get("RAY_ADDRESS", "")
     if from_environment is None and address.startswith(("http://", "https://")):
@@ -42,7 +42,7 @@ def dashboard_address(asked: str | None) -> str:
 
 
 def find_token() -> str | None:
-    """The token that Ray would send, from where Ray looks for it.
+    """The token that Ray would send, looked up where Ray looks for it.
 
     Raises InputError for a missing file, ConfigError for a token that would become more than one header.
     """
@@ -53,17 +53,17 @@ def find_token() -> str | None:
     if path.is_file():
         return plain(path.read_text("utf-8", errors="surrogateescape").strip(), f"the token in {path}")
     if named:
-        raise InputError("no such file, though RAY_AUTH_TOKEN_PATH names it", path=path)
+        raise InputError("no such file, but RAY_AUTH_TOKEN_PATH names it", path=path)
     return None
 
 
 def check_dashboard(address: str, token: str | None) -> str:
-    """Ray's version on the cluster; raises EnvironmentFault when no dashboard answers there or it refuses the token."""
+    """Ray's version on the cluster; raises EnvironmentFault when no dashboard answers or it refuses the token."""
     answer = _get(f"{address}/api/version", token)
     if answer is None or b'"ray_version"' not in answer:
         raise EnvironmentFault(
-            f"what answers at {address} is not a Ray dashboard",
-            "give address=http://HEAD:8265, the dashboard's port; a cluster without one takes no jobs",
+            f"the server at {address} is not a Ray dashboard",
+            "give address=http://HEAD:8265, the dashboard's port; a cluster without a dashboard accepts no jobs",
         )
     return read_version(answer, address)
 
@@ -78,9 +78,9 @@ def read_version(answer: bytes, address: str) -> str:
 
 
 def _get(url: str, token: str | None) -> bytes | None:
-    """The body of an answer, None when it is not HTTP or another page; raises EnvironmentFault as above."""
+    """The body of the response, None for other errors or a non-HTTP answer; raises EnvironmentFault as above."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    # A proxy of the environment is for the world outside, not for a cluster's head.
+    # Ignore the environment's proxy: it is for external hosts, not for a cluster's head node.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), SameOriginToken())
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
@@ -88,13 +88,13 @@ def _get(url: str, token: str | None) -> bytes | None:
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise EnvironmentFault(
-                f"the cluster at {url.rpartition('/api')[0]} asks for a token, and there is none here",
+                f"the cluster at {url.rpartition('/api')[0]} requires a token, and none was found here",
                 "copy the head node's ~/.ray/auth_token to a file of mode 0600 and set RAY_AUTH_TOKEN_PATH to it",
             ) from None
         if error.code == 403:
             raise EnvironmentFault(
                 f"the cluster at {url.rpartition('/api')[0]} refuses this token",
-                "it is of another cluster or an earlier one: copy ~/.ray/auth_token from the head node again",
+                "it belongs to another or an earlier cluster: copy ~/.ray/auth_token from the head node again",
             ) from None
         return None
     except urllib.error.URLError as error:
@@ -102,26 +102,26 @@ def _get(url: str, token: str | None) -> bytes | None:
         raise EnvironmentFault(
             f"no Ray dashboard answers at {url.rpartition('/api')[0]} ({reason})",
             "start one (`ray start --head`), or give address=http://HEAD:8265 (`ray dashboard` or an ssh tunnel "
-            "brings it here)",
+            "forwards it to this machine)",
         ) from None
     except TimeoutError:
         raise EnvironmentFault(
-            f"the dashboard at {url.rpartition('/api')[0]} takes connections but says nothing",
-            "look at the head node: `ray status` there",
+            f"the dashboard at {url.rpartition('/api')[0]} accepts connections but does not answer",
+            "run `ray status` on the head node",
         ) from None
-    except (OSError, ValueError, http.client.HTTPException):  # not HTTP at all, or a URL that is none
+    except (OSError, ValueError, http.client.HTTPException):  # not HTTP, or an invalid URL
         return None
 
 
 def connect(address: str) -> Any:
-    """Ray's job client for a dashboard that was looked at; raises EnvironmentFault in one line."""
+    """Ray's job client for a dashboard, after checking it; raises EnvironmentFault."""
     token = find_token()
     check_dashboard(address, token)
-    # The environment's address would win over the one that was asked for.
+    # RAY_ADDRESS would override the given address.
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     if token is not None:
-        os.environ["RAY_AUTH_MODE"] = "token"  # without it Ray's client leaves the token where it is
+        os.environ["RAY_AUTH_MODE"] = "token"  # without it Ray's client does not send the token
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         from ray.job_submission import JobSubmissionClient
@@ -133,15 +133,15 @@ def connect(address: str) -> Any:
         return JobSubmissionClient(address)
     except Exception as error:
         raise EnvironmentFault(
-            f"Ray's job client says: {first_line(error, 200)}", "see the dashboard's logs"
+            f"Ray's job client failed: {first_line(error, 200)}", "see the dashboard's logs"
         ) from error
 
 
 def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
-    """Say each line of a job's log until it has ended; returns the exit code of its command.
+    """Report each line of a job's log until it has ended; returns the exit code of its command.
 
-    A stopped job is 130, one that Ray could not start 4. Raises InputError when the cluster knows no such job and
-    EnvironmentFault when it stays away; the job itself is never touched.
+    The code is 130 for a stopped job and 4 for one that Ray could not start. Raises InputError when the cluster has no
+    such job and EnvironmentFault when it stays unreachable; the job itself is never changed.
     """
     client = connect(address)
     _info(client, job)  # an unknown job is refused before anything else
@@ -154,10 +154,10 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
             heard = time.monotonic()
         except (InputError, KeyboardInterrupt):
             raise
-        except Exception as error:  # aiohttp's, requests' and Ray's own kinds of a lost connection
+        except Exception as error:  # aiohttp, requests and Ray each raise their own for a lost connection
             if time.monotonic() - heard > _AWAY_SECONDS:
                 raise EnvironmentFault(
-                    f"the cluster at {address} has been away for {_AWAY_SECONDS / 60:.0f} minutes "
+                    f"no answer from the cluster at {address} for {_AWAY_SECONDS / 60:.0f} minutes "
                     f"({first_line(error, 200)})",
                     look_again(job, address),
                 ) from None
@@ -174,7 +174,7 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
 
 
 def status(address: str, job: str) -> Status:
-    """Where a job stands; raises InputError for a job that the cluster does not know, EnvironmentFault without one."""
+    """The state of a job; raises InputError for an unknown job, EnvironmentFault when the cluster is unreachable."""
     info = _info(connect(address), job)
     state = str(info.status)
     ended = state in ("SUCCEEDED", "FAILED", "STOPPED")
@@ -183,32 +183,32 @@ def status(address: str, job: str) -> Status:
 
 
 def exit_code_of(status: str, driver: int | None) -> int:
-    """The exit code that a job came to: its command's own, 128 + number after a signal."""
+    """The exit code of an ended job: its command's own, or 128 + number after a signal."""
     if status == "SUCCEEDED":
         return 0
     if status == "STOPPED":
         return 130
-    if driver is None:  # Ray never came to starting the command, or lost the node it ran on
+    if driver is None:  # Ray never started the command, or lost the node it ran on
         return EnvironmentFault.exit_code
     return 128 - driver if driver < 0 else driver or 1
 
 
 def look_again(job: str, address: str) -> str:
-    """How to take up following, and how to end the job."""
+    """How to follow a job again, or stop it."""
     return (
-        f"the job goes on; look again: pst submit ray --follow {job} address={address}, "
-        f"end it: RAY_AUTH_MODE=token ray job stop --address {address} {job}"
+        f"the job keeps running; follow it: pst submit ray --follow {job} address={address}, "
+        f"stop it: RAY_AUTH_MODE=token ray job stop --address {address} {job}"
     )
 
 
 class _Log:
-    """A job's log, heard from the beginning at each connection and said once."""
+    """A job's log; each connection streams it from the beginning, and every line is reported once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._said, self._rest = say, 0, ""
 
     async def read(self, client: Any, job: str) -> None:
-        """Say what is new until the log ends or the connection does."""
+        """Report new lines until the log or the connection ends."""
         seen, self._rest = 0, ""
         stream = client.tail_job_logs(job)
         async with contextlib.aclosing(stream) as chunks:
@@ -221,7 +221,7 @@ class _Log:
                         self._say(line)
 
     def end(self) -> None:
-        """Say a last line that has no end."""
+        """Report an incomplete last line."""
         if self._rest:
             self._say(self._rest)
 
@@ -231,7 +231,7 @@ def _info(client: Any, job: str) -> Any:
         return client.get_job_info(job)
     except RuntimeError as error:
         if "404" in str(error):
-            raise InputError(f"the cluster knows no job {job!r}", "`ray job list` names those that it does") from None
+            raise InputError(f"the cluster has no job {job!r}", "`ray job list` lists its jobs") from None
         raise
 
 

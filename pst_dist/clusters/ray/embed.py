@@ -1,9 +1,9 @@
-"""Embedding on a Ray cluster: encoder actors over a list of shards. The cluster itself is `ray_cluster`.
+"""Embedding on a Ray cluster: encoder actors process a list of shards.
 
-One shard, one task, one file, and what the file holds is decided by `embeddings.embed_shard`, here as in one process.
-Ray places the actors and says when one is lost; what it held goes back to the others at once, and another actor is
-asked for, which comes when there is room for it. Where the files lie is `embedding_files`: a folder must be shared
-between the machines, a URL reachable from them.
+Each shard is one task and one file; `embedding.embed.embed_shard` writes the file, here as in a single process. Ray
+places the actors and reports a lost one; its shards go to the other actors at once, and a replacement starts when the
+cluster has room. `clusters.ray.connect` provides the cluster and `embedding.files` the files: a folder must be shared
+by all machines, a URL reachable from them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pst_dist.logs import Progress
 log = logging.getLogger(__name__)
 
 _RETRIES = 4
-"""How often a shard is given out again after it took an actor with it."""
+"""How often a shard is reassigned after an actor died while encoding it."""
 _QUEUED = 2
-"""Shards an actor holds: one at work and one waiting, which hides the way to the driver and back."""
+"""Shards assigned to an actor: one in progress and one waiting, which hides the latency of the driver."""
 _QUIET_SECONDS = 300.0
-"""How long nothing may be heard: before the first actor has started it is an error, later a warning."""
+"""How long no task may finish: an error before the first actor has started, later a warning."""
 
 
 class EncoderActor:
-    """One encoder in a process of its own. Its state is the loaded model, so any actor can do any shard."""
+    """One encoder in its own process. Its only state is the loaded model, so any actor can process any shard."""
 
     def __init__(self, config: EmbedConfig, identity: dict[str, Any], files: Files, driver: str) -> None:
         import torch
@@ -47,13 +47,13 @@ class EncoderActor:
         self._loaded: TextEncoder | None = None
 
     def ready(self) -> None:
-        """Return once the encoder is loaded (not in `__init__`, whose errors Ray turns into text).
+        """Load the encoder (not in `__init__`, whose errors Ray turns into text).
 
-        Raises IntegrityError when this machine has another encoder than the driver's, EnvironmentFault when it
-        does not see the driver's files, and what loading raises.
+        Raises IntegrityError when this machine's encoder differs from the driver's, EnvironmentFault when it does not
+        see the driver's files, and whatever loading raises.
         """
         if self._loaded is None:
-            # Whether a process without a GPU of its own sees the machine's hangs on Ray's version and environment.
+            # Whether a process without a reserved GPU sees the machine's GPUs depends on Ray's version and settings.
             on_cpu = self._config.device is None and self._config.ray.num_gpus_per_actor == 0
             self._loaded = TextEncoder(self._config, device="cpu" if on_cpu else None)
         if self._loaded.identity != self._identity:
@@ -65,7 +65,7 @@ class EncoderActor:
         self._files.check(self._driver)
 
     def embed(self, shard: ShardInfo) -> EmbeddedShard:
-        """See to one shard's file; only this summary of it travels back."""
+        """Embed one shard, or skip it when its file is complete; returns only a summary."""
         assert self._loaded is not None
         with self._files.at_hand(shard) as (folder, target):
             return embed_shard(self._loaded, folder, shard, target)
@@ -79,10 +79,10 @@ def embed_with_ray(
     tell: Callable[[ShardInfo, EmbeddedShard], None],
     bar: Progress,
 ) -> None:
-    """Have actors see to the file of every shard of `todo`, in about that order; `tell` is called once for each.
+    """Have actors embed every shard of `todo`, roughly in order; `tell` is called once for each.
 
-    The bytes are those of the local backend. Raises EnvironmentFault when the cluster cannot be reached, has no
-    room, or does not see the folders; PeerLostError when actors keep dying; and whatever PstError an actor met.
+    The files have the same bytes as with the local backend. Raises EnvironmentFault when the cluster cannot be reached,
+    has no room, or does not see the folders; PeerLostError when actors keep dying; and any PstError of an actor.
     """
     with ray_cluster(config.ray) as ray:
         count = _number_of_actors(config.ray, ray.cluster_resources(), len(todo))
@@ -90,7 +90,7 @@ def embed_with_ray(
         actor_class = ray.remote(
             num_cpus=config.ray.num_cpus_per_actor,
             num_gpus=config.ray.num_gpus_per_actor,
-            # Ray would bind the shards of a lost actor to its successor, which on a full cluster may never start.
+            # Ray would keep a lost actor's shards for its replacement, which may never start on a full cluster.
             max_restarts=0,
             max_task_retries=0,
         )(EncoderActor)
@@ -105,7 +105,7 @@ def embed_with_ray(
 
 @dataclass(eq=False)
 class _Member:
-    """An actor and what it holds, the oldest first: that is the one at work."""
+    """An actor and its assigned shards, oldest first; the first is in progress."""
 
     handle: Any
     ready: bool = False
@@ -113,11 +113,11 @@ class _Member:
 
 
 class Crew:
-    """The driver's side: who holds what. Its memory is the list of shards, its work for each a few messages."""
+    """The driver's side: which actor has which shards. It keeps only the list of shards; a shard takes few messages."""
 
     def __init__(self, ray: Any, hire: Callable[[], Any], count: int) -> None:
         self._ray, self._hire = ray, hire
-        self._calls: dict[Any, tuple[_Member, ShardInfo | None]] = {}  # under way; no shard: it loads its encoder
+        self._calls: dict[Any, tuple[_Member, ShardInfo | None]] = {}  # pending; no shard: loading its encoder
         self._members: dict[_Member, None] = {}
         self._waiting: collections.deque[ShardInfo] = collections.deque()
         self._losses: collections.Counter[str] = collections.Counter()  # by shard; "" while loading, in a row
@@ -125,7 +125,7 @@ class Crew:
             self._add_member()
 
     def work(self, todo: list[ShardInfo], tell: Callable[[ShardInfo, EmbeddedShard], None], bar: Progress) -> None:
-        """Share out the shards and tell of each once; returns when all are done."""
+        """Distribute the shards and call `tell` once for each; returns when all are done."""
         self._waiting.extend(todo)
         started, done = False, 0
         while done < len(todo):
@@ -144,7 +144,7 @@ class Crew:
                 self._replace(member, error)
             else:
                 if not started:
-                    bar.restart()  # the speed is that of encoding, not of loading encoders
+                    bar.restart()  # measure the speed of encoding, without the time to load encoders
                 started = member.ready = True
                 if shard is not None:
                     member.held.remove(shard)
@@ -155,7 +155,7 @@ class Crew:
             self._give_out()
 
     def dismiss(self) -> None:
-        """End all actors, those too that never started."""
+        """End all actors, including those that never started."""
         for member in self._members:
             with contextlib.suppress(Exception):
                 self._ray.kill(member.handle)
@@ -163,11 +163,11 @@ class Crew:
     def _add_member(self) -> None:
         member = _Member(self._hire())
         self._members[member] = None
-        # It gets work only when it has started: an actor that the cluster has no room for never holds a shard.
+        # It gets work only after it has started: an actor for which the cluster has no room never gets a shard.
         self._calls[member.handle.ready.remote()] = member, None
 
     def _give_out(self) -> None:
-        """Fill up those who have room; near the end nobody holds a second shard that another could be doing."""
+        """Assign waiting shards; near the end no actor queues a second shard that an idle actor could process."""
         for depth in range(1, _QUEUED + 1):
             for member in self._members:
                 if not self._waiting or (depth > 1 and len(self._waiting) < len(self._members)):
@@ -178,40 +178,43 @@ class Crew:
                     self._calls[member.handle.embed.remote(shard)] = member, shard
 
     def _replace(self, member: _Member, error: Exception) -> None:
-        """Take back what a lost actor held and ask for another; raises PeerLostError when that has not helped."""
+        """Reassign a lost actor's shards and start another actor; raises PeerLostError after too many losses."""
         at = member.held[0].name if member.held else ""
         self._losses[at] += 1
         reason = first_line(error, 160)
         where = f"at {at}" if at else "while loading the encoder"
         if self._losses[at] > _RETRIES + (0 if at else len(self._members)):
             raise PeerLostError(
-                f"an encoder actor was lost {where}, {self._losses[at]} times by now ({reason})",
-                "look for out-of-memory in Ray's logs; lower embed.batch_tokens or embed.ray.num_actors",
+                f"encoder actors were lost {self._losses[at]} times {where} ({reason})",
+                "look for out-of-memory errors in Ray's logs; lower embed.batch_tokens or embed.ray.num_actors",
             ) from error
-        log.warning("embed: an encoder actor was lost %s (%s); %d shards go to others", where, reason, len(member.held))
+        log.warning(
+            "embed: an encoder actor was lost %s (%s); reassigning its %d shards", where, reason, len(member.held)
+        )
         self._waiting.extendleft(reversed(member.held))
         del self._members[member]
         self._calls = {call: holder for call, holder in self._calls.items() if holder[0] is not member}
-        with contextlib.suppress(Exception):  # unreachable is not dead: it would hold its room and go on
+        with contextlib.suppress(Exception):  # it may be unreachable but alive, and keep its resources
             self._ray.kill(member.handle)
         self._add_member()
 
     def _complain(self, started: bool) -> None:
-        """Nothing was heard for long: before the first start an error, later slow, or nobody has room to start."""
+        """Report that no task has finished for long: an error before the first actor started, later a warning."""
         if not started:
             raise EnvironmentFault(
-                f"no encoder actor started within {_QUIET_SECONDS:.0f} s", "see `ray status` for what the cluster lacks"
+                f"no encoder actor started within {_QUIET_SECONDS:.0f} s",
+                "`ray status` shows which resources are missing",
             )
         at_work = sorted(member.held[0].name for member in self._members if member.held)
         log.warning(
-            "embed: nothing finished for %.0f s, still waiting for %s; `ray status` says what the cluster lacks",
+            "embed: nothing finished for %.0f s, still waiting for %s; `ray status` shows which resources are missing",
             _QUIET_SECONDS,
             ", ".join(at_work[:5]) or "room for an actor",
         )
 
 
 def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: int) -> int:
-    """As many as asked for or as fit, never more than there are shards; raises EnvironmentFault when none fits."""
+    """The number of actors to start, limited by the cluster and the shards; raises EnvironmentFault when none fits."""
     wanted = {"CPU": config.num_cpus_per_actor, "GPU": config.num_gpus_per_actor}
     room = min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
     if room == 0:
@@ -222,5 +225,5 @@ def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: in
             "lower embed.ray.num_cpus_per_actor or num_gpus_per_actor",
         )
     if config.num_actors is not None and config.num_actors > room:
-        log.warning("embed: %d actors asked for, the cluster has room for %d", config.num_actors, room)
+        log.warning("embed: %d actors requested, but the cluster has room for %d", config.num_actors, room)
     return min(config.num_actors or room, room, shards)

@@ -1,7 +1,7 @@
-"""A run as a job of a Ray cluster: what was asked for, what of this directory goes along, and handing it in.
+"""A run as a Ray job: the command line's options, the files that are sent along, and the submission.
 
-The job's command is `pst run my.yaml on=ray …` inside a copy of the working directory: it shards, embeds on actors,
-trains on workers, scores and reports, and Ray gives each stage its place. The dashboard is `ray_dashboard`'s.
+The job's command is `pst run my.yaml on=ray …` in a copy of the working directory: it shards, embeds with actors,
+trains with workers, scores and reports, and Ray places each stage. `clusters.ray.dashboard` contacts the dashboard.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ EXCLUDES = (
     "checkpoints",
     "tensorboard",
 )
-"""What is never sent along, in the words of a .gitignore; a .gitignore or .rayignore in the directory adds to it."""
+"""Patterns of files that are never sent, in .gitignore syntax; the directory's .gitignore and .rayignore add more."""
 _OWN = ("address", "verb", "dir", "exclude", "name", "cpus", "gpus")
 _OFFENDERS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayRequest:
-    """What a job is to be; every word of it stands on the command line."""
+    """What a job asks for; every option comes from the command line."""
 
     address: str
     """`http://host:8265` of the dashboard."""
     verb: str = "run"
     """`run` for the whole pipeline, `train` or `embed` for that stage alone."""
     folder: Path = field(default_factory=Path.cwd)
-    """The directory of which the job gets a copy."""
+    """The directory that the job gets a copy of."""
     exclude: tuple[str, ...] = ()
-    """More patterns of what is not sent."""
+    """More patterns of files that are not sent."""
     name: str | None = None
-    """The job's id; made up when not given."""
+    """The job's id; generated when not given."""
     cpus: float = 0.0
     gpus: float = 0.0
-    """Reserved for the job's driver, which shards, scores and exports; embedding and training have their own."""
+    """Reserved for the job's driver, which shards, scores and exports; embedding and training reserve their own."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
-    """Part `address=… verb=train env.NAME=… train.bf16=true` into the request and the config's own words."""
+    """Split `address=… verb=train env.NAME=… train.bf16=true` into the request and the config's overrides."""
     asked: dict[str, str] = {}
     environment, rest = {}, []
     for word in words:
@@ -80,10 +80,10 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
         elif key.startswith("env."):
             variable = key.removeprefix("env.")
             if not re.fullmatch(r"[A-Za-z_]\w*", variable):
-                raise ConfigError(f"{key!r} names no environment variable", "write env.NAME=value")
+                raise ConfigError(f"{key!r} is not a valid environment variable", "write env.NAME=value")
             environment[variable] = value
         elif key == "on":
-            raise ConfigError(f"{word}: a job of `pst submit ray` is on Ray already", "leave it out")
+            raise ConfigError(f"{word}: a job of `pst submit ray` already runs on Ray", "leave it out")
         else:
             rest.append(word)
     verb = asked.get("verb", "run")
@@ -91,10 +91,10 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
         raise ConfigError(f"verb={verb} is not a stage that runs on Ray", "write verb=run, verb=train or verb=embed")
     folder = Path(asked.get("dir", ".")).resolve()
     if not folder.is_dir():
-        raise ConfigError(f"dir={asked['dir']} is no directory", "give the one that has the config in it")
+        raise ConfigError(f"dir={asked['dir']} is not a directory", "give the directory that contains the config")
     name = asked.get("name")
     if name is not None and not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(f"name={name} is not a name", "take letters, digits, dots and dashes")
+        raise ConfigError(f"name={name} is not a valid job name", "use letters, digits, dots, dashes and underscores")
     return (
         RayRequest(
             address=dashboard_address(asked.get("address")),
@@ -111,20 +111,20 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
 
 
 def _patterns(text: str | None) -> tuple[str, ...]:
-    # Not read as YAML, to which *.bin is a reference.
+    # Not parsed as YAML, where *.bin is an alias.
     return tuple(part.strip() for part in (text or "").strip("[]").split(",") if part.strip())
 
 
 def _amount(asked: dict[str, str], key: str) -> float:
     text = asked.get(key, "0")
     if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise ConfigError(f"{key}={text} is not an amount", f"write for example {key}=1")
+        raise ConfigError(f"{key}={text} is not a number", f"write for example {key}=1")
     return float(text)
 
 
 @dataclass(frozen=True)
 class RayJob:
-    """A job as it would be handed in."""
+    """A job as it would be submitted."""
 
     request: RayRequest
     config: Config
@@ -133,33 +133,33 @@ class RayJob:
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        """Ray's word for what the job's processes find around them."""
+        """The runtime environment of the job's processes, in Ray's format."""
         return {
             "working_dir": str(self.request.folder),
             "excludes": list(self.excludes),
-            # `ray job stop` gives three seconds by itself, too few for a step and a checkpoint.
+            # By default `ray job stop` waits three seconds, too short for a step and a checkpoint.
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120", **self.request.environment},
         }
 
     def lines(self, files: dict[str, int]) -> list[str]:
-        """What a person should see before it is handed in; `files` are those that are sent, with their bytes."""
+        """The lines shown before submission; `files` maps each file that is sent to its size in bytes."""
         lines = [
             f"  cluster   {self.request.address}",
             f"  command   {self.command}",
             f"  output    {self.config.output_dir} (on a disk that all nodes share)",
-            f"  sent      {len(files)} files, {_mib(sum(files.values()))} of {self.request.folder}",
+            f"  sent      {len(files)} files, {_mib(sum(files.values()))} from {self.request.folder}",
         ]
         return [redact(line) for line in lines]
 
 
 class Ray(Launcher):
-    """A run as a job of a Ray cluster, handed in at its dashboard."""
+    """A run as a Ray job, submitted through the cluster's dashboard."""
 
-    # The job's driver has a copy of this directory and the same hub.
+    # The job's driver has a copy of this directory.
     checks = frozenset({"deepspeed"})
 
     def parse(self, config: str, words: Sequence[str]) -> Submission:
-        """The words of `read_words`, and the job they make."""
+        """The options of `read_words`, and the job that they describe."""
         request, overrides = read_words(words)
         job = make_job(request, config, overrides)
         return Submission(job.config, job)
@@ -170,13 +170,13 @@ class Ray(Launcher):
         return "".join(f"{line}\n" for line in job.lines(check_size(job)))
 
     def check(self, submission: Submission) -> None:
-        """Whether the dashboard answers and takes our token, and Ray would take as many bytes."""
+        """Check that the dashboard answers and accepts our token, and that Ray accepts files of this size."""
         job: RayJob = submission.request
         check_dashboard(job.request.address, find_token())
         check_size(job)
 
     def submit(self, submission: Submission, say: Say) -> Job:
-        """Hand the job in."""
+        """Submit the job."""
         job: RayJob = submission.request
         name, address = submit(job, say=say), job.request.address
         return Job(name, address, f"job {name}: submitted; {address}/#/jobs/{name}")
@@ -184,11 +184,11 @@ class Ray(Launcher):
     def find(self, name: str, words: Sequence[str]) -> Job:
         """By the job's name, at `address=`."""
         if not re.fullmatch(r"[\w.-]+", name):
-            raise ConfigError(f"{name!r} is not a job of Ray", "`ray job list` names them")
+            raise ConfigError(f"{name!r} is not a Ray job", "`ray job list` lists the jobs")
         return Job(name, read_words(words)[0].address)
 
     def status(self, job: Job) -> Status:
-        """As the dashboard says."""
+        """The state that the dashboard reports."""
         return dashboard.status(job.place, job.name)
 
     def follow(self, job: Job, say: Say) -> int:
@@ -204,14 +204,16 @@ LAUNCHER = Ray()
 
 
 def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) -> RayJob:
-    """The job for a config; raises ConfigError when that could not work inside a copy of the directory."""
+    """The job for a config; raises ConfigError when it could not run in a copy of the directory."""
     config = load_config(config_name, [*overrides, *_on_ray(request.verb)])
     refuse_relative(config, "the job works")
     word = config_name
     if config_name not in ready_made_configs():
         path = locate_config(config_name).resolve()
         if request.folder not in path.parents:
-            raise ConfigError(f"{path} is not in {request.folder}, which is what the job gets a copy of", "give dir=…")
+            raise ConfigError(
+                f"{path} is not in {request.folder}, the directory that the job gets a copy of", "give dir=…"
+            )
         word = str(path.relative_to(request.folder))
     excludes = [*EXCLUDES, *request.exclude]
     for folder in (config.output_dir, config.data_dir):
@@ -226,12 +228,12 @@ def _on_ray(verb: str) -> list[str]:
 
 
 def check_size(job: RayJob) -> dict[str, int]:
-    """Path -> bytes of every file that Ray would send; raises ConfigError, naming the largest, when Ray would refuse.
+    """Path -> size of every file that Ray would send; raises ConfigError, naming the largest, when they are too large.
 
-    Ray measures the packed bytes, of which there may be fewer: what is too large unpacked is no code.
+    Ray limits the compressed size, which may be smaller; but a directory too large uncompressed is not just code.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from ray._private.runtime_env import packaging  # its own walk, so that what is counted is what is sent
+    from ray._private.runtime_env import packaging  # Ray's own walk, so that we count exactly what is sent
 
     folder, files = job.request.folder, {}
 
@@ -239,7 +241,7 @@ def check_size(job: RayJob) -> dict[str, int]:
         if path.is_file():
             files[str(path.relative_to(folder))] = path.stat().st_size
 
-    silent = logging.Logger("silent", logging.CRITICAL)  # Ray would name every ignore file that it reads
+    silent = logging.Logger("silent", logging.CRITICAL)  # Ray would log every ignore file that it reads
     ours = packaging._get_excludes(folder, list(job.excludes))
     packaging._dir_travel(folder, [ours], count, include_gitignore=True, logger=silent)
     limit = packaging.GCS_STORAGE_MAX_SIZE
@@ -251,27 +253,30 @@ def check_size(job: RayJob) -> dict[str, int]:
         largest = sorted(by_entry.items(), key=lambda item: -item[1])[:_OFFENDERS]
         named = ", ".join(f"{entry} {_mib(size)}" for entry, size in largest)
         raise ConfigError(
-            f"{_mib(sum(files.values()))} would be sent, Ray takes {_mib(limit)}; the largest: {named}",
-            "add them to .gitignore or .rayignore, or give exclude=[…]; rows belong on a shared disk (data.root)",
+            f"{_mib(sum(files.values()))} would be sent, but Ray accepts {_mib(limit)}; the largest: {named}",
+            "add them to .gitignore or .rayignore, or give exclude=[…]; keep rows on a shared disk (data.root)",
             path=folder,
         )
     config = shlex.split(job.command)[4]
     if (folder / config).is_file() and config not in files:
-        raise ConfigError("this config would not be sent", "it is excluded: see .gitignore, .rayignore", path=config)
+        raise ConfigError(
+            "this config would not be sent", "remove its pattern from .gitignore, .rayignore or exclude=", path=config
+        )
     return files
 
 
 def submit(job: RayJob, *, say: Say) -> str:
-    """Check and hand in; returns the job's id.
+    """Check and submit a job; returns its id.
 
-    Raises EnvironmentFault when the cluster cannot be reached or refuses, LockedError when a job works there already.
+    Raises EnvironmentFault when the cluster cannot be reached or refuses it, LockedError when another job already uses
+    the output directory.
     """
     client = connect(job.request.address)
     files = check_size(job)
     for other in client.list_jobs():
         if (other.metadata or {}).get("pst") == job.config.output_dir and str(other.status) in ("PENDING", "RUNNING"):
             raise LockedError(
-                f"job {other.submission_id} already works here",
+                f"job {other.submission_id} already uses this directory",
                 f"follow it: pst submit ray --follow {other.submission_id} address={job.request.address}",
                 path=job.config.output_dir,
             )
@@ -289,7 +294,7 @@ def submit(job: RayJob, *, say: Say) -> str:
         )
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise EnvironmentFault(f"Ray does not take the job: {first[:200]}", "ask for something else") from error
+        raise EnvironmentFault(f"Ray refused the job: {first[:200]}", "change the job's options") from error
     return name
 
 

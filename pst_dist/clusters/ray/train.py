@@ -1,8 +1,8 @@
-"""Training on a Ray cluster: Ray Train places the ranks, starts them again when one is lost, and hears of checkpoints.
+"""Training on a Ray cluster: Ray Train places the ranks, restarts them when one is lost, and registers checkpoints.
 
-What is trained, saved and resumed is `train(config)`'s affair, in the run directory as always: a training begun here
-can be taken up by any other launcher. The run directory must be seen by all nodes. What runs on
-the cluster's side is `ray_worker`; this module is the driver's.
+`train(config)` trains, saves and resumes in the run directory as always, so any other launcher can resume a training
+started here. All nodes must see the run directory. This module is the driver's side; `clusters.ray.worker` runs on the
+cluster.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from pst_dist.storage.object_store import is_url
 log = logging.getLogger(__name__)
 
 _START_SECONDS = 60
-"""How long Ray itself waits for a group of workers to start; then it tries again."""
+"""How long Ray waits for a group of workers to start before it tries again."""
 _RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 """What Ray Train leaves in a run directory."""
 
 
 def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
-    """`train` on Ray workers: its `TrainingResult`, or the error that it met, as it was.
+    """`train` on Ray workers: returns its `TrainingResult` or raises its original error.
 
-    A lost worker is replaced, all start again from the newest valid checkpoint, at most train.ray.max_failures times;
-    then PeerLostError. Raises ConfigError and EnvironmentFault when the ranks could never start. Told to stop, the
-    ranks save at the next step and PreemptedError (or, after Ctrl-C, KeyboardInterrupt) is raised; told twice, or
-    killed, this process ends at once and Ray ends its workers: what they had saved is there.
+    When a worker is lost, Ray replaces it and all ranks resume from the newest valid checkpoint, at most
+    train.ray.max_failures times; after that, PeerLostError is raised. Raises ConfigError and EnvironmentFault when the
+    ranks could never start. After a stop signal the ranks save at the next step, and PreemptedError (after Ctrl-C,
+    KeyboardInterrupt) is raised. After a second signal, or when killed, this process ends at once and Ray ends its
+    workers; earlier checkpoints remain.
     """
     if "RANK" in os.environ:
         raise ConfigError("train.backend=ray starts its own ranks", "run it without torchrun, deepspeed or srun")
@@ -48,7 +49,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
     if done is not None:
         return done
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the config's relative paths are meant from here
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the config's relative paths refer to the current directory
     with ray_cluster(RayConfig(address=asked.address)) as ray:
         check_room(asked, ray.cluster_resources())
         try:
@@ -69,7 +70,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
 
 
 def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
-    """Raises EnvironmentFault when the cluster, as it is, cannot hold the ranks and no growth is waited for."""
+    """Raises EnvironmentFault when the cluster has no room for the ranks and train.ray.wait_seconds is 0."""
     needs = {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker)}
     ranks = asked.min_workers or asked.num_workers
     short = [name for name, each in needs.items() if each * ranks > resources.get(name, 0)]
@@ -78,7 +79,7 @@ def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
         has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in needs)
         raise EnvironmentFault(
             f"{ranks} rank(s) of {wanted} each, but the cluster has {has}",
-            "lower train.ray.num_workers, or give train.ray.wait_seconds=600 to a cluster that grows",
+            "lower train.ray.num_workers, or set train.ray.wait_seconds=600 on a cluster that grows",
         )
 
 
@@ -92,7 +93,7 @@ def _on_all_nodes(config: Config) -> Config:
 
 
 def _complete(config: Config) -> Any:
-    """The result of a training that is complete already, for which no worker need be started."""
+    """The result of a training that is already complete, which needs no workers."""
     from pst_dist.training.result import complete_training
 
     done = complete_training(config, config.train.ray.num_workers)
@@ -102,14 +103,14 @@ def _complete(config: Config) -> Any:
 
 
 def _trainer(config: Config, orders: Any) -> Any:
-    """Ray's trainer for these orders; its run directory is ours, so that our checkpoints are registered in place."""
+    """Ray's trainer for these orders; it uses our run directory, so that our checkpoints are registered in place."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pst_dist.clusters.ray.worker import Watch, work
     from pst_dist.distributed.ranks import SLOWER_THAN_THE_WATCH_SECONDS
 
-    api: Any = ray.train  # which of its two versions is behind the names is settled when it is imported
+    api: Any = ray.train  # which of its two API versions the names mean is decided at import
     asked, path = config.train.ray, run_dir(config).path
     gpus = asked.num_gpus_per_worker
     patience = int(config.train.timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
@@ -129,18 +130,18 @@ def _trainer(config: Config, orders: Any) -> Any:
             storage_path=str(path.parent),
             failure_config=api.FailureConfig(
                 max_failures=asked.max_failures,
-                # Without a limit Ray would wait for room for ever.
+                # Without a limit Ray would wait for room forever.
                 controller_failure_limit=max(1, asked.wait_seconds // _START_SECONDS),
             ),
             callbacks=[Watch(orders.desk, asked.max_failures)],
-            # In Ray's own files; what matters comes by the desk.
+            # Ray logs to its own files; our lines arrive through the desk.
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
 
 
 def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) -> Any:
-    """Run `fit` in a thread, where Ray takes no signals for itself; log the ranks' lines and pass on a request."""
+    """Run `fit` in a thread, where Ray installs no signal handlers; log the ranks' lines and forward a stop request."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -149,16 +150,16 @@ def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) ->
         except BaseException as error:
             outcome.append(error)
 
-    # A thread that nobody waits for at the end: with its cluster gone it might never come back.
+    # A daemon thread: when its cluster is gone, it might never return.
     threading.Thread(target=run, name="ray-train", daemon=True).start()
     passed_on = False
     while True:
-        done = bool(outcome)  # looked at before the lines, so that the last ones are heard
+        done = bool(outcome)  # checked before reading lines, so that the last ones are not lost
         try:
             lines = ray.get(desk.listen.remote())
         except ray.exceptions.RayError as error:
             raise PeerLostError(
-                f"the Ray cluster is gone ({first_line(error, 200)})", "the same command goes on"
+                f"the Ray cluster is gone ({first_line(error, 200)})", "run the same command again to resume"
             ) from None
         for line in lines:
             logging.getLogger(line.name).log(line.level, "%s", line.text)
@@ -174,7 +175,7 @@ def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) ->
 
 
 def _in_our_words(ray: Any, error: BaseException) -> BaseException:
-    """The error of ours that a failed training comes to; itself when it is nobody's fault but ours."""
+    """The PstError for a failed training; any other error is a bug of ours and returned unchanged."""
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
@@ -185,7 +186,7 @@ def _in_our_words(ray: Any, error: BaseException) -> BaseException:
         if "Startup" in type(cause).__name__:
             return EnvironmentFault(
                 f"Ray could not start the ranks ({first_line(cause, 200)})",
-                "see `ray status` for what the cluster lacks; train.ray.wait_seconds is how long to wait for room",
+                "`ray status` shows which resources are missing; train.ray.wait_seconds sets how long to wait for room",
             )
         return cause
     if isinstance(error, WorkerGroupError):
@@ -194,18 +195,20 @@ def _in_our_words(ray: Any, error: BaseException) -> BaseException:
             return others[0]
         return PeerLostError(
             f"{describe(error.worker_failures)}, more often than train.ray.max_failures allows",
-            "look for out-of-memory in Ray's logs; the same command goes on from the newest valid checkpoint",
+            "look for out-of-memory errors in Ray's logs; the same command resumes from the newest valid checkpoint",
         )
     if isinstance(error, (PreemptionError, ray.exceptions.RayError)):
-        return PeerLostError(f"Ray gave the training up ({first_line(error, 200)})", "the same command goes on")
+        return PeerLostError(
+            f"Ray ended the training ({first_line(error, 200)})", "run the same command again to resume"
+        )
     return error
 
 
 @contextmanager
 def _clean(path: Path) -> Iterator[None]:
-    """Ray's own files in the run directory, gone before and after.
+    """Remove Ray's own files from the run directory before and after the block.
 
-    Its list of checkpoints would refuse a run from which we have removed the older ones.
+    Otherwise Ray's list of checkpoints would make it refuse a run from which we have removed older checkpoints.
     """
     _remove_ray_files(path)
     try:

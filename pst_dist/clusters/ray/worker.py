@@ -1,8 +1,8 @@
-"""What runs inside Ray's processes while it trains: one rank, the desk between ranks and driver, and Ray's watch.
+"""The part of Ray training that runs in Ray's processes: a rank, the desk between ranks and driver, and the watch.
 
-A rank calls the same `train(config)` as under every launcher. Its log lines and the request to stop go through the
-desk, a small actor, because Ray passes on neither. The watch decides what Ray may try again: a lost rank, never an
-error that would only come back. The driver's side is `ray_train`; imported where ray is set up already.
+A rank calls the same `train(config)` as under every launcher. Its log lines and the stop request go through the desk, a
+small actor, because Ray forwards neither. The watch decides when Ray may restart the ranks: after a lost rank, but not
+after an error that would only recur. The driver's side is `clusters.ray.train`; import this only after ray is set up.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pst_dist.redaction import redact
 
 _FIRST_LOCK_SECONDS = 5.0
 _LOCK_SECONDS = 120.0
-"""How long a rank that Ray started again waits for the lost one to leave the directory: a shared disk may take as long
-as a lease to notice."""
+"""How long a restarted rank waits for the lost rank's directory lock: a shared disk may release it only when a lease
+expires."""
 _LISTEN_SECONDS = 0.5
 
 
@@ -41,7 +41,7 @@ class Orders:
     version: str
     """The driver's pst_dist."""
     folder: str
-    """The driver's working directory, by which the config's other relative paths are meant."""
+    """The driver's working directory, against which the config's other relative paths are resolved."""
     log_level: int
     desk: Any
     """Handle of the `Desk`."""
@@ -57,7 +57,7 @@ class Line:
 
 
 class Desk:
-    """An actor beside the driver: lines for it, its request to stop, and how often the ranks were started."""
+    """An actor on the driver's node: log lines for the driver, its stop request, and the number of starts."""
 
     def __init__(self) -> None:
         self._lines: list[Line] = []
@@ -65,7 +65,7 @@ class Desk:
         self._starts = 0
 
     async def begin(self) -> int:
-        """Rank zero reports itself: which start this is, from 1."""
+        """Called by rank zero when it starts; returns the number of this start, from 1."""
         self._starts += 1
         return self._starts
 
@@ -85,23 +85,23 @@ class Desk:
         return lines
 
     async def stop(self) -> None:
-        """The driver was told to stop."""
+        """Record that the driver was told to stop."""
         self._stopped.set()
 
     async def told(self) -> None:
-        """Returns when the driver was told to stop."""
+        """Wait until the driver is told to stop."""
         await self._stopped.wait()
 
 
 def desk_here() -> Any:
-    """A new desk on the driver's own node, which takes no room there."""
+    """A new desk on the driver's own node, which reserves no resources there."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor_class: Any = ray.remote(Desk)
     return actor_class.options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def work(loop_config: dict[str, Orders]) -> Any:
-    """One rank, in a worker of Ray Train: a `TrainingResult`, or the error that `train` raises."""
+    """Run one rank in a Ray Train worker: returns a `TrainingResult`, or raises what `train` raises."""
     orders = loop_config["orders"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -110,7 +110,7 @@ def work(loop_config: dict[str, Orders]) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if orders.config.train.ray.num_gpus_per_worker == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if os.path.isdir(orders.folder):  # otherwise a job's copy of it, in which Ray has put this process
+    if os.path.isdir(orders.folder):  # otherwise stay in the job's copy of it, where Ray started this process
         os.chdir(orders.folder)
     if orders.version != __version__:
         raise EnvironmentFault(
@@ -130,19 +130,19 @@ def work(loop_config: dict[str, Orders]) -> Any:
     try:
         return train(
             orders.config,
-            rebuild=orders.rebuild and start == 1,  # what is there now is what the lost ranks have left
+            rebuild=orders.rebuild and start == 1,  # a later start must keep what the lost ranks have saved
             observer=_tell_ray,
             stop=stop,
             lock_seconds=_FIRST_LOCK_SECONDS if start == 1 else _LOCK_SECONDS,
         )
     except Exception as error:
-        if not isinstance(error, PstError) and not may_pass(error):  # ours to mend: Ray would drop the traceback
+        if not isinstance(error, PstError) and not may_pass(error):  # a bug: Ray would drop the traceback
             logging.getLogger("pst_dist").exception("unexpected error on rank %s", os.environ["RANK"])
         raise
 
 
 def _speak_through(desk: Any, level: int) -> None:
-    """Send what our modules log at `level` and above to the driver's terminal, beside Ray's own files."""
+    """Send our modules' log records at `level` and above to the driver's terminal."""
 
     class ToDesk(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -154,13 +154,13 @@ def _speak_through(desk: Any, level: int) -> None:
 
 
 def _listen_for_stop(desk: Any, stop: Any) -> None:
-    """Set `stop` when the driver was told to; the other ranks learn of it at the next step."""
+    """Set `stop` when the driver is told to stop; the other ranks learn of it at the next step."""
     ray.get(desk.told.remote())
     stop.signal = signal.SIGTERM
 
 
 def _tell_ray(saved: Any) -> None:
-    """Report a checkpoint to Ray by its path: it is registered where it lies, and nothing is copied."""
+    """Report a checkpoint to Ray by its path: Ray registers it in place and copies nothing."""
     metrics = {"step": saved.state.step, "total": saved.total, "loss": saved.loss, "tokens": saved.state.tokens}
     if saved.state.best_value is not None:
         metrics |= {"best_step": saved.state.best_step, "best_value": saved.state.best_value}
@@ -172,35 +172,35 @@ def _tell_ray(saved: Any) -> None:
 
 
 class Watch(UserCallback):
-    """In Ray's controller: ends the run at an error that a new start would only repeat.
+    """Runs in Ray's controller; ends the run at an error that a restart would only repeat.
 
-    Raising here is what Ray takes for "do not try again"; the driver is given the error as it was.
+    Raising here tells Ray not to retry; the driver receives the original error.
     """
 
     def __init__(self, desk: Any, max_failures: int) -> None:
         self._desk, self._max_failures, self._failures = desk, max_failures, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray calls this when ranks have failed, before it decides what to do."""
+        """Ray calls this when ranks have failed, before it decides whether to retry."""
         for _, error in sorted(worker_exceptions.items()):
             if not may_pass(error):
                 raise error
         self._failures += 1
         if self._failures <= self._max_failures:
-            again = f"start {self._failures} of {self._max_failures} after a loss; on from the newest valid checkpoint"
+            again = f"restart {self._failures} of {self._max_failures}; resuming from the newest valid checkpoint"
             self._desk.say.remote(Line(logging.WARNING, __name__, f"{describe(worker_exceptions)}: {again}"))
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether an error of a rank may be gone after a new start: a rank that died, or what its peers saw of that."""
+    """Whether a rank's error may not recur after a restart: a rank died, or a peer saw the broken connection."""
     if isinstance(error, PstError):
         return isinstance(error, PeerLostError)
-    # Ray's own errors are about processes and nodes; torch says a broken connection by a RuntimeError.
+    # Ray's own errors are about processes and nodes; torch reports a broken connection as a RuntimeError.
     return isinstance(error, (RuntimeError, OSError)) or type(error).__module__.startswith("ray.")
 
 
 def describe(worker_exceptions: dict[int, Exception]) -> str:
-    """`lost rank 1 (why)`: the ranks that died, or those that failed when none is known to have died."""
+    """`lost rank 1 (reason)`: the ranks that died, or those that failed when none is known to have died."""
     dead = {rank: error for rank, error in worker_exceptions.items() if type(error).__module__.startswith("ray.")}
     which = dead or worker_exceptions
     ranks = ", ".join(str(rank) for rank in sorted(which))
@@ -209,7 +209,7 @@ def describe(worker_exceptions: dict[int, Exception]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something, of Ray's several."""
+    """The most informative line of Ray's message."""
     cause = getattr(error, "health_check_failure", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     cause_lines = [line for line in lines if "exit" in line.lower() or "died" in line.lower() or "killed" in line]

@@ -1,4 +1,4 @@
-"""Slurm's own commands, called with a limit in time, and whether there is a Slurm to call at all."""
+"""Calls Slurm's own commands with a timeout, and checks whether Slurm is available."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pst_dist.errors import EnvironmentFault, PstError
 
 _ANSWER_SECONDS = 20.0
-"""A controller that is down is noticed within 9 s by Slurm's own commands, a missing slurm.conf only after 60."""
+"""Slurm's own commands notice within 9 s that the controller is down, but a missing slurm.conf only after 60 s."""
 
 
 def check_controller() -> None:
@@ -21,10 +21,10 @@ def check_controller() -> None:
         if shutil.which(command) is None:
             raise EnvironmentFault(
                 f"{command} is not on this machine's PATH",
-                "run this where jobs are submitted, such as the cluster's login node; --dry-run only prints the script",
+                "run this on a machine that can submit jobs, such as the login node; --dry-run only prints the script",
             )
     answer = run("scontrol", "ping")
-    # Every controller has a line of its own; one that is up is enough.
+    # There is one line per controller; one that is up is enough.
     if " is UP" not in answer.stdout:
         said = next((line for line in (answer.stderr + answer.stdout).splitlines() if line.strip()), "no answer")
         raise EnvironmentFault(
@@ -33,7 +33,7 @@ def check_controller() -> None:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """One of Slurm's commands, with a limit in time; silence counts as a failure."""
+    """Run one of Slurm's commands with a timeout; no answer counts as a failure."""
     environment = submission_environment() | {"LC_ALL": "C"}
     try:
         return subprocess.run(command, capture_output=True, timeout=_ANSWER_SECONDS, env=environment, **_TEXT)
@@ -60,15 +60,15 @@ def whole(text: str, command: str) -> int:
 
 
 def comment_of(folder: Path) -> str:
-    """The comment by which a job of ours says where it works."""
+    """The Slurm comment with which our jobs record their output directory."""
     return f"pst {folder}"
 
 
 def submission_environment() -> dict[str, str]:
-    """This process's environment, less what describes the job or rank that it is in.
+    """This process's environment, without the variables that describe the job or rank in which it runs.
 
-    sbatch reads every option from a variable too and hands its environment on to the job. So a submission from inside
-    a job (salloc, a notebook) would give the new job the memory, tasks and export settings of the outer one.
+    sbatch also reads every option from a variable, and passes its environment on to the job. So a submission from
+    inside a job (salloc, a notebook) would give the new job the memory, tasks and export settings of the outer one.
     """
     return {
         name: value
@@ -78,7 +78,7 @@ def submission_environment() -> dict[str, str]:
 
 
 _WHICH_SLURM = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SBATCH_ACCOUNT")
-"""What says which Slurm to talk to and who pays; people set these in their profile, and no job sets them."""
+"""Variables that select the Slurm cluster and the account; users set them in their profile, and no job sets them."""
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "TORCHELASTIC_")
 _OF_A_RANK = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
@@ -87,7 +87,7 @@ _OF_A_RANK = (
 
 
 def ask(*command: str) -> str:
-    """What a command printed; raises EnvironmentFault with its own last words when it fails."""
+    """The output of a command; raises EnvironmentFault with its error message when it fails."""
     answer = run(*command)
     if answer.returncode:
         lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
@@ -97,4 +97,6 @@ def ask(*command: str) -> str:
 
 def _refusal(command: str, said: str) -> PstError:
     said = re.sub(rf"^{command}: (error: )?(Batch job submission failed: )?", "", said)
-    return EnvironmentFault(f"{command} says: {said[:200]}", "ask for something else, or ask the cluster's keepers")
+    return EnvironmentFault(
+        f"{command} failed: {said[:200]}", "change the options, or ask the cluster's administrators"
+    )

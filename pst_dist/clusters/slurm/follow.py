@@ -1,6 +1,6 @@
-"""Following a Slurm job to its end: what state it is in, what its log says, and what exit code that comes to.
+"""Follows a Slurm job to its end: its state, its log, and its exit code.
 
-It only reads what anyone may read (`scontrol show job` and the log file), so it can be stopped and taken up again at
+It only reads what anyone may read (`scontrol show job` and the log file), so following can be stopped and restarted at
 any time, also from another machine.
 """
 
@@ -18,9 +18,9 @@ from pst_dist.clusters.slurm.commands import run, unreadable, whole
 from pst_dist.errors import EnvironmentFault
 
 _SILENT_SECONDS = 600.0
-"""How long a controller may be away while a job is followed; a restart takes a minute."""
+"""How long the controller may be unreachable while a job is followed; a restart takes a minute."""
 _POLL_SECONDS = 10.0
-"""The longest wait between two questions about a job; PST_SLURM_POLL_SECONDS sets another."""
+"""Longest interval between two queries about a job; PST_SLURM_POLL_SECONDS sets another."""
 _LOG_SECONDS = 0.5
 _ENDED = {
     "COMPLETED": 0,
@@ -33,31 +33,31 @@ _ENDED = {
     "BOOT_FAIL": 75,
     "PREEMPTED": 75,
 }
-"""Last states of a job -> the exit code where the script itself left none; after 75 the same command goes on."""
+"""Final state of a job -> the exit code when the script itself left none; after 75, the same command resumes."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One job, or one task of an array, as `scontrol show job` gives it."""
+    """One job, or one task of an array, as `scontrol show job` reports it."""
 
     number: str
-    """`12`, or `12_3` in an array; `12_[1-5]` for tasks that all still wait."""
+    """`12`, or `12_3` in an array; `12_[1-5]` for tasks that are all still waiting."""
     state: str
     reason: str
     nodes: str
     restarts: int
     exit_code: int
-    """Of the script; 128 + number after a signal."""
+    """Exit code of the script; 128 + number after a signal."""
     output: Path
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether it is in a final state."""
         return self.state in _ENDED
 
     @property
     def result(self) -> int:
-        """The exit code of an ended task: the script's own, or what its last state means."""
+        """The exit code of an ended task: the script's own, or the one for its final state."""
         if self.state in ("COMPLETED", "FAILED"):
             return self.exit_code or _ENDED[self.state]
         return _ENDED[self.state]
@@ -74,10 +74,10 @@ class Task:
 
 
 def follow(number: str, *, say: Callable[[str], None]) -> int:
-    """Say each change of state and each line of the logs until the job has ended; returns its exit code.
+    """Report each state change and each log line until the job has ended; returns its exit code.
 
-    For an array that is the code of the first task, by number, that failed. Raises EnvironmentFault when the
-    controller stays away or has forgotten the job; the job itself is never touched.
+    For an array, that is the code of the first task, by number, that failed. Raises EnvironmentFault when the
+    controller stays unreachable or no longer knows the job; the job itself is never changed.
     """
     tasks: dict[str, Task] = {}
     logs: dict[Path, _Log] = {}
@@ -89,22 +89,22 @@ def follow(number: str, *, say: Callable[[str], None]) -> int:
         if seen is not None:
             heard = time.monotonic()
             known = {task.number: task for task in seen}
-            # What has ended is forgotten after some minutes (MinJobAge), while other tasks go on.
+            # Slurm forgets an ended task after some minutes (MinJobAge), while other tasks still run.
             gone = [task for name, task in tasks.items() if name not in known and not task.ended and "[" not in name]
             if gone or not (known or tasks):
                 raise EnvironmentFault(f"Slurm knows no job {gone[0].number if gone else number}", "see `sacct`")
             fresh = [task for name, task in known.items() if name not in tasks or task.line != tasks[name].line]
             tasks = {name: task for name, task in tasks.items() if task.ended} | known
         elif time.monotonic() - heard > _SILENT_SECONDS:
-            raise EnvironmentFault("Slurm's controller has been away for 10 minutes", look_again(number))
+            raise EnvironmentFault("no answer from Slurm's controller for 10 minutes", look_again(number))
         for line in (task.line for task in fresh if not task.ended):
             say(line)
         _read_logs(tasks, logs, say)
-        for line in (task.line for task in fresh if task.ended):  # after its last words
+        for line in (task.line for task in fresh if task.ended):  # after the rest of its log
             say(line)
         if seen is not None and tasks and all(task.ended for task in tasks.values()):
             return next((task.result for _, task in sorted(tasks.items(), key=_by_number) if task.result), 0)
-        # Files may be looked at often; the controller, which serves everybody, is asked ever less.
+        # Logs are read often; the controller, which all users share, is queried less and less often.
         wait = min(1.0, slowest) if fresh else min(wait * 1.5, slowest)
         again = time.monotonic() + wait
         while time.monotonic() < again:
@@ -113,7 +113,7 @@ def follow(number: str, *, say: Callable[[str], None]) -> int:
 
 
 def status(number: str) -> Status:
-    """Where a job stands; raises EnvironmentFault when the controller does not answer or does not know the job."""
+    """The state of a job; raises EnvironmentFault when the controller does not answer or does not know the job."""
     tasks = _show(number)
     if not tasks:
         what = "Slurm's controller does not answer" if tasks is None else f"Slurm knows no job {number}"
@@ -125,7 +125,7 @@ def status(number: str) -> Status:
 
 
 def _read_logs(tasks: dict[str, Task], logs: dict[Path, _Log], say: Callable[[str], None]) -> None:
-    """Say what is new in the logs of all tasks that have started."""
+    """Report new lines in the logs of all tasks that have started."""
     for task in tasks.values():
         if "[" not in task.number and str(task.output) not in ("", "/dev/null"):
             several = f"{task.number}: " if "_" in task.number else ""
@@ -137,18 +137,18 @@ def _by_number(item: tuple[str, Task]) -> list[int]:
 
 
 def look_again(number: str) -> str:
-    """How a person comes back to a job, or ends it."""
-    return f"the job goes on; look again: pst submit slurm --follow {number}, end it: scancel {number}"
+    """How to follow a job again, or cancel it."""
+    return f"the job keeps running; follow it: pst submit slurm --follow {number}, cancel it: scancel {number}"
 
 
 class _Log:
-    """A log file that grows, read line by line; it may not be there yet."""
+    """A growing log file, read line by line; it may not exist yet."""
 
     def __init__(self, path: Path, prefix: str) -> None:
         self._path, self._prefix, self._place = path, prefix, 0
 
     def read(self, say: Callable[[str], None], *, last: bool) -> None:
-        """Say the whole lines that came since; with `last` also one without an end."""
+        """Report the complete new lines; with `last`, also an incomplete last line."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._place)
@@ -162,7 +162,7 @@ class _Log:
 
 
 def _show(number: str) -> list[Task] | None:
-    """The job's tasks; none when Slurm does not know it, None when the controller did not answer."""
+    """The job's tasks; an empty list when Slurm does not know it, None when the controller did not answer."""
     answer = run("scontrol", "show", "job", number)
     if answer.returncode:
         return [] if "Invalid job id" in answer.stderr + answer.stdout else None
@@ -205,9 +205,9 @@ def _exit_code(code: str, ending: str) -> int:
 
 
 def _log_of(block: str, number: str) -> Path:
-    """The log of a job: as Slurm shows it, or for a script of ours with a % in its path, which Slurm shows expanded."""
+    """The log path that Slurm shows; derived from the script for our scripts with a % in it, which Slurm expands."""
     script = re.search(r"^[ \t]*Command=(/.*)$", block, re.MULTILINE)
     if script and "%" in script[1] and script[1].endswith("/slurm/train.sbatch"):
         return Path(script[1]).parent / f"{number}.log"
-    shown = re.search(r"^[ \t]*StdOut=(.*)$", block, re.MULTILINE)  # a path may have blanks in it
+    shown = re.search(r"^[ \t]*StdOut=(.*)$", block, re.MULTILINE)  # a path may contain blanks
     return Path(shown[1].strip() if shown else "")

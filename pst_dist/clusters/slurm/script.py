@@ -1,8 +1,8 @@
-"""A training as a Slurm job: what was asked for on the command line, and the script that says it to Slurm.
+"""Training as a Slurm job: the command line's options, and the batch script that they produce.
 
-`cluster/train.sbatch` is the one script; here its `#SBATCH` lines and arguments are filled in, and inside an array it
-is asked here (`python -m pst_dist.slurm`) which arm and seed a task trains. Nothing in this module talks to Slurm: that
-is `slurm_submit` and `slurm_follow`.
+The only script is `cluster/train.sbatch`; this module fills in its `#SBATCH` lines and arguments. Inside an array, the
+script calls `python -m pst_dist.slurm` to find out which arm and seed its task trains. This module does not contact
+Slurm: `clusters.slurm.submit` and `clusters.slurm.follow` do.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _SBATCH_OF = {
     "mem": "mem",
     "name": "job-name",
 }
-"""Our word -> sbatch's option. Any other option is `sbatch.OPTION=value`."""
+"""Our option -> sbatch's option. Any other option is `sbatch.OPTION=value`."""
 _OWN = ("nodes", "gpus", "ranks", "warn", "parallel", "arms", "seeds")
 _MARK = "#PST arguments"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmRequest:
-    """What a job is to have; every word of it stands on the command line."""
+    """What a job asks for; every option comes from the command line."""
 
     nodes: int = 1
     gpus: str = ""
-    """GPUs a node, as Slurm writes them: `8` or `a100:8`; none when empty."""
+    """GPUs per node in Slurm's notation: `8` or `a100:8`; none when empty."""
     ranks: int | None = None
-    """Ranks a node where there are no GPUs; one when not given."""
+    """Ranks per node on nodes without GPUs; one when not given."""
     warn_seconds: int = 120
-    """How long before the time limit ranks are told to save."""
+    """How long before the time limit Slurm sends the signal to save."""
     parallel: int | None = None
-    """Most tasks of an array that run at a time; no limit when not given."""
+    """Most tasks of an array that run at the same time; no limit when not given."""
     arms: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
@@ -69,9 +69,9 @@ class SlurmRequest:
 
 
 def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
-    """Part `nodes=2 gpus=8 time=04:00:00 … train.bf16=true` into the request and the config's own words.
+    """Split `nodes=2 gpus=8 time=04:00:00 … train.bf16=true` into the request and the config's overrides.
 
-    Raises ConfigError for a value that Slurm would not take.
+    Raises ConfigError for a value that Slurm would not accept.
     """
     asked: dict[str, str] = {}
     rest, options = [], {}
@@ -90,12 +90,12 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
             options[option] = value
         else:
             rest.append(word)
-    # Not read as YAML, to which 04:00:00 is a number to the base of sixty.
+    # Not parsed as YAML, where 04:00:00 is a base-60 number.
     if "time" in options and not _TIME.fullmatch(options["time"]):
         raise ConfigError(f"time={options['time']} is not a time limit", "write hours:minutes:seconds or days-hours")
     gpus = asked.get("gpus", "")
     if not re.fullmatch(r"([A-Za-z][\w.-]*:)?\d+|", gpus):
-        raise ConfigError(f"gpus={gpus} is not a number of GPUs a node", "write gpus=8 or gpus=a100:8")
+        raise ConfigError(f"gpus={gpus} is not a number of GPUs per node", "write gpus=8 or gpus=a100:8")
     request = SlurmRequest(
         nodes=_number(asked, "nodes") or 1,
         gpus="" if gpus.rpartition(":")[2] in ("", "0") else gpus,
@@ -107,7 +107,7 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
         options=options,
     )
     if request.ranks and request.gpus:
-        raise ConfigError("ranks= is for nodes without GPUs", "leave it out: there is one rank a GPU")
+        raise ConfigError("ranks= is for nodes without GPUs", "leave it out: there is one rank per GPU")
     return request, rest
 
 
@@ -116,7 +116,7 @@ def _number(asked: dict[str, str], key: str) -> int | None:
     if text is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < 1:
-        raise ConfigError(f"{key}={text[:80]} is not a number from 1", f"write for example {key}=2")
+        raise ConfigError(f"{key}={text[:80]} is not a positive whole number", f"write for example {key}=2")
     return int(text)
 
 
@@ -125,7 +125,7 @@ def _listed(asked: dict[str, str], key: str) -> list[object]:
         return []
     _, value = parse_override(f"{key}={asked[key]}")
     if not isinstance(value, list) or not value or len({str(entry) for entry in value}) != len(value):
-        raise ConfigError(f"{key}={asked[key]} is not a list of different values", f"write {key}=[one,two]")
+        raise ConfigError(f"{key}={asked[key]} is not a list of distinct values", f"write {key}=[one,two]")
     return value
 
 
@@ -133,7 +133,7 @@ def _arms(asked: dict[str, str]) -> tuple[str, ...]:
     arms = tuple(str(arm) for arm in _listed(asked, "arms"))
     for arm in arms:
         if arm not in ARMS:
-            raise ConfigError(f"arms: there is no arm {arm!r}", f"take from {', '.join(ARMS)}")
+            raise ConfigError(f"arms: there is no arm {arm!r}", f"choose from {', '.join(ARMS)}")
     return arms
 
 
@@ -147,9 +147,9 @@ def _seeds(asked: dict[str, str]) -> tuple[int, ...]:
 
 
 def cells(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str | None, int | None]]:
-    """The matrix of an array, task by task: all arms of the first seed, then those of the next.
+    """The (arm, seed) of each task of an array: all arms of the first seed, then those of the next.
 
-    None stands for "as the config says", where only arms or only seeds were given.
+    None means "as in the config", when only arms or only seeds were given.
     """
     columns: Sequence[str | None] = arms or [None]
     rows: Sequence[int | None] = seeds or [None]
@@ -157,10 +157,10 @@ def cells(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str | None, i
 
 
 def array_words(words: Sequence[str], index: int) -> list[str]:
-    """The arguments of one task of an array: `config [words] arms=[…] seeds=[…]` with its own arm, seed and folder.
+    """The arguments of one array task: `config [words] arms=[…] seeds=[…]` reduced to its own arm, seed and folder.
 
-    The folder is `output_dir/seed-N/ARM`, less what was not asked for; shards and embeddings are shared. Raises
-    ConfigError when the matrix has no such task.
+    The folder is `output_dir/seed-N/ARM`, without the parts that were not given; shards and embeddings are shared.
+    Raises ConfigError when the matrix has no such task.
     """
     request, rest = read_words(words)
     matrix = cells(request.arms, request.seeds)
@@ -183,26 +183,26 @@ def array_words(words: Sequence[str], index: int) -> list[str]:
 
 
 def template(name: str = "train.sbatch") -> Path:
-    """A script of `cluster/`, which lies beside the package in a checkout and inside it in a wheel."""
+    """A script of `cluster/`, which is next to the package in a checkout and inside it in a wheel."""
     package = Path(__file__).parents[2]
     for folder in (package / "cluster", package.parent / "cluster"):
         if (folder / name).is_file():
             return folder / name
-    raise ConfigError(f"the script {name} did not come with this installation", "install pst-dist again")
+    raise ConfigError(f"the script {name} is missing from this installation", "reinstall pst-dist")
 
 
 def render(request: SlurmRequest, config: Config, snapshot: Path) -> str:
     """The script of one job: the template with this request's `#SBATCH` lines and arguments.
 
-    `snapshot` is the resolved config that the job reads: a file that is edited while the job waits changes nothing.
-    Every value is quoted, for Slurm or for the shell. Raises ConfigError for one that cannot be: control characters
-    anywhere, and a backslash in output_dir, which makes Slurm take the whole name of the log literally.
+    `snapshot` is the resolved config that the job reads, so editing the original while the job waits changes nothing.
+    Every value is quoted, for Slurm or for the shell. Raises ConfigError for a value that cannot be quoted: control
+    characters anywhere, and a backslash in output_dir, because of which Slurm would not expand the name of the log.
     """
     base = Path(config.output_dir).absolute()
     for what, value in (("output_dir", base), ("the working directory", Path.cwd()), ("python's path", sys.executable)):
         plain(str(value), what)
     if "\\" in str(snapshot):
-        raise ConfigError(f"output_dir={config.output_dir} contains a backslash", "Slurm needs a name without one")
+        raise ConfigError(f"output_dir={config.output_dir} contains a backslash", "choose a path without one for Slurm")
     number = "%A_%a" if request.tasks else "%j"
     options = {
         "job-name": f"pst-{base.name}",
@@ -225,14 +225,14 @@ def render(request: SlurmRequest, config: Config, snapshot: Path) -> str:
         words.append(f"seeds=[{','.join(map(str, request.seeds))}]")
     filled = [f"export PST_PYTHON={shlex.quote(sys.executable)}"]
     filled += [f"export PST_RANKS_PER_NODE={request.ranks}"] if request.ranks else []
-    # Without GPUs DeepSpeed would look for one on every rank, and say so.
+    # Without GPUs, DeepSpeed would look for one on every rank and print a warning.
     filled += [] if request.gpus else ["export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}"]
     filled.append(f"set -- {shlex.join(words)}")
     return _filled(template().read_text("utf-8"), options, filled)
 
 
 def _filled(text: str, options: dict[str, str], filled: list[str]) -> str:
-    """Replace the `#SBATCH` lines that `options` names, add the others below them, and put `filled` at its mark."""
+    """Replace the `#SBATCH` lines in `options`, add the other options below, and insert `filled` at its mark."""
     lines, last = [], 0
     for line in text.splitlines():
         asked = re.match(r"#SBATCH --([\w-]+)", line)
@@ -248,15 +248,15 @@ def _filled(text: str, options: dict[str, str], filled: list[str]) -> str:
 
 
 def _no_pattern(path: Path) -> str:
-    """A path as Slurm reads the name of a log, in which `%j` and the like stand for something."""
+    """A path with % escaped for Slurm's log name pattern, in which `%j` and the like are placeholders."""
     return str(path).replace("%", "%%")
 
 
 def _quoted(value: str) -> str:
-    """A value as one word of an `#SBATCH` line, whatever is in it; raises ConfigError for control characters.
+    """Any value quoted as one word of an `#SBATCH` line; raises ConfigError for control characters.
 
-    sbatch reads these lines like a shell that knows only quotes and backslashes (src/sbatch/opt.c); what is plain
-    stays as it is, for people to read.
+    sbatch parses these lines like a shell that knows only quotes and backslashes (src/sbatch/opt.c); plain values stay
+    unquoted, for readability.
     """
     plain(value, "a value for sbatch")
     if re.fullmatch(r"[\w@%+=:,./\[\]-]+", value, re.ASCII):
@@ -265,7 +265,7 @@ def _quoted(value: str) -> str:
 
 
 def main() -> int:
-    """Print, each ended by a NUL, the arguments of the array task that this process is in."""
+    """Print the arguments of this process's array task, each followed by a NUL."""
     try:
         words = array_words(sys.argv[1:], int(os.environ["SLURM_ARRAY_TASK_ID"]))
     except PstError as error:

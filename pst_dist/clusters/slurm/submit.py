@@ -1,7 +1,7 @@
-"""`pst submit slurm`: check before submitting, then submit.
+"""`pst submit slurm`: checks a job, then submits it.
 
-What the job is comes from `script`, what happens inside it is the script's and `train`'s, and `follow` reports how it
-goes. Slurm itself accepts a job that can never start and lets it wait forever: hence the checks.
+`script` renders the job and `follow` reports its progress. Slurm itself accepts a job that can never start and lets it
+wait forever: hence the checks.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _MOVE = "move it away"
 
 @dataclass(frozen=True)
 class Partition:
-    """What `sinfo` says of one partition."""
+    """One partition as `sinfo` reports it."""
 
     name: str
     default: bool
     up: bool
     nodes: int
     gpus: int
-    """Most GPUs on one of its nodes."""
+    """Most GPUs on any of its nodes."""
 
 
 class Slurm(Launcher):
-    """A training as a batch job, or as an array with a task for each arm and seed."""
+    """Training as a batch job, or as an array with one task per arm and seed."""
 
-    # The config's own files, which nodes see as this machine does; GPUs and packages are theirs.
+    # These check files of the config, which the nodes share with this machine; GPUs and packages differ on the nodes.
     checks = frozenset({"deepspeed", "student"})
 
     def parse(self, config: str, words: Sequence[str]) -> Submission:
-        """The words of `script.read_words`, and the config."""
+        """The options of `script.read_words`, and the config."""
         request, overrides = read_words(words)
         return Submission(load_config(config, overrides), request)
 
@@ -56,19 +56,19 @@ class Slurm(Launcher):
         return render(submission.request, submission.config, _folder(submission.config) / "config.yaml")
 
     def check(self, submission: Submission) -> None:
-        """Whether Slurm answers, could ever start the job, and the job would find its data and an unused directory."""
-        self.render(submission)  # refuses what cannot be quoted
+        """Check that Slurm answers and can ever start the job, that its data exist and its directory is not in use."""
+        self.render(submission)  # refuses values that cannot be quoted
         check(submission.config, submission.request)
 
     def submit(self, submission: Submission, say: Say) -> Job:
-        """Write the script and hand it in."""
+        """Write the script and submit it."""
         number = submit(submission.config, submission.request, say=say)
         return Job(number, submitted=submitted(submission.config, submission.request, number))
 
     def find(self, name: str, words: Sequence[str]) -> Job:
         """By the job's number."""
         if not re.fullmatch(r"\d+(_\d+)?", name):
-            raise ConfigError(f"{name!r} is not a job of Slurm", "give its number, such as 1234 or 1234_0")
+            raise ConfigError(f"{name!r} is not a Slurm job", "give its number, such as 1234 or 1234_0")
         check_controller()
         return Job(name)
 
@@ -93,7 +93,7 @@ def _folder(config: Config) -> Path:
 
 
 def check(config: Config, request: SlurmRequest) -> None:
-    """Raises EnvironmentFault, ConfigError, InputError or LockedError when the job could not start or not work."""
+    """Raises EnvironmentFault, ConfigError, InputError or LockedError when the job could not start or succeed."""
     check_controller()
     check_room(request, partitions())
     _check_inputs(config.model_copy(update={"arms": list(request.arms) or config.arms}))
@@ -102,14 +102,16 @@ def check(config: Config, request: SlurmRequest) -> None:
     for number, comment in _own_jobs():
         if comment == comment_of(base):
             raise LockedError(
-                f"job {number} already works here", f"follow it: pst submit slurm --follow {number}", path=base
+                f"job {number} already uses this directory",
+                f"follow it: pst submit slurm --follow {number}",
+                path=base,
             )
 
 
 def submit(config: Config, request: SlurmRequest, *, say: Say) -> str:
     """Write config and script into `output_dir/slurm` and submit; returns the job's number.
 
-    `say` gets the lines that a person should see. Raises EnvironmentFault when Slurm refuses; nothing is left then.
+    `say` gets the lines for the user. Raises EnvironmentFault when Slurm refuses, and then leaves nothing behind.
     """
     folder = _folder(config)
     base = folder.parent
@@ -136,13 +138,13 @@ def submit(config: Config, request: SlurmRequest, *, say: Say) -> str:
 
 
 def submitted(config: Config, request: SlurmRequest, number: str) -> str:
-    """The line that says so; for the caller to say when it is ready to be told to stop."""
+    """The line that announces the job; the caller prints it once it is ready to handle a stop signal."""
     folder = _folder(config)
     return f"job {number}: submitted; log: {folder}/{number}{'_*' if request.tasks else ''}.log"
 
 
 def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:
-    """Raises ConfigError when the partition cannot ever hold the job: Slurm would let it wait without end."""
+    """Raises ConfigError when the partition can never run the job: Slurm would let it wait forever."""
     names = ", ".join(partition.name for partition in partitions)
     wanted = request.options.get("partition")
     if wanted is None:
@@ -150,23 +152,23 @@ def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:
         if found is None:
             raise ConfigError("this cluster has no default partition", f"give partition=, one of {names}")
     else:
-        # Slurm takes the first free one of several; each is looked at, and one that fits is enough.
+        # Of several partitions Slurm uses the first that is free; one that fits is enough.
         choice = [partition for partition in partitions if partition.name in wanted.split(",")]
         if not choice:
             raise ConfigError(f"there is no partition {wanted!r}", f"give partition=, one of {names}")
         found = max(choice, key=lambda partition: (partition.gpus >= request.gpu_count, partition.nodes))
     if not found.up:
-        raise ConfigError(f"partition {found.name} is down", f"partitions: {names}")
+        raise ConfigError(f"partition {found.name} is down", f"choose from {names}")
     if request.nodes > found.nodes:
         raise ConfigError(
             f"nodes={request.nodes}, but partition {found.name} has {found.nodes}",
             f"ask for at most {found.nodes}, or another partition of {names}",
         )
     if request.gpu_count > found.gpus:
-        has = f"at most {found.gpus} a node" if found.gpus else "none"
+        has = f"at most {found.gpus} per node" if found.gpus else "none"
         raise ConfigError(
             f"gpus={request.gpus}, but partition {found.name} has {has}",
-            "leave gpus= out for CPU ranks (ranks=2), or give another partition" if not found.gpus else "ask for less",
+            "leave gpus= out for CPU ranks (ranks=2), or give another partition" if not found.gpus else "ask for fewer",
         )
 
 
@@ -194,7 +196,7 @@ def read_partitions(text: str) -> list[Partition]:
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs in a node's generic resources as Slurm writes them: `gpu:a100:8(S:0-1),gpu:h100:4,nvme:1` -> 12."""
+    """Number of GPUs in a node's generic resources: `gpu:a100:8(S:0-1),gpu:h100:4,nvme:1` -> 12."""
     total = 0
     for entry in gres.split(","):  # cut inside (IDX:0,2) too, whose parts are no gpu
         kind, *parts = entry.partition("(")[0].strip().split(":")
@@ -204,7 +206,7 @@ def gpus_of(gres: str) -> int:
 
 
 def _check_inputs(config: Config) -> None:
-    """Raises InputError when shards or embeddings are not there: better here than after a night in the queue."""
+    """Raises InputError when shards or embeddings are missing: better now than after a night in the queue."""
     from pst_dist.data.shards import ShardSet
     from pst_dist.embedding.targets import needs_embeddings
 
@@ -220,9 +222,9 @@ def _check_inputs(config: Config) -> None:
 
 
 def _check_shared(folder: Path, request: SlurmRequest) -> None:
-    """Raises EnvironmentFault when a folder lies on a file system of this machine's memory and jobs run elsewhere.
+    """Raises EnvironmentFault when a folder is on an in-memory file system of this machine and jobs run elsewhere.
 
-    Other local disks may be exported to the nodes: that is seen only there, where the script looks before it starts.
+    Other local disks may be exported to the nodes; only the nodes can tell, and the script checks there.
     """
     here = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
     partition = request.options.get("partition")
@@ -232,14 +234,14 @@ def _check_shared(folder: Path, request: SlurmRequest) -> None:
     kind = filesystem_of(folder, Path("/proc/self/mounts").read_text())
     if kind in OF_ONE_MACHINE:
         raise EnvironmentFault(
-            f"this is a {kind} of this machine alone, and jobs run on others",
+            f"this is a {kind} that only this machine sees, and jobs run on others",
             "set output_dir to a directory on a shared file system (NFS, Lustre, …)",
             path=folder,
         )
 
 
 def _own_jobs() -> list[tuple[str, str]]:
-    """Number and comment of this user's jobs that wait or run."""
+    """Number and comment of this user's waiting and running jobs."""
     return read_own_jobs(ask("squeue", "--me", "--noheader", "--format=%i|%k"))
 
 

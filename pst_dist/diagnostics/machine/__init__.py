@@ -1,1 +1,1 @@
-"""`pst doctor`: what on this machine would make a run fail, found before it starts."""
+"""`pst doctor`: finds what on this machine would make a run fail, before it starts."""

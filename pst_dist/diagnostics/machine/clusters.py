@@ -1,7 +1,7 @@
-"""Ray and Slurm as they would be used from here: do they answer, do versions and tokens fit, is there room.
+"""Checks of Ray and Slurm from this machine: whether they answer, versions and tokens match, and the run fits.
 
-Ray is asked by a child process, because joining a cluster of another version or with a wrong token may raise, print
-or hang in ways that a process does not recover from.
+A child process joins Ray, because joining a cluster of another version or with a wrong token may raise, print or hang
+in ways that a process cannot recover from.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ except BaseException as error:
 
 
 def ray(config: Config | None, environment: Mapping[str, str]) -> list[Finding]:
-    """The Ray clusters that the config or RAY_ADDRESS name; nothing when none is named."""
+    """The Ray clusters named by the config or RAY_ADDRESS; nothing if none is named."""
     stages: dict[str, EmbedConfig | TrainConfig] = {}
     if config is not None:
         stages = {"embed": config.embed, "train": config.train}
     asked = {f"{name}.ray.address": stage.ray.address for name, stage in stages.items() if stage.backend == "ray"}
     if not asked:
         return _named(None, "RAY_ADDRESS", environment.get("RAY_ADDRESS"), environment)
-    # Both stages mostly name one cluster, which is then asked once.
+    # Both stages usually name the same cluster, which is then checked once.
     places = {address or environment.get("RAY_ADDRESS"): key for key, address in reversed(asked.items())}
     findings = []
     for address, key in places.items():
         if address is None:
-            findings.append(ok("ray", "no address: a cluster of this machine is started for the work"))
+            findings.append(ok("ray", "no address: a local cluster will be started"))
             continue
         given = address in asked.values()
         findings += _named(config, key if given else "RAY_ADDRESS", address, environment)
@@ -61,7 +61,7 @@ def ray(config: Config | None, environment: Mapping[str, str]) -> list[Finding]:
 
 
 def _named(config: Config | None, name: str, address: str | None, environment: Mapping[str, str]) -> list[Finding]:
-    """One cluster; with a config the work is to be done there, so that a silent one is a problem."""
+    """One cluster; with a config the run will use it, so a cluster that does not answer is a problem."""
     if address is None:
         return []
     wanted, from_environment, called = config is not None, name == "RAY_ADDRESS", f"{name}={address}"
@@ -98,15 +98,15 @@ def _asked(config: Config | None, address: str, called: str, environment: Mappin
             problem(
                 "ray",
                 f"{called}: takes connections, but no answer within {_JOIN_SECONDS:.0f} s",
-                "is it Ray that listens there? see `ray status` on its head node",
+                "check that Ray listens there, with `ray status` on its head node",
             )
         ]
     if answer is None:
         return [
             problem(
                 "ray",
-                f"{called}: Ray ended the process that joined, with {code}",
-                "compare `ray --version` and python here and there",
+                f"{called}: the process that joined ended with exit code {code}",
+                "compare `ray --version` and the Python version on both sides",
             )
         ]
     if "failed" in answer:
@@ -115,7 +115,7 @@ def _asked(config: Config | None, address: str, called: str, environment: Mappin
 
 
 def _join(address: str, environment: Mapping[str, str]) -> tuple[dict[str, Any] | None, int | None]:
-    """What joining came to, else (None, exit code), else (None, None) when it took too long."""
+    """(answer, exit code) of joining; the answer is None if it failed, both are None if it took too long."""
     child = subprocess.Popen(
         [sys.executable, "-c", _JOIN, address],
         stdout=subprocess.PIPE,
@@ -138,7 +138,7 @@ def _join(address: str, environment: Mapping[str, str]) -> tuple[dict[str, Any] 
     try:
         for line in child.stdout:
             if "InvalidAuthToken" in line:
-                # Ray asks again and again, and ends with "failed to connect".
+                # Ray keeps retrying and finally reports "failed to connect".
                 answer = {"failed": "InvalidAuthToken: " + line.rpartition("InvalidAuthToken:")[2].strip()}
                 break
             if line.startswith('{"'):
@@ -161,15 +161,15 @@ def _refused(called: str, said: str, environment: Mapping[str, str]) -> Finding:
         mode = environment.get("RAY_AUTH_MODE", "not set")
         return problem(
             "ray",
-            f"{called}: the token does not fit, RAY_AUTH_MODE is {mode} ({short})",
+            f"{called}: the token is not accepted, RAY_AUTH_MODE is {mode} ({short})",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token",
         )
     if "client connection timeout" in low:
-        # All that Ray's client says of a wrong token.
+        # Ray's client reports a wrong token only in this way.
         return problem(
             "ray",
-            f"{called}: the port answers, but lets nobody in",
-            "check RAY_AUTH_MODE and the token, and that Ray is of one version here and there",
+            f"{called}: the port answers, but refuses the connection",
+            "check RAY_AUTH_MODE and the token, and that both sides have the same Ray version",
         )
     return problem("ray", f"{called}: {short}", "check it with `ray status`")
 
@@ -205,7 +205,7 @@ def _room(config: Config | None, called: str, answer: dict[str, Any]) -> list[Fi
 
 
 def slurm(environment: Mapping[str, str], nodes: int, gpus: int | None) -> list[Finding]:
-    """Slurm's controller and partitions, where this machine has a Slurm."""
+    """Slurm's controller and partitions, if this machine has Slurm."""
     files = [Path(name) for name in _SLURM_FILES]
     configured = environment.get("SLURM_CONF") or any(path.is_file() for path in files)
     if shutil.which("sinfo") is None:
@@ -213,7 +213,7 @@ def slurm(environment: Mapping[str, str], nodes: int, gpus: int | None) -> list[
             return [problem("slurm", "there is a slurm.conf, but no sinfo on PATH", "add Slurm's bin folder to PATH")]
         return []
     if not configured:
-        return [ok("slurm", "its commands are here, but no slurm.conf: not a machine that submits jobs")]
+        return [ok("slurm", "its commands are installed, but there is no slurm.conf: this machine submits no jobs")]
     commands.check_controller()
     found = partitions()
     findings = [
@@ -226,11 +226,11 @@ def slurm(environment: Mapping[str, str], nodes: int, gpus: int | None) -> list[
         )
     ]
     if not found:
-        return [problem("slurm", "there is no partition that this user sees", "ask the cluster's keepers")]
+        return [problem("slurm", "this user cannot see any partition", "ask the cluster's administrators")]
     if all(not one.up for one in found):
-        findings.append(problem("slurm", "every partition is down", "ask the cluster's keepers"))
+        findings.append(problem("slurm", "every partition is down", "ask the cluster's administrators"))
     if all(one.gpus == 0 for one in found):
-        findings.append(warning("slurm", "no partition has GPUs", "leave gpus= out when submitting: ranks=2 cpus=2"))
+        findings.append(warning("slurm", "no partition has GPUs", "submit without gpus=: ranks=2 cpus=2"))
     if nodes > max(one.nodes for one in found):
         findings.append(
             problem("slurm", f"nodes={nodes}, but no partition has more than {max(one.nodes for one in found)}")

@@ -1,7 +1,7 @@
-"""`pst doctor`: what on this machine would make a run fail, hang or crawl, found before it starts, with its remedy.
+"""`pst doctor`: finds what on this machine would make a run fail, hang or run slowly, with remedies.
 
-Every check runs beside the others with a limit in time. What a node has is `machine`; the judgements are `software`,
-`places`, `models`, `network` and `clusters`, each a few functions from facts to findings.
+All checks run in parallel, each with a time limit. `facts` collects what a node has; `software`, `places`, `models`,
+`network` and `clusters` are functions from facts to findings.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.storage.json_files import json_text
 from pst_dist.storage.outputs import check_output, is_node_report, write_output
 
-SLOW_FILES = "a file server that does not answer: see `mount`, or choose another directory"
+SLOW_FILES = "a file server may not be answering: see `mount`, or choose another directory"
 
 
 @dataclass(frozen=True)
 class Request:
-    """The words of `pst doctor` that are no keys of the config."""
+    """The arguments of `pst doctor` that are not keys of the config."""
 
     machines: Machines
     ranks: int | None
-    """Ranks on this node, when gpus= was given."""
+    """Ranks on this node, if gpus= was given."""
     hostfile: Path | None
 
 
 def split_request(words: list[str]) -> tuple[list[str], Request]:
-    """Words of the command line as the config's own and ours (nodes=, gpus=, hostfile=); raises ConfigError."""
+    """Split command-line arguments into config overrides and ours (nodes=, gpus=, hostfile=); raises ConfigError."""
     hostfiles = [word.partition("=")[2] for word in words if word.startswith("hostfile=")]
     if "" in hostfiles:
         raise ConfigError("hostfile= names no file", "hostfile=PATH")
@@ -85,18 +85,18 @@ def examine(
                 "plan",
                 lambda: places.room(config, request.machines, machine.memory_free, bool(machine.gpus)),
                 20.0,
-                "the rows take long to count: `pst plan` does it without a limit",
+                "counting the rows takes too long: use `pst plan`, which has no time limit",
             ),
         ]
     return machine, look_at([check for check in checks if only is None or check.subject in only])
 
 
 _USUAL_HOSTFILE = Path("/job/hostfile")
-"""Where the deepspeed launcher looks by itself."""
+"""The default path of the deepspeed launcher."""
 
 
 def verdict(findings: list[Finding]) -> tuple[str, int]:
-    """The last line and the exit code: 0 when nothing is wrong, 4 when there is a problem."""
+    """The last line and the exit code: 0 without problems, else 4."""
     counts = {level: sum(found.level == level for found in findings) for level in ("problem", "warning")}
     if counts["problem"]:
         return f"{counts['problem']} problem(s), {counts['warning']} warning(s)", EnvironmentFault.exit_code
@@ -114,5 +114,5 @@ def write_report(machine: Machine, path: Path) -> None:
 
 
 def compare_reports(paths: list[Path]) -> list[Finding]:
-    """How the nodes of several reports differ; raises InputError."""
+    """The differences between the nodes of several reports; raises InputError."""
     return differences([read_report(path) for path in paths])

@@ -1,6 +1,6 @@
-"""Facts about this node, collected without importing anything heavy, and how the facts of several nodes differ.
+"""Facts about this node, collected without heavy imports, and differences between the facts of several nodes.
 
-Nothing is judged here but differences: what a fact means for a run is the business of `software` and `hardware`.
+Only differences are judged here; `software` and the other modules judge what a fact means for a run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SMI_FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
 )
 _MUST_AGREE = ("pst_dist", "code", "python", "torch", "torch_cuda", "deepspeed", "nccl", "ray")
-"""Facts whose difference between ranks breaks or silently changes a run; other differences are only worth knowing."""
+"""Facts that break or silently change a run if they differ between ranks; other differences are only reported."""
 
 
 @dataclass(frozen=True)
@@ -54,37 +54,37 @@ class Gpu:
     """Compute capability: `8.0`."""
     mig: bool
     uncorrected: int
-    """Memory errors since the last reset that ECC could not correct; 0 where there is no ECC."""
+    """Uncorrected ECC memory errors since the last reset; 0 without ECC."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a node has."""
+    """Facts about a node."""
 
     host: str
     python: str
     pst_dist: str
     code: str
-    """sha256 over the package's files: two checkouts may have one version and differ."""
+    """sha256 over the package's files, because two checkouts of the same version may differ."""
     packages: dict[str, str]
-    """Installed packages and their versions; a package that is not there is left out."""
+    """Versions of the installed packages; missing packages are omitted."""
     torch_cuda: str | None
     """CUDA release that torch was built for; None for a CPU build or without torch."""
     nccl: str | None
     gpus: tuple[Gpu, ...]
     driver: str | None
     gpu_trouble: str
-    """Why the GPUs could not be asked; empty when they could, or when nothing points to any."""
+    """Why the GPUs could not be queried; empty if they could, or if there is no sign of a GPU."""
     cores: int
-    """Those that this process may use, a container's share included."""
+    """Cores that this process may use, considering a container's limit."""
     memory: int
-    """Bytes, a container's limit included."""
+    """Bytes, considering a container's limit."""
     memory_free: int
     shared_memory: int | None
-    """Bytes of /dev/shm; None where there is none."""
+    """Bytes of /dev/shm; None if it does not exist."""
     open_files: int
     open_files_most: int
-    """What a user may raise the limit to."""
+    """The hard limit, to which a user may raise open_files."""
 
     def to_json(self) -> dict[str, Any]:
         """For `pst doctor --report`."""
@@ -92,7 +92,7 @@ class Machine:
 
 
 def collect() -> Machine:
-    """Look at this node; takes as long as nvidia-smi does, ten seconds at most."""
+    """Collect the facts about this node; takes as long as nvidia-smi, at most ten seconds."""
     gpus, driver, trouble = gpus_here()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     memory, free = _memory()
@@ -125,10 +125,10 @@ def version_of(package: str) -> str | None:
 
 
 def gpus_here() -> tuple[tuple[Gpu, ...], str | None, str]:
-    """(GPUs, driver version, why they could not be asked); the last is empty on a machine without any."""
+    """(GPUs, driver version, why they could not be queried); the last is empty on a machine without GPUs."""
     has_files = any(Path("/dev").glob("nvidia[0-9]*"))
     if shutil.which("nvidia-smi") is None:
-        return (), None, "there are GPUs in /dev, but no nvidia-smi" if has_files else ""
+        return (), None, "there are GPUs in /dev, but nvidia-smi is missing" if has_files else ""
     command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
     child = subprocess.Popen(
         command,
@@ -141,9 +141,9 @@ def gpus_here() -> tuple[tuple[Gpu, ...], str | None, str]:
     try:
         printed, _ = child.communicate(timeout=_SMI_SECONDS)
     except subprocess.TimeoutExpired:
-        # Not waited for: a process inside a driver that hangs cannot even be killed.
+        # Do not wait: a process inside a hanging driver cannot be killed.
         os.killpg(child.pid, signal.SIGKILL)
-        return (), None, f"nvidia-smi gave no answer within {_SMI_SECONDS:.0f} s"
+        return (), None, f"nvidia-smi did not answer within {_SMI_SECONDS:.0f} s"
     if child.returncode:
         said = next((line.strip() for line in printed.splitlines() if line.strip()), f"exit code {child.returncode}")
         return (), None, "" if "No devices were found" in said else f"nvidia-smi: {said[:160]}"
@@ -157,13 +157,13 @@ def read_gpus(printed: str) -> tuple[tuple[Gpu, ...], str | None]:
 
 
 def _gpu(row: Sequence[str]) -> Gpu:
-    # A cell that a GPU does not have reads [N/A].
+    # A field that a GPU does not have is [N/A].
     number = [int(cell) if re.fullmatch(r"[0-9]{1,15}", cell) else 0 for cell in row]
     return Gpu(number[0], row[1], number[2], number[3], row[4], row[6] == "Enabled", number[7])
 
 
 def _torch_cuda() -> str | None:
-    """Read from torch's version file: importing torch takes seconds."""
+    """Read from torch's version file, because importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.origin:
         return None
@@ -193,7 +193,7 @@ def _cores() -> int:
 
 
 def _memory() -> tuple[int, int]:
-    """(all, free) bytes: the kernel's, or the container's where that is less."""
+    """(total, free) bytes of the machine, or of the container if that is less."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     try:
@@ -218,12 +218,12 @@ def read_report(path: Path) -> dict[str, Any]:
         or not isinstance(gpus, list)
         or not all(isinstance(gpu, dict) and {"name", "memory_mib"} <= gpu.keys() for gpu in gpus)
     ):
-        raise InputError("is not the report of a node", remedy, path=path)
+        raise InputError("not a report of a node", remedy, path=path)
     return facts
 
 
 def differences(reports: Sequence[dict[str, Any]]) -> list[Finding]:
-    """How nodes differ, each fact once: a problem where ranks must agree, else a warning."""
+    """The facts in which nodes differ: a problem if ranks must agree on it, else a warning."""
     flat = [_flattened(report) for report in reports]
     findings = []
     for fact in sorted(set().union(*flat), key=lambda name: (name not in _MUST_AGREE, name)):
@@ -233,16 +233,16 @@ def differences(reports: Sequence[dict[str, Any]]) -> list[Finding]:
         if len(values) > 1:
             said = ", ".join(f"{value} on {_several(hosts)}" for value, hosts in sorted(values.items()))
             if fact in _MUST_AGREE:
-                findings.append(problem(fact, said, "install the same on every node"))
+                findings.append(problem(fact, said, "install the same version on every node"))
             else:
                 findings.append(warning(fact, said))
     if len({report["host"] for report in reports}) < len(reports):
-        findings.append(warning("host", "two of these reports are of one host"))
+        findings.append(warning("host", "two of these reports are from the same host"))
     return findings or [ok("nodes", f"{len(reports)} nodes have the same software and GPUs")]
 
 
 def _flattened(report: dict[str, Any]) -> dict[str, str]:
-    """Fact -> text, of those that nodes of one run should share."""
+    """Fact -> text, for the facts that nodes of one run should share."""
     facts = {name: _shown(report.get(name)) for name in ("pst_dist", "code", "torch_cuda", "nccl", "driver", "cores")}
     facts |= {_shown(name): _shown(value) for name, value in report.get("packages", {}).items()}
     facts["python"] = ".".join(_shown(report.get("python")).split(".")[:2])

@@ -1,7 +1,7 @@
-"""What a look at something found, and looking at many things at once without ever waiting for one that hangs.
+"""Findings of checks, and running many checks in parallel without waiting for one that hangs.
 
-A check is a function that returns findings. What it looks at may be a dead file server or a cluster that accepts a
-connection and then says nothing, so each runs in a thread of its own and is left behind when its time is over.
+A check is a function that returns findings. It may block on a dead file server or on a cluster that accepts a
+connection and never answers, so each check runs in its own thread, which is abandoned at its time limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Finding:
     """One line of the report."""
 
     level: Level
-    """`problem`: the run would fail or hang. `warning`: it would be slower, or fail where doctor cannot see."""
+    """`problem`: the run would fail or hang. `warning`: it may be slower, or fail for a reason doctor cannot check."""
     subject: str
     what: str
     remedy: str = ""
@@ -35,36 +35,36 @@ class Finding:
 
 
 def ok(subject: str, what: str) -> Finding:
-    """Something that is as it should be."""
+    """Something that is in order."""
     return Finding("ok", subject, what)
 
 
 def warning(subject: str, what: str, remedy: str = "") -> Finding:
-    """Something that may hurt."""
+    """Something that may cause trouble."""
     return Finding("warning", subject, what, remedy)
 
 
 def problem(subject: str, what: str, remedy: str = "") -> Finding:
-    """Something that must be mended first."""
+    """Something that must be fixed before the run."""
     return Finding("problem", subject, what, remedy)
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at."""
+    """One check."""
 
     subject: str
     look: Callable[[], list[Finding]]
     seconds: float = 10.0
     """How long it may take."""
-    silence: str = "look at it by hand"
-    """What to do about something that does not answer."""
+    silence: str = "check it by hand"
+    """The remedy if it does not answer."""
 
 
 def look_at(checks: Sequence[Check]) -> list[Finding]:
-    """The findings of all checks, in their order; they run side by side, so this lasts as long as the slowest.
+    """The findings of all checks, in order; they run in parallel, so this takes as long as the slowest one.
 
-    A check that takes longer than its seconds is a problem and is left behind; a PstError that it raises is one too.
+    A check that exceeds its time limit is a problem and is abandoned; a PstError that it raises is also a problem.
     """
     started = [(check, *_start(check)) for check in checks]
     findings: list[Finding] = []
@@ -84,17 +84,17 @@ def _start(check: Check) -> tuple[list[Finding], threading.Thread, float]:
             found.extend(check.look())
         except PstError as error:
             found.append(problem(check.subject, f"{error.where}: {error.what}".removeprefix(": "), error.remedy))
-        except Exception as error:  # a check that breaks says so, and the others go on
-            found.append(warning(check.subject, f"could not be looked at ({type(error).__name__}: {error})"))
+        except Exception as error:  # report a check that fails, and continue with the others
+            found.append(warning(check.subject, f"could not be checked ({type(error).__name__}: {error})"))
 
-    # A daemon, so that one that hangs does not keep this process from ending.
+    # A daemon thread, so that a hanging check does not keep this process alive.
     thread = threading.Thread(target=look, daemon=True, name=f"doctor {check.subject}")
     thread.start()
     return found, thread, time.monotonic()
 
 
 def size(count: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes in a readable unit."""
     for unit, each in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if count >= each:
             return f"{count / each:.3g} {unit}"

@@ -1,6 +1,6 @@
-"""Encoder and student of a config: in this machine's cache or folders, or behind a hub that answers.
+"""Checks that the encoder and student of a config are in a local folder, in the cache, or available from the hub.
 
-Only what it takes to say so is fetched: the headers of one small file. Loading is left to `encoder` and `student`.
+Only the headers of one small file are requested. `embedding.encoder` and `student.pretrained` load the models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HUB_SECONDS = 5.0
 
 
 def encoder(config: Config) -> list[Finding]:
-    """The text encoder, where an arm aligns with its vectors."""
+    """The text encoder, if an arm aligns with its vectors."""
     name = config.embed.encoder
     if not needs_embeddings(config):
         return []
@@ -37,7 +37,7 @@ def student(config: Config) -> list[Finding]:
     """The student that training starts from."""
     name = config.student.model_name_or_path
     if name is None:
-        return [ok("student", "made here from random weights")]
+        return [ok("student", "starts from random weights")]
     if name == MINILM:
         return _folder("student", Path(warm_checkpoint(config.student)), "student.model_name_or_path")
     if name in PACKAGED or name.lower().endswith(GGUF):
@@ -54,26 +54,28 @@ def _gguf(name: str) -> list[Finding]:
         return [problem("student", f"{name}: {error.what}", error.remedy)]
     if importlib.util.find_spec("gguf") is None:
         return [problem("student", f"{name}: reading a GGUF file needs the package gguf", "pip install gguf")]
-    return [ok("student", f"{place.target}/{place.gguf}: on this disk")]
+    return [ok("student", f"{place.target}/{place.gguf}: found")]
 
 
 def _folder(subject: str, folder: Path, key: str) -> list[Finding]:
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-        what = "no config.json in it" if folder.is_dir() else "no such folder"
+        what = "contains no config.json" if folder.is_dir() else "no such folder"
         return [problem(subject, f"{folder}: {what}", f"set {key} to a model's folder or a hub id")]
     if not any(folder.rglob("*.safetensors")) and not any(folder.rglob("*.bin")):
-        return [problem(subject, f"{folder}: no weights in it", "fetch the model again: hf download")]
-    return [ok(subject, f"{folder}: on this disk")]
+        return [problem(subject, f"{folder}: contains no weights", "download the model again: hf download")]
+    return [ok(subject, f"{folder}: found")]
 
 
 def _hub(subject: str, name: str, revision: str | None, key: str) -> list[Finding]:
     try:
         from huggingface_hub import constants, get_token, try_to_load_from_cache
     except ImportError:
-        return [problem(subject, f"{name} cannot be fetched without huggingface_hub", "pip install 'pst-dist[train]'")]
+        return [
+            problem(subject, f"{name} cannot be downloaded without huggingface_hub", "pip install 'pst-dist[train]'")
+        ]
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return [ok(subject, f"{name}: in the cache")]
-    fetch = f"fetch it where there is a network (`hf download {name}`), or set {key} to a folder"
+    fetch = f"download it on a machine with a network (`hf download {name}`), or set {key} to a folder"
     if constants.HF_HUB_OFFLINE:
         return [problem(subject, f"{name} is not in the cache, and HF_HUB_OFFLINE is set", fetch)]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -83,19 +85,19 @@ def _hub(subject: str, name: str, revision: str | None, key: str) -> list[Findin
     try:
         # The hub sends downloads to other hosts, which are not to see its token.
         with urllib.request.build_opener(SameOriginToken()).open(request, timeout=_HUB_SECONDS):
-            return [ok(subject, f"{name}: not in the cache, the hub has it")]
+            return [ok(subject, f"{name}: not in the cache, but available from the hub")]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return [
                 problem(
                     subject,
-                    f"the hub does not give {name} to this user ({error.code})",
-                    "check the name, ask for access, and set HF_TOKEN",
+                    f"the hub denies this user access to {name} ({error.code})",
+                    "check the name, request access, and set HF_TOKEN",
                 )
             ]
         if error.code == 404:
-            return [problem(subject, f"the hub has no {name}, or not this revision", f"check {key}")]
-        return [problem(subject, f"{endpoint} answers {error.code} for {name}", fetch)]
+            return [problem(subject, f"the hub does not have {name}, or not this revision", f"check {key}")]
+        return [problem(subject, f"{endpoint} answers with {error.code} for {name}", fetch)]
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return [problem(subject, f"{name} is not in the cache, and {endpoint} does not answer ({reason})", fetch)]

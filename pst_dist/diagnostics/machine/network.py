@@ -1,4 +1,4 @@
-"""What ranks need to find one another: a free port, a host name that others can reach, a hostfile that makes sense."""
+"""Checks what ranks need to find each other: a free port, a reachable host name, a valid hostfile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pst_dist.distributed.hostfile import DEFAULT_PORT, addresses_of, is_own, sc
 
 
 def port(environment: Mapping[str, str]) -> list[Finding]:
-    """Whether rank zero could listen at MASTER_PORT, where this machine is (or may be) its host."""
+    """Check that rank zero could listen at MASTER_PORT, when this machine is (or may be) its host."""
     given = environment.get("MASTER_PORT")
     if given is not None and not (given.isdecimal() and 0 <= int(given) < 65536):
         return [problem("port", f"MASTER_PORT={given!r} is not a port", "choose a number from 1024 to 32767")]
@@ -24,25 +24,25 @@ def port(environment: Mapping[str, str]) -> list[Finding]:
             places = {found[4][0] for found in socket.getaddrinfo(address, None)}
         except OSError as error:
             return [
-                problem("port", f"MASTER_ADDR={address} is no known host ({error.strerror})", "unset it or correct it")
+                problem("port", f"MASTER_ADDR={address} does not resolve ({error.strerror})", "unset or correct it")
             ]
         if not any(is_own(str(place)) for place in places):
-            return [ok("port", f"rank zero's host is {address}, not this one")]
+            return [ok("port", f"rank zero's host is {address}, not this machine")]
     if _is_free(number):
         return [ok("port", f"{number} is free")]
     if given is None:
         return [
             warning(
                 "port",
-                f"{number}, which launchers take by themselves, is in use",
-                "torchrun --standalone finds another; or give --master_port",
+                f"{number}, the launchers' default, is in use",
+                "use torchrun --standalone, which finds a free port, or give --master_port",
             )
         ]
     return [
         problem(
             "port",
-            f"MASTER_PORT {number} is in use: ranks could not meet there",
-            "end what listens there (`ss -ltnp`), or choose another one",
+            f"MASTER_PORT {number} is in use: rank zero could not listen there",
+            "stop the program that uses it (`ss -ltnp`), or choose another port",
         )
     ]
 
@@ -51,7 +51,7 @@ def _is_free(number: int) -> bool:
     for family in (socket.AF_INET6, socket.AF_INET):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # As the rendezvous store binds: a port that only waits for its last packets is free.
+                # Bind as the rendezvous store does: a port in TIME_WAIT counts as free.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", number))
         except OSError as error:
@@ -61,7 +61,7 @@ def _is_free(number: int) -> bool:
 
 
 def host_name(nodes: int) -> list[Finding]:
-    """Whether this machine's name leads to an address that other machines can reach."""
+    """Check that this machine's name resolves to an address that other machines can reach."""
     name = socket.gethostname()
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)}
@@ -70,16 +70,17 @@ def host_name(nodes: int) -> list[Finding]:
         return [problem("host name", what, remedy) if nodes > 1 else warning("host name", what, remedy)]
     reachable = [address for address in sorted(found) if not ipaddress.ip_address(address).is_loopback]
     if reachable:
-        return [ok("host name", f"{name} is {', '.join(reachable)}")]
-    what = f"{name} leads to {', '.join(sorted(found))}, which is every machine's own"
-    remedy = "give the address in /etc/hosts, or set MASTER_ADDR and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+        return [ok("host name", f"{name} resolves to {', '.join(reachable)}")]
+    what = f"{name} resolves to {', '.join(sorted(found))}, which other machines cannot reach"
+    remedy = "put its address in /etc/hosts, or set MASTER_ADDR and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     return [problem("host name", what, remedy) if nodes > 1 else ok("host name", f"{what}: fine for one node")]
 
 
 def hostfile(path: Path, room_here: int) -> list[Finding]:
-    """A hostfile of the deepspeed launcher (`host slots=N` a line): known hosts, each once, no more slots than exist.
+    """Check a hostfile of the deepspeed launcher (one line `host slots=N` per host).
 
-    How many slots another host has is not known here; `room_here` are the GPUs, or else the cores, of this one.
+    Hosts must resolve and be unique, and this host must have enough slots. Other hosts' slots cannot be checked here;
+    `room_here` is the number of GPUs, or else of cores, of this host.
     """
     hosts, problems = scan_hostfile(path)
     findings = [problem("hostfile", f"{error.where}: {error.what}", error.remedy) for error in problems]
@@ -87,8 +88,8 @@ def hostfile(path: Path, room_here: int) -> list[Finding]:
         where = f"{path}:{host.line}"
         addresses = addresses_of(host.name)
         if not addresses:
-            what = f"{where}: no address is known for the host {host.name!r}"
-            findings.append(problem("hostfile", what, "correct its name, or make it known to DNS or /etc/hosts"))
+            what = f"{where}: the host name {host.name!r} does not resolve"
+            findings.append(problem("hostfile", what, "correct the name, or add it to DNS or /etc/hosts"))
         elif any(map(is_own, addresses)) and host.slots > room_here:
             what = f"{where}: {host.slots} slots, but this host has room for {room_here}"
             findings.append(problem("hostfile", what, f"write slots={room_here}"))

@@ -1,7 +1,6 @@
-"""The folders of a run: whether they can hold it, who works there, and what lies in them already.
+"""Checks of a run's folders: whether they are usable and large enough, in use, and what they already contain.
 
-Bytes are compared with the manifests by size alone, which takes an instant; their digests are checked by every verb
-before it uses them.
+Files are compared with the manifests by size only, which is instant; every verb checks digests before it uses a file.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MAKES = {"shards": "pst shard", "embeddings": "pst embed", "checkpoint": "pst t
 
 
 def folders(config: Config) -> dict[str, Path]:
-    """Word for a folder -> its path; data_dir only where it is not below output_dir."""
+    """Config key -> folder; data_dir only if it is not inside output_dir."""
     run = run_dir(config)
     found = {"output_dir": run.path}
     if run.path.absolute() not in (run.data.absolute(), *run.data.absolute().parents):
@@ -42,7 +41,7 @@ def folders(config: Config) -> dict[str, Path]:
 
 
 def store(config: Config) -> list[Finding]:
-    """Whether the object storage that holds shards and embeddings can be reached; nothing for a folder."""
+    """Whether the object storage of the shards and embeddings can be reached; nothing for a local folder."""
     remote = run_dir(config).remote
     if remote is None:
         return []
@@ -50,7 +49,7 @@ def store(config: Config) -> list[Finding]:
         remote.check()
     except PstError as error:
         return [problem("data_dir", f"{remote.url}: {error.what}", error.remedy)]
-    return [ok("data_dir", f"{remote.url}: can be reached")]
+    return [ok("data_dir", f"{remote.url}: reachable")]
 
 
 def place(name: str, folder: Path, nodes: int) -> list[Finding]:
@@ -62,24 +61,24 @@ def place(name: str, folder: Path, nodes: int) -> list[Finding]:
         findings.append(
             problem(
                 name,
-                f"{folder} is a {kind} of this machine alone, and there are {nodes} nodes",
+                f"{folder} is on {kind}, which is local to this machine, but there are {nodes} nodes",
                 "choose a directory on a shared file system (NFS, Lustre, ...)",
             )
         )
     state = os.statvfs(nearest_existing(folder))
     if state.f_files and state.f_favail < 1000:
         findings.append(
-            problem(name, f"{folder}: {state.f_favail} more files fit", "remove some, or choose another place")
+            problem(name, f"{folder}: only {state.f_favail} more files fit", "remove some, or choose another directory")
         )
     free = size(state.f_bavail * state.f_frsize)
     return findings or [ok(name, f"{folder}: {kind}, writable, locks and renames work, {free} free")]
 
 
 def _try(folder: Path) -> list[str]:
-    """Write, fsync, lock, rename and remove in a temporary folder below `folder`; returns what does not work there.
+    """Write, fsync, lock, rename and remove in a temporary folder inside `folder`; returns what does not work.
 
-    The directory that is tried is the nearest one that exists; nothing is left behind. Raises EnvironmentFault when
-    nothing can be written at all. What can hang here is the file system: the caller limits the time.
+    If `folder` does not exist, its nearest existing parent is tested; nothing is left behind. Raises EnvironmentFault
+    when nothing can be written at all. The file system may hang: the caller limits the time.
     """
     ground = nearest_existing(folder)
     faults = []
@@ -88,7 +87,7 @@ def _try(folder: Path) -> list[str]:
         try:
             write_text(trial / "old", "old")
             write_text(trial / "new", "x" * _MEBIBYTE)
-            # As every artefact is published: over an older one, and whole directories too.
+            # Every artefact is published like this: renamed over an older one.
             os.replace(trial / "new", trial / "old")
             if (trial / "new").exists() or (trial / "old").stat().st_size != _MEBIBYTE:
                 faults.append("a rename does not replace the older file")
@@ -111,9 +110,9 @@ def _try(folder: Path) -> list[str]:
 
 
 def room(config: Config, machines: Machines, machine_memory: int, has_gpus: bool) -> list[Finding]:
-    """What the plan says the run writes and holds, against the space and memory that are free.
+    """Compare the disk space and memory that the plan estimates with what is free.
 
-    Raises what planning raises: rows or a student that cannot be read are found here.
+    Raises what planning raises, for example for rows or a student that cannot be read.
     """
     plan = make_plan(config, machines)
     findings = list(_space(config, plan))
@@ -123,8 +122,9 @@ def room(config: Config, machines: Machines, machine_memory: int, has_gpus: bool
             findings.append(
                 problem(
                     "memory",
-                    f"{machines.gpus} rank(s) take {size(held)} by plan, {size(machine_memory)} are free",
-                    "a smaller train.per_device_train_batch_size, student.gradient_checkpointing=true, or fewer ranks",
+                    f"{machines.gpus} rank(s) need an estimated {size(held)}, but {size(machine_memory)} are free",
+                    "lower train.per_device_train_batch_size, set student.gradient_checkpointing=true, or use fewer "
+                    "ranks",
                 )
             )
     return findings
@@ -147,20 +147,20 @@ def _space(config: Config, plan: Plan) -> Iterator[Finding]:
         if wanted > free:
             yield problem(
                 name,
-                f"the run writes {size(wanted)} by plan, {size(free)} are free or its own already",
-                f"make room in {folder}, or choose another directory",
+                f"the run writes an estimated {size(wanted)}, but {size(free)} are free, including its existing files",
+                f"free some space in {folder}, or choose another directory",
             )
         else:
-            yield ok(name, f"the run writes about {size(wanted)} by plan")
+            yield ok(name, f"the run writes an estimated {size(wanted)}")
 
 
 def contents(config: Config) -> list[Finding]:
-    """Locks that are held, and artefacts that are unfinished or damaged, in the folders of every arm."""
+    """Held locks and unfinished or damaged artefacts in the folders of every arm."""
     findings: list[Finding] = []
     runs = [run_dir(arm) for arm in expand_arms(config)]
     for folder in dict.fromkeys([runs[0].data, *(run.path for run in runs)]):
         if (holder := lock_holder(folder)) is not None:
-            findings.append(problem("in use", f"{folder}: by {holder}", "wait for it, or choose another directory"))
+            findings.append(problem("in use", f"{folder}: by {holder}", "wait, or choose another directory"))
     findings += _artefact(runs[0].shards, "shards") + _artefact(runs[0].embeddings, "embeddings")
     for run in runs:
         findings += _artefact(run.best, "student") + _checkpoints(run.checkpoints)
@@ -171,7 +171,7 @@ def contents(config: Config) -> list[Finding]:
                 warning(
                     "left over",
                     f"{len(left)} unfinished file(s) of a stopped run take {size(taken)}, such as {left[0]}",
-                    "the same command removes or replaces them",
+                    "running the command again removes or replaces them",
                 )
             )
     return findings
@@ -183,7 +183,7 @@ def _artefact(folder: Path, kind: str) -> list[Finding]:
     try:
         manifest = read_manifest(folder, kind)
         if manifest is None:
-            return [warning(kind, f"{folder}: unfinished", f"`{_MAKES[kind]}` goes on")]
+            return [warning(kind, f"{folder}: unfinished", f"`{_MAKES[kind]}` resumes it")]
         _compare_sizes(folder, manifest)
     except PstError as error:
         return [problem(kind, f"{error.where}: {error.what}", f"run `{_MAKES[kind]}` again")]
@@ -191,7 +191,7 @@ def _artefact(folder: Path, kind: str) -> list[Finding]:
 
 
 def _checkpoints(root: Path) -> list[Finding]:
-    """A damaged checkpoint is passed over at the next start when an elder one is whole."""
+    """The checkpoints of a run; the next start skips a damaged one if another is intact."""
     names = [path.name for path in root.glob("checkpoint-*")]
     steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", name))
     whole: list[tuple[int, Finding]] = []
@@ -201,14 +201,14 @@ def _checkpoints(root: Path) -> list[Finding]:
         (whole if found.level == "ok" else damaged).append((step, found))
     if damaged and not whole:
         return [
-            problem("checkpoint", f"{found.what}; no other is whole", "restore one, or remove them to start anew")
+            problem("checkpoint", f"{found.what}; no other is intact", "restore one, or remove them to start over")
             for _, found in damaged
         ]
     findings = [
-        warning("checkpoint", found.what, f"the next start passes over it, to step {max(s for s, _ in whole)} at best")
+        warning("checkpoint", found.what, f"the next start skips it; the newest intact step is {whole[-1][0]}")
         for _, found in damaged
     ]
-    return findings + ([ok("checkpoint", f"{root}: step {whole[-1][0]} is whole")] if whole else [])
+    return findings + ([ok("checkpoint", f"{root}: step {whole[-1][0]} is intact")] if whole else [])
 
 
 def _compare_sizes(folder: Path, manifest: Manifest) -> None:
@@ -217,4 +217,4 @@ def _compare_sizes(folder: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise IntegrityError("file is missing", path=path)
         if path.stat().st_size != promised["bytes"]:
-            raise IntegrityError(f"{path.stat().st_size} bytes, manifest says {promised['bytes']}", path=path)
+            raise IntegrityError(f"{path.stat().st_size} bytes, but the manifest has {promised['bytes']}", path=path)

@@ -1,7 +1,7 @@
-"""Packages, GPUs, cores and memory of this node, judged: pure functions of its facts, and two looks at the rest.
+"""Checks packages, GPUs, cores and memory of this node; most checks are pure functions of the collected facts.
 
-Minimum versions are those of our own package's requirements. What torch itself says is asked of a child process, which
-may fail or hang without taking this one along.
+Supported versions come from our own package's requirements. torch is imported in a child process, which may fail or
+hang without affecting this one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, wa
 
 TORCH_SECONDS = 60.0
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
-"""CUDA's major release -> the first driver branch that runs it (CUDA's compatibility guide)."""
+"""CUDA major release -> the oldest driver branch that supports it (CUDA's compatibility guide)."""
 _WANTS = {
     "torch": "train",
     "transformers": "train",
@@ -39,13 +39,13 @@ _WANTS = {
 def release(version: str) -> Version:
     """A version without its pre-release and local parts: `2.6.0a0+nv24.11` -> 2.6.0.
 
-    NVIDIA's containers call their torch 2.6 so, and it is one. Raises packaging's InvalidVersion for another text.
+    NVIDIA's containers label their torch 2.6 like that. Raises packaging's InvalidVersion for an invalid version.
     """
     return Version(Version(version).base_version)
 
 
 def floors() -> dict[str, tuple[SpecifierSet, str]]:
-    """Package -> (versions that we support, the extra that brings it, empty for the core), from our own metadata."""
+    """Package -> (supported versions, the extra that installs it or "" for the core), from our own metadata."""
     try:
         metadata = importlib.metadata.metadata("pst-dist")
     except importlib.metadata.PackageNotFoundError:
@@ -60,22 +60,22 @@ def floors() -> dict[str, tuple[SpecifierSet, str]]:
 
 
 def _unsupported(version: str, supported: SpecifierSet) -> str | None:
-    """What is wrong with an installed version; None when nothing is."""
+    """What is wrong with an installed version; None when it is supported."""
     found = release(version)
     if supported.contains(found):
         return None
     oldest = [one.version for one in supported if one.operator in (">=", "~=", "==")]
     if oldest and found < Version(oldest[0].removesuffix(".*")):
-        return f"{version} is too old, {oldest[0]} is the oldest that works"
-    return f"{version} is not supported: {supported}"
+        return f"{version} is too old, {oldest[0]} is the oldest supported version"
+    return f"{version} is not supported: need {supported}"
 
 
 def packages(config: Config | None) -> list[Finding]:
-    """Python and every package against the versions that we need; what the config does not use may be absent."""
+    """Check the versions of Python and every package; packages that the config does not use may be absent."""
     findings: list[Finding] = []
     lowest = floors()
     if not lowest:
-        findings.append(warning("pst_dist", "is not installed as a package: versions cannot be compared"))
+        findings.append(warning("pst_dist", "is not installed as a package: versions cannot be checked"))
     needed = _needed(config)
     present = []
     for name, (supported, extra) in sorted(lowest.items()):
@@ -102,12 +102,12 @@ def _needed(config: Config | None) -> set[str]:
     needed |= {"deepspeed"} if config.train.deepspeed else set()
     needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
     needed |= set() if config.embed.backend == "ray" else {"sentence-transformers"}
-    # Other trackers are extras, and a training goes on without them.
+    # Other trackers are extras, and training continues without them.
     return needed | ({"tensorboard"} & set(config.train.report_to))
 
 
 def _triton() -> Iterator[Finding]:
-    """torch's CUDA builds are made for one Triton; with another torch.compile and our kernels may not compile."""
+    """Check Triton's version: with another version than torch's, torch.compile and our kernels may not compile."""
     installed = version_of("triton")
     try:
         requirements = [Requirement(text) for text in importlib.metadata.requires("torch") or []]
@@ -124,7 +124,7 @@ def _triton() -> Iterator[Finding]:
 def hardware(
     machine: Machine, config: Config | None, *, ranks: int | None, environment: Mapping[str, str]
 ) -> list[Finding]:
-    """GPUs, cores, memory, /dev/shm and open files of a node that is to run `ranks` ranks."""
+    """Check GPUs, cores, memory, /dev/shm and the open-file limit of a node that is to run `ranks` ranks."""
     return [
         *_gpus(machine, config, ranks, environment),
         *_cores(machine, ranks, environment),
@@ -144,8 +144,8 @@ def _gpus(
         if torch and cuda and not machine.gpu_trouble:
             yield warning(
                 "torch",
-                f"{torch} is built for CUDA {cuda}, and there is no GPU: gigabytes for nothing",
-                "launchers/setup.sh installs the CPU build on such a machine",
+                f"{torch} is built for CUDA {cuda}, but there is no GPU: it wastes gigabytes of disk",
+                "install the CPU build; launchers/setup.sh does on a machine without a GPU",
             )
         return
     kinds = {(gpu.name, gpu.memory_mib) for gpu in machine.gpus}
@@ -158,16 +158,16 @@ def _gpus(
     if len(kinds) > 1:
         yield warning(
             "GPUs",
-            "are not all of one kind: the slowest and smallest sets the pace",
-            "choose equal ones by CUDA_VISIBLE_DEVICES",
+            "are not all of one kind: the slowest sets the speed, the smallest the memory",
+            "select equal ones with CUDA_VISIBLE_DEVICES",
         )
     if torch and cuda is None:
-        yield problem("torch", f"{torch} is a CPU build: the GPUs would not be used", "pip install torch for CUDA")
+        yield problem("torch", f"{torch} is a CPU build: the GPUs would not be used", "install torch's CUDA build")
     elif cuda and machine.driver and (least := _DRIVER_OF_CUDA.get(release(cuda).major)):
         if release(machine.driver).major < least:
             yield problem(
                 "driver",
-                f"{machine.driver} does not run CUDA {cuda}, which torch is built for",
+                f"{machine.driver} does not support CUDA {cuda}, for which torch is built",
                 f"install driver {least} or newer, or an older torch",
             )
     for gpu in machine.gpus:
@@ -175,7 +175,7 @@ def _gpus(
             yield problem(
                 "GPUs",
                 f"GPU {gpu.index} has had {gpu.uncorrected} memory errors that ECC could not correct",
-                "have it looked at; leave it out by CUDA_VISIBLE_DEVICES until then",
+                "have it inspected; exclude it with CUDA_VISIBLE_DEVICES until then",
             )
         if gpu.used_mib > 0.2 * gpu.memory_mib:
             yield warning(
@@ -185,11 +185,13 @@ def _gpus(
     if visible is not None and len([name for name in visible.split(",") if name.strip()]) < len(machine.gpus):
         yield warning("GPUs", f"CUDA_VISIBLE_DEVICES={visible!r} hides some of {len(machine.gpus)}")
     if environment.get("DS_ACCELERATOR") == "cpu":
-        yield warning("GPUs", "DS_ACCELERATOR=cpu: training would not use them", "unset DS_ACCELERATOR")
+        yield warning("GPUs", "DS_ACCELERATOR=cpu: training would not use the GPUs", "unset DS_ACCELERATOR")
     if ranks and ranks > len(machine.gpus):
         yield problem("GPUs", f"gpus={ranks}, but this node has {len(machine.gpus)}")
     if config is not None and config.train.bf16 and release(first.capability).major < 8:
-        yield warning("GPUs", f"capability {first.capability} has no bfloat16 of its own: slow", "train.bf16=false")
+        yield warning(
+            "GPUs", f"capability {first.capability} has no native bfloat16, so it is slow", "set train.bf16=false"
+        )
 
 
 def _cores(machine: Machine, ranks: int | None, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -204,19 +206,19 @@ def _cores(machine: Machine, ranks: int | None, environment: Mapping[str, str]) 
             yield warning(
                 "cores",
                 f"{ranks} ranks of {threads or machine.cores} threads on {machine.cores} cores: they "
-                "spin against one another",
+                "compete for the cores",
                 f"export OMP_NUM_THREADS={max(1, machine.cores // ranks)}",
             )
 
 
 def _memory(machine: Machine, config: Config | None) -> Iterator[Finding]:
-    yield ok("memory", f"{size(machine.memory)}, of which {size(machine.memory_free)} are free")
+    yield ok("memory", f"{size(machine.memory)}, {size(machine.memory_free)} free")
     if machine.shared_memory is None or machine.shared_memory < 2**30:
         have = "none" if machine.shared_memory is None else size(machine.shared_memory)
         yield warning(
             "/dev/shm",
             f"{have}: NCCL, Ray and data workers keep their buffers there",
-            "give a container more: --shm-size=8g, or a memory volume at /dev/shm",
+            "in a container, use --shm-size=8g or a memory volume at /dev/shm",
         )
     wants_many = config is not None and "ray" in (config.embed.backend, config.train.backend)
     least = 4096 if wants_many else 1024
@@ -226,8 +228,8 @@ def _memory(machine: Machine, config: Config | None) -> Iterator[Finding]:
         )
         yield warning(
             "open files",
-            f"at most {machine.open_files}: {least} are wanted" + (" for Ray" * wants_many),
-            can or "have the hard limit raised in limits.conf",
+            f"the limit is {machine.open_files}, recommended are {least}" + (" for Ray" * wants_many),
+            can or "raise the hard limit in limits.conf",
         )
 
 
@@ -241,7 +243,7 @@ print(json.dumps({"version": torch.__version__, "cuda": found, "devices": torch.
 
 
 def torch_works(machine: Machine) -> list[Finding]:
-    """Import torch in a child process and let it look for the GPUs that nvidia-smi sees."""
+    """Check in a child process that torch can be imported and sees the GPUs that nvidia-smi sees."""
     if "torch" not in machine.packages:
         return []
     try:
@@ -252,8 +254,8 @@ def torch_works(machine: Machine) -> list[Finding]:
         return [
             problem(
                 "torch",
-                f"importing it and looking for GPUs took over {TORCH_SECONDS:.0f} s",
-                "a driver that hangs, or Python on a slow network disk: try `python -c 'import torch'`",
+                f"importing it and finding GPUs took over {TORCH_SECONDS:.0f} s",
+                "try `python -c 'import torch'`: the driver may hang, or Python may be on a slow network disk",
             )
         ]
     if done.returncode:
@@ -262,7 +264,7 @@ def torch_works(machine: Machine) -> list[Finding]:
             problem(
                 "torch",
                 f"{machine.packages['torch']} cannot be imported ({last[:160]})",
-                "install it anew: pip install --force-reinstall torch",
+                "reinstall it: pip install --force-reinstall torch",
             )
         ]
     found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -272,7 +274,7 @@ def torch_works(machine: Machine) -> list[Finding]:
             problem(
                 "torch",
                 f"sees none of the {len(machine.gpus)} GPUs" + (f" ({lines[0].strip()[:160]})" if lines else ""),
-                "compare its CUDA release with the driver's, and look at CUDA_VISIBLE_DEVICES",
+                "check that the driver supports its CUDA release, and check CUDA_VISIBLE_DEVICES",
             )
         ]
     if not found["gloo"]:
@@ -282,17 +284,17 @@ def torch_works(machine: Machine) -> list[Finding]:
 
 
 def deepspeed_json(config: Config) -> list[Finding]:
-    """A DeepSpeed JSON of the user's own, read as training will read it; raises what that raises."""
+    """Check the user's own DeepSpeed JSON, read as training reads it; raises what that raises."""
     if config.train.deepspeed is None or not config.train.deepspeed.endswith(".json") or not version_of("deepspeed"):
         return []
     from pst_dist.training.deepspeed_config import deepspeed_settings
 
     stage = deepspeed_settings(config.train, 1)["zero_optimization"]["stage"]
-    return [ok("deepspeed", f"{config.train.deepspeed}: stage {stage}, every key known")]
+    return [ok("deepspeed", f"{config.train.deepspeed}: stage {stage}, all keys known")]
 
 
 def compiler_locks() -> list[Finding]:
-    """Locks of C++ extensions that nobody builds any more: torch waits for such a file to go away, for ever."""
+    """Find stale lock files of C++ extension builds: torch waits forever for such a file to disappear."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     findings = []
     for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
@@ -300,8 +302,8 @@ def compiler_locks() -> list[Finding]:
             findings.append(
                 problem(
                     "extensions",
-                    f"{lock}: a build that was killed left this lock, on which every later one waits "
-                    "for ever (no process that can be seen here has it open)",
+                    f"{lock}: stale lock of a killed build, for which every later build waits "
+                    "forever (no visible process has it open)",
                     f"rm {lock}",
                 )
             )
@@ -309,10 +311,10 @@ def compiler_locks() -> list[Finding]:
 
 
 def _held_open(path: Path) -> bool:
-    """Whether a process that this user may look at has the file open, as the builder has as long as it builds."""
+    """Whether a process that this user may inspect has the file open; a running build keeps its lock open."""
     wanted = str(path.resolve())
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # another user's, or it ended meanwhile
+        with contextlib.suppress(psutil.Error, OSError):  # another user's process, or it has ended
             if any(file.path == wanted for file in process.open_files()):
                 return True
     return False

@@ -116,7 +116,7 @@ class Artefact:
     def publish_prepared(
         self, partial: Path, fingerprint: str, files: dict[str, dict[str, Any]], extra: dict[str, Any]
     ) -> Manifest:
-        """Publish a directory that several processes have filled, given the entries of its files; raises as `publish`."""
+        """Publish a directory that several processes have filled, given the entries of its files; see `publish`."""
         refuse_foreign_folder(self.directory, self.kind)
         manifest = Manifest(self.kind, fingerprint, files, extra)
         write_manifest(partial, manifest)

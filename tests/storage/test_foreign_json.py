@@ -63,7 +63,7 @@ def test_a_key_given_twice_in_a_deepspeed_file_is_refused(tmp_path):
         ("seed=" + "9" * 5_000, "cannot be read"),
         ("seed=0x" + "f" * 5_000, "more than 18 digits"),
         ("data.columns=" + "[" * 3_000, "nested deeper"),
-        ("data.columns={question: q, question: r}", "twice"),
+        ("data.columns={question: q, question: r}", "duplicate key|twice"),
         ("data.train=2026-13-45", "cannot be read"),
         ("data.columns=!!python/object:os.system x", "could not determine a constructor"),
         ("train.learning_rate=.inf", "finite|learning_rate"),

@@ -62,7 +62,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             return found
     with directory_lock(run.data):
         if loaded.rejects or (run.data / "rejects.jsonl").is_file():
-            write_rejects(run.data / "rejects.jsonl", loaded.rejects)
+            write_rejects(run.data / "rejects.jsonl", loaded.rejects, inside=run.data)
         if run.remote is not None and rebuild:
             remove_leftovers(run.shards, locked=True)
         elif run.remote is not None:  # the remote shards decide what is kept or refused

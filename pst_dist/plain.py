@@ -6,6 +6,7 @@ characters and changes of writing direction hide from people what a machine read
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from pst_dist.errors import ConfigError
@@ -21,6 +22,11 @@ def hidden_character(value: str) -> str | None:
         if unicodedata.category(character) in _REFUSED or character in _DIRECTION:
             return f"U+{ord(character):04X}"
     return None
+
+
+def has_scheme(value: str) -> bool:
+    """Whether a text is a URL, such as s3://bucket/runs, also after `pathlib` has made s3:/bucket/runs of it."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", value) is not None
 
 
 def plain(value: str, what: str) -> str:

@@ -116,6 +116,8 @@ def doctor(arguments: argparse.Namespace) -> int:
         name = words.pop(0) if words and "=" not in words[0] else None
         keys, request = examine.split_request(words)
         config = load_config(name, spell_on(keys, arguments.on)) if name or keys else None
+        if arguments.report:
+            examine.check_report(Path(arguments.report))  # before the minute of looking
         machine, findings = examine.examine(config, request)
         if arguments.report:
             examine.write_report(machine, Path(arguments.report))

@@ -6,6 +6,7 @@ Every error names the file and line, or the override, that caused it.
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from pst_dist.storage.regular_files import open_regular, read_regular_text
 _MAX_YAML_NODES = 100_000
 """Maximum number of values in a YAML file after expanding aliases. Ours have a few hundred."""
 _MAX_YAML_DEPTH = 64
+_MOST_NUMBER = 10**18
+"""Whole numbers are smaller: the largest that we have are bytes and seeds."""
 
 RESOLVED = "config.resolved.yaml"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -71,6 +74,7 @@ def overlays() -> dict[str, str]:
 def locate_overlay(word: str) -> Path:
     """The file of a ready-made overlay `+NAME` or of `+path/to/keys.yaml`; raises InputError."""
     name = word.removeprefix("+")
+    check_name(name)
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -94,8 +98,22 @@ def is_rows(name: str) -> bool:
     return name.startswith(("hf:", "gen:")) or path.suffix.lower() in DATA_SUFFIXES or pattern
 
 
+def check_name(name: str) -> None:
+    """Raises InputError for a name that the file system cannot even look up, such as one that is too long."""
+    try:
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return  # refused when it is opened
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"cannot be looked up: {reason}", "name a file that you can read", path=name[:200]) from error
+
+
 def locate_config(name: str) -> Path:
     """The config file for a YAML path, a run directory or the name of a ready-made config; raises InputError."""
+    check_name(name)
     path = Path(name)
     if path.is_dir() and not is_rows(name):
         resolved = path / RESOLVED
@@ -139,7 +157,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         text = read_regular_text(path, remedy="name a YAML file")
         root = yaml.compose(text, yaml.SafeLoader)
         _bound_yaml(root, path)
-        loaded = yaml.load(text, _UniqueKeyLoader)
+        loaded = _bound_numbers(yaml.load(text, _UniqueKeyLoader))
     except RecursionError as error:
         raise ConfigError(f"nested deeper than {_MAX_YAML_DEPTH}", "fix the YAML", path=path) from error
     except yaml.YAMLError as error:
@@ -165,7 +183,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return loaded, lines
 
 
-def _bound_yaml(root: yaml.Node | None, path: Path) -> None:
+def _bound_yaml(root: yaml.Node | None, path: Path | None) -> None:
     """Raise ConfigError for a file whose aliases expand to too many values or refer to themselves."""
     stack, seen = [(root, 1)], 0
     while stack:
@@ -181,15 +199,33 @@ def _bound_yaml(root: yaml.Node | None, path: Path) -> None:
             stack.extend((part, depth + 1) for part in node.value)
 
 
+def _bound_numbers(value: Any) -> Any:
+    """The value itself; raises ValueError for a number of many digits, which hexadecimal can hide until it is shown."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, int) and abs(item) >= _MOST_NUMBER:
+            raise ValueError("a number of more than 18 digits")
+        stack.extend((*item, *item.values()) if isinstance(item, dict) else item if isinstance(item, list) else ())
+    return value
+
+
 def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
     """`train.bf16=true` -> (("train", "bf16"), True); the value is read as YAML."""
     key, sign, text = word.removeprefix("--").partition("=")
     if not sign or not key:
         raise ConfigError(f"{word!r} is not key.sub=value", "for example train.learning_rate=1e-3")
     try:
-        value = yaml.safe_load(text)
+        _bound_yaml(yaml.compose(text, yaml.SafeLoader), None)
+        value = _bound_numbers(yaml.load(text, _UniqueKeyLoader))
+    except yaml.constructor.ConstructorError as error:  # YAML, but of a key twice or a type that does not exist here
+        raise ConfigError(f"{key[:80]}: {str(error.problem)[:160]}", "fix the value, or quote it") from error
     except yaml.YAMLError:
         value = text
+    except RecursionError as error:
+        raise ConfigError(f"{key[:80]}: nested deeper than {_MAX_YAML_DEPTH}", "fix the value") from error
+    except ValueError as error:  # `!!int x`, or a number of thousands of digits
+        raise ConfigError(f"{key[:80]}: cannot be read: {str(error)[:80]}", "fix the value, or quote it") from error
     return tuple(key.replace("-", "_").split(".")), value
 
 

@@ -19,9 +19,11 @@ from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import MANIFEST, write_json
 from pst_dist.storage.object_store import RemoteFolder, fetch_folder, is_url
+from pst_dist.storage.outputs import check_output, is_config, refuse_link_out
 
 _RECORD = (RESOLVED, "command.txt", "environment.json")
 _RECORD_LOCK = ".record.lock"
+_OTHER_DIRECTORY = "name another output_dir"
 _REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
 
@@ -152,11 +154,23 @@ def record_run(config: Config, *, command: str | None = None) -> None:
     """Save the resolved config, the command and the environment in the run directory, all without passwords.
 
     `command` is that of this process when not given; a notebook's says nothing about the run.
+    Raises InputError when the record would replace files of something else.
     """
     path = Path(config.output_dir)
+    _refuse_foreign_record(path)
     write_text(path / RESOLVED, dump_config(config))
     write_text(path / "command.txt", (redact(command) if command else redacted_command(["pst", *sys.argv[1:]])) + "\n")
     write_json(path / "environment.json", environment())
+
+
+def _refuse_foreign_record(path: Path) -> None:
+    """Raises InputError when the record would replace files that are not those of a run, as in a project's folder."""
+    check_output(path / RESOLVED, is_config, inside=path, remedy=_OTHER_DIRECTORY)
+    is_run = (path / RESOLVED).is_file()
+    for name in _RECORD[1:]:
+        refuse_link_out(path / name, path)
+        if not is_run and os.path.lexists(path / name):
+            raise InputError("exists and was not written by pst", _OTHER_DIRECTORY, path=path / name)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from pst_dist.arms import ARMS
 from pst_dist.errors import ConfigError
-from pst_dist.plain import hidden_character
+from pst_dist.plain import has_scheme, hidden_character
 
 if TYPE_CHECKING:
     ArmName = str
@@ -35,10 +35,22 @@ Plain = Annotated[str, AfterValidator(_plain)]
 """Reaches scripts, URLs, headers or listings, so it is one visible line."""
 
 
+def _no_url(value: str) -> str:
+    if has_scheme(value):
+        raise ValueError("is a URL, and would become a folder of that name; name a folder: only data_dir may be a URL")
+    return value
+
+
+Folder = Annotated[Plain, AfterValidator(_no_url)]
+"""A folder of this machine or a file system that it has mounted."""
+
+
 class Section(BaseModel):
     """Base class of all sections: frozen, refuses unknown keys, and uses the string below a field as its help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
     if not TYPE_CHECKING:
 
@@ -438,12 +450,12 @@ class Config(Section):
     )
     arms: list[ArmName] = []
     """Several arms to train on identical rows. `pst run` trains each one in output_dir/ARM and compares them."""
-    output_dir: Annotated[Plain, Field(min_length=1)] = "runs/run"
+    output_dir: Annotated[Folder, Field(min_length=1)] = "runs/run"
     """The run directory. All outputs are written below it."""
     data_dir: Plain | None = None
     """Where shards and embeddings are stored, so that runs can share them: a folder, or object storage through fsspec
     (`s3://bucket/path`, `gs://bucket/path`). Default: output_dir/data."""
-    data_cache: Plain | None = None
+    data_cache: Folder | None = None
     """For data in object storage: local folder that each machine downloads it to, once. Default: output_dir/data."""
     seed: int = 0
     """Seed of the initial weights and the row order. Splits do not depend on it: they are cut by the hash of the id."""

@@ -8,7 +8,6 @@ measured, the plan says how to pass one.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.model_size import ModelShape, shape_of
 from pst_dist.errors import ConfigError, InputError
-from pst_dist.storage.regular_files import read_regular_text
+from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
 from pst_dist.student.prompt import AUTO, FRESH_PROMPT
-from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json
+from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json, is_stage, shown
 
 GIB = 2**30
 _CHARACTERS_A_TOKEN = 4.0
@@ -192,8 +191,8 @@ def teacher_width(config: Config) -> int:
         return 384
     try:
         path = Path(config.embed.encoder).expanduser() / "config.json"
-        return int(json.loads(read_regular_text(path))["hidden_size"])
-    except (InputError, ValueError, KeyError, TypeError, RecursionError):
+        return whole_number(foreign_object(path), "hidden_size", path)
+    except (InputError, KeyError):
         return 1024
 
 
@@ -202,8 +201,10 @@ def zero_stage(deepspeed: str | None) -> int | None:
     if deepspeed is None:
         return None
     stage = _zero_section(deepspeed).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"train.deepspeed: the ZeRO stage is {stage!r}", "use 0, 1, 2 or 3", path=deepspeed)
+    if not is_stage(stage):
+        raise ConfigError(
+            f"train.deepspeed: cannot read the ZeRO stage: it is {shown(stage)}", "use 0, 1, 2 or 3", path=deepspeed
+        )
     return int(stage)
 
 
@@ -212,9 +213,9 @@ def _zero_section(deepspeed: str | None) -> dict[str, Any]:
     if deepspeed is None:
         return {}
     try:
-        section = json.loads(read_regular_text(find_deepspeed_json(deepspeed))).get("zero_optimization", {})
-    except (InputError, OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"train.deepspeed: cannot read the ZeRO stage: {error}", path=deepspeed) from error
+        section = foreign_object(find_deepspeed_json(deepspeed)).get("zero_optimization", {})
+    except InputError as error:
+        raise ConfigError(f"train.deepspeed: cannot read the ZeRO stage: {error.what}", path=deepspeed) from error
     return section if isinstance(section, dict) else {}
 
 
@@ -255,7 +256,7 @@ def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> floa
     # The table's other stages assume our own profiles, in which communication overlaps.
     given = _zero_section(deepspeed) if zero_stage(deepspeed) == stage else {"overlap_comm": True}
     size = given.get("reduce_bucket_size")
-    each = float(size if isinstance(size, int) else min(MOST_BUCKET_ELEMENTS, parameters))
+    each = float(size if isinstance(size, int) and 0 < size <= MOST_WHOLE else min(MOST_BUCKET_ELEMENTS, parameters))
     return each * (2 if stage in (1, 2) and given.get("overlap_comm") else 1)
 
 

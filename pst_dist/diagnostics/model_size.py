@@ -5,8 +5,8 @@ For planning on a machine without torch; `student` loads the actual model.
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 from pst_dist.config.schema import FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.models.locate import GGUF, PACKAGED, locate_model
-from pst_dist.storage.regular_files import read_regular_text, safetensors_header
+from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object, section, whole_number
+from pst_dist.storage.regular_files import safetensors_header
 from pst_dist.student.warm_start import CAPITALS, VOCABULARY_MULTIPLE, warm_checkpoint, warm_shape
 
 _BYTES, _SPECIAL = 256, 4
@@ -63,10 +64,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise InputError("no config.json found", "give the folder of a Hugging Face model", path=folder)
-    try:
-        return json.loads(read_regular_text(path, remedy="give the folder of a Hugging Face model"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
+    return foreign_object(path, remedy="give the folder of a Hugging Face model")
 
 
 def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
@@ -90,41 +88,52 @@ def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
     return shape_of_config({"model_type": fresh.architecture, **common, **sizes}, None, "student.fresh")
 
 
-def shape_of_config(settings: dict[str, Any], counted: int | None, where: str) -> ModelShape:
+def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str) -> ModelShape:
     """The shape that a `config.json` describes; `counted` is the number of parameters if known.
 
     Formulas: GPT-2, T5 and BertGeneration as transformers builds them; others as a Llama (gated MLP, grouped keys, no
     biases), which is close but not exact for its many descendants.
     """
-    settings = settings.get("text_config") or settings
+    settings = section(settings, "text_config", where) if settings.get("text_config") else settings
     kind = settings.get("model_type")
+
+    def size(key: str, of: Mapping[str, Any] = settings) -> int:
+        return whole_number(of, key, where)
+
     try:
-        if kind == "encoder-decoder" and settings["decoder"].get("model_type") == "bert-generation":
-            halves = [settings["encoder"], settings["decoder"]]
+        if kind == "encoder-decoder" and (section(settings, "decoder", where).get("model_type") == "bert-generation"):
+            halves = [section(settings, "encoder", where), section(settings, "decoder", where)]
         else:
             halves = [settings] if kind == "bert-generation" else []
         if halves:
-            count, width = sum(map(_bert_generation, halves)), int(halves[-1]["hidden_size"])
-            layers = sum(int(half["num_hidden_layers"]) for half in halves)
-            return ModelShape(counted or count, width, layers, int(halves[-1]["vocab_size"]), True)
-        vocabulary = int(settings["vocab_size"])
+            count, width = (
+                sum(_bert_generation(half, where) for half in halves),
+                size("hidden_size", halves[-1]),
+            )
+            layers = sum(size("num_hidden_layers", half) for half in halves)
+            return ModelShape(counted or count, width, layers, size("vocab_size", halves[-1]), True)
+        vocabulary = size("vocab_size")
         if kind == "gpt2":
-            width, layers = int(settings["n_embd"]), int(settings["n_layer"])
-            inner = settings.get("n_inner") or 4 * width
+            width, layers = size("n_embd"), size("n_layer")
+            inner = _optional(settings, "n_inner", where) or 4 * width
             block = 4 * width * width + 2 * width * inner + 9 * width + inner
-            count = (vocabulary + int(settings["n_positions"])) * width + layers * block + 2 * width
+            count = (vocabulary + size("n_positions")) * width + layers * block + 2 * width
         elif kind in ("t5", "mt5"):
-            return _t5_shape(settings, vocabulary, counted)
+            return _t5_shape(settings, vocabulary, counted, where)
         else:
-            width, layers = int(settings["hidden_size"]), int(settings["num_hidden_layers"])
-            heads = int(settings["num_attention_heads"])
-            pairs = int(settings.get("num_key_value_heads") or heads)
-            each = int(settings.get("head_dim") or width // heads)
+            width, layers = (
+                size("hidden_size"),
+                size("num_hidden_layers"),
+            )
+            heads = size("num_attention_heads")
+            pairs = _optional(settings, "num_key_value_heads", where) or heads
+            each = _optional(settings, "head_dim", where) or width // heads
             attention = 2 * width * heads * each + 2 * width * pairs * each
-            block = attention + 3 * width * int(settings["intermediate_size"]) + 2 * width
+            block = attention + 3 * width * size("intermediate_size") + 2 * width
             count = vocabulary * width + layers * block + width
     except KeyError as error:
-        raise InputError(f"cannot compute the size of a {kind!r} without {error.args[0]}", path=where) from error
+        what = f"cannot compute the size of a {str(kind)[:60]!r} without {error.args[0]}"
+        raise InputError(what, path=where) from error
     if not settings.get("tie_word_embeddings", kind == "gpt2"):
         count += vocabulary * width
     exact = counted is not None or kind in ("gpt2", "llama")
@@ -134,7 +143,9 @@ def shape_of_config(settings: dict[str, Any], counted: int | None, where: str) -
 def warm_start_shape(bert: dict[str, Any], warm: str) -> ModelShape:
     """The shape of a student that `student.warm_start` builds from a BERT encoder with this `config.json`."""
     new = len(CAPITALS) + 2  # the answer stop and the semantic token
-    vocabulary = -(-(int(bert["vocab_size"]) + new) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    vocabulary = (
+        -(-(whole_number(bert, "vocab_size", "student.warm_start") + new) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    )
     settings = {**bert, "model_type": "bert-generation", "vocab_size": vocabulary}
     if warm == "causal":
         return shape_of_config({**settings, "is_decoder": True}, None, "student.warm_start")
@@ -143,28 +154,41 @@ def warm_start_shape(bert: dict[str, Any], warm: str) -> ModelShape:
     return shape_of_config(halves, None, "student.warm_start")
 
 
-def _bert_generation(settings: dict[str, Any]) -> int:
+def _bert_generation(settings: Mapping[str, Any], where: str) -> int:
     """Parameters of a BertGeneration encoder, or of a decoder including its head's bias."""
-    width, inner = int(settings["hidden_size"]), int(settings["intermediate_size"])
+
+    def size(key: str) -> int:
+        return whole_number(settings, key, where)
+
+    width, inner = size("hidden_size"), size("intermediate_size")
     attention = 4 * (width * width + width) + 2 * width
     layer = attention * (2 if settings.get("add_cross_attention") else 1) + 2 * width * inner + inner + 3 * width
-    words = int(settings["vocab_size"])
-    embeddings = (words + int(settings["max_position_embeddings"])) * width + 2 * width
-    return embeddings + int(settings["num_hidden_layers"]) * layer + (words if settings.get("is_decoder") else 0)
+    words = size("vocab_size")
+    embeddings = (words + size("max_position_embeddings")) * width + 2 * width
+    return embeddings + size("num_hidden_layers") * layer + (words if settings.get("is_decoder") else 0)
 
 
-def _t5_shape(settings: dict[str, Any], vocabulary: int, counted: int | None) -> ModelShape:
-    width, layers = int(settings["d_model"]), int(settings["num_layers"])
-    decoders = int(settings.get("num_decoder_layers") or layers)
-    heads = int(settings["num_heads"])
+def _t5_shape(settings: Mapping[str, Any], vocabulary: int, counted: int | None, where: str) -> ModelShape:
+    def size(key: str) -> int:
+        return whole_number(settings, key, where)
+
+    width, layers = size("d_model"), size("num_layers")
+    decoders = _optional(settings, "num_decoder_layers", where) or layers
+    heads = size("num_heads")
     matrices = 3 if str(settings.get("feed_forward_proj", "relu")).startswith("gated") else 2
-    attention = 4 * width * heads * int(settings["d_kv"])
-    forward = matrices * width * int(settings["d_ff"])
+    attention = 4 * width * heads * size("d_kv")
+    forward = matrices * width * size("d_ff")
     encoder = layers * (attention + forward + 2 * width)
     decoder = decoders * (2 * attention + forward + 3 * width)
-    ends = 2 * (heads * int(settings.get("relative_attention_num_buckets", _T5_BUCKETS)) + width)
+    buckets = _optional(settings, "relative_attention_num_buckets", where) or _T5_BUCKETS
+    ends = 2 * (heads * buckets + width)
     count = vocabulary * width + encoder + decoder + ends
     return ModelShape(counted or count, width, layers + decoders, vocabulary, True)
+
+
+def _optional(settings: Mapping[str, Any], key: str, where: str) -> int | None:
+    """A whole number that may be missing or null."""
+    return None if settings.get(key) is None else whole_number(settings, key, where)
 
 
 def _counted(folder: Path) -> int | None:
@@ -174,8 +198,17 @@ def _counted(folder: Path) -> int | None:
     total = 0
     for file in files:
         header, _ = safetensors_header(file)
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        total += sum(_elements(entry, file) for name, entry in header.items() if name != "__metadata__")
     return total or None
+
+
+def _elements(entry: Any, file: Path) -> int:
+    """Elements of one tensor in a safetensors header; raises InputError for an entry that is none."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    sizes = shape if isinstance(shape, list) and len(shape) <= 16 else [None]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= MOST_WHOLE for size in sizes):
+        raise InputError("not safetensors: a tensor in its header has no shape", "copy the file again", path=file)
+    return math.prod(sizes)
 
 
 def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
@@ -186,10 +219,11 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
             f"cannot look {name} up without huggingface_hub", "pip install 'pst-dist[train]', or give a folder"
         ) from error
     try:
-        return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text())
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:
         raise EnvironmentFault(
             "config.json is not in the cache and cannot be downloaded",
             "check its name, the network and HF_TOKEN, or give a folder",
             path=name,
         ) from error
+    return foreign_object(path)

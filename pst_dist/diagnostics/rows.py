@@ -23,9 +23,12 @@ from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import DataError, InputError, PstError
+from pst_dist.storage.outputs import check_output, is_reject_list
 
 _SHOWN = 10
 _PERCENTILES = (5, 50, 95, 100)
+
+_REJECTS_REMEDY = "give --rejects another name"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     Raises errors that prevent a report: a config that contradicts itself, a file that cannot be read. For a file with
     unknown columns the report proposes a column map instead.
     """
+    if rejects_path is not None:
+        _refuse_own_source(config, rejects_path)
+        check_output(rejects_path, is_reject_list, remedy=_REJECTS_REMEDY)
     try:
         loaded = survey(config)
     except DataError as error:
@@ -82,7 +88,6 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     except DataError as error:
         problem = error
     if rejects_path is not None:
-        _refuse_own_source(config, rejects_path)
         # No empty file next to the rows, because a later `*.jsonl` would match it.
         if loaded.rejects or rejects_path.is_file():
             write_rejects(rejects_path, loaded.rejects)
@@ -100,7 +105,7 @@ def _refuse_own_source(config: Config, rejects_path: Path) -> None:
         spec = getattr(config.data, split)
         for word in [spec] if isinstance(spec, str) else spec or []:
             if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
-                raise InputError("is one of the input files", "give --rejects another name", path=rejects_path)
+                raise InputError("is one of the input files", _REJECTS_REMEDY, path=rejects_path)
 
 
 def _first_source(config: Config) -> Source:

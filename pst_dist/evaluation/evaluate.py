@@ -39,6 +39,7 @@ from pst_dist.storage.manifest import (
     read_manifest,
     write_json,
 )
+from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.ask import timed_answer
 from pst_dist.student.generate import Decoded, decode_answers, is_right, predict
 from pst_dist.student.layout import variant_of
@@ -85,6 +86,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             f"set data.{split} or data.{split}_size and run `pst shard` again",
             path=run.shards,
         )
+    refuse_foreign_folder(directory, "evaluation")  # before the decoding
     results, rows = _score(config, run, student, shards, samples, task)
     extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
     with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:

@@ -142,15 +142,23 @@ def read_training(path: Path, *, whole: bool = False) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged steps in metrics.jsonl, in order; other lines are skipped."""
-    return [row for row in read_lines(path) if _is_integer(row.get("step")) and _are_numbers(row.get("validation", {}))]
+    return [row for row in read_lines(path) if _is_step(row.get("step")) and _are_numbers(row.get("validation", {}))]
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_MOST_STEPS = 2**48
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_STEPS
+
+
+def is_plottable(value: Any) -> bool:
+    """Whether a value is a number that a picture can show: its axes are float64, and leave room around the values."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values())
+    return isinstance(value, dict) and all(is_plottable(one) for one in value.values())
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -163,11 +171,20 @@ def read_results(path: Path) -> dict[str, Any]:
 def check_comparable(results: dict[str, Any], path: Path) -> None:
     """Raises IntegrityError when results lack something that a comparison needs."""
     typed(results, _ComparedResults, path, _REMEDY)
+    _check_unparsed(results, path)
 
 
 def check_whole(results: dict[str, Any], path: Path) -> None:
     """Raises IntegrityError when results lack something that the page of a run shows."""
     typed(results, _WholeResults, path, _REMEDY)
+    _check_unparsed(results, path)
+
+
+def _check_unparsed(results: dict[str, Any], path: Path) -> None:
+    """The count that older versions wrote under another name; `read_results` has given it today's."""
+    value = results.get("unparsed")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise IntegrityError("unparsed: is missing or not a whole number", _REMEDY, path=path)
 
 
 def student_of(results: dict[str, Any]) -> str | None:

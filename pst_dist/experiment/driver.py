@@ -12,13 +12,14 @@ import yaml
 from pst_dist.errors import PstError
 from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
-from pst_dist.experiment.results_page import write_results
+from pst_dist.experiment.results_page import RESOLVED_EXPERIMENT, check_page_folder, write_results
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
 from pst_dist.experiment.workers import Tell
 from pst_dist.redaction import redact_values
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.outputs import refuse_link_out
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,11 @@ def run_experiment(
     failures: dict[str, str] = {}
     first: list[PstError] = []
     folders = [experiment.path, *([page] if page else [])]
+    for folder in folders:
+        check_page_folder(folder)
     with directory_lock(experiment.path):
-        write_text(experiment.path / "experiment.resolved.yaml", _dump(experiment))
+        refuse_link_out(experiment.path / RESOLVED_EXPERIMENT, experiment.path)
+        write_text(experiment.path / RESOLVED_EXPERIMENT, _dump(experiment))
         if only_collect:
             todo = []
         else:

@@ -20,8 +20,8 @@ from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Group, Results
 from pst_dist.experiment.spec import point_words
 from pst_dist.redaction import redacted_command
-from pst_dist.storage.atomic import atomic_path, write_text
-from pst_dist.storage.manifest import write_json
+from pst_dist.storage.json_files import json_text
+from pst_dist.storage.outputs import IsOurs, check_output, is_experiment_page, is_picture, write_output
 
 _HOW = (
     "Accuracy is the mean over seeds; s.e. combines the errors over seeds and over rows. Differences are paired: same "
@@ -35,30 +35,52 @@ _UNPARSED = (
 )
 
 
+RESOLVED_EXPERIMENT = "experiment.resolved.yaml"
+
+
 def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
     """Write the page, its plots and its numbers (`results.json`, `results.csv`, `outcomes.jsonl`) into each folder.
 
-    Returns the path of the first page.
+    Returns the path of the first page. Raises InputError as `check_page_folder` does.
     """
     pages = []
     for folder in folders:
-        pictures = {
+        anything = check_page_folder(folder)
+        pictures: dict[str, bytes | None] = {
             "accuracy.png": accuracy_picture(results),
             "sweep.png": sweep_picture(results),
             "cost.png": cost_picture(results),
         }
+        # The page is first, since it marks the other files as ours, should this process be killed here.
+        page = page_of(results, command, [name for name, png in pictures.items() if png])
+        write_output(folder / "README.md", page, is_experiment_page)
         for name, png in pictures.items():
             if png is None:
                 (folder / name).unlink(missing_ok=True)
                 continue
-            with atomic_path(folder / name) as partial:
-                partial.write_bytes(png)
-        write_json(folder / "results.json", results.to_json())
-        write_text(folder / "results.csv", _csv(results))
-        write_text(folder / OUTCOMES, outcomes_text(results.outcomes))
-        write_text(folder / "README.md", page_of(results, command, [name for name, png in pictures.items() if png]))
+            write_output(folder / name, png, anything)
+        write_output(folder / "results.json", json_text(results.to_json()), anything)
+        write_output(folder / "results.csv", _csv(results), anything)
+        write_output(folder / OUTCOMES, outcomes_text(results.outcomes), anything)
         pages.append(folder / "README.md")
     return pages[0]
+
+
+_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "results.json", "results.csv", OUTCOMES)
+
+
+def check_page_folder(folder: Path) -> IsOurs:
+    """Raises InputError when the page or a file beside it would replace one that no experiment wrote.
+
+    Returns what recognises the files beside the page: anything in a folder whose page is ours, else pictures of ours.
+    """
+    remedy = "name another folder"
+    check_output(folder / "README.md", is_experiment_page, remedy=remedy)
+    is_known = (folder / "README.md").is_file() or (folder / RESOLVED_EXPERIMENT).is_file()
+    recognise: IsOurs = (lambda head: True) if is_known else is_picture
+    for name in _PAGE_FILES:
+        check_output(folder / name, recognise, remedy=remedy)
+    return lambda head: True
 
 
 def table_lines(results: Results) -> list[str]:

@@ -21,9 +21,10 @@ from pst_dist.errors import DataError, PstError
 from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
 from pst_dist.experiment.spec import Run
 from pst_dist.pipeline import make_embeddings, make_shards
-from pst_dist.storage.atomic import atomic_directory, atomic_path
+from pst_dist.storage.atomic import atomic_directory, atomic_path, remove_directory
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_manifest
+from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,11 @@ def do_run(run: Run, keep: str, *, stop: StopRequest | None = None, lock_seconds
             _take_over(run)
         train(config, stop=stop, lock_seconds=lock_seconds)
     evaluate(config)
-    for folder in {"all": [], "student": [own.checkpoints], "results": [own.checkpoints, own.best]}[keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+    unwanted = {own.checkpoints: "checkpoints", own.best: "student"} if keep == "results" else {}
+    unwanted |= {own.checkpoints: "checkpoints"} if keep == "student" else {}
+    for folder, kind in unwanted.items():
+        refuse_foreign_folder(folder, kind)
+        remove_directory(folder)
 
 
 def _take_over(run: Run) -> None:
@@ -80,9 +84,11 @@ def _take_over(run: Run) -> None:
         done = complete_training(other, world_size=1)
         if done is not None:
             theirs = run_dir(other)
+            refuse_foreign_folder(own.best, "student")
             with atomic_directory(own.best) as partial:
                 shutil.copytree(theirs.best, partial, dirs_exist_ok=True)
             for name in (own.metrics.name, own.training.name):  # the record last: it marks the copy as complete
+                refuse_link_out(own.path / name, own.path)
                 with atomic_path(own.path / name) as file:
                     shutil.copyfile(theirs.path / name, file)
             log.info("%s: reusing the student of %s, which has the same training settings", run.name, folder)

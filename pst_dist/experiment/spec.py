@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS, BASELINE, COST_BASELINE
 from pst_dist.config.loading import (
+    check_name,
     explain,
     flat_keys,
     known_keys,
@@ -28,7 +29,7 @@ from pst_dist.config.loading import (
     ready_made_configs,
     set_key,
 )
-from pst_dist.config.schema import Config, Positive, RayConfig, Section, Weight
+from pst_dist.config.schema import Config, Folder, Positive, RayConfig, Section, Weight
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.manifest import digest_of
 
@@ -62,7 +63,7 @@ class Experiment(Section):
     """Name of the output directory and the page; letters, digits, `-` and `_`."""
     question: str = ""
     """The question that the experiment answers, in a few sentences; the page begins with it."""
-    output_dir: str | None = None
+    output_dir: Folder | None = None
     """Directory of all runs and results; defaults to runs/experiments/NAME."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Keys of every run: `train.max_steps: 300`, or sections as in a config. A task's own keys win over them."""
@@ -165,6 +166,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     every run (`train.max_steps=50`); `+paper_t5` applies an overlay to every run. Raises InputError when there is no
     such file, ConfigError with file and line for an error in it.
     """
+    check_name(name)
     path = Path(name)
     if not path.is_file():
         if name not in ready_made_experiments():

@@ -18,7 +18,7 @@ from pst_dist.publish import html, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.redaction import redact
-from pst_dist.storage.atomic import write_text
+from pst_dist.storage.outputs import check_output, is_page, write_output
 
 _SHOWN = 12
 _ACCURACY_CAPTION = (
@@ -33,8 +33,10 @@ _CURVES_CAPTION = (
 def compare_report(runs: Sequence[Path], target: Path) -> Path:
     """Write one self-contained page with all arms side by side to `target` and return its path.
 
-    Raises InputError and StaleError as `compare` does, and EnvironmentFault without matplotlib or scipy.
+    Raises InputError and StaleError as `compare` does, InputError for a target that is not ours, and EnvironmentFault
+    without matplotlib or scipy.
     """
+    check_output(target, is_page)
     comparison = compare(runs)
     metrics = [read_metrics(arm.run / "metrics.jsonl") for arm in comparison.arms]
     samples, disagreements = _side_by_side(comparison)
@@ -45,7 +47,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
         arms=_arms_table(comparison),
         has_cost_baseline=any(arm.times_fewer_tokens for arm in comparison.arms),
         cost_baseline=COST_BASELINE,
-        chance=html.percent(comparison.arms[0].results["chance"] or None),
+        chance=html.percent(comparison.arms[0].results.get("chance") or None),
         accuracy_figure=Figure(plots.accuracy_plot(comparison), _ACCURACY_CAPTION),
         curves=Figure(png, _CURVES_CAPTION) if (png := plots.curves_plot(comparison, metrics)) else None,
         samples=samples,
@@ -53,7 +55,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
         costs=_cost_table(comparison),
         commands=_commands(comparison, target),
     )
-    write_text(target, page)
+    write_output(target, page, is_page)
     return target
 
 

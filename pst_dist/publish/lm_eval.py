@@ -26,6 +26,7 @@ from pst_dist.evaluation.scores import rows_to_score
 from pst_dist.publish.export import expected_prompt
 from pst_dist.storage.atomic import atomic_directory, write_text
 from pst_dist.storage.manifest import canonical_json
+from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.generate import max_positions
 from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import LoadedStudent, load_student
@@ -57,6 +58,7 @@ def write_lm_eval_task(config: Config) -> Path:
         raise ConfigError("the harness cannot start a decoder with several semantic tokens", "use `pst evaluate`")
     task = get_task(config.task, config.data.answer_type)
     folder = run.path / "lm_eval"
+    refuse_foreign_folder(folder, "lm_eval")
     with atomic_directory(folder) as partial:
         write_text(partial / _ROWS, "".join(canonical_json(_row(sample, fmt, seq2seq)) + "\n" for sample in samples))
         write_text(partial / "utils.py", utils_source(task, fmt))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pst_dist.arms import ARMS
 from pst_dist.errors import EnvironmentFault
+from pst_dist.evaluation.records import is_plottable
 
 if TYPE_CHECKING:
     from pst_dist.evaluation.compare import Comparison
@@ -43,7 +44,7 @@ def new_figure(width: float, height: float, panels: int = 1, *, columns: int | N
 def to_png(figure: Any) -> bytes:
     """The figure as the bytes of a PNG file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    figure.savefig(stream, format="png", metadata={"Software": "pst_dist"})
     return stream.getvalue()
 
 
@@ -63,7 +64,7 @@ def add_legend(axis: Any) -> None:
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one training metric at the steps where it was logged."""
-    rows = [(row["step"], row[name]) for row in metrics if isinstance(row.get(name), int | float)]
+    rows = [(row["step"], row[name]) for row in metrics if is_plottable(row.get(name))]
     return [step for step, _ in rows], [value for _, value in rows]
 
 

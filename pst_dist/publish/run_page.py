@@ -19,21 +19,24 @@ from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.redaction import redact
-from pst_dist.storage.atomic import atomic_path, write_text
 from pst_dist.storage.json_files import read_object
 from pst_dist.storage.manifest import Manifest, read_manifest
+from pst_dist.storage.outputs import check_output, is_page, is_picture, write_output
 
 __all__ = ["compare_report", "report"]
 
 _SHOWN = 12
+_MOVE = "move it away"
 
 
 def report(run: Path) -> Path:
     """Write `run/report.html` and `run/plots/*.png` from the files in the run directory; returns the page's path.
 
     A run without an evaluation is shown as far as it got. Evaluations of an older student are omitted. Raises
-    InputError when no training is found.
+    InputError when no training is found, and for a page or picture that was not written by pst.
     """
+    target = run / "report.html"
+    check_output(target, is_page, inside=run, remedy=_MOVE)
     metrics = read_metrics(run / "metrics.jsonl")
     training = read_training(run / "train.json", whole=True)
     if not metrics and not training:
@@ -55,8 +58,8 @@ def report(run: Path) -> Path:
         digests=html.pairs_table(_digests(student, evaluations)),
         **_record(run),
     )
-    write_text(run / "report.html", page)
-    return run / "report.html"
+    write_output(target, page, is_page, inside=run, remedy=_MOVE)
+    return target
 
 
 def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,14 +110,9 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
     found = []
     for name, (png, caption) in drawn.items():
         if png is not None:
-            _write_bytes(run / "plots" / f"{name}.png", png)
+            write_output(run / "plots" / f"{name}.png", png, is_picture, inside=run, remedy=_MOVE)
             found.append(Figure(png, caption))
     return found
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with atomic_path(path) as partial:
-        partial.write_bytes(content)
 
 
 def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
@@ -124,8 +122,8 @@ def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
         ("rows", lambda r: f"{r['rows']:,}"),
         ("accuracy", lambda r: f"{100 * r['accuracy']:.2f} %"),
         ("standard error", lambda r: f"{100 * r['accuracy_stderr']:.2f} points"),
-        ("guessing", lambda r: html.percent(r["chance"]) or "unknown"),
-        ("the most frequent answer", lambda r: html.percent(r["majority"])),
+        ("guessing", lambda r: html.percent(r.get("chance")) or "unknown"),
+        ("the most frequent answer", lambda r: html.percent(r.get("majority"))),
         ("gold answer anywhere in the text", lambda r: html.percent(r["contains_answer"])),
         ("unparsed: no answer in the text", lambda r: f"{r['unparsed']} rows"),
         ("incomplete: no stop token", lambda r: f"{r['incomplete']} rows"),
@@ -151,7 +149,7 @@ def _milliseconds(results: dict[str, Any]) -> str:
 
 
 def _similarity(results: dict[str, Any]) -> str:
-    likeness = results["rationale_similarity"]
+    likeness = results.get("rationale_similarity")
     if not likeness:
         return "not measured"
     own, others = (round(likeness[name], 3) + 0.0 for name in ("mean", "shuffled_mean"))  # no minus zero

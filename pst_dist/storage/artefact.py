@@ -25,6 +25,7 @@ from pst_dist.storage.manifest import (
     verify_files,
     write_manifest,
 )
+from pst_dist.storage.outputs import refuse_foreign_folder
 
 log = logging.getLogger(__name__)
 _MOST_THREADS = 16
@@ -102,8 +103,9 @@ class Artefact:
     def publish(self, fingerprint: str, extra: dict[str, Any] | None = None) -> Iterator[Draft]:
         """Write it: the block fills `draft.path`; after it, the manifest is written and any older version is replaced.
 
-        When the block raises, nothing changes.
+        When the block raises, nothing changes. Raises InputError when the directory holds anything that is not ours.
         """
+        refuse_foreign_folder(self.directory, self.kind)
         with atomic_directory(self.directory) as partial:
             draft = Draft(partial, dict(extra or {}))
             yield draft
@@ -114,7 +116,8 @@ class Artefact:
     def publish_prepared(
         self, partial: Path, fingerprint: str, files: dict[str, dict[str, Any]], extra: dict[str, Any]
     ) -> Manifest:
-        """Publish a directory that several processes have filled, given the entries of its files."""
+        """Publish a directory that several processes have filled, given the entries of its files; see `publish`."""
+        refuse_foreign_folder(self.directory, self.kind)
         manifest = Manifest(self.kind, fingerprint, files, extra)
         write_manifest(partial, manifest)
         publish_directory(partial, self.directory)

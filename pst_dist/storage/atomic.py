@@ -91,12 +91,12 @@ def _behind_link(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, follow_links: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it is fsynced and renamed, on failure removed.
 
-    A symbolic link is kept: its target is written.
+    A symbolic link is kept and its target is written; without `follow_links` the link itself is replaced.
     """
-    path = _behind_link(path)
+    path = _behind_link(path) if follow_links else path
     partial = temporary_name(path, "partial")
     with disk_errors(path):
         try:

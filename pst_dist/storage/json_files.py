@@ -21,6 +21,8 @@ from pst_dist.errors import EnvironmentFault, IntegrityError
 from pst_dist.storage.atomic import disk_errors, write_text
 
 _T = TypeVar("_T")
+_MOST_DIGITS = 300
+"""Of a whole number: more would not fit a float, with which averages and percentages are taken."""
 _RUN_AGAIN = "rerun the command that wrote it"
 _DELETE = "delete it and rerun the command that wrote it"
 
@@ -124,7 +126,7 @@ def reading(path: Path, remedy: str = "") -> Iterator[None]:
 
 def parse_json(content: bytes, path: Path) -> Any:
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
     except RecursionError as error:
         raise IntegrityError("not JSON: nested too deeply", _DELETE, path=path) from error
     except ValueError as error:  # includes text that is not UTF-8 and integers of too many digits
@@ -133,6 +135,12 @@ def parse_json(content: bytes, path: Path) -> Any:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:20]}... has too many digits")
+    return int(text)
 
 
 def _finite(text: str) -> float:

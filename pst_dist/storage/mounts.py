@@ -13,7 +13,7 @@ def filesystem_of(folder: Path, mounts: str) -> str:
     parts = folder.absolute().parts
     best, kind = -1, ""
     for line in mounts.splitlines():
-        _, place, found, *_ = line.split(" ")
+        _, place, found, *_ = (*line.split(" "), "", "", "")
         mounted = Path(place.replace("\\040", " ")).parts
         if parts[: len(mounted)] == mounted and len(mounted) >= best:
             best, kind = len(mounted), found

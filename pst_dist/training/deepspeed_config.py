@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import TrainConfig
-from pst_dist.errors import ConfigError, EnvironmentFault, InputError
-from pst_dist.storage.regular_files import read_regular_text
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_line
+from pst_dist.storage.foreign_json import foreign_object
 
 MOST_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default size of the buffers in which gradients are collected before communication."""
@@ -81,25 +81,20 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """
     assert train.deepspeed is not None
     path = find_deepspeed_json(train.deepspeed)
-    try:
-        settings = json.loads(read_regular_text(path, remedy="check train.deepspeed"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {error.msg}", path=path, line=error.lineno) from error
-    if not isinstance(settings, dict):
-        raise ConfigError("is not a JSON object", 'write {"zero_optimization": {"stage": 2}}', path=path)
+    settings = foreign_object(path, kind=ConfigError, remedy='write {"zero_optimization": {"stage": 2}}')
     for key in settings:
         if key in _OURS:
-            raise ConfigError(f"{key!r} belongs in the run's config", f"remove it and set {_OURS[key]}", path=path)
+            raise ConfigError(f"{shown(key)} belongs in the run's config", f"remove it and set {_OURS[key]}", path=path)
         if key not in _THEIRS:
-            raise ConfigError(f"unknown key {key!r}, which DeepSpeed would silently ignore", path=path)
+            raise ConfigError(f"unknown key {shown(key)}, which DeepSpeed would silently ignore", path=path)
     _refuse_quoted_numbers(settings, "", path)
     zero = settings.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ConfigError(f"zero_optimization is {zero!r}", 'write {"stage": 2}', path=path)
+        raise ConfigError(f"zero_optimization is {shown(zero)}", 'write {"stage": 2}', path=path)
     settings["zero_optimization"] = zero = _without_auto(zero)
     stage = zero.setdefault("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage is {stage!r}", "use 0, 1, 2 or 3", path=path)
+    if not is_stage(stage):
+        raise ConfigError(f"zero_optimization.stage is {shown(stage)}", "use 0, 1, 2 or 3", path=path)
     _check_zero(zero, stage, path)
     if "checkpoint" in settings:
         raise ConfigError("'checkpoint' has no effect: DeepSpeed writes no checkpoints here", "remove it", path=path)
@@ -115,6 +110,17 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         **_precision(train, stage),
     }
+
+
+def is_stage(value: Any) -> bool:
+    """Whether a value is a ZeRO stage; neither True nor 2.0 is."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 3
+
+
+def shown(value: Any) -> str:
+    """A value of the file for a message, not too long for one line."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number of many digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
@@ -134,9 +140,11 @@ def _refuse_quoted_numbers(section: dict[str, Any], prefix: str, path: Path) -> 
         elif isinstance(value, str) and key != "nvme_path":
             try:
                 read = json.loads(value.lower())
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            raise ConfigError(f"{prefix}{key} is the string {value!r}", f"write {json.dumps(read)}", path=path)
+            raise ConfigError(
+                f"{prefix}{key[:80]} is the string {shown(value)}", f"write {json.dumps(read)[:80]}", path=path
+            )
 
 
 def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
@@ -146,7 +154,7 @@ def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
         if offload is None:
             continue
         if not isinstance(offload, dict):
-            raise ConfigError(f"zero_optimization.{key} is {offload!r}", 'write {"device": "cpu"}', path=path)
+            raise ConfigError(f"zero_optimization.{key} is {shown(offload)}", 'write {"device": "cpu"}', path=path)
         device = offload.get("device", "none")
         if device == "none":
             continue
@@ -169,7 +177,13 @@ def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise ConfigError(f"{name}: {first['msg'].lower()}", "see DeepSpeed's list of ZeRO keys", path=path) from error
+        raise ConfigError(
+            f"{name[:160]}: {first['msg'].lower()[:160]}", "see DeepSpeed's list of ZeRO keys", path=path
+        ) from error
+    except (ValueError, TypeError, ArithmeticError, AssertionError) as error:  # its own validators
+        raise ConfigError(
+            f"zero_optimization: {first_line(error, 160)}", "see DeepSpeed's list of ZeRO keys", path=path
+        ) from error
 
 
 def _precision(train: TrainConfig, stage: int) -> dict[str, Any]:

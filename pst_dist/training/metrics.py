@@ -22,6 +22,7 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.logs import progress
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import append_line, read_lines
+from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.training.loss import TERMS
 from pst_dist.training.trackers import TrackedRun, Trackers
 from pst_dist.training.validation import ValidationScore
@@ -128,6 +129,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         if not self.ranks.is_main:
             return self
+        refuse_link_out(self.run.metrics, self.run.path)
         # Drop rows after the checkpoint we resume from: their steps are about to be repeated.
         found = read_lines(self.run.metrics)
         kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step]

@@ -53,9 +53,9 @@ class TrackedRun:
     def _ids(self) -> dict[str, str]:
         try:
             found = json.loads((self.path / _IDS).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 class Tracker(abc.ABC):

@@ -39,6 +39,7 @@ from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import remove_directory
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import write_json
+from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
 from pst_dist.student.layout import layout_for
 from pst_dist.student.pretrained import base_of
 from pst_dist.student.saved import save_student
@@ -112,8 +113,10 @@ def train(
             ShardSet.open(run.shards, verify=False)
         with main_first_errors(ranks):
             stack.enter_context(lock)
-            if rebuild and ranks.is_main:
-                _forget(run)
+            if ranks.is_main:
+                _refuse_foreign_folders(run)
+                if rebuild:
+                    _forget(run)
         with main_first_errors(ranks):
             config = _settled(config, run) if ranks.is_main else config
         config = from_main(config)
@@ -126,6 +129,12 @@ def _settled(config: Config, run: RunDir) -> Config:
     """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
     rows = ShardSet.open(run.shards, verify=False).split("train")
     return settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+
+
+def _refuse_foreign_folders(run: RunDir) -> None:
+    """Raises InputError, before hours of training, when a folder that it replaces holds what pst did not write."""
+    refuse_foreign_folder(run.checkpoints, "checkpoints")
+    refuse_foreign_folder(run.best, "student")
 
 
 def _forget(run: RunDir) -> None:
@@ -236,6 +245,7 @@ class _Training:
             if self.ranks.is_main:
                 # A kill during the last save, after publishing, leaves old checkpoints that no later save removes.
                 remove_old(self.run.checkpoints, state, keep=self.config.train.save_total_limit)
+                refuse_link_out(self.run.training, self.run.path)
                 write_json(self.run.training, vars(result))
         return result
 

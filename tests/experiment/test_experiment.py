@@ -402,7 +402,7 @@ def test_outcomes_under_the_old_name_of_a_count_give_the_same_outcome():
     raw = json.loads(line)
     old = {**raw, "results": {**raw["results"], "parse_failures": raw["results"]["unparsed"]}}
     del old["results"]["unparsed"]
-    assert Outcome.from_line(json.dumps(old)).to_line() == line
+    assert Outcome.from_line(json.dumps(old), Path("outcomes.jsonl")).to_line() == line
 
 
 BROKEN = {

@@ -65,7 +65,16 @@ def check_dashboard(address: str, token: str | None) -> str:
             f"the server at {address} is not a Ray dashboard",
             "give address=http://HEAD:8265, the dashboard's port; a cluster without a dashboard accepts no jobs",
         )
-    return str(json.loads(answer)["ray_version"])
+    return read_version(answer, address)
+
+
+def read_version(answer: bytes, address: str) -> str:
+    """Ray's version in what a dashboard answered; raises EnvironmentFault for anything else."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(answer)
+        if isinstance(found, dict) and isinstance(found.get("ray_version"), str) and len(found["ray_version"]) < 80:
+            return str(found["ray_version"])
+    raise EnvironmentFault(f"{address} does not name its Ray version", "is it Ray's dashboard?")
 
 
 def _get(url: str, token: str | None) -> bytes | None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from pst_dist.errors import EnvironmentFault, PstError
 
@@ -35,9 +36,27 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands with a timeout; no answer counts as a failure."""
     environment = submission_environment() | {"LC_ALL": "C"}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment)
+        return subprocess.run(command, capture_output=True, timeout=_ANSWER_SECONDS, env=environment, **_TEXT)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]}: no answer in {_ANSWER_SECONDS:.0f} s")
+
+
+_TEXT: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
+"""A job's name or comment may hold any bytes."""
+
+
+def unreadable(command: str, said: str) -> EnvironmentFault:
+    """The error for an answer of Slurm that is not in the form its manual gives."""
+    return EnvironmentFault(
+        f"cannot read what {command} says: {said[:80]!a}", "look at its output; this is known with Slurm 20 to 25"
+    )
+
+
+def whole(text: str, command: str) -> int:
+    """A number in such an answer; raises EnvironmentFault for anything but at most nine digits."""
+    if re.fullmatch(r"[0-9]{1,9}", text) is None:
+        raise unreadable(command, text)
+    return int(text)
 
 
 def comment_of(folder: Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pst_dist.clusters.jobs import Status
-from pst_dist.clusters.slurm.commands import run
+from pst_dist.clusters.slurm.commands import run, unreadable, whole
 from pst_dist.errors import EnvironmentFault
 
 _SILENT_SECONDS = 600.0
@@ -133,7 +133,7 @@ def _read_logs(tasks: dict[str, Task], logs: dict[Path, _Log], say: Callable[[st
 
 
 def _by_number(item: tuple[str, Task]) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", item[0])]
+    return [int(part) for part in re.findall(r"[0-9]{1,18}", item[0])]
 
 
 def look_again(number: str) -> str:
@@ -170,12 +170,17 @@ def _show(number: str) -> list[Task] | None:
 
 
 def read_jobs(text: str) -> list[Task]:
-    """The tasks in the output of `scontrol show job`, which has one block of `Key=value` lines per task."""
+    """The tasks in the output of `scontrol show job`, which has a block of `Key=value` lines for each.
+
+    Raises EnvironmentFault for a block without a number or state, and for numbers that are none.
+    """
     tasks = []
     for block in re.split(r"\n(?=JobId=)", text.strip()):
         values = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", block))
         code, _, ending = values.get("ExitCode", "0:0").partition(":")
-        number = values["JobId"]
+        number = values.get("JobId", "")
+        if not number or "JobState" not in values:
+            raise unreadable("scontrol show job", block)
         if "ArrayJobId" in values:
             index = values.get("ArrayTaskId", "")
             number = f"{values['ArrayJobId']}_{index if index.isdecimal() else f'[{index}]'}"
@@ -185,12 +190,18 @@ def read_jobs(text: str) -> list[Task]:
                 state=values["JobState"],
                 reason=values.get("Reason", ""),
                 nodes=values.get("NodeList", ""),
-                restarts=int(values.get("Restarts", "0")),
-                exit_code=int(code) or (128 + int(ending) if int(ending or 0) else 0),
+                restarts=whole(values.get("Restarts", "0"), "scontrol show job"),
+                exit_code=_exit_code(code, ending),
                 output=_log_of(block, number),
             )
         )
     return tasks
+
+
+def _exit_code(code: str, ending: str) -> int:
+    """`ExitCode=code:signal` as one number."""
+    by_signal = whole(ending or "0", "scontrol show job")
+    return whole(code, "scontrol show job") or (128 + by_signal if by_signal else 0)
 
 
 def _log_of(block: str, number: str) -> Path:

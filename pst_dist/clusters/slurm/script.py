@@ -115,8 +115,8 @@ def _number(asked: dict[str, str], key: str) -> int | None:
     text = asked.get(key)
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{key}={text} is not a positive whole number", f"write for example {key}=2")
+    if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < 1:
+        raise ConfigError(f"{key}={text[:80]} is not a positive whole number", f"write for example {key}=2")
     return int(text)
 
 

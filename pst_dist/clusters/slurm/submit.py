@@ -15,15 +15,17 @@ from pathlib import Path
 
 from pst_dist.clusters.jobs import Job, Launcher, Say, Status, Submission
 from pst_dist.clusters.slurm import follow
-from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of
+from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of, unreadable, whole
 from pst_dist.clusters.slurm.script import SlurmRequest, read_words, render
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, LockedError, PstError
-from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import read_manifest
 from pst_dist.storage.mounts import OF_ONE_MACHINE, filesystem_of
+from pst_dist.storage.outputs import check_output, is_batch_script, is_config, write_output
+
+_MOVE = "move it away"
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,10 @@ def submit(config: Config, request: SlurmRequest, *, say: Say) -> str:
     folder = _folder(config)
     base = folder.parent
     script = folder / "train.sbatch"
-    write_text(folder / "config.yaml", dump_config(config))
-    write_text(script, render(request, config, folder / "config.yaml"))
+    text = render(request, config, folder / "config.yaml")
+    check_output(script, is_batch_script, inside=base, remedy=_MOVE)
+    write_output(folder / "config.yaml", dump_config(config), is_config, inside=base, remedy=_MOVE)
+    write_output(script, text, is_batch_script, inside=base, remedy=_MOVE)
     for line in script.read_text("utf-8").splitlines():
         if line.startswith(("#SBATCH", "export PST_", "export DS_", "set -- ")):
             say(f"  {line}")
@@ -169,16 +173,23 @@ def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:
 
 
 def partitions() -> list[Partition]:
-    """All partitions; sinfo prints one row per kind of node, and the rows of a partition are merged."""
+    """All partitions; raises EnvironmentFault when sinfo fails or its answer cannot be read."""
+    return read_partitions(ask("sinfo", "--noheader", "--format=%R|%P|%a|%D|%G"))
+
+
+def read_partitions(text: str) -> list[Partition]:
+    """The partitions in sinfo's answer, the rows of one added up: there is a row for each kind of node."""
     found: dict[str, Partition] = {}
-    for line in ask("sinfo", "--noheader", "--format=%R|%P|%a|%D|%G").splitlines():
+    for line in text.splitlines():
+        if line.count("|") < 4:
+            raise unreadable("sinfo", line)
         name, starred, state, nodes, gres = line.split("|", 4)
         before = found.get(name)
         found[name] = Partition(
             name,
             starred.endswith("*"),
             state == "up",
-            int(nodes) + (before.nodes if before else 0),
+            whole(nodes, "sinfo") + (before.nodes if before else 0),
             max(gpus_of(gres), before.gpus if before else 0),
         )
     return list(found.values())
@@ -186,7 +197,12 @@ def partitions() -> list[Partition]:
 
 def gpus_of(gres: str) -> int:
     """Number of GPUs in a node's generic resources: `gpu:a100:8(S:0-1),gpu:h100:4,nvme:1` -> 12."""
-    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]*[^:,(\d][^:,(]*)?:(\d+)", gres))
+    total = 0
+    for entry in gres.split(","):  # cut inside (IDX:0,2) too, whose parts are no gpu
+        kind, *parts = entry.partition("(")[0].strip().split(":")
+        if kind == "gpu" and parts and parts[-1].isdecimal():
+            total += whole(parts[-1], "sinfo")
+    return total
 
 
 def _check_inputs(config: Config) -> None:
@@ -226,5 +242,10 @@ def _check_shared(folder: Path, request: SlurmRequest) -> None:
 
 def _own_jobs() -> list[tuple[str, str]]:
     """Number and comment of this user's waiting and running jobs."""
-    rows = ask("squeue", "--me", "--noheader", "--format=%i|%k").splitlines()
+    return read_own_jobs(ask("squeue", "--me", "--noheader", "--format=%i|%k"))
+
+
+def read_own_jobs(text: str) -> list[tuple[str, str]]:
+    """Number and comment in each line of squeue's answer."""
+    rows = text.splitlines()
     return [(number, comment) for number, _, comment in (row.strip().partition("|") for row in rows)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_dist.storage.atomic import atomic_path
 from pst_dist.storage.manifest import canonical_json
+from pst_dist.storage.outputs import is_reject_list, write_output
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ def excerpt(text: str | bytes) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:80])
 
 
-def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """One JSON line a bad row: path, line, code, what, text; an empty file when none is bad."""
-    with atomic_path(path) as partial:
-        partial.write_text("".join(canonical_json(reject.to_json()) + "\n" for reject in rejects), encoding="utf-8")
+def write_rejects(path: Path, rejects: Sequence[Reject], *, inside: Path | None = None) -> None:
+    """One JSON line per bad row: path, line, code, what, text; an empty file when there are none.
+
+    Raises InputError for a file that exists and is no such list, and for one that a link takes out of `inside`.
+    """
+    lines = "".join(canonical_json(reject.to_json()) + "\n" for reject in rejects)
+    # Bytes that were no UTF-8 are in file names as lone surrogates.
+    write_output(path, lines.encode("utf-8", "backslashreplace"), is_reject_list, inside=inside)

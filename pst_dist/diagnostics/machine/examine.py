@@ -17,7 +17,8 @@ from pst_dist.diagnostics.cost import Machines, split_words
 from pst_dist.diagnostics.machine.facts import Machine, collect, differences, read_report
 from pst_dist.diagnostics.machine.findings import Check, Finding, look_at
 from pst_dist.errors import ConfigError, EnvironmentFault
-from pst_dist.storage.manifest import write_json
+from pst_dist.storage.json_files import json_text
+from pst_dist.storage.outputs import check_output, is_node_report, write_output
 
 SLOW_FILES = "a file server may not be answering: see `mount`, or choose another directory"
 
@@ -102,9 +103,14 @@ def verdict(findings: list[Finding]) -> tuple[str, int]:
     return f"no problems, {counts['warning']} warning(s)", 0
 
 
+def check_report(path: Path) -> None:
+    """Raises InputError when `write_report` would replace a file that is no report of pst."""
+    check_output(path, is_node_report)
+
+
 def write_report(machine: Machine, path: Path) -> None:
-    """Write the facts about this node, to compare it with others."""
-    write_json(path, machine.to_json())
+    """Write what this node has, to compare it with other nodes; raises InputError for another file of that name."""
+    write_output(path, json_text(machine.to_json()), is_node_report)
 
 
 def compare_reports(paths: list[Path]) -> list[Finding]:

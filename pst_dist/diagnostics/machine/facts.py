@@ -26,7 +26,7 @@ import psutil
 from pst_dist._version import __version__
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
 from pst_dist.errors import InputError
-from pst_dist.storage.manifest import read_json
+from pst_dist.storage.foreign_json import foreign_object
 
 PACKAGES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "sentence-transformers", "ray", "triton", "datasets"),
@@ -131,7 +131,12 @@ def gpus_here() -> tuple[tuple[Gpu, ...], str | None, str]:
         return (), None, "there are GPUs in /dev, but nvidia-smi is missing" if has_files else ""
     command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
     )
     try:
         printed, _ = child.communicate(timeout=_SMI_SECONDS)
@@ -142,13 +147,18 @@ def gpus_here() -> tuple[tuple[Gpu, ...], str | None, str]:
     if child.returncode:
         said = next((line.strip() for line in printed.splitlines() if line.strip()), f"exit code {child.returncode}")
         return (), None, "" if "No devices were found" in said else f"nvidia-smi: {said[:160]}"
+    return *read_gpus(printed), ""
+
+
+def read_gpus(printed: str) -> tuple[tuple[Gpu, ...], str | None]:
+    """(GPUs, driver version) in what nvidia-smi printed, eight cells on a line; other lines are ignored."""
     rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.count(",") == 7]
-    return tuple(_gpu(row) for row in rows), rows[0][5] if rows else None, ""
+    return tuple(_gpu(row) for row in rows), rows[0][5] if rows else None
 
 
 def _gpu(row: Sequence[str]) -> Gpu:
     # A field that a GPU does not have is [N/A].
-    number = [int(cell) if cell.isdigit() else 0 for cell in row]
+    number = [int(cell) if re.fullmatch(r"[0-9]{1,15}", cell) else 0 for cell in row]
     return Gpu(number[0], row[1], number[2], number[3], row[4], row[6] == "Enabled", number[7])
 
 
@@ -195,12 +205,20 @@ def _memory() -> tuple[int, int]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A node's facts as `pst doctor --report` wrote them; raises InputError or IntegrityError."""
+    """A node's facts as `pst doctor --report` wrote them; raises InputError for anything else."""
     if not path.is_file():
         raise InputError("no such report", "write one on each node: pst doctor --report FILE.json", path=path)
-    facts = read_json(path)
-    if not isinstance(facts, dict) or facts.get("kind") != "pst doctor":
-        raise InputError("not a report of a node", "write one on the node: pst doctor --report FILE.json", path=path)
+    remedy = "write one on the node: pst doctor --report FILE.json"
+    facts = foreign_object(path, remedy=remedy)
+    packages, gpus = facts.get("packages"), facts.get("gpus")
+    if (
+        facts.get("kind") != "pst doctor"
+        or not isinstance(facts.get("host"), str)
+        or not isinstance(packages, dict)
+        or not isinstance(gpus, list)
+        or not all(isinstance(gpu, dict) and {"name", "memory_mib"} <= gpu.keys() for gpu in gpus)
+    ):
+        raise InputError("not a report of a node", remedy, path=path)
     return facts
 
 
@@ -225,13 +243,21 @@ def differences(reports: Sequence[dict[str, Any]]) -> list[Finding]:
 
 def _flattened(report: dict[str, Any]) -> dict[str, str]:
     """Fact -> text, for the facts that nodes of one run should share."""
-    facts = {name: str(report.get(name)) for name in ("pst_dist", "code", "torch_cuda", "nccl", "driver", "cores")}
-    facts |= {name: str(value) for name, value in report.get("packages", {}).items()}
-    facts["python"] = ".".join(str(report.get("python")).split(".")[:2])
-    kinds = [f"{gpu['name']} of {gpu['memory_mib']} MiB" for gpu in report.get("gpus", [])]
+    facts = {name: _shown(report.get(name)) for name in ("pst_dist", "code", "torch_cuda", "nccl", "driver", "cores")}
+    facts |= {_shown(name): _shown(value) for name, value in report.get("packages", {}).items()}
+    facts["python"] = ".".join(_shown(report.get("python")).split(".")[:2])
+    kinds = [f"{_shown(gpu['name'])} of {_shown(gpu['memory_mib'])} MiB" for gpu in report.get("gpus", [])]
     facts["gpus"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "none"
     return facts
 
 
+def _shown(value: object) -> str:
+    """A fact of a report that may come from anywhere: one short line without control characters."""
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a number of many digits"
+    text = str(value)[:120]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def _several(hosts: Sequence[str]) -> str:
-    return ", ".join(hosts[:3]) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")
+    return ", ".join(map(_shown, hosts[:3])) + (f" and {len(hosts) - 3} more" if len(hosts) > 3 else "")

@@ -46,6 +46,8 @@ def refuse_without_effect(verb: str, config: Config, given: Iterable[str]) -> No
         return
     recorded = flat_keys(load_config(config.output_dir).model_dump(mode="json"))
     for key, value in flat_keys(config.model_dump(mode="json")).items():
+        if value == "auto":  # the run replaced it by its own value when it began
+            continue
         if value != recorded.get(key) and _is_among(key, given) and not _is_among(key, _READ[verb]):
             raise ConfigError(
                 f"{key}={_shown(value)} has no effect on {verb}: the run was made with {_shown(recorded.get(key))}",

@@ -25,6 +25,7 @@ from pst_dist.storage.atomic import atomic_directory, atomic_path, remove_direct
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_manifest
 from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
+from pst_dist.training.begun import with_auto_of
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def result_of(config: Config) -> dict[str, Any] | None:
     """
     run = run_dir(config)
     try:
-        same = placeless(load_config(str(run.path))) == placeless(config)
+        same = placeless(with_auto_of(load_config(str(run.path)), config)) == placeless(config)
     except PstError:  # no run, or one of another version
         return None
     results = finished_evaluation(run.evaluation(config.evaluate.split)) if same else None

@@ -60,6 +60,16 @@ def settled(config: Config, begun: Mapping[str, Any] | None, make_tokenizer: Cal
     return _with(config, prompt_of(config, tokenizer), token_start(config, tokenizer) if start == AUTO else start)
 
 
+def with_auto_of(recorded: Config, wanted: Config) -> Config:
+    """The recorded config of a run with `auto` where `wanted` says `auto`: the run replaced it when it began."""
+    prompt, start = recorded.layout.prompt, recorded.student.new_token_init
+    return _with(
+        recorded,
+        AUTO if wanted.layout.prompt == AUTO else prompt,
+        AUTO if wanted.student.new_token_init == AUTO else start,
+    )
+
+
 def _with(config: Config, prompt: str, start: str) -> Config:
     return config.model_copy(
         update={

@@ -23,7 +23,7 @@ PROMPT, TOKEN_INIT = "layout.prompt", "student.new_token_init"
 
 
 def begun_settings(run: RunDir) -> dict[str, Any] | None:
-    """The settings in `PROMPT` and `TOKEN_INIT` of the training that lies in a run directory; None when there is none.
+    """The settings `PROMPT` and `TOKEN_INIT` of the training in a run directory; None when there is none.
 
     They are those of the newest readable checkpoint. Without checkpoints they are those of the kept student, if the
     training is finished. Trainings made before there was a choice of TOKEN_INIT used the mean.

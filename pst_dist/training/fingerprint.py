@@ -105,7 +105,7 @@ def check_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, accept
     if changed and not accept:
         raise StaleError(
             f"trained with {_values(changed, saved)}, this run has {_values(changed, wanted)}",
-            "set it back, or go on with the new value by train.accept_changes=true",
+            "restore it, or resume with the new value: train.accept_changes=true",
         )
     return [f"{key} {_short(saved.get(key))} -> {_short(wanted.get(key))}" for key in changed]
 

@@ -98,7 +98,7 @@ def test_what_may_change_on_the_way_is_taken_when_the_user_says_so(tmp_path, cap
     settings = {"seed": 1, "train.learning_rate": 0.1}
     save_checkpoint(engine_of(), tmp_path, RunState("f", "single", 1, step=3, settings=settings), keep=2)
     wanted = RunState("o", "single", 1, settings=settings | {"train.learning_rate": 0.2})
-    with pytest.raises(StaleError, match=r"learning_rate=0\.1, this run has .*=0\.2; set it back, or .*accept_changes"):
+    with pytest.raises(StaleError, match=r"learning_rate=0\.1, this run has .*=0\.2; restore it, or .*accept_changes"):
         resume(engine_of(), tmp_path, wanted)
     state = resume(engine_of(), tmp_path, wanted, accept_changes=True)
     assert (state.step, state.fingerprint, state.settings) == (3, "o", wanted.settings)

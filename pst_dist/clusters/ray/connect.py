@@ -60,7 +60,8 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
             _close_to_others(temporary / "ray")
         else:
             probe(str(address))
-            ray.init(address=address, **quiet)
+            with _on_loopback() if _is_only_on_loopback(str(address)) else contextlib.nullcontext():
+                ray.init(address=address, **quiet)
     except Exception as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -82,7 +83,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have `ray.init` start its services on 127.0.0.1.
+    """Have `ray.init` start its services on 127.0.0.1, or look for them there.
 
     Ray's services listen on every interface unless the node's address is loopback, and on Linux `ray.init` replaces a
     loopback address by the machine's own, so that other nodes can join. It keeps loopback where it assumes that there
@@ -96,6 +97,23 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _is_only_on_loopback(address: str) -> bool:
+    """Whether a cluster named by a loopback address, as `ray_cluster` starts them, cannot be reached by another one.
+
+    `ray.init` would replace the loopback address by the machine's own, where such a cluster does not listen.
+    """
+    host, _, port = address.rpartition(":")
+    if host not in (_LOOPBACK, "localhost") or not port.isdigit():
+        return False
+    from ray.util import get_node_ip_address
+
+    try:
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=_PROBE_SECONDS).close()
+    except OSError:
+        return True
+    return False
 
 
 def _close_to_others(folder: Path) -> None:

@@ -191,7 +191,7 @@ class ShardSet:
         artefact = Artefact(directory, "shards")
         manifest = artefact.manifest()
         if manifest is None:
-            raise InputError("no finished shards here", "run `pst shard` first", path=directory)
+            raise InputError("no finished shards found", "run `pst shard` first", path=directory)
         shard_set = cls(directory, manifest)
         for info in shard_set.shards():
             shard_set.stamps[info.name] = _stamp(directory / info.name)

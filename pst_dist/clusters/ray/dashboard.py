@@ -113,16 +113,24 @@ def _get(url: str, token: str | None) -> bytes | None:
         return None
 
 
+def prepare_token() -> str | None:
+    """The token, if there is one, and Ray's client told to send it; call before anything imports ray.
+
+    Ray reads RAY_AUTH_MODE once, when it is imported.
+    """
+    token = find_token()
+    if token is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return token
+
+
 def connect(address: str) -> Any:
     """Ray's job client for a dashboard, after checking it; raises EnvironmentFault."""
-    token = find_token()
-    check_dashboard(address, token)
+    check_dashboard(address, prepare_token())
     # RAY_ADDRESS would override the given address.
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_API_SERVER_ADDRESS"] = address
-    if token is not None:
-        os.environ["RAY_AUTH_MODE"] = "token"  # without it Ray's client does not send the token
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:

@@ -7,7 +7,6 @@ trains with workers, scores and reports, and Ray places each stage. `clusters.ra
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
 import shlex
@@ -232,7 +231,7 @@ def check_size(job: RayJob) -> dict[str, int]:
 
     Ray limits the compressed size, which may be smaller; but a directory too large uncompressed is not just code.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    dashboard.prepare_token()
     from ray._private.runtime_env import packaging  # Ray's own walk, so that we count exactly what is sent
 
     folder, files = job.request.folder, {}

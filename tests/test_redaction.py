@@ -119,7 +119,7 @@ def test_a_run_whose_password_was_not_saved_asks_for_it(tmp_path):
     saved = tmp_path / "saved.yaml"
     saved.write_text(dump_config(config))
     assert CANARY not in saved.read_text()
-    with pytest.raises(ConfigError, match="its password was not saved with the run; give data_dir=… again"):
+    with pytest.raises(ConfigError, match="its password was not saved with the run; set data_dir=… again"):
         load_config(str(saved))
     again = load_config(str(saved), [f"data_dir=sftp://me:{CANARY}@host/x"])
     assert again.data_dir == config.data_dir

@@ -34,7 +34,7 @@ _NAMES = {
     "shards": re.compile(rf"{_SHARD}\.(tar|index\.json)|[a-z][a-z0-9_]*\.wids\.json"),
     "embeddings": re.compile(rf"{_SHARD}\.safetensors|statistics\.safetensors"),
     "evaluation": re.compile(r"results\.json|samples\.jsonl"),
-    "checkpoint": re.compile(r"run_state\.json|.+\.safetensors"),
+    "checkpoint": re.compile(r"run_state\.json|[A-Za-z0-9_.-]{1,100}\.safetensors"),
     "checkpoints": re.compile(r"checkpoint-\d+"),
     "lm_eval": re.compile(r"rows\.jsonl|utils\.py|pst_.+\.yaml|__pycache__"),
 }

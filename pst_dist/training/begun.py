@@ -85,7 +85,7 @@ def record_settled(config: Config, run: RunDir) -> None:
     The rest of that file stays: a training on Ray has other folders in its config than the command had.
     """
     path = run.path / RESOLVED
-    if not path.is_file():
+    if not is_pretrained(config) or not path.is_file():  # for a fresh student `auto` means one thing
         return
     recorded = load_config(str(run.path))
     if AUTO in (recorded.layout.prompt, recorded.student.new_token_init):

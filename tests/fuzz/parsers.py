@@ -475,7 +475,7 @@ def _manifest(content: bytes, folder: Path) -> object:
     },
 )
 def _forged(content: bytes, folder: Path) -> object:
-    """A manifest whose digest is right, as whoever can write to the directory can make one."""
+    """A manifest with a correct digest, as anyone who can write to the directory could forge one."""
     from pst_dist.storage.manifest import digest_of
 
     fields = {"kind": "shards", "fingerprint": "", "files": {}, "extra": {}}

@@ -98,4 +98,4 @@ def test_guessed_columns_put_a_passage_before_the_question_and_never_leave_one_o
     assert "column 'context' would not be read" in loaded.rejects[0].what
     named = {"question": "question", "answer": "answer", "rationale": "rationale"}
     loaded = survey(Config.model_validate({"data": {**data, "columns": named, "duplicates": "keep"}}))
-    assert not loaded.rejects  # whoever names the columns has seen them
+    assert not loaded.rejects  # columns named by the user are taken as seen

@@ -53,7 +53,7 @@ def test_the_whole_way_from_rows_to_a_report(shape, encoder, small_data, tmp_pat
     losses = [row["loss"] for row in curve(run)]
     assert losses[-1] < losses[0]
     card = (run / "export" / "README.md").read_text()
-    assert "an encoder, whose weights the student started from" in card and str(encoder) not in card
+    assert "an encoder whose weights the student started from" in card and str(encoder) not in card
     trained, exported = load_student(run / "best").model.state_dict(), load_student(run / "export").model.state_dict()
     assert trained.keys() == exported.keys()
     assert all(torch.equal(value, exported[name]) for name, value in trained.items())

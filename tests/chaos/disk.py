@@ -272,9 +272,7 @@ def _borders(folder: Path, full: bool) -> Result:
             if not full and name not in ("output_dir is a link", "checkpoints is a link", "checkpoints is a mount"):
                 continue
             shutil.rmtree(run_folder)
-            for disk in disks:
-                for entry in disk.iterdir():
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _empty(disks)
             if name == "output_dir is a link":
                 (disks[0] / "run").mkdir()
                 run_folder.symlink_to(disks[0] / "run")
@@ -293,12 +291,18 @@ def _borders(folder: Path, full: bool) -> Result:
             if run_folder.is_symlink():
                 run_folder.unlink()
                 run_folder.mkdir()
+        _empty(disks)  # a checkpoint there would be refused as a foreign file, not as a mount
         mounts.over(disks[1], run_folder / "export")
         before = bytes_of(run_folder)
         trouble = refused(run(pst("export", config)), run_folder, before)
         result.trial(*(f"export is a mount: {line}" for line in trouble))
         mounts.unmount(run_folder / "export")
     return result
+
+
+def _empty(disks: list[Path]) -> None:
+    for entry in (entry for disk in disks for entry in disk.iterdir()):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _through_links(run_folder: Path) -> dict[str, str]:

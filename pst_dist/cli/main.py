@@ -45,7 +45,8 @@ _VERBS: tuple[Verb, ...] = (
 """In the order of the help."""
 
 
-def _parser() -> Parser:
+def command_parser() -> Parser:
+    """The parser of the whole command line; the docs are generated from it."""
     parser = Parser(
         prog="pst",
         description="Distil a large model's reasoning into a small one that answers first.",
@@ -78,7 +79,7 @@ def _set_up_logging(arguments: argparse.Namespace) -> None:
 
 def run_verb(words: Sequence[str]) -> int:
     """Run one command line and return its exit code; a user's error becomes one line on standard error."""
-    arguments, unknown = _parser().parse_known_args(words)
+    arguments, unknown = command_parser().parse_known_args(words)
     _set_up_logging(arguments)
     try:
         extra = gather_overrides(unknown)

@@ -25,7 +25,7 @@ def test_the_help_of_every_verb_ends_with_an_example_that_its_parser_takes(name,
     printed = capsys.readouterr().out
     assert end.value.code == 0 and f"example: {VERBS[name].example}\n" in printed
     program, *words = shlex.split(VERBS[name].example)
-    arguments, unknown = main._parser().parse_known_args(words)
+    arguments, unknown = main.command_parser().parse_known_args(words)
     assert program == "pst" and unknown == [] and arguments.run is VERBS[name]
 
 

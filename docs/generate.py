@@ -32,9 +32,9 @@ def configuration() -> str:
     lines = [
         _NOTE,
         "# Configuration\n",
-        "A config is YAML. Every key below can also be given on the command line as `section.key=value`. An unknown key is refused,",
-        "and the message names the closest known one. `pst config my.yaml` prints the resolved config, and `pst config --schema` this",
-        "page as a JSON schema.\n",
+        "A config is YAML. Every key below can also be given on the command line as `section.key=value`. An unknown key",
+        "is refused, and the message names the closest known one. `pst config my.yaml` prints the resolved config,",
+        "`pst config --schema` all keys as a JSON schema.\n",
         "## Overlays\n",
         "An overlay is a set of keys for any config: `pst run my.yaml +NAME`.\n",
         "| overlay | effect |\n|---|---|",
@@ -122,7 +122,7 @@ def commands() -> str:
 
 def _exit_codes() -> Iterator[str]:
     yield "## Exit codes\n"
-    yield "The code is the same under every launcher, unless the launcher ends with one of its own ([operations](operations.md)).\n"
+    yield "Some launchers end with a code of their own: see [operations](operations.md#signals-and-failures).\n"
     yield "| code | class | meaning |\n|---:|---|---|"
     yield "| 0 | | done |"
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PstError)]

@@ -32,8 +32,8 @@ def configuration() -> str:
     lines = [
         _NOTE,
         "# Configuration\n",
-        "A config is YAML. Every key below can also be given on the command line as `section.key=value`. An unknown key",
-        "is refused, and the message names the closest known one. `pst config my.yaml` prints the resolved config,",
+        "A config is YAML. Every key below can also be given on the command line: `section.key=value`. An unknown",
+        "key is refused, and the message names the closest known one. `pst config my.yaml` prints the resolved config,",
         "`pst config --schema` all keys as a JSON schema.\n",
         "## Overlays\n",
         "An overlay is a set of keys for any config: `pst run my.yaml +NAME`.\n",

@@ -196,18 +196,25 @@ def report(arguments: argparse.Namespace) -> int:
     Option("-o", "--output", metavar="PAGE.html", help="also write an HTML page"),
 )
 def compare(arguments: argparse.Namespace) -> int:
-    from pst_dist.evaluation.compare import compare
-
     runs = [Path(run) for run in arguments.runs]
     if len(runs) == 1:
         alone = argparse.Namespace(config=str(runs[0]), overrides=[], on=())
         runs = [Path(arm.output_dir) for arm in _arms_of(config_of(alone))]
-    print(compare(runs).table())
+    _print_comparison(runs)
     if arguments.output:
         from pst_dist.publish.run_page import compare_report
 
         print(compare_report(runs, Path(arguments.output)))
     return 0
+
+
+def _print_comparison(runs: list[Path]) -> None:
+    from pst_dist.evaluation.compare import compare
+    from pst_dist.evaluation.verdict import verdict
+
+    comparison = compare(runs)
+    print(comparison.table())
+    print("", *verdict(comparison), sep="\n")
 
 
 @verb(
@@ -226,9 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
     pages = run_all(config, rebuild=arguments.rebuild)
     arms = [Path(arm.output_dir) for arm in expand_arms(config)]
     if len(arms) > 1:
-        from pst_dist.evaluation.compare import compare
-
-        print(compare(arms).table())
+        _print_comparison(arms)
     else:
         from pst_dist.config.run_dir import run_dir
         from pst_dist.evaluation.evaluate import RESULTS

@@ -14,6 +14,7 @@ from pst_dist.arms import COST_BASELINE
 from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
 from pst_dist.evaluation.records import read_metrics
+from pst_dist.evaluation.verdict import verdict
 from pst_dist.publish import html, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
@@ -24,6 +25,10 @@ _SHOWN = 12
 _ACCURACY_CAPTION = (
     "Higher is more accurate; further left means fewer tokens to the answer. Bars show one standard error. "
     "Arms with nearly equal token counts are drawn side by side."
+)
+_COSTS = (
+    *("steps", "training", "tokens trained on", "tokens per second"),
+    *("tokens per correct answer", "ms per correct answer", "parameters", "seed"),
 )
 _CURVES_CAPTION = (
     "Loss of the answer during training: on training batches (left) and on held-out validation rows (right)."
@@ -43,6 +48,7 @@ def compare_report(runs: Sequence[Path], target: Path) -> Path:
     page = render(
         "compare.html",
         comparison=comparison,
+        verdict=verdict(comparison),
         headline=_comparison_headline(comparison),
         arms=_arms_table(comparison),
         has_cost_baseline=any(arm.times_fewer_tokens for arm in comparison.arms),
@@ -105,7 +111,7 @@ def _styled(comparison: Comparison) -> list[tuple[ArmResult, dict[str, Any]]]:
 def _cost_table(comparison: Comparison) -> Table:
     head: Row = [
         "arm",
-        *(Cell(name, "right") for name in ("steps", "training", "tokens trained on", "parameters", "seed")),
+        *(Cell(name, "right") for name in _COSTS),
     ]
     rows: list[Row] = []
     for arm, style in _styled(comparison):
@@ -114,11 +120,22 @@ def _cost_table(comparison: Comparison) -> Table:
             f"{training['steps']:,}" if training else "",
             html.duration(training["seconds"]) if training else "",
             f"{training['tokens']:,}" if training else "",
+            f"{training['tokens'] / training['seconds']:,.0f}" if training.get("seconds") else "",
+            *_per_correct(arm.results),
             f"{arm.results.get('parameters', 0):,}",
             str(arm.results["seed"]),
         )
         rows.append([Cell(arm.label, colour=style["color"]), *(Cell(cell, "right") for cell in cells)])
     return Table(head, rows)
+
+
+def _per_correct(results: dict[str, Any]) -> tuple[str, str]:
+    """(mean tokens, median milliseconds) to the answer, each divided by the accuracy."""
+    accuracy, latency = results["accuracy"], results["milliseconds_to_answer"]
+    if not accuracy:
+        return "none correct", "none correct"
+    milliseconds = f"{latency['median'] / accuracy:.1f}" if latency else ""
+    return f"{results['tokens_to_answer']['mean'] / accuracy:.1f}", milliseconds
 
 
 def _commands(comparison: Comparison, target: Path) -> str:

@@ -3,6 +3,7 @@
 # It installs the versions in launchers/constraints.txt, which CI ran, and replaces other installed versions.
 # --latest (or PST_FRESH=1) installs the newest versions that pyproject.toml allows instead, but keeps an installed torch.
 # A machine with an NVIDIA GPU gets PyPI's CUDA build of torch; any other gets the CPU build, a tenth of the size.
+# PST_TORCH=cpu or PST_TORCH=cuda chooses the build by hand, for example for an image.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fresh=${PST_FRESH:-}
@@ -24,7 +25,12 @@ fi
 torch=$(sed -n 's/^torch==//p' "$pins")
 installed=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true)
 cpu_build=
-if nvidia-smi -L >/dev/null 2>&1; then
+case ${PST_TORCH:-} in
+cpu | cuda) wanted=$PST_TORCH ;;
+"") wanted=$(nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu) ;;
+*) echo "setup: PST_TORCH=$PST_TORCH: must be cpu or cuda" >&2; exit 2 ;;
+esac
+if [ "$wanted" = cuda ]; then
   build="torch!=$torch+cpu"
 elif [ "$(uname -sm)" != "Linux x86_64" ]; then
   build=

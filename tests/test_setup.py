@@ -109,3 +109,60 @@ def test_an_environment_that_is_as_it_should_be_is_left_alone(tmp_path):
     if "wanted:" in compared("check", "all", PINS).stdout:
         pytest.skip("the tests run on other versions than the pinned ones")
     assert done.stdout == f"setup: {tmp_path / 'venv'} is up to date\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("choice", "line"), [("cpu", "torch=={}+cpu"), ("cuda", "torch!={}+cpu")])
+def test_the_build_of_torch_can_be_chosen_by_hand(choice, line, tmp_path):
+    """In an image there is no GPU to look for. Without an index, setup ends after it has written its choice."""
+    release = re.search(r"^torch==(.*)$", PINS.read_text(), re.MULTILINE)[1]
+    assert setup_with(tmp_path, choice).returncode != 2
+    assert (tmp_path / "venv" / "torch-build.txt").read_text() == line.format(release) + "\n"
+
+
+def test_another_build_of_torch_is_refused(tmp_path):
+    done = setup_with(tmp_path, "rocm")
+    assert done.returncode == 2 and "PST_TORCH=rocm: must be cpu or cuda" in done.stderr
+
+
+def setup_with(folder: Path, choice: str) -> subprocess.CompletedProcess[str]:
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PST_FRESH")}
+    environment |= {"PST_VENV": str(folder / "venv"), "PST_TORCH": choice, "PIP_NO_INDEX": "1"}
+    command = ["bash", str(ROOT / "launchers" / "setup.sh"), "all"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_image_is_installed_by_the_setup_script_and_has_the_name_that_the_job_uses():
+    image = (ROOT / "cluster" / "Dockerfile").read_text()
+    installs = [line for line in image.splitlines() if line.startswith("RUN") and ("pip" in line or "setup" in line)]
+    assert installs == [
+        "RUN PST_VENV=/opt/venv PST_TORCH=$TORCH PIP_NO_CACHE_DIR=1 launchers/setup.sh all && "
+        "/opt/venv/bin/python -m pip check"
+    ]
+    (name,) = set(re.findall(r"-t (\S+)", image))
+    assert set(re.findall(r"image: (\S+)", (ROOT / "cluster" / "rayjob.yaml").read_text())) == {name}
+
+
+def test_what_the_image_must_not_carry_is_left_out_of_it():
+    assert {".git", ".venv*", "runs"} <= set((ROOT / ".dockerignore").read_text().split())
+
+
+def test_the_release_workflow_builds_tests_and_publishes_without_a_token():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    commands = " ".join(step.get("run", "") for step in jobs["build"]["steps"])
+    assert "bash .ci/run" in commands and "python -m build" in commands and "twine check --strict" in commands
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == "build"
+    assert "secrets." not in (ROOT / ".github" / "workflows" / "release.yml").read_text()
+
+
+def test_the_skypilot_task_has_what_its_schema_asks_for():
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "cluster" / "skypilot.yaml").read_text()
+    task = yaml.safe_load(text)
+    assert "launchers/setup.sh all" in task["setup"] and "launchers/deepspeed.sh" in task["run"]
+    assert (ROOT / task["envs"]["CONFIG"]).is_file()
+    schemas = pytest.importorskip("sky.utils.schemas", reason="needs skypilot")
+    import jsonschema
+
+    jsonschema.validate(task, schemas.get_task_schema())

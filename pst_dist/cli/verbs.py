@@ -208,6 +208,18 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from pst_dist.diagnostics.dry_run import dry_run
+
+    found = dry_run(config_of(arguments))
+    for finding in found.findings:
+        if finding.level != "ok" or not arguments.quiet:
+            print(finding.line())
+    problems = sum(finding.level == "problem" for finding in found.findings)
+    print("the run can start" if not problems else f"{problems} problem(s): the run would fail")
+    return found.exit_code
+
+
 def _print_comparison(runs: list[Path]) -> None:
     from pst_dist.evaluation.compare import compare
     from pst_dist.evaluation.verdict import verdict
@@ -223,12 +235,15 @@ def _print_comparison(runs: list[Path]) -> None:
     CONFIG,
     OVERRIDES,
     REBUILD,
+    Option("--dry-run", action="store_true", help="only make all checks that are possible before the first stage"),
     on=("embed.backend", "train.backend"),
 )
 def run(arguments: argparse.Namespace) -> int:
     from pst_dist.config.run_dir import expand_arms
     from pst_dist.pipeline import run_all
 
+    if arguments.dry_run:
+        return _dry_run(arguments)
     config = lasting_config_of(arguments)
     pages = run_all(config, rebuild=arguments.rebuild)
     arms = [Path(arm.output_dir) for arm in expand_arms(config)]

@@ -358,10 +358,20 @@ class TrainConfig(Section):
     """Passes over the training rows. Ignored when max_steps is given."""
     max_steps: Positive | None = None
     """Number of optimizer steps. Overrides num_train_epochs."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning-rate schedule after warm-up."""
+    early_stopping_patience: Positive | None = None
+    """Stop when this many validations in a row have not improved on the best one (`metric_for_best_model`). The best
+    student is kept in any case. The schedule still spans all steps. Default: train all steps."""
+    lr_scheduler_type: Literal[
+        "constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
+    ] = "cosine"
+    """Learning-rate schedule after warm-up, by transformers' names. linear and cosine end at zero; cosine_with_min_lr
+    and warmup_stable_decay end at min_lr_ratio; inverse_sqrt falls with the square root of the step."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the learning rate rises from zero."""
+    min_lr_ratio: Fraction = 0.1
+    """Last learning rate of cosine_with_min_lr and warmup_stable_decay, as a share of the peak."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """warmup_stable_decay only: share of the steps, at the end, over which the rate falls along a cosine."""
     skip_bad_steps: Annotated[int, Field(ge=0)] = 0
     """How many bad steps (non-finite loss or gradient, or a loss spike) to skip on all ranks. The batch of a skipped
     step is not trained on. One more bad step, or the third in a row, triggers a rollback or stops the run. 0 stops at

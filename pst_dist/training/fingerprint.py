@@ -36,6 +36,9 @@ _IMPLIED: dict[str, Any] = {
     "student.new_token_init": "mean",
     "layout.system": None,
     "train.head_learning_rate": None,
+    "train.early_stopping_patience": None,
+    "train.min_lr_ratio": 0.1,
+    "train.decay_ratio": 0.2,
 }
 """Settings that older trainings did not have, with the value that they used. A setting with that value is left out, so
 that the digest of an older training does not change."""
@@ -49,6 +52,7 @@ _ADJUSTABLE = {
         "train.adam_epsilon",
     ),
     *("train.max_grad_norm", "train.num_train_epochs", "train.max_steps", "train.lr_scheduler_type"),
+    *("train.early_stopping_patience", "train.min_lr_ratio", "train.decay_ratio"),
     *("train.warmup_ratio", "train.bf16", "train.eval_steps", _CHOOSES),
     *("train.skip_bad_steps", "train.max_rollbacks", "train.spike_factor", "train.spike_window"),
     *("loss.answer_weight", "loss.rationale_weight", "loss.alignment_weight", "loss.alpha", "loss.temperature"),

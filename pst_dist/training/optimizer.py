@@ -56,13 +56,36 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
 
 
 def learning_rate_at(step: int, total: int, train: TrainConfig) -> float:
-    """The rate of step `step` (from 0) of `total`: linear warm-up, then constant, linear or cosine to zero."""
+    """The rate of step `step` (from 0) of `total`: linear warm-up, then the schedule of `train.lr_scheduler_type`.
+
+    After warm-up these are the schedules of `transformers.get_scheduler`; the warm-up itself starts one step earlier,
+    because a first step with rate zero teaches nothing.
+    """
     warmup = math.ceil(train.warmup_ratio * total)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
-    if train.lr_scheduler_type == "constant":
-        return train.learning_rate
+    return train.learning_rate * _decayed(step, warmup, total, train)
+
+
+def _decayed(step: int, warmup: int, total: int, train: TrainConfig) -> float:
+    """The rate of a step after warm-up, as a share of the peak."""
+    kind = train.lr_scheduler_type
+    if kind == "constant":
+        return 1.0
+    if kind == "inverse_sqrt":
+        scale = warmup or total  # transformers' default time scale is the length of the warm-up
+        return math.sqrt(scale / (step - warmup + scale))
+    if kind == "warmup_stable_decay":
+        decay = max(1, math.ceil(train.decay_ratio * total))
+        progress = max(0.0, (step - (total - decay)) / decay)
+        return train.min_lr_ratio + (1 - train.min_lr_ratio) * _half_cosine(progress)
     progress = (step - warmup) / max(1, total - warmup)
-    if train.lr_scheduler_type == "linear":
-        return train.learning_rate * (1 - progress)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if kind == "linear":
+        return 1 - progress
+    lowest = train.min_lr_ratio if kind == "cosine_with_min_lr" else 0.0
+    return lowest + (1 - lowest) * _half_cosine(progress)
+
+
+def _half_cosine(progress: float) -> float:
+    """From 1 at `progress` 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * progress))

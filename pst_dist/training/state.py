@@ -19,6 +19,8 @@ class RunState:
     best_value: float | None = None
     """Validation metric of the best student so far."""
     best_step: int | None = None
+    improved_step: int | None = None
+    """The last step whose validation was better than all before it; a tie moves `best_step`, but not this."""
     seconds: float = 0.0
     """Training time so far, in seconds, over all starts."""
     tokens: int = 0

@@ -187,6 +187,10 @@ class _Training:
             teacher=self.teacher,
             capacity=config.train.per_device_train_batch_size * len(asked),
         )
+        if config.train.early_stopping_patience is not None and not len(shards.split("validation")):
+            raise InputError(
+                "train.early_stopping_patience needs validation rows", "set data.validation or data.validation_size"
+            )
         self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
         self.device = device_of(ranks)
 
@@ -295,10 +299,12 @@ class _Training:
 
     def _loop(self, engine: Engine, state: RunState, metrics: MetricsLog, saver: Saver) -> RunState:
         train = self.config.train
-        every_eval = train.eval_steps or self.plan.steps_per_epoch
+        every_eval = self._eval_every
         every_save = train.save_steps or every_eval
         saved, loss = state.step, math.nan
         at("data", state.step + 1)
+        if self._has_stopped_early(state):  # killed after that save
+            return state
         for batches in self._batches(state.step):
             started = time.monotonic()
             at("counting", state.step + 1)
@@ -336,12 +342,30 @@ class _Training:
             last = state.step == self.total
             if state.step % every_eval == 0 or last:
                 state = self._validate(engine, state, metrics)
-            if state.step % every_save == 0 or last or went_back:
+            stopped_early = self._has_stopped_early(state)
+            if state.step % every_save == 0 or last or went_back or stopped_early:
                 saver.save(state, loss)
                 saved = state.step
+            if stopped_early:
+                log.info(
+                    "stopped early at step %d of %d: no validation since step %s was better",
+                    *(state.step, self.total, state.improved_step),
+                )
+                break
             at("data", state.step + 1)
         saver.settle()
         return state
+
+    def _has_stopped_early(self, state: RunState) -> bool:
+        """Whether `train.early_stopping_patience` validations in a row, the last at this step, were not the best."""
+        patience, every = self.config.train.early_stopping_patience, self._eval_every
+        if patience is None or state.improved_step is None or state.step % every:
+            return False
+        return state.step - state.improved_step >= patience * every
+
+    @property
+    def _eval_every(self) -> int:
+        return self.config.train.eval_steps or self.plan.steps_per_epoch
 
     def _answer(self, engine: Engine, state: RunState, bad: BadStep, metrics: MetricsLog, saver: Saver) -> RunState:
         """Skip a bad step, roll back, or raise DivergedError, as `training.bad_steps` decides; collective."""
@@ -386,7 +410,13 @@ class _Training:
         chosen = value.chosen(metric)
         if chosen is not None and state.best_value is not None and not is_better(metric, chosen, state.best_value):
             return state
-        state = advanced(state, best_value=chosen, best_step=state.step)
+        improved = chosen is None or chosen != state.best_value
+        state = advanced(
+            state,
+            best_value=chosen,
+            best_step=state.step,
+            improved_step=state.step if improved else state.improved_step,
+        )
         self._keep_student(engine, state, value)
         return state
 

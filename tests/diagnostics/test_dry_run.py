@@ -1,0 +1,55 @@
+"""The dry run: finds what a run would fail on, all of it at once, and writes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from small_run import small_config
+
+from pst_dist.diagnostics.dry_run import dry_run
+from pst_dist.pipeline import run_all
+
+
+def lines(config, level=None):
+    return [finding.line() for finding in dry_run(config).findings if level in (None, finding.level)]
+
+
+def test_a_run_that_can_start_has_no_problem_and_nothing_is_written(small_data, tmp_path):
+    config = small_config(small_data, tmp_path / "run", data_dir=str(tmp_path / "run" / "own"))
+    found = dry_run(config)
+    assert found.exit_code == 0 and not [one for one in found.findings if one.level == "problem"]
+    text = "\n".join(one.line() for one in found.findings)
+    assert "no bad rows" in text and "nothing is cut" in text and "to do: shards" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_problems_are_told_at_once(tmp_path, small_data):
+    missing = {"student__model_name_or_path": tmp_path / "none", "data__train": tmp_path / "gone.jsonl"}
+    found = dry_run(small_config(small_data, tmp_path / "run", **missing))
+    assert found.exit_code == 2
+    told = "\n".join(one.line() for one in found.findings if one.level == "problem")
+    assert str(tmp_path / "none") in told and "gone.jsonl" in told
+
+
+def test_rationales_that_lose_their_end_are_counted(small_data, tmp_path):
+    (warned,) = [line for line in lines(small_config(small_data, tmp_path / "run", layout__max_length=60), "warning")]
+    assert "lose their end; raise layout.max_length" in warned
+
+
+def test_a_finished_run_is_recognised(small_data, tmp_path):
+    config = small_config(small_data, tmp_path / "run")
+    run_all(config)
+    text = "\n".join(lines(config))
+    assert "found: shards" in text and "trained; kept if made from the same inputs" in text
+
+
+@pytest.mark.parametrize(("word", "code"), [("train.max_steps=1", 0), ("data.test_size=0", 2)])
+def test_the_command_ends_with_the_code_of_the_run(word, code, tmp_path):
+    words = ["run", "demo", "--dry-run", f"output_dir={tmp_path / 'run'}", "data.test=null", "data.test_size=10"]
+    words.append(word)
+    done = subprocess.run([sys.executable, "-m", "pst_dist.cli", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == ("the run can start" if code == 0 else "1 problem(s): the run would fail")
+    assert not (tmp_path / "run").exists()

@@ -29,8 +29,9 @@ def verdict(comparison: Comparison) -> list[str]:
     best = next((arm for arm in ranked if arm is not baseline and answers_first(arm)), None)
     if best is not None and best.test is not None:
         sentences.append(_against(best.label, baseline.label, best.test))
-        if best.times_fewer_tokens and best.times_fewer_tokens > 1:
+        if best.times_fewer_tokens and best.times_fewer_tokens > 1 and best.results["accuracy"] > 0:
             sentences.append(f"It writes {best.times_fewer_tokens:.1f} times fewer tokens than {COST_BASELINE}.")
+    sentences += _above_the_most_frequent(ranked[0])
     sentences += [_control(plain, control) for plain, control in _controlled(comparison)]
     if len({arm.results["seed"] for arm in comparison.arms}) == 1:
         sentences.append("One seed: the intervals cover the choice of rows, not of seeds.")
@@ -46,6 +47,14 @@ def answers_first(arm: ArmResult) -> bool:
 def differs(test: PairedTest) -> bool:
     """Whether the 95 % interval of the difference excludes zero."""
     return test.low > 0 or test.high < 0
+
+
+def _above_the_most_frequent(best: ArmResult) -> list[str]:
+    """A warning when no arm is better than one constant answer by more than two standard errors of its accuracy."""
+    majority = best.results.get("majority")
+    if majority is None or best.results["accuracy"] > majority + 2 * best.results["accuracy_stderr"]:
+        return []
+    return [f"No arm is measurably better than always giving the most frequent answer ({100 * majority:.1f} %)."]
 
 
 def _against(arm: str, other: str, test: PairedTest) -> str:

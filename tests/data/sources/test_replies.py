@@ -42,7 +42,7 @@ from pst_dist.errors import DataError
         ("[THINK]a[/THINK]Add. \\boxed{7}", "a\n\nAdd.", "7"),
         ("<think>a</think><scratchpad>b</scratchpad>7", "a\n\nb", "7"),
         (
-            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>The answer is 7<|return|>",
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>Answer: 7<|return|>",
             "a",
             "7",
         ),

@@ -42,10 +42,11 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
     from pst_dist.data.shards import reusable_shards, write_shards
     from pst_dist.data.sources import load_data
     from pst_dist.data.sources.rows import write_rejects
+    from pst_dist.student.unreadable import unreadable_rows
 
     run = run_dir(config)
     # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
-    loaded = load_data(config)
+    loaded = load_data(config, unreadable_rows(config))
     fingerprint = digest_of(
         {
             "schema": SCHEMA_VERSION,

@@ -50,3 +50,4 @@ def test_a_traceback_and_an_endless_call_are_counted(monkeypatch):
     (count,) = run(30)
     assert any("KeyError" in line for line in count.failures)
     assert any("CPU s" in line for line in count.failures)
+    assert 0 < count.hangs < len(count.failures)

@@ -136,6 +136,10 @@ def locate_config(name: str) -> Path:
     raise InputError("no such config file, run directory or ready-made config", hint, path=name)
 
 
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)
+"""What PyYAML raises for a tag that does not fit its value: `!!int x`, `!!int ''`, `!!bool x`, `!!timestamp x`."""
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A YAML loader that refuses duplicate keys, of which the standard loader silently keeps the last."""
 
@@ -164,7 +168,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(str(problem), "fix the YAML", path=path, line=mark and mark.line + 1) from error
-    except ValueError as error:  # `!!int x`, or a number of thousands of digits
+    except _UNREADABLE as error:
         raise ConfigError(f"a value cannot be read: {str(error)[:80]}", "fix the YAML", path=path) from error
     if loaded is None:
         return {}, {}
@@ -224,7 +228,7 @@ def parse_override(word: str) -> tuple[tuple[str, ...], Any]:
         value = text
     except RecursionError as error:
         raise ConfigError(f"{key[:80]}: nested deeper than {_MAX_YAML_DEPTH}", "fix the value") from error
-    except ValueError as error:  # `!!int x`, or a number of thousands of digits
+    except _UNREADABLE as error:
         raise ConfigError(f"{key[:80]}: cannot be read: {str(error)[:80]}", "fix the value, or quote it") from error
     return tuple(key.replace("-", "_").split(".")), value
 

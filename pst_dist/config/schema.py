@@ -160,6 +160,9 @@ class EmbedConfig(Section):
     """Text added before each rationale, for encoders that expect an instruction."""
     max_seq_length: Positive | None = None
     """Truncate rationales to this many encoder tokens. Default: the encoder's own limit."""
+    truncate_dim: Positive | None = None
+    """Keep only the first numbers of each vector, for encoders trained so (Matryoshka). Default: the encoder's own
+    setting."""
     batch_tokens: Positive = 2048
     """Maximum tokens per encoder batch, padding included. Rationales are sorted by length within a shard. 2048 fits the
     caches of a CPU core; use about ten times as much on a GPU."""

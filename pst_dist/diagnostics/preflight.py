@@ -6,8 +6,6 @@ device without memory, but read no weights. Errors in weights or rows are found 
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 from pst_dist.arms import ARMS
@@ -30,7 +28,7 @@ def preflight(config: Config) -> None:
         from pst_dist.distributed.ranks import Ranks, check_meeting_place
 
         check_meeting_place(Ranks.from_environment())
-    if config.train.backend != "ray" or _is_here(config):
+    if config.train.backend != "ray" or _has_student(config):
         check_student(config)
     if needs_embeddings(config):
         from pst_dist.embedding.encoder import check_encoder
@@ -38,11 +36,11 @@ def preflight(config: Config) -> None:
         check_encoder(config.embed)
 
 
-def _is_here(config: Config) -> bool:
+def _has_student(config: Config) -> bool:
     """Whether this machine, which only drives Ray workers, can load the student; it may lack what the workers have."""
-    name = config.student.model_name_or_path
-    has_libraries = all(importlib.util.find_spec(module) is not None for module in ("torch", "transformers"))
-    return has_libraries and (name is None or Path(name).expanduser().exists())
+    from pst_dist.student.unreadable import is_here
+
+    return is_here(config)
 
 
 def check_split(config: Config) -> None:

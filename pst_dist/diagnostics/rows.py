@@ -22,8 +22,11 @@ from pst_dist.data.sources.columns import FieldMap, Fields
 from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_rejects
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.tasks import get_task
+from pst_dist.embedding.lengths import measure
+from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import DataError, InputError, PstError
 from pst_dist.storage.outputs import check_output, is_reject_list
+from pst_dist.student.unreadable import unreadable_rows
 
 _SHOWN = 10
 _PERCENTILES = (5, 50, 95, 100)
@@ -44,6 +47,8 @@ class CheckReport:
     columns: list[str] = field(default_factory=list)
     """The columns of the first file with an example of each, when no map was found."""
     rejects_path: Path | None = None
+    models: list[str] = field(default_factory=list)
+    """Lines on how student and encoder read the rows."""
 
     @property
     def ok(self) -> bool:
@@ -58,6 +63,7 @@ class CheckReport:
             text += _split_lines(self.loaded)
             text += _finding_lines(self.loaded)
             text += _reject_lines(self.loaded.rejects, self.rejects_path)
+        text += self.models
         text += self.columns
         if self.proposal:
             text += ["", "proposed columns, to paste into the config:", *self.proposal.splitlines()]
@@ -74,8 +80,14 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     if rejects_path is not None:
         _refuse_own_source(config, rejects_path)
         check_output(rejects_path, is_reject_list, remedy=_REJECTS_REMEDY)
+    models: list[str] = []
+    unreadable = None
     try:
-        loaded = survey(config)
+        unreadable = unreadable_rows(config)
+    except PstError as error:
+        models.append(f"not checked: whether the student can read every row ({error.what})")
+    try:
+        loaded = survey(config, unreadable)
     except DataError as error:
         first = _first_source(config)
         found = guess_paths(_sample(first))
@@ -95,7 +107,24 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
     if config.data.columns is None and config.data.train is not None:
         found = guess_paths(_sample(_first_source(config)))
         proposal = _proposal(config, found if isinstance(found, dict) else found.name, loaded)
-    return CheckReport(loaded, problem, proposal, [], rejects_path)
+    return CheckReport(loaded, problem, proposal, [], rejects_path, models + _length_findings(config, loaded))
+
+
+def _length_findings(config: Config, loaded: LoadedData) -> list[str]:
+    """How many rationales the encoder would truncate, if there are any and the config needs vectors."""
+    if not needs_embeddings(config):
+        return []
+    texts = [text for split in SPLITS for sample in loaded.splits[split] for text in sample.rationales]
+    try:
+        found = measure(config.embed, texts)
+    except PstError as error:
+        return [f"not checked: the length of rationales in the encoder's tokens ({error.what})"]
+    if found is None or not found.truncated:
+        return []
+    return [
+        f"{found.truncated:,} of {found.rationales:,} rationales exceed the encoder's {found.limit:,} tokens "
+        "and will be truncated"
+    ]
 
 
 def _refuse_own_source(config: Config, rejects_path: Path) -> None:

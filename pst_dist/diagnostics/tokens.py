@@ -12,6 +12,7 @@ from pst_dist.data.sources import load_data
 from pst_dist.errors import InputError
 from pst_dist.student.layout import Layout, Sequence, layout_for
 from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.student.unreadable import unreadable_rows
 
 COLOURS = {
     Segment.PROMPT: "dim",
@@ -57,7 +58,7 @@ def preview(config: Config, rows: int) -> str:
     from pst_dist.student.pretrained import is_encoder_decoder
     from pst_dist.training.begun import begun_settings, settled
 
-    samples = load_data(config).splits["train"]
+    samples = load_data(config, unreadable_rows(config)).splits["train"]
     if not samples:
         raise InputError("there are no training rows", "set data.train")
     tokenizer = build_tokenizer(config.student, samples)

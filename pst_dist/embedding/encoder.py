@@ -61,6 +61,8 @@ class TextEncoder:
         default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
         self._prefix: str = config.prefix or default or ""
         self._max_length: int | None = self._model.max_seq_length
+        self._prompt_tokens = self._tokens_left_out()
+        self._width: int | None = config.truncate_dim or getattr(self._model, "truncate_dim", None)
         self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
         digests = {
             str(path.relative_to(folder)): sha256_file(path)
@@ -83,6 +85,26 @@ class TextEncoder:
             "batch_tokens": config.batch_tokens,
             "dimension": self.dimension,
         }
+        if config.truncate_dim is not None and self.dimension < config.truncate_dim:
+            raise InputError(
+                f"embed.truncate_dim is {config.truncate_dim}, but the encoder's vectors have {self.dimension} numbers",
+                "choose a smaller one",
+                path=folder,
+            )
+        # Only where they are set, so that embeddings made before there were these settings stay valid.
+        if self._width is not None:
+            self.identity["truncate_dim"] = self._width
+        if self._prompt_tokens:
+            self.identity["prompt_tokens_left_out"] = self._prompt_tokens
+
+    def _tokens_left_out(self) -> int:
+        """How many of the prefix's tokens the pooling leaves out, as encoders made for instructions ask it to."""
+        modules: list[Any] = list(self._model)
+        if not self._prefix or all(getattr(module, "include_prompt", True) for module in modules):
+            return 0
+        ids = self._tokenise_whole([self._prefix])[0]["input_ids"].tolist()
+        # The token that ends a text does not follow the prefix when there is a text.
+        return len(ids) - (ids[-1] in self._tokenizer.all_special_ids)
 
     def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> np.ndarray:
         """Unit vectors [n, E] float32 in the order of `texts`; equal texts are encoded once.
@@ -120,11 +142,14 @@ class TextEncoder:
         return self._model.tokenizer
 
     def _tokenise(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """One dict of [T] tensors per text, without padding."""
+        """One dict of [T] tensors per text after its prefix, without padding."""
+        return self._tokenise_whole([self._prefix + text for text in texts])
+
+    def _tokenise_whole(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         prepare = getattr(self._model, "preprocess", None) or self._model.tokenize  # 5.x and before
         rows: list[dict[str, torch.Tensor]] = []
         for start in range(0, len(texts), _TOKENISE_AT_ONCE):
-            features = prepare([self._prefix + text for text in texts[start : start + _TOKENISE_AT_ONCE]])
+            features = prepare(list(texts[start : start + _TOKENISE_AT_ONCE]))
             mask_BT = features["attention_mask"].bool()
             tensors = {
                 name: value for name, value in features.items() if getattr(value, "shape", None) == mask_BT.shape
@@ -147,9 +172,11 @@ class TextEncoder:
                 block[i, longest - length if left else 0 : longest if left else length] = row[name]
             features[name] = block.to(self._model.device)
         features["modality"] = "text"
+        if self._prompt_tokens:
+            features["prompt_length"] = self._prompt_tokens
         with torch.inference_mode():
             vectors: torch.Tensor = self._model(features)["sentence_embedding"]
-            return vectors.float().cpu().numpy()
+            return vectors[:, : self._width].float().cpu().numpy()
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -81,13 +81,13 @@ def another_row(keys: list[tuple[str, int]], *, seed: int) -> dict[tuple[str, in
 
 
 def _check_settings(config: Config, store: EmbeddingStore, directory: Path) -> None:
-    """Refuse vectors made with a prefix, length or precision other than the config's."""
-    wanted = {"prefix": config.embed.prefix, "max_seq_length": config.embed.max_seq_length, "dtype": config.embed.dtype}
-    for name, value in wanted.items():
-        # An unset prefix or length means the encoder's own, which is unknown here.
-        if value and store.identity[name] != value:
+    """Refuse vectors made with a prefix, length, width or precision other than the config's."""
+    for name in ("prefix", "max_seq_length", "truncate_dim", "dtype"):
+        # An unset prefix, length or width means the encoder's own, which is unknown here.
+        value, made_with = getattr(config.embed, name), store.identity.get(name)
+        if value and made_with != value:
             raise StaleError(
-                f"the embeddings were made with {name}={store.identity[name]!r}, but the config has {value!r}",
+                f"the embeddings were made with {name}={made_with!r}, but the config has {value!r}",
                 "run `pst embed --rebuild`, or undo the change",
                 path=directory,
             )

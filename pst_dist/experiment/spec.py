@@ -252,13 +252,14 @@ def _config(
     except ValidationError as error:
         reason = explain(error, None, {}, {})
         raise ConfigError(f"task {task}, variant {variant}: {reason.what}", reason.remedy) from error
+    vectors = {"encoder", "revision", "prefix", "max_seq_length", "dtype"}
+    if config.embed.truncate_dim is not None:  # a later setting; without it the folders keep their names
+        vectors.add("truncate_dim")
     rows = {
         "task": config.task,
         "data": config.data.model_dump(mode="json"),
         "shards": config.shards.model_dump(mode="json"),
-        "embed": config.embed.model_dump(
-            mode="json", include={"encoder", "revision", "prefix", "max_seq_length", "dtype"}
-        ),
+        "embed": config.embed.model_dump(mode="json", include=vectors),
     }
     data = experiment.path / "data" / f"{_slug(task)}-{digest_of(rows)[:8]}"
     return config.model_copy(update={"data_dir": str(data)})

@@ -237,8 +237,13 @@ def _replaced_forward(head: nn.Module, call: Callable[..., Tensor]) -> Iterator[
 
 
 def vocabulary_of(head: nn.Module, model: Any) -> int:
-    """Number of logits a head produces per position."""
-    return getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
+    """Number of logits a head produces per position.
+
+    The rows of its weight, not `out_features`: transformers 5.0 leaves that unchanged when it resizes BART's tied head.
+    """
+    weight = getattr(head, "weight", None)
+    rows = getattr(weight, "ds_shape", getattr(weight, "shape", (0,)))[0]  # ZeRO-3 leaves an empty weight here
+    return rows or getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
 
 def hidden_width(model: Any) -> int:

@@ -62,6 +62,18 @@ def test_broken_yaml_names_its_line(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["!!int ''", "!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!null [a]", "0b_"]
+)
+def test_a_value_that_does_not_fit_its_yaml_tag_is_refused_in_one_line(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"cannot be read|expected"):
+        load_config(None, [f"seed={value}"])
+    path = tmp_path / "config.yaml"
+    path.write_text(f"seed: {value}\n")
+    with pytest.raises(ConfigError):
+        load_config(str(path))
+
+
 def test_a_missing_config_names_the_nearest_ready_made_one():
     with pytest.raises(InputError, match="did you mean demo"):
         load_config("demos")

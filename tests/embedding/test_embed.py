@@ -23,6 +23,7 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, write_shards
 from pst_dist.embedding.embed import EmbeddingStore, TextEncoder, embed_all, embed_shard, fixed_point_sums
 from pst_dist.embedding.encoder import plan_batches
+from pst_dist.embedding.lengths import measure
 from pst_dist.embedding.store import VectorFile
 from pst_dist.embedding.vector_file import ShardVectors, read_vectors, write_vectors
 from pst_dist.errors import DataError, EnvironmentFault, InputError, IntegrityError, StaleError
@@ -146,6 +147,81 @@ def test_a_prefix_stands_before_each_text_and_a_limit_cuts_it(encoder):
     assert encoder.count_truncated(TEXTS) == 1
 
 
+def _folder(path: Path, **changes: dict) -> str:
+    """A copy of MiniLM with keys of its JSON files changed."""
+    shutil.copytree(locate_encoder("minilm"), path)
+    for name, keys in changes.items():
+        file = path / ("1_Pooling/config.json" if name == "pooling" else f"{name}.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return str(path)
+
+
+PROMPTS = {"prompts": {"document": "passage: "}, "default_prompt_name": "document"}
+FOLDERS = {
+    "a limit of tokens": {"sentence_bert_config": {"max_seq_length": 8}},
+    "no limit of its own": {"sentence_bert_config": {"max_seq_length": None}},
+    "fewer numbers": {"config_sentence_transformers": {"truncate_dim": 64}},
+    "more numbers than there are": {"config_sentence_transformers": {"truncate_dim": 999}},
+    "a prompt": {"config_sentence_transformers": PROMPTS},
+    "a prompt that pooling leaves out": {"config_sentence_transformers": PROMPTS, "pooling": {"include_prompt": False}},
+    "all of it": {
+        "config_sentence_transformers": {**PROMPTS, "truncate_dim": 64},
+        "pooling": {"include_prompt": False},
+        "sentence_bert_config": {"max_seq_length": 12},
+    },
+}
+TRUNCATED = {"a limit of tokens": 4, "no limit of its own": 0, "all of it": 3}
+"""Of the seven TEXTS; one where nothing is said."""
+
+
+@needs_encoder
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_what_a_folder_says_of_its_vectors_holds(kind, tmp_path, encoder):
+    from sentence_transformers import SentenceTransformer
+
+    folder = _folder(tmp_path / "encoder", **FOLDERS[kind])
+    stock = SentenceTransformer(folder, device="cpu", local_files_only=True)
+    ours = TextEncoder(EmbedConfig(encoder=folder, device="cpu"))
+    theirs = stock.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    vectors = ours.encode(TEXTS)
+    assert vectors.shape == theirs.shape and np.abs(vectors - theirs).max() <= 1e-6
+    assert ours.identity["dimension"] == theirs.shape[1]
+    found = measure(EmbedConfig(encoder=folder), TEXTS)
+    assert (found.truncated, found.limit) == (ours.count_truncated(TEXTS), ours.identity["max_seq_length"])
+    assert found.truncated == TRUNCATED.get(kind, 1)
+
+
+@needs_encoder
+def test_settings_that_an_encoder_lacks_do_not_stand_in_its_identity(encoder):
+    # Embeddings made before these settings were honoured stay valid.
+    assert "truncate_dim" not in encoder.identity and "prompt_tokens_left_out" not in encoder.identity
+    with_prefix = TextEncoder(EmbedConfig(device="cpu", prefix="query: "))
+    assert with_prefix.identity == encoder.identity | {"prefix": "query: "}
+
+
+@needs_encoder
+def test_vectors_with_too_many_numbers_are_stale_once_the_folder_shortens_them(copied, tmp_path):
+    shards, directory = copied
+    folder = _folder(tmp_path / "minilm", config_sentence_transformers={"truncate_dim": 64})
+    config = EmbedConfig(encoder=folder, device="cpu")
+    made_by = json.loads((directory / "manifest.json").read_text())["extra"]["encoder"]
+    assert made_by["dimension"] == 384
+    with pytest.raises(StaleError, match="rebuild"):
+        embed_all(config, shards, directory)
+    assert embed_all(config, shards, directory, rebuild=True).extra["encoder"]["dimension"] == 64
+    assert EmbeddingStore.open(directory, shards).dimension == 64
+
+
+@needs_encoder
+def test_embedding_says_how_many_rationales_it_truncates_and_the_manifest_keeps_it(tmp_path, caplog):
+    shards = make_shards(tmp_path / "shards", [sample(0, 2), sample(1, 1, wording="word " * 20)])
+    folder = _folder(tmp_path / "short", sentence_bert_config={"max_seq_length": 16})
+    with caplog.at_level("WARNING"):
+        manifest = embed_all(EmbedConfig(encoder=folder, device="cpu"), shards, tmp_path / "embeddings")
+    assert "1 of 5 rationales exceed the encoder's 16 tokens and are truncated" in caplog.text
+    assert (manifest.extra["truncated"], manifest.extra["encoder"]["max_seq_length"]) == (1, 16)
+
+
 @needs_encoder
 def test_bfloat16_computes_in_bfloat16_and_stays_close(encoder):
     half = TextEncoder(EmbedConfig(device="cpu", dtype="bfloat16"))
@@ -156,7 +232,10 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close(encoder):
 
 @needs_encoder
 def test_the_identity_changes_with_everything_that_changes_bits(encoder, tmp_path):
-    settings = [{"prefix": "x "}, {"max_seq_length": 100}, {"dtype": "bfloat16"}, {"batch_tokens": 512}]
+    settings = [
+        *({"prefix": "x "}, {"max_seq_length": 100}, {"dtype": "bfloat16"}, {"batch_tokens": 512}),
+        {"truncate_dim": 32},
+    ]
     identities = [TextEncoder(EmbedConfig(device="cpu", **setting)).identity for setting in settings]
     shutil.copytree(locate_encoder("minilm"), tmp_path / "minilm")
     assert TextEncoder(EmbedConfig(encoder=str(tmp_path / "minilm"), device="cpu")).identity == encoder.identity
@@ -171,7 +250,7 @@ def test_the_identity_changes_with_everything_that_changes_bits(encoder, tmp_pat
     content[-2] ^= 1
     weights.write_bytes(content)
     identities.append(TextEncoder(EmbedConfig(encoder=str(tmp_path / "minilm"), device="cpu")).identity)
-    assert len({json.dumps(identity, sort_keys=True) for identity in [encoder.identity, *identities]}) == 7
+    assert len({json.dumps(identity, sort_keys=True) for identity in [encoder.identity, *identities]}) == 8
 
 
 @needs_encoder
@@ -205,6 +284,7 @@ def _in_process(function, *arguments):
         ({"encoder": "nobody/no-such-encoder"}, EnvironmentFault, "not in the cache and cannot be fetched"),
         ({"encoder": "/no/such/folder"}, InputError, "no such encoder folder"),
         ({"max_seq_length": 100_000}, InputError, "but the encoder's own limit is 256"),
+        ({"truncate_dim": 1000}, InputError, "but the encoder's vectors have 384 numbers"),
         ({"device": "abacus"}, InputError, "check embed.encoder and embed.device"),
     ],
 )

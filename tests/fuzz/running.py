@@ -36,6 +36,8 @@ class Count:
     refused: int = 0
     failures: list[str] = field(default_factory=list)
     """One line for each input that ended in anything else."""
+    hangs: int = 0
+    """How many of the failures took too long; the others are tracebacks."""
     slowest: float = 0.0
     """CPU seconds of the longest call."""
 
@@ -88,6 +90,7 @@ def _count(parser: Parser, inputs: int, seed: int) -> Count:
                 str(error)
                 count.refused += 1
             except TooLong:
+                count.hangs += 1
                 count.failures.append(f"{parser.name} {number}: over {MOST_SECONDS:.0f} CPU s on {content[:60]!r}")
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
@@ -109,10 +112,14 @@ def table(counts: Sequence[Count]) -> str:
         total.accepted += count.accepted
         total.refused += count.refused
         total.failures += count.failures
+        total.hangs += count.hangs
         total.slowest = max(total.slowest, count.slowest)
-    rows = [("parser", "inputs", "accepted", "refused", "failures", "slowest, s")]
+    rows = [("parser", "inputs", "accepted", "refused", "tracebacks", "hangs", "slowest, s")]
     rows += [
-        (c.parser, f"{c.inputs:,}", f"{c.accepted:,}", f"{c.refused:,}", str(len(c.failures)), f"{c.slowest:.2f}")
+        (
+            *(c.parser, f"{c.inputs:,}", f"{c.accepted:,}", f"{c.refused:,}"),
+            *(str(len(c.failures) - c.hangs), str(c.hangs), f"{c.slowest:.2f}"),
+        )
         for c in (*counts, total)
     ]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from tiny import ROWS, Tiny, TinyTeacher
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.schema import Config
@@ -165,19 +165,7 @@ def test_gradient_norms_of_the_terms_are_those_of_separate_backward_passes(model
 def capped_student(tiny):
     """A Gemma-2 student, whose model caps the logits that its head returns."""
     torch.manual_seed(1)
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=len(tiny.tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            final_logit_softcapping=0.5,
-            attn_implementation="eager",
-        )
-    )
+    model = zoo.gemma_model(len(tiny.tokenizer), final_logit_softcapping=0.5, attn_implementation="eager")
     return Student(model, tiny.config.loss, TinyTeacher.dimension)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS
-from pst_dist.data.sources.options import option_columns, options_in_text
+from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.data.tasks.scoring import kind_of
@@ -254,7 +254,8 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
         "choices": (list, dict),
         "id": (str, int),
     }
-    if field == "choices" and any(isinstance(value, str) and options_in_text(value) for value in values):
+    # Also a text in which no options are recognised: passed over, an index into them would be read as a number.
+    if field == "choices" and any(isinstance(value, str) and value.strip() for value in values):
         return True
     return any(isinstance(value, kinds[field]) for value in values)
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 _LOOK_AT = 50
 """Number of rows from which columns are guessed."""
 
+Unreadable = Callable[[Sequence[ReasoningSample]], Mapping[int, str]]
+"""Gives the reason for each sample that the student's tokenizer cannot encode, by position."""
+
 
 @dataclass(frozen=True)
 class LoadedData:
@@ -64,14 +67,14 @@ class LoadedData:
     """sha256 over the digests of everything read, in order. Independent of how it was split."""
 
 
-def load_data(config: Config) -> LoadedData:
-    """Read, check and split the rows that `config.data` names.
+def load_data(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
+    """Read, check and split the rows that `config.data` names; a row that is `unreadable` counts as a bad one.
 
     Raises ConfigError, InputError, DataError or EnvironmentFault, each naming its file. Also raises DataError when
     there are more bad rows than data.max_bad allows, when an arm needs rationales but there are none, and when
     data.leaks is `refuse` and a training question is also in validation or test.
     """
-    loaded = survey(config)
+    loaded = survey(config, unreadable)
     enforce(config, loaded)
     log.info(
         "rows: %s",
@@ -80,9 +83,9 @@ def load_data(config: Config) -> LoadedData:
     return loaded
 
 
-def survey(config: Config) -> LoadedData:
+def survey(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
     """Like `load_data`, but without refusing bad rows, missing rationales and leaks; for `pst check`."""
-    return _Survey(config).run()
+    return _Survey(config, unreadable).run()
 
 
 def enforce(config: Config, loaded: LoadedData) -> None:
@@ -144,6 +147,7 @@ class _Survey:
     """One pass over the data. It is a class so that its steps can share the report."""
 
     config: Config
+    unreadable: Unreadable | None = None
     rejects: list[Reject] = field(default_factory=list)
     digests: list[Any] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
@@ -175,6 +179,8 @@ class _Survey:
             drafts[split] = self._drafts(split, found, columns, task, teacher if split == "train" else None)
         if teacher is not None:
             self.digests += [["teacher", *digest] for digest in teacher.digests]
+        for rows in drafts.values():
+            self._refuse_unreadable(rows)
         whole = {split: [draft for draft in rows if draft is not None] for split, rows in drafts.items()}
         if data.split_file is not None:
             whole |= self._by_split_file(root / data.split_file, drafts["train"])
@@ -269,6 +275,17 @@ class _Survey:
         if split == "train":
             self.unused[source.path] = unused_text_columns(columns, sampled)
         return columns
+
+    def _refuse_unreadable(self, drafts: list[Draft | None]) -> None:
+        """Make a bad row of each that the student's tokenizer cannot encode; changes `drafts`."""
+        places = [place for place, draft in enumerate(drafts) if draft is not None]
+        if self.unreadable is None or not places:
+            return
+        rows = [draft for draft in drafts if draft is not None]
+        for index, what in sorted(self.unreadable([draft.sample for draft in rows]).items()):
+            draft = rows[index]
+            self.rejects.append(Reject(draft.path, draft.line, "token", what, excerpt(draft.sample.question)))
+            drafts[places[index]] = None
 
     def _by_split_file(self, path: Path, drafts: list[Draft | None]) -> dict[str, list[Draft]]:
         indices, sha256 = read_split_file(path, len(drafts))

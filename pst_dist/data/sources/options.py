@@ -72,6 +72,9 @@ def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
         return labels, texts
     if isinstance(value, Mapping):
         return list(value), list(value.values())
+    if isinstance(value, str):
+        what = f"choices is a text in which no options are recognised: {snippet(value)}"
+        raise RowError("choices", f"{what}; if it is something else, set data.columns without it")
     if not isinstance(value, list):
         raise RowError("type", f"choices is {kind_of(value)}, expected a list or an object")
     if value and all(isinstance(item, Mapping) for item in value):
@@ -172,15 +175,35 @@ def _marks(text: str, mark: str) -> list[re.Match[str]]:
 
 
 def options_in_text(text: str) -> list[str]:
-    """Options listed in one text, as a JSON list or as `a ) 38 , b ) 27`; empty if that is not certain."""
+    """Options listed in one text, as a JSON list, as a list that Python printed (`['a', 'b']`, numpy's `['a' 'b']`) or
+    as `a ) 38 , b ) 27`; empty if that is not certain."""
     if text.lstrip().startswith("["):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            return []
+            value = _printed_list(text)
         return value if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value) else []
     marks = _marks(text.upper(), r"(?:^|(?<=[\s,;(])){} ?\)") if len(text.upper()) == len(text) else []
     if len(marks) < 2 or text[: marks[0].start()].strip(" ("):
         return []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [text[mark.end() : end].strip(" ,;(\n\t") for mark, end in zip(marks, ends, strict=True)]
+
+
+_PRINTED = re.compile(r"""[\s,]*(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"(?=[\s,\]]))""", re.DOTALL)
+
+
+def _printed_list(text: str) -> list[str]:
+    """The texts of a list as Python or numpy prints it, as CSV files written by pandas have it; empty if it is none."""
+    inner = text.strip()
+    if not inner.endswith("]"):
+        return []
+    found, place, end = [], 1, len(inner) - 1
+    while inner[place:end].strip(" \n\r\t,"):
+        match = _PRINTED.match(inner, place)
+        if match is None or match.end() > end or len(found) > len(LETTERS):
+            return []
+        raw = match.group(1) if match.group(1) is not None else match.group(2)
+        found.append(re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), raw))
+        place = match.end()
+    return found

@@ -23,10 +23,20 @@ THOUGHT_TAGS = (
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
+    ("<analysis>", "</analysis>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
-"""Opening and closing tags of a thought. The opening tag is often missing because it was part of the prompt."""
-_WRAPPERS = ("<|begin_of_solution|>", "<|end_of_solution|>")
+"""Opening and closing tags of a thought, in any case. The opening tag is often missing: it was part of the prompt."""
+_TAGS = tuple(tuple(re.compile(re.escape(tag), re.IGNORECASE) for tag in pair) for pair in THOUGHT_TAGS)
+_WRAPPERS = (
+    *("<|begin_of_solution|>", "<|end_of_solution|>", "<|start|>assistant", "<|start|>"),
+    *("<|end|>", "<|return|>"),
+)
 
 _PHRASE = re.compile(
     r"\b(?:the|my|our)[ \t]{1,4}(?:(?:final|correct|right|best|numerical)[ \t]{1,4})?answer[ \t]{1,4}"
@@ -90,11 +100,8 @@ def split_reply(reply: str, thought: str | None = None) -> Split:
     is not closed, and with code `answer` if the reply doubts its last mark afterwards, marks several answers, or has
     more than four words and no mark at all.
     """
-    inner, visible = split_thought(reply)
+    inner, visible = map(_unwrapped, split_thought(reply))
     thoughts = [text for text in ((thought or "").strip(), inner) if text]
-    for tag in _WRAPPERS:
-        visible = visible.replace(tag, "")
-    visible = visible.strip()
     if not visible:
         raise RowError("empty", "answer is empty: nothing follows the reasoning")
     found = _marked(visible)
@@ -112,17 +119,21 @@ def split_reply(reply: str, thought: str | None = None) -> Split:
 def rationale_of(text: str) -> str | None:
     """A whole generation as a rationale: its thought and working without tags; None if the thought is cut off."""
     try:
-        thought, rest = split_thought(text)
+        parts = map(_unwrapped, split_thought(text))
     except RowError:
         return None
+    return "\n\n".join(part for part in parts if part) or None
+
+
+def _unwrapped(text: str) -> str:
     for tag in _WRAPPERS:
-        rest = rest.replace(tag, "")
-    return "\n\n".join(part for part in (thought, rest.strip()) if part) or None
+        text = text.replace(tag, "")
+    return text.strip()
 
 
 def has_thought_tag(text: str) -> bool:
     """Whether a text contains an opening or closing tag of a thought."""
-    return any(tag in text for tags in THOUGHT_TAGS for tag in tags)
+    return any(tag.search(text) is not None for tags in _TAGS for tag in tags)
 
 
 def has_mark(text: str) -> bool:
@@ -132,14 +143,18 @@ def has_mark(text: str) -> bool:
 
 def split_thought(reply: str) -> tuple[str, str]:
     """The thought without its tags, and the text after its last closing tag; raises RowError if it is not closed."""
-    for opening, closing in THOUGHT_TAGS:
-        if opening not in reply and closing not in reply:
+    thoughts, rest = [], reply
+    for opening, closing in _TAGS:
+        closed = _last(closing, rest)
+        if closed is None and opening.search(rest) is None:
             continue
-        before, closed, after = reply.rpartition(closing)
-        if not closed or opening in after:
-            raise RowError("cut", f"a thought is cut off: {opening} without {closing}")
-        return before.replace(opening, "").replace(closing, "").strip(), after.strip()
-    return "", reply.strip()
+        after = rest[closed.end() :] if closed is not None else ""
+        if closed is None or opening.search(after) is not None:
+            names = THOUGHT_TAGS[_TAGS.index((opening, closing))]
+            raise RowError("cut", f"a thought is cut off: {names[0]} without {names[1]}")
+        thoughts.append(closing.sub("", opening.sub("", rest[: closed.start()])).strip())
+        rest = after
+    return "\n\n".join(filter(None, thoughts)), rest.strip()
 
 
 def _marked(text: str) -> tuple[str, str] | None:
@@ -350,7 +365,7 @@ def _refuse_unmarked(text: str, thought: bool) -> None:
 
 def _bare(content: str) -> str:
     """An answer without surrounding Markdown, dollar signs, TeX text commands and a final full stop."""
-    text = content.strip()
+    text = re.sub(r"^actually,?[ \t]{1,4}", "", content.strip())
     for _ in range(6):
         before = text
         text = text.rstrip(".").strip() if not re.search(r"\b[A-Z]\.[A-Z]\.$", text) else text

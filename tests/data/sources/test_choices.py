@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 
 import pytest
 import yaml
 
+from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources import load_data, survey
@@ -70,9 +72,11 @@ def test_options_are_read_from_every_common_layout(value, texts):
     ("value", "what"),
     [
         (None, "choices is missing"),
-        ("x, y", "choices is text, expected a list or an object"),
-        ("['x' 'y']", "choices is text"),
-        ("b ) x , a ) y", "choices is text"),
+        ("x, y", "choices is a text in which no options are recognised: 'x, y'"),
+        ("['x' y]", "no options are recognised"),
+        ("['x', 3]", "no options are recognised"),
+        ("['x', 'y'", "no options are recognised"),
+        ("b ) x , a ) y", "no options are recognised"),
         (["x"], "choices has 1 options, expected 2 to 26"),
         (["x"] * 27, "choices has 27 options"),
         (["x", None], "choice B is missing"),
@@ -89,6 +93,37 @@ def test_options_that_are_not_understood_are_refused(value, what):
     with pytest.raises(RowError) as caught:
         read_options(value)
     assert what in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ("['cat', 'dog', 'cow']", ("cat", "dog", "cow")),
+        ("['cat' 'dog'\n 'cow']", ("cat", "dog", "cow")),
+        ("[\"it's\" 'he said \"no\"' 'don\\'t']", ("it's", 'he said "no"', "don't")),
+        ('["cat", "dog"]', ("cat", "dog")),
+    ],
+)
+def test_lists_that_python_or_numpy_printed_into_a_csv_cell_are_read(text, texts):
+    assert read_options(text).texts == texts
+
+
+@pytest.mark.parametrize("cell", ["['cat', 'dog', 'cow', 'pig']", "['cat' 'dog' 'cow' 'pig']", "cat; dog; cow; pig"])
+def test_an_index_into_options_in_a_text_never_becomes_a_number(tmp_path, cell):
+    path = tmp_path / "mmlu.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "choices", "answer", "rationale"])
+        writer.writerows([f"Which is it in case {k}?", cell, k % 4, "It is known."] for k in range(8))
+    words = [f"data.train={path}", "data.validation_size=0"]
+    report = check(load_config(None, words))
+    assert "answer_type: number" not in report.proposal
+    read = check(load_config(None, [*words, "data.answer_type=choice"]))
+    if ";" in cell:
+        assert not read.ok and "no options are recognised" in str(read.problem)
+    else:
+        assert "answer_type: choice" in report.proposal
+        assert [row.answer for row in read.loaded.splits["train"]] == list("ABCDABCD")
 
 
 def test_options_are_written_behind_the_question_once_and_in_one_way():

@@ -38,6 +38,15 @@ from pst_dist.errors import DataError
             "a\n\nb",
             "7",
         ),
+        ("<THINK>a</Think>Add.\nThe answer is 7", "a\n\nAdd.", "7"),
+        ("[THINK]a[/THINK]Add. \\boxed{7}", "a\n\nAdd.", "7"),
+        ("<think>a</think><scratchpad>b</scratchpad>7", "a\n\nb", "7"),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>Answer: 7<|return|>",
+            "a",
+            "7",
+        ),
+        ("I said 7, but the answer is actually 8.", "I said 7, but", "8"),
         # headings are no answers
         (
             "#### Step 1\n3 cats.\n#### Step 2\n3 x 4 = 12\n#### 12",
@@ -75,6 +84,11 @@ def test_the_last_mark_gives_the_answer_and_what_precedes_it_is_the_rationale(re
         ("<think>First guess: the answer is 17", "cut", "a thought is cut off: <think> without </think>"),
         ("<think>a</think>b<think>the answer is 3", "cut", "a thought is cut off"),
         ("<|begin_of_thought|>the answer is 3", "cut", "a thought is cut off"),
+        ("<THINK>so the answer is 3", "cut", "a thought is cut off: <think> without </think>"),
+        ("[THINK]so the answer is 3", "cut", "a thought is cut off"),
+        ("\u25c1think\u25b7so the answer is 3", "cut", "a thought is cut off"),
+        ("<think>a</think><reasoning>so the answer is 7", "cut", "<reasoning> without </reasoning>"),
+        ("<|channel|>analysis<|message|>the answer is 3", "cut", "a thought is cut off"),
         ("Add. \\boxed{7", "cut", "inside \\boxed"),
         ("Add. <answer>7", "cut", "<answer> without </answer>"),
         ("Add. So the answer is", "cut", "ends at its answer mark"),

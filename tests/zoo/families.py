@@ -144,15 +144,17 @@ def qwen() -> Made:
     return model, core, {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
+def gemma_model(vocabulary: int, **settings: Any) -> Any:
+    """A Gemma 2 with random weights."""
+    shape = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8, **GROUPED, **settings}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(vocab_size=vocabulary, **shape))
+
+
 @_family
 def gemma() -> Made:
     """A BOS without which it writes nonsense, no space before a text, embeddings scaled by the width."""
     core = _surround(_pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"], prefix=False), first="<bos>")
-    model = transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(
-            vocab_size=core.get_vocab_size(), head_dim=8, sliding_window=16, query_pre_attn_scalar=8, **GROUPED
-        )
-    )
+    model = gemma_model(core.get_vocab_size())
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return model, core, {"tokenizer_class": "GemmaTokenizer", **tokens}
 

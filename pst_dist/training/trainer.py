@@ -63,6 +63,7 @@ from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
 from pst_dist.training.order import OrderPlan
+from pst_dist.training.passes import ByLength
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.state import RunState, advanced
@@ -299,7 +300,7 @@ class _Training:
         every_save = train.save_steps or every_eval
         saved, loss = state.step, math.nan
         at("data", state.step + 1)
-        for batches in self._batches(state.step):
+        for batches in self._batches(state.step, engine.pass_tokens):
             started = time.monotonic()
             at("counting", state.step + 1)
             totals = totals_over_ranks(batches, self.stop.signal, busy=saver.busy)
@@ -361,7 +362,7 @@ class _Training:
         engine.load(path)
         return after_rollback(state, checkpoint)
 
-    def _batches(self, first_step: int) -> Iterator[list[Any]]:
+    def _batches(self, first_step: int, pass_tokens: int | None) -> Iterator[list[Any]]:
         return step_batches(
             self.plan,
             self.samples,
@@ -372,6 +373,7 @@ class _Training:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             micro_batch_size=self.config.train.per_device_train_batch_size,
+            by_length=ByLength.of(self.config, pass_tokens),
             workers=self.config.train.dataloader_num_workers,
         )
 

@@ -380,8 +380,10 @@ class TrainConfig(Section):
     spike detection."""
     spike_window: Positive = 100
     """Number of previous steps in that median. Spike detection starts once there are this many."""
-    bf16: bool = False
-    """Compute in bfloat16 with float32 master weights."""
+    bf16: bool | Literal["auto"] = False
+    """Compute in bfloat16 with float32 master weights. `auto` chooses once, when a training begins, and records the
+    choice: on a CPU by timing passes of the student in both precisions (bfloat16 is faster on some processors and
+    slower on others, also by the size of the student), on a GPU by its capability."""
     deepspeed: Plain | None = None
     """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
     logging_steps: Positive = 10
@@ -434,6 +436,8 @@ class EvaluateConfig(Section):
     memory of long prompts; questions are sorted by length. null limits the number of questions only."""
     max_new_tokens: Positive = 256
     """Maximum number of tokens generated per question."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Decode in bfloat16. `auto`: on a GPU, where the training computed in it; on a CPU in float32."""
     rationale: Literal["own", "teacher", "wrong"] = "own"
     """Rationale that precedes the answer in arm pre_thinking: its own, the teacher's, or that of another scored row. No
     effect on arms that answer first."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
@@ -60,6 +61,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     """
     run, split = run_dir(config), config.evaluate.split
     student = load_student(run.best)
+    bf16 = _decodes_in_bf16(config, student)
     fetch_data(config)
     shards = ShardSet.open(run.shards)
     _check_lineage(config, student, shards)
@@ -72,7 +74,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             "shards": shards.manifest.digest,
             "embeddings": embeddings.digest if embeddings else None,
             "task": task.name,
-            "settings": _settings(config),
+            "settings": _settings(config) | ({"bf16": True} if bf16 else {}),
         }
     )
     directory = run.evaluation(split)
@@ -87,6 +89,8 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             path=run.shards,
         )
     refuse_foreign_folder(directory, "evaluation")  # before the decoding
+    if bf16:
+        student.model.to(torch.bfloat16)
     results, rows = _score(config, run, student, shards, samples, task)
     extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
     with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
@@ -110,10 +114,19 @@ def _settings(config: Config) -> dict[str, Any]:
     # What is left out keeps evaluations valid that were made before these keys existed.
     if not ARMS[config.arm].chooses_order:
         del settings["think_below"]
+    del settings["bf16"]  # `auto` may mean either
     for key in ("batch_tokens", "latency_seconds"):
         if settings[key] == EvaluateConfig.model_fields[key].default:
             del settings[key]
     return settings
+
+
+def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:
+    """Whether to decode in bfloat16: as `evaluate.bf16` says, or with `auto` on a GPU as the student was trained."""
+    if config.evaluate.bf16 != "auto":
+        return config.evaluate.bf16
+    trained = student.manifest.extra.get("bf16", config.train.bf16)
+    return student.model.device.type == "cuda" and trained is True
 
 
 def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
@@ -196,6 +209,7 @@ def _score(
         "rationale_similarity": compare_rationales(config, run, student, shards, samples, decoded, rows),
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "device": _device_name(student),
+        "dtype": str(student.model.dtype).removeprefix("torch."),
         "student": {"digest": student.manifest.digest, "step": student.manifest.extra.get("step")},
         "shards": shards.manifest.digest,
         "training": _training(run, student),
@@ -267,8 +281,6 @@ def _latency(
 def _device_name(student: LoadedStudent) -> str:
     device = student.model.device
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
 

@@ -150,7 +150,7 @@ class SingleProcessEngine(Engine):
     def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
         context: Any = (
             torch.autocast(self.device.type, dtype=torch.bfloat16)
-            if self.train_config.bf16
+            if self.train_config.bf16 is True
             else contextlib.nullcontext()
         )
         with context:

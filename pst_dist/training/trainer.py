@@ -64,6 +64,7 @@ from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
 from pst_dist.training.order import OrderPlan
 from pst_dist.training.passes import ByLength
+from pst_dist.training.precision import suits_bf16, with_precision
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.state import RunState, advanced
@@ -129,7 +130,8 @@ def train(
 def _settled(config: Config, run: RunDir) -> Config:
     """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
     rows = ShardSet.open(run.shards, verify=False).split("train")
-    return settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+    config = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+    return with_precision(config, run, lambda: suits_bf16(config, rows))
 
 
 def _refuse_foreign_folders(run: RunDir) -> None:
@@ -414,6 +416,7 @@ class _Training:
                         "base_model": self.config.student.model_name_or_path,
                         "base": base_of(self.config.student),
                         "new_token_init": self.config.student.new_token_init,
+                        "bf16": self.config.train.bf16,
                         "loss": self.config.loss.model_dump(mode="json"),
                         **value.to_json(),
                     },

@@ -1,5 +1,6 @@
 """The benchmarks run, on tiny sizes: their checks bite, their tables are whole, and no figure is made up."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -71,6 +72,43 @@ def test_a_step_in_either_precision_with_either_attention_has_the_same_loss(tmp_
     assert all(loss == pytest.approx(exact, rel=0.01) for loss in report["losses"].values())
     assert report["losses"]["bfloat16, eager"] != exact, "it was float32 again"
     assert "bfloat16, eager" in printed
+
+
+SMALL = ("data.train=gen:last_letters?rows=40&seed=0&words=2", "data.validation_size=8", "train.global_batch_size=8")
+SIZES = ("arm=post_thinking", *(f"student.fresh.{key}" for key in ("hidden_size=32", "num_layers=1", "num_heads=2")))
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("task: last_letter_concatenation\n")
+    return path
+
+
+def test_each_cut_has_the_same_loss_and_less_padding_costs_passes(tmp_path, small_file):
+    output = tmp_path / "result.json"
+    words = (*SMALL, *SIZES, "--steps", 2, "--rounds", 2, "--pass-tokens", 0, 64, "--limits", 150)
+    assert "pass 64" in run("padding.py", small_file, *words, "--output", output)
+    cuts = json.loads(output.read_text())["cuts"]
+    assert set(cuts) == {"drawn", "pass 0", "pass 64", "limit 150"} and cuts["drawn"]["over_drawn"] == 1
+    assert cuts["pass 0"]["padding"] == 0 < cuts["pass 64"]["padding"] <= cuts["drawn"]["padding"]
+    assert cuts["pass 0"]["passes"] > cuts["pass 64"]["passes"] >= cuts["drawn"]["passes"] == 1
+    for cut in cuts.values():
+        assert cut["first_loss"] == pytest.approx(cuts["drawn"]["first_loss"], rel=1e-5)
+        assert cut["milliseconds_per_token"] > 0
+
+
+def test_trainers_have_our_loss_and_a_missing_one_is_named(tmp_path, small_file):
+    output = tmp_path / "result.json"
+    words = (*SMALL, *SIZES, "--steps", 1, "--rounds", 1, "--output", output)
+    printed = run("trainers.py", small_file, *words, "--contenders", "pst_dist", "drawn", "trainer", "trl")
+    found = json.loads(output.read_text())["contenders"]
+    missing = importlib.util.find_spec("trl") is None
+    assert ("trl: not run, trl is not installed" in printed) == missing
+    assert set(found) == {"pst_dist", "drawn", "trainer"} | (set() if missing else {"trl"})
+    for one in found.values():
+        assert one["loss"] == pytest.approx(found["pst_dist"]["loss"], rel=1e-4)
+        assert one["milliseconds_per_token"] > 0 and one["peak_MiB"] > 100
 
 
 def test_prefix_in_one_pass_and_in_two_has_the_same_loss_and_less_padding_in_two(tmp_path):

@@ -354,6 +354,12 @@ class TrainConfig(Section):
     gradient_accumulation_steps times the number of ranks, and so grows with the number of ranks."""
     per_device_train_batch_size: Positive = 32
     """Maximum samples per forward pass on one rank. Affects memory, not the gradient."""
+    micro_batch_tokens: Positive | Literal["auto"] | None = "auto"
+    """Maximum tokens per forward pass on one rank, padding included. The rows of a step are sorted by length and cut
+    into passes of like length, with the smallest amount of padding; a row that is longer has a pass of its own.
+    `auto` sets no limit besides the number of samples. null takes rows in the order in which they are drawn. Affects
+    memory and time, not the gradient. One process on a CPU makes more passes where that saves padding; on GPUs and
+    with DeepSpeed there are only as many as the limits require, so set a limit there to reduce padding."""
     gradient_accumulation_steps: Positive | None = None
     """Forward passes per optimizer step. Set it only with global_batch_size=null; otherwise it is computed from the two
     sizes above."""
@@ -387,8 +393,10 @@ class TrainConfig(Section):
     spike detection."""
     spike_window: Positive = 100
     """Number of previous steps in that median. Spike detection starts once there are this many."""
-    bf16: bool = False
-    """Compute in bfloat16 with float32 master weights."""
+    bf16: bool | Literal["auto"] = False
+    """Compute in bfloat16 with float32 master weights. `auto` chooses once, when a training begins, and records the
+    choice: on a CPU by timing passes of the student in both precisions (bfloat16 is faster on some processors and
+    slower on others, also by the size of the student), on a GPU by its capability."""
     deepspeed: Plain | None = None
     """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
     logging_steps: Positive = 10
@@ -436,8 +444,13 @@ class EvaluateConfig(Section):
     """Score at most this many rows (those with the smallest id hashes)."""
     batch_size: Positive = 64
     """Questions per decoding batch."""
+    batch_tokens: Positive | None = None
+    """Maximum tokens per decoding batch: its questions times the longest prompt and max_new_tokens together. Bounds the
+    memory of long prompts; questions are sorted by length. null limits the number of questions only."""
     max_new_tokens: Positive = 256
     """Maximum number of tokens generated per question."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Decode in bfloat16. `auto`: on a GPU, where the training computed in it; on a CPU in float32."""
     rationale: Literal["own", "teacher", "wrong"] = "own"
     """Rationale that precedes the answer in arm pre_thinking: its own, the teacher's, or that of another scored row. No
     effect on arms that answer first."""
@@ -446,6 +459,8 @@ class EvaluateConfig(Section):
     2 always). Default: chosen on the validation rows."""
     latency_rows: Annotated[int, Field(ge=0)] = 20
     """Number of questions to decode one at a time to measure the time to the answer in milliseconds."""
+    latency_seconds: Annotated[float, Field(gt=0)] = 60
+    """Stop this measurement after so many seconds; the results say how many questions were measured."""
     explain_rows: Annotated[int, Field(ge=0)] = 50
     """Number of questions for which the rationale is also generated and compared with the teacher's."""
 
@@ -509,6 +524,11 @@ class Config(Section):
         if self.loss.alignment != "info_nce" and (self.loss.negatives or self.loss.symmetric):
             raise ValueError(
                 f"loss.negatives and loss.symmetric have no effect with loss.alignment={self.loss.alignment}"
+            )
+        if self.loss.symmetric and isinstance(train.micro_batch_tokens, int):
+            raise ValueError(
+                "train.micro_batch_tokens cuts forward passes by length, and loss.symmetric compares the rows of one "
+                "pass: set train.micro_batch_tokens=auto, which keeps the order in which rows are drawn"
             )
         if self.loss.whiten and not self.loss.centre:
             raise ValueError("loss.whiten needs loss.centre: variance is measured around the mean")

@@ -101,7 +101,7 @@ class Plan:
     steps: int
     global_batch: int
     micro_batches: int
-    """Forward passes per rank in one step."""
+    """Forward passes per rank in one step. One process on a CPU may make more, to save padding."""
     memory: RankMemory
     by_stage: dict[int, RankMemory]
     checkpoint_bytes: float
@@ -148,10 +148,9 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )
     steps = train.max_steps or train.num_train_epochs * math.ceil(rows.rows / global_batch)
-    micro = min(train.per_device_train_batch_size, math.ceil(global_batch / ranks))
-    length = min(config.layout.max_length, math.ceil(1.5 * rows.tokens / max(1, rows.rows)))
+    micro_tokens, passes = forward_size(config, rows, math.ceil(global_batch / ranks))
     memories = {
-        number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro * length)
+        number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro_tokens)
         for number in (0, 1, 2, 3)
     }
     memory = memories[stage] if stage is not None else replace(memories[0], buffers=0.0)
@@ -169,7 +168,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         rows=rows,
         steps=steps,
         global_batch=global_batch,
-        micro_batches=math.ceil(math.ceil(global_batch / ranks) / micro) * len(forward_passes(ARMS[config.arm], [])),
+        micro_batches=passes,
         memory=memory,
         by_stage=memories,
         checkpoint_bytes=size,
@@ -183,6 +182,22 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         save_every_seconds=interval,
         save_every_steps=None if not hours else max(1, round(interval / (hours * 3600 / steps))),
     )
+
+
+def forward_size(config: Config, rows: Rows, per_rank: int) -> tuple[int, int]:
+    """(most tokens of a forward pass on one rank, passes of a step), for `per_rank` rows of a step.
+
+    The longest row of a pass is taken to be half as long again as the mean one.
+    """
+    train = config.train
+    mean = rows.tokens / max(1, rows.rows)
+    longest = min(config.layout.max_length, math.ceil(1.5 * mean))
+    size = min(train.per_device_train_batch_size, per_rank)
+    tokens, passes = size * longest, math.ceil(per_rank / size) * len(forward_passes(ARMS[config.arm], []))
+    if isinstance(train.micro_batch_tokens, int):
+        limit = max(train.micro_batch_tokens, longest)  # a longer row has a pass of its own
+        tokens, passes = min(tokens, limit), max(passes, math.ceil(per_rank * mean / limit))
+    return tokens, passes
 
 
 def teacher_width(config: Config) -> int:
@@ -227,9 +242,9 @@ def rank_memory(
     float32 training needs 4 bytes each for weights and gradients; DeepSpeed's stages 1 to 3 keep a float32 copy of
     their share in addition to Adam's two moments. bf16 at stage 1 and above halves weights and gradients.
     """
-    half = config.train.bf16 and stage >= 1
+    half = config.train.bf16 is True and stage >= 1
     each, p, n = (2.0 if half else 4.0), float(parameters), float(ranks)
-    item = 2.0 if config.train.bf16 else 4.0
+    item = 2.0 if config.train.bf16 is True else 4.0
     per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
     activations = shape.layers * per_layer
     if config.student.gradient_checkpointing:

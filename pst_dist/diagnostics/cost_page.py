@@ -13,7 +13,7 @@ def plan_lines(plan: Plan) -> list[str]:
     engine = train.deepspeed or "one process"
     lines = [
         f"{plan.config.arm}: {count} parameters on {machines.nodes} x {machines.gpus} ranks, {engine}, "
-        f"{'bf16' if train.bf16 else 'float32'}",
+        f"{ {True: 'bf16', False: 'float32', 'auto': 'float32 or bf16 (counted as float32)'}[train.bf16] }",
         "",
         f"rows         {rows.rows:,}, {rows.tokens / max(1, rows.rows):.0f} tokens each{about}",
         f"steps        {plan.steps:,} of {plan.global_batch} rows, {plan.micro_batches} forward pass(es) per rank",

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
-from pst_dist.config.schema import Config
+from pst_dist.config.schema import Config, EvaluateConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import Task, get_task
@@ -60,6 +61,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     """
     run, split = run_dir(config), config.evaluate.split
     student = load_student(run.best)
+    bf16 = _decodes_in_bf16(config, student)
     fetch_data(config)
     shards = ShardSet.open(run.shards)
     _check_lineage(config, student, shards)
@@ -72,7 +74,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             "shards": shards.manifest.digest,
             "embeddings": embeddings.digest if embeddings else None,
             "task": task.name,
-            "settings": _settings(config),
+            "settings": _settings(config) | ({"bf16": True} if bf16 else {}),
         }
     )
     directory = run.evaluation(split)
@@ -87,6 +89,8 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             path=run.shards,
         )
     refuse_foreign_folder(directory, "evaluation")  # before the decoding
+    if bf16:
+        student.model.to(torch.bfloat16)
     results, rows = _score(config, run, student, shards, samples, task)
     extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
     with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
@@ -107,9 +111,22 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that affect the results."""
     settings = config.evaluate.model_dump()
+    # What is left out keeps evaluations valid that were made before these keys existed.
     if not ARMS[config.arm].chooses_order:
-        del settings["think_below"]  # keeps evaluations valid that were made before this key existed
+        del settings["think_below"]
+    del settings["bf16"]  # `auto` may mean either
+    for key in ("batch_tokens", "latency_seconds"):
+        if settings[key] == EvaluateConfig.model_fields[key].default:
+            del settings[key]
     return settings
+
+
+def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:
+    """Whether to decode in bfloat16: as `evaluate.bf16` says, or with `auto` on a GPU as the student was trained."""
+    if config.evaluate.bf16 != "auto":
+        return config.evaluate.bf16
+    trained = student.manifest.extra.get("bf16", config.train.bf16)
+    return student.model.device.type == "cuda" and trained is True
 
 
 def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
@@ -186,15 +203,13 @@ def _score(
         "chance": chance_of(task, samples),
         "majority": Counter(sample.answer for sample in samples).most_common(1)[0][1] / len(samples),
         "milliseconds_to_answer": _latency(
-            student,
-            questions[: settings.latency_rows],
-            settings.max_new_tokens,
-            adaptive["think_below"] if adaptive else 0.0,
+            config, student, questions[: settings.latency_rows], adaptive["think_below"] if adaptive else 0.0
         ),
         "rows_per_second": len(rows) / seconds,
         "rationale_similarity": compare_rationales(config, run, student, shards, samples, decoded, rows),
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "device": _device_name(student),
+        "dtype": str(student.model.dtype).removeprefix("torch."),
         "student": {"digest": student.manifest.digest, "step": student.manifest.extra.get("step")},
         "shards": shards.manifest.digest,
         "training": _training(run, student),
@@ -218,35 +233,54 @@ def _decode(
             student.format,
             [sample.question for sample in samples],
             batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
             max_new_tokens=settings.max_new_tokens,
             given=None
             if settings.rationale == "own"
             else given_rationales(samples, wrong=settings.rationale == "wrong"),
             other=other,
             on_batch=bar.advance,
+            on_token=lambda count: bar.advance(0, f"{count} tokens of this batch"),
         )
 
 
 def _latency(
-    student: LoadedStudent, questions: Sequence[str], max_new_tokens: int, think_below: float
+    config: Config, student: LoadedStudent, questions: Sequence[str], think_below: float
 ) -> dict[str, Any] | None:
-    """Wall time to the answer in milliseconds, one question at a time, after warming up."""
+    """Wall time to the answer in milliseconds, one question at a time; `rows` is the number of questions measured.
+
+    After warming up, at least one question is measured, and no further one once `evaluate.latency_seconds` have passed
+    since the first warm-up.
+    """
+    settings = config.evaluate
     if not questions:
         return None
-    for question in questions[:_WARM_UPS]:
-        timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
-    times = [
-        timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)[1]
-        for question in questions
-    ]
+    ask = functools.partial(timed_answer, student, max_new_tokens=settings.max_new_tokens, think_below=think_below)
+    end = time.monotonic() + settings.latency_seconds
+    times: list[float] = []
+    with progress(f"latency {config.arm}", total=len(questions), unit="questions") as bar:
+        for question in questions[:_WARM_UPS]:
+            bar.advance(0, "warming up")
+            if time.monotonic() < end:
+                ask(question)
+        for question in questions:
+            if times and time.monotonic() >= end:
+                break
+            times.append(ask(question)[1])
+            bar.advance(1)
+    if len(times) < len(questions):
+        log.info(
+            "latency: %d of %d questions measured in evaluate.latency_seconds=%g",
+            len(times),
+            len(questions),
+            settings.latency_seconds,
+        )
     return {"median": float(np.median(times)), "p90": float(np.percentile(times, 90)), "rows": len(times)}
 
 
 def _device_name(student: LoadedStudent) -> str:
     device = student.model.device
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()})"
 

@@ -51,6 +51,7 @@ def compare_rationales(
         [sample.question for sample in samples[:count]],
         decoded[:count],
         batch_size=config.evaluate.batch_size,
+        batch_tokens=config.evaluate.batch_tokens,
         max_new_tokens=config.evaluate.max_new_tokens,
     )
     for row, sample, rationale in zip(rows, samples, written, strict=False):

@@ -57,20 +57,24 @@ def decode_answers(
     *,
     batch_size: int,
     max_new_tokens: int,
+    batch_tokens: int | None = None,
     given: Sequence[str] | None = None,
     other: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    on_token: Callable[[int], None] = lambda count: None,
 ) -> list[Decoded]:
     """Answer every question greedily; the results are in the order of `questions`.
 
     Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
-    max_new_tokens. A model with a fixed number of positions generates no further than they reach: in a batch the
-    longest prompt sets the limit, and a question that fills them all is left unanswered. `given` are rationales that
-    pre_thinking is taken to have written, one a question; arms that answer first have not come to theirs yet when the
-    answer is there. Where the rationale comes first, neither the stop nor the end-of-sequence token is taken before the
-    answer's marker: it would leave the question without an answer. `other` has an adaptive student think first.
-    `on_batch` is told how many questions each batch has finished. The model is decoded in evaluation mode and left in
-    the mode it had.
+    max_new_tokens. A batch has at most `batch_size` questions and, with `batch_tokens`, at most so many tokens: its
+    questions times the longest prompt and max_new_tokens together; at least one question. A model with a fixed number
+    of positions generates no further than they reach: in a batch the longest prompt sets the limit, and a question that
+    fills them all is left unanswered. `given` are rationales that pre_thinking is taken to have written, one a
+    question; arms that answer first have not come to theirs yet when the answer is there. Where the rationale comes
+    first, neither the stop nor the end-of-sequence token is taken before the answer's marker: it would leave the
+    question without an answer. `other` has an adaptive student think first. `on_batch` is told how many questions each
+    batch has finished, `on_token` after each token how many each question of the batch has. The model is decoded in
+    evaluation mode and left in the mode it had.
     """
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     asked = ARMS[fmt.arm].asked[-1 if other else 0]
@@ -89,7 +93,8 @@ def decode_answers(
     def before_marker(generated: list[int]) -> bool:
         return marker not in text_of(tokenizer, generated)
 
-    made = _generate(model, contexts, settings, batch_size, max_new_tokens, forbidden=early, is_open=before_marker)
+    size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
+    made = _generate(model, contexts, settings, size, forbidden=early, is_open=before_marker, on_token=on_token)
     for rows, generated in made:
         for row, (ids, probability) in zip(rows, generated, strict=True):
             # Nothing follows the stop token; an end-of-sequence token without one ends an answer that is not complete.
@@ -149,15 +154,32 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+@dataclass(frozen=True)
+class _BatchSize:
+    """What a batch may hold."""
+
+    questions: int
+    tokens: int | None
+    """Questions times the longest context and `new_tokens` together; None for no limit."""
+    new_tokens: int
+    """Most tokens generated per question."""
+
+    def holds(self, count: int, longest: int) -> bool:
+        """Whether so many questions fit, of which the longest context has `longest` tokens; one always fits."""
+        if count > self.questions:
+            return False
+        return count == 1 or self.tokens is None or count * (longest + self.new_tokens) <= self.tokens
+
+
 def _generate(
     model: Any,
     contexts: Sequence[_Context],
     settings: Any,
-    batch_size: int,
-    max_new_tokens: int,
+    size: _BatchSize,
     *,
     forbidden: Sequence[int] = (),
     is_open: Callable[[list[int]], bool] = lambda generated: True,
+    on_token: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[list[int], list[tuple[list[int], float]]]]:
     """Batches of (row indices, generated ids and their probability of each), each row cut after its first end token.
 
@@ -170,24 +192,27 @@ def _generate(
         log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), max_positions(model))
         yield full, [([], 1.0) for _ in full]
     with _evaluation_mode(model, settings):
-        for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], batch_size):
-            most = min(max_new_tokens, *(rooms[row] for row in rows))
-            output, log_probabilities = _generate_batch(
-                model, [contexts[row] for row in rows], settings.pad_token_id, most, forbidden, is_open
-            )
+        for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], size):
+            most = min(size.new_tokens, *(rooms[row] for row in rows))
+            batch = [contexts[row] for row in rows]
+            start = len(batch[0].decoder) or max(len(context.prompt) for context in batch)
+            greedy = _Greedy(forbidden, start, is_open, on_token)
+            output, log_probabilities = _generate_batch(model, batch, settings.pad_token_id, most, greedy)
             cut = [_until_end(ids, ends) for ids in output]
             sums = [sum(own[: len(ids)]) for ids, own in zip(cut, log_probabilities, strict=True)]
             yield rows, [(ids, math.exp(total)) for ids, total in zip(cut, sums, strict=True)]
 
 
-def _batches(contexts: Sequence[_Context], rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def _batches(contexts: Sequence[_Context], rows: Sequence[int], size: _BatchSize) -> Iterator[list[int]]:
     """The rows sorted by length and cut; decoders that start with different lengths never share a batch.
 
     So a decoder needs no padding on its left, which not every encoder-decoder takes.
     """
     batch: list[int] = []
     for row in sorted(rows, key=lambda row: (len(contexts[row].decoder), len(contexts[row].prompt))):
-        if batch and (len(batch) == batch_size or len(contexts[row].decoder) != len(contexts[batch[0]].decoder)):
+        context = contexts[row]
+        fits = size.holds(len(batch) + 1, len(context.prompt) + len(context.decoder))
+        if batch and not (fits and len(context.decoder) == len(contexts[batch[0]].decoder)):
             yield batch
             batch = []
         batch.append(row)
@@ -217,8 +242,15 @@ class _Greedy:
     them are masked. The probabilities are those before masking.
     """
 
-    def __init__(self, forbidden: Sequence[int], start: int, is_open: Callable[[list[int]], bool]) -> None:
-        self.forbidden, self.start, self.is_open = list(forbidden), start, is_open
+    def __init__(
+        self,
+        forbidden: Sequence[int],
+        start: int,
+        is_open: Callable[[list[int]], bool],
+        on_token: Callable[[int], None],
+    ) -> None:
+        """`start` is the place of the first generated token; `on_token` is told after each how many there are."""
+        self.forbidden, self.start, self.is_open, self.on_token = list(forbidden), start, is_open, on_token
         self.steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -233,6 +265,7 @@ class _Greedy:
                 scores[places[:, None], best_B.new_tensor(self.forbidden)] = -math.inf
                 best_B = scores.argmax(-1)
         self.steps.append(logits_BV.log_softmax(-1).gather(-1, best_B[:, None])[:, 0])
+        self.on_token(len(self.steps))
         return scores
 
 
@@ -241,8 +274,7 @@ def _generate_batch(
     batch: Sequence[_Context],
     pad: int,
     most: int,
-    forbidden: Sequence[int],
-    is_open: Callable[[list[int]], bool],
+    greedy: _Greedy,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """The ids that `generate` adds to each context, padding included, and the log probability of each."""
     device = model.get_input_embeddings().weight.device
@@ -259,14 +291,11 @@ def _generate_batch(
         "input_ids": torch.tensor(ids, device=device),
         "attention_mask": torch.tensor(mask, device=device),
     }
-    start = length
     if seq2seq:
         inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
-        start = len(batch[0].decoder)
-    greedy = _Greedy(forbidden, start, is_open)
     with torch.no_grad():
         output_BT = model.generate(**inputs, max_new_tokens=most, logits_processor=[greedy])
-    return output_BT[:, start:].tolist(), torch.stack(greedy.steps, dim=1).tolist()
+    return output_BT[:, greedy.start :].tolist(), torch.stack(greedy.steps, dim=1).tolist()
 
 
 def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -303,6 +332,7 @@ def decode_rationales(
     *,
     batch_size: int,
     max_new_tokens: int,
+    batch_tokens: int | None = None,
 ) -> list[str]:
     """The rationale of each answer, in order; "" where the arm writes none.
 
@@ -333,7 +363,8 @@ def decode_rationales(
     settings.eos_token_id = tokenizer.eos_token_id
     # The stop belongs to answers; a student whose stop began as a copy of a newline would take it for one here.
     stop = [layout.stop_id]
-    for rows, generated in _generate(model, contexts, settings, batch_size, max_new_tokens, forbidden=stop):
+    size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
+    for rows, generated in _generate(model, contexts, settings, size, forbidden=stop):
         for row, (ids, _) in zip(rows, generated, strict=True):
             rationales[owners[row]] = text_of(tokenizer, ids).strip()
     return rationales

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Arm, Asked, Segment
 from pst_dist.config.schema import Config
@@ -16,6 +16,8 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.student.prompt import prompt_of
 from pst_dist.student.text_ids import TextIds
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,11 @@ class Layout:
         return Sequence(sample.id, rationale, prompt, target, segments, truncated)
 
 
-def forward_passes(arm: Arm, laid_out: list[list[Sequence]]) -> list[list[Sequence]]:
+def forward_passes(arm: Arm, laid_out: list[list[Item]]) -> list[list[Item]]:
     """Which sequences go through the student together: those with a rationale, and those without.
 
-    `laid_out` has the sequences of each sample, as `Layout.sequences` gives them. In one batch an answer alone
-    would be padded to the length of the rationales beside it.
+    `laid_out` has the sequences of each sample (or what stands for them), in the order of `Layout.sequences`. In one
+    batch an answer alone would be padded to the length of the rationales beside it.
     """
     writes = [Segment.RATIONALE in asked.order for asked in arm.asked]
     return [

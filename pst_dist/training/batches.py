@@ -1,8 +1,8 @@
 """From samples to batches: the collator, and the loader whose whole state is a step number.
 
 The order of samples is a pure function of (seed, epoch, position), see `training.order`: step k's global batch is a
-slice of the epoch's permutation, each rank takes a stride of it and cuts that into forward passes. So resuming needs no
-replay, and the world size never changes what is trained on.
+slice of the epoch's permutation, which `training.passes` cuts into forward passes. So resuming needs no replay, and the
+world size never changes what is trained on.
 """
 
 # Shapes in this file: B sequences, T tokens, N supervised tokens, A aligned spans, E teacher width, G global keys
@@ -10,7 +10,7 @@ replay, and the world size never changes what is trained on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from pst_dist.kernels.spans import Spans, Supervised
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.order import OrderPlan, rationale_of
+from pst_dist.training.passes import ByLength, length_passes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,20 @@ class PSTBatch:
         """[3] float64: answer tokens, rationale tokens, aligned spans."""
         answers = int(self.is_answer.sum())
         return torch.tensor([answers, self.is_answer.numel() - answers, len(self.spans)], dtype=torch.float64)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequences (of the decoder's, with an encoder); none in a pass without samples."""
+        return int(self.attention_mask.sum()) if self.counts.any() else 0
+
+    @property
+    def positions(self) -> Tensor:
+        """[2] float64: positions that the student computes, those of an encoder included, and those of them that are
+        padding: all of them in a pass without samples."""
+        masks = [mask for mask in (self.attention_mask, self.encoder_attention_mask) if mask is not None]
+        computed = sum(mask.numel() for mask in masks)
+        used = sum(int(mask.sum()) for mask in masks) if self.counts.any() else 0
+        return torch.tensor([computed, computed - used], dtype=torch.float64)
 
     def to(self, device: torch.device) -> PSTBatch:
         """The same batch on another device."""
@@ -173,6 +188,12 @@ class Collator:
             sample_ids=tuple(sequence.sample_id for sequence in sequences),
         )
 
+    def size_of(self, sequence: TokenSequence) -> tuple[int, int]:
+        """(encoder tokens, decoder tokens) of a sequence; a causal student has no encoder."""
+        if self.decoder_start_id is not None:
+            return len(sequence.prompt_ids), 1 + len(sequence.target_ids)
+        return 0, len(sequence.prompt_ids) + len(sequence.target_ids)
+
     def _span(self, sequence: TokenSequence) -> tuple[int, int] | None:
         """(first target token, token count) of the aligned span; None when truncation left no rationale to pool."""
         wanted = Segment.SEMANTIC if self.loss.pooling == "token" else Segment.RATIONALE
@@ -211,9 +232,19 @@ class _Steps(Dataset[list[PSTBatch]]):
     """Step number -> this rank's micro-batches; runs in the loader's workers."""
 
     def __init__(
-        self, plan: OrderPlan, samples: Sequence[ReasoningSample], layout: Layout, collate: Collator, **cut: int
+        self,
+        plan: OrderPlan,
+        samples: Sequence[ReasoningSample],
+        layout: Layout,
+        collate: Collator,
+        *,
+        rank: int,
+        world_size: int,
+        size: int,
+        by_length: ByLength | None,
     ) -> None:
-        self.plan, self.samples, self.layout, self.collate, self.cut = plan, samples, layout, collate, cut
+        self.plan, self.samples, self.layout, self.collate = plan, samples, layout, collate
+        self.rank, self.world_size, self.size, self.by_length = rank, world_size, size, by_length
         # Tokenising anew each epoch costs a small student a tenth of its step; this cache takes up to about 100 MB.
         self._sequences = functools.lru_cache(maxsize=20_000)(self._tokenise)
 
@@ -223,18 +254,35 @@ class _Steps(Dataset[list[PSTBatch]]):
     def __getitem__(self, step: int) -> list[PSTBatch]:
         epoch, indices = self.plan.epoch_of(step), self.plan.global_batch(step).tolist()
         keys, groups = self._candidates(step, indices, epoch)
-        batches = []
-        for part in self.plan.micro_batches(step, **self.cut):
-            muted = len(part) == 0
-            laid_out = []
-            for index in indices[:1] if muted else part.tolist():
-                chosen = rationale_of(self.samples[index], seed=self.plan.seed, epoch=epoch)
-                laid_out.append(self._sequences(index, chosen))
-            batches += [
-                self.collate(sequences, keys=keys, key_groups=groups, muted=muted)
-                for sequences in forward_passes(self.layout.arm, laid_out)
-            ]
-        return batches
+
+        def laid_out(index: int) -> list[TokenSequence]:
+            return self._sequences(index, rationale_of(self.samples[index], seed=self.plan.seed, epoch=epoch))
+
+        passes = self._drawn_passes(step, indices, laid_out)
+        if self.by_length is not None:
+            passes = self._length_passes(self.by_length, [laid_out(index) for index in indices])
+        return [self.collate(sequences, keys=keys, key_groups=groups, muted=muted) for sequences, muted in passes]
+
+    def _drawn_passes(
+        self, step: int, indices: list[int], laid_out: Callable[[int], list[TokenSequence]]
+    ) -> Iterator[tuple[list[TokenSequence], bool]]:
+        """This rank's passes as (sequences, muted), over rows in the order in which they are drawn."""
+        cut = {"rank": self.rank, "world_size": self.world_size, "size": self.size}
+        for part in self.plan.micro_batches(step, **cut):
+            chosen = [laid_out(index) for index in (part.tolist() or indices[:1])]
+            for sequences in forward_passes(self.layout.arm, chosen):
+                yield sequences, len(part) == 0
+
+    def _length_passes(
+        self, cut: ByLength, batch: list[list[TokenSequence]]
+    ) -> Iterator[tuple[list[TokenSequence], bool]]:
+        """The same over rows sorted by length; every rank lays out the whole global batch to know all lengths."""
+        sizes = [[self.collate.size_of(sequence) for sequence in own] for own in batch]
+        for ranks in length_passes(self.layout.arm, sizes, cut, world_size=self.world_size, rows=self.size):
+            mine = ranks[self.rank]
+            # An empty pass still needs a sequence: one of the shortest of the pass.
+            chosen = mine or [max(ranks, key=len)[-1]]
+            yield [batch[sample][place] for sample, place in chosen], not mine
 
     def _candidates(self, step: int, indices: list[int], epoch: int) -> tuple[list[tuple[str, int]], list[int]]:
         """InfoNCE's keys and their question groups: the global batch, then `loss.negatives` further rows."""
@@ -258,10 +306,15 @@ def step_batches(
     rank: int,
     world_size: int,
     micro_batch_size: int,
+    by_length: ByLength | None = None,
     workers: int = 0,
 ) -> Iterator[list[PSTBatch]]:
-    """This rank's micro-batches for steps first_step … last_step - 1, one list per step."""
-    dataset = _Steps(plan, samples, layout, collate, rank=rank, world_size=world_size, size=micro_batch_size)
+    """This rank's micro-batches for steps first_step … last_step - 1, one list per step.
+
+    They are cut by length where `by_length` is given.
+    """
+    cut: dict[str, Any] = {"rank": rank, "world_size": world_size, "size": micro_batch_size, "by_length": by_length}
+    dataset = _Steps(plan, samples, layout, collate, **cut)
     loader: Any = DataLoader(
         dataset,
         sampler=range(first_step, last_step),

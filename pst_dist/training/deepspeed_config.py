@@ -187,7 +187,7 @@ def _check_zero(zero: dict[str, Any], stage: int, path: Path) -> None:
 
 
 def _precision(train: TrainConfig, stage: int) -> dict[str, Any]:
-    if not train.bf16:
+    if train.bf16 is not True:
         return {}
     if stage == 0:
         # DeepSpeed's bf16 without ZeRO runs a dummy AdamW step at the start, so its optimizer would differ from ours.

@@ -36,6 +36,8 @@ from pst_dist.training.optimizer import adamw, set_learning_rate
 
 STATE_FILES = "state"
 """Name prefix of the files that hold an engine's state in a checkpoint."""
+CPU_PASS_TOKENS = 64
+"""What one more pass costs on a CPU, in tokens (benchmarks/padding.py)."""
 
 
 class Engine(ABC):
@@ -72,6 +74,14 @@ class Engine(ABC):
     def loss_scale(self) -> float:
         """The factor by which this engine multiplies our loss before its backward pass."""
         return 1.0
+
+    @property
+    def pass_tokens(self) -> int | None:
+        """The cost of one more pass in tokens (`passes.ByLength`); None where it is large and unknown.
+
+        A GPU that is not full takes as long for a few tokens as for many, and ranks exchange tensors in each pass.
+        """
+        return None
 
     @property
     def state_file(self) -> str:
@@ -140,7 +150,7 @@ class SingleProcessEngine(Engine):
     def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
         context: Any = (
             torch.autocast(self.device.type, dtype=torch.bfloat16)
-            if self.train_config.bf16
+            if self.train_config.bf16 is True
             else contextlib.nullcontext()
         )
         with context:
@@ -164,6 +174,10 @@ class SingleProcessEngine(Engine):
     @property
     def adamw(self) -> torch.optim.Optimizer:
         return self.optimizer
+
+    @property
+    def pass_tokens(self) -> int | None:
+        return CPU_PASS_TOKENS if self.device.type == "cpu" else None
 
     def _places(self) -> list[Tensor]:
         return [parameter for _, parameter in trainable(self.student)]

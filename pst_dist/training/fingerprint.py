@@ -30,7 +30,12 @@ _FREE = {
     "ray",
 }
 # The batch of a step stands in the settings as one number, however it is cut.
-_BATCH = {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
+_BATCH = {
+    "global_batch_size",
+    "per_device_train_batch_size",
+    "micro_batch_tokens",
+    "gradient_accumulation_steps",
+}
 _CHOOSES = "train.metric_for_best_model"
 _IMPLIED: dict[str, Any] = {
     "student.new_token_init": "mean",

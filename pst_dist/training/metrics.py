@@ -53,6 +53,8 @@ class StepRecord:
     learning_rate: float
     tokens: int
     """Tokens of all sequences over all ranks, without padding."""
+    padding: float
+    """The share of the positions computed over all ranks that is padding, 0 … 1."""
 
     @classmethod
     def of(
@@ -67,6 +69,7 @@ class StepRecord:
         grad_norm: float,
         learning_rate: float,
         tokens: int,
+        padding: float,
     ) -> StepRecord:
         """From [3] sums, counts, scales and gradient norms in the order of `loss.TERMS`."""
         present = [index for index, count in enumerate(counts.tolist()) if count > 0]
@@ -79,6 +82,7 @@ class StepRecord:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=tokens,
+            padding=padding,
         )
 
     @property
@@ -104,6 +108,7 @@ class StepRecord:
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
             "tokens": self.tokens,
+            "padding": self.padding,
         }
         names = {"answer": "answer_nll", "rationale": "rationale_nll", "alignment": "alignment"}
         row |= {names[name]: value for name, value in self.raw.items()}
@@ -166,12 +171,13 @@ class MetricsLog:
         self._report(record.step, {name: value for name, value in row.items() if name != "step"})
         terms = "  ".join(f"{_SHORT[name]} {value:.4f}" for name, value in record.raw.items())
         log.info(
-            "step %d/%d  loss %.4f  %s  %s tok/s/rank",
+            "step %d/%d  loss %.4f  %s  %s tok/s/rank  padding %.0f %%",
             record.step,
             self.total,
             record.loss,
             terms,
             f"{speed / self.ranks.world_size:,.0f}",
+            100 * record.padding,
         )
         self._warn_about_balance(record)
 

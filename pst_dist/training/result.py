@@ -15,6 +15,7 @@ from pst_dist.storage.json_files import read_typed
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.begun import begun_settings, settled
 from pst_dist.training.fingerprint import settings_digest, training_settings
+from pst_dist.training.precision import with_precision
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def complete_training(config: Config, world_size: int) -> TrainingResult | None:
     if not run.training.is_file():
         return None
     own = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, shards.split("train")))
+    own = with_precision(own, run)
     batch = global_batch_size(config.train, world_size)
     settings = training_settings(own, shards.manifest.digest, teacher.digest if teacher else None, batch)
     return finished_training(run, settings_digest(settings))

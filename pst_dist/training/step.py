@@ -33,6 +33,8 @@ class Totals:
     counts: Tensor
     """[3] float64: answer tokens, rationale tokens, aligned spans."""
     tokens: int
+    padding: float
+    """The share of the positions that the student computes which hold no token, 0 … 1."""
     told: int
     """The signal that asked some rank to stop, or 0."""
     busy: int
@@ -52,12 +54,13 @@ class BadStep:
 def totals_over_ranks(batches: Sequence[PSTBatch], told: int, *, busy: bool = False) -> Totals:
     """The step's counts and flags over all ranks, in one collective; `told` is the stop signal of this rank, or 0."""
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    positions = torch.stack([batch.positions for batch in batches]).sum(0)
+    tokens = sum(batch.tokens for batch in batches)
     # SIGINT on any rank takes precedence over SIGTERM on the others: the launcher forwards it to all.
-    flags = [float(told == signal.SIGINT), float(told != 0), float(busy)]
-    sums = sums_over_ranks(torch.cat([counts, torch.tensor([float(tokens), *flags], dtype=torch.float64)]))
-    told_by = 0 if not sums[5] else signal.SIGINT if sums[4] else signal.SIGTERM
-    return Totals(sums[:3], int(sums[3]), told_by, int(sums[6]))
+    flags = [float(tokens), float(told == signal.SIGINT), float(told != 0), float(busy)]
+    sums = sums_over_ranks(torch.cat([counts, positions, torch.tensor(flags, dtype=torch.float64)]))
+    told_by = 0 if not sums[7] else signal.SIGINT if sums[6] else signal.SIGTERM
+    return Totals(sums[:3], int(sums[5]), float(sums[4] / sums[3]), told_by, int(sums[8]))
 
 
 def take_step(
@@ -117,6 +120,7 @@ def take_step(
         grad_norm=norm,
         learning_rate=rate,
         tokens=totals.tokens,
+        padding=totals.padding,
     )
 
 

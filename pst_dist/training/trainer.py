@@ -63,6 +63,8 @@ from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
 from pst_dist.training.order import OrderPlan
+from pst_dist.training.passes import ByLength
+from pst_dist.training.precision import suits_bf16, with_precision
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.state import RunState, advanced
@@ -128,7 +130,8 @@ def train(
 def _settled(config: Config, run: RunDir) -> Config:
     """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
     rows = ShardSet.open(run.shards, verify=False).split("train")
-    return settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+    config = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+    return with_precision(config, run, lambda: suits_bf16(config, rows))
 
 
 def _refuse_foreign_folders(run: RunDir) -> None:
@@ -305,7 +308,7 @@ class _Training:
         at("data", state.step + 1)
         if self._has_stopped_early(state):  # killed after that save
             return state
-        for batches in self._batches(state.step):
+        for batches in self._batches(state.step, engine.pass_tokens):
             started = time.monotonic()
             at("counting", state.step + 1)
             totals = totals_over_ranks(batches, self.stop.signal, busy=saver.busy)
@@ -385,7 +388,7 @@ class _Training:
         engine.load(path)
         return after_rollback(state, checkpoint)
 
-    def _batches(self, first_step: int) -> Iterator[list[Any]]:
+    def _batches(self, first_step: int, pass_tokens: int | None) -> Iterator[list[Any]]:
         return step_batches(
             self.plan,
             self.samples,
@@ -396,6 +399,7 @@ class _Training:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             micro_batch_size=self.config.train.per_device_train_batch_size,
+            by_length=ByLength.of(self.config, pass_tokens),
             workers=self.config.train.dataloader_num_workers,
         )
 
@@ -442,6 +446,7 @@ class _Training:
                         "base_model": self.config.student.model_name_or_path,
                         "base": base_of(self.config.student),
                         "new_token_init": self.config.student.new_token_init,
+                        "bf16": self.config.train.bf16,
                         "loss": self.config.loss.model_dump(mode="json"),
                         **value.to_json(),
                     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pst_dist.training.batches import Collator
 from pst_dist.training.engines import Engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.loss import TermWeights
+from pst_dist.training.passes import ByLength, Place, length_passes
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Validator:
     ) -> None:
         self.config, self.samples, self.layout, self.collate = config, samples, layout, collate
         self.tokenizer, self.ranks = tokenizer, ranks
+        # As many as training keeps (`batches._Steps`).
+        self._sequences = functools.lru_cache(maxsize=20_000)(lambda index: layout.sequences(samples[index]))
+        self._cut: list[list[list[Place]]] | None = None
         self.decodes = config.train.metric_for_best_model == "accuracy"
         if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
             raise ConfigError(
@@ -87,7 +92,7 @@ class Validator:
         totals = torch.zeros(7, dtype=torch.float64)
         unscaled = torch.ones(3, device=engine.device)
         with torch.no_grad():
-            for sequences, muted in self._passes():
+            for sequences, muted in self._passes(engine.pass_tokens):
                 # When scoring, InfoNCE's candidates are the rows of the pass.
                 keys = list(dict.fromkeys((sequence.sample_id, sequence.rationale) for sequence in sequences))
                 batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
@@ -108,8 +113,30 @@ class Validator:
             accuracy=self._accuracy(engine) if self.decodes else None,
         )
 
-    def _passes(self) -> Iterator[tuple[list[TokenSequence], bool]]:
+    def _passes(self, pass_tokens: int | None) -> Iterator[tuple[list[TokenSequence], bool]]:
         """This rank's forward passes as (sequences, muted); every rank gets the same number."""
+        cut = ByLength.of(self.config, pass_tokens)
+        if cut is None or (self.collate.teacher is not None and self.config.loss.alignment == "info_nce"):
+            yield from self._drawn_passes()
+            return
+        if self._cut is None:
+            self._cut = self._length_passes(cut)
+        for ranks in self._cut:
+            mine = ranks[self.ranks.rank]
+            chosen = mine or [max(ranks, key=len)[-1]]
+            yield [self._sequences(sample)[place] for sample, place in chosen], not mine
+
+    def _length_passes(self, cut: ByLength) -> list[list[list[Place]]]:
+        """The passes of all ranks; each rank lays out every row once, to know all lengths."""
+        sizes = []
+        for index in range(len(self.samples)):
+            alive()
+            sizes.append([self.collate.size_of(sequence) for sequence in self._sequences(index)])
+        size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
+        return list(length_passes(self.layout.arm, sizes, cut, world_size=world, rows=size))
+
+    def _drawn_passes(self) -> Iterator[tuple[list[TokenSequence], bool]]:
+        """The same in the order of the rows. InfoNCE's candidates are those of a pass, so its value depends on them."""
         size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
         most = math.ceil(len(self.samples) / world)
         passes = math.ceil(most / size)
@@ -130,8 +157,9 @@ class Validator:
             self.layout.format,
             [sample.question for sample in mine],
             batch_size=self.config.evaluate.batch_size,
+            batch_tokens=self.config.evaluate.batch_tokens,
             max_new_tokens=self.config.evaluate.max_new_tokens,
-            on_batch=lambda _: alive(),
+            on_token=lambda _: alive(),
         )
         right = sum(
             is_right(task, self.layout.format, sample, answer) for answer, sample in zip(decoded, mine, strict=True)

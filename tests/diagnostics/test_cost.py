@@ -10,7 +10,15 @@ from small_run import small_config
 from pst_dist.cli.main import run_verb
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config, FreshConfig, StudentConfig
-from pst_dist.diagnostics.cost import Machines, checkpoint_bytes, make_plan, rank_memory, split_words
+from pst_dist.diagnostics.cost import (
+    Machines,
+    Rows,
+    checkpoint_bytes,
+    forward_size,
+    make_plan,
+    rank_memory,
+    split_words,
+)
 from pst_dist.diagnostics.model_size import fresh_shape, shape_of
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.student.pretrained import fresh_model
@@ -74,6 +82,26 @@ def test_an_arm_of_two_kinds_of_sequences_counts_each_with_what_it_writes():
     assert rows["prefix"] == pytest.approx(rows["answer_only"] + rows["post_thinking"])
     passes = [make_plan(load_config(None, [*GEN, f"arm={arm}"]), Machines()).micro_batches for arm in ("pst", "prefix")]
     assert passes[1] == 2 * passes[0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens", "passes"),
+    # 100 rows of a mean of 50 tokens: the longest is taken to have 75.
+    [("auto", 8 * 75, 13), ("null", 8 * 75, 13), ("300", 300, 17), ("2000", 8 * 75, 13), ("60", 75, 67)],
+)
+def test_a_limit_of_tokens_bounds_a_pass_and_adds_passes(limit, tokens, passes):
+    words = [f"train.micro_batch_tokens={limit}", "train.per_device_train_batch_size=8", "arm=answer_only"]
+    rows = Rows(rows=10, texts=10, tokens=500.0, shard_bytes=0, exact=True)
+    assert forward_size(load_config(None, words), rows, 100) == (tokens, passes)
+
+
+def test_a_smaller_pass_takes_less_memory_for_activations():
+    words = [*GEN, "arm=answer_only", "train.global_batch_size=64", "train.per_device_train_batch_size=64"]
+    whole, cut = (
+        make_plan(load_config(None, [*words, f"train.micro_batch_tokens={limit}"]), Machines())
+        for limit in ("auto", "256")
+    )
+    assert cut.memory.activations < whole.memory.activations / 2 and cut.micro_batches > whole.micro_batches == 1
 
 
 def test_steps_checkpoints_and_the_interval_between_saves():

@@ -12,12 +12,13 @@ import pytest
 from evaluated import LEARNT, make_run
 from tiny import ROWS, fitted
 
+from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import get_task
-from pst_dist.errors import InputError, IntegrityError, StaleError
-from pst_dist.evaluation.evaluate import evaluate, finished_evaluation
+from pst_dist.errors import ConfigError, InputError, IntegrityError, StaleError
+from pst_dist.evaluation.evaluate import _settings, evaluate, finished_evaluation
 from pst_dist.evaluation.scores import chance_of, given_rationales, rows_to_score, score_of
 from pst_dist.evaluation.similarity import likeness
 from pst_dist.storage.manifest import (
@@ -97,6 +98,44 @@ def test_an_evaluation_is_done_once_until_student_rows_or_settings_change(done):
     assert again["rows"] == 2 and again["milliseconds_to_answer"] is None
     assert path.stat().st_mtime_ns != stamp
     evaluate(config, rebuild=True)
+
+
+def test_the_time_of_an_answer_is_measured_no_longer_than_asked_and_says_on_how_many_rows(tmp_path, caplog):
+    config = make_run(tmp_path, latency_rows=6, latency_seconds=1e-6, explain_rows=0)
+    with caplog.at_level("INFO", logger="pst_dist"):
+        first = evaluate(config)["milliseconds_to_answer"]
+    assert first["rows"] == 1 and 0 < first["median"] == first["p90"]
+    assert "latency: 1 of 6 questions measured in evaluate.latency_seconds=1e-06" in caplog.text
+    assert "latency pst 1/6 questions" in caplog.text
+    longer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"latency_seconds": 60.0})})
+    assert evaluate(longer)["milliseconds_to_answer"]["rows"] == 6
+
+
+def test_an_evaluation_made_before_the_new_keys_is_still_valid(done):
+    """The settings in the digest of an evaluation with the defaults are those of older versions."""
+    config, _ = done
+    names = {"split", "max_rows", "batch_size", "max_new_tokens", "rationale", "latency_rows", "explain_rows"}
+    assert set(_settings(config)) == names
+    other = {"batch_tokens": 512, "latency_seconds": 5.0}
+    changed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=other)})
+    assert set(_settings(changed)) == names | set(other)
+
+
+def test_decoding_in_bfloat16_is_asked_for_on_a_cpu_and_recorded(tmp_path):
+    config = make_run(tmp_path, latency_rows=0, explain_rows=0)
+    trained = config.model_copy(update={"train": config.train.model_copy(update={"bf16": True})})
+    exact = evaluate(trained)
+    assert exact["dtype"] == "float32", "on a CPU auto decodes in float32, however it was trained"
+    asked = trained.model_copy(update={"evaluate": trained.evaluate.model_copy(update={"bf16": True})})
+    coarse = evaluate(asked)
+    assert (coarse["dtype"], coarse["correct"]) == ("bfloat16", exact["correct"])
+    assert evaluate(trained)["dtype"] == "float32", "another evaluation, not read back"
+
+
+@pytest.mark.parametrize("key", ["latency_seconds=0", "latency_seconds=-1", "batch_tokens=0", "batch_tokens=1.5"])
+def test_limits_of_an_evaluation_that_allow_nothing_are_refused(key):
+    with pytest.raises(ConfigError, match=key.partition("=")[0]):
+        load_config(None, [f"evaluate.{key}"])
 
 
 def test_a_damaged_evaluation_is_not_read_back(tmp_path):

@@ -56,6 +56,30 @@ def test_padded_batches_give_what_a_plain_greedy_loop_gives_each_row(architectur
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+def test_a_limit_of_tokens_cuts_batches_and_changes_no_answer(architecture):
+    tiny = Tiny("pst", architecture, seed=3)
+    questions = ["a" * 3, "b" * 40, "c" * 5, "d" * 4]
+    batches: list[int] = []
+    tokens: list[int] = []
+    limited = decode_answers(
+        tiny.model,
+        tiny.tokenizer,
+        tiny.format,
+        questions,
+        batch_size=4,
+        max_new_tokens=10,
+        # Prompts add " ###"; a T5's also its end token, and its decoder starts with one: two rows of 5 + 4 + 10 fit.
+        batch_tokens=2 * (5 + 4 + 10) + 4,
+        on_batch=batches.append,
+        on_token=tokens.append,
+    )
+    assert batches == [2, 1, 1], "a and d together, c alone, b is longer than the limit"
+    alone = answers(tiny, questions, batch_size=1, most=10)
+    assert [answer.token_ids for answer in limited] == [answer.token_ids for answer in alone]
+    assert tokens.count(1) == 3 and max(tokens) <= 10
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 def test_a_trained_student_answers_its_rows_in_order_and_stops_at_the_stop_token(architecture):
     tiny = fitted("pst", architecture)
     seen: list[int] = []

@@ -20,6 +20,7 @@ def record(raw: tuple[float, float, float], gradients: tuple[float, float, float
         grad_norm=1.0,
         learning_rate=1e-3,
         tokens=3,
+        padding=0.0,
     )
 
 

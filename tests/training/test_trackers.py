@@ -170,7 +170,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_metrics_file_is_complete(
     run = run_dir(config)
     run.path.mkdir()
     caplog.set_level(logging.WARNING, "pst_dist")
-    record = StepRecord(1, {"answer": 2.0}, {"answer": 2.0}, None, None, 1.0, 0.1, 8)
+    record = StepRecord(1, {"answer": 2.0}, {"answer": 2.0}, None, None, 1.0, 0.1, 8, 0.25)
     with MetricsLog(config, run, Ranks(), first_step=0, total=3) as metrics:
         for step in (1, 2, 3):
             metrics.step(StepRecord(**{**vars(record), "step": step}), epoch=0)
@@ -192,7 +192,7 @@ def test_a_tracker_whose_package_is_missing_says_what_to_install(tmp_path, monke
 def test_only_rank_zero_reports(tmp_path):
     config = small_config(tmp_path / "data", tmp_path / "run", train__report_to="tensorboard")
     with MetricsLog(config, run_dir(config), Ranks(1, 1, 2), first_step=0, total=3) as metrics:
-        metrics.step(StepRecord(1, {}, {}, None, None, 1.0, 0.1, 8), epoch=0)
+        metrics.step(StepRecord(1, {}, {}, None, None, 1.0, 0.1, 8, 0.25), epoch=0)
     assert metrics.trackers is None and not (tmp_path / "run").exists()
 
 

@@ -188,7 +188,7 @@ def _gpus(
         yield warning("GPUs", "DS_ACCELERATOR=cpu: training would not use the GPUs", "unset DS_ACCELERATOR")
     if ranks and ranks > len(machine.gpus):
         yield problem("GPUs", f"gpus={ranks}, but this node has {len(machine.gpus)}")
-    if config is not None and config.train.bf16 and release(first.capability).major < 8:
+    if config is not None and config.train.bf16 is True and release(first.capability).major < 8:
         yield warning(
             "GPUs", f"capability {first.capability} has no native bfloat16, so it is slow", "set train.bf16=false"
         )

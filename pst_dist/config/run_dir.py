@@ -74,6 +74,11 @@ class RunDir:
         return self.path / "export"
 
     @property
+    def adapter(self) -> Path:
+        """The adapter alone of a LoRA student (`pst export --adapter`)."""
+        return self.path / "adapter"
+
+    @property
     def report(self) -> Path:
         """The self-contained HTML page."""
         return self.path / "report.html"

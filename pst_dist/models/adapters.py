@@ -143,7 +143,7 @@ def _grow(model: Any, rows: int) -> None:
 
 def _is_embedding(model: Any, key: str) -> bool:
     """Whether a key of the file is the whole matrix of the input or output embeddings."""
-    path, _, last = key.removeprefix(_PREFIX).rpartition(".")
+    path, _, last = key.removeprefix(_PREFIX).replace(".base_layer.", ".").rpartition(".")
     if last != "weight" or "lora_" in path:
         return False
     ours = (model.get_input_embeddings(), model.get_output_embeddings())

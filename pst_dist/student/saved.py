@@ -59,6 +59,7 @@ def save_student(
         if is_adapted(model):
             trained = {n.removeprefix("model."): value for n, value in weights.items() if n.startswith("model.")}
             write_adapter(draft.path, model, trained, row_parameters(model))
+            answer_generation_config(model, tokenizer, fmt).save_pretrained(draft.path)
         else:
             plain = plain_model(model, weights)
             plain.generation_config = answer_generation_config(plain, tokenizer, fmt)
@@ -166,5 +167,8 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error
+    if place.adapters:  # the base's own settings would sample, or end elsewhere
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config = answer_generation_config(model, tokenizer, fmt)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return LoadedStudent(model, tokenizer, fmt, manifest, directory)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import zoo
 from adapted import family
 
 from pst_dist.arms import SEMANTIC_TOKEN, STOP_TOKEN
+from pst_dist.publish.adapter import export_adapter
+from pst_dist.publish.export import export
+from pst_dist.student.generate import decode_answers
+from pst_dist.student.saved import load_student
 from pst_dist.student.token_rows import row_parameters
 
 pytest.importorskip("peft")
@@ -74,8 +82,8 @@ def test_gradients_are_those_of_the_whole_matrices(name, tmp_path):
 
 STRANGER = """
 import json, sys
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 def ask(tokenizer, model, fmt, questions):
     def one(prompts):
@@ -85,45 +93,60 @@ def ask(tokenizer, model, fmt, questions):
     prompts = [fmt["prompt"].replace("{question}", question) for question in questions]
     return {"single": [one([prompt])[0] for prompt in prompts], "batched": one(prompts)}
 
-questions, export, adapter = json.loads(sys.argv[1]), *sys.argv[2:]
-family = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(export).is_encoder_decoder else AutoModelForCausalLM
-fmt = json.load(open(export + "/pst.json"))
-found = {"export": ask(AutoTokenizer.from_pretrained(export), family.from_pretrained(export).eval(), fmt, questions)}
-if adapter:
-    from peft import PeftModel
+
+def asked(questions, export, adapter):
+    family = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(export).is_encoder_decoder else AutoModelForCausalLM
+    fmt = json.load(open(export + "/pst.json"))
+    merged = ask(AutoTokenizer.from_pretrained(export), family.from_pretrained(export).eval(), fmt, questions)
     settings = json.load(open(adapter + "/adapter_config.json"))
     base = family.from_pretrained(settings["base_model_name_or_path"])
     rows = 1 + max(max(ids) for ids in settings["trainable_token_indices"].values())
     if rows > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
     model = PeftModel.from_pretrained(base, adapter).eval()
-    from transformers import GenerationConfig
-    model.generation_config = base.generation_config = GenerationConfig.from_pretrained(export)
-    found["adapter"] = ask(AutoTokenizer.from_pretrained(adapter), model, fmt, questions)
+    model.generation_config = base.generation_config = GenerationConfig.from_pretrained(adapter)
+    return {"export": merged, "adapter": ask(AutoTokenizer.from_pretrained(adapter), model, fmt, questions)}
+
+questions, *folders = json.loads(sys.argv[1])
+found = [asked(questions, *pair) for pair in folders]
 assert "pst_dist" not in sys.modules
 print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("name", zoo.FAMILIES)
-def test_the_merged_export_and_the_adapter_answer_as_the_trained_student(name, tmp_path):
-    one = family(name, tmp_path)
-    one.fit(40, 3e-2)
-    one.save()
-    best = tmp_path / "best"
-    assert not list(best.glob("model*.safetensors")), "the base's weights are not copied"
-    student = one.student.model.eval()
-    settings = {"batch_size": 4, "max_new_tokens": 24}
-    trained = decode_answers(student, one.tokenizer, one.layout.format, QUESTIONS, **settings)
-    saved = load_student(best, device="cpu")
-    loaded = decode_answers(saved.model, saved.tokenizer, saved.format, QUESTIONS, **settings)
-    assert [answer.text for answer in loaded] == [answer.text for answer in trained]
-    assert not any("lora" in key or "trained_rows" in key for key in saved.model.state_dict())
-    folder = export(one.config)
-    command = [sys.executable, "-W", "ignore", "-c", STRANGER, json.dumps(QUESTIONS), str(folder), str(best)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> dict[str, tuple[list[str], dict]]:
+    """Family -> (what the trained student answers, what a stranger gets from both exports)."""
+    folders, answers = {}, {}
+    for name in zoo.FAMILIES:
+        folder = tmp_path_factory.mktemp(name)
+        one = family(name, folder)
+        one.fit(40, 3e-2)
+        one.save()
+        assert not list((folder / "best").glob("model*.safetensors")), "the base's weights are not copied"
+        settings = {"batch_size": 4, "max_new_tokens": 24}
+        trained = decode_answers(one.student.model.eval(), one.tokenizer, one.layout.format, QUESTIONS, **settings)
+        saved = load_student(folder / "best", device="cpu")
+        loaded = decode_answers(saved.model, saved.tokenizer, saved.format, QUESTIONS, **settings)
+        assert [answer.text for answer in loaded] == [answer.text for answer in trained], name
+        assert not any("lora" in key or "trained_rows" in key for key in saved.model.state_dict())
+        folders[name] = [str(export(one.config)), str(export_adapter(one.config))]
+        answers[name] = [answer.answer_text for answer in trained]
+    command = [sys.executable, "-W", "ignore", "-c", STRANGER, json.dumps([QUESTIONS, *folders.values()])]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-2000:]
-    answers = [answer.answer_text for answer in loaded]
-    for kind, asked in json.loads(made.stdout.splitlines()[-1]).items():
+    found = json.loads(made.stdout.splitlines()[-1])
+    return {name: (answers[name], there) for name, there in zip(folders, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_the_merged_export_and_the_adapter_answer_as_the_trained_student(exported, name):
+    answers, found = exported[name]
+    for kind, asked in found.items():
         assert asked["single"] == answers, kind
         assert asked["batched"] == answers, kind
+
+
+def test_the_students_answer_differently_from_family_to_family_and_question(exported):
+    assert len({tuple(answers) for answers, _ in exported.values()}) > 5
+    assert any(len(set(answers)) > 2 for answers, _ in exported.values())

@@ -91,6 +91,7 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     if not stored:
         return model
     _grow(model, max((value.shape[0] for key, value in stored.items() if _is_embedding(model, key)), default=0))
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrapped = PeftModel(model, settings)
     own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     # An adapter saved after a resize holds the whole embeddings as well.
@@ -106,6 +107,8 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     set_peft_model_state_dict(wrapped, stored)
     merged = wrapped.merge_and_unload(safe_merge=True)
     merged.tie_weights()
+    for name, parameter in merged.named_parameters():  # peft has frozen all of them
+        parameter.requires_grad_(name in learns)
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     return merged

@@ -7,6 +7,7 @@ its own, and decoding, hooks and ZeRO work as before. `models.adapters` writes a
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,13 +39,15 @@ def adapter_settings(config: Config) -> Any:
     from peft import LoraConfig
 
     lora, student = config.student.lora, config.student
+    name = str(student.model_name_or_path)
+    path = Path(name).expanduser()
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha if lora.alpha is not None else _ALPHA_OVER_RANK * lora.rank,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         use_rslora=lora.rslora,
-        base_model_name_or_path=student.model_name_or_path,
+        base_model_name_or_path=str(path.absolute()) if path.exists() else name,
         revision=student.revision,
     )
 

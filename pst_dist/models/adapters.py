@@ -6,7 +6,7 @@ read. As with whole models, every weight of the adapter must be in its file, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,13 @@ def _is_embedding(model: Any, key: str) -> bool:
         return False
     ours = (model.get_input_embeddings(), model.get_output_embeddings())
     return any(name == path and any(module is one for one in ours) for name, module in model.named_modules())
+
+
+def rows_inside_adapters(keys: Iterable[str]) -> str | None:
+    """A module for which an adapter's file has both LoRA matrices and trained rows; None when there is none."""
+    keys = set(keys)
+    paths = (key.removesuffix(_ROWS) for key in keys if key.endswith(_ROWS))
+    return next((path.removeprefix(_PREFIX) for path in paths if f"{path}.lora_A.weight" in keys), None)
 
 
 def write_adapter(

@@ -36,6 +36,8 @@ def export_adapter(config: Config, *, rebuild: bool = False) -> Path:
     whole export. Raises InputError when the student is no LoRA student, and when its base is an adapter too, because
     peft cannot load one on top of the other.
     """
+    from safetensors import safe_open
+
     run = run_dir(config)
     if run.best.is_dir() and not adapters.is_adapter(run.best):
         raise InputError(
@@ -47,6 +49,14 @@ def export_adapter(config: Config, *, rebuild: bool = False) -> Path:
     if len(locate_model(str(run.best)).adapters) > 1:
         raise InputError(
             "its base is an adapter too, and peft loads one only", "run `pst export` without --adapter", path=run.best
+        )
+    with safe_open(run.best / adapters.WEIGHTS, "pt") as stored:
+        both = adapters.rows_inside_adapters(stored.keys())
+    if both:
+        raise InputError(
+            f"{both} has an adapter and trained rows, which peft cannot load together",
+            "run `pst export` without --adapter, or leave it out of student.lora.target_modules",
+            path=run.best,
         )
     evaluations = evaluations_of(run.path, student.manifest)
     chain, encoder = chain_of(run, student.manifest)

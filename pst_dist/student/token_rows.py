@@ -59,12 +59,12 @@ def train_rows(model: Any, ids: list[int]) -> None:
 
 
 def row_parameters(model: Any) -> dict[str, tuple[str, list[int]]]:
-    """Parameter name of each trained set of rows -> (path of its module, ids); a shared set is named once."""
+    """Parameter name of each trained set of rows -> (path of its module in the base, ids); shared rows have one name."""
     found = {}
     for name, _ in model.named_parameters():
         path, _, last = name.rpartition(".")
         if last == _PARAMETER:
-            found[name] = (path, model.get_submodule(path).__dict__[_STATE].ids_K.tolist())
+            found[name] = (path.removesuffix(".base_layer"), model.get_submodule(path).__dict__[_STATE].ids_K.tolist())
     return found
 
 

@@ -30,6 +30,7 @@ def lora_config(folder: Path, base: Path | str, arm: str = "post_thinking", **lo
             "layout": {"max_length": 96},
             "student": {"model_name_or_path": str(base), "lora": {"rank": 4, **lora}},
             "evaluate": {"max_new_tokens": 24},
+            "train": {"bf16": lora.get("frozen_dtype") == "bfloat16"},
         }
     )
 
@@ -54,6 +55,15 @@ class Adapted:
     def frozen(self) -> dict[str, torch.Tensor]:
         """The base's parameters."""
         return {name: p.detach().clone() for name, p in self.student.named_parameters() if not p.requires_grad}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of all trained parameters on the batch, without dropout."""
+        self.student.eval()
+        self.student.zero_grad()
+        self.student(self.batch, self.scales).loss.backward()
+        found = {key: p.grad.clone() for key, p in self.student.named_parameters() if p.grad is not None}
+        self.student.zero_grad()
+        return found
 
     def fit(self, steps: int, rate: float = 1e-2) -> list[float]:
         """Train, and return the loss before each step."""
@@ -98,6 +108,6 @@ def adapted(config: Config) -> Adapted:
     )
 
 
-def family(name: str, folder: Path, **lora: Any) -> Adapted:
+def family(name: str, folder: Path, arm: str = "post_thinking", **lora: Any) -> Adapted:
     """An untrained LoRA student of one of the zoo's families."""
-    return adapted(lora_config(folder, zoo.make(name, folder / "base"), **lora))
+    return adapted(lora_config(folder, zoo.make(name, folder / "base"), arm, **lora))

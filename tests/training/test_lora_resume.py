@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config
 
 from pst_dist.errors import StaleError
+from pst_dist.models.load import base_identity
 from pst_dist.training.trainer import train
 
 pytest.importorskip("peft")
@@ -102,9 +103,11 @@ def test_another_base_is_refused_by_its_digest(runs, small_data):
     try:
         weights = load_file(path)
         save_file({key: value * 1.01 for key, value in weights.items()}, path, metadata={"format": "pt"})
+        base_identity.cache_clear()  # as a new process has it
         with pytest.raises(StaleError, match=r"student\.base="):
             train(lora_config(small_data, run, base))
     finally:
         path.write_bytes(kept)
+        base_identity.cache_clear()
     settings = json.loads((run / "checkpoints" / "checkpoint-4" / "run_state.json").read_text())["settings"]
     assert len(settings["student.base"]) == 64

@@ -59,7 +59,7 @@ def train_rows(model: Any, ids: list[int]) -> None:
 
 
 def row_parameters(model: Any) -> dict[str, tuple[str, list[int]]]:
-    """Parameter name of each trained set of rows -> (path of its module in the base, ids); shared rows have one name."""
+    """Parameter name of trained rows -> (path of their module in the base, ids); shared rows have one name."""
     found = {}
     for name, _ in model.named_parameters():
         path, _, last = name.rpartition(".")

@@ -25,7 +25,7 @@ _RECORD = (RESOLVED, "command.txt", "environment.json")
 _RECORD_LOCK = ".record.lock"
 _OTHER_DIRECTORY = "name another output_dir"
 _REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "peft", "ray")
 
 
 @dataclass(frozen=True)

@@ -136,15 +136,18 @@ def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any
         return EvaluationResult.of(config, evaluate(config, rebuild=rebuild))
 
 
-def export(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> Path:
+def export(source: Source, *overrides: str, rebuild: bool = False, adapter: bool = False, **keys: Any) -> Path:
     """Write the student as a folder that plain transformers loads, with its model card; returns the folder.
 
-    It uses `evaluate.max_new_tokens`, the task and the directories; other settings are refused as in `evaluate`.
+    `adapter` writes the adapter of a LoRA student alone, as a PEFT folder. It uses `evaluate.max_new_tokens`, the task
+    and the directories; other settings are refused as in `evaluate`.
     """
+    from pst_dist.publish.adapter import export_adapter
     from pst_dist.publish.export import export
 
     with _our_errors(), shown_by_default():
-        return export(_of_finished("export", source, overrides, keys), rebuild=rebuild)
+        write = export_adapter if adapter else export
+        return write(_of_finished("export", source, overrides, keys), rebuild=rebuild)
 
 
 def load_student(folder: str | Path, *, device: str | None = None) -> Student:

@@ -119,15 +119,24 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
     OVERRIDES,
     REBUILD,
     Option(
+        "--adapter",
+        action="store_true",
+        help="write the adapter of a LoRA student alone, as a PEFT folder (RUN/adapter)",
+    ),
+    Option(
         "--lm-eval",
         action="store_true",
         help="also write the test rows as a task for the lm-evaluation-harness, and print its command",
     ),
 )
 def export(arguments: argparse.Namespace) -> int:
+    from pst_dist.publish.adapter import export_adapter
     from pst_dist.publish.export import export
 
     for config in _arms_of(finished_config_of(arguments, "export --lm-eval" if arguments.lm_eval else "export")):
+        if arguments.adapter:
+            print(export_adapter(config, rebuild=arguments.rebuild))
+            continue
         print(export(config, rebuild=arguments.rebuild))
         if arguments.lm_eval:
             from pst_dist.publish.lm_eval import lm_eval_command, write_lm_eval_task

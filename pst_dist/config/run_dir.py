@@ -25,7 +25,7 @@ _RECORD = (RESOLVED, "command.txt", "environment.json")
 _RECORD_LOCK = ".record.lock"
 _OTHER_DIRECTORY = "name another output_dir"
 _REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "ray")
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "sentence-transformers", "peft", "ray")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class RunDir:
     def export(self) -> Path:
         """The finished model for other tools."""
         return self.path / "export"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter alone of a LoRA student (`pst export --adapter`)."""
+        return self.path / "adapter"
 
     @property
     def report(self) -> Path:

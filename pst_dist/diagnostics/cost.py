@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
-from pst_dist.diagnostics.model_size import ModelShape, shape_of
+from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
@@ -27,6 +27,8 @@ from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepsp
 
 GIB = 2**30
 _CHARACTERS_A_TOKEN = 4.0
+_NF4_BYTES = 0.516
+"""Bytes a weight in NF4 with double quantisation: 4.127 bits (Dettmers et al., arXiv 2305.14314, section 3)."""
 _BASE_BYTES = 34
 """Bytes of activations per token, layer and unit of width in 16 bits, without attention scores (Korthikanti et al.,
 arXiv 2205.05198, equation 1 without its second term, which flash or memory-efficient attention does not store)."""
@@ -97,6 +99,8 @@ class Plan:
     machines: Machines
     shape: ModelShape
     parameters: int
+    trained: int
+    """Parameters that the optimizer moves: all of them, or a LoRA student's adapters, added rows and alignment head."""
     rows: Rows
     steps: int
     global_batch: int
@@ -143,18 +147,25 @@ def make_plan(config: Config, machines: Machines) -> Plan:
     shape = shape_of(config.student, max_length=config.layout.max_length)
     aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
     width = teacher_width(config) if aligned else 0
-    parameters = shape.parameters + shape.hidden_size * width
+    head = shape.hidden_size * width
+    added = adapter_parameters(config) if config.student.lora.rank else 0
+    parameters = shape.parameters + added + head
+    trained = added + head if added else parameters
     global_batch = train.global_batch_size or (
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )
     steps = train.max_steps or train.num_train_epochs * math.ceil(rows.rows / global_batch)
     micro_tokens, passes = forward_size(config, rows, math.ceil(global_batch / ranks))
     memories = {
+<<<<<<< HEAD
         number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro_tokens)
+=======
+        number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro * length, trained=trained)
+>>>>>>> lora
         for number in (0, 1, 2, 3)
     }
     memory = memories[stage] if stage is not None else replace(memories[0], buffers=0.0)
-    size = checkpoint_bytes(parameters)
+    size = checkpoint_bytes(trained)
     seconds = size / (machines.write_gb_per_second * 1e9)
     tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
     hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
@@ -165,6 +176,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         machines=machines,
         shape=shape,
         parameters=parameters,
+        trained=trained,
         rows=rows,
         steps=steps,
         global_batch=global_batch,
@@ -235,31 +247,58 @@ def _zero_section(deepspeed: str | None) -> dict[str, Any]:
 
 
 def rank_memory(
-    config: Config, shape: ModelShape, parameters: int, stage: int, ranks: int, *, micro_tokens: int
+    config: Config,
+    shape: ModelShape,
+    parameters: int,
+    stage: int,
+    ranks: int,
+    *,
+    micro_tokens: int,
+    trained: int | None = None,
 ) -> RankMemory:
     """Memory of one rank at a ZeRO stage (Rajbhandari et al., arXiv 1910.02054, section 3; Adam's K is 12 bytes).
 
     float32 training needs 4 bytes each for weights and gradients; DeepSpeed's stages 1 to 3 keep a float32 copy of
-    their share in addition to Adam's two moments. bf16 at stage 1 and above halves weights and gradients.
+    their share in addition to Adam's two moments. bf16 at stage 1 and above halves weights and gradients. Only
+    `trained` parameters (all by default) have gradients and optimizer state.
     """
+<<<<<<< HEAD
     half = config.train.bf16 is True and stage >= 1
     each, p, n = (2.0 if half else 4.0), float(parameters), float(ranks)
     item = 2.0 if config.train.bf16 is True else 4.0
+=======
+    half = config.train.bf16 and stage >= 1
+    trained = parameters if trained is None else trained
+    each, p, n = (2.0 if half else 4.0), float(trained), float(ranks)
+    frozen = _frozen_bytes(config, shape, parameters - trained, each)
+    item = 2.0 if config.train.bf16 else 4.0
+>>>>>>> lora
     per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
     activations = shape.layers * per_layer
     if config.student.gradient_checkpointing:
         # The input of each layer, and the activations of the one layer being recomputed.
         activations = shape.layers * item * micro_tokens * shape.hidden_size + per_layer
     # The head's gradient in float32 and a chunk of logits (`kernels.ops.CHUNK_BYTES` on a CPU).
-    loss_path = 4.0 * shape.vocabulary * shape.hidden_size + min(64 * 2**20, item * micro_tokens * shape.vocabulary)
+    # LoRA has no gradient of the head.
+    gradient = 0.0 if config.student.lora.rank else 4.0 * shape.vocabulary * shape.hidden_size
+    loss_path = gradient + min(64 * 2**20, item * micro_tokens * shape.vocabulary)
     return RankMemory(
-        weights=each * p / (n if stage == 3 else 1),
+        weights=(each * p + frozen) / (n if stage == 3 else 1),
         gradients=each * p / (n if stage >= 2 else 1),
         optimizer=8.0 * p if stage == 0 else 12.0 * p / n,
         activations=activations,
         loss_path=loss_path,
-        buffers=each * _bucket_elements(config.train.deepspeed, parameters, stage),
+        buffers=each * _bucket_elements(config.train.deepspeed, trained, stage),
     )
+
+
+def _frozen_bytes(config: Config, shape: ModelShape, frozen: int, each: float) -> float:
+    """Bytes of frozen weights; in 4 bits all but the embeddings, with scales of half a bit a weight or less."""
+    lora = config.student.lora
+    if frozen and lora.frozen_dtype == "bfloat16":
+        each = 2.0
+    embeddings = min(frozen, shape.vocabulary * shape.hidden_size) if lora.quantize else frozen
+    return each * embeddings + _NF4_BYTES * (frozen - embeddings)
 
 
 def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> float:

@@ -9,7 +9,8 @@ def plan_lines(plan: Plan) -> list[str]:
     """The plan as lines of text."""
     train, machines, rows = plan.config.train, plan.machines, plan.rows
     about = "" if rows.exact else " (estimated at four characters per token)"
-    count = f"{plan.parameters:,}" + ("" if plan.shape.exact else " (estimated as a Llama of this shape)")
+    of_them = f" ({plan.trained:,} of them trained)" if plan.trained != plan.parameters else ""
+    count = f"{plan.parameters:,}{of_them}" + ("" if plan.shape.exact else " (estimated as a Llama of this shape)")
     engine = train.deepspeed or "one process"
     lines = [
         f"{plan.config.arm}: {count} parameters on {machines.nodes} x {machines.gpus} ranks, {engine}, "

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_dist.config.schema import FreshConfig, StudentConfig
+from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.models.adapters import is_adapter
 from pst_dist.models.locate import GGUF, PACKAGED, locate_model
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object, section, whole_number
 from pst_dist.storage.regular_files import safetensors_header
@@ -54,6 +55,10 @@ def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
         from pst_dist.models.load import load_model_config
 
         return shape_of_config(load_model_config(locate_model(name)).to_dict(), None, name)
+    if Path(name).expanduser().is_dir() and is_adapter(Path(name).expanduser()):
+        below = locate_model(name)
+        name = str(Path(below.target) / below.gguf) if below.gguf else below.target
+        return shape_of(StudentConfig(model_name_or_path=name, revision=below.revision), max_length=max_length)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return shape_of_config(_hub_config(name, student.revision), None, name)
@@ -65,6 +70,29 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError("no config.json found", "give the folder of a Hugging Face model", path=folder)
     return foreign_object(path, remedy="give the folder of a Hugging Face model")
+
+
+def adapter_parameters(config: Config) -> int:
+    """Parameters that LoRA adds to a config's student: adapters, and the rows of the added tokens' embeddings.
+
+    Counted in the structure of the model, without its weights; this needs transformers and peft. Raises what building
+    the student would raise.
+    """
+    from pst_dist.models.load import language_model_without_weights
+    from pst_dist.student.lora import put_adapters, trained_count
+    from pst_dist.student.pretrained import pretrained_shape
+    from pst_dist.student.tokenizer import build_tokenizer
+
+    student = config.student
+    name = str(student.model_name_or_path)
+    place = locate_model(name, student.revision)
+    model = language_model_without_weights(pretrained_shape(name, student.revision), place)
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tokens, known = len(build_tokenizer(student, ())), inputs.shape[0]
+    rows = 2 if tokens <= known else -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE - known
+    matrices = 1 if head is inputs else 2
+    put_adapters(model, config, without_weights=True)
+    return trained_count(model) + matrices * rows * inputs.shape[1]
 
 
 def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:

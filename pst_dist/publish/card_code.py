@@ -6,7 +6,7 @@ from pst_dist.arms import ARMS
 from pst_dist.evaluation.adaptive import chosen_threshold
 from pst_dist.publish.card_facts import CardFacts
 
-FOLDER = "path/to/this/folder"
+FOLDER, BASE = "path/to/this/folder", "path/to/the/base/model"
 
 
 def prompt_text(facts: CardFacts) -> str:
@@ -23,11 +23,12 @@ def answer_code(facts: CardFacts) -> str:
     family = "AutoModelForSeq2SeqLM" if facts.seq2seq else "AutoModelForCausalLM"
     lines = [
         "import torch",
-        f"from transformers import {family}, AutoTokenizer",
+        *(["from peft import PeftModel"] if facts.is_adapter else []),
+        f"from transformers import {family}, AutoTokenizer{', GenerationConfig' if facts.is_adapter else ''}",
         "",
         f'folder = "{FOLDER}"',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = {family}.from_pretrained(folder)",
+        *(_adapter_lines(facts, family) if facts.is_adapter else [f"model = {family}.from_pretrained(folder)"]),
         "",
         'question = "…"',
         f"prompt = {prompt_text(facts)!r}.replace('{{question}}', question)",
@@ -54,6 +55,16 @@ def answer_code(facts: CardFacts) -> str:
         lines.append(f"rationale, _, answer = (part.strip() for part in text.partition({fmt.answer_marker.strip()!r}))")
     lines.append("print(answer)")
     return "\n".join(lines)
+
+
+def _adapter_lines(facts: CardFacts, family: str) -> list[str]:
+    rows = facts.model.get_input_embeddings().weight.shape[0]
+    return [
+        f'base = {family}.from_pretrained("{facts.base_model or BASE}")',
+        f"base.resize_token_embeddings({rows}, mean_resizing=False)",
+        "model = PeftModel.from_pretrained(base, folder).eval()",
+        "model.generation_config = base.generation_config = GenerationConfig.from_pretrained(folder)",
+    ]
 
 
 def rationale_code(facts: CardFacts) -> str | None:

@@ -34,6 +34,8 @@ class CardFacts:
     model: Any
     has_chat_template: bool = True
     """Whether the exported tokenizer has one."""
+    is_adapter: bool = False
+    """Whether the folder holds a LoRA adapter without its base."""
 
     @property
     def seq2seq(self) -> bool:
@@ -81,6 +83,7 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
     rows = [
         ("base model", _base_words(facts)),
         *([("base weights", f"sha256 `{digest}`")] if (digest := (extra.get("base") or {}).get("sha256")) else []),
+        *([("trained weights", _lora_words(facts))] if config.student.lora.rank else []),
         ("arm", f"`{facts.format.arm}`, seed {extra.get('seed')}, step {extra.get('step')}"),
         *([("variant", ", ".join(variant))] if (variant := variant_of(config)) else []),
         ("task", f"`{config.task}`" if config.task else "unnamed"),
@@ -90,6 +93,16 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
         rows.append(("encoder of the teacher's rationales", f"`{facts.encoder['encoder']}`"))
         rows.append(("embeddings", f"`{facts.chain['embeddings']}`"))
     return [*rows, ("student", f"`{facts.student.digest}`")]
+
+
+def _lora_words(facts: CardFacts) -> str:
+    lora = facts.config.student.lora
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    where = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    words = f"LoRA adapters of rank {lora.rank} (alpha {alpha:g}) on `{where}`, and the embeddings of the added tokens"
+    if lora.quantize:
+        words += f"; the base was in 4 bits ({lora.quantize}) while training"
+    return words + ("" if facts.is_adapter else "; merged into the base's weights")
 
 
 def _base_words(facts: CardFacts) -> str:

@@ -46,7 +46,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     run = run_dir(config)
     student = load_student(run.best, device="cpu")
     evaluations = evaluations_of(run.path, student.manifest)
-    chain, encoder = _chain(run, student.manifest)
+    chain, encoder = chain_of(run, student.manifest)
     fingerprint = digest_of(
         {
             "version": _VERSION,
@@ -80,7 +80,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     return run.export
 
 
-def _chain(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
+def chain_of(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
     """(digests of the shards and embeddings that the student was trained from, identity of their encoder).
 
     Taken from the training record, because the data directory may hold newer artefacts by now. A digest is None if it

@@ -49,9 +49,16 @@ def card_data(facts: CardFacts) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag=_pipeline(facts),
-        tags=["pst-dist", "reasoning", "distillation", "answer-first", facts.format.arm.replace("_", "-")],
+        tags=[
+            "pst-dist",
+            "reasoning",
+            "distillation",
+            "answer-first",
+            facts.format.arm.replace("_", "-"),
+            *(["lora"] if facts.config.student.lora.rank else []),
+        ],
         base_model=facts.base_model,
         model_name=facts.name if facts.evaluations else None,
         eval_results=[result for row in facts.evaluations for result in _eval_results(facts, row)] or None,

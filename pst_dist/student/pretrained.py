@@ -22,6 +22,7 @@ from pst_dist.models.load import (
     positions_of,
 )
 from pst_dist.models.locate import ModelPlace, locate_model
+from pst_dist.student.lora import add_adapters, put_adapters, quantised_loading
 from pst_dist.student.new_tokens import start_new_tokens, token_start
 from pst_dist.student.warm_start import check_warm_start, warm_checkpoint, warm_model, warm_shape
 
@@ -31,7 +32,7 @@ def build_model(config: Config, tokenizer: Any) -> Any:
 
     Raises InputError or EnvironmentFault when it cannot be loaded, ConfigError for one that cannot write.
     """
-    settings = config.student
+    settings, known_rows = config.student, 0
     if settings.model_name_or_path is None:
         model = fresh_model(
             settings.fresh,
@@ -42,12 +43,15 @@ def build_model(config: Config, tokenizer: Any) -> Any:
     elif warm_shape(settings) is not None:
         model = warm_model(settings, tokenizer, max_length=config.layout.max_length)
     else:
-        model = _pretrained_model(settings.model_name_or_path, settings, config.layout.max_length)
+        model = _pretrained_model(config, settings.model_name_or_path)
+        known_rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             # A multiple of 64 keeps the head's matrix products on the fast path of tensor cores.
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     start_new_tokens(model, tokenizer, token_start(config, tokenizer))
     _check_architecture(model)
+    if settings.lora.rank:
+        add_adapters(model, config, tokenizer, known_rows=known_rows)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -149,10 +153,13 @@ def pretrained_shape(name: str, revision: str | None) -> Any:
     return shape
 
 
-def _pretrained_model(name: str, settings: StudentConfig, max_length: int) -> Any:
-    _check_positions(pretrained_shape(name, settings.revision), max_length)
+def _pretrained_model(config: Config, name: str) -> Any:
+    settings = config.student
+    _check_positions(pretrained_shape(name, settings.revision), config.layout.max_length)
     place = locate_model(name, settings.revision)
-    return load_language_model(place, attn_implementation=settings.attn_implementation)
+    return load_language_model(
+        place, attn_implementation=settings.attn_implementation, quantised=quantised_loading(config, place)
+    )
 
 
 def build_without_weights(config: Config, tokenizer: Any) -> bool:
@@ -180,6 +187,9 @@ def build_without_weights(config: Config, tokenizer: Any) -> bool:
         model = language_model_without_weights(shape, place, attn_implementation=settings.attn_implementation)
         _check_architecture(model)
         check_headers(model, place)
+        if settings.lora.rank:
+            quantised_loading(config, place)
+            put_adapters(model, config, without_weights=True)
     return is_encoder_decoder(settings)
 
 

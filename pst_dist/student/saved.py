@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pst_dist.errors import InputError, IntegrityError
+from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.logs import quiet_libraries
-from pst_dist.models.load import load_language_model, load_tokenizer
-from pst_dist.models.locate import ModelPlace
+from pst_dist.models.adapters import is_adapter, write_adapter
+from pst_dist.models.load import base_identity, load_language_model, load_tokenizer
+from pst_dist.models.locate import ModelPlace, locate_model
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
 from pst_dist.storage.manifest import (
@@ -26,6 +27,8 @@ from pst_dist.storage.manifest import (
 )
 from pst_dist.student.finite import refuse_non_finite
 from pst_dist.student.layout import AnswerFormat
+from pst_dist.student.lora import is_adapted
+from pst_dist.student.token_rows import row_parameters
 
 HEAD_FILE = "alignment_head.safetensors"
 
@@ -46,15 +49,21 @@ def save_student(
 ) -> Manifest:
     """Write a student as a Hugging Face folder with its answer format and alignment head, replacing an older one.
 
+    A LoRA student becomes a PEFT folder, which holds the adapter and names the base; `extra["base"]` identifies it.
     `model` is the trained Hugging Face model. `weights` come from `Engine.full_weights()`: the model's under `model.`,
     the alignment head's as `head.weight`. Call on rank zero only. Raises DivergedError when a weight is not finite.
     """
     quiet_libraries()
     refuse_non_finite(((f"weight {name}", value) for name, value in weights.items()), directory)
     with Artefact(directory, "student").publish(fingerprint, extra) as draft:
-        plain = plain_model(model, weights)
-        plain.generation_config = answer_generation_config(plain, tokenizer, fmt)
-        plain.save_pretrained(draft.path)
+        if is_adapted(model):
+            trained = {n.removeprefix("model."): value for n, value in weights.items() if n.startswith("model.")}
+            write_adapter(draft.path, model, trained, row_parameters(model))
+            answer_generation_config(model, tokenizer, fmt).save_pretrained(draft.path)
+        else:
+            plain = plain_model(model, weights)
+            plain.generation_config = answer_generation_config(plain, tokenizer, fmt)
+            plain.save_pretrained(draft.path)
         tokenizer.save_pretrained(draft.path)
         save_head(weights.get("head.weight"), draft.path)
         write_json(draft.path / FORMAT_FILE, fmt.to_json())
@@ -75,6 +84,25 @@ def plain_model(model: Any, weights: dict[str, Tensor]) -> Any:
     if left or unexpected:
         raise IntegrityError(f"the student lacks weights for {', '.join([*left, *unexpected][:3])}")
     return plain.eval()
+
+
+def _place_of(directory: Path, manifest: Manifest) -> ModelPlace:
+    """Where a student's weights are: here, or with its base for a LoRA student.
+
+    Raises InputError when the base cannot be found, and StaleError when it has other weights than in training.
+    """
+    if not is_adapter(directory):
+        return ModelPlace(str(directory), str(directory), local_only=True)
+    place = locate_model(str(directory))
+    base = replace(place, adapters=place.adapters[:-1])
+    trained_on, today = manifest.extra.get("base"), base_identity(base)
+    if trained_on is not None and trained_on != today:
+        raise StaleError(
+            f"this adapter was trained on other weights than those of {base.name} now",
+            "restore that model, or run `pst train` again",
+            path=directory,
+        )
+    return place
 
 
 def answer_generation_config(model: Any, tokenizer: Any, fmt: AnswerFormat) -> Any:
@@ -130,8 +158,8 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     problem = fmt.problem()
     if problem is not None:
         raise IntegrityError(problem, "run `pst train` again", path=directory / FORMAT_FILE)
+    place = _place_of(directory, manifest)
     try:
-        place = ModelPlace(str(directory), str(directory), local_only=True)
         model = load_language_model(place)
         tokenizer = load_tokenizer(place)
     except InputError as error:  # `save_student` wrote these files, so they are damaged
@@ -139,5 +167,8 @@ def load_student(directory: Path, device: str | None = None) -> LoadedStudent:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise IntegrityError(f"cannot be loaded: {reason[:160]}", "run `pst train` again", path=directory) from error
+    if place.adapters:  # the base's own settings would sample, or end elsewhere
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config = answer_generation_config(model, tokenizer, fmt)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return LoadedStudent(model, tokenizer, fmt, manifest, directory)

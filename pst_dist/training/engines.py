@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,14 @@ class Engine(ABC):
 
     @abstractmethod
     def full_weights(self) -> dict[str, Tensor]:
-        """Every parameter of the student, float32 on the CPU, on rank zero (elsewhere empty); collective."""
+        """Every parameter of the student, float32 on the CPU, on rank zero (elsewhere empty); collective.
+
+        Of a LoRA student only the trained ones: the others are those of its base.
+        """
+
+    def _kept(self) -> Iterator[tuple[str, Any]]:
+        """The parameters of `full_weights`."""
+        return trainable(self.student) if self.student.is_adapted else self.student.named_parameters()
 
 
 class SingleProcessEngine(Engine):
@@ -189,7 +197,7 @@ class SingleProcessEngine(Engine):
         return  # the optimizer moves the weights themselves
 
     def full_weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().float().cpu() for name, value in self.student.named_parameters()}
+        return {name: value.detach().float().cpu() for name, value in self._kept()}
 
 
 class DeepSpeedEngine(Engine):
@@ -200,7 +208,7 @@ class DeepSpeedEngine(Engine):
         deepspeed = import_deepspeed()
         settings = deepspeed_settings(train, ranks.world_size)
         self.stage = settings["zero_optimization"]["stage"]
-        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters())
+        elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trainable(student))
         # DeepSpeed's default is 500 million elements: gigabytes of buffer that a small student never fills.
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_BUCKET_ELEMENTS, max(1, elements)))
         self.max_grad_norm = train.max_grad_norm
@@ -293,7 +301,7 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
-        for name, parameter in self.student.named_parameters():
+        for name, parameter in self._kept():
             value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
             if self.ranks.is_main:
                 weights[name] = value.detach().float().cpu().clone()

@@ -11,7 +11,7 @@ from typing import Any
 
 from pst_dist.arms import ARMS
 from pst_dist.config.loading import flat_keys
-from pst_dist.config.schema import Config
+from pst_dist.config.schema import Config, LoraConfig
 from pst_dist.errors import StaleError
 from pst_dist.storage.manifest import digest_of
 
@@ -37,6 +37,8 @@ _BATCH = {
     "gradient_accumulation_steps",
 }
 _CHOOSES = "train.metric_for_best_model"
+BASE = "student.base"
+"""Digest or commit of the base of a LoRA student, whose checkpoints do not hold its weights."""
 _IMPLIED: dict[str, Any] = {
     "student.new_token_init": "mean",
     "layout.system": None,
@@ -44,6 +46,8 @@ _IMPLIED: dict[str, Any] = {
     "train.early_stopping_patience": None,
     "train.min_lr_ratio": 0.1,
     "train.decay_ratio": 0.2,
+    **{f"student.lora.{key}": value for key, value in LoraConfig().model_dump(mode="json").items()},
+    BASE: None,
 }
 """Settings that older trainings did not have, with the value that they used. A setting with that value is left out, so
 that the digest of an older training does not change."""
@@ -80,15 +84,20 @@ def chosen_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return saved.get(_CHOOSES) == wanted.get(_CHOOSES)
 
 
-def training_settings(config: Config, shards_digest: str, embeddings_digest: str | None, batch: int) -> dict[str, Any]:
+def training_settings(
+    config: Config, shards_digest: str, embeddings_digest: str | None, batch: int, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything that shapes the weights: dotted key -> value; `batch` is the samples of one optimizer step.
 
-    The config must be settled (`training.begun`). Settings with the value that older trainings used are left out.
+    `base` identifies the weights that the student starts from (`base_of`); a LoRA student's settings name them. The
+    config must be settled (`training.begun`). Settings with the value that older trainings used are left out.
     """
     settings = flat_keys(config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "student", "loss"}))
     train = config.train.model_dump(mode="json")
     settings |= {f"train.{key}": value for key, value in train.items() if key not in _FREE | _BATCH}
     settings[_CHOOSES] = choosing_metric(config)
+    if config.student.lora.rank:
+        settings[BASE] = (base or {}).get("sha256") or (base or {}).get("revision")
     settings = {key: value for key, value in settings.items() if key not in _IMPLIED or value != _IMPLIED[key]}
     return settings | {"batch": batch, "shards": shards_digest, "embeddings": embeddings_digest}
 

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from pst_dist.config.schema import Config, LossConfig
 from pst_dist.errors import ConfigError
-from pst_dist.kernels.head import HeadOutput, combined_head, span_tap
+from pst_dist.kernels.head import HeadOutput, combined_head, is_plain, span_tap
+from pst_dist.student.lora import is_adapted
 from pst_dist.student.pretrained import build_model
+from pst_dist.student.token_rows import head_rows, rows_gradient
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.loss import PSTLossOutput, alignment_distance, token_nll
 
@@ -40,6 +42,8 @@ class Student(nn.Module):
         self.model = model
         self.loss = loss
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.is_adapted = is_adapted(model)
+        """Whether this is a LoRA student: of its model, only adapters and some embedding rows are trained."""
         # No bias, so the cosine does not depend on the scale of a model's hidden states.
         self.head = nn.Linear(hidden_width(model), teacher_width, bias=False) if teacher_width else None
         self._layer = loss.layer if self.head is not None else None
@@ -175,6 +179,7 @@ class _HeadCall:
     def __call__(self, head: nn.Module, original: Callable[[Tensor], Tensor], hidden_BTD: Tensor) -> Tensor:
         batch, watch = self.batch, self.student.watch_gradients
         if self.student._fusible:
+            rows_KD = head_rows(head) if is_plain(head) else None
             output = combined_head(
                 hidden_BTD,
                 head,
@@ -188,6 +193,11 @@ class _HeadCall:
                 # Capture only what the hook needs: holding `output` would keep the loss, and so the graph, alive.
                 squares, record = output.squares, self._recorder()
                 output.loss.register_hook(lambda upstream: record(squares * upstream * upstream))
+            if rows_KD is not None and torch.is_grad_enabled():
+                picked_ND = hidden_BTD.detach().flatten(0, 1)[batch.supervised.rows]
+                gradient_KD = rows_gradient(head, picked_ND, output.nll, batch.supervised.targets, self.weights_N)
+                nothing = ((rows_KD - rows_KD.detach()).float() * gradient_KD).sum()
+                output = replace(output, loss=output.loss + nothing)
             self.output = output
             return output.anchor.to(hidden_BTD.dtype).expand(1, 1, vocabulary_of(head, self.student.model))
         hidden, self.pooled = span_tap(hidden_BTD, batch.spans)

@@ -12,6 +12,7 @@ from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
+from pst_dist.student.pretrained import base_of
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.begun import begun_settings, settled
 from pst_dist.training.fingerprint import settings_digest, training_settings
@@ -69,5 +70,6 @@ def complete_training(config: Config, world_size: int) -> TrainingResult | None:
     own = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, shards.split("train")))
     own = with_precision(own, run)
     batch = global_batch_size(config.train, world_size)
-    settings = training_settings(own, shards.manifest.digest, teacher.digest if teacher else None, batch)
+    base = base_of(own.student) if own.student.lora.rank else None
+    settings = training_settings(own, shards.manifest.digest, teacher.digest if teacher else None, batch, base)
     return finished_training(run, settings_digest(settings))

@@ -41,6 +41,7 @@ from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import write_json
 from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
 from pst_dist.student.layout import layout_for
+from pst_dist.student.lora import trained_count
 from pst_dist.student.pretrained import base_of
 from pst_dist.student.saved import save_student
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
@@ -122,8 +123,12 @@ def train(
         with main_first_errors(ranks):
             config = _settled(config, run) if ranks.is_main else config
         config = from_main(config)
+        base = None
+        with main_first_errors(ranks):  # one rank reads the weights for their digest
+            base = base_of(config.student) if ranks.is_main else None
+        base = from_main(base)
         with together(ranks):
-            training = _Training(config, run, ranks, told, observer)
+            training = _Training(config, run, ranks, told, base, observer)
         return training.run_all()
 
 
@@ -157,9 +162,11 @@ class _Training:
         run: RunDir,
         ranks: Ranks,
         stop: StopRequest,
+        base: dict[str, Any] | None,
         observer: Callable[[Saved], None] | None = None,
     ) -> None:
         self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
+        self.base = base
         shards = ShardSet.open(run.shards)
         self.shards_digest = shards.manifest.digest
         samples = shards.split("train")
@@ -168,7 +175,7 @@ class _Training:
         self.teacher = open_teacher(config, run, shards)
         batch = global_batch_size(config.train, ranks.world_size)
         self.settings = training_settings(
-            config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch
+            config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch, base
         )
         self.fingerprint = settings_digest(self.settings)
         self.plan = OrderPlan(len(samples), batch, config.seed)
@@ -212,9 +219,10 @@ class _Training:
             at("checking rows")
             self._check_rows()
         log.info(
-            "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
+            "arm %s: %s parameters%s, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
             self.config.arm,
             f"{sum(getattr(p, 'ds_numel', p.numel()) for p in self.student.model.parameters()):,}",
+            f" ({trained_count(self.student.model):,} trained)" if self.student.is_adapted else "",
             len(self.samples),
             self.total,
             self.plan.global_batch_size,
@@ -444,7 +452,7 @@ class _Training:
                         "shards": self.shards_digest,
                         "embeddings": self.teacher.digest if self.teacher else None,
                         "base_model": self.config.student.model_name_or_path,
-                        "base": base_of(self.config.student),
+                        "base": self.base,
                         "new_token_init": self.config.student.new_token_init,
                         "bf16": self.config.train.bf16,
                         "loss": self.config.loss.model_dump(mode="json"),

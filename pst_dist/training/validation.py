@@ -16,7 +16,7 @@ from pst_dist.data.tasks import get_task
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
 from pst_dist.errors import ConfigError
-from pst_dist.student.generate import decode_answers, is_right
+from pst_dist.student.generate import Decoded, decode_answers, is_right
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.batches import Collator
@@ -151,7 +151,18 @@ class Validator:
     def _accuracy(self, engine: Engine) -> float:
         task = get_task(self.config.task, self.config.data.answer_type)
         mine = [self.samples[index] for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size)]
-        decoded = decode_answers(
+        # Frozen matrices in bfloat16 beside float32 adapters need autocast, as in the engines' forward.
+        mixed = self.config.student.lora.frozen_dtype == "bfloat16"
+        with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=mixed):
+            decoded = self._decoded(engine, mine)
+        right = sum(
+            is_right(task, self.layout.format, sample, answer) for answer, sample in zip(decoded, mine, strict=True)
+        )
+        total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
+        return float(total[0] / total[1])
+
+    def _decoded(self, engine: Engine, mine: Sequence[ReasoningSample]) -> list[Decoded]:
+        return decode_answers(
             engine.student.model,
             self.tokenizer,
             self.layout.format,
@@ -161,8 +172,3 @@ class Validator:
             max_new_tokens=self.config.evaluate.max_new_tokens,
             on_token=lambda _: alive(),
         )
-        right = sum(
-            is_right(task, self.layout.format, sample, answer) for answer, sample in zip(decoded, mine, strict=True)
-        )
-        total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
-        return float(total[0] / total[1])

@@ -15,6 +15,7 @@ from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import PstError
+from pst_dist.models.adapters import is_adapter
 from pst_dist.models.locate import GGUF, MINILM, PACKAGED, locate_encoder, locate_model
 from pst_dist.redirects import SameOriginToken
 from pst_dist.student.warm_start import warm_checkpoint
@@ -42,7 +43,20 @@ def student(config: Config) -> list[Finding]:
         return _folder("student", Path(warm_checkpoint(config.student)), "student.model_name_or_path")
     if name in PACKAGED or name.lower().endswith(GGUF):
         return _gguf(name)
-    if name.startswith(("/", ".", "~")) or Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_dir() and is_adapter(folder):
+            place = locate_model(name)
+            below = config.student.model_copy(
+                update={
+                    "model_name_or_path": str(Path(place.target) / place.gguf) if place.gguf else place.target,
+                    "revision": place.revision,
+                }
+            )
+            return student(config.model_copy(update={"student": below}))
+    except PstError as error:
+        return [problem("student", f"{name}: {error.what}", error.remedy)]
+    if name.startswith(("/", ".", "~")) or folder.is_dir():
         return _folder("student", Path(name).expanduser(), "student.model_name_or_path")
     return _hub("student", name, config.student.revision, "student.model_name_or_path")
 

@@ -100,6 +100,7 @@ def _needed(config: Config | None) -> set[str]:
         return set()
     needed = {"torch", "transformers", "tokenizers"}
     needed |= {"deepspeed"} if config.train.deepspeed else set()
+    needed |= {"peft"} if config.student.lora.rank else set()
     needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
     needed |= set() if config.embed.backend == "ray" else {"sentence-transformers"}
     # Other trackers are extras, and training continues without them.

@@ -81,11 +81,16 @@ def another_row(keys: list[tuple[str, int]], *, seed: int) -> dict[tuple[str, in
 
 
 def _check_settings(config: Config, store: EmbeddingStore, directory: Path) -> None:
-    """Refuse vectors made with a prefix, length or precision other than the config's."""
-    wanted = {"prefix": config.embed.prefix, "max_seq_length": config.embed.max_seq_length, "dtype": config.embed.dtype}
+    """Refuse vectors made with a prefix, length, precision, layer or pooling other than the config's."""
+    embed = config.embed
+    wanted = {"prefix": embed.prefix, "max_seq_length": embed.max_seq_length, "dtype": embed.dtype}
+    wanted |= {"layer": embed.layer, "pooling": embed.pooling}
+    layers = store.identity.get("layers")
+    if embed.layer is not None and embed.layer < 0 and layers is not None:
+        wanted["layer"] = layers + 1 + embed.layer
     for name, value in wanted.items():
-        # An unset prefix or length means the encoder's own, which is unknown here.
-        if value and store.identity[name] != value:
+        # An unset prefix, length, layer or pooling means the encoder's own, which is unknown here.
+        if value and store.identity.get(name) != value:
             raise StaleError(
                 f"the embeddings were made with {name}={store.identity[name]!r}, but the config has {value!r}",
                 "run `pst embed --rebuild`, or undo the change",

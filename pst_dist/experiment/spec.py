@@ -258,7 +258,9 @@ def _config(
         "shards": config.shards.model_dump(mode="json"),
         "embed": config.embed.model_dump(
             mode="json", include={"encoder", "revision", "prefix", "max_seq_length", "dtype"}
-        ),
+        )
+        # Only where they are set: the folders of earlier experiments keep their names.
+        | config.embed.model_dump(mode="json", include={"layer", "pooling"}, exclude_none=True),
     }
     data = experiment.path / "data" / f"{_slug(task)}-{digest_of(rows)[:8]}"
     return config.model_copy(update={"data_dir": str(data)})

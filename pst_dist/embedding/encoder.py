@@ -179,7 +179,7 @@ def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Any:
-    """A SentenceTransformer in evaluation mode, on its device, with the configured maximum length, or a `CausalReader`."""
+    """A SentenceTransformer on its device with the configured maximum length, or a `CausalReader`."""
     if reads_causal(config):
         return CausalReader(config, device)
     try:

@@ -68,12 +68,20 @@ class Reading:
     """Rationale minus question, paired."""
     over_majority: Share
     """Remainder minus majority, paired."""
+    question_over_majority: Share
+    """Question minus majority, paired."""
 
     @property
     def verdict(self) -> str:
-        """`yes`, `no` or `unclear`: do the targets know more of the answer than the question's own embedding?"""
-        both = self.over_question.is_positive, self.over_majority.is_positive
-        return "yes" if all(both) else "unclear" if any(both) else "no"
+        """`yes`, `no` or `unclear`: do the targets know more of the answer than the question's own embedding?
+
+        Regularised regression removes the question's part not quite, so the remainder says little where the question
+        knows the answer itself.
+        """
+        if self.over_question.is_positive:
+            return "yes" if self.over_majority.is_positive else "unclear"
+        alone = self.over_majority.is_positive and not self.question_over_majority.is_positive
+        return "unclear" if alone else "no"
 
 
 @dataclass(frozen=True)
@@ -200,6 +208,7 @@ def _probe_encoder(
                 remainder=Share.of(rest),
                 over_question=Share.of(rationale - question),
                 over_majority=Share.of(rest - majority),
+                question_over_majority=Share.of(question - majority),
             )
         )
     return Probed(name, rationales_nE.shape[1], left.explained, left.cosine, tuple(readings))

@@ -206,6 +206,8 @@ class _Training:
         if state.step == 0:
             at("checking rows")
             self._check_rows()
+        fits = state.step == 0 and self.teacher is not None and self.config.loss.head_init == "ridge"
+        fitted = fit_head(engine, self.samples, self.layout, self.collate, self.config) if fits else None
         log.info(
             "arm %s: %s parameters, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
             self.config.arm,
@@ -227,8 +229,7 @@ class _Training:
             observer=self.observer,
         )
         with metrics, saver:
-            if state.step == 0 and self.teacher is not None and self.config.loss.head_init == "ridge":
-                metrics.head_fit(fit_head(engine, self.samples, self.layout, self.collate, self.config))
+            metrics.head_fit(fitted)
             try:
                 state = self._loop(engine, state, metrics, saver)
             except DivergedError:  # raised on all ranks, so a checkpoint in flight can still be published

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,3 +162,40 @@ def test_shards_are_embedded_by_it_and_the_store_refuses_another_layer(tmp_path)
             _check_settings(wanted(**{key: value}), store, tmp_path)
     with pytest.raises(StaleError, match=r"layer 1, wanted 2|layer '1', wanted '2'"):
         embed_all(config.model_copy(update={"layer": 2}), shards, tmp_path / "embeddings")
+
+
+ON_RAY = """
+import sys
+from pathlib import Path
+from pst_dist.clusters.ray.embed import embed_with_ray
+from pst_dist.config.schema import EmbedConfig, RayConfig
+from pst_dist.data.shards import ShardSet
+from pst_dist.embedding.embed import embed_all
+
+if __name__ == "__main__":
+    base = Path(sys.argv[1])
+    actors = RayConfig(num_actors=1)
+    config = EmbedConfig(encoder=str(base / "model"), device="cpu", layer=1, backend="ray", ray=actors)
+    embed_all(config, ShardSet.open(base / "shards"), base / "ray", executor=embed_with_ray)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_actors_write_the_same_bytes(tmp_path):
+    folder = zoo.make("llama3", tmp_path / "model")
+    rows = [ReasoningSample(id=f"r{k}", question=f"q{k}", answer="1", rationales=(f"{k} and {k}",)) for k in range(6)]
+    splits = {"train": rows[:4], "validation": rows[4:5], "test": rows[5:]}
+    write_shards(splits, tmp_path / "shards", samples_per_shard=2, fingerprint="one", extra={}, rebuild=True)
+    embed_all(
+        EmbedConfig(encoder=str(folder), device="cpu", layer=1), ShardSet.open(tmp_path / "shards"), tmp_path / "local"
+    )
+    (tmp_path / "on_ray.py").write_text(ON_RAY)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(tmp_path / "on_ray.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = [path.name for path in sorted((tmp_path / "local").glob("*")) if path.name != ".lock"]
+    for name in names:
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes(), name
+    assert len(names) == 4 + 2

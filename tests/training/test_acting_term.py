@@ -209,4 +209,30 @@ def test_a_weight_stays_within_bounds_when_a_term_is_learnt_or_absent():
     assert after_measured(learnt, record((1.0, 1.0, 0.0), (1.0, 1.0, 0.0)), loss) == learnt
     usual = after_measured(state, record((1.0, 2.0, 0.5)), loss)
     assert held(weights, loss, usual).weights == (1.0, 1.0, pytest.approx(6.0))
-    assert after_measured(usual, record((1.0, 2.0, 0.5)), LossConfig()).alignment_norms == []
+    assert after_measured(usual, record((1.0, 2.0, 0.5)), LossConfig()).alignment_ratio is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arm": "adaptive"},
+        {"student__fresh__architecture": "t5", "loss__pooling": "span"},
+        {"loss__alignment": "info_nce", "loss__symmetric": True, "layout__semantic_tokens": 2},
+        {"student__fresh__num_layers": 2, "loss__layer": 1, "loss__rationale_weight": 0},
+    ],
+    ids=["adaptive", "t5 span", "symmetric info_nce", "a layer in the middle"],
+)
+def test_both_work_with_every_kind_of_student_and_term(changes, small_data, tmp_path):
+    train(small_config(small_data, tmp_path, train__max_steps=12, **{**BOTH, **changes}))
+    assert fit_of(tmp_path)["rows"] == 32 and fit_of(tmp_path)["cosine"] > fit_of(tmp_path)["cosine_other"]
+    assert 0.1 < rows(tmp_path)[-1]["gradient_share_alignment"] < 0.6
+
+
+def test_too_few_rows_leave_the_head_as_it_was_and_say_so(small_data, tmp_path, caplog, monkeypatch):
+    from pst_dist.training import head_fit
+
+    monkeypatch.setattr(head_fit, "MOST_ROWS", 9)
+    train(small_config(small_data, tmp_path / "few", train__max_steps=2, loss__head_init="ridge"))
+    train(small_config(small_data, tmp_path / "random", train__max_steps=2))
+    assert "needs 10 rows, there are 9: the head starts at random" in caplog.text
+    assert [row["loss"] for row in rows(tmp_path / "few")] == [row["loss"] for row in rows(tmp_path / "random")]

@@ -1,7 +1,7 @@
 """`pst <verb> config.yaml key.sub=value`: one command for every stage, on a laptop or inside a cluster job.
 
 This module lists the verbs and turns their errors into one line and an exit code. Each verb is defined in `checks`,
-`verbs`, `submit` or `experiment`; to add one, define it there and list it here.
+`verbs`, `probe`, `submit` or `experiment`; to add one, define it there and list it here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
 from pst_dist.cli.experiment import experiment
 from pst_dist.cli.models import models
+from pst_dist.cli.probe import probe
 from pst_dist.cli.submit import submit
 from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.words import gather_overrides
@@ -38,7 +39,7 @@ Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 d
 
 
 _VERBS: tuple[Verb, ...] = (
-    *(checks.check, checks.preview, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
+    *(checks.check, checks.preview, probe, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
     *(verbs.evaluate, verbs.export, verbs.answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
     *(models, checks.verify, checks.config),
 )

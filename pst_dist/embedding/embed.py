@@ -277,10 +277,11 @@ def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Ta
     files.keep([MANIFEST], lambda folder: write_manifest(folder, manifest))
     if manifest.extra["truncated"]:
         log.warning(
-            "embed: %d of %d rationales exceed the encoder's %s tokens and are truncated",
+            "embed: %d of %d rationales exceed the encoder's %s tokens and lose their %s",
             manifest.extra["truncated"],
             manifest.extra["rows"],
             identity["max_seq_length"],
+            "beginning" if identity.get("truncation") == "left" else "end",
         )
     rows, width = manifest.extra["rows"], identity["dimension"]
     log.info("embed: %d vectors of width %d, %d of %d shards encoded now", rows, width, tally.encoded, len(table))

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
+from pst_dist.embedding.causal import CausalReader, causal_place, check_causal, reads_causal
 from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.logs import without_chatter
 from pst_dist.models.load import every_weight_loaded, load_model_config, loading_errors
 from pst_dist.models.locate import (
+    GGUF,
     SETTING_SUFFIXES,
     WEIGHT_SUFFIXES,
     ModelPlace,
     encoder_name,
+    is_gguf,
     is_hub_id,
     locate_encoder,
 )
@@ -53,7 +56,8 @@ class TextEncoder:
 
         Raises EnvironmentFault or InputError, in one line, when it cannot be loaded or is not an encoder.
         """
-        folder = locate_encoder(config.encoder, config.revision)
+        causal = reads_causal(config)
+        folder = Path(causal_place(config).target) if causal else locate_encoder(config.encoder, config.revision)
         self._batch_tokens = config.batch_tokens
         self._model = _load_model(folder, config, device)
         prompts: Mapping[str, str] = getattr(self._model, "prompts", None) or {}
@@ -64,20 +68,16 @@ class TextEncoder:
         self._prompt_tokens = self._tokens_left_out()
         self._width: int | None = config.truncate_dim or getattr(self._model, "truncate_dim", None)
         self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
-        digests = {
-            str(path.relative_to(folder)): sha256_file(path)
-            for path in sorted(folder.rglob("*"))
-            if path.suffix in (*WEIGHT_SUFFIXES, *SETTING_SUFFIXES) and path.is_file()
-        }
+        digests = {str(path.relative_to(folder)): sha256_file(path) for path in _files_of(config, folder)}
         self.identity = {
             "encoder": encoder_name(config.encoder),
             # The hub's cache names a snapshot's folder by its commit.
             "revision": folder.name if is_hub_id(config.encoder) else None,
-            "weights_sha256": {name: sha for name, sha in digests.items() if name.endswith(WEIGHT_SUFFIXES)},
+            "weights_sha256": {name: sha for name, sha in digests.items() if name.endswith((*WEIGHT_SUFFIXES, GGUF))},
             "settings_sha256": digest_of(
                 {name: sha for name, sha in digests.items() if name.endswith(SETTING_SUFFIXES)}
             ),
-            "pooling": _pooling(self._model),
+            **(self._model.identity if causal else {"pooling": _pooling(self._model)}),
             "normalise": True,
             "max_seq_length": self._max_length,
             "prefix": self._prefix,
@@ -205,8 +205,10 @@ def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
     return (vectors / norms).astype(np.float32)
 
 
-def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> SentenceTransformer:
-    """The model in evaluation mode, on its device, with the configured maximum length."""
+def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Any:
+    """A SentenceTransformer on its device with the configured maximum length, or a `CausalReader`."""
+    if reads_causal(config):
+        return CausalReader(config, device)
     try:
         import torch
         from sentence_transformers import SentenceTransformer
@@ -245,8 +247,19 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Senten
     return model
 
 
+def _files_of(config: EmbedConfig, folder: Path) -> list[Path]:
+    """The files that an encoder consists of, in order."""
+    if is_gguf(config.encoder):
+        return [folder / str(causal_place(config).gguf)]
+    suffixes = (*WEIGHT_SUFFIXES, *SETTING_SUFFIXES)
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in suffixes and path.is_file()]
+
+
 def check_encoder(config: EmbedConfig) -> None:
     """Raise what loading the encoder would raise, as far as its config files show; fetches a hub id."""
+    if reads_causal(config):
+        check_causal(config)
+        return
     folder = locate_encoder(config.encoder, config.revision)
     modules = folder / "modules.json"
     place = folder

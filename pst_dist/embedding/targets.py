@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from typing import Any
+
 import numpy as np
 
 from pst_dist.arms import ARMS
@@ -81,10 +83,16 @@ def another_row(keys: list[tuple[str, int]], *, seed: int) -> dict[tuple[str, in
 
 
 def _check_settings(config: Config, store: EmbeddingStore, directory: Path) -> None:
-    """Refuse vectors made with a prefix, length, width or precision other than the config's."""
-    for name in ("prefix", "max_seq_length", "truncate_dim", "dtype"):
-        # An unset prefix, length or width means the encoder's own, which is unknown here.
-        value, made_with = getattr(config.embed, name), store.identity.get(name)
+    """Refuse vectors made with a prefix, length, width, precision, layer or pooling other than the config's."""
+    embed = config.embed
+    names = ("prefix", "max_seq_length", "truncate_dim", "dtype", "layer", "pooling")
+    wanted: dict[str, Any] = {name: getattr(embed, name) for name in names}
+    layers = store.identity.get("layers")
+    if embed.layer is not None and embed.layer < 0 and layers is not None:
+        wanted["layer"] = layers + 1 + embed.layer
+    for name, value in wanted.items():
+        # An unset prefix, length, width, layer or pooling means the encoder's own, which is unknown here.
+        made_with = store.identity.get(name)
         if value and made_with != value:
             raise StaleError(
                 f"the embeddings were made with {name}={made_with!r}, but the config has {value!r}",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pst_dist.arms import COST_BASELINE
+from pst_dist.config.loading import flat_keys
 from pst_dist.errors import InputError
 from pst_dist.evaluation.statistics import Difference, paired, standard_error
 from pst_dist.experiment.outcomes import Outcome, check_same_rows, outcome_of
@@ -87,6 +88,11 @@ class Pair:
     variant: str
     test: Difference
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the 95 % interval excludes zero."""
+        return not self.test.low <= 0 <= self.test.high
+
 
 @dataclass(frozen=True)
 class Results:
@@ -107,6 +113,12 @@ class Results:
         """The variants of one task at one point, in the order of the file."""
         return [group for group in self.groups if (group.task, group.point) == (task, point)]
 
+    @property
+    def control_pairs(self) -> list[Pair]:
+        """The pairs of an arm and its own control."""
+        keys = {name: flat_keys(value) for name, value in self.experiment.variants.items()}
+        return [pair for pair in self.pairs if _is_control_of(keys[pair.variant], keys[pair.test.baseline])]
+
     def to_json(self) -> dict[str, Any]:
         """Plain dict."""
         return {
@@ -116,6 +128,16 @@ class Results:
             "missing": [run.name for run in self.missing],
             "failures": self.failures,
         }
+
+
+def _is_control_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether exactly one of two variants of an arm is a control: it breaks the targets or removes the term."""
+
+    def is_control(keys: Mapping[str, Any]) -> bool:
+        broken = keys.get("loss.control", "none") != "none" or keys.get("data.wrong_rationales", 0) > 0
+        return broken or keys.get("loss.alignment_weight", 1) == 0
+
+    return is_control(one) != is_control(other) and one.get("arm") == other.get("arm")
 
 
 @dataclass(frozen=True)

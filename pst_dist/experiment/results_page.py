@@ -17,7 +17,7 @@ from pst_dist.evaluation.statistics import format_p
 from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
-from pst_dist.experiment.results import Group, Results
+from pst_dist.experiment.results import Group, Pair, Results
 from pst_dist.experiment.spec import point_words
 from pst_dist.redaction import redacted_command
 from pst_dist.storage.json_files import json_text
@@ -159,7 +159,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
             _markdown(_rows(results, groups)),
         ]
     if results.pairs:
-        parts += ["## Pairs", _pairs(results)]
+        parts += ["## Pairs", _pairs(results), *_controls(results)]
     if "cost.png" in pictures:
         caption = "Points with similar token counts are drawn slightly apart."
         parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)", caption]
@@ -226,6 +226,29 @@ def _pairs(results: Results) -> str:
         difference = f"{100 * test.difference:+.2f}"
         rows.append([title, pair.variant, test.baseline, difference, interval, format_p(test.p), str(test.seeds)])
     return _markdown(rows, text=3)
+
+
+def _controls(results: Results) -> list[str]:
+    """What the pairs of an arm and its control say; empty without one."""
+    pairs = results.control_pairs
+    if not pairs:
+        return []
+    same = [pair for pair in pairs if not pair.is_clear]
+    if not same:
+        return [f"Each of the {len(pairs)} pairs of an arm and its control differs measurably."]
+    named = [", ".join([pair.task, *point_words(pair.point)]) + f": {_against(pair)}" for pair in same]
+    return [
+        f"In {len(same)} of the {len(pairs)} pairs of an arm and its control, the two do not differ measurably (the "
+        "interval includes zero). Such a comparison proves nothing: neither that what the control lacks acts, nor that "
+        "it does not.",
+        "\n".join(f"- {name}" for name in named),
+    ]
+
+
+def _against(pair: Pair) -> str:
+    test = pair.test
+    interval = f"{100 * test.low:+.2f} to {100 * test.high:+.2f}"
+    return f"{pair.variant} against {test.baseline}, {100 * test.difference:+.2f} points ({interval})"
 
 
 def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:

@@ -253,8 +253,8 @@ def _config(
         reason = explain(error, None, {}, {})
         raise ConfigError(f"task {task}, variant {variant}: {reason.what}", reason.remedy) from error
     vectors = {"encoder", "revision", "prefix", "max_seq_length", "dtype"}
-    if config.embed.truncate_dim is not None:  # a later setting; without it the folders keep their names
-        vectors.add("truncate_dim")
+    # Later settings, only where they are set: the folders of earlier experiments keep their names.
+    vectors |= {name for name in ("truncate_dim", "layer", "pooling") if getattr(config.embed, name) is not None}
     rows = {
         "task": config.task,
         "data": config.data.model_dump(mode="json"),

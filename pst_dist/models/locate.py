@@ -72,10 +72,10 @@ def locate_model(name: str, revision: str | None = None) -> ModelPlace:
     if name in PACKAGED:
         file = packaged_file(name)
         return ModelPlace(name, str(file.parent), file.name)
-    if name.lower().endswith(GGUF):
+    if is_gguf(name):
         file = Path(name).expanduser()
         if not file.is_file():
-            raise InputError("no such GGUF file", "check student.model_name_or_path", path=name)
+            raise InputError("no such GGUF file", "check the path", path=name)
         return ModelPlace(name, str(file.parent), file.name)
     return ModelPlace(name, str(folder) if folder.is_dir() else name, revision=revision)
 
@@ -90,6 +90,11 @@ def _below_adapter(folder: Path, seen: list[Path]) -> ModelPlace:
     else:
         place = locate_model(base, revision)
     return replace(place, adapters=(*place.adapters, str(folder)))
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model is a GGUF file: by its path, or by the short name of a packaged one."""
+    return name in PACKAGED or name.lower().endswith(GGUF)
 
 
 def packaged_file(name: str) -> Path:
@@ -107,12 +112,15 @@ def packaged_file(name: str) -> Path:
 
 
 def encoder_name(encoder: str) -> str:
-    """An encoder's name in manifests: its hub id, `minilm`, or the last part of its folder's path."""
-    return encoder if encoder == "minilm" or is_hub_id(encoder) else PurePath(encoder).name
+    """An encoder's name in manifests: its hub id or short name, or the last part of its folder's or file's path."""
+    short = encoder == MINILM or encoder in PACKAGED
+    return encoder if short or is_hub_id(encoder) else PurePath(encoder).name
 
 
 def is_hub_id(encoder: str) -> bool:
-    return encoder != "minilm" and not encoder.startswith(("/", ".", "~")) and not Path(encoder).is_dir()
+    if encoder == MINILM or is_gguf(encoder):
+        return False
+    return not encoder.startswith(("/", ".", "~")) and not Path(encoder).is_dir()
 
 
 def locate_encoder(encoder: str, revision: str | None = None) -> Path:

@@ -90,7 +90,8 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
         ("shards", f"`{facts.chain['shards']}`" if facts.chain["shards"] else "not recorded"),
     ]
     if facts.encoder is not None and ARMS[facts.format.arm].aligned:
-        rows.append(("encoder of the teacher's rationales", f"`{facts.encoder['encoder']}`"))
+        read = f", layer {facts.encoder['layer']}" if "layer" in facts.encoder else ""
+        rows.append(("encoder of the teacher's rationales", f"`{facts.encoder['encoder']}`{read}"))
         rows.append(("embeddings", f"`{facts.chain['embeddings']}`"))
     return [*rows, ("student", f"`{facts.student.digest}`")]
 

@@ -254,6 +254,8 @@ def variant_of(config: Config) -> list[str]:
         variant += ["whitened"] if loss.whiten else []
         variant += [f"layer {loss.layer}"] if loss.layer is not None else []
         variant += ["mean of all rationales"] if loss.rationales == "mean" else []
+        variant += ["fitted head"] if loss.head_init == "ridge" else []
+        variant += [f"alignment share {loss.alignment_share:g}"] if loss.alignment_share is not None else []
     if not arm.answers_first and config.evaluate.rationale != "own":
         variant.append(f"given {config.evaluate.rationale} rationales")
     if arm.needs_rationale and config.data.wrong_rationales:

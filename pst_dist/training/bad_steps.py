@@ -96,6 +96,7 @@ def after_rollback(state: RunState, checkpoint: RunState) -> RunState:
         step=step,
         rollbacks=[*state.rollbacks, [checkpoint.step, step]],
         recent_losses=checkpoint.recent_losses,
+        alignment_ratio=checkpoint.alignment_ratio,
     )
 
 

@@ -22,6 +22,7 @@ from pst_dist.errors import ConfigError
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, deepspeed_settings, import_deepspeed
 from pst_dist.training.fragments import (
+    WEIGHT,
     Fragment,
     FragmentFiles,
     adam_steps,
@@ -107,6 +108,14 @@ class Engine(ABC):
         start_moments(self.adamw, self._places(), files.adam_step)
         for fragment in self._fragments():
             files.fill(fragment)
+        self._settle()
+
+    def set_weight(self, name: str, value: Tensor) -> None:
+        """Give a parameter the values of a tensor that is whole on every rank, before the first step; collective."""
+        start_moments(self.adamw, self._places(), 0)
+        for fragment in self._fragments():
+            if fragment.name == name:
+                fragment.slots[WEIGHT].copy_(value.flatten()[fragment.start : fragment.stop])
         self._settle()
 
     @property

@@ -48,6 +48,8 @@ _IMPLIED: dict[str, Any] = {
     "train.decay_ratio": 0.2,
     **{f"student.lora.{key}": value for key, value in LoraConfig().model_dump(mode="json").items()},
     BASE: None,
+    "loss.alignment_share": None,
+    "loss.head_init": "random",
 }
 """Settings that older trainings did not have, with the value that they used. A setting with that value is left out, so
 that the digest of an older training does not change."""
@@ -65,6 +67,7 @@ _ADJUSTABLE = {
     *("train.warmup_ratio", "train.bf16", "train.eval_steps", _CHOOSES),
     *("train.skip_bad_steps", "train.max_rollbacks", "train.spike_factor", "train.spike_window"),
     *("loss.answer_weight", "loss.rationale_weight", "loss.alignment_weight", "loss.alpha", "loss.temperature"),
+    "loss.alignment_share",
 }
 
 

@@ -36,6 +36,9 @@ class PSTLossOutput:
     """[3] float32 without gradient: answer NLL (nats over tokens), rationale NLL, alignment distance over spans."""
     cosine: Tensor
     """[] float32 without gradient: sum over spans of the cosine to the teacher, for the log."""
+    spread: Tensor
+    """[1 + E] float64 without gradient, when scoring: the sum of the squared cosines, then that of the students' unit
+    vectors; empty in training and without spans."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ class TermWeights:
             counts = torch.stack([tokens, tokens, counts[2]])
         weights = torch.tensor(self.weights, dtype=torch.float64, device=counts.device)
         return torch.where(counts > 0, weights / counts.clamp(min=1), torch.zeros_like(counts))
+
+
+def spread_of(student_AE: Tensor, cosine_A: Tensor) -> Tensor:
+    """`PSTLossOutput.spread` of projected students and their cosines."""
+    units = F.normalize(student_AE.detach().double(), dim=-1, eps=1e-8)
+    return torch.cat([cosine_A.double().square().sum()[None], units.sum(0)])
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

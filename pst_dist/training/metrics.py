@@ -2,7 +2,9 @@
 
 Each term is logged raw and weighted, with the norm of its gradient at the hidden state. A term that contributes under
 1 % or over 99 % of the gradient gets a warning, because its weight then does nothing or everything. A term that is
-already learnt gets none: its gradient is small whatever its weight.
+already learnt gets none: its gradient is small whatever its weight. The alignment term also gets one when it stays
+under 5 %, and when validation finds the students' vectors no nearer to their own targets than to those of other rows:
+a run whose term does not act proves nothing about it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pst_dist.logs import progress
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import append_line, read_lines
 from pst_dist.storage.outputs import refuse_link_out
+from pst_dist.training.head_fit import HeadFit
 from pst_dist.training.loss import TERMS
 from pst_dist.training.trackers import TrackedRun, Trackers
 from pst_dist.training.validation import ValidationScore
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 _MOST_IDS = 8
 _LEARNT = 0.05
 """Nats per token, or distance: a term below this counts as learnt."""
+_INERT, _INERT_ROWS = 0.05, 5
+"""Share of the gradient, and number of logged steps in a row under it, at which the alignment term counts as inert."""
 _SHORT = {"answer": "answer", "rationale": "rationale", "alignment": "align"}
 
 
@@ -90,6 +95,12 @@ class StepRecord:
         """The weighted total."""
         return sum(self.weighted.values())
 
+    @property
+    def alignment_weight(self) -> float | None:
+        """The weight of the alignment term in this step; None without the term."""
+        raw = self.raw.get("alignment")
+        return self.weighted["alignment"] / raw if raw else None
+
     def gradient_shares(self) -> dict[str, float]:
         """Each term's norm over the sum of norms, 0 … 1."""
         total = sum((self.gradients or {}).values())
@@ -130,6 +141,7 @@ class MetricsLog:
         self._since = time.monotonic()
         self._tokens = 0
         self._warned: set[str] = set()
+        self._inert_rows = 0
 
     def __enter__(self) -> MetricsLog:
         if not self.ranks.is_main:
@@ -137,7 +149,8 @@ class MetricsLog:
         refuse_link_out(self.run.metrics, self.run.path)
         # Drop rows after the checkpoint we resume from: their steps are about to be repeated.
         found = read_lines(self.run.metrics)
-        kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step]
+        begun = self.first_step > 0  # a new training also repeats what precedes its first step
+        kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step and begun]
         write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
         tracked = TrackedRun(self.run.path, self.run.path.name, self.first_step)
         self.trackers = Trackers(self.config.train.report_to, tracked, self.config)
@@ -167,6 +180,8 @@ class MetricsLog:
         speed = self._tokens / max(now - self._since, 1e-9)
         self._since, self._tokens = now, 0
         row = record.row() | {"epoch": epoch, "tokens_per_second": speed}
+        if self.config.loss.alignment_share is not None and record.alignment_weight is not None:
+            row["alignment_weight"] = record.alignment_weight
         append_line(self.run.metrics, row)
         self._report(record.step, {name: value for name, value in row.items() if name != "step"})
         terms = "  ".join(f"{_SHORT[name]} {value:.4f}" for name, value in record.raw.items())
@@ -180,6 +195,13 @@ class MetricsLog:
             100 * record.padding,
         )
         self._warn_about_balance(record)
+        self._warn_about_inert_term(record)
+
+    def head_fit(self, fit: HeadFit | None) -> None:
+        """Record how the alignment head was fitted before the first step; None where it was not."""
+        if self.ranks.is_main and fit is not None:
+            append_line(self.run.metrics, {"step": 0, "head_fit": fit.to_json()})
+            self._report(0, {f"head_fit/{name}": value for name, value in fit.to_json().items()})
 
     def _report(self, step: int, values: Mapping[str, Any]) -> None:
         if self.trackers is not None:
@@ -201,6 +223,42 @@ class MetricsLog:
                     name,
                 )
 
+    def _warn_about_inert_term(self, record: StepRecord) -> None:
+        """Warn once when the alignment term has had under 5 % of the gradient in several logged steps in a row."""
+        share = record.gradient_shares().get("alignment")
+        if share is None or record.step == 1 or len(record.raw) == 1:
+            return
+        is_inert = share < _INERT and record.raw["alignment"] > _LEARNT
+        self._inert_rows = self._inert_rows + 1 if is_inert else 0
+        enough = self._inert_rows >= _INERT_ROWS or (record.step == self.total and self._inert_rows > 1)
+        if enough and "alignment" not in self._warned:
+            self._warned.add("alignment")
+            log.warning(
+                "step %d: the alignment term stays under %.0f %% of the gradient at the hidden state (%.2f %% now), so "
+                "it hardly acts; set loss.alignment_share (such as 0.2) and loss.head_init=ridge",
+                record.step,
+                100 * _INERT,
+                100 * share,
+            )
+
+    def _warn_about_cosine(self, step: int, score: ValidationScore) -> None:
+        """Warn once, from the middle of the training on, when validation rows are not told apart by their targets."""
+        cosine, other, stderr = score.cosine, score.cosine_other, score.cosine_stderr
+        is_control = self.config.loss.control == "shuffle_embeddings"
+        if cosine is None or other is None or stderr is None or is_control or 2 * step < self.total:
+            return
+        if cosine - other < 2 * stderr and "cosine" not in self._warned:
+            self._warned.add("cosine")
+            log.warning(
+                "step %d: on validation rows the cosine to a row's own target is %.3f +- %.3f, to those of other rows "
+                "%.3f: the semantic term has learnt nothing of a row, as its shuffled control would; see "
+                "loss.alignment_share, loss.head_init, loss.layer and embed.encoder",
+                step,
+                cosine,
+                stderr,
+                other,
+            )
+
     def bad_step(self, step: int, outcome: str, fault: str, sample_ids: list[str]) -> None:
         """Record a step that moved no weight; `outcome` is the response to it."""
         if not self.ranks.is_main:
@@ -221,3 +279,4 @@ class MetricsLog:
         self._report(step, {f"validation/{name}": value for name, value in values.items()})
         words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         log.info("step %d/%d  validation  %s", step, self.total, words)
+        self._warn_about_cosine(step, score)

@@ -26,7 +26,7 @@ from pst_dist.student.lora import is_adapted
 from pst_dist.student.pretrained import build_model
 from pst_dist.student.token_rows import head_rows, rows_gradient
 from pst_dist.training.batches import PSTBatch
-from pst_dist.training.loss import PSTLossOutput, alignment_distance, token_nll
+from pst_dist.training.loss import PSTLossOutput, alignment_distance, spread_of, token_nll
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,14 @@ class Student(nn.Module):
         self.watch_gradients = False
         self.squared_gradients = torch.zeros(3, dtype=torch.float64)
         """Sums of squared gradients at the hidden state, one per term, while `watch_gradients` is set."""
+        self.observer: Callable[[Tensor], object] | None = None
+        """Called with the [A, D] hidden states that the alignment head reads, in each pass, while it is set."""
         self._fusible: bool | None = None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths D and E that the alignment head maps between; (0, 0) without one."""
+        return (self.head.in_features, self.head.out_features) if self.head is not None else (0, 0)
 
     @property
     def decoder_start_id(self) -> int | None:
@@ -73,9 +80,11 @@ class Student(nn.Module):
         # Multiplying by the mask would turn one term's infinite loss into a NaN in the other term.
         answer, rationale = (torch.where(which, output.nll, 0).sum() for which in (batch.is_answer, ~batch.is_answer))
         pooled = output.pooled if self._layer is None else span_tap(self._layer_of(made), batch.spans)[1]
-        alignment, cosine = self._alignment(pooled, batch)
+        if self.observer is not None:
+            self.observer(pooled.detach())
+        alignment, cosine, spread = self._alignment(pooled, batch)
         sums = torch.stack([answer, rationale, alignment.detach()])
-        return PSTLossOutput(output.loss + alignment * scales[2], sums, cosine)
+        return PSTLossOutput(output.loss + alignment * scales[2], sums, cosine, spread)
 
     @torch.no_grad()
     def _returns_the_heads_logits(self, batch: PSTBatch) -> bool:
@@ -137,19 +146,21 @@ class Student(nn.Module):
             )
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **more)
 
-    def _alignment(self, pooled_AD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor]:
-        """Sums of the distances and of the cosines over the batch's spans."""
+    def _alignment(self, pooled_AD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of the distances and of the cosines over the batch's spans, and `PSTLossOutput.spread`."""
+        nothing_more = pooled_AD.new_zeros(0)
         if self.head is None:
             zero = pooled_AD.new_zeros(())
-            return zero, zero
+            return zero, zero, nothing_more
         if not len(batch.spans) and not self.loss.symmetric:
             # Still run the head: each of its parameters must get a gradient on every rank.
             nothing = self.head(pooled_AD.to(self.head.weight.dtype)).float().sum()
-            return nothing, nothing.detach()
+            return nothing, nothing.detach(), nothing_more
         if self.watch_gradients and pooled_AD.requires_grad:
             pooled_AD.register_hook(lambda grad: self._record_spans(grad, batch.spans.lengths))
+        predicted_AE = self.head(pooled_AD.to(self.head.weight.dtype))
         distance, cosine = alignment_distance(
-            self.head(pooled_AD.to(self.head.weight.dtype)),
+            predicted_AE,
             batch.teacher_emb,
             keys_GE=batch.keys,
             key_groups_G=batch.key_groups,
@@ -157,7 +168,7 @@ class Student(nn.Module):
             capacity=batch.capacity,
             loss=self.loss,
         )
-        return distance.sum(), cosine.sum()
+        return distance.sum(), cosine.sum(), nothing_more if self.training else spread_of(predicted_AE, cosine)
 
     def _record_spans(self, grad_AD: Tensor, lengths: Tensor) -> None:
         # Each of the span's `length` tokens receives grad / length, so the sum of squares is grad squared / length.

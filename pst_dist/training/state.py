@@ -33,6 +33,8 @@ class RunState:
     """One [checkpoint, step] pair per rollback: the steps after `checkpoint`, up to and including `step`, are void."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last good steps, oldest first; empty unless `train.spike_factor` is set."""
+    alignment_ratio: float | None = None
+    """What the alignment weight follows from (`training.share`); None unless `loss.alignment_share` is set."""
 
 
 def advanced(state: RunState, **changes: Any) -> RunState:

@@ -60,6 +60,7 @@ from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines import Engine, build_engine
 from pst_dist.training.fingerprint import choosing_metric, settings_digest, training_settings
+from pst_dist.training.head_fit import fit_head
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
@@ -68,6 +69,7 @@ from pst_dist.training.passes import ByLength
 from pst_dist.training.precision import suits_bf16, with_precision
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
+from pst_dist.training.share import after_measured, held
 from pst_dist.training.state import RunState, advanced
 from pst_dist.training.step import BadStep, take_step, totals_over_ranks
 from pst_dist.training.validation import ValidationScore, Validator, is_better
@@ -180,7 +182,7 @@ class _Training:
         self.fingerprint = settings_digest(self.settings)
         self.plan = OrderPlan(len(samples), batch, config.seed)
         self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
-        self.weights = TermWeights.of(config.loss, config.arm)
+        self.weights = TermWeights.of(config.loss, config.arm)  # `share.held` replaces the alignment's
         self.samples = samples
         self.tokenizer = build_tokenizer(config.student, samples)
         torch.manual_seed(config.seed)
@@ -218,6 +220,8 @@ class _Training:
         if state.step == 0:
             at("checking rows")
             self._check_rows()
+        fits = state.step == 0 and self.teacher is not None and self.config.loss.head_init == "ridge"
+        fitted = fit_head(engine, self.samples, self.layout, self.collate, self.config) if fits else None
         log.info(
             "arm %s: %s parameters%s, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
             self.config.arm,
@@ -240,6 +244,7 @@ class _Training:
             observer=self.observer,
         )
         with metrics, saver:
+            metrics.head_fit(fitted)
             try:
                 state = self._loop(engine, state, metrics, saver)
             except DivergedError:  # raised on all ranks, so a checkpoint in flight can still be published
@@ -304,7 +309,7 @@ class _Training:
         log.warning("the best student (step %d) is missing or damaged; recreating it", best_step)
         state = resume(engine, root, fresh, at_most=best_step, accept_changes=accept)
         if state.step == best_step:
-            self._keep_student(engine, state, self.validator.score(engine, self.weights))
+            self._keep_student(engine, state, self.validator.score(engine, held(self.weights, self.config.loss, state)))
             return resume(engine, root, fresh, accept_changes=accept)
         return state
 
@@ -327,13 +332,14 @@ class _Training:
                 end_as_told(totals.told, f"saved after step {state.step} of {self.total}")
             if saver.pending and not totals.busy:
                 saver.settle()
-            watch = (state.step + 1) % train.logging_steps == 0 or state.step == 0
+            holds = self.config.loss.alignment_share is not None
+            watch = (state.step + 1) % train.logging_steps == 0 or state.step == 0 or holds
             taken = take_step(
                 engine,
                 state,
                 batches,
                 totals,
-                self.weights,
+                held(self.weights, self.config.loss, state),
                 train,
                 seed=self.config.seed,
                 total=self.total,
@@ -347,6 +353,7 @@ class _Training:
                 went_back = len(state.rollbacks) > before  # saved below, so that the next start knows it
             else:
                 state = after_good_step(advanced(state, step=state.step + 1), taken.loss, train)
+                state = after_measured(state, taken, self.config.loss)
                 loss = taken.loss
                 metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1))
             state = advanced(state, tokens=tokens, seconds=seconds)
@@ -414,7 +421,7 @@ class _Training:
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows and keep the student if it is the best so far."""
         at("validation", state.step)
-        value = self.validator.score(engine, self.weights)
+        value = self.validator.score(engine, held(self.weights, self.config.loss, state))
         if value.loss is not None and not math.isfinite(value.loss):
             raise diverged_validation(value.loss, state.step)
         metrics.validation(state.step, value)

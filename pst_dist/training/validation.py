@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
@@ -40,6 +41,10 @@ class ValidationScore:
     """Distance per sample."""
     cosine: float | None = None
     """Cosine to the teacher per sample."""
+    cosine_stderr: float | None = None
+    """Its standard error over the samples."""
+    cosine_other: float | None = None
+    """Cosine to the teacher vectors of all other samples: what a term that learnt nothing of a row would reach."""
     loss: float | None = None
     """The weighted total."""
     accuracy: float | None = None
@@ -57,6 +62,21 @@ class ValidationScore:
 def is_better(metric: str, value: float, best: float) -> bool:
     """Whether `value` beats `best`: higher accuracy or lower loss. A tie keeps the later, longer-trained student."""
     return value >= best if metric == "accuracy" else value <= best
+
+
+def compared_cosines(rows: int, cosine: float, spread: Tensor) -> tuple[float | None, float | None]:
+    """The standard error of the mean cosine, and the mean cosine to the teachers of other rows; None below two rows.
+
+    `cosine` is the sum over rows. `spread` [1 + 2E] float64 holds the sum of the squared cosines, of the students' unit
+    vectors and of the teachers'. The sum over all pairs is the product of those two sums, and the pairs of a row with
+    itself are taken out; so it depends on neither passes nor ranks.
+    """
+    if rows < 2:
+        return None, None
+    students, teachers = spread[1:].chunk(2)
+    mean = cosine / rows
+    variance = max(0.0, float(spread[0]) / rows - mean * mean) * rows / (rows - 1)
+    return math.sqrt(variance / rows), (float(students @ teachers) - cosine) / (rows * (rows - 1))
 
 
 class Validator:
@@ -89,7 +109,8 @@ class Validator:
             return ValidationScore()
         engine.student.eval()
         engine.student.watch_gradients = False
-        totals = torch.zeros(7, dtype=torch.float64)
+        width = engine.student.widths[1]
+        totals = torch.zeros(7 + 1 + 2 * width, dtype=torch.float64)
         unscaled = torch.ones(3, device=engine.device)
         with torch.no_grad():
             for sequences, muted in self._passes(engine.pass_tokens):
@@ -98,9 +119,12 @@ class Validator:
                 batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
                 alive()
                 output = engine.forward(batch.to(engine.device), unscaled)
-                totals += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
+                totals[:7] += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
+                if output.spread.numel():
+                    totals[7:] += torch.cat([output.spread.cpu(), batch.teacher_emb.double().sum(0)])
         totals = sums_over_ranks(totals)
-        sums, cosine, counts = totals[:3], float(totals[3]), totals[4:]
+        sums, cosine, counts = totals[:3], float(totals[3]), totals[4:7]
+        stderr, other = compared_cosines(int(counts[2]), cosine, totals[7:])
         means = [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
         thinks = choosing_metric(self.config) == "written_nll"
         return ValidationScore(
@@ -109,6 +133,8 @@ class Validator:
             written_nll=float(sums[:2].sum() / counts[:2].sum()) if thinks else None,
             alignment=means[2],
             cosine=cosine / float(counts[2]) if counts[2] else None,
+            cosine_stderr=stderr,
+            cosine_other=other,
             loss=float((sums * weights.scales(counts)).sum()),
             accuracy=self._accuracy(engine) if self.decodes else None,
         )

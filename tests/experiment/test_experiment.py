@@ -20,13 +20,13 @@ from waiting import wait_until
 from pst_dist.config.loading import load_config
 from pst_dist.data.tasks.registry import TASKS
 from pst_dist.errors import ConfigError, InputError
-from pst_dist.evaluation.statistics import mcnemar, paired, standard_error
+from pst_dist.evaluation.statistics import Difference, mcnemar, paired, standard_error
 from pst_dist.experiment.driver import run_experiment
 from pst_dist.experiment.outcomes import Outcome
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, sweep_picture
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
-from pst_dist.experiment.results import collect
-from pst_dist.experiment.results_page import page_of, table_lines
+from pst_dist.experiment.results import Pair, Results, collect
+from pst_dist.experiment.results_page import _controls, page_of, table_lines
 from pst_dist.experiment.runs import result_of
 from pst_dist.experiment.spec import Experiment, load_experiment, ready_made_experiments, runs_of
 
@@ -560,3 +560,27 @@ def test_the_worker_does_not_answer_for_a_parent_that_is_gone():
     _serve(theirs, None, 1, os.getppid() + 1)
     assert time.monotonic() - started < 60
     ours.close()
+
+
+def test_the_page_says_where_a_control_proves_nothing():
+    variants = {
+        "pst": {"arm": "pst"},
+        "shuffled": {"arm": "pst", "loss.control": "shuffle_embeddings"},
+        "unaligned": {"arm": "pst", "loss": {"alignment_weight": 0}},
+        "post": {"arm": "post_thinking"},
+    }
+    experiment = Experiment(name="e", tasks={"t": {}}, variants=variants)
+
+    def page(*found: tuple[str, str, float, float]) -> str:
+        pairs = []
+        for one, other, low, high in found:
+            test = Difference(other, difference=(low + high) / 2, low=low, high=high, p=0.5, seeds=3)
+            pairs.append(Pair("t", (), one, test))
+        return " ".join(_controls(Results(experiment, [], pairs, [])))
+
+    clear, same = ("pst", "shuffled", 0.01, 0.2), ("pst", "unaligned", -0.03, 0.05)
+    said = page(clear, same, ("pst", "post", -0.1, 0.1))
+    assert "In 1 of the 2 pairs" in said and "proves nothing" in said
+    assert "pst against unaligned, +1.00 points (-3.00 to +5.00)" in said and "shuffled" not in said
+    assert page(clear) == "Each of the 1 pairs of an arm and its control differs measurably."
+    assert page(("pst", "post", -0.1, 0.1)) == "", "another arm is no control"

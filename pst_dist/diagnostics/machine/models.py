@@ -16,7 +16,7 @@ from pst_dist.diagnostics.machine.findings import Finding, ok, problem
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import PstError
 from pst_dist.models.adapters import is_adapter
-from pst_dist.models.locate import GGUF, MINILM, PACKAGED, locate_encoder, locate_model
+from pst_dist.models.locate import MINILM, is_gguf, locate_encoder, locate_model
 from pst_dist.redirects import SameOriginToken
 from pst_dist.student.warm_start import warm_checkpoint
 
@@ -28,6 +28,8 @@ def encoder(config: Config) -> list[Finding]:
     name = config.embed.encoder
     if not needs_embeddings(config):
         return []
+    if is_gguf(name):
+        return _gguf("encoder", name)
     if name == "minilm" or name.startswith(("/", ".", "~")) or Path(name).is_dir():
         folder = locate_encoder(name)
         return _folder("encoder", folder, "embed.encoder")
@@ -41,8 +43,8 @@ def student(config: Config) -> list[Finding]:
         return [ok("student", "starts from random weights")]
     if name == MINILM:
         return _folder("student", Path(warm_checkpoint(config.student)), "student.model_name_or_path")
-    if name in PACKAGED or name.lower().endswith(GGUF):
-        return _gguf(name)
+    if is_gguf(name):
+        return _gguf("student", name)
     folder = Path(name).expanduser()
     try:
         if folder.is_dir() and is_adapter(folder):
@@ -61,14 +63,14 @@ def student(config: Config) -> list[Finding]:
     return _hub("student", name, config.student.revision, "student.model_name_or_path")
 
 
-def _gguf(name: str) -> list[Finding]:
+def _gguf(subject: str, name: str) -> list[Finding]:
     try:
         place = locate_model(name)
     except PstError as error:
-        return [problem("student", f"{name}: {error.what}", error.remedy)]
+        return [problem(subject, f"{name}: {error.what}", error.remedy)]
     if importlib.util.find_spec("gguf") is None:
-        return [problem("student", f"{name}: reading a GGUF file needs the package gguf", "pip install gguf")]
-    return [ok("student", f"{place.target}/{place.gguf}: found")]
+        return [problem(subject, f"{name}: reading a GGUF file needs the package gguf", "pip install gguf")]
+    return [ok(subject, f"{place.target}/{place.gguf}: found")]
 
 
 def _folder(subject: str, folder: Path, key: str) -> list[Finding]:

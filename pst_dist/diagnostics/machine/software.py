@@ -23,6 +23,7 @@ from packaging.version import Version
 from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.facts import Machine, version_of
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
+from pst_dist.embedding.causal import reads_causal
 
 TORCH_SECONDS = 60.0
 _DRIVER_OF_CUDA = {11: 450, 12: 525, 13: 580}
@@ -102,7 +103,7 @@ def _needed(config: Config | None) -> set[str]:
     needed |= {"deepspeed"} if config.train.deepspeed else set()
     needed |= {"peft"} if config.student.lora.rank else set()
     needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
-    needed |= set() if config.embed.backend == "ray" else {"sentence-transformers"}
+    needed |= set() if config.embed.backend == "ray" or reads_causal(config.embed) else {"sentence-transformers"}
     # Other trackers are extras, and training continues without them.
     return needed | ({"tensorboard"} & set(config.train.report_to))
 

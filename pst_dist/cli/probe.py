@@ -1,0 +1,36 @@
+"""The verb `probe`: what the targets of the alignment term know about the answer, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pst_dist.cli.checks import _at_least_one
+from pst_dist.cli.verb import CONFIG, OVERRIDES, Option, verb
+from pst_dist.cli.words import config_of
+
+
+@verb(
+    "predict whether the semantic term can help: what the embeddings know of the answer",
+    "pst probe my.yaml --encoder smollm2,layer=15",
+    CONFIG,
+    OVERRIDES,
+    Option(
+        "--encoder",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="also probe this encoder, with its settings: NAME,layer=15,pooling=last (may be repeated)",
+    ),
+    Option("-n", "--rows", type=_at_least_one, default=1000, help="rows at most (default %(default)s)"),
+    Option("--json", action="store_true", help="print the numbers as JSON"),
+)
+def probe(arguments: argparse.Namespace) -> int:
+    from pst_dist.diagnostics.probe import probe
+
+    report = probe(
+        config_of(arguments), arguments.encoder, most_rows=arguments.rows, from_run=Path(arguments.config).is_dir()
+    )
+    print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines()))
+    return 0

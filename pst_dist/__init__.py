@@ -1,7 +1,8 @@
 """Post-Semantic-Thinking: distil a large model's reasoning into a small one that answers first.
 
-The Python API is here, imported when a name is first used: `run`, `evaluate`, `export`, `load_config`, `load_student`
-and what they return. `train` is in `pst_dist.api`, because `pst_dist.train` is the module that launchers start.
+The Python API is here, imported when a name is first used: `run`, `evaluate`, `export`, `as_dataset`, `load_config`,
+`load_student` and what they return. `train` is in `pst_dist.api`, because `pst_dist.train` is the module that launchers
+start.
 """
 
 import importlib
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         ScoredRow,
         Student,
         TrainResult,
+        as_dataset,
         evaluate,
         expand_arms,
         export,
@@ -39,6 +41,7 @@ __all__ = [
     "Student",
     "TrainResult",
     "__version__",
+    "as_dataset",
     "evaluate",
     "expand_arms",
     "export",

@@ -47,6 +47,7 @@ __all__ = [
     "ScoredRow",
     "Student",
     "TrainResult",
+    "as_dataset",
     "evaluate",
     "expand_arms",
     "export",
@@ -148,6 +149,40 @@ def export(source: Source, *overrides: str, rebuild: bool = False, adapter: bool
     with _our_errors(), shown_by_default():
         write = export_adapter if adapter else export
         return write(_of_finished("export", source, overrides, keys), rebuild=rebuild)
+
+
+def as_dataset(source: Source, split: str | None = None, *, streaming: bool = False) -> Any:
+    """The rows of finished shards as a Hugging Face dataset; all splits as a `DatasetDict` without `split`.
+
+    `source` is a shard directory, a data or run directory, or a config. Columns: id, question, answer,
+    rationales, answer_type, choices; a row without rationales or choices has None there. With `streaming` rows are read
+    from the shards as they are needed. Raises InputError when there are no finished shards.
+    """
+    from pst_dist.data.interchange import dataset_of
+    from pst_dist.data.shards import ShardSet
+
+    with _our_errors(), shown_by_default():
+        directory = _shards_of(source)
+        if split is not None:
+            return dataset_of(directory, split, streaming=streaming)
+        counts = ShardSet.open(directory).manifest.extra["counts"]
+        made = {name: dataset_of(directory, name, streaming=streaming) for name, count in counts.items() if count}
+        import datasets
+
+        return datasets.IterableDatasetDict(made) if streaming else datasets.DatasetDict(made)
+
+
+def _shards_of(source: Source) -> Path:
+    """The shard directory that a folder is or contains, or that a config names."""
+    from pst_dist.storage.manifest import MANIFEST, kind_written_in
+
+    if isinstance(source, str | Path):
+        folder = Path(source)
+        if (folder / MANIFEST).is_file() and kind_written_in(folder) == "shards":
+            return folder
+        if (folder / "shards" / MANIFEST).is_file():
+            return folder / "shards"
+    return run_dir(load_config(source)).shards
 
 
 def load_student(folder: str | Path, *, device: str | None = None) -> Student:

@@ -225,6 +225,8 @@ def repair(root: Path, findings: list[Finding]) -> None:
 def _rebuild(config: Config, bad: set[str]) -> None:
     from pst_dist.evaluation.evaluate import evaluate
     from pst_dist.publish.export import export
+    from pst_dist.publish.gguf.artefact import export_gguf
+    from pst_dist.publish.gguf.types import TYPES
 
     if "shards" in bad:
         make_shards(config, rebuild=True)
@@ -237,3 +239,7 @@ def _rebuild(config: Config, bad: set[str]) -> None:
             evaluate(arm, rebuild=True)
         if "export" in bad:
             export(arm, rebuild=True)
+        if "gguf" in bad or "export" in bad:
+            for folder in sorted(run_dir(arm).path.glob("gguf/*")):
+                if folder.name in TYPES:
+                    export_gguf(arm, folder.name)

@@ -26,7 +26,19 @@ def _arms_of(config: Config) -> list[Config]:
     return expand_arms(config)
 
 
-@verb("pack the rows into webdataset shards", "pst shard my.yaml", CONFIG, OVERRIDES, REBUILD)
+@verb(
+    "pack the rows into webdataset shards",
+    "pst shard my.yaml --to messages",
+    CONFIG,
+    OVERRIDES,
+    REBUILD,
+    Option(
+        "--to",
+        choices=("messages", "parquet"),
+        help="also write the shards' rows next to them for other programs: chat messages, with the answer first in the "
+        "assistant's turn (TRL, axolotl, LLaMA-Factory, ms-swift), or Parquet with every field",
+    ),
+)
 def shard(arguments: argparse.Namespace) -> int:
     from pst_dist.config.run_dir import record_run, run_dir
     from pst_dist.pipeline import make_shards
@@ -36,6 +48,12 @@ def shard(arguments: argparse.Namespace) -> int:
     record_run(config)
     tars = [name for name in manifest.files if name.endswith(".tar")]
     print(f"{run_dir(config).shards}: {len(tars)} shard(s), digest {manifest.digest[:12]}")
+    if arguments.to:
+        from pst_dist.data.interchange import write_interchange
+        from pst_dist.data.shards import ShardSet
+
+        folder = write_interchange(ShardSet.open(run_dir(config).shards), arguments.to)
+        print("\n".join(str(file) for file in sorted(folder.iterdir()) if file.name != "manifest.json"))
     return 0
 
 
@@ -110,39 +128,6 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
         f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {results['split']} rows, "
         f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed"
     )
-
-
-@verb(
-    "export the student as a plain Hugging Face model",
-    "pst export runs/demo/pst",
-    CONFIG,
-    OVERRIDES,
-    REBUILD,
-    Option(
-        "--adapter",
-        action="store_true",
-        help="write the adapter of a LoRA student alone, as a PEFT folder (RUN/adapter)",
-    ),
-    Option(
-        "--lm-eval",
-        action="store_true",
-        help="also write the test rows as a task for the lm-evaluation-harness, and print its command",
-    ),
-)
-def export(arguments: argparse.Namespace) -> int:
-    from pst_dist.publish.adapter import export_adapter
-    from pst_dist.publish.export import export
-
-    for config in _arms_of(finished_config_of(arguments, "export --lm-eval" if arguments.lm_eval else "export")):
-        if arguments.adapter:
-            print(export_adapter(config, rebuild=arguments.rebuild))
-            continue
-        print(export(config, rebuild=arguments.rebuild))
-        if arguments.lm_eval:
-            from pst_dist.publish.lm_eval import lm_eval_command, write_lm_eval_task
-
-            print(f"{write_lm_eval_task(config)}\n  {lm_eval_command(config)}")
-    return 0
 
 
 @verb(

@@ -149,6 +149,8 @@ def _sources(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Path, Any]
     extra = manifest.extra
     if manifest.kind == "embeddings":
         yield "shards", folder.parent / "shards", extra.get("shards_digest")
+    elif manifest.kind in ("messages", "parquet"):
+        yield "shards", folder.parent / "shards", extra.get("shards")
     elif manifest.kind == "student":
         data = _data_of(folder.parent)
         yield "shards", data / "shards", extra.get("shards")
@@ -157,6 +159,8 @@ def _sources(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Path, Any]
         yield "weights", folder.parent.parent / "best", extra.get("student")
     elif manifest.kind == "export":
         yield "weights", folder.parent / "best", extra.get("student")
+    elif manifest.kind == "gguf":
+        yield "export", folder.parent.parent / "export", extra.get("export")
 
 
 def _data_of(run: Path) -> Path:

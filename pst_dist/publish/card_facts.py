@@ -36,6 +36,23 @@ class CardFacts:
     """Whether the exported tokenizer has one."""
     is_adapter: bool = False
     """Whether the folder holds a LoRA adapter without its base."""
+    licence: str | None = None
+    """Identifier of the licence that the exporting person stated, such as `apache-2.0`; None when they stated none."""
+
+    def licence_words(self) -> str:
+        """One sentence on the licence."""
+        if self.licence is None:
+            return "Its licence depends on the base model, the rows and the teacher. This card grants none."
+        return (
+            f"Its licence is `{self.licence}`, as stated by the person who exported it; pst-dist has not checked that "
+            "the base model, the rows and the teacher allow it."
+        )
+
+    @property
+    def datasets(self) -> list[str]:
+        """Hub ids of the data sets that its rows were read from."""
+        found = (_hub_dataset(source) for source in _sources(self.config))
+        return list(dict.fromkeys(name for name in found if name is not None))
 
     @property
     def seq2seq(self) -> bool:
@@ -56,6 +73,26 @@ class CardFacts:
     def name(self) -> str:
         """Arm, task and model type: `pst-svamp-gpt2`."""
         return "-".join((self.format.arm, self.config.task or "reasoning", self.model.config.model_type))
+
+
+def _sources(config: Config) -> list[str]:
+    """Where the rows come from, as the config says it: train, validation and test."""
+    data = config.data
+    values = [value for value in (data.train, data.validation, data.test) if value is not None]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [one if isinstance(one, str) else str(getattr(one, "rows", "")) for one in flat]
+
+
+def _hub_dataset(source: str) -> str | None:
+    """The hub id in `hf:NAME[@REVISION][:CONFIG]:SPLIT`."""
+    found = re.match(r"hf:([\w.-]+(?:/[\w.-]+)?)(?=[@:])", source)
+    return found[1] if found else None
+
+
+def _row_words(config: Config) -> str:
+    """The sources of the rows, files by their names alone because their folders are private."""
+    named = (source if source.startswith(("hf:", "gen:")) else Path(source).name for source in _sources(config))
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(named)) or "not recorded"
 
 
 def training_words(facts: CardFacts) -> str:
@@ -87,6 +124,7 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
         ("arm", f"`{facts.format.arm}`, seed {extra.get('seed')}, step {extra.get('step')}"),
         *([("variant", ", ".join(variant))] if (variant := variant_of(config)) else []),
         ("task", f"`{config.task}`" if config.task else "unnamed"),
+        ("rows", _row_words(config)),
         ("shards", f"`{facts.chain['shards']}`" if facts.chain["shards"] else "not recorded"),
     ]
     if facts.encoder is not None and ARMS[facts.format.arm].aligned:

@@ -7,6 +7,7 @@ alignment head, which only training needs, is not exported.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 
 from pst_dist.config.run_dir import RunDir, run_dir
 from pst_dist.config.schema import Config
+from pst_dist.errors import PstError
 from pst_dist.evaluation.adaptive import chosen_threshold
 from pst_dist.evaluation.evaluate import evaluations_of
 from pst_dist.evaluation.records import read_training
@@ -33,13 +35,14 @@ from pst_dist.student.layout import Layout
 from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
 
 log = logging.getLogger(__name__)
-_VERSION = 3
+_VERSION = 4
 _PROBES = ("How many are 2 and 3?", '  "Quoted", {braces} {{ x }}\nand a second line  ')
 
 
-def export(config: Config, *, rebuild: bool = False) -> Path:
+def export(config: Config, *, rebuild: bool = False, licence: str | None = None) -> Path:
     """Write `run.export` and return its path; does nothing when the same export already exists.
 
+    `licence` is the identifier that the card names, such as `apache-2.0`; None keeps that of an earlier export.
     The model card contains every finished evaluation of exactly this student. Raises InputError when there is no
     student, and DivergedError when one of its weights is not finite.
     """
@@ -47,6 +50,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     student = load_student(run.best, device="cpu")
     evaluations = evaluations_of(run.path, student.manifest)
     chain, encoder = chain_of(run, student.manifest)
+    licence = licence or _licence_of(run.export)
     fingerprint = digest_of(
         {
             "version": _VERSION,
@@ -55,6 +59,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
             "chain": chain,
             "task": config.task,
             "max_new_tokens": config.evaluate.max_new_tokens,
+            **({"licence": licence} if licence else {}),
         }
     )
     artefact = Artefact(run.export, "export")
@@ -64,6 +69,7 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
     weights = ((f"weight {name}", value) for name, value in student.model.named_parameters())
     refuse_non_finite(weights, run.export)
     extra = {**student.manifest.extra, "student": student.manifest.digest, **chain}
+    extra |= {"licence": licence} if licence else {}
     with artefact.publish(fingerprint, extra) as draft:
         student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)
         student.model.save_pretrained(draft.path)
@@ -73,11 +79,28 @@ def export(config: Config, *, rebuild: bool = False) -> Path:
         write_json(draft.path / FORMAT_FILE, fmt.to_json())
         has_template = student.tokenizer.chat_template is not None
         facts = CardFacts(
-            config, student.format, student.manifest, evaluations, encoder, chain, student.model, has_template
+            config,
+            student.format,
+            student.manifest,
+            evaluations,
+            encoder,
+            chain,
+            student.model,
+            has_template,
+            licence=licence,
         )
         write_text(draft.path / "README.md", model_card(facts))
     log.info("exported to %s; it loads with plain transformers", run.export)
     return run.export
+
+
+def _licence_of(folder: Path) -> str | None:
+    """The licence in the card of an earlier export; None without one."""
+    with contextlib.suppress(PstError):
+        manifest = Artefact(folder, "export").manifest()
+        licence = manifest.extra.get("licence") if manifest is not None else None
+        return licence if isinstance(licence, str) else None
+    return None
 
 
 def chain_of(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:

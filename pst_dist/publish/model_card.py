@@ -59,7 +59,9 @@ def card_data(facts: CardFacts) -> ModelCardData:
             facts.format.arm.replace("_", "-"),
             *(["lora"] if facts.config.student.lora.rank else []),
         ],
+        license=facts.licence,
         base_model=facts.base_model,
+        datasets=facts.datasets or None,
         model_name=facts.name if facts.evaluations else None,
         eval_results=[result for row in facts.evaluations for result in _eval_results(facts, row)] or None,
     )

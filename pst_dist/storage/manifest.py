@@ -59,10 +59,13 @@ _CHUNK = 1 << 20
 _HASHED_CHUNK = 4 << 20
 REMAKE = {
     "shards": "run `pst shard` again",
+    "messages": "run `pst shard --to messages` again",
+    "parquet": "run `pst shard --to parquet` again",
     "embeddings": "run `pst embed` again",
     "student": "run `pst train` again",
     "evaluation": "run `pst evaluate --rebuild`",
     "export": "run `pst export` again",
+    "gguf": "run `pst export --gguf TYPE` again",
     "checkpoint": "`pst train` skips it and resumes from an older one",
 }
 """The command that recreates each kind of directory when it is damaged."""
@@ -126,7 +129,7 @@ class Manifest:
     """What a finished artefact directory contains and what it was made from."""
 
     kind: str
-    """`shards`, `embeddings`, `checkpoint`, `student`, `evaluation` or `export`."""
+    """`shards`, `embeddings`, `checkpoint`, `student`, `evaluation`, `export`, `gguf`, `messages` or `parquet`."""
     fingerprint: str
     """sha256 over everything that determines the content: inputs, settings, schema version."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

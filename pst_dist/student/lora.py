@@ -121,6 +121,6 @@ def quantised_loading(config: Config, place: ModelPlace) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type=config.student.lora.quantize,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.train.bf16 is True else torch.float32,
     )
     return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}

@@ -93,6 +93,12 @@ def test_what_is_not_settled_is_planned_as_float32(small_data, tmp_path):
     assert not {"bf16", "torch_autocast"} & deepspeed_settings(train_config, 1).keys()
 
 
+def test_frozen_weights_in_bfloat16_need_a_training_that_surely_computes_in_it():
+    lora = ["student.model_name_or_path=some/model", "student.lora.rank=4", "student.lora.frozen_dtype=bfloat16"]
+    with pytest.raises(ConfigError, match=r"needs train\.bf16=true"):
+        load_config(None, [*lora, "train.bf16=auto"])
+
+
 def test_a_precision_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match=r"train\.bf16"):
         load_config(None, ["train.bf16=fast"])

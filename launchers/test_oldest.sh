@@ -20,7 +20,7 @@ echo "import site; site.addsitedir('$(cd "$base" && bin/python -c "$purelib")')"
 # The tests of the code that depends most on other libraries.
 tests=(
   tests/config tests/data tests/embedding tests/storage tests/student
-  tests/evaluation/test_evaluate.py tests/publish/test_export.py tests/publish/test_pages.py
+  tests/evaluation/test_evaluate.py tests/publish/test_export.py tests/publish/test_export_families.py tests/publish/test_pages.py
   tests/training/test_batches.py tests/training/test_checkpoint.py tests/training/test_loss.py
   tests/training/test_module.py tests/training/test_trainer.py
 )

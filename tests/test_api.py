@@ -376,6 +376,7 @@ def test_the_command_line_refuses_overrides_without_effect_too(finished, capsys)
     root = str(finished.output_dir)
     for words, said in (
         (["evaluate", root, "data.test=other.jsonl"], "data.test=other.jsonl has no effect on evaluate"),
+        (["report", root, "seed=4"], "seed=4 has no effect on report"),
         (["evaluate", root, "train.learning_rate=1"], "train.learning_rate=1.0 has no effect on evaluate"),
         (["export", root, "evaluate.split=validation"], "evaluate.split=validation has no effect on export"),
         (["evaluate", root, "arms=[pst,prefix]", "arm=pst"], "arm=pst has no effect together with arms=[pst, prefix]"),

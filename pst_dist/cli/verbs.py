@@ -172,11 +172,13 @@ def answer(arguments: argparse.Namespace) -> int:
 
 @verb("write the plots and the page of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
 def report(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.effect import given_keys, refuse_without_effect
     from pst_dist.pipeline import compare_arms
     from pst_dist.publish.run_page import report
 
     config = config_of(arguments)
     for arm in _arms_of(config):
+        refuse_without_effect("report", arm, given_keys(arguments.overrides))
         print(report(Path(arm.output_dir)))
     if config.arms:
         print(compare_arms(config))

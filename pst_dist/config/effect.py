@@ -1,7 +1,7 @@
 """Refuse settings that have no effect: those that a verb never reads and that differ from the run's own.
 
-A student, its scores and its export belong to the rows and settings of their run, so `evaluate` and `export` read only
-the settings listed below and take all others from the run.
+A student, its scores, its export and its page belong to the rows and settings of their run, so `evaluate`, `export` and
+`report` read only the settings listed below and take all others from the run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _EXPORT = (*_ALWAYS_READ, "evaluate.max_new_tokens")
 _READ = {
     "evaluate": (*_ALWAYS_READ, "data.answer_type", "evaluate", "embed"),
     "export": _EXPORT,
+    "report": _ALWAYS_READ,
     "export --lm-eval": (*_EXPORT, "data.answer_type", "evaluate.split", "evaluate.max_rows"),
 }
 """The keys and sections that each verb reads. `arm` is compared with the student's."""

@@ -14,7 +14,7 @@ from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.student.tokenizer import build_tokenizer, with_special_tokens
 from pst_dist.training.batches import Collator
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.module import Student, build_student
+from pst_dist.training.module import Student, build_student, vocabulary_of
 
 KEYS = [(row.id, 0) for row in ROWS]
 
@@ -257,3 +257,14 @@ def test_a_tokenizer_that_cannot_hold_the_stop_token_is_refused():
 
     with pytest.raises(ConfigError, match="does not accept the special token"):
         with_special_tokens(Closed())
+
+
+def test_a_resized_head_is_as_wide_as_its_weight_whatever_its_attribute_says():
+    # transformers 5.0 ties BART's head to the resized embeddings without changing out_features.
+    head = torch.nn.Linear(4, 6, bias=False)
+    head.out_features = 5
+    assert vocabulary_of(head, None) == 6
+    head.weight = torch.nn.Parameter(torch.empty(0))  # as under ZeRO-3, where another attribute has the shape
+    assert vocabulary_of(head, None) == 5
+    head.weight.ds_shape = torch.Size([6, 4])
+    assert vocabulary_of(head, None) == 6

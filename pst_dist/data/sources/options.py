@@ -198,7 +198,8 @@ def _printed_list(text: str) -> list[str]:
     inner = text.strip()
     if not inner.endswith("]"):
         return []
-    found, place, end = [], 1, len(inner) - 1
+    found: list[str] = []
+    place, end = 1, len(inner) - 1
     while inner[place:end].strip(" \n\r\t,"):
         match = _PRINTED.match(inner, place)
         if match is None or match.end() > end or len(found) > len(LETTERS):

@@ -39,7 +39,7 @@ from pst_dist.errors import DataError
             "7",
         ),
         ("<THINK>a</Think>Add.\nThe answer is 7", "a\n\nAdd.", "7"),
-        ("[THINK]a[/THINK]Add. \\boxed{7}", "a\n\nAdd.", "7"),
+        ("[THINK]a[/THINK]Add. \\boxed{7}", "a\n\nAdd. 7", "7"),
         ("<think>a</think><scratchpad>b</scratchpad>7", "a\n\nb", "7"),
         (
             "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>Answer: 7<|return|>",

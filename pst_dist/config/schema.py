@@ -604,5 +604,5 @@ class Config(Section):
             raise ValueError(
                 "student.lora needs a pretrained language model: set student.model_name_or_path, without warm_start"
             )
-        if lora.frozen_dtype == "bfloat16" and not self.train.bf16:
+        if lora.frozen_dtype == "bfloat16" and self.train.bf16 is not True:
             raise ValueError("student.lora.frozen_dtype=bfloat16 needs train.bf16=true")

@@ -76,6 +76,7 @@ def test_gradients_are_those_of_the_whole_matrices(name, tmp_path):
         if key not in rows:
             torch.testing.assert_close(gradient, wanted[key], atol=2e-6, rtol=2e-4, msg=key)
     for key, (path, ids) in rows.items():
+        assert torch.equal(one.student.model.get_submodule(path).weight[ids], one.trained[f"model.{key}"])
         matrix = wanted[f"{path}.weight"] if f"{path}.weight" in wanted else None
         assert matrix is not None, wanted.keys()
         torch.testing.assert_close(found[key], matrix[ids], atol=2e-6, rtol=2e-4, msg=key)

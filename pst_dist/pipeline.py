@@ -205,6 +205,8 @@ def repair(root: Path, findings: list[Finding]) -> None:
     Damaged checkpoints are removed if an intact one is left. Students are left to `pst train`, which returns to the
     newest intact checkpoint. Raises InputError when `root` is not a run directory with a saved config.
     """
+    from pst_dist.evaluation.evaluate import is_evaluation_of_other_rows
+
     if not (root / RESOLVED).is_file():
         raise InputError("is not a run directory: it has no saved config", "run the commands named above", path=root)
     bad = {finding.kind for finding in findings if finding.is_problem}
@@ -219,6 +221,11 @@ def repair(root: Path, findings: list[Finding]) -> None:
                 log.warning("removing damaged %s; an intact checkpoint is left", folder)
                 shutil.rmtree(folder, ignore_errors=True)
     config = load_config(str(root))
+    for finding in findings:
+        folder = finding.path if finding.path.is_dir() else finding.path.parent
+        if finding.is_problem and finding.kind == "evaluation" and is_evaluation_of_other_rows(folder):
+            log.warning("removing the scores of other rows in %s: run `pst evaluate` on those rows again", folder)
+            shutil.rmtree(folder, ignore_errors=True)
     _rebuild(config, bad)
 
 

@@ -95,20 +95,43 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@verb("decode and score the test rows", "pst evaluate runs/demo/pst", CONFIG, OVERRIDES, REBUILD)
-def evaluate(arguments: argparse.Namespace) -> int:
-    from pst_dist.evaluation.evaluate import evaluate
+def _other_rows_help() -> str:
+    return (
+        "data.test=FILE scores other rows than the run's own, in RUN/eval/NAME-DIGEST: pst evaluate RUN\n"
+        "data.test=other.jsonl [task=svamp] [data.answer_type=number] [data.columns=...]. Name these folders to\n"
+        "`pst compare`."
+    )
 
-    for config in _arms_of(finished_config_of(arguments, "evaluate")):
-        print(_score_line(config, evaluate(config, rebuild=arguments.rebuild)))
+
+@verb(
+    "decode and score the test rows, or any others",
+    "pst evaluate runs/demo/pst",
+    CONFIG,
+    OVERRIDES,
+    REBUILD,
+    more=_other_rows_help,
+)
+def evaluate(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.effect import given_keys, names_other_rows
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.evaluation.other_rows import evaluate_rows
+
+    whole = finished_config_of(arguments, "evaluate")
+    score = evaluate_rows if names_other_rows(whole, given_keys(arguments.overrides)) else evaluate
+    for config in _arms_of(whole):
+        print(_score_line(config, score(config, rebuild=arguments.rebuild)))
     return 0
 
 
 def _score_line(config: Config, results: dict[str, Any]) -> str:
+    source, folder = results.get("source"), config.output_dir
+    if source:
+        folder = str(Path(folder) / "eval" / results["split"])
+    known = f", {source['in_training']} questions also in the training rows" if source and source["in_training"] else ""
     return (
-        f"{config.output_dir}: accuracy {100 * results['accuracy']:.2f} % (standard error "
-        f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {results['split']} rows, "
-        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed"
+        f"{folder}: accuracy {100 * results['accuracy']:.2f} % (standard error "
+        f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {'other' if source else results['split']} rows, "
+        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed{known}"
     )
 
 
@@ -201,12 +224,17 @@ def report(arguments: argparse.Namespace) -> int:
 @verb(
     "compare finished runs side by side",
     "pst compare runs/demo/pst runs/demo/answer_only",
-    Option("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows"),
+    Option(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run directories scored on the same rows, or folders of scores of other rows, RUN/eval/NAME",
+    ),
     Option("-o", "--output", metavar="PAGE.html", help="also write an HTML page"),
 )
 def compare(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
-    if len(runs) == 1:
+    if len(runs) == 1 and runs[0].absolute().parent.name != "eval":
         alone = argparse.Namespace(config=str(runs[0]), overrides=[], on=())
         runs = [Path(arm.output_dir) for arm in _arms_of(config_of(alone))]
     _print_comparison(runs)

@@ -33,6 +33,7 @@ from pst_dist.evaluation.similarity import compare_rationales
 from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
+from pst_dist.storage.leftovers import final_name
 from pst_dist.storage.manifest import (
     Manifest,
     canonical_json,
@@ -48,7 +49,10 @@ from pst_dist.student.saved import LoadedStudent, load_student
 
 log = logging.getLogger(__name__)
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
-_VERSION = 1
+VERSION = 1
+"""Part of every fingerprint: raised when the same inputs would be scored differently."""
+SPLITS_SCORED = ("test", "validation")
+"""The run's own splits; every other folder below RUN/eval has the scores of other rows."""
 _WARM_UPS = 2
 
 
@@ -61,20 +65,19 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     """
     run, split = run_dir(config), config.evaluate.split
     student = load_student(run.best)
-    bf16 = _decodes_in_bf16(config, student)
     fetch_data(config)
     shards = ShardSet.open(run.shards)
-    _check_lineage(config, student, shards)
+    check_lineage(config, student, shards)
     task = get_task(config.task, config.data.answer_type)
     embeddings = read_manifest(run.embeddings, "embeddings") if student.format.writes_rationale else None
     fingerprint = digest_of(
         {
-            "version": _VERSION,
+            "version": VERSION,
             "student": student.manifest.digest,
             "shards": shards.manifest.digest,
             "embeddings": embeddings.digest if embeddings else None,
             "task": task.name,
-            "settings": _settings(config) | ({"bf16": True} if bf16 else {}),
+            "settings": scoring_settings(config, student),
         }
     )
     directory = run.evaluation(split)
@@ -89,26 +92,36 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             path=run.shards,
         )
     refuse_foreign_folder(directory, "evaluation")  # before the decoding
-    if bf16:
-        student.model.to(torch.bfloat16)
-    results, rows = _score(config, run, student, shards, samples, task)
-    extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
-    with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
+    set_precision(config, student)
+    results, rows = score_samples(
+        config, run, student, samples, task, split=split, shards=shards, validation=shards.split("validation")
+    )
+    publish_evaluation(directory, fingerprint, results, rows)
+    return results
+
+
+def publish_evaluation(
+    directory: Path, fingerprint: str, results: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Write results.json and samples.jsonl, replacing an older evaluation in `directory`."""
+    split, student = results["split"], results["student"]["digest"]
+    with Artefact(directory, "evaluation").publish(
+        fingerprint, {"split": split, "rows": len(rows), "student": student}
+    ) as draft:
         write_json(draft.path / RESULTS, results)
         write_text(draft.path / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))
     log.info(
         "%s on %d %s rows: accuracy %.2f %% (standard error %.2f), %.1f tokens to the answer",
-        config.arm,
+        results["arm"],
         results["rows"],
         split,
         100 * results["accuracy"],
         100 * results["accuracy_stderr"],
         results["tokens_to_answer"]["mean"],
     )
-    return results
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def scoring_settings(config: Config, student: LoadedStudent) -> dict[str, Any]:
     """The settings that affect the results."""
     settings = config.evaluate.model_dump()
     # What is left out keeps evaluations valid that were made before these keys existed.
@@ -118,7 +131,7 @@ def _settings(config: Config) -> dict[str, Any]:
     for key in ("batch_tokens", "latency_seconds"):
         if settings[key] == EvaluateConfig.model_fields[key].default:
             del settings[key]
-    return settings
+    return settings | ({"bf16": True} if _decodes_in_bf16(config, student) else {})
 
 
 def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:
@@ -129,8 +142,14 @@ def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:
     return student.model.device.type == "cuda" and trained is True
 
 
-def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
-    """Raises StaleError for a student of another arm or of other shards."""
+def set_precision(config: Config, student: LoadedStudent) -> None:
+    """Convert the student's weights to bfloat16 where it decodes in it."""
+    if _decodes_in_bf16(config, student):
+        student.model.to(torch.bfloat16)
+
+
+def check_lineage(config: Config, student: LoadedStudent, shards: ShardSet | None) -> None:
+    """Raises StaleError for a student of another arm or of other shards (which are not compared when None)."""
     if student.format.arm != config.arm:
         raise StaleError(
             f"the student here was trained as {student.format.arm}, but the config has arm {config.arm}",
@@ -138,7 +157,7 @@ def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> 
             path=student.directory,
         )
     trained_from = student.manifest.extra.get("shards")
-    if trained_from is not None and trained_from != shards.manifest.digest:
+    if shards is not None and trained_from is not None and trained_from != shards.manifest.digest:
         raise StaleError(
             "the student was trained from different shards", "run `pst train` again", path=student.directory
         )
@@ -152,13 +171,20 @@ def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict
     return read_results(directory / RESULTS)
 
 
-def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
-    """Finished evaluations of exactly this student in a run directory, test first; all of them for None.
+def is_evaluation_of_other_rows(folder: Path) -> bool:
+    """Whether a folder below RUN/eval has scores of rows that are not those of the run."""
+    return folder.name not in SPLITS_SCORED and final_name(folder.name) is None and folder.is_dir()
 
-    Evaluations of an earlier student are skipped with a warning. Raises IntegrityError for a damaged one.
+
+def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
+    """Finished evaluations of exactly this student in a run directory; all of them for None.
+
+    The test split comes first, then validation, then those of other rows by name. Evaluations of an earlier student
+    are skipped with a warning. Raises IntegrityError for a damaged one.
     """
     found = []
-    for split in ("test", "validation"):
+    others = sorted(folder.name for folder in (run / "eval").glob("*-*") if is_evaluation_of_other_rows(folder))
+    for split in (*SPLITS_SCORED, *others):
         results = finished_evaluation(run / "eval" / split)
         if results is None:
             continue
@@ -169,21 +195,29 @@ def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
     return found
 
 
-def _score(
+def score_samples(
     config: Config,
     run: RunDir,
     student: LoadedStudent,
-    shards: ShardSet,
-    samples: list[ReasoningSample],
+    samples: Sequence[ReasoningSample],
     task: Task,
+    *,
+    split: str,
+    shards: ShardSet | None,
+    validation: Sequence[ReasoningSample] = (),
+    in_shards: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(results, one row per sample)."""
+    """(results, one row per sample) of decoding and scoring `samples`; writes nothing.
+
+    `split` names them in the results. `shards` are those of the run, None if they are not here, and `in_shards` says
+    whether the samples come from them. On `validation` an adaptive student's threshold is chosen, unless it is set.
+    """
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
     if ARMS[config.arm].chooses_order:
         right = functools.partial(is_right, task, student.format)
-        decoded, adaptive = adaptive_answers(config.evaluate, samples, shards.split("validation"), decode, right)
+        decoded, adaptive = adaptive_answers(settings, samples, validation, decode, right)
     else:
         decoded, adaptive = decode(samples), None
     seconds = time.perf_counter() - started
@@ -195,7 +229,7 @@ def _score(
         "task": task.name,
         "arm": config.arm,
         "variant": variant_of(config),
-        "split": settings.split,
+        "split": split,
         "seed": student.manifest.extra.get("seed", config.seed),
         **score_of(rows),
         "contains_answer": sum(contains_answer(task, d.text, s.answer) for s, d in zip(samples, decoded, strict=True))
@@ -206,12 +240,14 @@ def _score(
             config, student, questions[: settings.latency_rows], adaptive["think_below"] if adaptive else 0.0
         ),
         "rows_per_second": len(rows) / seconds,
-        "rationale_similarity": compare_rationales(config, run, student, shards, samples, decoded, rows),
+        "rationale_similarity": compare_rationales(
+            config, run, student, shards, samples, decoded, rows, in_shards=in_shards
+        ),
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "device": _device_name(student),
         "dtype": str(student.model.dtype).removeprefix("torch."),
         "student": {"digest": student.manifest.digest, "step": student.manifest.extra.get("step")},
-        "shards": shards.manifest.digest,
+        "shards": shards.manifest.digest if shards else student.manifest.extra.get("shards", "unknown"),
         "training": _training(run, student),
     }
     if adaptive:

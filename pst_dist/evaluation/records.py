@@ -62,6 +62,15 @@ class _Adaptive(_Share):
     always_thinking: _Share
 
 
+class _Unseen(_Open):
+    accuracy: float
+
+
+class _Source(_Open):
+    in_training: int | None
+    unseen: _Unseen | None
+
+
 class _Results(_Open):
     """The fields that every reader needs, and the types of the optional ones."""
 
@@ -87,6 +96,7 @@ class _Results(_Open):
     majority: float | None = None
     training: dict[str, int | float | str | None] | None = None
     adaptive: _Adaptive | None = None
+    source: _Source | None = None
 
 
 class _ComparedResults(_Results):

@@ -95,8 +95,9 @@ def _eval_results(facts: CardFacts, results: dict[str, Any]) -> list[EvalResult]
 
 def _score_cells(row: dict[str, Any]) -> list[str]:
     latency = row["milliseconds_to_answer"]
+    known = (row.get("source") or {}).get("in_training")
     return [
-        f"{row['task']} {row['split']}",
+        f"{row['task']} {row['split']}" + (f" ({known} of its questions are training questions)" if known else ""),
         str(row["rows"]),
         f"{100 * row['accuracy']:.2f} %",
         f"{100 * row['accuracy_stderr']:.2f}",

@@ -133,9 +133,24 @@ def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
         ("cosine of the rationale to the teacher's", _similarity),
         ("measured on", lambda r: r["device"]),
     ]
+    if any(results.get("source") for results in evaluations):
+        rows.insert(2, ("questions also in the training rows", _in_training))
     head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
     body: list[Row] = [[name, *(Cell(tell(results), "right") for results in evaluations)] for name, tell in rows]
     return Table(head, body)
+
+
+def _in_training(results: dict[str, Any]) -> str:
+    """For other rows than the run's: how many questions, and the accuracy on those that are not."""
+    source = results.get("source")
+    if not source:
+        return "none"
+    if source["in_training"] is None:
+        return "unknown"
+    unseen = source["unseen"]
+    return f"{source['in_training']:,}" + (
+        f" (accuracy on the others: {html.percent(unseen['accuracy'])})" if unseen else ""
+    )
 
 
 def _tokens(results: dict[str, Any]) -> str:

@@ -87,6 +87,6 @@ def get_task(name: str | None, answer_type: str | None = None) -> Task:
     if answer_type is not None and answer_type != task.answer_type:
         raise ConfigError(
             f"task {name} has {task.answer_type} answers, but data.answer_type is {answer_type}",
-            "remove data.answer_type, or task",
+            "leave one of them out, or set it to null",
         )
     return task

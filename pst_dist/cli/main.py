@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
+from pst_dist.cli.answer import answer
 from pst_dist.cli.experiment import experiment
 from pst_dist.cli.models import models
 from pst_dist.cli.probe import probe
@@ -33,6 +34,7 @@ Stages of a run:     check -> preview -> run  (= shard, embed, train, evaluate, 
 A first look:        pst demo
 Your own rows:       pst check rows.jsonl;  pst run my.yaml
 Use the student:     pst answer runs/demo/pst "question" --explain
+                     pst answer runs/demo/pst --input questions.jsonl --output answers.jsonl
 
 Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 diverged, 7 peer lost, 75 run again.
 """
@@ -40,7 +42,7 @@ Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 d
 
 _VERBS: tuple[Verb, ...] = (
     *(checks.check, checks.preview, probe, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
-    *(verbs.evaluate, verbs.export, verbs.answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
+    *(verbs.evaluate, verbs.export, answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
     *(models, checks.verify, checks.config),
 )
 """In the order of the help."""

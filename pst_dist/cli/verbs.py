@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,46 +163,6 @@ def export(arguments: argparse.Namespace) -> int:
             from pst_dist.publish.lm_eval import lm_eval_command, write_lm_eval_task
 
             print(f"{write_lm_eval_task(config)}\n  {lm_eval_command(config)}")
-    return 0
-
-
-@verb(
-    "ask a trained student",
-    'pst answer runs/demo/pst "question" --explain',
-    Option("config", metavar="RUN", help="run directory, or an exported model"),
-    Option("question", help="the question, or - to read one per line from standard input"),
-    Option("--explain", action="store_true", help="also write the rationale"),
-    Option(
-        "--think-below",
-        type=float,
-        metavar="P",
-        help="an adaptive student thinks first when the probability of its answer is below this (0 never, 2 always); "
-        "defaults to the threshold that `pst evaluate` chose",
-    ),
-)
-def answer(arguments: argparse.Namespace) -> int:
-    from pst_dist.evaluation.asking import student_folder, threshold_of
-    from pst_dist.student.ask import answer_question
-    from pst_dist.student.saved import load_student
-
-    student = load_student(student_folder(Path(arguments.config)))
-    think_below = threshold_of(student, arguments.think_below)
-    questions = sys.stdin if arguments.question == "-" else [arguments.question]
-    for question in questions:
-        answer = answer_question(
-            student, question.strip(), explain=arguments.explain, max_new_tokens=256, think_below=think_below
-        )
-        print(answer.text)
-        if arguments.explain:
-            silent = "wrote none" if student.format.writes_rationale else "was not trained to explain"
-            silent = silent if answer.complete else "did not finish its answer"
-            print(f"because: {answer.rationale or f'(this student {silent})'}")
-        logging.getLogger("pst_dist").info(
-            "%d tokens, %.1f ms to the answer%s",
-            answer.tokens,
-            1000 * answer.seconds,
-            ", thought first" if think_below and answer.thought_first else "",
-        )
     return 0
 
 

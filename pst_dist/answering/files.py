@@ -51,7 +51,7 @@ class AnswerJob:
     """The column, path or template of the question; guessed when not given."""
     skip_bad: bool = False
     """Leave out rows without a usable question instead of refusing all."""
-    settings: AnswerSettings = AnswerSettings()
+    settings: AnswerSettings = field(default_factory=AnswerSettings)
 
 
 @dataclass

@@ -62,7 +62,7 @@ def answer(arguments: argparse.Namespace) -> int:
     question, ray = _split(arguments.words)
     if (question is None) == (arguments.input is None):
         raise ConfigError(
-            "give either a question or --input", 'pst answer RUN "question", or RUN --input questions.jsonl'
+            "needs a question or --input, not both", 'pst answer RUN "question", or RUN --input questions.jsonl'
         )
     if arguments.input is None and (ray is not None or arguments.output is not None):
         raise ConfigError("on=ray and --output are for a file of questions", "name it with --input")

@@ -85,6 +85,10 @@ def run_verb(words: Sequence[str]) -> int:
     arguments, unknown = command_parser().parse_known_args(words)
     _set_up_logging(arguments)
     try:
+        if hasattr(arguments, "words"):  # argparse takes them only before the first option
+            loose = [word for word in unknown if word == "-" or not word.startswith("-")]
+            arguments.words += loose
+            unknown = [word for word in unknown if word not in loose]
         extra = gather_overrides(unknown)
         if extra and not hasattr(arguments, "overrides"):
             raise ConfigError(f"unknown option --{extra[0]}", f"see `pst {arguments.run.name} --help`")

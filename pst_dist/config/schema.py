@@ -110,8 +110,9 @@ class DataConfig(Section):
     a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the name of a ready-made map: messages,
     prompt_completion, alpaca, sharegpt, gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Default: guessed
     from the first rows."""
-    answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
-    """How answers are normalised and compared. Default: the task's answer type; text when no task is given."""
+    answer_type: Literal["number", "choice", "bool", "text", "date", "math"] | None = None
+    """How answers are normalised and compared. `math`: numbers by value, times, and expressions by symbolic equality
+    (`pip install 'pst-dist[math]'`). Default: the task's answer type; text when no task is given."""
     max_rows: Positive | None = None
     """Use at most this many training rows (those with the smallest id hashes)."""
     max_bad: int | str = 0

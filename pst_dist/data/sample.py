@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pst_dist.errors import DataError
 
-AnswerType = Literal["number", "choice", "bool", "text", "date"]
+AnswerType = Literal["number", "choice", "bool", "text", "date", "math"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
 SPLITS = ("train", "validation", "test")
 SCHEMA_VERSION = 1

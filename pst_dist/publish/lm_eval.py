@@ -57,6 +57,10 @@ def write_lm_eval_task(config: Config) -> Path:
     if seq2seq and fmt.semantic_before and fmt.semantic_tokens > 1:
         raise ConfigError("the harness cannot start a decoder with several semantic tokens", "use `pst evaluate`")
     task = get_task(config.task, config.data.answer_type)
+    if task.rule == "math":
+        raise ConfigError(
+            "mathematical answers need math-verify, which the harness's task has not", "use `pst evaluate`"
+        )
     folder = run.path / "lm_eval"
     refuse_foreign_folder(folder, "lm_eval")
     with atomic_directory(folder) as partial:

@@ -65,6 +65,9 @@ _GENERIC: dict[str, Task] = {
     ),
     "bool": _yes_no("bool", "yes or no"),
     "date": Task(name="date", answer_type="date", rule="dates", summary="a calendar date"),
+    "math": Task(
+        name="math", answer_type="math", rule="math", summary="a number, time or expression, compared by what it means"
+    ),
 }
 
 

@@ -134,10 +134,10 @@ def _as_latex(text: str) -> str | None:
     unit = _UNIT.search(text)
     if unit and all(is_unit(word) for word in unit[1].split()):
         text = text[: unit.start()].strip()
-    text = _with_roots(text)
-    if text is None or ":" in text:  # a colon would be read as a division
+    rooted = _with_roots(text)
+    if rooted is None or ":" in rooted:  # a colon would be read as a division
         return None
-    text = _FUNCTIONS.sub(r"\\\1 ", text.replace("**", "^").replace("\u2212", "-"))
+    text = _FUNCTIONS.sub(r"\\\1 ", rooted.replace("**", "^").replace("\u2212", "-"))
     if _TEXT.search(text):
         return None
     left = _COMMAND.sub(" ", _ENVIRONMENTS.sub(" ", text))

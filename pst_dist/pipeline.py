@@ -41,18 +41,22 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
     """
     from pst_dist.data.shards import reusable_shards, write_shards
     from pst_dist.data.sources import load_data
+    from pst_dist.data.sources.mixture import runs_of
     from pst_dist.data.sources.rows import write_rejects
     from pst_dist.student.unreadable import unreadable_rows
 
     run = run_dir(config)
     # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
     loaded = load_data(config, unreadable_rows(config))
+    parts = runs_of(loaded.splits["train"], loaded.report)
+    mixture = {"parts": parts} if parts else {}
     fingerprint = digest_of(
         {
             "schema": SCHEMA_VERSION,
             "source": loaded.source_digest,
             "rows": {name: [s.to_json() for s in rows] for name, rows in loaded.splits.items()},
             "samples_per_shard": config.shards.samples_per_shard,
+            **mixture,
         }
     )
     if run.remote is None and not rebuild:
@@ -73,7 +77,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             run.shards,
             samples_per_shard=config.shards.samples_per_shard,
             fingerprint=fingerprint,
-            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest},
+            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest, **mixture},
             rebuild=rebuild,
         )
         if run.remote is not None:

@@ -130,6 +130,10 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
         f"{folder}: accuracy {100 * results['accuracy']:.2f} % (standard error "
         f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {'other' if source else results['split']} rows, "
         f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed{known}"
+        + "".join(
+            f"\n  {name}: {100 * part['accuracy']:.2f} % ({100 * part['accuracy_stderr']:.2f}) on {part['rows']} rows"
+            for name, part in (results.get("sources") or {}).items()
+        )
     )
 
 

@@ -46,7 +46,8 @@ def _has_student(config: Config) -> bool:
 def check_split(config: Config) -> None:
     """Raise DataError when no rows are given for the split to score."""
     split, data = config.evaluate.split, config.data
-    if data.split_file is None and getattr(data, split) is None and not getattr(data, f"{split}_size"):
+    cut = data.split_file or any(source.split_file for source in data.mixture) or getattr(data, f"{split}_size")
+    if not cut and not data.specs(split):
         raise no_rows(split)
 
 

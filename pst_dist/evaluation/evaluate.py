@@ -24,11 +24,19 @@ from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config, EvaluateConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
-from pst_dist.data.tasks import Task, get_task
+from pst_dist.data.tasks import Task, get_task, task_of
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
 from pst_dist.evaluation.records import read_results, read_training, student_of
-from pst_dist.evaluation.scores import chance_of, contains_answer, given_rationales, rows_to_score, sample_row, score_of
+from pst_dist.evaluation.scores import (
+    chance_of,
+    contains_answer,
+    given_rationales,
+    rows_to_score,
+    sample_row,
+    score_of,
+    scores_of_sources,
+)
 from pst_dist.evaluation.similarity import compare_rationales
 from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
@@ -215,26 +223,31 @@ def score_samples(
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
+    tasks = [task_of(sample, task) for sample in samples]
     if ARMS[config.arm].chooses_order:
-        right = functools.partial(is_right, task, student.format)
+
+        def right(sample: ReasoningSample, answer: Decoded) -> bool:
+            return is_right(task_of(sample, task), student.format, sample, answer)
+
         decoded, adaptive = adaptive_answers(settings, samples, validation, decode, right)
     else:
         decoded, adaptive = decode(samples), None
     seconds = time.perf_counter() - started
     rows = [
-        sample_row(sample, answer, predict(task, student.format, answer), task)
-        for sample, answer in zip(samples, decoded, strict=True)
+        sample_row(sample, answer, predict(own, student.format, answer), own)
+        for sample, answer, own in zip(samples, decoded, tasks, strict=True)
     ]
+    texts = zip(samples, decoded, tasks, strict=True)
+    chances = [chance_of(own, [sample]) for sample, own in zip(samples, tasks, strict=True)]
     results = {
-        "task": task.name,
+        "task": "mixture" if any(sample.part for sample in samples) else task.name,
         "arm": config.arm,
         "variant": variant_of(config),
         "split": split,
         "seed": student.manifest.extra.get("seed", config.seed),
         **score_of(rows),
-        "contains_answer": sum(contains_answer(task, d.text, s.answer) for s, d in zip(samples, decoded, strict=True))
-        / len(rows),
-        "chance": chance_of(task, samples),
+        "contains_answer": sum(contains_answer(own, d.text, s.answer) for s, d, own in texts) / len(rows),
+        "chance": None if None in chances else sum(chance or 0.0 for chance in chances) / len(chances),
         "majority": Counter(sample.answer for sample in samples).most_common(1)[0][1] / len(samples),
         "milliseconds_to_answer": _latency(
             config, student, questions[: settings.latency_rows], adaptive["think_below"] if adaptive else 0.0
@@ -250,6 +263,8 @@ def score_samples(
         "shards": shards.manifest.digest if shards else student.manifest.extra.get("shards", "unknown"),
         "training": _training(run, student),
     }
+    if sources := scores_of_sources(samples, rows):
+        results["sources"] = sources
     if adaptive:
         results["adaptive"] = adaptive
         for row, answer in zip(rows, decoded, strict=True):

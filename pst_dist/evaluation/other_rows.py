@@ -36,6 +36,7 @@ from pst_dist.evaluation.scores import rows_to_score, score_of
 from pst_dist.storage.manifest import MANIFEST, digest_of, read_manifest
 from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.saved import LoadedStudent, load_student
+from pst_dist.student.unreadable import unreadable_rows
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def evaluate_rows(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
         )
     run = run_dir(config)
     task = get_task(config.task, config.data.answer_type)
-    loaded = load_data(_only_these_rows(config))
+    loaded = load_data(_only_these_rows(config), unreadable_rows(config))
     samples = rows_to_score(loaded.splits["test"], config.evaluate.max_rows)
     if not samples:
         raise DataError("none of the rows can be scored", "run `pst check` on them", path=_first_spec(config))

@@ -71,6 +71,15 @@ class _Source(_Open):
     unseen: _Unseen | None
 
 
+class _Part(_Open):
+    task: str
+    rows: int
+    accuracy: float
+    accuracy_stderr: float
+    unparsed: int
+    tokens_to_answer: _Tokens
+
+
 class _Results(_Open):
     """The fields that every reader needs, and the types of the optional ones."""
 
@@ -97,6 +106,7 @@ class _Results(_Open):
     training: dict[str, int | float | str | None] | None = None
     adaptive: _Adaptive | None = None
     source: _Source | None = None
+    sources: dict[str, _Part] | None = None
 
 
 class _ComparedResults(_Results):

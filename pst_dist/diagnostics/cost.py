@@ -265,17 +265,11 @@ def rank_memory(
     their share in addition to Adam's two moments. bf16 at stage 1 and above halves weights and gradients. Only
     `trained` parameters (all by default) have gradients and optimizer state.
     """
-<<<<<<< HEAD
     half = config.train.bf16 is True and stage >= 1
-    each, p, n = (2.0 if half else 4.0), float(parameters), float(ranks)
-    item = 2.0 if config.train.bf16 is True else 4.0
-=======
-    half = config.train.bf16 and stage >= 1
     trained = parameters if trained is None else trained
     each, p, n = (2.0 if half else 4.0), float(trained), float(ranks)
     frozen = _frozen_bytes(config, shape, parameters - trained, each)
-    item = 2.0 if config.train.bf16 else 4.0
->>>>>>> lora
+    item = 2.0 if config.train.bf16 is True else 4.0
     per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
     activations = shape.layers * per_layer
     if config.student.gradient_checkpointing:

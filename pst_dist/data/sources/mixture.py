@@ -15,7 +15,7 @@ from typing import Any
 from pst_dist.config.schema import Config, RowSource
 from pst_dist.data.sample import SPLITS, ReasoningSample, normalise_question
 from pst_dist.data.sources import load
-from pst_dist.data.sources.load import LoadedData
+from pst_dist.data.sources.load import LoadedData, Unreadable
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.storage.manifest import digest_of

@@ -109,6 +109,14 @@ class RowSource(Section):
     """The teacher's completions for these rows."""
     keep: Literal["all", "teacher_correct"] | None = None
     """Whether rows on which the teacher is wrong are dropped."""
+    validation_size: int | float | None = None
+    """Size of the validation split that is cut from these rows."""
+    test_size: int | float | None = None
+    """Size of the test split that is cut from these rows."""
+    max_bad: int | str | None = None
+    """How many bad rows of this source to skip."""
+    duplicates: Literal["drop", "keep"] | None = None
+    """What to do with repeated rows of this source."""
 
 
 class DataConfig(Section):

@@ -21,7 +21,10 @@ from pst_dist.errors import ConfigError, DataError
 from pst_dist.storage.manifest import digest_of
 
 log = logging.getLogger(__name__)
-_SETTINGS = ("validation", "test", "split_file", "teacher_completions", "keep", "columns", "answer_type")
+_SETTINGS = (
+    *("validation", "test", "split_file", "teacher_completions", "keep", "columns", "answer_type"),
+    *("validation_size", "test_size", "max_bad", "duplicates"),
+)
 
 
 @dataclass(frozen=True)

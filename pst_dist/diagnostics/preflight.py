@@ -46,8 +46,8 @@ def _has_student(config: Config) -> bool:
 def check_split(config: Config) -> None:
     """Raise DataError when no rows are given for the split to score."""
     split, data = config.evaluate.split, config.data
-    cut = [data, *data.mixture]
-    cut = any(one.split_file or getattr(one, f"{split}_size") for one in cut)
+    cut = data.split_file or getattr(data, f"{split}_size")
+    cut = cut or any(source.split_file or getattr(source, f"{split}_size") for source in data.mixture)
     if not cut and not data.specs(split):
         raise no_rows(split)
 

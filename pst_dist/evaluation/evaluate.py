@@ -129,8 +129,8 @@ def publish_evaluation(
     )
 
 
-def scoring_settings(config: Config, student: LoadedStudent) -> dict[str, Any]:
-    """The settings that affect the results."""
+def scoring_settings(config: Config, student: LoadedStudent | None = None) -> dict[str, Any]:
+    """The settings that affect the results; with a student also the precision in which it decodes."""
     settings = config.evaluate.model_dump()
     # What is left out keeps evaluations valid that were made before these keys existed.
     if not ARMS[config.arm].chooses_order:
@@ -139,7 +139,7 @@ def scoring_settings(config: Config, student: LoadedStudent) -> dict[str, Any]:
     for key in ("batch_tokens", "latency_seconds"):
         if settings[key] == EvaluateConfig.model_fields[key].default:
             del settings[key]
-    return settings | ({"bf16": True} if _decodes_in_bf16(config, student) else {})
+    return settings | ({"bf16": True} if student is not None and _decodes_in_bf16(config, student) else {})
 
 
 def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from pst_dist.config import loading
-from pst_dist.config.effect import WHAT_A_RUN_IS, given_keys, refuse_without_effect
+from pst_dist.config.effect import WHAT_A_RUN_IS, given_keys, names_other_rows, refuse_without_effect
 from pst_dist.config.run_dir import check_lasting, expand_arms, recorded, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS
@@ -126,15 +126,20 @@ def train(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -
 def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any) -> EvaluationResult:
     """Decode and score one split with a trained student; done once for the same student, rows and settings.
 
+    `data={"test": rows}` scores other rows (a path, or the rows themselves) into a folder of their own; `task` and
+    data.answer_type, columns, root, max_bad and duplicates then apply to them. The run's own scores stay.
+
     It uses the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories. Any
-    other given setting that differs from the run's own has no effect and raises ConfigError; so do rows, student,
-    layout and loss of a given `Config` that differ, and a config with several arms.
+    other given setting that differs from the run's own has no effect and raises ConfigError; so do student, layout and
+    loss of a given `Config` that differ, and a config with several arms.
     """
     from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.evaluation.other_rows import evaluate_rows
 
     with _our_errors(), shown_by_default():
-        config = _of_finished("evaluate", source, overrides, keys)
-        return EvaluationResult.of(config, evaluate(config, rebuild=rebuild))
+        config, others = _of_finished("evaluate", source, overrides, keys)
+        score = evaluate_rows if others else evaluate
+        return EvaluationResult.of(config, score(config, rebuild=rebuild))
 
 
 def export(source: Source, *overrides: str, rebuild: bool = False, adapter: bool = False, **keys: Any) -> Path:
@@ -148,7 +153,7 @@ def export(source: Source, *overrides: str, rebuild: bool = False, adapter: bool
 
     with _our_errors(), shown_by_default():
         write = export_adapter if adapter else export
-        return write(_of_finished("export", source, overrides, keys), rebuild=rebuild)
+        return write(_of_finished("export", source, overrides, keys)[0], rebuild=rebuild)
 
 
 def as_dataset(source: Source, split: str | None = None, *, streaming: bool = False) -> Any:
@@ -369,13 +374,17 @@ def _write(config: Config, files: Iterable[RowsFile]) -> None:
         file.write(run_dir(config).data)
 
 
-def _of_finished(verb: str, source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> Config:
-    """The config of a trained arm; raises ConfigError for a setting that `verb` does not use."""
-    config, _ = _checked(source, overrides, keys)
+def _of_finished(verb: str, source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> tuple[Config, bool]:
+    """(the config of a trained arm, whether it names other rows); raises ConfigError for a setting without effect."""
+    config, files = _checked(source, overrides, keys)
     config = _one_arm(config, verb)
     given = [*given_keys(overrides), *loading.flat_keys(_tree(keys))]
-    refuse_without_effect(verb, config, [*given, *(WHAT_A_RUN_IS if isinstance(source, Config) else ())])
-    return config
+    given += WHAT_A_RUN_IS if isinstance(source, Config) else ()
+    refuse_without_effect(verb, config, given)
+    others = names_other_rows(config, given)
+    if others:
+        _write(config, files)
+    return config, others
 
 
 def _one_arm(config: Config, verb: str) -> Config:

@@ -41,18 +41,22 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
     """
     from pst_dist.data.shards import reusable_shards, write_shards
     from pst_dist.data.sources import load_data
+    from pst_dist.data.sources.mixture import runs_of
     from pst_dist.data.sources.rows import write_rejects
     from pst_dist.student.unreadable import unreadable_rows
 
     run = run_dir(config)
     # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
     loaded = load_data(config, unreadable_rows(config))
+    parts = runs_of(loaded.splits["train"], loaded.report)
+    mixture = {"parts": parts} if parts else {}
     fingerprint = digest_of(
         {
             "schema": SCHEMA_VERSION,
             "source": loaded.source_digest,
             "rows": {name: [s.to_json() for s in rows] for name, rows in loaded.splits.items()},
             "samples_per_shard": config.shards.samples_per_shard,
+            **mixture,
         }
     )
     if run.remote is None and not rebuild:
@@ -73,7 +77,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             run.shards,
             samples_per_shard=config.shards.samples_per_shard,
             fingerprint=fingerprint,
-            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest},
+            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest, **mixture},
             rebuild=rebuild,
         )
         if run.remote is not None:
@@ -205,6 +209,8 @@ def repair(root: Path, findings: list[Finding]) -> None:
     Damaged checkpoints are removed if an intact one is left. Students are left to `pst train`, which returns to the
     newest intact checkpoint. Raises InputError when `root` is not a run directory with a saved config.
     """
+    from pst_dist.evaluation.evaluate import is_evaluation_of_other_rows
+
     if not (root / RESOLVED).is_file():
         raise InputError("is not a run directory: it has no saved config", "run the commands named above", path=root)
     bad = {finding.kind for finding in findings if finding.is_problem}
@@ -219,6 +225,11 @@ def repair(root: Path, findings: list[Finding]) -> None:
                 log.warning("removing damaged %s; an intact checkpoint is left", folder)
                 shutil.rmtree(folder, ignore_errors=True)
     config = load_config(str(root))
+    for finding in findings:
+        folder = finding.path if finding.path.is_dir() else finding.path.parent
+        if finding.is_problem and finding.kind == "evaluation" and is_evaluation_of_other_rows(folder):
+            log.warning("removing the scores of other rows in %s: run `pst evaluate` on those rows again", folder)
+            shutil.rmtree(folder, ignore_errors=True)
     _rebuild(config, bad)
 
 

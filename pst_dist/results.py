@@ -104,6 +104,10 @@ class ScoredRow:
     """Adaptive students only: whether it thought before this answer."""
     probability_at_once: float | None = None
     """Adaptive students only: the probability of the immediate answer."""
+    part: str | None = None
+    """Mixtures only: the source that the row belongs to."""
+    in_training: bool | None = None
+    """Scores of other rows only: whether the question is also in the training rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,7 @@ class EvaluationResult:
     arm: str
     task: str
     split: str
+    """test or validation; for other rows the name of their folder below eval."""
     output_dir: Path
     count: int
     """Rows scored."""
@@ -139,7 +144,8 @@ class EvaluationResult:
     """Mean cosine to the teacher's rationales; None if not measured."""
     rows: tuple[ScoredRow, ...] = field(repr=False)
     details: dict[str, Any] = field(repr=False)
-    """All of results.json: percentiles, device, digests, the training's summary."""
+    """All of results.json: percentiles, device, digests, the training's summary; `source` for other rows,
+    `sources` with the scores of each source of a mixture."""
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per scored row."""

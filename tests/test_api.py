@@ -345,8 +345,8 @@ def test_a_setting_that_evaluate_does_not_read_is_refused(finished, tmp_path):
     root = finished.output_dir
     before = sorted(root.rglob("*"))
     for keys, word in (
-        ({"data": {"test": ROWS[:5]}}, "data.test="),
-        ({"data": {"test": "other.jsonl"}}, "data.test=other.jsonl"),
+        ({"data": {"train": ROWS[:5]}}, "data.train="),
+        ({"data": {"columns": "messages"}}, "data.columns=messages"),
         ({"student": {"fresh": {"hidden_size": 64}}}, "student.fresh.hidden_size=64"),
         ({"layout": {"prompt": "{question}"}}, "layout.prompt="),
     ):
@@ -375,8 +375,10 @@ def test_a_setting_that_evaluate_does_not_read_is_refused(finished, tmp_path):
 def test_the_command_line_refuses_overrides_without_effect_too(finished, capsys):
     root = str(finished.output_dir)
     for words, said in (
-        (["evaluate", root, "data.test=other.jsonl"], "data.test=other.jsonl has no effect on evaluate"),
         (["report", root, "seed=4"], "seed=4 has no effect on report"),
+        (["evaluate", root, "data.columns=messages"], "data.columns=messages has no effect on evaluate"),
+        (["export", root, "data.test=other.jsonl"], "data.test=other.jsonl has no effect on export"),
+        (["evaluate", root, "data.test=other.jsonl", "data.leaks=keep"], "data.leaks=keep has no effect on evaluate"),
         (["evaluate", root, "train.learning_rate=1"], "train.learning_rate=1.0 has no effect on evaluate"),
         (["export", root, "evaluate.split=validation"], "evaluate.split=validation has no effect on export"),
         (["evaluate", root, "arms=[pst,prefix]", "arm=pst"], "arm=pst has no effect together with arms=[pst, prefix]"),

@@ -18,7 +18,7 @@ def test_the_snippets_of_the_api_page_run_in_order(tmp_path, monkeypatch):
     pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "api.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names: dict = {}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"docs/api.md, snippet {number}", "exec"), names)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
+from pst_dist.cli.answer import answer
 from pst_dist.cli.experiment import experiment
 from pst_dist.cli.export import export
 from pst_dist.cli.models import models
@@ -34,6 +35,7 @@ Stages of a run:     check -> preview -> run  (= shard, embed, train, evaluate, 
 A first look:        pst demo
 Your own rows:       pst check rows.jsonl;  pst run my.yaml
 Use the student:     pst answer runs/demo/pst "question" --explain
+                     pst answer runs/demo/pst --input questions.jsonl --output answers.jsonl
 Serve the student:   transformers serve runs/demo/pst/export;  pst export runs/demo/pst --gguf
 
 Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 diverged, 7 peer lost, 75 run again.
@@ -42,7 +44,7 @@ Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 d
 
 _VERBS: tuple[Verb, ...] = (
     *(checks.check, checks.preview, probe, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
-    *(verbs.evaluate, export, verbs.answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
+    *(verbs.evaluate, export, answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
     *(models, checks.verify, checks.config),
 )
 """In the order of the help."""
@@ -85,6 +87,10 @@ def run_verb(words: Sequence[str]) -> int:
     arguments, unknown = command_parser().parse_known_args(words)
     _set_up_logging(arguments)
     try:
+        if hasattr(arguments, "words"):  # argparse takes them only before the first option
+            loose = [word for word in unknown if word == "-" or not word.startswith("-")]
+            arguments.words += loose
+            unknown = [word for word in unknown if word not in loose]
         extra = gather_overrides(unknown)
         if extra and not hasattr(arguments, "overrides"):
             raise ConfigError(f"unknown option --{extra[0]}", f"see `pst {arguments.run.name} --help`")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,61 +111,48 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@verb("decode and score the test rows", "pst evaluate runs/demo/pst", CONFIG, OVERRIDES, REBUILD)
-def evaluate(arguments: argparse.Namespace) -> int:
-    from pst_dist.evaluation.evaluate import evaluate
-
-    for config in _arms_of(finished_config_of(arguments, "evaluate")):
-        print(_score_line(config, evaluate(config, rebuild=arguments.rebuild)))
-    return 0
-
-
-def _score_line(config: Config, results: dict[str, Any]) -> str:
+def _other_rows_help() -> str:
     return (
-        f"{config.output_dir}: accuracy {100 * results['accuracy']:.2f} % (standard error "
-        f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {results['split']} rows, "
-        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed"
+        "data.test=FILE scores other rows than the run's own, in RUN/eval/NAME-DIGEST: pst evaluate RUN\n"
+        "data.test=other.jsonl [task=svamp] [data.answer_type=number] [data.columns=...]. Name these folders to\n"
+        "`pst compare`."
     )
 
 
 @verb(
-    "ask a trained student",
-    'pst answer runs/demo/pst "question" --explain',
-    Option("config", metavar="RUN", help="run directory, or an exported model"),
-    Option("question", help="the question, or - to read one per line from standard input"),
-    Option("--explain", action="store_true", help="also write the rationale"),
-    Option(
-        "--think-below",
-        type=float,
-        metavar="P",
-        help="an adaptive student thinks first when the probability of its answer is below this (0 never, 2 always); "
-        "defaults to the threshold that `pst evaluate` chose",
-    ),
+    "decode and score the test rows, or any others",
+    "pst evaluate runs/demo/pst",
+    CONFIG,
+    OVERRIDES,
+    REBUILD,
+    more=_other_rows_help,
 )
-def answer(arguments: argparse.Namespace) -> int:
-    from pst_dist.evaluation.asking import student_folder, threshold_of
-    from pst_dist.student.ask import answer_question
-    from pst_dist.student.saved import load_student
+def evaluate(arguments: argparse.Namespace) -> int:
+    from pst_dist.config.effect import given_keys, names_other_rows
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.evaluation.other_rows import evaluate_rows
 
-    student = load_student(student_folder(Path(arguments.config)))
-    think_below = threshold_of(student, arguments.think_below)
-    questions = sys.stdin if arguments.question == "-" else [arguments.question]
-    for question in questions:
-        answer = answer_question(
-            student, question.strip(), explain=arguments.explain, max_new_tokens=256, think_below=think_below
-        )
-        print(answer.text)
-        if arguments.explain:
-            silent = "wrote none" if student.format.writes_rationale else "was not trained to explain"
-            silent = silent if answer.complete else "did not finish its answer"
-            print(f"because: {answer.rationale or f'(this student {silent})'}")
-        logging.getLogger("pst_dist").info(
-            "%d tokens, %.1f ms to the answer%s",
-            answer.tokens,
-            1000 * answer.seconds,
-            ", thought first" if think_below and answer.thought_first else "",
-        )
+    whole = finished_config_of(arguments, "evaluate")
+    score = evaluate_rows if names_other_rows(whole, given_keys(arguments.overrides)) else evaluate
+    for config in _arms_of(whole):
+        print(_score_line(config, score(config, rebuild=arguments.rebuild)))
     return 0
+
+
+def _score_line(config: Config, results: dict[str, Any]) -> str:
+    source, folder = results.get("source"), config.output_dir
+    if source:
+        folder = str(Path(folder) / "eval" / results["split"])
+    known = f", {source['in_training']} questions also in the training rows" if source and source["in_training"] else ""
+    return (
+        f"{folder}: accuracy {100 * results['accuracy']:.2f} % (standard error "
+        f"{100 * results['accuracy_stderr']:.2f}) on {results['rows']} {'other' if source else results['split']} rows, "
+        f"{results['tokens_to_answer']['mean']:.1f} tokens to the answer, {results['unparsed']} unparsed{known}"
+        + "".join(
+            f"\n  {name}: {100 * part['accuracy']:.2f} % ({100 * part['accuracy_stderr']:.2f}) on {part['rows']} rows"
+            for name, part in (results.get("sources") or {}).items()
+        )
+    )
 
 
 @verb("write the plots and the page of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
@@ -188,12 +173,17 @@ def report(arguments: argparse.Namespace) -> int:
 @verb(
     "compare finished runs side by side",
     "pst compare runs/demo/pst runs/demo/answer_only",
-    Option("runs", nargs="+", metavar="RUN", help="run directories scored on the same rows"),
+    Option(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run directories scored on the same rows, or folders of scores of other rows, RUN/eval/NAME",
+    ),
     Option("-o", "--output", metavar="PAGE.html", help="also write an HTML page"),
 )
 def compare(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
-    if len(runs) == 1:
+    if len(runs) == 1 and runs[0].absolute().parent.name != "eval":
         alone = argparse.Namespace(config=str(runs[0]), overrides=[], on=())
         runs = [Path(arm.output_dir) for arm in _arms_of(config_of(alone))]
     _print_comparison(runs)

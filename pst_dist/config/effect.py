@@ -1,7 +1,8 @@
 """Refuse settings that have no effect: those that a verb never reads and that differ from the run's own.
 
 A student, its scores, its export and its page belong to the rows and settings of their run, so `evaluate`, `export` and
-`report` read only the settings listed below and take all others from the run.
+`report` read only the settings listed below and take all others from the run. With data.test, `evaluate` scores other
+rows as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _READ = {
     "export --lm-eval": (*_EXPORT, "data.answer_type", "evaluate.split", "evaluate.max_rows"),
 }
 """The keys and sections that each verb reads. `arm` is compared with the student's."""
+_READ_OF_OTHER_ROWS = ("data.test", "data.root", "data.columns", "data.max_bad", "data.duplicates")
+"""What `evaluate` reads besides, when data.test names other rows than the run's."""
 
 
 def given_keys(overrides: Sequence[str]) -> list[str]:
@@ -46,15 +49,29 @@ def refuse_without_effect(verb: str, config: Config, given: Iterable[str]) -> No
     if not given or not (Path(config.output_dir) / RESOLVED).is_file():
         return
     recorded = flat_keys(load_config(config.output_dir).model_dump(mode="json"))
+    read = _READ[verb] + (_READ_OF_OTHER_ROWS if verb == "evaluate" and names_other_rows(config, given) else ())
     for key, value in flat_keys(config.model_dump(mode="json")).items():
         if value == "auto":  # the run replaced it by its own value when it began
             continue
-        if value != recorded.get(key) and _is_among(key, given) and not _is_among(key, _READ[verb]):
+        if value != recorded.get(key) and _is_among(key, given) and not _is_among(key, read):
             raise ConfigError(
                 f"{key}={_shown(value)} has no effect on {verb}: the run was made with {_shown(recorded.get(key))}",
                 "leave it out, or start a new run with it in another output_dir",
                 path=config.output_dir,
             )
+
+
+def names_other_rows(config: Config, given: Iterable[str]) -> bool:
+    """Whether data.test is among the given keys and names rows that are not those of the run.
+
+    Without a saved config, only data.test itself counts, not the section `data` of a whole config.
+    """
+    given, rows = list(given), config.data.test
+    if rows is None or not _is_among("data.test", given):
+        return False
+    if not (Path(config.output_dir) / RESOLVED).is_file():
+        return "data.test" in given
+    return bool(load_config(config.output_dir).data.test != rows)
 
 
 def _is_among(key: str, names: Iterable[str]) -> bool:

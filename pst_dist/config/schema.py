@@ -81,15 +81,54 @@ class Section(BaseModel):
         raise ConfigError(f"{name} cannot be deleted: a config is immutable", "create a new one with load_config")
 
 
+class RowSource(Section):
+    """One source of a mixture in data.train: its rows, how much of them to train on, and how their answers are scored.
+
+    A key that is not given here has the value of the same key in `data` (or of `task`).
+    """
+
+    rows: Plain | list[Plain]
+    """Training rows, as in data.train."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,40}$")] | None = None
+    """Its name in results and reports. Default: the task, or the answer type."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often an epoch uses each of its rows: 2 uses each twice, 0.25 a quarter of them, each epoch another."""
+    task: Plain | None = None
+    """The task of these rows."""
+    answer_type: Literal["number", "choice", "bool", "text", "date", "math"] | None = None
+    """The answer type of these rows."""
+    columns: str | dict[str, str] | None = None
+    """Their column map. Default: that of `data`, or guessed."""
+    validation: Plain | list[Plain] | None = None
+    """Validation rows of this source. Default: a part of its training rows."""
+    test: Plain | list[Plain] | None = None
+    """Test rows of this source."""
+    split_file: Plain | None = None
+    """Split file of these rows."""
+    teacher_completions: Plain | None = None
+    """The teacher's completions for these rows."""
+    keep: Literal["all", "teacher_correct"] | None = None
+    """Whether rows on which the teacher is wrong are dropped."""
+    validation_size: int | float | None = None
+    """Size of the validation split that is cut from these rows."""
+    test_size: int | float | None = None
+    """Size of the test split that is cut from these rows."""
+    max_bad: int | str | None = None
+    """How many bad rows of this source to skip."""
+    duplicates: Literal["drop", "keep"] | None = None
+    """What to do with repeated rows of this source."""
+
+
 class DataConfig(Section):
     """Which rows to read, and which of their columns hold the question, answer and rationale."""
 
     root: Plain | None = None
     """Folder that the relative paths below start from. Default: the working directory."""
-    train: Plain | list[Plain] | None = None
+    train: Plain | list[Plain] | list[RowSource] | None = None
     """Training rows: a file, a list of files or a glob (.jsonl, .json, .csv or .tsv, also compressed as .gz or .zst;
     .parquet); a `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; or
-    `gen:TASK?rows=N&seed=S` for a built-in generator."""
+    `gen:TASK?rows=N&seed=S` for a built-in generator. Or a mixture: a list of sources, each with `rows`, and its own
+    weight, task, answer type and more."""
     validation: Plain | list[Plain] | None = None
     """Rows for choosing the best checkpoint. Default: a part of the training rows."""
     test: Plain | list[Plain] | None = None
@@ -110,8 +149,9 @@ class DataConfig(Section):
     a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the name of a ready-made map: messages,
     prompt_completion, alpaca, sharegpt, gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Default: guessed
     from the first rows."""
-    answer_type: Literal["number", "choice", "bool", "text", "date"] | None = None
-    """How answers are normalised and compared. Default: the task's answer type; text when no task is given."""
+    answer_type: Literal["number", "choice", "bool", "text", "date", "math"] | None = None
+    """How answers are normalised and compared. `math`: numbers by value, times, and expressions by symbolic equality
+    (`pip install 'pst-dist[math]'`). Default: the task's answer type; text when no task is given."""
     max_rows: Positive | None = None
     """Use at most this many training rows (those with the smallest id hashes)."""
     max_bad: int | str = 0
@@ -125,6 +165,20 @@ class DataConfig(Section):
     wrong_rationales: Fraction = 0
     """Control experiment: the share of training rows that get another row's rationale. The hash of the question
     decides which ones."""
+
+    def specs(self, split: str) -> list[str]:
+        """Everything that a split names, also inside a mixture."""
+        own = getattr(self, split)
+        found: list[str] = [own] if isinstance(own, str) else [word for word in own or [] if isinstance(word, str)]
+        for source in self.mixture:
+            rows = source.rows if split == "train" else getattr(source, split)
+            found += [rows] if isinstance(rows, str) else rows or []
+        return found
+
+    @property
+    def mixture(self) -> list[RowSource]:
+        """The sources of a mixture; empty for rows of one kind."""
+        return [one for one in self.train if isinstance(one, RowSource)] if isinstance(self.train, list) else []
 
 
 class ShardConfig(Section):
@@ -546,6 +600,13 @@ class Config(Section):
     """Optimisation, checkpoints and logging."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Decoding and scoring."""
+
+    @model_validator(mode="after")
+    def _mixture_agrees(self) -> Config:
+        for key in ("validation", "test", "split_file", "teacher_completions") if self.data.mixture else ():
+            if getattr(self.data, key) is not None:
+                raise ValueError(f"data.{key} belongs to one source of the mixture: write it into that source")
+        return self
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Config:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pst_dist.errors import DataError
 
-AnswerType = Literal["number", "choice", "bool", "text", "date"]
+AnswerType = Literal["number", "choice", "bool", "text", "date", "math"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
 SPLITS = ("train", "validation", "test")
 SCHEMA_VERSION = 1
@@ -37,6 +37,10 @@ class ReasoningSample:
     """The options of a multiple-choice question, in order A, B, C…. `question` already lists them."""
     source: str = ""
     """Where the row came from: `file:line` or `file#index`."""
+    part: str = ""
+    """In a mixture, the name of the source that the row belongs to."""
+    task: str = ""
+    """In a mixture, the name of the task by which the row is scored."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -53,7 +57,7 @@ class ReasoningSample:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict with lists instead of tuples, as stored in a shard."""
-        row = asdict(self)
+        row = {name: value for name, value in asdict(self).items() if value or name not in ("part", "task")}
         return {**row, "rationales": list(self.rationales), "choices": list(self.choices)}
 
     @classmethod

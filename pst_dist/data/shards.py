@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -155,6 +155,17 @@ def _write_wids(directory: Path, split: str, infos: list[ShardInfo]) -> None:
     write_text(directory / f"{split}.wids.json", json.dumps(listing, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class TrainPart:
+    """One source of a mixture, among the training rows."""
+
+    name: str
+    rows: int
+    """Number of its training rows, which follow each other."""
+    weight: float
+    """How often an epoch uses each of them."""
+
+
 class ShardSet:
     """A finished shard directory, opened for reading."""
 
@@ -198,6 +209,14 @@ class ShardSet:
         if verify:
             artefact.verified()
         return shard_set
+
+    @property
+    def mixture(self) -> list[TrainPart]:
+        """The sources of the training rows, in their order; empty for rows of one kind."""
+        found = typed(self.manifest.extra.get("parts", []), list[TrainPart], self.directory / MANIFEST, REMAKE)
+        if found and sum(part.rows for part in found) != self._counts.get("train", 0):
+            raise IntegrityError("the sources and the training split differ in rows", REMAKE, path=self.directory)
+        return found
 
     def shards(self, split: str | None = None) -> list[ShardInfo]:
         """The shards of one split, or of all splits, in order."""

@@ -9,6 +9,7 @@ measured, the plan says how to pass one.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class Rows:
     shard_bytes: int
     exact: bool
     """Whether tokens are counted; otherwise they are estimated at four characters each."""
+    slots: int = 0
+    """Samples of one epoch: the rows, in a mixture as often as their weights say."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
     global_batch = train.global_batch_size or (
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )
-    steps = train.max_steps or train.num_train_epochs * math.ceil(rows.rows / global_batch)
+    steps = train.max_steps or train.num_train_epochs * math.ceil((rows.slots or rows.rows) / global_batch)
     micro_tokens, passes = forward_size(config, rows, math.ceil(global_batch / ranks))
     memories = {
         number: rank_memory(config, shape, parameters, number, ranks, micro_tokens=micro_tokens, trained=trained)
@@ -317,6 +320,7 @@ def checkpoint_bytes(parameters: int) -> int:
 def count_rows(config: Config) -> Rows:
     """Count the training rows in the shards, or in the sources if nothing is packed; raises what those raise."""
     from pst_dist.data.shards import ShardSet
+    from pst_dist.data.sources.mixture import parts_of
 
     run = run_dir(config)
     if (run.shards / "manifest.json").is_file():
@@ -342,4 +346,7 @@ def count_rows(config: Config) -> Rows:
             size_of_one = once + (written if Segment.RATIONALE in asked.order else 0)
             tokens += min(config.layout.max_length, size_of_one / a_token) + (Segment.SEMANTIC in asked.order)
         texts += len(sample.rationales)
-    return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact)
+    counts = Counter(sample.part for sample in samples)
+    weights = {name: source.weight for name, source in zip(parts_of(config), config.data.mixture, strict=True)}
+    slots = sum(max(1, round(rows * weights.get(name, 1))) for name, rows in counts.items())
+    return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact, slots)

@@ -74,7 +74,9 @@ def dry_run(config: Config) -> DryRun:
     if usable and loaded:
         for arm in expand_arms(config):
             found.look("lengths", lambda arm=arm: _lengths(arm, loaded[0].splits["train"]))  # type: ignore[misc]
-    machine_findings = examine.examine(config, examine.Request(Machines.model_validate({}), None, None), only=_OF_DOCTOR)[1]
+    machine_findings = examine.examine(
+        config, examine.Request(Machines.model_validate({}), None, None), only=_OF_DOCTOR
+    )[1]
     repeated = {finding.what for finding in found.findings}
     found.add(*(finding for finding in machine_findings if finding.what not in repeated))
     found.add(*_stages(config))

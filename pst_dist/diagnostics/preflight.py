@@ -46,7 +46,9 @@ def _has_student(config: Config) -> bool:
 def check_split(config: Config) -> None:
     """Raise DataError when no rows are given for the split to score."""
     split, data = config.evaluate.split, config.data
-    if data.split_file is None and getattr(data, split) is None and not getattr(data, f"{split}_size"):
+    cut = data.split_file or getattr(data, f"{split}_size")
+    cut = cut or any(source.split_file or getattr(source, f"{split}_size") for source in data.mixture)
+    if not cut and not data.specs(split):
         raise no_rows(split)
 
 

@@ -104,7 +104,7 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
         if loaded.rejects or rejects_path.is_file():
             write_rejects(rejects_path, loaded.rejects)
     proposal = ""
-    if config.data.columns is None and config.data.train is not None:
+    if config.data.columns is None and config.data.train is not None and not config.data.mixture:
         found = guess_paths(_sample(_first_source(config)))
         proposal = _proposal(config, found if isinstance(found, dict) else found.name, loaded)
     return CheckReport(loaded, problem, proposal, [], rejects_path, models + _length_findings(config, loaded))
@@ -131,17 +131,16 @@ def _refuse_own_source(config: Config, rejects_path: Path) -> None:
     """Raises InputError when the file for bad rows is one of the files with the rows, which it would replace."""
     root = Path(config.data.root).expanduser() if config.data.root else Path()
     for split in SPLITS:
-        spec = getattr(config.data, split)
-        for word in [spec] if isinstance(spec, str) else spec or []:
+        for word in config.data.specs(split):
             if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
                 raise InputError("is one of the input files", _REJECTS_REMEDY, path=rejects_path)
 
 
 def _first_source(config: Config) -> Source:
     data = config.data
-    split = next(name for name in SPLITS if getattr(data, name) is not None)
+    split = next(name for name in SPLITS if data.specs(name))
     root = Path(data.root).expanduser() if data.root else Path()
-    return read_specs(getattr(data, split), split, root)[0]
+    return read_specs(data.specs(split), split, root)[0]
 
 
 def _sample(source: Source) -> list[dict[str, Any]]:
@@ -249,6 +248,10 @@ def _split_lines(loaded: LoadedData) -> list[str]:
         named = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
         text.append(f"{split}: {read}{len(samples):,} kept; answers: {named or 'none'}")
         text += _length_lines(samples)
+        for name, part in report.get("parts", {}).items():
+            rows = part[f"{split}_rows"]
+            weight = f", weight {part['weight']:g}" if split == "train" else ""
+            text.append(f"  {name}: {rows:,} rows of task {part['task']}{weight}")
         without = report[f"{split}_without_rationale"]
         if without:
             text.append(f"  {without:,} rows without rationale")
@@ -283,6 +286,7 @@ def _finding_lines(loaded: LoadedData) -> list[str]:
         (report["conflicting_answers"], f"questions have two answers, first: {report.get('first_conflict')}"),
         (report["leaks_found"], f"training questions are also held out, first: {report.get('first_leak')}"),
         (report["validation_leaks_found"], "validation questions are also in test"),
+        (report.get("leaks_between_sources", 0), "training questions are held out by another source"),
     )
     return [f"{count:,} {what}" for count, what in found if count]
 

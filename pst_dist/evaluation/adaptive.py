@@ -85,8 +85,9 @@ def choose_threshold(rows: BothWays) -> float:
 
 
 def chosen_threshold(evaluations: Sequence[dict[str, Any]]) -> float | None:
-    """The threshold of the first evaluation of an adaptive student; None without one."""
-    return next((results["adaptive"]["think_below"] for results in evaluations if results.get("adaptive")), None)
+    """The threshold of the first evaluation of an adaptive student on its run's own rows; None without one."""
+    own = (results for results in evaluations if results.get("adaptive") and not results.get("source"))
+    return next((results["adaptive"]["think_below"] for results in own), None)
 
 
 def adaptive_answers(

@@ -27,6 +27,8 @@ class ArmResult:
 
     label: str
     run: Path
+    folder: Path
+    """Its scores, `run`/eval/NAME."""
     results: dict[str, Any]
     """As `evaluate` wrote them."""
     samples: list[dict[str, Any]]
@@ -100,22 +102,28 @@ def cells(arm: ArmResult) -> tuple[str, ...]:
 def compare(runs: Sequence[Path]) -> Comparison:
     """Arms side by side, tested against the first answer_only run, or the first run when there is none.
 
-    A directory with the runs of several arms counts as all of them. Raises InputError for a run without a finished
-    evaluation and for runs that were scored on different rows, naming two of them; StaleError when an evaluation does
-    not belong to the student in its run.
+    A directory with the runs of several arms counts as all of them. Scores of other rows are compared by naming their
+    folders, RUN/eval/NAME, instead of the runs. Raises InputError for a run without a finished evaluation and for runs
+    that were scored on different rows or as different tasks, naming two of them; StaleError when an evaluation does not
+    belong to the student in its run.
     """
-    found = expand_runs(runs)
-    if len(found) < 2:
-        raise InputError("a comparison needs at least two runs", "name several run directories", path=found[0])
-    split = _common_split(found)
-    results = [finished_evaluation(run / "eval" / split) for run in found]
-    for run, result in zip(found, results, strict=True):
+    folders = _score_folders(runs)
+    found = [folder.parent.parent for folder in folders]
+    results = [finished_evaluation(folder) for folder in folders]
+    for folder, result in zip(folders, results, strict=True):
         if result is not None:
-            check_comparable(result, run / "eval" / split / RESULTS)
+            check_comparable(result, folder / RESULTS)
     _check_current(found, results)
-    samples = [read_rows(run / "eval" / split / SAMPLES) for run in found]
+    samples = [read_rows(folder / SAMPLES) for folder in folders]
     rows = [_same_rows(found[0], samples[0], run, own) for run, own in zip(found, samples, strict=True)]
     whole = [result for result in results if result is not None]
+    for run, result in zip(found, whole, strict=True):
+        if result["task"] != whole[0]["task"]:
+            raise InputError(
+                f"was scored as task {result['task']}, and {found[0]} as {whole[0]['task']}",
+                "evaluate both with the same task",
+                path=run,
+            )
     labels = _labels(found, whole)
     baseline = next((k for k, result in enumerate(whole) if result["arm"] == BASELINE), 0)
     thinking = next((result for result in whole if result["arm"] == COST_BASELINE), None)
@@ -124,6 +132,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
         ArmResult(
             label=labels[k],
             run=found[k],
+            folder=folders[k],
             results=whole[k],
             samples=rows[k],
             test=None if k == baseline else paired_test(right[k], right[baseline]),
@@ -131,7 +140,25 @@ def compare(runs: Sequence[Path]) -> Comparison:
         )
         for k in range(len(found))
     ]
-    return Comparison(whole[0]["task"], split, len(rows[0]), labels[baseline], arms)
+    return Comparison(whole[0]["task"], folders[0].name, len(rows[0]), labels[baseline], arms)
+
+
+def _score_folders(named: Sequence[Path]) -> list[Path]:
+    """The folder of scores of each run: as named, or that of the best split that all have; raises InputError."""
+    folders = [path for path in named if path.absolute().parent.name == "eval" and (path / SAMPLES).is_file()]
+    if folders and len(folders) < len(named):
+        run = next(path for path in named if path not in folders)
+        raise InputError(
+            "is not a folder of scores, but the others are", "name RUN/eval/NAME for each of them", path=run
+        )
+    folders = [path if path.parent.name == "eval" else path.absolute() for path in folders]
+    runs = [folder.parent.parent for folder in folders] or expand_runs(named)
+    if len(runs) < 2:
+        raise InputError("a comparison needs at least two runs", "name several run directories", path=runs[0])
+    if folders:
+        return folders
+    split = _common_split(runs)
+    return [run / "eval" / split for run in runs]
 
 
 def _times_fewer(thinking: dict[str, Any] | None, results: dict[str, Any]) -> float | None:

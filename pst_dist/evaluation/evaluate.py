@@ -24,15 +24,24 @@ from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config, EvaluateConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
-from pst_dist.data.tasks import Task, get_task
+from pst_dist.data.tasks import Task, get_task, task_of
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
 from pst_dist.evaluation.records import read_results, read_training, student_of
-from pst_dist.evaluation.scores import chance_of, contains_answer, given_rationales, rows_to_score, sample_row, score_of
+from pst_dist.evaluation.scores import (
+    chance_of,
+    contains_answer,
+    given_rationales,
+    rows_to_score,
+    sample_row,
+    score_of,
+    scores_of_sources,
+)
 from pst_dist.evaluation.similarity import compare_rationales
 from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
+from pst_dist.storage.leftovers import final_name
 from pst_dist.storage.manifest import (
     Manifest,
     canonical_json,
@@ -48,7 +57,10 @@ from pst_dist.student.saved import LoadedStudent, load_student
 
 log = logging.getLogger(__name__)
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
-_VERSION = 1
+VERSION = 1
+"""Part of every fingerprint: raised when the same inputs would be scored differently."""
+SPLITS_SCORED = ("test", "validation")
+"""The run's own splits; every other folder below RUN/eval has the scores of other rows."""
 _WARM_UPS = 2
 
 
@@ -61,20 +73,19 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     """
     run, split = run_dir(config), config.evaluate.split
     student = load_student(run.best)
-    bf16 = _decodes_in_bf16(config, student)
     fetch_data(config)
     shards = ShardSet.open(run.shards)
-    _check_lineage(config, student, shards)
+    check_lineage(config, student, shards)
     task = get_task(config.task, config.data.answer_type)
     embeddings = read_manifest(run.embeddings, "embeddings") if student.format.writes_rationale else None
     fingerprint = digest_of(
         {
-            "version": _VERSION,
+            "version": VERSION,
             "student": student.manifest.digest,
             "shards": shards.manifest.digest,
             "embeddings": embeddings.digest if embeddings else None,
             "task": task.name,
-            "settings": _settings(config) | ({"bf16": True} if bf16 else {}),
+            "settings": scoring_settings(config, student),
         }
     )
     directory = run.evaluation(split)
@@ -89,27 +100,37 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
             path=run.shards,
         )
     refuse_foreign_folder(directory, "evaluation")  # before the decoding
-    if bf16:
-        student.model.to(torch.bfloat16)
-    results, rows = _score(config, run, student, shards, samples, task)
-    extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
-    with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
+    set_precision(config, student)
+    results, rows = score_samples(
+        config, run, student, samples, task, split=split, shards=shards, validation=shards.split("validation")
+    )
+    publish_evaluation(directory, fingerprint, results, rows)
+    return results
+
+
+def publish_evaluation(
+    directory: Path, fingerprint: str, results: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Write results.json and samples.jsonl, replacing an older evaluation in `directory`."""
+    split, student = results["split"], results["student"]["digest"]
+    with Artefact(directory, "evaluation").publish(
+        fingerprint, {"split": split, "rows": len(rows), "student": student}
+    ) as draft:
         write_json(draft.path / RESULTS, results)
         write_text(draft.path / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))
     log.info(
         "%s on %d %s rows: accuracy %.2f %% (standard error %.2f), %.1f tokens to the answer",
-        config.arm,
+        results["arm"],
         results["rows"],
         split,
         100 * results["accuracy"],
         100 * results["accuracy_stderr"],
         results["tokens_to_answer"]["mean"],
     )
-    return results
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings that affect the results."""
+def scoring_settings(config: Config, student: LoadedStudent | None = None) -> dict[str, Any]:
+    """The settings that affect the results; with a student also the precision in which it decodes."""
     settings = config.evaluate.model_dump()
     # What is left out keeps evaluations valid that were made before these keys existed.
     if not ARMS[config.arm].chooses_order:
@@ -118,7 +139,7 @@ def _settings(config: Config) -> dict[str, Any]:
     for key in ("batch_tokens", "latency_seconds"):
         if settings[key] == EvaluateConfig.model_fields[key].default:
             del settings[key]
-    return settings
+    return settings | ({"bf16": True} if student is not None and _decodes_in_bf16(config, student) else {})
 
 
 def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:
@@ -129,8 +150,14 @@ def _decodes_in_bf16(config: Config, student: LoadedStudent) -> bool:
     return student.model.device.type == "cuda" and trained is True
 
 
-def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> None:
-    """Raises StaleError for a student of another arm or of other shards."""
+def set_precision(config: Config, student: LoadedStudent) -> None:
+    """Convert the student's weights to bfloat16 where it decodes in it."""
+    if _decodes_in_bf16(config, student):
+        student.model.to(torch.bfloat16)
+
+
+def check_lineage(config: Config, student: LoadedStudent, shards: ShardSet | None) -> None:
+    """Raises StaleError for a student of another arm or of other shards (which are not compared when None)."""
     if student.format.arm != config.arm:
         raise StaleError(
             f"the student here was trained as {student.format.arm}, but the config has arm {config.arm}",
@@ -138,7 +165,7 @@ def _check_lineage(config: Config, student: LoadedStudent, shards: ShardSet) -> 
             path=student.directory,
         )
     trained_from = student.manifest.extra.get("shards")
-    if trained_from is not None and trained_from != shards.manifest.digest:
+    if shards is not None and trained_from is not None and trained_from != shards.manifest.digest:
         raise StaleError(
             "the student was trained from different shards", "run `pst train` again", path=student.directory
         )
@@ -152,13 +179,20 @@ def finished_evaluation(directory: Path, fingerprint: str | None = None) -> dict
     return read_results(directory / RESULTS)
 
 
-def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
-    """Finished evaluations of exactly this student in a run directory, test first; all of them for None.
+def is_evaluation_of_other_rows(folder: Path) -> bool:
+    """Whether a folder below RUN/eval has scores of rows that are not those of the run."""
+    return folder.name not in SPLITS_SCORED and final_name(folder.name) is None and folder.is_dir()
 
-    Evaluations of an earlier student are skipped with a warning. Raises IntegrityError for a damaged one.
+
+def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
+    """Finished evaluations of exactly this student in a run directory; all of them for None.
+
+    The test split comes first, then validation, then those of other rows by name. Evaluations of an earlier student
+    are skipped with a warning. Raises IntegrityError for a damaged one.
     """
     found = []
-    for split in ("test", "validation"):
+    others = sorted(folder.name for folder in (run / "eval").glob("*-*") if is_evaluation_of_other_rows(folder))
+    for split in (*SPLITS_SCORED, *others):
         results = finished_evaluation(run / "eval" / split)
         if results is None:
             continue
@@ -169,51 +203,68 @@ def evaluations_of(run: Path, student: Manifest | None) -> list[dict[str, Any]]:
     return found
 
 
-def _score(
+def score_samples(
     config: Config,
     run: RunDir,
     student: LoadedStudent,
-    shards: ShardSet,
-    samples: list[ReasoningSample],
+    samples: Sequence[ReasoningSample],
     task: Task,
+    *,
+    split: str,
+    shards: ShardSet | None,
+    validation: Sequence[ReasoningSample] = (),
+    in_shards: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(results, one row per sample)."""
+    """(results, one row per sample) of decoding and scoring `samples`; writes nothing.
+
+    `split` names them in the results. `shards` are those of the run, None if they are not here, and `in_shards` says
+    whether the samples come from them. On `validation` an adaptive student's threshold is chosen, unless it is set.
+    """
     settings, questions = config.evaluate, [sample.question for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
+    tasks = [task_of(sample, task) for sample in samples]
     if ARMS[config.arm].chooses_order:
-        right = functools.partial(is_right, task, student.format)
-        decoded, adaptive = adaptive_answers(config.evaluate, samples, shards.split("validation"), decode, right)
+
+        def right(sample: ReasoningSample, answer: Decoded) -> bool:
+            return is_right(task_of(sample, task), student.format, sample, answer)
+
+        decoded, adaptive = adaptive_answers(settings, samples, validation, decode, right)
     else:
         decoded, adaptive = decode(samples), None
     seconds = time.perf_counter() - started
     rows = [
-        sample_row(sample, answer, predict(task, student.format, answer), task)
-        for sample, answer in zip(samples, decoded, strict=True)
+        sample_row(sample, answer, predict(own, student.format, answer), own)
+        for sample, answer, own in zip(samples, decoded, tasks, strict=True)
     ]
+    texts = zip(samples, decoded, tasks, strict=True)
+    chances = [chance_of(own, [sample]) for sample, own in zip(samples, tasks, strict=True)]
     results = {
-        "task": task.name,
+        "task": "mixture" if any(sample.part for sample in samples) else task.name,
         "arm": config.arm,
         "variant": variant_of(config),
-        "split": settings.split,
+        "split": split,
         "seed": student.manifest.extra.get("seed", config.seed),
         **score_of(rows),
-        "contains_answer": sum(contains_answer(task, d.text, s.answer) for s, d in zip(samples, decoded, strict=True))
-        / len(rows),
-        "chance": chance_of(task, samples),
+        "contains_answer": sum(contains_answer(own, d.text, s.answer) for s, d, own in texts) / len(rows),
+        "chance": None if None in chances else sum(chance or 0.0 for chance in chances) / len(chances),
         "majority": Counter(sample.answer for sample in samples).most_common(1)[0][1] / len(samples),
         "milliseconds_to_answer": _latency(
             config, student, questions[: settings.latency_rows], adaptive["think_below"] if adaptive else 0.0
         ),
         "rows_per_second": len(rows) / seconds,
-        "rationale_similarity": compare_rationales(config, run, student, shards, samples, decoded, rows),
+        "rationale_similarity": compare_rationales(
+            config, run, student, shards, samples, decoded, rows, in_shards=in_shards
+        ),
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "device": _device_name(student),
         "dtype": str(student.model.dtype).removeprefix("torch."),
         "student": {"digest": student.manifest.digest, "step": student.manifest.extra.get("step")},
-        "shards": shards.manifest.digest,
+        "shards": shards.manifest.digest if shards else student.manifest.extra.get("shards", "unknown"),
         "training": _training(run, student),
     }
+    if sources := scores_of_sources(samples, rows):
+        results["sources"] = sources
     if adaptive:
         results["adaptive"] = adaptive
         for row, answer in zip(rows, decoded, strict=True):

@@ -62,6 +62,24 @@ class _Adaptive(_Share):
     always_thinking: _Share
 
 
+class _Unseen(_Open):
+    accuracy: float
+
+
+class _Source(_Open):
+    in_training: int | None
+    unseen: _Unseen | None
+
+
+class _Part(_Open):
+    task: str
+    rows: int
+    accuracy: float
+    accuracy_stderr: float
+    unparsed: int
+    tokens_to_answer: _Tokens
+
+
 class _Results(_Open):
     """The fields that every reader needs, and the types of the optional ones."""
 
@@ -87,6 +105,8 @@ class _Results(_Open):
     majority: float | None = None
     training: dict[str, int | float | str | None] | None = None
     adaptive: _Adaptive | None = None
+    source: _Source | None = None
+    sources: dict[str, _Part] | None = None
 
 
 class _ComparedResults(_Results):

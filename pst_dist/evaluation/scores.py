@@ -86,6 +86,21 @@ def score_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def scores_of_sources(samples: Sequence[ReasoningSample], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name -> the task and the scores of each source of a mixture, in the order of the rows; {} without a mixture.
+
+    Marks each row with its source.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    tasks: dict[str, str] = {}
+    for sample, row in zip(samples, rows, strict=True):
+        if sample.part:
+            row["part"] = sample.part
+            found.setdefault(sample.part, []).append(row)
+            tasks[sample.part] = sample.task
+    return {name: {"task": tasks[name], **score_of(own)} for name, own in found.items()}
+
+
 def with_current_names(results: dict[str, Any]) -> dict[str, Any]:
     """Results with current names: `unparsed` used to be called `parse_failures`."""
     if "parse_failures" not in results:

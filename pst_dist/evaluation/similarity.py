@@ -30,16 +30,19 @@ def compare_rationales(
     config: Config,
     run: RunDir,
     student: LoadedStudent,
-    shards: ShardSet,
+    shards: ShardSet | None,
     samples: Sequence[ReasoningSample],
     decoded: Sequence[Decoded],
     rows: list[dict[str, Any]],
+    *,
+    in_shards: bool = True,
 ) -> dict[str, Any] | None:
     """Add rationales for the first evaluate.explain_rows rows to `rows`, and compare them with the teacher's.
 
     Returns {"mean", "shuffled_mean", "rows"}, or None if the arm writes no rationale, fewer than two rows have one on
-    both sides, there are no embeddings, or their encoder is not available here. Raises StaleError or IntegrityError
-    when the embeddings do not belong to `shards`.
+    both sides, there are no embeddings, or their encoder is not available here. The teacher's vectors are the stored
+    ones, or for samples that are not in the shards are computed here. Raises StaleError or IntegrityError when the
+    embeddings do not belong to `shards`.
     """
     count = config.evaluate.explain_rows
     if not student.format.writes_rationale or not count:
@@ -58,9 +61,9 @@ def compare_rationales(
         row["rationale"] = rationale
         row["teacher_rationale"] = sample.rationales[0] if sample.rationales else None
     compared = [k for k, text in enumerate(written) if text and samples[k].rationales]
-    if len(compared) < 2 or not (run.embeddings / MANIFEST).is_file():
+    if len(compared) < 2 or shards is None or not (run.embeddings / MANIFEST).is_file():
         return None
-    pair = _vectors(config, run, shards, [written[k] for k in compared], [samples[k].id for k in compared])
+    pair = _vectors(config, run, shards, [written[k] for k in compared], [samples[k] for k in compared], in_shards)
     if pair is None:
         return None
     own, others = likeness(*pair)
@@ -70,7 +73,7 @@ def compare_rationales(
 
 
 def _vectors(
-    config: Config, run: RunDir, shards: ShardSet, texts: list[str], ids: list[str]
+    config: Config, run: RunDir, shards: ShardSet, texts: list[str], samples: list[ReasoningSample], in_shards: bool
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """([R, E] of the texts, [R, E] of the teacher's first rationales), both centred; None without the encoder."""
     from pst_dist.embedding.embed import EmbeddingStore
@@ -85,7 +88,10 @@ def _vectors(
     if encoder.identity != store.identity:
         log.warning("cannot compare rationales with the teacher's: the embeddings come from another encoder")
         return None
-    teacher_RE = np.stack([store.vector(name, 0) for name in ids])
+    if in_shards:
+        teacher_RE = np.stack([store.vector(sample.id, 0) for sample in samples])
+    else:
+        teacher_RE = encoder.encode([sample.rationales[0] for sample in samples])
     return store.centred(encoder.encode(texts)), store.centred(teacher_RE)
 
 

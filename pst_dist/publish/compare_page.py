@@ -13,6 +13,7 @@ from typing import Any
 from pst_dist.arms import COST_BASELINE
 from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
+from pst_dist.evaluation.evaluate import SPLITS_SCORED
 from pst_dist.evaluation.records import read_metrics
 from pst_dist.evaluation.verdict import verdict
 from pst_dist.publish import html, plots
@@ -146,7 +147,8 @@ def _commands(comparison: Comparison, target: Path) -> str:
         if (command := arm.run / "command.txt").is_file()
     )
     again = [f"pst run {shlex.quote(str(arm.run / RESOLVED))}   # {arm.label}" for arm in comparison.arms]
-    runs = " ".join(shlex.quote(str(arm.run)) for arm in comparison.arms)
+    own_rows = comparison.split in SPLITS_SCORED
+    runs = " ".join(shlex.quote(str(arm.run if own_rows else arm.folder)) for arm in comparison.arms)
     page_again = f"pst compare {runs} --output {shlex.quote(str(target))}"
     recorded = ["# the commands that produced these runs", *made_by, ""] if made_by else []
     return "\n".join(

@@ -56,7 +56,15 @@ def write_lm_eval_task(config: Config) -> Path:
     fmt, seq2seq = student.format, bool(student.model.config.is_encoder_decoder)
     if seq2seq and fmt.semantic_before and fmt.semantic_tokens > 1:
         raise ConfigError("the harness cannot start a decoder with several semantic tokens", "use `pst evaluate`")
+    if any(sample.part for sample in samples):
+        raise ConfigError(
+            "a task of the harness has one kind of answers, and this run is a mixture", "use `pst evaluate`"
+        )
     task = get_task(config.task, config.data.answer_type)
+    if task.rule == "math":
+        raise ConfigError(
+            "mathematical answers need math-verify, which the harness's task has not", "use `pst evaluate`"
+        )
     folder = run.path / "lm_eval"
     refuse_foreign_folder(folder, "lm_eval")
     with atomic_directory(folder) as partial:

@@ -5,6 +5,7 @@ The metadata is huggingface_hub's `ModelCardData`; the text is in `templates/mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.arms import ARMS
@@ -34,7 +35,7 @@ def model_card(facts: CardFacts) -> str:
         answer_code=answer_code(facts),
         rationale_code=rationale_code(facts),
         thinking_code=thinking_code(facts),
-        score_rows=[_score_cells(row) for row in facts.evaluations],
+        score_rows=[_score_cells(row) for row in _with_sources(facts.evaluations)],
         devices=" and ".join(dict.fromkeys(row["device"] for row in facts.evaluations)),
         # Training records validation scores; without validation rows it keeps the last step and records none.
         chosen=any(facts.student.extra.get(metric) is not None for metric in ("answer_nll", "accuracy")),
@@ -63,8 +64,20 @@ def card_data(facts: CardFacts) -> ModelCardData:
         base_model=facts.base_model,
         datasets=facts.datasets or None,
         model_name=facts.name if facts.evaluations else None,
-        eval_results=[result for row in facts.evaluations for result in _eval_results(facts, row)] or None,
+        eval_results=[result for row in _with_sources(facts.evaluations) for result in _eval_results(facts, row)]
+        or None,
     )
+
+
+def _with_sources(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations, each of a mixture followed by the scores of its sources under their names."""
+    found = []
+    for results in evaluations:
+        found.append(results)
+        for name, part in (results.get("sources") or {}).items():
+            unmeasured = {"chance": None, "milliseconds_to_answer": None, "source": None}
+            found.append({**results, **part, **unmeasured, "task": name})
+    return found
 
 
 def _pipeline(facts: CardFacts) -> str:
@@ -97,8 +110,9 @@ def _eval_results(facts: CardFacts, results: dict[str, Any]) -> list[EvalResult]
 
 def _score_cells(row: dict[str, Any]) -> list[str]:
     latency = row["milliseconds_to_answer"]
+    known = (row.get("source") or {}).get("in_training")
     return [
-        f"{row['task']} {row['split']}",
+        f"{row['task']} {row['split']}" + (f" ({known} of its questions are training questions)" if known else ""),
         str(row["rows"]),
         f"{100 * row['accuracy']:.2f} %",
         f"{100 * row['accuracy_stderr']:.2f}",

@@ -6,6 +6,7 @@ from `templates/run.html`; `compare_page` compares several arms.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,34 @@ def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
         ("cosine of the rationale to the teacher's", _similarity),
         ("measured on", lambda r: r["device"]),
     ]
+    if any(results.get("source") for results in evaluations):
+        rows.insert(2, ("questions also in the training rows", _in_training))
+    names = dict.fromkeys(name for results in evaluations for name in results.get("sources") or {})
+    rows += [(f"accuracy on {name}", functools.partial(_of_source, name)) for name in names]
     head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
     body: list[Row] = [[name, *(Cell(tell(results), "right") for results in evaluations)] for name, tell in rows]
     return Table(head, body)
+
+
+def _of_source(name: str, results: dict[str, Any]) -> str:
+    """The score of one source of a mixture."""
+    part = (results.get("sources") or {}).get(name)
+    if part is None:
+        return "none"
+    return f"{100 * part['accuracy']:.2f} % of {part['rows']:,} (standard error {100 * part['accuracy_stderr']:.2f})"
+
+
+def _in_training(results: dict[str, Any]) -> str:
+    """For other rows than the run's: how many questions, and the accuracy on those that are not."""
+    source = results.get("source")
+    if not source:
+        return "none"
+    if source["in_training"] is None:
+        return "unknown"
+    unseen = source["unseen"]
+    return f"{source['in_training']:,}" + (
+        f" (accuracy on the others: {html.percent(unseen['accuracy'])})" if unseen else ""
+    )
 
 
 def _tokens(results: dict[str, Any]) -> str:

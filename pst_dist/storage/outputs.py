@@ -88,6 +88,16 @@ def is_batch_script(head: bytes) -> bool:
     return b"#SBATCH" in head and b"pst_dist" in head
 
 
+def is_answer_list(head: bytes) -> bool:
+    """Answers of `pst answer --output`: JSON lines with the student's answer."""
+    return head.startswith(b"{") and b'"student_answer":' in head
+
+
+def is_answer_manifest(head: bytes) -> bool:
+    """What those answers were made from."""
+    return head.startswith(b"{") and b'"kind": "answers"' in head
+
+
 def is_config(head: bytes) -> bool:
     """A config as pst resolves it, with every section."""
     return all(re.search(rb"^%s:" % key, head, re.MULTILINE) for key in _CONFIG_KEYS)

@@ -24,3 +24,6 @@ class Answer:
     """The rationale; None if it was not requested or the student wrote none."""
     thought_first: bool = False
     """Whether the student wrote its rationale before this answer."""
+    confidence: float = 1.0
+    """Geometric mean of the probabilities of the answer's own tokens, 0 to 1. Unlike `probability` it does not fall
+    with the length of the answer, and with `thought_first` it is that of the final answer."""

@@ -6,6 +6,7 @@ an adaptive student thinks first.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 from pst_dist.errors import InputError
 from pst_dist.student.answer import Answer
+from pst_dist.student.explain import decode_explained
 from pst_dist.student.generate import (
     Decoded,
     decode_answers,
@@ -22,6 +24,7 @@ from pst_dist.student.generate import (
     max_positions,
     without_room,
 )
+from pst_dist.student.stream import AnswerStreamer
 
 if TYPE_CHECKING:
     from pst_dist.student.saved import LoadedStudent
@@ -34,16 +37,17 @@ def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
 
 
 def timed_answer(
-    student: LoadedStudent, question: str, *, max_new_tokens: int, think_below: float = 0.0
+    student: LoadedStudent, question: str, *, max_new_tokens: int, think_below: float = 0.0, streamer: Any = None
 ) -> tuple[Decoded, float]:
     """One question's answer and its wall time in milliseconds, including tokenising and waiting for the device.
 
     When the direct answer's probability is below `think_below`, the student thinks first and answers again.
+    `streamer` receives the tokens of the direct answer as they are generated.
     """
     ask = (student.model, student.tokenizer, student.format, [question])
     _wait_for_device(student.model)
     started = time.perf_counter()
-    (answer,) = decode_answers(*ask, batch_size=1, max_new_tokens=max_new_tokens)
+    (answer,) = decode_answers(*ask, batch_size=1, max_new_tokens=max_new_tokens, streamer=streamer)
     if answer.probability < think_below:
         (thought,) = decode_answers(*ask, batch_size=1, max_new_tokens=max_new_tokens, other=True)
         answer = after_thought(answer, thought)
@@ -57,18 +61,40 @@ def _wait_for_device(model: Any) -> None:
 
 
 def answer_question(
-    student: LoadedStudent, question: str, *, explain: bool, max_new_tokens: int, think_below: float = 0.0
+    student: LoadedStudent,
+    question: str,
+    *,
+    explain: bool,
+    max_new_tokens: int,
+    think_below: float = 0.0,
+    on_text: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Ask one question; with `explain` the rationale is generated too.
+    """Ask one question; with `explain` the rationale is generated too, from the answer's keys and values.
+
+    `on_text` receives the pieces of the answer as they are generated; together they are its text, perhaps with white
+    space around it. An adaptive student that may think again gives them when its answer is final.
 
     `think_below` is for adaptive students: when the direct answer's probability is lower, the student thinks first. The
     rationale is None when the arm does not write one. Raises InputError for an empty question and for one that leaves
     no position for an answer.
     """
     (question,) = _checked(student, [question])
-    decoded, milliseconds = timed_answer(student, question, max_new_tokens=max_new_tokens, think_below=think_below)
-    (rationale,) = _rationales(student, [question], [decoded], 1, max_new_tokens) if explain else [None]
-    return _answer(decoded, milliseconds / 1000, rationale)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    live = on_text is not None and not think_below
+    streamer = AnswerStreamer(student.tokenizer, student.format, on_text) if live and on_text else None
+    rationale: str | None = None
+    if explain and not think_below:
+        ask, watch = (student.model, student.tokenizer, student.format, [question]), _Stopwatch(student.model)
+        (decoded,), (text,) = decode_explained(*ask, batch_size=1, on_answers=watch.stop, streamer=streamer, **settings)
+        seconds, rationale = watch.seconds, text or None
+    else:
+        decoded, milliseconds = timed_answer(student, question, think_below=think_below, streamer=streamer, **settings)
+        seconds = milliseconds / 1000
+        if explain:
+            (rationale,) = _rationales(student, [question], [decoded], 1, max_new_tokens)
+    if on_text is not None and not live:
+        on_text(decoded.answer_text)
+    return _answer(decoded, seconds, rationale)
 
 
 def answer_questions(
@@ -89,20 +115,52 @@ def answer_questions(
     questions = _checked(student, questions)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     parts = (student.model, student.tokenizer, student.format)
-    _wait_for_device(student.model)
-    started = time.perf_counter()
-    decoded = decode_answers(*parts, questions, on_batch=on_batch, **settings)
-    unsure = [place for place, answer in enumerate(decoded) if answer.probability < think_below]
-    if unsure:
-        thoughts = decode_answers(*parts, [questions[place] for place in unsure], other=True, **settings)
-        for place, thought in zip(unsure, thoughts, strict=True):
-            decoded[place] = after_thought(decoded[place], thought)
-    _wait_for_device(student.model)
-    seconds = (time.perf_counter() - started) / max(len(questions), 1)
-    rationales = (
-        _rationales(student, questions, decoded, batch_size, max_new_tokens) if explain else [None] * len(decoded)
-    )
+    tell = on_batch or (lambda count: None)
+    watch = _Stopwatch(student.model)
+    if explain and not think_below:
+        decoded, texts = decode_explained(
+            *parts, questions, on_answers=watch.stop, on_batch=watch.then(tell), **settings
+        )
+        rationales = [text or None for text in texts]
+    else:
+        decoded = decode_answers(*parts, questions, on_batch=tell, **settings)
+        unsure = [place for place, answer in enumerate(decoded) if answer.probability < think_below]
+        if unsure:
+            thoughts = decode_answers(*parts, [questions[place] for place in unsure], other=True, **settings)
+            for place, thought in zip(unsure, thoughts, strict=True):
+                decoded[place] = after_thought(decoded[place], thought)
+        watch.stop()
+        rationales = [None] * len(decoded)
+        if explain:
+            rationales = _rationales(student, questions, decoded, batch_size, max_new_tokens)
+    seconds = watch.seconds / max(len(questions), 1)
     return [_answer(answer, seconds, rationale) for answer, rationale in zip(decoded, rationales, strict=True)]
+
+
+class _Stopwatch:
+    """Adds up the time to the answers, without that of the rationales between them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.seconds = model, 0.0
+        self._start()
+
+    def _start(self) -> None:
+        _wait_for_device(self._model)
+        self._since = time.perf_counter()
+
+    def stop(self, _: int = 0) -> None:
+        """Some answers are there."""
+        _wait_for_device(self._model)
+        self.seconds += time.perf_counter() - self._since
+
+    def then(self, tell: Callable[[int], None]) -> Callable[[int], None]:
+        """`tell`, after which the time to the next answers begins."""
+
+        def told(count: int) -> None:
+            tell(count)
+            self._start()
+
+        return told
 
 
 def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
@@ -151,4 +209,11 @@ def _answer(decoded: Decoded, seconds: float, rationale: str | None) -> Answer:
         seconds=seconds,
         rationale=rationale,
         thought_first=decoded.thought_first,
+        confidence=_mean_probability(decoded),
     )
+
+
+def _mean_probability(decoded: Decoded) -> float:
+    """Geometric mean over the answer's own tokens; 1 when there are none, as for `probability`."""
+    own = decoded.log_probabilities
+    return math.exp(sum(own) / len(own)) if own else 1.0

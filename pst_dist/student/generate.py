@@ -47,6 +47,21 @@ class Decoded:
     """What the student gives these tokens together, each after those before it; 1 when none was generated."""
     thought_first: bool = False
     """Whether a rationale stands before the answer in `text`."""
+    log_probabilities: tuple[float, ...] = ()
+    """Natural logarithm of the probability of each token of the answer, its stop included; without the rationale before
+    it and its marker."""
+
+
+@dataclass(frozen=True)
+class FinishedBatch:
+    """A batch at the end of its generation, from which it can go on."""
+
+    ids_BT: torch.Tensor
+    """int64: padding, prompt, generated tokens, padding."""
+    mask_BP: torch.Tensor
+    """int64: 1 for the tokens of each prompt, 0 for the padding on its left; P is the length of the longest prompt."""
+    cache: dict[str, Any]
+    """Keys and values of all columns but the last, under the name by which `generate` takes them."""
 
 
 def decode_answers(
@@ -62,6 +77,8 @@ def decode_answers(
     other: bool = False,
     on_batch: Callable[[int], None] | None = None,
     on_token: Callable[[int], None] = lambda count: None,
+    go_on: Callable[[list[int], list[Decoded], FinishedBatch], None] | None = None,
+    streamer: Any = None,
 ) -> list[Decoded]:
     """Answer every question greedily; the results are in the order of `questions`.
 
@@ -73,8 +90,9 @@ def decode_answers(
     question; arms that answer first have not come to theirs yet when the answer is there. Where the rationale comes
     first, neither the stop nor the end-of-sequence token is taken before the answer's marker: it would leave the
     question without an answer. `other` has an adaptive student think first. `on_batch` is told how many questions each
-    batch has finished, `on_token` after each token how many each question of the batch has. The model is decoded in
-    evaluation mode and left in the mode it had.
+    batch has finished, `on_token` after each token how many each question of the batch has. `go_on` receives the places
+    of a batch's questions, their answers and the finished batch. `streamer` is transformers' and takes a single
+    question. The model is decoded in evaluation mode and left in the mode it had.
     """
     layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
     asked = ARMS[fmt.arm].asked[-1 if other else 0]
@@ -94,20 +112,27 @@ def decode_answers(
         return marker not in text_of(tokenizer, generated)
 
     size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
-    made = _generate(model, contexts, settings, size, forbidden=early, is_open=before_marker, on_token=on_token)
-    for rows, generated in made:
-        for row, (ids, probability) in zip(rows, generated, strict=True):
+    extra: dict[str, Any] = {"on_token": on_token, "keep": go_on is not None, "streamer": streamer}
+    made = _generate(model, contexts, settings, size, forbidden=early, is_open=before_marker, **extra)
+    for rows, generated, finished in made:
+        for row, (ids, log_probabilities) in zip(rows, generated, strict=True):
             # Nothing follows the stop token; an end-of-sequence token without one ends an answer that is not complete.
             text = text_of(tokenizer, [*thoughts[row], *ids])
+            first = 0
+            if asked.thinks_first and given is None:
+                first = next((n for n in range(len(ids) + 1) if not before_marker(ids[:n])), len(ids))
             decoded[row] = Decoded(
                 text=text,
                 answer_text=text.partition(marker)[2] if asked.thinks_first else text,
                 answer_tokens=len(ids),
                 complete=layout.stop_id in ids,
                 token_ids=ids,
-                probability=probability,
+                probability=math.exp(sum(log_probabilities)),
                 thought_first=asked.thinks_first,
+                log_probabilities=tuple(log_probabilities[first:]),
             )
+        if go_on is not None and finished is not None:
+            go_on(rows, [answer for row in rows if (answer := decoded[row]) is not None], finished)
         if on_batch is not None:
             on_batch(len(rows))
     return [answer for answer in decoded if answer is not None]
@@ -180,27 +205,32 @@ def _generate(
     forbidden: Sequence[int] = (),
     is_open: Callable[[list[int]], bool] = lambda generated: True,
     on_token: Callable[[int], None] = lambda count: None,
-) -> Iterator[tuple[list[int], list[tuple[list[int], float]]]]:
-    """Batches of (row indices, generated ids and their probability of each), each row cut after its first end token.
+    keep: bool = False,
+    streamer: Any = None,
+) -> Iterator[tuple[list[int], list[tuple[list[int], list[float]]], FinishedBatch | None]]:
+    """Batches of (row indices, generated ids and their log probabilities of each, the finished batch with `keep`).
 
-    No row takes a `forbidden` token as long as `is_open` of the ids that it has generated.
+    Each row is cut after its first end token. No row takes a `forbidden` token as long as `is_open` of the ids that it
+    has generated.
     """
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     rooms = [_room(model, context) for context in contexts]
     full = [row for row, room in enumerate(rooms) if room < 1]
     if full:
         log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), max_positions(model))
-        yield full, [([], 1.0) for _ in full]
-    with _evaluation_mode(model, settings):
+        yield full, [([], []) for _ in full], None
+    with evaluation_mode(model, settings):
         for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], size):
             most = min(size.new_tokens, *(rooms[row] for row in rows))
             batch = [contexts[row] for row in rows]
             start = len(batch[0].decoder) or max(len(context.prompt) for context in batch)
-            greedy = _Greedy(forbidden, start, is_open, on_token)
-            output, log_probabilities = _generate_batch(model, batch, settings.pad_token_id, most, greedy)
-            cut = [_until_end(ids, ends) for ids in output]
-            sums = [sum(own[: len(ids)]) for ids, own in zip(cut, log_probabilities, strict=True)]
-            yield rows, [(ids, math.exp(total)) for ids, total in zip(cut, sums, strict=True)]
+            greedy = Greedy(forbidden, start, is_open, on_token)
+            output, log_probabilities, finished = _generate_batch(
+                model, batch, settings.pad_token_id, most, greedy, keep=keep, streamer=streamer
+            )
+            cut = [until_end(ids, ends) for ids in output]
+            pairs = zip(cut, log_probabilities, strict=True)
+            yield rows, [(ids, own[: len(ids)]) for ids, own in pairs], finished
 
 
 def _batches(contexts: Sequence[_Context], rows: Sequence[int], size: _BatchSize) -> Iterator[list[int]]:
@@ -235,7 +265,7 @@ def _room(model: Any, context: _Context) -> int:
     return positions - len(context.prompt)
 
 
-class _Greedy:
+class Greedy:
     """A logits processor that keeps the log probability of each step's token and masks ends that come too early.
 
     Where a row would take a `forbidden` token and `is_open` says that it may not end yet, that token and the others of
@@ -247,7 +277,7 @@ class _Greedy:
         forbidden: Sequence[int],
         start: int,
         is_open: Callable[[list[int]], bool],
-        on_token: Callable[[int], None],
+        on_token: Callable[[int], None] = lambda count: None,
     ) -> None:
         """`start` is the place of the first generated token; `on_token` is told after each how many there are."""
         self.forbidden, self.start, self.is_open, self.on_token = list(forbidden), start, is_open, on_token
@@ -274,9 +304,12 @@ def _generate_batch(
     batch: Sequence[_Context],
     pad: int,
     most: int,
-    greedy: _Greedy,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The ids that `generate` adds to each context, padding included, and the log probability of each."""
+    greedy: Greedy,
+    *,
+    keep: bool,
+    streamer: Any,
+) -> tuple[list[list[int]], list[list[float]], FinishedBatch | None]:
+    """The ids that `generate` adds to each context, padding included, the log probability of each, and the batch."""
     device = model.get_input_embeddings().weight.device
     length = max(len(context.prompt) for context in batch)
     seq2seq = bool(batch[0].decoder)
@@ -294,11 +327,24 @@ def _generate_batch(
     if seq2seq:
         inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
     with torch.no_grad():
-        output_BT = model.generate(**inputs, max_new_tokens=most, logits_processor=[greedy])
-    return output_BT[:, greedy.start :].tolist(), torch.stack(greedy.steps, dim=1).tolist()
+        output = model.generate(
+            **inputs,
+            max_new_tokens=most,
+            logits_processor=[greedy],
+            streamer=streamer,
+            return_dict_in_generate=True,
+        )
+    finished = FinishedBatch(output.sequences, inputs["attention_mask"], _cache_of(output)) if keep else None
+    return output.sequences[:, greedy.start :].tolist(), torch.stack(greedy.steps, dim=1).tolist(), finished
 
 
-def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+def _cache_of(output: Any) -> dict[str, Any]:
+    """The cache in an output of `generate`; transformers renamed it in version 5."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
+def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """Up to and including the first end token; what follows is padding."""
     for place, token in enumerate(ids):
         if token in ends:
@@ -307,7 +353,7 @@ def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: Any, settings: Any) -> Iterator[None]:
+def evaluation_mode(model: Any, settings: Any) -> Iterator[None]:
     """Evaluation mode and our generation settings, which replace the model's own until the end of the block.
 
     Merely passing settings would let a pretrained model's repetition penalty and the like through, which the
@@ -364,7 +410,7 @@ def decode_rationales(
     # The stop belongs to answers; a student whose stop began as a copy of a newline would take it for one here.
     stop = [layout.stop_id]
     size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
-    for rows, generated in _generate(model, contexts, settings, size, forbidden=stop):
+    for rows, generated, _ in _generate(model, contexts, settings, size, forbidden=stop):
         for row, (ids, _) in zip(rows, generated, strict=True):
             rationales[owners[row]] = text_of(tokenizer, ids).strip()
     return rationales

@@ -18,6 +18,33 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> np.ndarray:
     return generator.permutation(samples)
 
 
+@functools.lru_cache(maxsize=2)
+def mixed_epoch(parts: tuple[tuple[int, float], ...], *, seed: int, epoch: int) -> np.ndarray:
+    """[slots] int64: the samples of one epoch of a mixture, source after source; `parts` are (rows, weight) of each.
+
+    A source has round(weight * rows) slots, at least one. Over the epochs it walks through one permutation of its rows
+    after another, so no row is used more than once more than any other of its source, whatever the weight.
+    """
+    chosen, first = [], 0
+    for number, (rows, weight) in enumerate(parts):
+        slots = slots_of(rows, weight)
+        walked = np.arange(epoch * slots, (epoch + 1) * slots)
+        rounds = {}
+        for turn in range(int(walked[0]) // rows, int(walked[-1]) // rows + 1):
+            generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), (number + 1 << 40) + turn]))
+            rounds[turn] = generator.permutation(rows)
+        chosen.append(
+            first + np.array([rounds[place // rows][place % rows] for place in walked.tolist()], dtype=np.int64)
+        )
+        first += rows
+    return np.concatenate(chosen)
+
+
+def slots_of(rows: int, weight: float) -> int:
+    """How many samples an epoch takes from a source."""
+    return max(1, round(weight * rows))
+
+
 @dataclass(frozen=True)
 class OrderPlan:
     """Which samples each optimizer step trains on; the last step of an epoch takes the remainder."""
@@ -25,11 +52,18 @@ class OrderPlan:
     samples: int
     global_batch_size: int
     seed: int
+    parts: tuple[tuple[int, float], ...] = ()
+    """(rows, weight) of each source of a mixture, in the order of the samples; empty without one."""
+
+    @property
+    def slots(self) -> int:
+        """Samples that an epoch uses, counted as often as they are used."""
+        return sum(slots_of(rows, weight) for rows, weight in self.parts) if self.parts else self.samples
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that use every sample exactly once."""
-        return -(-self.samples // self.global_batch_size)
+        """Optimizer steps of an epoch, which uses every sample exactly once, or as often as its weight says."""
+        return -(-self.slots // self.global_batch_size)
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that step (from 0) belongs to."""
@@ -38,8 +72,10 @@ class OrderPlan:
     def global_batch(self, step: int) -> np.ndarray:
         """Sample indices of one step, in order, over all ranks."""
         within = step % self.steps_per_epoch
-        order = epoch_order(self.samples, seed=self.seed, epoch=self.epoch_of(step))
-        return order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+        epoch = self.epoch_of(step)
+        order = epoch_order(self.slots, seed=self.seed, epoch=epoch)
+        batch = order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
+        return mixed_epoch(self.parts, seed=self.seed, epoch=epoch)[batch] if self.parts else batch
 
     def others(self, step: int, count: int) -> np.ndarray:
         """Up to `count` sample indices outside a step's global batch, drawn anew each step."""

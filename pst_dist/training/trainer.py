@@ -19,7 +19,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
-from pst_dist.data.tasks import get_task
+from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.peer_watch import alive, at, watched
 from pst_dist.distributed.preemption import StopRequest, end_as_told, stop_requests
 from pst_dist.distributed.ranks import (
@@ -180,7 +180,8 @@ class _Training:
             config, shards.manifest.digest, self.teacher.digest if self.teacher else None, batch, base
         )
         self.fingerprint = settings_digest(self.settings)
-        self.plan = OrderPlan(len(samples), batch, config.seed)
+        parts = tuple((part.rows, part.weight) for part in shards.mixture)
+        self.plan = OrderPlan(len(samples), batch, config.seed, parts)
         self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
         self.weights = TermWeights.of(config.loss, config.arm)  # `share.held` replaces the alignment's
         self.samples = samples
@@ -282,7 +283,7 @@ class _Training:
                 alive()
                 sample = self.samples[index]
                 self.layout.sequences(sample)
-                lost += unwritable_answers(self.layout.text_ids, [sample], task)
+                lost += unwritable_answers(self.layout.text_ids, [sample], task_of(sample, task))
         except DataError as error:
             failure = error
         bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.tasks import get_task
+from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
 from pst_dist.errors import ConfigError
@@ -175,14 +175,15 @@ class Validator:
                 yield sequences, not part
 
     def _accuracy(self, engine: Engine) -> float:
-        task = get_task(self.config.task, self.config.data.answer_type)
+        usual = None if self.config.data.mixture else get_task(self.config.task, self.config.data.answer_type)
         mine = [self.samples[index] for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size)]
         # Frozen matrices in bfloat16 beside float32 adapters need autocast, as in the engines' forward.
         mixed = self.config.student.lora.frozen_dtype == "bfloat16"
         with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=mixed):
             decoded = self._decoded(engine, mine)
         right = sum(
-            is_right(task, self.layout.format, sample, answer) for answer, sample in zip(decoded, mine, strict=True)
+            is_right(task_of(sample, usual), self.layout.format, sample, answer)
+            for answer, sample in zip(decoded, mine, strict=True)
         )
         total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
         return float(total[0] / total[1])

@@ -18,7 +18,7 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, InputError, IntegrityError, StaleError
-from pst_dist.evaluation.evaluate import _settings, evaluate, finished_evaluation
+from pst_dist.evaluation.evaluate import evaluate, finished_evaluation, scoring_settings
 from pst_dist.evaluation.scores import chance_of, given_rationales, rows_to_score, score_of
 from pst_dist.evaluation.similarity import likeness
 from pst_dist.storage.manifest import (
@@ -115,10 +115,10 @@ def test_an_evaluation_made_before_the_new_keys_is_still_valid(done):
     """The settings in the digest of an evaluation with the defaults are those of older versions."""
     config, _ = done
     names = {"split", "max_rows", "batch_size", "max_new_tokens", "rationale", "latency_rows", "explain_rows"}
-    assert set(_settings(config)) == names
+    assert set(scoring_settings(config)) == names
     other = {"batch_tokens": 512, "latency_seconds": 5.0}
     changed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=other)})
-    assert set(_settings(changed)) == names | set(other)
+    assert set(scoring_settings(changed)) == names | set(other)
 
 
 def test_decoding_in_bfloat16_is_asked_for_on_a_cpu_and_recorded(tmp_path):

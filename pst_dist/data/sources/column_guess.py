@@ -113,7 +113,7 @@ def choose_columns(
     for name in absent:
         # Rows that are only scored need no rationale.
         if split == "train" or name not in ("rationale", "rationales", "teacher_answer", "id"):
-            raise _no_column(name, chosen.paths[name], rows, path)
+            raise no_column(name, chosen.paths[name], rows, path)
     return chosen
 
 
@@ -125,7 +125,7 @@ def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Column
     for name in ("question", "answer"):
         if name not in found:
             _refuse_unusable(name, rows, path)
-            raise _no_column(name, name, rows, path)
+            raise no_column(name, name, rows, path)
     return FieldMap(found, GUESSED)
 
 
@@ -240,7 +240,7 @@ def _named(setting: str, rows: Sequence[Mapping[str, Any]], path: str | Path) ->
     layout = READY_MADE[names[0]]
     for column in layout.needs:
         if all(column not in row for row in rows):
-            raise _no_column(f"map {layout.name}", column, rows, path)
+            raise no_column(f"map {layout.name}", column, rows, path)
     return layout
 
 
@@ -279,11 +279,16 @@ def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | 
             raise DataError(what, remedy if values else f"set data.columns.{field} to another column", path=path)
 
 
-def _no_column(field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> DataError:
+def no_column(
+    field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path, setting: str = ""
+) -> DataError:
+    """The error for a column that is not there, with those that are; `setting` names what selects one."""
     columns = _columns(rows)
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
     near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.5)
     nearest = next((column for column in columns if near and column.lower() == near[0]), None)
     hint = f"the closest is {nearest!r}: " if nearest else ""
     example = f"data.columns.{field}={nearest or 'COLUMN'}" if field in ("question", "answer") else "data.columns"
+    if setting:
+        example = f"{setting} {nearest or 'COLUMN'}"
     return DataError(f"no column {wanted!r} for {field} among: {shown or 'none'}", f"{hint}set {example}", path=path)

@@ -72,7 +72,7 @@ def rows_file(rows: Any, split: str) -> RowsFile:
         if not isinstance(row, Mapping):
             raise DataError(f"is {type(row).__name__}, not a dict", _ACCEPTED, path=where)
         try:
-            lines.append(canonical_json(_plain(row, where, "")).encode() + b"\n")
+            lines.append(canonical_json(plain_value(row, where, "")).encode() + b"\n")
         except UnicodeEncodeError as error:
             raise DataError("contains half of a surrogate pair in a text", "fix the text", path=where) from error
         except ValueError as error:  # an integer with more digits than Python writes
@@ -123,7 +123,7 @@ def _frame_rows(frame: Any, place: str) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, values, strict=True))
 
 
-def _plain(value: Any, where: str, key: str, depth: int = 1) -> Any:
+def plain_value(value: Any, where: str, key: str, depth: int = 1) -> Any:
     """A value of a row as plain JSON data; `where` names the row and `key` the path inside it."""
     if depth > MAX_DEPTH:
         raise DataError(f"{key} is nested deeper than {MAX_DEPTH}", "flatten it", path=where)
@@ -140,7 +140,7 @@ def _plain(value: Any, where: str, key: str, depth: int = 1) -> Any:
     if isinstance(value, Mapping):
         return _object(value, where, key, depth)
     if isinstance(value, list | tuple):
-        return [_plain(item, where, f"{key}[{place}]", depth + 1) for place, item in enumerate(value)]
+        return [plain_value(item, where, f"{key}[{place}]", depth + 1) for place, item in enumerate(value)]
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         return _from_numpy(value, numpy, where, key, depth)
@@ -164,14 +164,14 @@ def _object(value: Mapping[Any, Any], where: str, key: str, depth: int) -> dict[
         here = f"{key}.{name}" if key else str(name)
         if not isinstance(name, str):
             raise DataError(f"key {here} is {type(name).__name__}, not text", "use a text key", path=where)
-        plain[str(name)] = _plain(item, where, here, depth + 1)
+        plain[str(name)] = plain_value(item, where, here, depth + 1)
     return plain
 
 
 def _from_numpy(value: Any, numpy: Any, where: str, key: str, depth: int) -> Any:
     """A NumPy scalar or array of numbers, Booleans, texts or dates."""
     if isinstance(value, numpy.ndarray):
-        return [_plain(item, where, f"{key}[{place}]", depth + 1) for place, item in enumerate(value)]
+        return [plain_value(item, where, f"{key}[{place}]", depth + 1) for place, item in enumerate(value)]
     kind = value.dtype.kind
     if kind == "M":  # `item` would turn nanoseconds into an integer
         return None if numpy.isnat(value) else str(value)

@@ -118,7 +118,7 @@ def enforce(config: Config, loaded: LoadedData) -> None:
             raise DataError(
                 f"no training row has a rationale, and arm {arms[0]} needs one" + _unused(unused),
                 "set data.columns.rationale or data.teacher_completions, or use arm=answer_only",
-                path=config.data.train if isinstance(config.data.train, str) else config.data.train[0],
+                path=config.data.specs("train")[0],
             )
 
 

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +57,13 @@ def read_file(path: Path) -> FileRows:
     Raises InputError for a file that is missing, unreadable, of an unsupported format or modified while being read, and
     DataError for one that has no rows or is corrupt as a whole.
     """
+    digests: list[str] = []
+    entries = list(stream_file(path, digests.append))
+    return FileRows(str(path), entries, digests[0])
+
+
+def stream_file(path: Path, done: Callable[[str], None]) -> Iterator[Entry]:
+    """The rows of `read_file` one after another; `done` receives the sha256 of the file's bytes at the end."""
     _refuse_other_formats(path)
     if not os.path.lexists(path):
         raise InputError("no such file", _neighbours(path), path=path)
@@ -64,16 +71,19 @@ def read_file(path: Path) -> FileRows:
         with open_regular(path, remedy="use a file, or a folder written by save_to_disk") as stream:
             before = os.fstat(stream.fileno())
             tap = _HashingReader(stream)
-            entries = list(_entries(path, tap, before.st_size))
+            found = False
+            for entry in _entries(path, tap, before.st_size):
+                found = True
+                yield entry
             tap.drain()
             after = path.stat()
     except OSError as error:
         raise InputError(f"cannot read: {error.strerror or error}", path=path) from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or tap.bytes != after.st_size:
         raise InputError("the file changed while it was read", "run again when it is complete", path=path)
-    if not entries:
+    if not found:
         raise DataError("the file has no rows", "use a file with at least one row", path=path)
-    return FileRows(str(path), entries, tap.digest.hexdigest())
+    done(tap.digest.hexdigest())
 
 
 def _refuse_other_formats(path: Path) -> None:

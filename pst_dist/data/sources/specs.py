@@ -17,7 +17,7 @@ from typing import Any
 from pst_dist.data.sources.arrow_probe import probe
 from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
-from pst_dist.data.sources.readers import SUFFIXES, read_file, table_row
+from pst_dist.data.sources.readers import SUFFIXES, read_file, stream_file, table_row
 from pst_dist.data.sources.rows import Entry
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.manifest import digest_of, sha256_file
@@ -56,6 +56,18 @@ def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
     if not sources:
         raise ConfigError(f"data.{split} is an empty list", "name a file, or leave the key out")
     return sources
+
+
+def stream_specs(spec: str | list[str], split: str, root: Path, digests: list[str]) -> Iterator[Entry]:
+    """The rows of `read_specs` one after another, for files larger than memory; adds the digest of each source."""
+    for word in [spec] if isinstance(spec, str) else spec:
+        for target in _targets(word, root):
+            if isinstance(target, Path) and not target.is_dir():
+                yield from stream_file(target, digests.append)
+            else:
+                source = _read(target, split)
+                yield from source.entries
+                digests.append(source.sha256)
 
 
 def _targets(word: str, root: Path) -> Iterator[Path | str]:

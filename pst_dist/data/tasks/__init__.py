@@ -4,7 +4,7 @@
 reads files; `student.generate` turns a model's tokens into text.
 """
 
-from pst_dist.data.tasks.registry import TASKS, get_task
+from pst_dist.data.tasks.registry import TASKS, get_task, task_of
 from pst_dist.data.tasks.scoring import Task
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["TASKS", "Task", "get_task", "task_of"]

@@ -39,7 +39,7 @@ def find_number(text: str, *, percent_is_hundredths: bool = False) -> Fraction |
     after the last `=` counts. Nothing is guessed: "3 or 4" gives None.
     """
     text = text.strip()
-    boxed = _boxed(text)
+    boxed = boxed_contents(text)
     if boxed:
         found = {_read(group, percent_is_hundredths) for group in boxed}
         return found.pop() if len(found) == 1 else None
@@ -77,7 +77,7 @@ def _read(text: str | None, percent_is_hundredths: bool) -> Fraction | None:
         return None
 
 
-def _boxed(text: str) -> list[str | None]:
+def boxed_contents(text: str) -> list[str | None]:
     """The content of each `\\boxed{...}`; None for one that is not closed."""
     groups: list[str | None] = []
     for piece in text.split(_BOXED)[1:]:

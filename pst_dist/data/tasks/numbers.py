@@ -235,14 +235,15 @@ def _tail(tail: str, money: bool, percent_is_hundredths: bool) -> Fraction:
         return scale
     words = rest.split(" ")
     glued = not tail.startswith(" ")
-    if glued and (money or re.split(r"[/^²³]", words[0])[0] not in _GLUED_UNITS or not _is_unit(words[0], money)):
+    if glued and (money or re.split(r"[/^²³]", words[0])[0] not in _GLUED_UNITS or not is_unit(words[0], money)):
         raise NotANumber(f"has {_cut(rest)!r} after the number, which is not a known unit")
-    if len(words) > 5 or not all(_is_unit(word, money) for word in words[glued:]):
+    if len(words) > 5 or not all(is_unit(word, money) for word in words[glued:]):
         raise NotANumber(f"has {_cut(rest)!r} after the number, which may change its value")
     return scale
 
 
-def _is_unit(word: str, money: bool) -> bool:
+def is_unit(word: str, money: bool = False) -> bool:
+    """Whether a word after a number is a unit that leaves its value as it is; `money`: after an amount of money."""
     low = word.lower()
     if money:
         return low in _MONEY_WORDS

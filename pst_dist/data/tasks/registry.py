@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 
-from pst_dist.data.sample import ANSWER_TYPES
+from pst_dist.data.sample import ANSWER_TYPES, ReasoningSample
 from pst_dist.data.tasks.scoring import Task
-from pst_dist.errors import ConfigError
+from pst_dist.errors import ConfigError, IntegrityError
 
 
 def _numbers(name: str, summary: str, *, numeric: bool) -> Task:
@@ -65,7 +65,19 @@ _GENERIC: dict[str, Task] = {
     ),
     "bool": _yes_no("bool", "yes or no"),
     "date": Task(name="date", answer_type="date", rule="dates", summary="a calendar date"),
+    "math": Task(
+        name="math", answer_type="math", rule="math", summary="a number, time or expression, compared by what it means"
+    ),
 }
+
+
+def task_of(sample: ReasoningSample, usual: Task | None) -> Task:
+    """The task by which a sample is scored: its own in a mixture, else the usual one."""
+    if sample.task:
+        return TASKS.get(sample.task) or get_task(None, sample.task)
+    if usual is None:
+        raise IntegrityError(f"sample {sample.id} of a mixture has no task", "run `pst shard --rebuild`")
+    return usual
 
 
 def get_task(name: str | None, answer_type: str | None = None) -> Task:
@@ -87,6 +99,6 @@ def get_task(name: str | None, answer_type: str | None = None) -> Task:
     if answer_type is not None and answer_type != task.answer_type:
         raise ConfigError(
             f"task {name} has {task.answer_type} answers, but data.answer_type is {answer_type}",
-            "remove data.answer_type, or task",
+            "leave one of them out, or set it to null",
         )
     return task

@@ -29,6 +29,7 @@ Rule = Literal[
     "joined_letters",
     "dates",
     "whole_text",
+    "math",
 ]
 
 _TOLERANCE = 1e-6
@@ -41,8 +42,9 @@ _KINDS: dict[str, str] = {
     "joined_letters": "letters",
     "dates": "a date",
     "whole_text": "text",
+    "math": "a number, a time or a mathematical expression",
 }
-_NEVER_GUESSED = ("number", "marked_letters", "dates")
+_NEVER_GUESSED = ("number", "marked_letters", "dates", "math")
 """Rules that find no answer in an output without its answer marker: its last number may be an intermediate result."""
 
 
@@ -70,11 +72,15 @@ class Task:
     def cleanse(self, text: str) -> str | None:
         """The answer in a piece of answer text; None (unparsed) where there is no certain answer.
 
-        This is the first candidate, except for `number` and `marked_letters`, which never choose among several.
+        This is the first candidate, except for `number`, `math` and `marked_letters`, which never choose among several.
         """
         if self.rule == "number":
             value = find_number(text, percent_is_hundredths=self.percent_is_hundredths)
             return None if value is None else write_number(value)
+        if self.rule == "math":
+            from pst_dist.data.tasks.math_answers import math_answer
+
+            return math_answer(text)
         if self.rule == "marked_letters":
             return _only_letter(text, self.choice_letters)
         found = self.candidates(text)
@@ -104,6 +110,10 @@ class Task:
             return True
         if self.rule == "number":
             return _equal(prediction, gold, self.percent_is_hundredths)
+        if self.rule == "math":
+            from pst_dist.data.tasks.math_answers import same_math
+
+            return same_math(prediction, gold)
         if self.numeric:
             return _close(prediction, gold)
         if self.rule == "whole_text":
@@ -124,6 +134,9 @@ def _candidates(task: Task, text: str) -> list[str]:
     rule = task.rule
     if rule == "number":
         return [write_number(value) for value in numbers_in(text, percent_is_hundredths=task.percent_is_hundredths)]
+    if rule == "math":
+        only = task.cleanse(text)
+        return [] if only is None else [only]
     if rule == "fine_tune_cot_numbers":
         found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
         return [_shortest(number) for number in found] if task.numeric else found
@@ -212,7 +225,7 @@ def _gold(task: Task, value: object) -> str:
             raise ValueError(f"is true or false, expected {wanted}" + _unless_said(task, "bool"))
         return "yes" if value else "no"
     if isinstance(value, int | float):
-        if task.answer_type != "number":
+        if task.answer_type not in ("number", "math"):
             hint = "; name the column of its options data.columns.choices" if task.choice_letters else ""
             raise ValueError(f"is a number, expected {wanted}{hint}" + _unless_said(task, "number"))
         number = number_of_json(value)
@@ -243,7 +256,7 @@ def _gold_number(task: Task, value: Fraction, text: str) -> str:
     Fine-tune-CoT's evaluator compares the numbers of some tasks as strings. Where it can parse the gold answer
     unchanged, such as 51.0, that form is kept.
     """
-    if task.rule == "number":
+    if task.rule in ("number", "math"):
         return write_number(value)
     as_it_stands = task.candidates(text)
     if len(as_it_stands) == 1 and read_number(as_it_stands[0]) == value:

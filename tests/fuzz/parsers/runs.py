@@ -44,7 +44,7 @@ def _results(content: bytes, folder: Path) -> object:
     path = put(folder, "results.json", content)
     results = read_results(path)
     check_comparable(results, path)
-    arm = ArmResult("pst", folder, results, [], None, None)
+    arm = ArmResult("pst", folder, folder / "eval" / "test", results, [], None, None)
     comparison = Comparison("svamp", "test", 2, "pst", [arm])
     check_whole(results, path)
     pieces = [run_page._headline([results], _TRAINING), run_page._scores([results]), comparison.table(), cells(arm)]

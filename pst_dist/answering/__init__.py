@@ -1,0 +1,5 @@
+"""Put many questions to a trained student: read them, answer them by windows, and write one line for each.
+
+`files` runs the whole task; `windows` cuts the questions and answers them in this process. `clusters.ray.answer`
+answers the same windows on a Ray cluster.
+"""

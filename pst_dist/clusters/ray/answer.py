@@ -1,0 +1,143 @@
+"""Answer windows of questions on a Ray cluster: `ray.data` with one student per actor.
+
+The driver writes the questions to a file beside the output; an item of the dataset is only the place of a window in it.
+So questions, output and student must be on a disk that all machines share, and millions of questions take little
+memory. Ray places the actors, restarts lost ones and repeats their windows. The answers are those of one process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pst_dist.answering.windows import Answerer, AnswerSettings, answer_window
+from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.config.schema import RayConfig
+from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
+from pst_dist.logs import Progress
+from pst_dist.storage.atomic import disk_errors
+from pst_dist.student.answer import Answer
+
+log = logging.getLogger(__name__)
+_MOST_BLOCKS = 10_000
+
+
+class WindowActor:
+    """A student in its own process."""
+
+    def __init__(self, student: str, questions: str, settings: AnswerSettings, config: RayConfig) -> None:
+        import torch
+
+        from pst_dist.student.saved import load_student
+
+        torch.set_num_threads(max(1, int(config.num_cpus_per_actor)))
+        self._student = load_student(Path(student), "cpu" if config.num_gpus_per_actor == 0 else None)
+        self._questions, self._settings = questions, settings
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One window: {"offset": [first byte], "bytes": [length]} -> {"answers": [JSON]}."""
+        try:
+            with open(self._questions, "rb") as stream:
+                stream.seek(int(batch["offset"][0]))
+                content = stream.read(int(batch["bytes"][0]))
+        except OSError as error:
+            raise EnvironmentFault(
+                f"cannot be read on this node: {error.strerror}",
+                "put output and student on a disk that all machines share",
+                path=self._questions,
+            ) from error
+        questions = [json.loads(line) for line in content.splitlines()]
+        answers = answer_window(self._student, questions, self._settings)
+        return {"answers": [json.dumps([asdict(answer) for answer in answers])]}
+
+
+def on_ray(student: Path, output: Path, settings: AnswerSettings, config: RayConfig) -> Answerer:
+    """An answerer on the cluster of `config`, for a student's folder; writes `OUTPUT.questions` while it works.
+
+    Its iterator raises EnvironmentFault when the cluster cannot be reached, has no room or does not see the files,
+    PeerLostError when actors keep dying, and any PstError of an actor.
+    """
+    questions = output.absolute().with_name(f"{output.name}.questions")
+
+    def answer(windows: Iterator[list[str]], bar: Progress) -> Iterator[list[Answer]]:
+        try:
+            places = _write_questions(questions, windows)
+            with ray_cluster(config) as ray:
+                for answers in _answered(ray, student.absolute(), questions, places, settings, config):
+                    bar.advance(len(answers))
+                    yield answers
+        finally:
+            questions.unlink(missing_ok=True)
+
+    return answer
+
+
+def _write_questions(path: Path, windows: Iterator[list[str]]) -> list[dict[str, int]]:
+    """Write the questions, one JSON string per line; returns the place of each window."""
+    places: list[dict[str, int]] = []
+    with disk_errors(path), path.open("wb") as stream:
+        for window in windows:
+            content = "".join(json.dumps(text) + "\n" for text in window).encode()
+            places.append({"offset": stream.tell(), "bytes": len(content)})
+            stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return places
+
+
+def _answered(
+    ray: Any, student: Path, questions: Path, places: list[dict[str, int]], settings: AnswerSettings, config: RayConfig
+) -> Iterator[list[Answer]]:
+    import ray.data as data
+
+    context = data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    actors = number_of_actors(config, ray.cluster_resources(), len(places))
+    log.info("answer: %d windows on %d Ray actors", len(places), actors)
+    dataset = data.from_items(places, override_num_blocks=min(len(places), _MOST_BLOCKS)).map_batches(
+        WindowActor,
+        batch_size=1,
+        concurrency=actors,
+        num_cpus=config.num_cpus_per_actor,
+        num_gpus=config.num_gpus_per_actor or None,
+        fn_constructor_args=(str(student), str(questions), settings, config),
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield [Answer(**found) for found in json.loads(row["answers"])]
+    except ray.exceptions.RayError as error:
+        ours = _cause(error)
+        if ours is not None:
+            raise ours from None
+        raise PeerLostError(
+            f"an actor failed ({first_line(error, 160)})", "look for out-of-memory errors in Ray's logs; run again"
+        ) from error
+
+
+def _cause(error: BaseException | None) -> PstError | None:
+    """The PstError of an actor inside the errors that Ray wraps around it."""
+    while error is not None:
+        if isinstance(error, PstError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def number_of_actors(config: RayConfig, resources: dict[str, float], windows: int) -> int:
+    """The number of actors to start, limited by the cluster and the windows; raises EnvironmentFault when none fits."""
+    wanted = {"CPU": config.num_cpus_per_actor, "GPU": config.num_gpus_per_actor}
+    room = min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
+    if room == 0:
+        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+        raise EnvironmentFault(
+            f"an actor needs {needs}, the cluster has {has}", "lower ray.num_cpus_per_actor or ray.num_gpus_per_actor"
+        )
+    return min(config.num_actors or room, room, windows)

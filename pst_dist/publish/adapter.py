@@ -9,6 +9,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
@@ -60,7 +61,8 @@ def export_adapter(config: Config, *, rebuild: bool = False) -> Path:
         )
     evaluations = evaluations_of(run.path, student.manifest)
     chain, encoder = chain_of(run, student.manifest)
-    inputs = {"student": student.manifest.digest, "evaluations": evaluations, "chain": chain, "task": config.task}
+    inputs: dict[str, Any] = {"student": student.manifest.digest, "evaluations": evaluations, "chain": chain}
+    inputs["task"] = config.task
     inputs |= {"version": _VERSION, "kind": "adapter", "max_new_tokens": config.evaluate.max_new_tokens}
     artefact, fingerprint = Artefact(run.adapter, "export"), digest_of(inputs)
     if not rebuild and artefact.finished(fingerprint):

@@ -1,7 +1,7 @@
 """DeepSpeed's settings: a JSON for memory and communication, completed from our config.
 
-Our config owns batch size, clipping, precision and optimizer. A JSON that sets one of these is refused with the key's
-name, and so is any key that DeepSpeed would silently ignore or fail on later; both before anything starts.
+Our config owns batch size, clipping, precision and optimizer (`deepspeed_owned`). A key that DeepSpeed would silently
+ignore or fail on later is refused by name before anything starts.
 """
 
 from __future__ import annotations
@@ -14,21 +14,10 @@ from typing import Any
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.foreign_json import foreign_object
+from pst_dist.training.deepspeed_owned import without_owned
 
 MOST_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default size of the buffers in which gradients are collected before communication."""
-_OURS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.learning_rate, train.weight_decay and train.adam_*",
-    "scheduler": "train.lr_scheduler_type",
-    "bf16": "train.bf16",
-    "fp16": "train.bf16",
-    "torch_autocast": "train.bf16",
-    "steps_per_print": "train.logging_steps",
-}
 _THEIRS = {
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -36,15 +25,22 @@ _THEIRS = {
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "activation_checkpointing",
     "aio",
     "comms_logger",
-    "flops_profiler",
     "wall_clock_breakdown",
     "memory_breakdown",
-    "compile",
-    "checkpoint",
 }
+_NOT_HERE = {
+    "activation_checkpointing": "set student.gradient_checkpointing=true: transformers does not use DeepSpeed's",
+    "checkpoint": "remove it: checkpoints are written by pst_dist",
+    "compile": "remove it",
+    "csv_monitor": "remove it and set train.report_to; metrics.jsonl has every value",
+    "comet": "remove it and set train.report_to",
+    "flops_profiler": "remove it; `pst plan` and metrics.jsonl have tokens per second",
+    "tensorboard": "remove it and set train.report_to=tensorboard",
+    "wandb": "remove it and set train.report_to=wandb",
+}
+"""Keys of DeepSpeed that have no effect under our trainer -> what to do instead."""
 
 
 def import_deepspeed() -> Any:
@@ -77,14 +73,17 @@ def find_deepspeed_json(name: str) -> Path:
 def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """The JSON of a profile, completed from our config, with every "auto" resolved.
 
-    Raises ConfigError, naming the key, for a key that belongs to our config and for one that DeepSpeed would ignore.
+    Raises ConfigError, naming the keys, for those that disagree with our config and for those without effect here.
     """
     assert train.deepspeed is not None
     path = find_deepspeed_json(train.deepspeed)
     settings = foreign_object(path, kind=ConfigError, remedy='write {"zero_optimization": {"stage": 2}}')
+    settings = without_owned(settings, train, world_size, path)
     for key in settings:
-        if key in _OURS:
-            raise ConfigError(f"{shown(key)} belongs in the run's config", f"remove it and set {_OURS[key]}", path=path)
+        if key in _NOT_HERE:
+            if _is_off(settings[key]):
+                continue
+            raise ConfigError(f"{key!r} has no effect here", _NOT_HERE[key], path=path)
         if key not in _THEIRS:
             raise ConfigError(f"unknown key {shown(key)}, which DeepSpeed would silently ignore", path=path)
     _refuse_quoted_numbers(settings, "", path)
@@ -96,8 +95,7 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
     if not is_stage(stage):
         raise ConfigError(f"zero_optimization.stage is {shown(stage)}", "use 0, 1, 2 or 3", path=path)
     _check_zero(zero, stage, path)
-    if "checkpoint" in settings:
-        raise ConfigError("'checkpoint' has no effect: DeepSpeed writes no checkpoints here", "remove it", path=path)
+    settings = {key: value for key, value in settings.items() if key not in _NOT_HERE}
     micro = train.per_device_train_batch_size
     return settings | {
         "train_micro_batch_size_per_gpu": micro,
@@ -110,6 +108,11 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         **_precision(train, stage),
     }
+
+
+def _is_off(section: Any) -> bool:
+    """Whether a section is switched off, as the sections of DeepSpeed's own examples often are."""
+    return section is False or section == {} or (isinstance(section, dict) and section.get("enabled") is False)
 
 
 def is_stage(value: Any) -> bool:

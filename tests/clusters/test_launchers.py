@@ -1,8 +1,11 @@
 """The commands that a person types: the deepspeed launcher over the whole pipeline, and what a wheel carries."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,24 +18,44 @@ from pst_dist.storage.manifest import read_json, read_lines
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.encoder
-def test_the_deepspeed_script_goes_from_rows_to_a_report_on_two_ranks(tmp_path):
-    config = small_config(tmp_path / "data", tmp_path / "run", train__deepspeed="zero2")
-    path = tmp_path / "run.yaml"
-    path.write_text(dump_config(config))
-    environment = os.environ | {
+SCRIPT = ROOT / "launchers" / "deepspeed.sh"
+STOCK = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "scheduler": {"type": "WarmupLR", "params": dict.fromkeys(("warmup_min_lr", "warmup_num_steps"), "auto")},
+    "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": "auto"},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+"""What transformers' documentation gives its users."""
+
+
+def on_two_ranks():
+    return os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "NUM_GPUS": "2",
-        "MASTER_PORT": "29511",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.encoder
+def test_the_deepspeed_script_goes_from_rows_to_a_report_on_two_ranks(tmp_path):
+    (tmp_path / "stock.json").write_text(json.dumps(STOCK))
+    config = small_config(tmp_path / "data", tmp_path / "run", train__deepspeed=str(tmp_path / "stock.json"))
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config))
     done = subprocess.run(
-        ["bash", str(ROOT / "launchers" / "deepspeed.sh"), str(path)],
-        env=environment,
+        ["bash", str(SCRIPT), str(path)],
+        env=on_two_ranks(),
         capture_output=True,
         text=True,
         timeout=500,
@@ -43,6 +66,28 @@ def test_the_deepspeed_script_goes_from_rows_to_a_report_on_two_ranks(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
     assert read_json(tmp_path / "run" / "eval" / "test" / "results.json")["rows"] == 12
     assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == list(range(1, 9))
+
+
+@pytest.mark.distributed
+@pytest.mark.encoder
+def test_a_signal_to_the_deepspeed_script_reaches_the_ranks_which_save(small_data, tmp_path):
+    endless = {"train__max_steps": 100_000, "train__eval_steps": 50_000, "train__deepspeed": "zero1"}
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(small_config(small_data, tmp_path / "run", **endless)))
+    started = subprocess.Popen(["bash", str(SCRIPT), str(path)], env=on_two_ranks(), stderr=subprocess.PIPE, text=True)
+    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+    try:
+        while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
+            assert started.poll() is None and time.monotonic() < until
+            time.sleep(0.2)
+        started.send_signal(signal.SIGTERM)
+        said = started.communicate(timeout=200)[1]
+    finally:
+        started.kill()
+    assert started.returncode == 75, said[-3000:]
+    steps = [row["step"] for row in read_lines(metrics) if "loss" in row]
+    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{steps[-1]}" / "run_state.json").is_file()
+    assert not (tmp_path / "run" / "report.html").exists(), "the stage after the training did not start"
 
 
 @pytest.mark.encoder

@@ -229,10 +229,27 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_batch_size": 8}, "'train_batch_size' belongs in the run's config; remove it and set train.global"),
-        ({"bf16": {"enabled": True}}, "'bf16' belongs in the run's config; remove it and set train.bf16"),
+        ({"train_batch_size": 8}, 'train_batch_size is 8, the config has 32; write "auto" there, or set train.global'),
+        (
+            {"bf16": {"enabled": True}},
+            'bf16.enabled is True, the config has False; write "auto" there, or set train.bf',
+        ),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is True, the config has False"),
+        ({"optimizer": {"type": "Lion"}}, "optimizer is 'lion', the config has AdamW"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}},
+            "optimizer.params.lr is 0.001, the config has 0.0003",
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"momentum": 1}}}, "optimizer.params.momentum is unknown"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "the config has cosine"),
+        ({"flops_profiler": {"enabled": True}}, "'flops_profiler' has no effect here; remove it"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "set student.gradient_checkpointing=true"),
+        ({"tensorboard": {"enabled": True}}, "remove it and set train.report_to=tensorboard"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping', which DeepSpeed would silently ignore"),
-        ({"gradient_clipping": 1.0}, "'gradient_clipping' belongs in the run's config; remove it and set train.max"),
+        (
+            {"gradient_clipping": 2.0},
+            'gradient_clipping is 2.0, the config has 1.0; write "auto" there, or set train.max',
+        ),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is the string '2'; write 2"),
@@ -283,6 +300,22 @@ def test_auto_in_a_deepspeed_json_is_left_to_deepspeeds_defaults(tmp_path):
     settings = deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
     wanted = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
     assert settings["zero_optimization"] == wanted
+
+
+def test_keys_of_ours_that_agree_are_accepted_and_all_that_do_not_are_named_together(tmp_path):
+    import json
+
+    path = tmp_path / "mine.json"
+    same = {"train_batch_size": 32, "gradient_clipping": 1, "fp16": {"enabled": False}, "steps_per_print": 5}
+    same |= {"optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "torch_adam": True}}}
+    path.write_text(json.dumps(same | {"tensorboard": {"enabled": False}, "train_micro_batch_size_per_gpu": 32}))
+    settings = deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    assert not {"optimizer", "fp16", "tensorboard"} & settings.keys() and settings["train_batch_size"] == 64
+    path.write_text(json.dumps({"train_batch_size": True, "gradient_clipping": 3, "bf16": {"enabled": True}}))
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
+    named = ("train_batch_size is True", "gradient_clipping is 3", "bf16.enabled is True", "train.max_grad_norm")
+    assert all(name in str(caught.value) for name in named)
 
 
 def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):

@@ -1,17 +1,20 @@
-"""What the first steps of a pretrained student cost with each start of its added tokens: validation loss, paired.
+"""What the first steps of a pretrained student cost with each start of its added tokens and with each prompt, paired.
 
-    python benchmarks/new_tokens.py svamp data.root=FOLDER student.model_name_or_path=smollm2 --steps 0 10 50 200
+    python benchmarks/new_tokens.py svamp +smollm2 data.root=FOLDER arm=answer_only --steps 0 10 50 200
+    python benchmarks/new_tokens.py svamp +smollm2 data.root=FOLDER arm=answer_only --prompts auto '{question} ###'
 
-Every start trains the same rows in the same order from the same weights, at a constant learning rate. The loss is the
-mean negative log likelihood of an answer's token on the validation rows, its stop included.
+Every combination trains the same rows in the same order from the same weights, at a constant learning rate. The loss is
+the mean negative log likelihood of an answer's token on the validation rows, its stop included.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,8 @@ def main() -> None:
     parser.add_argument("config", help="a ready-made config or a file")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--starts", nargs="+", default=["mean", "auto"], help="values of student.new_token_init")
+    parser.add_argument("--prompts", nargs="+", help="values of layout.prompt; default: the config's")
+    parser.add_argument("--rates", nargs="+", type=float, help="values of train.learning_rate; default: the config's")
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 10, 50, 200], help="when to measure")
     parser.add_argument("--validation-rows", type=int, default=24)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
@@ -52,25 +57,33 @@ def main() -> None:
         torch.set_num_threads(base.train.num_threads)
     splits = load_data(base).splits
     train, validation = list(splits["train"]), list(splits["validation"])[: arguments.validation_rows]
-    results = {}
-    for start in arguments.starts:
-        student = base.student.model_copy(update={"new_token_init": start})
-        results[start] = measure(base.model_copy(update={"student": student}), train, validation, arguments.steps)
-    print(f"\n| start | {' | '.join(f'step {step}' for step in sorted(set(arguments.steps)))} | s a step |")
-    print("|---|" + "---:|" * (len(set(arguments.steps)) + 1))
-    for start, result in results.items():
-        cells = [f"{loss:.2f}" for loss in result["losses"].values()]
-        print(f"| `{start}` ({result['start']}) | {' | '.join(cells)} | {result['seconds']:.1f} |")
-    if arguments.out:
-        machine = {"threads": torch.get_num_threads(), "load": os.getloadavg(), "processor": platform.processor()}
-        record = {"results": results, "torch": torch.__version__, "config": base.model_dump(mode="json"), **machine}
-        arguments.out.write_text(json.dumps(record, indent=1))
+    combinations = itertools.product(
+        arguments.rates or [base.train.learning_rate], arguments.starts, arguments.prompts or [base.layout.prompt]
+    )
+    steps = sorted(set(arguments.steps))
+    results: list[dict[str, Any]] = []
+    print(f"| rate | start | prompt | {' | '.join(f'step {step}' for step in steps)} | CPU s a step |")
+    print("|---|---|---|" + "---:|" * (len(steps) + 1), flush=True)
+    for rate, start, prompt in combinations:
+        changed = {
+            "student": base.student.model_copy(update={"new_token_init": start}),
+            "layout": base.layout.model_copy(update={"prompt": prompt}),
+            "train": base.train.model_copy(update={"learning_rate": rate}),
+        }
+        result = measure(base.model_copy(update=changed), train, validation, steps)
+        cells = " | ".join(f"{loss:.2f}" for loss in result["losses"].values())
+        print(f"| {rate:g} | {result['start']} | `{prompt!r}` | {cells} | {result['seconds']:.1f} |", flush=True)
+        results.append({"rate": rate, "start": start, "prompt": prompt, **result})
+        if arguments.out:
+            machine = {"threads": torch.get_num_threads(), "load": os.getloadavg(), "processor": platform.processor()}
+            record = {"results": results, "torch": torch.__version__, "config": base.model_dump(mode="json"), **machine}
+            arguments.out.write_text(json.dumps(record, indent=1))
 
 
 def measure(
     config: Config, train: list[ReasoningSample], validation: list[ReasoningSample], steps: list[int]
 ) -> dict[str, Any]:
-    """Validation losses by step, the start that `auto` stands for, and seconds of one step."""
+    """Validation losses by step, the start that `auto` stands for, and CPU seconds of one step."""
     tokenizer = build_tokenizer(config.student, train)
     torch.manual_seed(config.seed)
     student = build_student(config, tokenizer, None)
@@ -102,9 +115,9 @@ def measure(
     for step in range(max(steps) + 1):
         if step in steps:
             losses[step] = validate()
-            print(f"{config.student.new_token_init} step {step}: {losses[step]:.3f}", flush=True)
+            print(f"step {step}: {losses[step]:.3f}", file=sys.stderr, flush=True)
         if step < max(steps):
-            started = time.perf_counter()
+            started = time.process_time()
             student.train()
             parts = batches([train[index] for index in order.global_batch(step)])
             scales = weights.scales(torch.stack([part.counts for part in parts]).sum(0)).float()
@@ -112,7 +125,7 @@ def measure(
                 output = engine.forward(part.to(engine.device), scales.to(engine.device))
                 engine.backward(output.loss, last=index == len(parts) - 1)
             engine.step(config.train.learning_rate)
-            seconds += time.perf_counter() - started
+            seconds += time.process_time() - started
     return {"losses": losses, "start": token_start(config, tokenizer), "seconds": seconds / max(1, max(steps))}
 
 

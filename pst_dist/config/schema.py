@@ -238,6 +238,17 @@ class EmbedConfig(Section):
     """Settings of the Ray backend."""
 
 
+def _turn_texts(value: dict[str, str]) -> dict[str, str]:
+    unknown = next((key for key in value if key not in ("system", "reply", "next")), None)
+    if unknown is not None:
+        raise ValueError(f"has the unknown key {unknown!r}; its keys are system, reply and next")
+    if ("reply" in value) is not ("next" in value):
+        raise ValueError("needs both reply and next, or neither")
+    if value.get("system", "{system}").count("{system}") != 1:
+        raise ValueError("system must hold {system} exactly once")
+    return value
+
+
 class LayoutConfig(Section):
     """How a sample is turned into tokens."""
 
@@ -245,7 +256,14 @@ class LayoutConfig(Section):
     """Template around {question}, which the exported model expects too. `auto`: for a pretrained language model its own
     chat template, or "{question}\\nAnswer:" where its tokenizer has none; "{question} ###" for any other student."""
     system: str | None = None
-    """System text for the chat template that `prompt: auto` takes; refused where there is no place for it."""
+    """System text for the chat template that `prompt: auto` takes, for rows without one of their own; refused where
+    there is no place for it."""
+    separator: str = "auto"
+    """Text between the prompt and what a causal student writes first. `auto`: what its chat template has there; else
+    nothing after a prompt that ends in white space or a control token, and a space after any other."""
+    turns: Annotated[dict[str, str], AfterValidator(_turn_texts)] | None = None
+    """Set by `prompt: auto`: the chat template's texts around earlier turns and a row's own system text (keys system,
+    reply, next). Without it they are part of the question."""
     answer_marker: str = " -->"
     """Text between a rationale and the answer that follows it, in arms that think first."""
     max_length: Positive = 512
@@ -317,8 +335,8 @@ class StudentConfig(Section):
     """Git revision of a model on the hub."""
     new_token_init: Annotated[str, Field(min_length=1)] = "auto"
     """Start of the embeddings of the tokens added to a pretrained model: a copy of the token `eos`, `newline` or any
-    other token by its text, or the `mean` of all. `auto`: newline, or eos for arms that think
-    first."""
+    other token by its text, or `mean`, as transformers adds them: the mean of all, or a spare row of the model as it
+    is. `auto`: newline, or eos for arms that think first."""
     fresh: FreshConfig = FreshConfig()
     """Architecture and size of a new student, used when no model is named."""
     lora: LoraConfig = LoraConfig()

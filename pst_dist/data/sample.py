@@ -18,6 +18,8 @@ ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
 SPLITS = ("train", "validation", "test")
 SCHEMA_VERSION = 1
 
+Turns = tuple[tuple[str, str], ...]
+"""A conversation as (role, text): perhaps a system turn, then user and assistant turns, the question last."""
 _ID = re.compile(r"[A-Za-z0-9_\-]{1,120}")
 
 
@@ -41,6 +43,9 @@ class ReasoningSample:
     """In a mixture, the name of the source that the row belongs to."""
     task: str = ""
     """In a mixture, the name of the task by which the row is scored."""
+    turns: Turns = ()
+    """The conversation that ends with the question, where the row has more than a question. `question` has all of it as
+    one text."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -52,20 +57,26 @@ class ReasoningSample:
         for name in ("question", "answer"):
             if not getattr(self, name).strip():
                 raise DataError(f"{name} is empty", path=self.source or None)
+        known = all(role in ("system", "user", "assistant") and text.strip() for role, text in self.turns)
+        if self.turns and not (known and self.turns[-1][0] == "user"):
+            raise DataError("turns are no conversation that ends with a question", path=self.source or None)
         if any(not rationale.strip() for rationale in self.rationales):
             raise DataError("a rationale is empty", path=self.source or None)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict with lists instead of tuples, as stored in a shard."""
-        row = {name: value for name, value in asdict(self).items() if value or name not in ("part", "task")}
-        return {**row, "rationales": list(self.rationales), "choices": list(self.choices)}
+        row = {name: value for name, value in asdict(self).items() if value or name not in ("part", "task", "turns")}
+        turns = {"turns": [list(turn) for turn in self.turns]} if self.turns else {}
+        return {**row, "rationales": list(self.rationales), "choices": list(self.choices), **turns}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> ReasoningSample:
         """Inverse of `to_json`; raises DataError when a field is missing or of the wrong type."""
         try:
-            return cls(**{**row, "rationales": tuple(row["rationales"]), "choices": tuple(row["choices"])})
-        except (KeyError, TypeError, AttributeError) as error:
+            turns = tuple((role, text) for role, text in row.get("turns", ()))
+            lists = {"rationales": tuple(row["rationales"]), "choices": tuple(row["choices"]), "turns": turns}
+            return cls(**{**row, **lists})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"not a valid sample: {error}") from error
 
 

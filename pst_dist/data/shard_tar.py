@@ -156,11 +156,12 @@ def parse_sample(content: bytes, where: str, name: str | None = None) -> Reasoni
     try:
         row = json.loads(content.decode("utf-8"), object_pairs_hook=no_twins, parse_constant=no_constant)
         lists = [row.pop("rationales"), row.pop("choices")]
-        if not all(isinstance(values, list) for values in lists):
-            raise ValueError("rationales and choices are not lists")
-        if not all(isinstance(value, str) for value in itertools.chain(row.values(), *lists)):
+        turns = row.pop("turns", [])
+        if not all(isinstance(values, list) for values in (*lists, turns, *turns)):
+            raise ValueError("rationales, choices and turns are not lists")
+        if not all(isinstance(value, str) for value in itertools.chain(row.values(), *lists, *turns)):
             raise ValueError("a value is not text")
-        sample = ReasoningSample.from_json({**row, "rationales": lists[0], "choices": lists[1]})
+        sample = ReasoningSample.from_json({**row, "rationales": lists[0], "choices": lists[1], "turns": turns})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError) as error:
         raise IntegrityError(f"not a valid sample: {error}", REMAKE, path=where) from error
     if name is not None and name != f"{sample.id}.json":

@@ -22,7 +22,7 @@ import torch
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config, EvaluateConfig
-from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import Task, get_task, task_of
 from pst_dist.errors import InputError, StaleError
@@ -220,7 +220,7 @@ def score_samples(
     `split` names them in the results. `shards` are those of the run, None if they are not here, and `in_shards` says
     whether the samples come from them. On `validation` an adaptive student's threshold is chosen, unless it is set.
     """
-    settings, questions = config.evaluate, [sample.question for sample in samples]
+    settings, questions = config.evaluate, [student.format.asked(sample) for sample in samples]
     started = time.perf_counter()
     decode = functools.partial(_decode, config, student)
     tasks = [task_of(sample, task) for sample in samples]
@@ -282,7 +282,7 @@ def _decode(
             student.model,
             student.tokenizer,
             student.format,
-            [sample.question for sample in samples],
+            [student.format.asked(sample) for sample in samples],
             batch_size=settings.batch_size,
             batch_tokens=settings.batch_tokens,
             max_new_tokens=settings.max_new_tokens,
@@ -296,7 +296,7 @@ def _decode(
 
 
 def _latency(
-    config: Config, student: LoadedStudent, questions: Sequence[str], think_below: float
+    config: Config, student: LoadedStudent, questions: Sequence[str | Turns], think_below: float
 ) -> dict[str, Any] | None:
     """Wall time to the answer in milliseconds, one question at a time; `rows` is the number of questions measured.
 

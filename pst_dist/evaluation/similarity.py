@@ -51,7 +51,7 @@ def compare_rationales(
         student.model,
         student.tokenizer,
         student.format,
-        [sample.question for sample in samples[:count]],
+        [student.format.asked(sample) for sample in samples[:count]],
         decoded[:count],
         batch_size=config.evaluate.batch_size,
         batch_tokens=config.evaluate.batch_tokens,

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, run_dir
 from pst_dist.config.schema import Config
+from pst_dist.data.sample import Turns
 from pst_dist.errors import PstError
 from pst_dist.evaluation.adaptive import chosen_threshold
 from pst_dist.evaluation.evaluate import evaluations_of
@@ -29,9 +32,10 @@ from pst_dist.storage.manifest import (
     digest_of,
     write_json,
 )
+from pst_dist.student.chat import NEXT, REPLY, SYSTEM
 from pst_dist.student.finite import refuse_non_finite
 from pst_dist.student.generate import max_positions
-from pst_dist.student.layout import Layout
+from pst_dist.student.layout import AnswerFormat, Layout
 from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
 
 log = logging.getLogger(__name__)
@@ -153,21 +157,38 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
     # Some SentencePiece tokenizers insert a space before a text, but not after a BOS token in the template.
     for spaced in (False, True):
         template = chat_template(student, spaced=spaced)
-        if all(_renders(student, template, probe) for probe in _PROBES):
+        if all(_renders(student, template, conversation) for conversation in _conversations(student)):
             tokenizer.chat_template = template
             return
     log.warning("no chat template gives this tokenizer's trained prompt: exported without one")
 
 
-def _renders(student: LoadedStudent, template: str, question: str) -> bool:
+def _conversations(student: LoadedStudent) -> list[Turns]:
+    """What the template is tried on: questions, behind everything else that the student's prompt can hold."""
+    asked: list[Turns] = [(("user", probe),) for probe in _PROBES]
+    turns = student.format.turns or {}
+    if NEXT in turns:
+        asked += [
+            (("user", probe), ("assistant", "They are {5}."), *one) for probe, one in zip(_PROBES, asked, strict=True)
+        ]
+    if SYSTEM in turns:
+        asked += [(("system", 'Answer with a "number".'), *one) for one in asked]
+    return asked
+
+
+def _renders(student: LoadedStudent, template: str, conversation: Turns) -> bool:
     """Whether the template gives exactly the ids that the student was trained on."""
     given = student.tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], chat_template=template, add_generation_prompt=True, return_dict=True
+        [{"role": role, "content": text} for role, text in conversation],
+        chat_template=template,
+        add_generation_prompt=True,
+        return_dict=True,
     )["input_ids"]
-    return list(given) == expected_prompt(student, question)
+    asked = conversation if student.format.turns is not None else conversation[-1][1]
+    return list(given) == expected_prompt(student, asked)
 
 
-def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
+def expected_prompt(student: LoadedStudent, question: str | Turns) -> list[int]:
     """The token ids before the answer, as in training."""
     encdec = bool(student.model.config.is_encoder_decoder)
     layout = Layout(student.tokenizer, student.format, is_encoder_decoder=encdec)
@@ -176,9 +197,10 @@ def expected_prompt(student: LoadedStudent, question: str) -> list[int]:
 
 
 def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
-    """Jinja that renders the last user message into the prompt, with the special tokens that the tokenizer adds.
+    """Jinja that renders a conversation into the prompt, with the special tokens that the tokenizer adds.
 
-    `spaced` puts a space between them and a prompt that does not begin with one.
+    Where the student's prompt holds no turns, the last user message is the question and the others are left out.
+    `spaced` puts a space between the special tokens and a prompt that does not begin with one.
     """
     tokenizer, fmt = student.tokenizer, student.format
     text = fmt.render("Q")
@@ -191,14 +213,58 @@ def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
     if fmt.semantic_before:
         after += fmt.semantic_token * fmt.semantic_tokens
     gap = "(' ' if prompt[:1] != ' ' else '')" if spaced else "''"
+    if fmt.turns is None:
+        made = (
+            "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
+            "{%- set content = users[-1]['content'] -%}"
+            f"{_TEXT_OF_PARTS}"
+            f"{{%- set prompt = {_quoted(before)} + content + {_quoted(after + last)} -%}}"
+        )
+    else:
+        made = _conversation_template(fmt, fmt.turns, after + last)
+    return f"{made}{{{{- {_quoted(first)} + {gap} + prompt -}}}}"
+
+
+_TEXT_OF_PARTS = (
+    "{%- if content is not string -%}"
+    "{%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
+    "{%- endif -%}"
+)
+
+
+def _conversation_template(fmt: AnswerFormat, turns: Mapping[str, str], end: str) -> str:
+    """Jinja that sets `prompt` to the texts around the messages; it raises for those that the student cannot read."""
+    head = fmt.prompt.partition("{question}")[0]
+    prefix = ARMS[fmt.arm].asked[0].prefix
+    refuse = "{{{{- raise_exception({!r}) -}}}}".format
+    system, reply, following = (turns.get(key) for key in (SYSTEM, REPLY, NEXT))
+    before, _, behind = (system or "").partition("{system}")
+    with_system = (
+        f"{{%- set chat.prompt = {_quoted(before)} + content + {_quoted(behind)} -%}}"
+        if system is not None
+        else refuse("This student takes no system message.")
+    )
+    with_reply = (
+        f"{{%- set chat.prompt = chat.prompt + {_quoted(reply)} + content + {_quoted(following)} -%}}"
+        if reply is not None and following is not None
+        else refuse("This student takes no earlier messages.")
+    )
     return (
-        "{%- set users = messages | selectattr('role', 'equalto', 'user') | list -%}"
-        "{%- set content = users[-1]['content'] -%}"
-        "{%- if content is not string -%}"
-        "{%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}"
+        f"{{%- set chat = namespace(prompt={_quoted(head)}, turn='user') -%}}"
+        "{%- for message in messages -%}"
+        "{%- set content = message['content'] -%}"
+        f"{_TEXT_OF_PARTS}"
+        f"{{%- if loop.first and message['role'] == 'system' -%}}{with_system}"
+        f"{{%- elif message['role'] != chat.turn -%}}{refuse('User and assistant messages must alternate.')}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        f"{with_reply}{{%- set chat.turn = 'user' -%}}"
+        "{%- else -%}"
+        f"{{%- set chat.prompt = chat.prompt + ({_quoted(prefix)} if loop.last else '') + content -%}}"
+        "{%- set chat.turn = 'assistant' -%}"
         "{%- endif -%}"
-        f"{{%- set prompt = {_quoted(before)} + content + {_quoted(after + last)} -%}}"
-        f"{{{{- {_quoted(first)} + {gap} + prompt -}}}}"
+        "{%- endfor -%}"
+        f"{{%- if chat.turn == 'user' -%}}{refuse('The last message must be from the user.')}{{%- endif -%}}"
+        f"{{%- set prompt = chat.prompt + {_quoted(end)} -%}}"
     )
 
 

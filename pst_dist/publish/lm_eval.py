@@ -93,7 +93,7 @@ def _command(export: Path, folder: Path, config: Config) -> str:
 
 
 def _row(sample: ReasoningSample, fmt: AnswerFormat, seq2seq: bool) -> dict[str, Any]:
-    prompt = fmt.render(sample.question)
+    prompt = fmt.render(fmt.asked(sample))
     if fmt.semantic_before and not seq2seq:
         prompt += fmt.semantic_token * fmt.semantic_tokens
     return {"id": sample.id, "prompt": prompt, "gold": sample.answer}
@@ -111,7 +111,9 @@ def task_settings(
     seq2seq = bool(student.model.config.is_encoder_decoder)
     most = max_new_tokens
     if positions is not None:
-        longest = 1 if seq2seq else max(len(expected_prompt(student, sample.question)) for sample in samples)
+        longest = (
+            1 if seq2seq else max(len(expected_prompt(student, student.format.asked(sample))) for sample in samples)
+        )
         most = max(1, min(most, positions - longest))
     generation: dict[str, Any] = {"until": [student.format.stop_token], "do_sample": False, "max_gen_toks": most}
     if seq2seq:

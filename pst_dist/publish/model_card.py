@@ -5,13 +5,14 @@ The metadata is huggingface_hub's `ModelCardData`; the text is in `templates/mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.arms import ARMS
 from pst_dist.publish.card_code import answer_code, prompt_text, rationale_code, thinking_code
 from pst_dist.publish.card_facts import CardFacts, lineage, training_words
 from pst_dist.publish.render import render
+from pst_dist.student.chat import NEXT, SYSTEM
 from pst_dist.student.warm_start import warm_shape
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def model_card(facts: CardFacts) -> str:
         arm=arm,
         parameters=sum(parameter.numel() for parameter in facts.model.parameters()),
         training=training_words(facts),
-        prompt=prompt_text(facts),
+        prompt=prompt_text(facts).replace("\n", "\\n"),
+        separator=" " if facts.seq2seq else fmt.separator.replace("\n", "\\n"),
+        conversations=_conversations(fmt.turns or {}),
         shows_semantic_token=arm.aligned and (fmt.semantic_before or fmt.writes_rationale),
         answer_code=answer_code(facts),
         rationale_code=rationale_code(facts),
@@ -43,6 +46,12 @@ def model_card(facts: CardFacts) -> str:
         lower_case=warm_shape(facts.config.student) is not None,
     )
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}"
+
+
+def _conversations(turns: Mapping[str, str]) -> str:
+    """What else the chat template puts into the prompt, in words."""
+    held = [words for key, words in ((SYSTEM, "a system message"), (NEXT, "earlier messages")) if key in turns]
+    return f"It also accepts {' and '.join(held)}." if held else "It accepts no other messages."
 
 
 def card_data(facts: CardFacts) -> ModelCardData:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pst_dist.data.sample import Turns
 from pst_dist.errors import InputError
 from pst_dist.student.answer import Answer
 from pst_dist.student.explain import decode_explained
@@ -37,7 +38,12 @@ def after_thought(at_once: Decoded, thought: Decoded) -> Decoded:
 
 
 def timed_answer(
-    student: LoadedStudent, question: str, *, max_new_tokens: int, think_below: float = 0.0, streamer: Any = None
+    student: LoadedStudent,
+    question: str | Turns,
+    *,
+    max_new_tokens: int,
+    think_below: float = 0.0,
+    streamer: Any = None,
 ) -> tuple[Decoded, float]:
     """One question's answer and its wall time in milliseconds, including tokenising and waiting for the device.
 

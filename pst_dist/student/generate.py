@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pst_dist.arms import ARMS, Segment
-from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.data.tasks import Task
 from pst_dist.models.load import positions_of
 from pst_dist.student.layout import AnswerFormat, Layout
@@ -68,7 +68,7 @@ def decode_answers(
     model: Any,
     tokenizer: Any,
     fmt: AnswerFormat,
-    questions: Sequence[str],
+    questions: Sequence[str | Turns],
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -80,7 +80,7 @@ def decode_answers(
     go_on: Callable[[list[int], list[Decoded], FinishedBatch], None] | None = None,
     streamer: Any = None,
 ) -> list[Decoded]:
-    """Answer every question greedily; the results are in the order of `questions`.
+    """Answer every question greedily; the results are in the order of `questions`, which are as `fmt.asked` gives them.
 
     Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
     max_new_tokens. A batch has at most `batch_size` questions and, with `batch_tokens`, at most so many tokens: its
@@ -138,7 +138,7 @@ def decode_answers(
     return [answer for answer in decoded if answer is not None]
 
 
-def without_room(model: Any, tokenizer: Any, fmt: AnswerFormat, questions: Sequence[str]) -> list[int]:
+def without_room(model: Any, tokenizer: Any, fmt: AnswerFormat, questions: Sequence[str | Turns]) -> list[int]:
     """Places of the questions that fill the model's positions, so that no answer token can be generated."""
     if max_positions(model) is None:
         return []
@@ -170,7 +170,7 @@ def _context(model: Any, prompt: list[int], produced: list[int]) -> _Context:
 def _thoughts(layout: Layout, rationales: Sequence[str]) -> list[list[int]]:
     """Tokens of each rationale and the marker; cut to half of max_length, so that an answer has room."""
     marker = layout.text_ids.text(layout.format.answer_marker)
-    bodies = [layout.text_ids.text(f" {text}") for text in rationales]
+    bodies = [layout.first_ids(text) for text in rationales]
     return [[*body[: layout.format.max_length // 2], *marker] for body in bodies]
 
 
@@ -373,7 +373,7 @@ def decode_rationales(
     model: Any,
     tokenizer: Any,
     fmt: AnswerFormat,
-    questions: Sequence[str],
+    questions: Sequence[str | Turns],
     answers: Sequence[Decoded],
     *,
     batch_size: int,

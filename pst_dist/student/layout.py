@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Arm, Asked, Segment
 from pst_dist.config.schema import Config
-from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.errors import ConfigError, DataError
+from pst_dist.student.chat import TURN_KEYS, conversation_pieces
 from pst_dist.student.prompt import prompt_of
 from pst_dist.student.text_ids import TextIds
 
@@ -32,6 +33,10 @@ class AnswerFormat:
     semantic_tokens: int
     writes_rationale: bool = True
     """Whether the student learnt to write rationales; without a loss on their tokens there is none to ask for."""
+    separator: str = " "
+    """Text between the prompt and what a causal student writes first."""
+    turns: dict[str, str] | None = None
+    """Texts around earlier turns and a system text (`student.chat.Prompt`); None where they are part of a question."""
     stop_token: str = STOP_TOKEN
     semantic_token: str = SEMANTIC_TOKEN
     think_below: float | None = None
@@ -43,15 +48,18 @@ class AnswerFormat:
 
         `tokenizer` is the student's. Only a pretrained student with `layout.prompt: auto` needs it.
         """
-        layout, prompt = config.layout, prompt_of(config, tokenizer)
-        for key, text in (("prompt", prompt), ("answer_marker", layout.answer_marker)):
+        layout, asked = config.layout, prompt_of(config, tokenizer)
+        texts = {"prompt": asked.template, "separator": asked.separator, "answer_marker": layout.answer_marker}
+        for key, text in texts.items():
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise ConfigError(f"layout.{key}: {text!r} holds half of a character", "write the character itself")
         if not layout.answer_marker.strip():
             raise ConfigError("layout.answer_marker is blank: the answer after a rationale could not be found")
         return cls(
             arm=config.arm,
-            prompt=prompt,
+            prompt=asked.template,
+            separator=asked.separator,
+            turns=asked.turns,
             answer_marker=layout.answer_marker,
             max_length=layout.max_length,
             semantic_position=layout.semantic_position,
@@ -65,6 +73,8 @@ class AnswerFormat:
             return f"arm: {self.arm[:40]!r} is none of {', '.join(ARMS)}"
         if self.prompt.count("{question}") != 1:
             return "prompt: does not hold {question} exactly once"
+        if self.turns is not None and not self.turns.keys() <= set(TURN_KEYS):
+            return f"turns: has keys other than {', '.join(TURN_KEYS)}"
         if not (self.answer_marker.strip() and self.stop_token and self.semantic_token):
             return "answer_marker, stop_token and semantic_token may not be blank"
         if self.max_length < 1 or self.semantic_tokens < 0:
@@ -80,9 +90,24 @@ class AnswerFormat:
         asked = ARMS[self.arm].asked
         return self.prompt.replace("{question}", asked[-1 if other else 0].prefix + "{question}")
 
-    def render(self, question: str, *, other: bool = False) -> str:
-        """The text that is put to the student; `other` asks for the second thing that its arm learnt, where it did."""
-        return self.template(other=other).replace("{question}", question)
+    def asked(self, sample: ReasoningSample) -> str | Turns:
+        """What a sample asks: its conversation where the prompt holds turns, else its question, which has all of it."""
+        return sample.turns if sample.turns and self.turns is not None else sample.question
+
+    def pieces(self, question: str | Turns, *, other: bool = False) -> list[str]:
+        """The text that is put to the student, by turns the prompt's and the row's, the prompt's first and last.
+
+        `other` asks for the second thing that its arm learnt. Raises DataError for a conversation without a place.
+        """
+        if isinstance(question, str):
+            before, _, after = self.template(other=other).partition("{question}")
+            return [before, question, after]
+        prefix = ARMS[self.arm].asked[-1 if other else 0].prefix
+        return conversation_pieces(self.prompt, self.turns or {}, question, prefix)
+
+    def render(self, question: str | Turns, *, other: bool = False) -> str:
+        """`pieces` as one text."""
+        return "".join(self.pieces(question, other=other))
 
     @property
     def semantic_before(self) -> bool:
@@ -137,13 +162,27 @@ class Layout:
     def _plain(self, text: str) -> list[int]:
         return self.text_ids.text(text)
 
-    def prompt_ids(self, question: str, *, other: bool = False) -> list[int]:
+    def _behind_space(self, text: str) -> list[int]:
+        return self._plain(" " + text)
+
+    def first_ids(self, text: str) -> list[int]:
+        """Token ids of the text that the student writes directly after the prompt.
+
+        Behind a chat template they are those of the two texts together. A decoder has a start token of its own there,
+        and gets a space as in every other place.
+        """
+        separator, turns = self.format.separator, self.format.turns
+        if self.is_encoder_decoder or (separator == " " and turns is None):
+            return self._behind_space(text)
+        return self.text_ids.continuation(self.format.prompt.partition("{question}")[2], separator + text)
+
+    def prompt_ids(self, question: str | Turns, *, other: bool = False) -> list[int]:
         """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program.
 
         A control token that is spelled out in the question is the exception: here it is text. Raises DataError for a
         tokenizer that cannot read it so.
         """
-        return self.text_ids.prompt(self.format.template(other=other), question)
+        return self.text_ids.mixed(self.format.pieces(question, other=other))
 
     def sequences(self, sample: ReasoningSample, rationale: int = 0) -> list[Sequence]:
         """One sequence (two in the arms prefix and adaptive) for a sample.
@@ -170,9 +209,11 @@ class Layout:
     def _sequence(
         self, sample: ReasoningSample, rationale: int, order: tuple[Segment, ...], *, other: bool, where: str
     ) -> Sequence:
-        prompt = self.prompt_ids(sample.question, other=other)
+        prompt = self.prompt_ids(self.format.asked(sample), other=other)
+        written = [segment for segment in order if segment is not Segment.SEMANTIC]
+        first = {segment: self.first_ids if segment is written[0] else self._behind_space for segment in written}
         parts = {
-            Segment.ANSWER: [*self._plain(" " + sample.answer), self.stop_id],
+            Segment.ANSWER: [*first.get(Segment.ANSWER, self._behind_space)(sample.answer), self.stop_id],
             Segment.SEMANTIC: [self.semantic_id] * self.format.semantic_tokens,
         }
         truncated = False
@@ -189,7 +230,7 @@ class Layout:
                 path=where,
             )
         if with_rationale:
-            body = self._plain(" " + sample.rationales[rationale])
+            body = first[Segment.RATIONALE](sample.rationales[rationale])
             if self.shuffle_seed is not None:
                 random.Random(f"{self.shuffle_seed}/{sample.id}/{rationale}").shuffle(body)
             if not thinks_first:

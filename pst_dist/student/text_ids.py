@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pst_dist.errors import DataError
@@ -40,7 +41,7 @@ class TextIds:
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         start = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)
         self._before, self._after = list(whole[:start]), list(whole[start + len(bare) :])
-        self._controls_of_template = functools.lru_cache(maxsize=16)(self._template_controls)
+        self._controls_of_prompt = functools.lru_cache(maxsize=64)(self._template_controls)
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text without any control token; raises DataError when the tokenizer cannot encode it so.
@@ -53,28 +54,47 @@ class TextIds:
         return self._by_pieces(text, ids)
 
     def prompt(self, template: str, question: str) -> list[int]:
-        """Token ids of `template` with `{question}` replaced, including the tokens that the tokenizer adds.
-
-        Control tokens in the template stay control tokens; in the question they are text. Raises DataError like `text`.
-        """
+        """Token ids of `template` with `{question}` replaced; see `mixed`."""
         before, _, after = template.partition("{question}")
-        ids = list(self.tokenizer(before + question + after)["input_ids"])
-        if [token for token in ids if token in self.control] == self._controls_of_template(before, after):
-            return ids
-        # Encode the question together with the template's text around it, up to the nearest control tokens.
-        last = [match.end() for match in self._spelled.finditer(before)][-1:] or [0]
-        first = self._spelled.search(after)
-        end = first.start() if first is not None else len(after)
-        return [
-            *self._before,
-            *self._parsed(before[: last[0]]),
-            *self.text(before[last[0] :] + question + after[:end]),
-            *self._parsed(after[end:]),
-            *self._after,
-        ]
+        return self.mixed([before, question, after])
 
-    def _template_controls(self, before: str, after: str) -> list[int]:
-        ids = self.tokenizer(f"{before}a{after}")["input_ids"]
+    def mixed(self, pieces: Sequence[str]) -> list[int]:
+        """Token ids of the joined pieces, including the tokens that the tokenizer adds.
+
+        Pieces are by turns the prompt's and a row's; the first and the last are the prompt's. Control tokens in the
+        prompt's stay control tokens; in the row's they are text. Raises DataError like `text`.
+        """
+        ids = list(self.tokenizer("".join(pieces))["input_ids"])
+        if [token for token in ids if token in self.control] == self._controls_of_prompt(tuple(pieces[::2])):
+            return ids
+        # Encode each text of the row together with the prompt's text around it, up to the nearest control tokens.
+        ids, plain = list(self._before), ""
+        for place, piece in enumerate(pieces):
+            controls = [match.span() for match in self._spelled.finditer(piece)] if place % 2 == 0 else []
+            if not controls:
+                plain += piece
+                continue
+            start = 0 if place == 0 else controls[0][0]
+            end = len(piece) if place == len(pieces) - 1 else controls[-1][1]
+            plain += piece[:start]
+            ids += [*(self.text(plain) if plain else []), *self._parsed(piece[start:end])]
+            plain = piece[end:]
+        return [*ids, *(self.text(plain) if plain else []), *self._after]
+
+    def continuation(self, before: str, text: str) -> list[int]:
+        """Token ids of a text that stands directly behind the prompt's text `before`; raises DataError like `text`.
+
+        They are those of both texts together without those of `before`, if these do not change and the text spells out
+        no control token. So a tokenizer that puts a space before every text does not put one here.
+        """
+        start, whole = self._parsed(before), self._parsed(before + text)
+        ids = whole[len(start) :]
+        if whole[: len(start)] == start and self.control.keys().isdisjoint(ids):
+            return ids
+        return self.text(text)
+
+    def _template_controls(self, pieces: tuple[str, ...]) -> list[int]:
+        ids = self.tokenizer("a".join(pieces))["input_ids"]
         return [token for token in ids if token in self.control]
 
     def _parsed(self, text: str) -> list[int]:

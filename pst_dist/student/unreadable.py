@@ -1,7 +1,8 @@
-"""Finds rows that a pretrained student's tokenizer cannot encode, while rows are read and before shards are made.
+"""Finds rows that a pretrained student cannot be asked, while rows are read and before shards are made.
 
 `text_ids` reads a control token that is spelled out in a row as text. A tokenizer for which that is impossible makes
 the row a bad one, like a row without an answer: `pst check` lists it, and `data.max_bad` says how many may be left out.
+So does a conversation that the student's chat template cannot hold.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class UnreadableRows:
             layout_for(config.model_copy(update={"arm": arm, "arms": []}), tokenizer, is_encoder_decoder=False)
             for arm in arms
         ]
-        self._text_ids = TextIds(tokenizer)
+        self._text_ids, self._layouts = TextIds(tokenizer), layouts
         asked = {layout.format.template(other=other): None for layout in layouts for other in (False, True)}
         self._templates = list(asked)
         self._with_rationales = any(ARMS[arm].needs_rationale for arm in arms)
@@ -58,7 +59,7 @@ class UnreadableRows:
             suspect = self._have_control([text for each in texts for text in each])
             place = 0
             for offset, each in enumerate(texts):
-                if any(suspect[place : place + len(each)]):
+                if part[offset].turns or any(suspect[place : place + len(each)]):
                     reason = self._reason(part[offset])
                     if reason is not None:
                         found[start + offset] = reason
@@ -78,8 +79,9 @@ class UnreadableRows:
 
     def _reason(self, sample: ReasoningSample) -> str | None:
         try:
-            for template in self._templates:
-                self._text_ids.prompt(template, sample.question)
+            for layout in self._layouts:
+                for other in (False, True):
+                    layout.prompt_ids(layout.format.asked(sample), other=other)
             self._text_ids.text(" " + sample.answer)
             for rationale in sample.rationales if self._with_rationales else ():
                 self._text_ids.text(" " + rationale)

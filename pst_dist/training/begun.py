@@ -11,7 +11,7 @@ from typing import Any
 
 from pst_dist.config.loading import RESOLVED, dump_config, load_config
 from pst_dist.config.run_dir import RunDir
-from pst_dist.config.schema import Config
+from pst_dist.config.schema import Config, LayoutConfig
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import read_json, read_manifest
@@ -20,26 +20,31 @@ from pst_dist.student.prompt import AUTO, is_pretrained, prompt_of
 from pst_dist.student.saved import FORMAT_FILE
 
 PROMPT, TOKEN_INIT = "layout.prompt", "student.new_token_init"
+SEPARATOR, TURNS = "layout.separator", "layout.turns"
+_OLDER = {TOKEN_INIT: MEAN, SEPARATOR: " ", TURNS: None}
+"""What trainings used before there was a choice."""
 
 
 def begun_settings(run: RunDir) -> dict[str, Any] | None:
-    """The settings `PROMPT` and `TOKEN_INIT` of the training in a run directory; None when there is none.
+    """The settings PROMPT, SEPARATOR, TURNS and TOKEN_INIT of the training in a run directory; None without one.
 
     They are those of the newest readable checkpoint. Without checkpoints they are those of the kept student, if the
-    training is finished. Trainings made before there was a choice of TOKEN_INIT used the mean.
+    training is finished.
     """
     steps = (path for path in run.checkpoints.glob("checkpoint-*") if path.name[11:].isdigit())
     for path in sorted(steps, key=lambda path: int(path.name[11:]), reverse=True):
         with contextlib.suppress(IntegrityError, OSError):
             saved = read_json(path / "run_state.json").get("settings", {})
             if PROMPT in saved:
-                return {PROMPT: saved[PROMPT], TOKEN_INIT: saved.get(TOKEN_INIT, MEAN)}
+                return {PROMPT: saved[PROMPT]} | {key: saved.get(key, value) for key, value in _OLDER.items()}
     if run.training.is_file():
         with contextlib.suppress(IntegrityError, OSError, KeyError):
             student = read_manifest(run.best, "student")
             if student is not None:
-                prompt = read_json(run.best / FORMAT_FILE)["prompt"]
-                return {PROMPT: prompt, TOKEN_INIT: student.extra.get("new_token_init", MEAN)}
+                written = read_json(run.best / FORMAT_FILE)
+                start = student.extra.get("new_token_init", MEAN)
+                kept = {SEPARATOR: written.get("separator", " "), TURNS: written.get("turns"), TOKEN_INIT: start}
+                return {PROMPT: written["prompt"], **kept}
     return None
 
 
@@ -48,35 +53,43 @@ def settled(config: Config, begun: Mapping[str, Any] | None, make_tokenizer: Cal
 
     `make_tokenizer` is called only where the tokenizer decides. Raises ConfigError, as `prompt_of` and `token_start`.
     """
-    prompt, start = config.layout.prompt, config.student.new_token_init
-    tokenizer = None
+    if begun is not None:
+        config = _as_begun(config, begun)
+    layout, start, tokenizer = config.layout, config.student.new_token_init, None
+    if is_pretrained(config) and AUTO in (layout.prompt, layout.separator, start):
+        tokenizer = make_tokenizer()
+    prompt = prompt_of(config, tokenizer)
+    layout = layout.model_copy(update={"prompt": prompt.template, "separator": prompt.separator, "turns": prompt.turns})
+    return _with(config, layout, token_start(config, tokenizer) if start == AUTO else start)
+
+
+def _as_begun(config: Config, begun: Mapping[str, Any]) -> Config:
+    """The config with the begun training's values for `auto`; a fresh student's prompt and start need none."""
+    begun = {**_OLDER, **begun}
+    layout, start = config.layout, config.student.new_token_init
+    if layout.separator == AUTO:
+        layout = layout.model_copy(update={"separator": begun[SEPARATOR]})
     if is_pretrained(config):
-        if begun is not None:
-            prompt = begun[PROMPT] if prompt == AUTO else prompt
-            start = begun[TOKEN_INIT] if start == AUTO else start
-            config = _with(config, prompt, start)
-        if AUTO in (prompt, start):
-            tokenizer = make_tokenizer()
-    return _with(config, prompt_of(config, tokenizer), token_start(config, tokenizer) if start == AUTO else start)
+        if layout.prompt == AUTO:
+            layout = layout.model_copy(update={"prompt": begun[PROMPT], "turns": begun[TURNS]})
+        start = begun[TOKEN_INIT] if start == AUTO else start
+    return _with(config, layout, start)
 
 
 def with_auto_of(recorded: Config, wanted: Config) -> Config:
     """The recorded config of a run with `auto` where `wanted` says `auto`: the run replaced it when it began."""
-    prompt, start = recorded.layout.prompt, recorded.student.new_token_init
-    return _with(
-        recorded,
-        AUTO if wanted.layout.prompt == AUTO else prompt,
-        AUTO if wanted.student.new_token_init == AUTO else start,
-    )
+    layout, asked = recorded.layout, wanted.layout
+    if asked.prompt == AUTO:
+        layout = layout.model_copy(update={"prompt": AUTO, "turns": asked.turns})
+    if asked.separator == AUTO:
+        layout = layout.model_copy(update={"separator": AUTO})
+    start = wanted.student.new_token_init
+    return _with(recorded, layout, AUTO if start == AUTO else recorded.student.new_token_init)
 
 
-def _with(config: Config, prompt: str, start: str) -> Config:
-    return config.model_copy(
-        update={
-            "layout": config.layout.model_copy(update={"prompt": prompt}),
-            "student": config.student.model_copy(update={"new_token_init": start}),
-        }
-    )
+def _with(config: Config, layout: LayoutConfig, start: str) -> Config:
+    student = config.student.model_copy(update={"new_token_init": start})
+    return config.model_copy(update={"layout": layout, "student": student})
 
 
 def record_settled(config: Config, run: RunDir) -> None:
@@ -88,5 +101,5 @@ def record_settled(config: Config, run: RunDir) -> None:
     if not is_pretrained(config) or not path.is_file():  # for a fresh student `auto` means one thing
         return
     recorded = load_config(str(run.path))
-    if AUTO in (recorded.layout.prompt, recorded.student.new_token_init):
-        write_text(path, dump_config(_with(recorded, config.layout.prompt, config.student.new_token_init)))
+    if AUTO in (recorded.layout.prompt, recorded.layout.separator, recorded.student.new_token_init):
+        write_text(path, dump_config(_with(recorded, config.layout, config.student.new_token_init)))

@@ -42,6 +42,8 @@ BASE = "student.base"
 _IMPLIED: dict[str, Any] = {
     "student.new_token_init": "mean",
     "layout.system": None,
+    "layout.separator": " ",
+    "layout.turns": None,
     "train.head_learning_rate": None,
     "train.early_stopping_patience": None,
     "train.min_lr_ratio": 0.1,

@@ -193,7 +193,7 @@ class Validator:
             engine.student.model,
             self.tokenizer,
             self.layout.format,
-            [sample.question for sample in mine],
+            [self.layout.format.asked(sample) for sample in mine],
             batch_size=self.config.evaluate.batch_size,
             batch_tokens=self.config.evaluate.batch_tokens,
             max_new_tokens=self.config.evaluate.max_new_tokens,

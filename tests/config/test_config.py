@@ -121,3 +121,16 @@ def test_a_slip_in_the_file_is_answered_with_what_to_write(tmp_path, text, words
 
 def test_a_section_without_keys_means_its_defaults(tmp_path):
     assert load_config(str(write(tmp_path, "train:\nembed:\n  ray:\nseed: 3\n"))) == Config(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("{reply: a}", "needs both reply and next"),
+        ("{system: told}", r"system must hold \{system\} exactly once"),
+        ("{reply: a, next: b, then: c}", "has the unknown key 'then'"),
+    ],
+)
+def test_the_texts_around_turns_are_checked(turns, message):
+    with pytest.raises(ConfigError, match=rf"layout\.turns: {message}"):
+        load_config(None, [f"layout.turns={turns}"])

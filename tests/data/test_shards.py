@@ -413,3 +413,17 @@ def test_an_index_that_points_outside_its_tar_is_refused_before_anything_is_read
     shards = ShardSet.open(tmp_path / "shards", verify=False)
     with pytest.raises(IntegrityError, match=r"index points outside its tar of|should be a valid integer"):
         shards.split("train")
+
+
+def test_turns_are_read_back_and_a_conversation_without_a_question_is_refused(tmp_path):
+    turns = (("system", "Be brief."), ("user", "2 + 3?"), ("assistant", "5"), ("user", "And 4?"))
+    told = ReasoningSample(id="a", question="Be brief. And 4?", answer="9", turns=turns)
+    plain = ReasoningSample(id="b", question="2?", answer="2")
+    write_shards({"train": [told, plain]}, tmp_path / "s", samples_per_shard=2, fingerprint="f" * 64, extra={})
+    assert list(ShardSet.open(tmp_path / "s").split("train")) == [told, plain]
+    assert "turns" not in plain.to_json(), "as older versions wrote it"
+    for odd in (turns[:-1], (("tool", "x"), *turns), (("user", " "),)):
+        with pytest.raises(DataError, match="no conversation that ends with a question"):
+            ReasoningSample(id="a", question="q", answer="9", turns=odd)
+    with pytest.raises(DataError, match="not a valid sample"):
+        ReasoningSample.from_json({**told.to_json(), "turns": [["user"]]})

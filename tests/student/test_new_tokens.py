@@ -106,3 +106,42 @@ def test_no_end_is_taken_before_the_answers_marker(architecture):
         assert answer.text == f" {row.rationales[0]} -->", "the rationale is whole, and the boosted end follows it"
         assert answer.token_ids[-1] in ends and answer.probability < 1e-6
     assert [len(answer.token_ids) for answer in given] == [1] * len(ROWS), "a given rationale has its marker already"
+
+
+@pytest.mark.parametrize("start", ["mean", "eos", "newline"])
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_only_our_tokens_rows_differ_from_the_model_and_they_are_what_the_setting_says(folders, name, start, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    family = AutoModelForSeq2SeqLM if name in ("t5", "bart") else AutoModelForCausalLM
+    plain = family.from_pretrained(folders[name], dtype=torch.float32)
+    if name == "bart":  # its output bias is zero until it is trained
+        plain.final_logits_bias.copy_(torch.arange(plain.final_logits_bias.numel()) / 7)
+    zoo.make(name, tmp_path)
+    plain.save_pretrained(tmp_path)
+    config = config_of(tmp_path, start)
+    tokenizer = build_tokenizer(config.student, ROWS)
+    before = plain.get_input_embeddings().weight.shape[0]
+    known = min(before, len(tokenizer) - 2)  # some tokenizers have a token without a row of the model
+    model = build_model(config, tokenizer)
+    stop, semantic = (tokenizer.convert_tokens_to_ids(token) for token in (STOP_TOKEN, SEMANTIC_TOKEN))
+    ours, theirs = model.state_dict(), plain.state_dict()
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    old_inputs, old_outputs = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
+    for key, value in theirs.items():
+        if value.shape == ours[key].shape and value.shape[0] != before:
+            assert torch.equal(ours[key], value), f"{key} is as it was"
+    assert torch.equal(inputs[:known], old_inputs[:known]) and torch.equal(outputs[:known], old_outputs[:known])
+    assert (inputs is outputs) is (old_inputs is old_outputs), "tied as before"
+    if start == "mean":
+        if before < len(tokenizer):  # a model's spare rows stay as they are
+            torch.testing.assert_close(inputs[stop], old_inputs.mean(0), atol=1e-3, rtol=0)
+        return
+    source = source_id(tokenizer, start)
+    assert source == (tokenizer.eos_token_id if start == "eos" else source) and source < known
+    assert torch.equal(inputs[stop], old_inputs[source]) and torch.equal(outputs[stop], old_outputs[source])
+    if inputs is not outputs:
+        assert torch.equal(inputs[semantic], old_inputs[source])
+    assert not torch.equal(outputs[semantic], old_outputs[source])
+    if name == "bart":
+        assert model.final_logits_bias[0, stop] == plain.final_logits_bias[0, source]

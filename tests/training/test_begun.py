@@ -1,5 +1,6 @@
 """Settings that came later: older trainings keep their digest, and a run keeps what it began with."""
 
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from pst_dist.config.loading import RESOLVED, dump_config, load_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.errors import StaleError
 from pst_dist.storage.json_files import read_json
-from pst_dist.training.begun import begun_settings, settled
+from pst_dist.training.begun import begun_settings, settled, with_auto_of
 from pst_dist.training.fingerprint import check_changes, settings_digest, training_settings
 from pst_dist.training.result import complete_training
 from pst_dist.training.trainer import train
@@ -18,6 +19,8 @@ from pst_dist.training.trainer import train
 OLD_DIGEST = "aaad60345f819a9a8c5c533ddc9fd6452ad9d8ea7d96dcc8d797f366345e5848"
 """Of these settings, as the code before the new keys computed it."""
 OLD = {"layout.prompt": "{question} ###", "student.new_token_init": "mean"}
+LATER = {"layout.separator": " ", "layout.turns": None}
+"""What a training used before there was a choice."""
 
 
 def settings(*overrides: str) -> dict:
@@ -28,7 +31,7 @@ def settings(*overrides: str) -> dict:
 def test_an_older_training_has_the_digest_that_it_had():
     old = settings()
     assert settings_digest(old) == OLD_DIGEST
-    assert not {"student.new_token_init", "layout.system", "train.head_learning_rate"} & old.keys()
+    assert not {"student.new_token_init", "layout.system", "train.head_learning_rate", *LATER} & old.keys()
     assert settings_digest(settings("student.new_token_init=eos")) != OLD_DIGEST
     assert check_changes(old, old | {"student.new_token_init": "mean"}, accept=False) == []
 
@@ -67,13 +70,37 @@ def test_a_run_keeps_what_it_began_with(small_data, tmp_path):
     assert complete_training(auto, 1) == result
 
     shutil.rmtree(run.checkpoints)
-    assert begun_settings(run) == OLD
+    assert begun_settings(run) == OLD | LATER
     assert train(auto) == result
 
     run.path.joinpath(RESOLVED).write_text(dump_config(config))  # as a second `pst run --rebuild` does
     other = train(config, rebuild=True)
     assert other.fingerprint != result.fingerprint
-    assert begun_settings(run) == OLD | {"student.new_token_init": "newline"}
+    assert begun_settings(run) == OLD | LATER | {"student.new_token_init": "newline"}
     saved = read_json(run.checkpoints / "checkpoint-2" / "run_state.json")
     assert saved["settings"]["student.new_token_init"] == "newline"
     assert load_config(str(run.path)).student.new_token_init == "newline"
+
+
+def test_a_prompt_that_ends_in_white_space_keeps_the_space_that_a_training_began_with():
+    for model in ("student.model_name_or_path=some/model", "student.fresh.num_layers=1"):
+        asked = ["arm=answer_only", model, "student.new_token_init=mean", 'layout.prompt="{question}\\n"']
+        config = load_config(None, asked)
+        begun = {"layout.prompt": "{question}\n", "student.new_token_init": "mean"}
+        assert settled(config, None, lambda: None).layout.separator == ""
+        older = settled(config, begun, lambda: None)
+        assert older.layout.separator == " "
+        assert "layout.separator" not in training_settings(older, "s" * 64, None, 32)
+        new = settled(config, begun | {"layout.separator": ""}, lambda: None)
+        assert training_settings(new, "s" * 64, None, 32)["layout.separator"] == ""
+
+
+def test_a_run_keeps_the_prompt_and_turns_that_auto_found():
+    turns = {"reply": "\nA: ", "next": "\nQ: "}
+    begun = {"layout.prompt": "Q: {question}\nA: ", "layout.separator": "", "layout.turns": turns}
+    asked = ["arm=answer_only", "student.model_name_or_path=some/model", "layout.prompt=auto"]
+    config = load_config(None, [*asked, "student.new_token_init=mean"])
+    kept = settled(config, begun, lambda: None)
+    assert (kept.layout.prompt, kept.layout.separator, kept.layout.turns) == tuple(begun.values())
+    assert with_auto_of(kept, config) == config
+    assert load_config(None, [f"layout.turns={json.dumps(turns)}"]).layout.turns == turns

@@ -12,18 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from exported import exported
 from tiny import ROWS
 
 from pst_dist.config.schema import Config
-from pst_dist.publish.export import export
-from pst_dist.student.generate import decode_answers
-from pst_dist.student.layout import layout_for
-from pst_dist.student.saved import load_student, save_student
-from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator
-from pst_dist.training.loss import TermWeights
-from pst_dist.training.module import build_student
 
 from .families import CAUSAL, FAMILIES, make
 
@@ -83,39 +75,8 @@ def trained(name: str, path: Path) -> tuple[Path, list[str]]:
             "evaluate": {"max_new_tokens": NEW_TOKENS},
         }
     )
-    tokenizer = build_tokenizer(config.student, ROWS)
-    torch.manual_seed(0)
-    student = build_student(config, tokenizer, None)
-    layout = layout_for(config, tokenizer, is_encoder_decoder=student.is_encoder_decoder)
-    collate = Collator(
-        loss=config.loss, pad_id=tokenizer.pad_token_id, decoder_start_id=student.decoder_start_id, teacher=None
-    )
-    batch = collate([sequence for row in ROWS for sequence in layout.sequences(row)])
-    scales = TermWeights.of(config.loss, config.arm).scales(batch.counts).float()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, weight_decay=0.0)
-    student.train()
-    for _ in range(40):
-        output = student(batch, scales)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    save_student(
-        student.model,
-        {key: value.detach().clone() for key, value in student.state_dict().items()},
-        tokenizer,
-        layout.format,
-        path / "best",
-        fingerprint="f" * 64,
-        extra={"step": 40, "arm": config.arm, "seed": 0},
-    )
-    folder = export(config)
-    saved = load_student(path / "best", device="cpu")
-    answers = decode_answers(
-        saved.model, saved.tokenizer, saved.format, QUESTIONS, batch_size=4, max_new_tokens=NEW_TOKENS
-    )
-    assert any(answer.complete for answer in answers), f"{name} has not learnt to stop"
-    return folder, [answer.answer_text for answer in answers]
+    folder, answers, _ = exported(config, ROWS, QUESTIONS)
+    return folder, answers
 
 
 @dataclass(frozen=True)

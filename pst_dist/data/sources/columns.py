@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
 
+from pst_dist.data.sample import Turns
 from pst_dist.data.sources.conversations import unread_parts
 from pst_dist.data.sources.options import Options, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
@@ -36,6 +37,8 @@ class Fields:
 
     question: str
     answer: object
+    turns: Turns = ()
+    """The conversation that ends with the question; empty where the row has no more than a question."""
     rationales: tuple[str, ...] = ()
     options: Options | None = None
     """The options of a multiple-choice question. None for other questions, or if only the question text lists them."""

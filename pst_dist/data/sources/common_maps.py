@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
-from pst_dist.data.sources.conversations import THOUGHT_KEYS, read_conversation, with_context
+from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, read_conversation, with_context
 from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks.scoring import kind_of
@@ -21,7 +21,7 @@ _REPLIES = ("response", "completion", "output", "answer", "generation", "reply",
 _ANSWERS = ("answer", "final_answer", "gold_answer", "expected_answer", "ground_truth", "gold")
 
 
-def _from_reply(question: Any, reply: Any, *, row: Mapping[str, Any], name: str, thought: Any = None) -> Fields:
+def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name: str, thought: Any = None) -> Fields:
     """Fields of a row whose reply is in column `name`. A clean answer in a separate column is the gold answer."""
     text = as_text(reply, "answer")
     separate = thought.strip() if isinstance(thought, str) and thought.strip() else None
@@ -34,7 +34,8 @@ def _from_reply(question: Any, reply: Any, *, row: Mapping[str, Any], name: str,
         rationale = "\n\n".join(part for part in (separate, rationale_of(text)) if part)
         replied = None
     return Fields(
-        question=as_text(question, "question"),
+        question=as_text(question.text, "question"),
+        turns=question.turns,
         answer=as_text(replied, "answer") if gold is None else gold,
         rationales=as_rationales(rationale),
         id=as_id(row.get("id")),
@@ -111,8 +112,10 @@ def _generations(row: Mapping[str, Any]) -> Fields:
     keep = _usable_generations(row, len(texts))
     # A generation that was cut off in its thought is skipped, like an incomplete one.
     rationales = [rationale_of(as_text(text, "a generation")) for text, good in zip(texts, keep, strict=True) if good]
+    question = with_context(row[prompt], row)
     return Fields(
-        question=as_text(with_context(row[prompt], row), "question"),
+        question=as_text(question.text, "question"),
+        turns=question.turns,
         answer=as_answer(row.get("answer")),
         rationales=tuple(dict.fromkeys(as_rationales(rationales))),
         id=as_id(row.get("id", row.get("uuid"))),

@@ -1,8 +1,9 @@
 """Turn a conversation into a question and a reply, keeping everything that the question depends on.
 
-A sample has a single question, so its context is written into it: first the system text, then earlier turns as `User:`
-and `Assistant:` lines. Content that text cannot represent (tool calls and results, images, unknown roles) is refused
-with a RowError that names it, because without it the same question could have different answers.
+A sample's question is one text, so its context is written into it: first the system text, then earlier turns as `User:`
+and `Assistant:` lines. The turns are kept beside it, for prompts that hold a conversation. Content that text cannot
+represent (tool calls and results, images, unknown roles) is refused with a RowError that names it, because without it
+the same question could have different answers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pst_dist.data.sample import Turns
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks.scoring import kind_of
 
@@ -36,11 +38,20 @@ _ROLES = {
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question with its context."""
+
+    text: object
+    """All of it as one text. Not validated yet; `columns.as_text` checks that it is text."""
+    turns: Turns = ()
+    """The conversation that ends with the question; empty where there is no context."""
+
+
+@dataclass(frozen=True)
 class Exchange:
     """A question that includes its context, and the reply to it."""
 
-    question: object
-    """Not validated yet; `columns.as_text` checks that it is text."""
+    question: Question
     reply: object
     thought: str | None = None
     """Reasoning from a separate field of the reply's turn."""
@@ -80,7 +91,7 @@ def read_conversation(turns: object, name: str, row: Mapping[str, Any]) -> Excha
 
 def with_context(
     question: Any, row: Mapping[str, Any], systems: Sequence[Any] = (), earlier: Sequence[tuple[str, Any]] = ()
-) -> Any:
+) -> Question:
     """The question preceded by the system text and the earlier turns, those from the row's own columns first.
 
     Raises RowError for a part of the row that text cannot represent.
@@ -92,15 +103,19 @@ def with_context(
     texts += [text for text in systems if not _is_blank(text)]
     turns = [turn for column in HISTORY_COLUMNS for turn in _history(row.get(column), column)] + list(earlier)
     if not texts and not turns:
-        return question
+        return Question(question)
     if not isinstance(question, str) or not question.strip():
-        return question  # as_text reports the error
+        return Question(question)  # as_text reports the error
     for text in texts:
         if not isinstance(text, str):
             raise RowError("context", f"the system text is {kind_of(text)}, expected text")
-    lines = [f"{role.capitalize()}: {_text(text, role)}" for role, text in turns]
+    system = "\n\n".join(text.strip() for text in texts)
+    read = [(role, _text(text, role)) for role, text in turns]
+    lines = [f"{role.capitalize()}: {text}" for role, text in read]
     last = f"User: {question.strip()}" if turns else question.strip()
-    return "\n\n".join([*(text.strip() for text in texts), "\n".join([*lines, last])])
+    text = "\n\n".join([*([system] if texts else []), "\n".join([*lines, last])])
+    told = [("system", system)] if texts else []
+    return Question(text, (*told, *read, ("user", question.strip())))
 
 
 def unread_parts(row: Mapping[str, Any], read: str) -> list[str]:

@@ -79,6 +79,7 @@ def make_draft(
         answer_type=task.answer_type,
         choices=found.options.texts if found.options else (),
         source=entry.label,
+        turns=found.turns,
     )
     correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) if known else None
     return Draft(sample, entry.path, entry.line, correct)

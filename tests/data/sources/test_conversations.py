@@ -52,11 +52,16 @@ EARLIER = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "con
 def test_system_text_and_earlier_turns_are_written_into_the_question(row):
     found = guess_columns([row], "f").fields(row)
     assert (found.question, found.answer, found.rationales) == (KEPT, "6", ("Twice 3.",))
+    asked = (("user", "What is 3?"), ("assistant", "3"), ("user", "And twice that?"))
+    assert found.turns == (("system", "You count."), *asked)
 
 
 def test_system_text_alone_precedes_the_question_without_roles():
     row = {"system": "Answer in dozens.", "messages": [USER, REPLY], "history": [], "tools": "[]", "images": None}
-    assert guess_columns([row], "f").fields(row).question == "Answer in dozens.\n\nAnd twice that?"
+    found = guess_columns([row], "f").fields(row)
+    assert found.question == "Answer in dozens.\n\nAnd twice that?"
+    assert found.turns == (("system", "Answer in dozens."), ("user", "And twice that?"))
+    assert guess_columns([row], "f").fields({"messages": [USER, REPLY]}).turns == ()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pst_dist import errors
 from pst_dist.answering.windows import Answerer, AnswerSettings, answer_window
 from pst_dist.clusters.ray.connect import ray_cluster
 from pst_dist.config.schema import RayConfig
@@ -22,6 +23,9 @@ from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_lin
 from pst_dist.logs import Progress
 from pst_dist.storage.atomic import disk_errors
 from pst_dist.student.answer import Answer
+
+if TYPE_CHECKING:
+    from pst_dist.student.saved import LoadedStudent
 
 log = logging.getLogger(__name__)
 _MOST_BLOCKS = 10_000
@@ -31,20 +35,38 @@ class WindowActor:
     """A student in its own process."""
 
     def __init__(self, student: str, questions: str, settings: AnswerSettings, config: RayConfig) -> None:
-        import torch
+        self._folder, self._questions, self._settings, self._config = student, questions, settings, config
+        self._loaded: LoadedStudent | None = None
 
-        from pst_dist.student.saved import load_student
+    def _student(self) -> LoadedStudent:
+        """The student; not loaded in `__init__`, whose errors Ray turns into text."""
+        if self._loaded is None:
+            import torch
 
-        torch.set_num_threads(max(1, int(config.num_cpus_per_actor)))
-        self._student = load_student(Path(student), "cpu" if config.num_gpus_per_actor == 0 else None)
-        self._questions, self._settings = questions, settings
+            from pst_dist.student.saved import load_student
+
+            torch.set_num_threads(max(1, int(self._config.num_cpus_per_actor)))
+            self._loaded = load_student(Path(self._folder), "cpu" if self._config.num_gpus_per_actor == 0 else None)
+        return self._loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One window: {"offset": [first byte], "bytes": [length]} -> {"answers": [JSON]}."""
+        """One window: {"offset": [first byte], "bytes": [length]} -> {"answers": [JSON], "error": [JSON or ""]}.
+
+        A PstError is returned and not raised: Ray Data would keep only its text, inside others.
+        """
+        try:
+            return {"answers": [self._answers(int(batch["offset"][0]), int(batch["bytes"][0]))], "error": [""]}
+        except PstError as error:
+            place = None if error.path is None else str(error.path)
+            fault = [type(error).__name__, error.what, error.remedy, place, error.line]
+            return {"answers": [""], "error": [json.dumps(fault)]}
+
+    def _answers(self, offset: int, size: int) -> str:
+        """The answers of a window, as JSON."""
         try:
             with open(self._questions, "rb") as stream:
-                stream.seek(int(batch["offset"][0]))
-                content = stream.read(int(batch["bytes"][0]))
+                stream.seek(offset)
+                content = stream.read(size)
         except OSError as error:
             raise EnvironmentFault(
                 f"cannot be read on this node: {error.strerror}",
@@ -52,8 +74,8 @@ class WindowActor:
                 path=self._questions,
             ) from error
         questions = [json.loads(line) for line in content.splitlines()]
-        answers = answer_window(self._student, questions, self._settings)
-        return {"answers": [json.dumps([asdict(answer) for answer in answers])]}
+        answers = answer_window(self._student(), questions, self._settings)
+        return json.dumps([asdict(answer) for answer in answers])
 
 
 def on_ray(student: Path, output: Path, settings: AnswerSettings, config: RayConfig) -> Answerer:
@@ -111,23 +133,20 @@ def _answered(
     )
     try:
         for row in dataset.iter_rows():
+            if row["error"]:
+                raise _fault(json.loads(row["error"]))
             yield [Answer(**found) for found in json.loads(row["answers"])]
     except ray.exceptions.RayError as error:
-        ours = _cause(error)
-        if ours is not None:
-            raise ours from None
         raise PeerLostError(
             f"an actor failed ({first_line(error, 160)})", "look for out-of-memory errors in Ray's logs; run again"
         ) from error
 
 
-def _cause(error: BaseException | None) -> PstError | None:
-    """The PstError of an actor inside the errors that Ray wraps around it."""
-    while error is not None:
-        if isinstance(error, PstError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _fault(fields: list[Any]) -> PstError:
+    """The error of an actor, of the class that it had there."""
+    name, what, remedy, path, line = fields
+    kind: type[PstError] = getattr(errors, name, PstError)
+    return kind(what, remedy, path=path, line=line)
 
 
 def number_of_actors(config: RayConfig, resources: dict[str, float], windows: int) -> int:

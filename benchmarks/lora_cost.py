@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config.loading import load_config
+from pst_dist.config.schema import Config
 
 LORA = "student.lora.rank=16"
 
@@ -44,6 +45,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         common = [*arguments.overrides, f"train.max_steps={arguments.steps}", "train.logging_steps=1"]
         common += [f"data_dir={folder / 'data'}", "train.report_to=none", "train.num_threads=1"]
+        prepare(load_config(arguments.config, [*common, f"output_dir={folder / 'prepared'}"]))
         if arguments.rates:
             cases = [("full", 1, [])] + [("lora", 1, [LORA, f"train.learning_rate={rate}"]) for rate in arguments.rates]
         else:
@@ -59,9 +61,19 @@ def main() -> None:
         arguments.out.write_text(json.dumps({"command": sys.argv[1:], "results": results}, indent=1) + "\n")
 
 
+def prepare(config: Config) -> None:
+    """Shards, and embeddings for an arm that needs them, which all cases share."""
+    from pst_dist.embedding.targets import needs_embeddings
+    from pst_dist.pipeline import make_embeddings, make_shards
+
+    make_shards(config)
+    if needs_embeddings(config):
+        make_embeddings(config)
+
+
 def measure(config: str, words: list[str], kind: str, ranks: int, run: Path) -> dict[str, Any]:
     """One training and what it cost."""
-    words = [*words, f"output_dir={run}", *([f"train.deepspeed=zero{2}"] if ranks > 1 else [])]
+    words = [*words, f"output_dir={run}", *(["train.deepspeed=zero2"] if ranks > 1 else [])]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, "-W", "ignore", *launcher, __file__, config, *words, "--child", str(run)]
     started = time.perf_counter()
@@ -92,15 +104,10 @@ def size(folder: Path) -> int:
 def child(config: str, words: list[str], run: Path) -> None:
     """One rank: train, and write what each step cost."""
     from pst_dist.distributed.ranks import Ranks, leave
-    from pst_dist.pipeline import make_embeddings, make_shards
     from pst_dist.training import trainer
 
     resolved = load_config(config, words)
     ranks, seconds, losses = Ranks.from_environment(), [], []
-    if ranks.world_size == 1:
-        make_shards(resolved)
-        if trainer.ARMS[resolved.arm].aligned:
-            make_embeddings(resolved)
     original = trainer.take_step
 
     def timed(*given: Any, **named: Any) -> Any:

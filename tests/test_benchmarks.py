@@ -311,3 +311,17 @@ def test_the_checkpoint_benchmark_writes_real_checkpoints(tmp_path):
     assert 12 * report["parameters"] < report["checkpoint_bytes"] < 12 * report["parameters"] + 20_000
     assert all(value > 0 for value in report["results"]["wall"]["seconds"].values())
     assert "safety %" in printed and [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_what_lora_saves_is_measured_on_the_same_rows(tmp_path):
+    pytest.importorskip("peft")
+    output, config = tmp_path / "result.json", tmp_path / "config.yaml"
+    config.write_text("task: last_letter_concatenation\narm: answer_only\n")
+    rows = ["data.train=gen:last_letters?rows=40&seed=0&words=2", "data.validation_size=4", "layout.max_length=128"]
+    sizes = ["train.global_batch_size=4", "train.per_device_train_batch_size=4"]
+    model = f"student.model_name_or_path={zoo.make('gpt2', tmp_path / 'base')}"
+    printed = run("lora_cost.py", config, *rows, *sizes, model, "--steps", 2, "--ranks", 1, "--out", output)
+    full, lora = json.loads(output.read_text())["results"]
+    assert (full["kind"], lora["kind"]) == ("full", "lora") and "| lora | 1 |" in printed
+    assert lora["losses"][0] == pytest.approx(full["losses"][0], abs=1e-3), "adapters begin with no effect"
+    assert lora["checkpoint_MB"] > 0 and lora["cpu_seconds_a_step"] > 0

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 MOST_ROWS = 4096
 """Rows that the head is fitted to. States and vectors of all of them take about 20 kB a row for a width of 4,096."""
 FOLDS = 5
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Candidates for the regularisation, over the mean squared norm of the states."""
+STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Candidates for the regularisation, over the mean squared norm of the states without their common direction."""
 _HEAD = "head.weight"
 
 
@@ -49,7 +49,7 @@ class HeadFit:
 
     rows: int
     strength: float
-    """Chosen regularisation, over the mean squared norm of the states."""
+    """Chosen regularisation, one of `STRENGTHS`."""
     cosine: float
     """Mean cosine between a row's predicted and its own teacher vector."""
     cosine_stderr: float
@@ -71,7 +71,7 @@ def fit_head(
     """
     at("fitting the head")
     states, targets, folds = _observed(engine, samples, layout, collate, config)
-    gram, cross = _normal_equations(states, targets, folds)
+    gram, cross, total = _normal_equations(states, targets, folds)
     rows = int(sums_over_ranks(torch.tensor([float(len(states))]))[0])
     if not bool(torch.isfinite(gram).all()):
         raise DivergedError(
@@ -86,11 +86,12 @@ def fit_head(
         predicted = torch.zeros_like(targets)
         for fold in range(FOLDS):
             alive()
-            head = _solve(gram.sum(0) - gram[fold], cross.sum(0) - cross[fold], strength)
+            rest = [k for k in range(FOLDS) if k != fold]
+            head = _solve(gram[rest].sum(0), cross[rest].sum(0), total[rest].sum(0), strength)
             predicted[folds == fold] = states[folds == fold] @ head
         found.append(_account(predicted, targets, rows, strength))
-    best = max(found, key=lambda fit: fit.cosine)
-    head_ED = _solve(gram.sum(0), cross.sum(0), best.strength).T
+    best = _strongest_of_the_best(found)
+    head_ED = _solve(gram.sum(0), cross.sum(0), total.sum(0), best.strength).T
     norm = math.sqrt(len(head_ED) / 3)  # of nn.Linear's start, uniform within 1 / sqrt(D)
     head_ED *= norm / head_ED.norm().clamp(min=1e-30)
     engine.set_weight(_HEAD, from_main(head_ED.float() if engine.ranks.is_main else None))
@@ -103,6 +104,17 @@ def fit_head(
         best.cosine_other,
     )
     return best
+
+
+def _strongest_of_the_best(found: Sequence[HeadFit]) -> HeadFit:
+    """The strongest regularisation whose cosine is within one standard error of the best.
+
+    With fewer rows than directions a weaker one may be a little better on held-out rows, but it fits the rows that it
+    saw exactly: nothing is then left for the term to teach, and the least change of the body undoes the fit. The rule
+    is that of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
+    """
+    best = max(found, key=lambda fit: fit.cosine)
+    return max((fit for fit in found if fit.cosine >= best.cosine - best.cosine_stderr), key=lambda fit: fit.strength)
 
 
 def _observed(
@@ -163,19 +175,30 @@ def _up_to_the_span(sequence: TokenSequence, pooling: str) -> TokenSequence:
     return replace(sequence, target_ids=sequence.target_ids[:end], segments=sequence.segments[:end])
 
 
-def _normal_equations(states_nD: Tensor, targets_nE: Tensor, folds_n: Tensor) -> tuple[Tensor, Tensor]:
-    """[F, D, D] and [F, D, E] float64, per fold and summed over ranks: states' states and states' targets."""
+def _normal_equations(states_nD: Tensor, targets_nE: Tensor, folds_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[F, D, D], [F, D, E] and [F, D] float64, summed over ranks: states' states, states' targets, and states."""
     parts = [(states_nD[folds_n == fold], targets_nE[folds_n == fold]) for fold in range(FOLDS)]
     gram = torch.stack([states.T @ states for states, _ in parts])
     cross = torch.stack([states.T @ targets for states, targets in parts])
-    return sums_over_ranks(gram), sums_over_ranks(cross)
+    total = torch.stack([states.sum(0) for states, _ in parts])
+    return sums_over_ranks(gram), sums_over_ranks(cross), sums_over_ranks(total)
 
 
-def _solve(gram_DD: Tensor, cross_DE: Tensor, strength: float) -> Tensor:
-    """[D, E] float64: the ridge solution of the normal equations."""
-    ridge = strength * gram_DD.trace().clamp(min=1e-30)
-    factor = torch.linalg.cholesky(gram_DD + ridge * torch.eye(len(gram_DD), dtype=gram_DD.dtype))
-    return torch.cholesky_solve(cross_DE, factor)
+def _solve(gram_DD: Tensor, cross_DE: Tensor, total_D: Tensor, strength: float) -> Tensor:
+    """[D, E] float64: the ridge solution that does not see the direction of the mean state.
+
+    The final states of a language model are nearly parallel (mean cosine 0.99 on SmolLM2). Without a bias, that
+    direction would only add a constant vector to every prediction, and its power would hide that of all others from
+    the regularisation. What is left of the states has a mean of zero, as centred targets have.
+    """
+    common_D = total_D / total_D.norm().clamp(min=1e-30)
+    along_D = gram_DD @ common_D
+    gram = gram_DD - torch.outer(common_D, along_D) - torch.outer(along_D, common_D)
+    gram += (common_D @ along_D) * torch.outer(common_D, common_D)
+    # States that are all alike leave nothing but rounding errors, from which no head is fitted.
+    ridge = max(strength * float(gram.trace()), 1e-12 * float(gram_DD.trace()), 1e-30)
+    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    return torch.cholesky_solve(cross_DE - torch.outer(common_D, common_D @ cross_DE), factor)
 
 
 def _account(predicted_nE: Tensor, targets_nE: Tensor, rows: int, strength: float) -> HeadFit:

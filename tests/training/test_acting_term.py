@@ -58,11 +58,15 @@ def test_the_fitted_head_is_the_ridge_solution_at_the_norm_of_a_random_head(smal
     states = np.concatenate([one.double().numpy() for one, _ in seen])
     targets = np.concatenate([other.double().numpy() for _, other in seen])
     assert fit["rows"] == len(states) == 32
-    # The same solution in its other form, over rows instead of directions: W = T' (H H' + r)^-1 H.
+    # The same solution in its other form, over rows instead of directions: W = T' (H H' + r)^-1 H, without the mean's
+    # direction in H.
+    common = states.mean(0) / np.linalg.norm(states.mean(0))
+    states = states - np.outer(states @ common, common)
     ridge = fit["strength"] * float((states**2).sum())
     wanted = targets.T @ np.linalg.solve(states @ states.T + ridge * np.eye(len(states)), states)
     wanted *= np.sqrt(384 / 3) / np.linalg.norm(wanted)
     assert np.allclose(got[0].numpy(), wanted, atol=1e-5)
+    assert np.abs(got[0].numpy() @ common).max() < 1e-4
 
 
 def test_the_fit_says_what_rows_that_it_did_not_see_give(small_data, tmp_path):

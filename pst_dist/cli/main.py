@@ -18,6 +18,7 @@ from pst_dist.cli import checks, verbs
 from pst_dist.cli.experiment import experiment
 from pst_dist.cli.models import models
 from pst_dist.cli.submit import submit
+from pst_dist.cli.teach import teach
 from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.words import gather_overrides
 from pst_dist.errors import ConfigError, PstError
@@ -38,7 +39,7 @@ Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 d
 
 
 _VERBS: tuple[Verb, ...] = (
-    *(checks.check, checks.preview, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
+    *(checks.check, teach, checks.preview, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
     *(verbs.evaluate, verbs.export, verbs.answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
     *(models, checks.verify, checks.config),
 )

@@ -134,10 +134,9 @@ class Asking:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-        for task in workers:
-            failure = None if task.cancelled() else task.exception()
-            if failure is not None:
-                raise failure
+        failures = [failure for task in workers if not task.cancelled() and (failure := task.exception())]
+        if failures:
+            raise failures[0]
         if self.journal.full is not None:
             raise self.journal.full
         if self._signals:

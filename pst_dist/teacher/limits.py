@@ -1,7 +1,8 @@
 """How fast requests may be sent: two token buckets, and a pause that the server asks for.
 
-A bucket holds what one minute allows and fills continuously. A request takes 1 from the bucket of requests and its
-estimated tokens from the other; the difference to its real tokens is given back, or taken, when it has ended.
+A bucket holds what six seconds allow and fills continuously, because many servers also count shorter times than a
+minute. A request takes 1 from the bucket of requests and its estimated tokens from the other; the difference to its
+real tokens is given back, or taken, when it has ended.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import time
 from collections.abc import Callable
 
 Clock = Callable[[], float]
+_BURST_MINUTES = 0.1
 
 
 class Bucket:
     """Units that refill at a constant rate; may be overdrawn by one request that is larger than the bucket."""
 
     def __init__(self, per_minute: float, clock: Clock = time.monotonic) -> None:
-        self._size, self._rate, self._clock = per_minute, per_minute / 60, clock
-        self._level, self._at = per_minute, clock()
+        self._size, self._rate, self._clock = max(1.0, per_minute * _BURST_MINUTES), per_minute / 60, clock
+        self._level, self._at = self._size, clock()
 
     def seconds_until(self, amount: float) -> float:
         """How long to wait before `amount` can be taken; 0 if at once."""

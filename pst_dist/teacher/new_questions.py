@@ -66,7 +66,8 @@ class Inventing:
         number = "a new question" if many == 1 else f"{many} new questions, all different,"
         ask = (
             f"Here is a question:\n\n{shown}\n\nWrite {number} in the manner of this one: about other people and "
-            f"things, with other numbers, and with the same kind of answer. Solve each step by step. Use this form:\n\n{_FORM}"
+            "things, with other numbers, and with the same kind of answer. Solve each step by step. "
+            f"Use this form:\n\n{_FORM}"
         )
         return (("user", ask),)
 

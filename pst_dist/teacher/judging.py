@@ -141,7 +141,7 @@ def _read(work: Sampling, replies: Mapping[str, Reply], task: Task, settings: Te
     assert first is not None and last is not None
     if not first.text:
         return replace(sample, verdict="empty")
-    rationale = _rationale(first.text)
+    rationale = _rationale(first.text, whole=told or len(steps) > 1)
     if settings.thoughts == "keep" and first.thought:
         rationale = "\n\n".join(part for part in (first.thought, rationale) if part)
     sample = replace(sample, rationale=rationale)
@@ -157,9 +157,9 @@ def _read(work: Sampling, replies: Mapping[str, Reply], task: Task, settings: Te
     return replace(sample, answer=answer)
 
 
-def _rationale(text: str) -> str:
-    """The working of a reply without its answer mark, where it has one; else the whole reply."""
-    if not has_mark(text):
+def _rationale(text: str, *, whole: bool) -> str:
+    """The working of a reply: what is before its answer. `whole`: all of a reply without a mark is working."""
+    if whole and not has_mark(text):
         return text
     try:
         return split_reply(text).rationale or ""

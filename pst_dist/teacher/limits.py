@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 Clock = Callable[[], float]
 _BURST_MINUTES = 0.1
+_LEAST_SECONDS = 1e-6
 
 
 class Bucket:
@@ -26,8 +27,7 @@ class Bucket:
         """How long to wait before `amount` can be taken; 0 if at once."""
         self._fill()
         wanted = min(amount, self._size)  # a larger request waits for a full bucket
-        # The last bit of a division must not make a caller wait again for nothing.
-        return max(0.0, (wanted - self._level) / self._rate - 1e-9)
+        return max(0.0, (wanted - self._level) / self._rate)
 
     def take(self, amount: float) -> None:
         """Take an amount (negative: give it back)."""
@@ -71,7 +71,8 @@ class Pace:
         """Wait until a request of so many tokens may be sent, and count it."""
         started = self._clock()
         async with self._turn:
-            while (seconds := self._wait(tokens)) > 0:
+            # The last bit of a division must not make a caller wait again for nothing.
+            while (seconds := self._wait(tokens)) > _LEAST_SECONDS:
                 await asyncio.sleep(seconds)
             if self._requests is not None:
                 self._requests.take(1)

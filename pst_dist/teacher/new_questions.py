@@ -161,7 +161,7 @@ def _blocks(reply: Reply, dropped: Counter[str]) -> list[tuple[str, str, str]]:
         return []
     text = seen.text
     fields = [(match.group(1).lower(), match.start(), match.end()) for match in _FIELD.finditer(text)]
-    ends = [start for _, start, _ in fields[1:]] + [len(text)]
+    ends = [*(start for _, start, _ in fields[1:]), len(text)][: len(fields)]
     blocks: list[dict[str, str]] = []
     for (name, _, start), end in zip(fields, ends, strict=True):
         if name == "question":
@@ -172,7 +172,7 @@ def _blocks(reply: Reply, dropped: Counter[str]) -> list[tuple[str, str, str]]:
         blocks.pop()
         dropped["cut"] += 1
     whole = [block for block in blocks if block.get("question") and block.get("answer")]
-    dropped["unparsed"] += len(blocks) - len(whole)
+    dropped["unparsed"] += max(len(blocks), not reply.is_cut) - len(whole)
     # A model that goes on after its answer does so on another line.
     return [(block["question"], block.get("reasoning", ""), block["answer"].splitlines()[0].strip()) for block in whole]
 

@@ -37,6 +37,8 @@ class ReasoningSample:
     """The options of a multiple-choice question, in order A, B, C…. `question` already lists them."""
     source: str = ""
     """Where the row came from: `file:line` or `file#index`."""
+    synthetic: str = ""
+    """The model that made the question up; empty for a question from elsewhere."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -54,6 +56,8 @@ class ReasoningSample:
     def to_json(self) -> dict[str, Any]:
         """A plain dict with lists instead of tuples, as stored in a shard."""
         row = asdict(self)
+        if not self.synthetic:  # so that shards without such rows stay the bytes that they always were
+            del row["synthetic"]
         return {**row, "rationales": list(self.rationales), "choices": list(self.choices)}
 
     @classmethod

@@ -22,7 +22,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet
+from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
@@ -88,7 +88,7 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
         )
     refuse_foreign_folder(directory, "evaluation")  # before the decoding
     results, rows = _score(config, run, student, shards, samples, task)
-    extra = {"split": split, "rows": len(rows), "student": student.manifest.digest}
+    extra = {"split": split, "rows": len(rows), "student": student.manifest.digest, **synthetic_of(shards.manifest)}
     with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
         write_json(draft.path / RESULTS, results)
         write_text(draft.path / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))

@@ -85,11 +85,21 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
         *([("variant", ", ".join(variant))] if (variant := variant_of(config)) else []),
         ("task", f"`{config.task}`" if config.task else "unnamed"),
         ("shards", f"`{facts.chain['shards']}`" if facts.chain["shards"] else "not recorded"),
+        *([("synthetic questions", made_up)] if (made_up := synthetic_words(facts)) else []),
     ]
     if facts.encoder is not None and ARMS[facts.format.arm].aligned:
         rows.append(("encoder of the teacher's rationales", f"`{facts.encoder['encoder']}`"))
         rows.append(("embeddings", f"`{facts.chain['embeddings']}`"))
     return [*rows, ("student", f"`{facts.student.digest}`")]
+
+
+def synthetic_words(facts: CardFacts) -> str:
+    """How many of the questions a model made up, by split; empty if none."""
+    found = facts.student.extra.get("synthetic")
+    if not found:
+        return ""
+    counts = " and ".join(f"{count:,} of the {split} questions" for split, count in sorted(found["rows"].items()))
+    return f"{counts} were made up by {', '.join(f'`{name}`' for name in found['made_by'])}"
 
 
 def _base_words(facts: CardFacts) -> str:

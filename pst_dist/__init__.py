@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RunResult,
         ScoredRow,
         Student,
+        TeachResult,
         TrainResult,
         evaluate,
         expand_arms,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         load_config,
         load_student,
         run,
+        teach,
     )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "RunResult",
     "ScoredRow",
     "Student",
+    "TeachResult",
     "TrainResult",
     "__version__",
     "evaluate",
@@ -45,6 +48,7 @@ __all__ = [
     "load_config",
     "load_student",
     "run",
+    "teach",
 ]
 
 

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pst_dist.errors import PreemptedError
@@ -150,6 +150,8 @@ class Asking:
                 reply = None
                 try:
                     reply = await self.teacher.ask(request)
+                    usage = replace(reply.usage, prompt_bytes=request.prompt_bytes)
+                    reply = replace(reply, usage=usage)
                     self.journal.add(request.key, reply)
                 finally:
                     self.ledger.end(request, reply)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pst_dist.teacher.asking import Sampling
-from pst_dist.teacher.ledger import Ledger
+from pst_dist.teacher.ledger import TYPICAL_RATIO, Ledger
 from pst_dist.teacher.messages import Reply, Request
 from pst_dist.teacher.new_questions import Inventing
 from pst_dist.teacher.settings import TeachSettings
@@ -26,7 +26,7 @@ def estimate(
 
     `prompts` is the number of prompts with which a new question is checked.
     """
-    ledger = Ledger(settings)
+    ledger = Ledger(settings, ratio=TYPICAL_RATIO)
     requests = prompt_tokens = reply_tokens = 0
 
     def count(request: Request, times: int = 1, further_prompt: int = 0) -> None:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 JOURNAL = "journal.jsonl"
 _RESERVE = "journal.reserve"
 _VERSION = 1
+_DAMAGED = "remove this line: its request will be asked again, and the others are kept"
 _LINE_BYTES = 1 << 12
 _TOKEN_BYTES = 24
 """Room for one generated token: some languages take this many bytes once JSON has escaped them."""
@@ -48,7 +49,8 @@ class Journal:
 
     def add(self, key: str, reply: Reply) -> None:
         """Append one reply and sync it. Raises EnvironmentFault only if not even the reserve had room for it."""
-        line = canonical_json({"key": key, **reply.to_json()}).encode("utf-8", "backslashreplace") + b"\n"
+        reply = reply.storable()
+        line = canonical_json({"key": key, **reply.to_json()}).encode() + b"\n"
         try:
             self._append(line)
         except EnvironmentFault as fault:
@@ -85,11 +87,14 @@ class Journal:
         self._hold_reserve()
 
     def _read(self, line: bytes, number: int) -> None:
-        row = parse_json(line, self.path)
+        try:
+            row = parse_json(line, self.path)
+        except IntegrityError as error:
+            raise IntegrityError(error.what, _DAMAGED, path=self.path, line=number) from error
         if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-            raise IntegrityError("is not a reply", "the journal is damaged: move it away", path=self.path, line=number)
+            raise IntegrityError("is not a reply", _DAMAGED, path=self.path, line=number)
         key = row.pop("key")
-        self.replies[key] = typed(row, Reply, self.path)
+        self.replies[key] = typed(row, Reply, self.path, _DAMAGED)
 
     def _hold_reserve(self) -> None:
         """Allocate the reserve before the first request; raises EnvironmentFault when there is no room for it."""

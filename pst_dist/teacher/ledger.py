@@ -2,7 +2,7 @@
 
 Tokens come from the server's `usage`. Before a request its prompt is estimated from its bytes, with the largest ratio
 of tokens to bytes seen so far; its reply counts with its length limit. A request is sent only if the caps allow that
-for it and for all requests in flight.
+for it and for all requests in flight. So a cap can be exceeded only by what a prompt has more than its estimate.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 from pst_dist.teacher.messages import Reply, Request, Usage
 from pst_dist.teacher.settings import TeachSettings
 
-_FIRST_RATIO = 0.4
-"""Tokens per byte of a prompt before any reply has told. English has about 0.25."""
+TYPICAL_RATIO = 0.3
+"""Tokens per byte of a prompt, of English and a little more."""
+_FIRST_RATIO = 1.0
+"""The same before any reply has told: no usual tokenizer makes more than one token of a byte."""
 _TURN_TOKENS = 8
 """A chat template's own tokens for each turn."""
 _MILLION = 1e6
@@ -34,7 +36,8 @@ class Ledger:
     """Requests of earlier starts; they cost nothing now."""
     failures: dict[str, int] = field(default_factory=dict)
     """This start's attempts without a reply, by reason. A server may have charged for those that ran out of time."""
-    _ratio: float = 0.0
+    ratio: float = 0.0
+    """The most tokens per byte of any prompt so far; 0 before the first."""
     _open: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
@@ -57,8 +60,8 @@ class Ledger:
 
     def prompt_estimate(self, request: Request) -> int:
         """Prompt tokens of a request, rounded up."""
-        size = sum(len(text.encode("utf-8", "surrogatepass")) for _, text in request.turns)
-        return int(size * (self._ratio or _FIRST_RATIO)) + _TURN_TOKENS * len(request.turns) + 1
+        ratio = self.ratio or _FIRST_RATIO
+        return int(request.prompt_bytes * ratio) + _TURN_TOKENS * len(request.turns) + 1
 
     def most(self, request: Request) -> int:
         """Tokens that a request can use: its estimated prompt and its length limit."""
@@ -87,10 +90,6 @@ class Ledger:
         if reply is None:
             return
         self.add(reply)
-        if not reply.usage.estimated and reply.finish != "refused":
-            size = sum(len(text.encode("utf-8", "surrogatepass")) for _, text in request.turns)
-            extra = reply.usage.prompt - _TURN_TOKENS * len(request.turns)
-            self._ratio = max(self._ratio, extra / max(size, 1), 0.05)
 
     def add(self, reply: Reply, *, earlier: bool = False) -> None:
         """Count a reply; `earlier` for one of the journal."""
@@ -99,6 +98,8 @@ class Ledger:
         self.completion_tokens += reply.usage.completion
         self.estimated += reply.usage.estimated
         self.earlier += earlier
+        if reply.usage.prompt_bytes and reply.usage.prompt and not reply.usage.estimated:
+            self.ratio = max(self.ratio, reply.usage.prompt / reply.usage.prompt_bytes)
 
     def failed(self, reason: str) -> None:
         """Count an attempt without a reply."""

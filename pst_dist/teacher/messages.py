@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 Turn = tuple[str, str]
@@ -23,6 +23,11 @@ class Request:
     seed: int | None
     """Different for each sample, so that equal requests differ; None if none is sent."""
 
+    @property
+    def prompt_bytes(self) -> int:
+        """Size of its text."""
+        return sum(len(text.encode("utf-8", "surrogatepass")) for _, text in self.turns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
@@ -31,6 +36,8 @@ class Usage:
     prompt: int
     completion: int
     estimated: bool = False
+    prompt_bytes: int = 0
+    """Size of the prompt's text, from which the tokens of further prompts are estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,11 @@ class Reply:
     thought: str | None = None
     """Reasoning that the server returned in a field of its own (`reasoning_content`, `reasoning`)."""
 
+    def storable(self) -> Reply:
+        """The same with what no row may contain, halves of surrogate pairs and NUL, replaced by U+FFFD."""
+        thought = None if self.thought is None else _storable(self.thought)
+        return replace(self, text=_storable(self.text), finish=_storable(self.finish), thought=thought)
+
     @property
     def is_cut(self) -> bool:
         """Whether the length limit ended it."""
@@ -52,6 +64,10 @@ class Reply:
     def to_json(self) -> dict[str, Any]:
         """A plain dict, as in the journal."""
         return asdict(self)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
 class Teacher(Protocol):

@@ -90,6 +90,9 @@ class TeachSettings:
         unknown = [name for name in self.omit if name not in ("seed", "temperature", "max_tokens", "stop")]
         if unknown:
             raise ConfigError(f"--omit {unknown[0]}: not a field", "use seed, temperature, max_tokens or stop")
+        for name, value in self.extra.items():
+            if has_secret(f"{name}={value}"):
+                raise ConfigError(f"--extra has a secret under {name}", "the key comes from the environment: --key-env")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
             raise ConfigError(
                 "--key-env is not the name of an environment variable",

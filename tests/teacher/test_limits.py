@@ -82,7 +82,7 @@ def request(key: str, size: int = 400) -> Request:
 
 
 def reply(prompt: int, completion: int) -> Reply:
-    return Reply(text="y", finish="stop", usage=Usage(prompt=prompt, completion=completion))
+    return Reply(text="y", finish="stop", usage=Usage(prompt=prompt, completion=completion, prompt_bytes=400))
 
 
 def test_money_and_tokens_are_added_up(tmp_path):
@@ -94,25 +94,27 @@ def test_money_and_tokens_are_added_up(tmp_path):
 
 
 def test_a_cap_counts_the_requests_in_flight_with_the_most_that_they_can_use(tmp_path):
-    account = ledger(tmp_path, max_tokens=1000)
+    account = ledger(tmp_path, max_tokens=2000)
     one = account.most(request("a"))
-    assert 100 + 160 < one < 400
+    assert one == 100 + 400 + 8 + 1, "a token for each byte, before anything is known"
     sent = 0
     while account.refused_by(request(f"{sent}")) is None:
         account.begin(request(f"{sent}"))
         sent += 1
-    assert sent == 1000 // one and account.in_flight == sent
+    assert sent == 2000 // one and account.in_flight == sent
     account.end(request("0"), reply(100, 2))  # it used less, so there may be room again
     assert account.in_flight == sent - 1
     assert account.refused_by(request("n")) is None
 
 
-def test_the_estimate_of_a_prompt_learns_from_the_server(tmp_path):
+def test_the_estimate_of_a_prompt_learns_from_the_server_and_from_the_journal(tmp_path):
     account = ledger(tmp_path)
-    before = account.prompt_estimate(request("a"))
+    account.add(reply(100, 1), earlier=True)
+    assert account.prompt_estimate(request("b")) == 100 + 8 + 1
     account.begin(request("a"))
-    account.end(request("a"), reply(900, 1))  # a token for less than a byte: another script, another tokenizer
-    assert account.prompt_estimate(request("b")) >= 900 > before
+    account.end(request("a"), reply(200, 1))  # another script: the larger ratio counts
+    account.add(reply(50, 1))
+    assert account.prompt_estimate(request("b")) == 200 + 8 + 1
 
 
 def test_a_request_without_a_reply_costs_nothing_but_is_no_longer_in_flight(tmp_path):

@@ -27,7 +27,7 @@ from pst_dist.teacher.asking import Asking, Sampling, is_whole, samplings
 from pst_dist.teacher.endpoint import Endpoint
 from pst_dist.teacher.estimate import estimate
 from pst_dist.teacher.examples import examples_for
-from pst_dist.teacher.journal import open_journal, read_replies
+from pst_dist.teacher.journal import Journal, open_journal, read_replies
 from pst_dist.teacher.judging import Answered, Sample, judge_all
 from pst_dist.teacher.ledger import Ledger
 from pst_dist.teacher.messages import Reply, Teacher
@@ -113,22 +113,27 @@ def teach(config: Config, settings: TeachSettings, make_teacher: MakeTeacher | N
     ) as journal:
         for reply in journal.replies.values():
             ledger.add(reply, earlier=True)
-        teacher = (make_teacher or _teacher)(settings, ledger)
-        proposals, cap = asyncio.run(_ask_all(job, teacher, journal, ledger))
-        return _write(job, journal.replies, ledger, proposals, cap)
+        cap = None
+        if not _is_done(job, journal.replies):  # a finished job needs no key, no server and no model
+            teacher = (make_teacher or _teacher)(settings, ledger)
+            cap = asyncio.run(_ask_all(job, teacher, journal, ledger))
+        return _write(job, journal.replies, ledger, cap)
 
 
-async def _ask_all(job: _Job, teacher: Teacher, journal: Any, ledger: Ledger) -> tuple[Proposals | None, str | None]:
-    """All stages of requests; returns the proposals for new questions and the cap that was reached."""
+def _is_done(job: _Job, replies: Mapping[str, Reply]) -> bool:
+    """Whether the journal has everything."""
+    asked = [*job.works, *job.inventions]
+    return is_whole(asked, replies) and is_whole(_checks(job, _proposals(job, replies)), replies)
+
+
+async def _ask_all(job: _Job, teacher: Teacher, journal: Journal, ledger: Ledger) -> str | None:
+    """All stages of requests; returns the cap that was reached."""
     asking = Asking(teacher, journal, ledger, job.settings)
     try:
         await asking.run("teach", job.works)
-        proposals = None
-        if job.inventions:
-            await asking.run("new questions", job.inventions)
-            proposals = _proposals(job, journal.replies)
-            await asking.run("check new questions", _checks(job, proposals))
-        return proposals, asking.cap
+        await asking.run("new questions", job.inventions)
+        await asking.run("check new questions", _checks(job, _proposals(job, journal.replies)))
+        return asking.cap
     finally:
         await teacher.close()
 
@@ -239,9 +244,7 @@ def _any_of_ours(head: bytes) -> bool:
 # ---- what is written
 
 
-def _write(
-    job: _Job, replies: Mapping[str, Reply], ledger: Ledger, proposals: Proposals | None, cap: str | None
-) -> Outcome:
+def _write(job: _Job, replies: Mapping[str, Reply], ledger: Ledger, cap: str | None) -> Outcome:
     settings, task = job.settings, job.questions.task
     answered = judge_all(job.works, replies, task, settings)
     rows = [_row(one, settings) for one in answered if one.answer is not None and one.kept]
@@ -253,7 +256,8 @@ def _write(
         "ledger": ledger.to_json(),
     }
     everything = [sample for one in answered for sample in one.samples]
-    if proposals is not None:
+    if settings.new_questions:
+        proposals = _proposals(job, replies)
         judged = _judge_proposals(job, proposals, replies)
         report["complete"] = report["complete"] and len(judged) == len(proposals.kept)
         taken = [(one, parent) for one, parent in judged if one.answer is not None and one.kept]

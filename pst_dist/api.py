@@ -164,7 +164,9 @@ def teach(rows: Any, output: str | Path, *overrides: str, config: Source = None,
     from pst_dist.teacher.teach import teach
 
     with _our_errors(), shown_by_default():
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+        }
         try:
             asked = TeachSettings(output=Path(output), **given)
         except TypeError as error:

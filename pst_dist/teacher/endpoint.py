@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import logging
-import os
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError, first_line
-from pst_dist.plain import hidden_character
+from pst_dist.errors import EnvironmentFault, InputError, PstError, first_line
 from pst_dist.redaction import MARK, redact
 from pst_dist.redirects import origin
 from pst_dist.teacher.ledger import Ledger, estimated_usage
 from pst_dist.teacher.limits import Pace
 from pst_dist.teacher.messages import Reply, Request, Usage, as_text
-from pst_dist.teacher.settings import KEY_ENV, TeachSettings
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+from pst_dist.teacher.settings import TeachSettings
+from pst_dist.teacher.wire import cause_of, key_of, make_client, message_of, retry_after
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +33,6 @@ _FIRST_TRIES = 3
 """Attempts while the endpoint has not answered anything yet, so that a wrong address is told soon."""
 _PASSING = (408, 409, 429)
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning")
-_NO_KEY = "none"
 _SHOWN = 200
 
 
@@ -57,9 +51,9 @@ class Endpoint:
         assert settings.endpoint is not None and settings.model is not None
         self.name, self.chat = settings.model, settings.api == "chat"
         self._settings, self._ledger = settings, ledger
-        self._key = _key(settings)
+        self._key = key_of(settings)
         self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
-        self._client = _client(settings, self._key)
+        self._client = make_client(settings, self._key)
         self._answered = ledger.requests > 0
         self._told = 0.0
 
@@ -170,7 +164,7 @@ class Endpoint:
             what = f"no reply within {self._settings.timeout_seconds:g} s"
             raise Again("timeout", what, reached=self._answered) from error
         except openai.APIConnectionError as error:
-            raise Again("connection", f"no connection: {_cause(error)}", reached=False) from error
+            raise Again("connection", f"no connection: {cause_of(error)}", reached=False) from error
         except openai.APIStatusError as error:
             raise self._of_status(error) from error
         except (openai.APIError, ValueError, TypeError, AttributeError) as error:
@@ -178,10 +172,10 @@ class Endpoint:
 
     def _of_status(self, error: Any) -> Exception:
         status = error.status_code
-        said = self._shown(_message(error))
+        said = self._shown(message_of(error))
         where = self._settings.endpoint
         if status in _PASSING or status >= 500:
-            return Again(str(status), f"the server answers {status}: {said}", _retry_after(error.response.headers))
+            return Again(str(status), f"the server answers {status}: {said}", retry_after(error.response.headers))
         if status in (401, 403):
             how = (
                 f"the key in ${self._settings.key_env}" if self._key else f"no key (${self._settings.key_env} is unset)"
@@ -281,66 +275,3 @@ class _Waits:
         if asked is None:
             return float(self._usual(state))
         return asked + random.uniform(0.1, 1 + asked / 10)  # so that they do not all come back at once
-
-
-def _key(settings: TeachSettings) -> str | None:
-    """The key from the environment; None if the variable is unset. Raises ConfigError for one that no header takes."""
-    key = os.environ.get(settings.key_env, "").strip()
-    if not key:
-        if settings.key_env != KEY_ENV:
-            raise ConfigError(f"--key-env {settings.key_env}: this environment variable is not set", "export the key")
-        return None
-    if not key.isascii() or hidden_character(key) or " " in key:
-        raise ConfigError(
-            f"${settings.key_env} is not a key: it has characters that no header may have", "set it again"
-        )
-    return key
-
-
-def _client(settings: TeachSettings, key: str | None) -> AsyncOpenAI:
-    import openai
-
-    timeout = openai.Timeout(settings.timeout_seconds, connect=min(10.0, settings.timeout_seconds))
-    scheme, host, _ = origin(str(settings.endpoint))
-    if key and scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-        log.warning("the key in $%s is sent to %s unencrypted (http)", settings.key_env, host)
-    return openai.AsyncOpenAI(
-        api_key=key or _NO_KEY,
-        base_url=settings.endpoint,
-        timeout=timeout,
-        max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False),
-    )
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds of a Retry-After header, in either of its forms, or of OpenAI's retry-after-ms."""
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(headers.get("retry-after-ms")) / 1000)
-    given = headers.get("retry-after")
-    if given is None:
-        return None
-    with contextlib.suppress(ValueError):
-        seconds = float(given)
-        return max(0.0, seconds) if seconds == seconds else None
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
-    return None
-
-
-def _message(error: Any) -> str:
-    """What a server says about an error: `error.message` of its JSON, or the start of its text."""
-    body = error.body
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        found = inner.get("message") if isinstance(inner, dict) else inner
-        if isinstance(found, str) and found.strip():
-            return found
-    return str(body) if isinstance(body, str) and body.strip() else first_line(error)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason of a connection error: `Connection refused`, `Name or service not known`."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return first_line(error, _SHOWN)

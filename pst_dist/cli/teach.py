@@ -32,6 +32,9 @@ limit ended), dropped.jsonl (the others that were not kept).
 Kill it at any time and type the same command again: no reply in the journal is paid for twice. Requests that were in
 flight, at most --concurrency of them, are asked again. Try with --dry-run, then --limit 20, then without.
 
+on=ray runs replicas of --teacher-model on a Ray cluster, with the settings embed.ray.* (address, num_actors, CPUs and
+GPUs of each); --concurrency counts the rows in flight on all of them.
+
 The key is read from the environment variable OPENAI_API_KEY, or the one that --key-env names, and is never written."""
 
 
@@ -94,21 +97,40 @@ _OPTIONS = (
     more=_more,
 )
 def teach(arguments: argparse.Namespace) -> int:
-    from pst_dist.errors import PreemptedError
+    from pst_dist.errors import ConfigError, PreemptedError
     from pst_dist.teacher.estimate import estimate_lines
     from pst_dist.teacher.report import report_lines
     from pst_dist.teacher.teach import plan, teach
 
+    on_ray = _takes_ray(arguments)
     config, settings = _rows_config(arguments), _settings(arguments)
+    if on_ray and settings.teacher_model is None:
+        raise ConfigError("on=ray runs replicas of --teacher-model", "an endpoint needs no Ray: raise --concurrency")
     if arguments.dry_run:
         print("\n".join(estimate_lines(plan(config, settings), settings)))
         return 0
-    outcome = teach(config, settings)
+    if on_ray:
+        from pst_dist.clusters.ray.teach import ray_teacher
+
+        with ray_teacher(config.embed.ray) as make_teacher:
+            outcome = teach(config, settings, make_teacher)
+    else:
+        outcome = teach(config, settings)
     print("\n".join(report_lines(outcome.report)))
     print(f"{settings.output}: {len(outcome.rows):,} rows; report and dropped replies in {settings.folder}")
     if outcome.cap is not None:
         raise PreemptedError(f"stopped by {outcome.cap}", "raise it, and the same command goes on")
     return 0
+
+
+def _takes_ray(arguments: argparse.Namespace) -> bool:
+    """Whether `on=ray` was given; removes it from the overrides, since it is no key of a config."""
+    from pst_dist.cli.words import spell_on
+
+    words = spell_on(arguments.overrides, ("on",))
+    found = "on=ray" in words
+    arguments.overrides = [word for word in words if word not in ("on=ray", "on=local")]
+    return found
 
 
 def _rows_config(arguments: argparse.Namespace) -> Config:

@@ -13,13 +13,11 @@ from typing import Any
 from pst_dist.errors import InputError
 from pst_dist.models.load import load_language_model, load_tokenizer, positions_of
 from pst_dist.models.locate import locate_model
+from pst_dist.teacher.batches import Batcher
 from pst_dist.teacher.messages import Reply, Request, Usage, as_text
 from pst_dist.teacher.settings import TeachSettings
 
 log = logging.getLogger(__name__)
-
-_GATHER_SECONDS = 0.02
-"""How long the first request of a batch waits for further ones."""
 
 
 def takes_chat(settings: TeachSettings) -> bool:
@@ -45,37 +43,16 @@ class LocalTeacher:
         self.chat = getattr(self._tokenizer, "chat_template", None) is not None
         self._seq2seq = bool(self._model.config.is_encoder_decoder)
         self._positions = positions_of(self._model.config)
-        self._waiting: list[tuple[Request, asyncio.Future[Reply]]] = []
-        self._runner: asyncio.Task[None] | None = None
+        self._batcher = Batcher([lambda requests: asyncio.to_thread(self.answer, requests)], settings.concurrency)
         log.info("teacher %s on %s", self.name, self._device)
 
     async def ask(self, request: Request) -> Reply:
         """The reply; requests that wait at the same time become one batch."""
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, future))
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._run())
-        return await future
+        return await self._batcher.ask(request)
 
     async def close(self) -> None:
         """Drop the model."""
         self._model = None
-
-    async def _run(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(_GATHER_SECONDS)
-            size = self._settings.concurrency
-            batch, self._waiting = self._waiting[:size], self._waiting[size:]
-            try:
-                replies = await asyncio.to_thread(self.answer, [request for request, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), reply in zip(batch, replies, strict=True):
-                if not future.done():
-                    future.set_result(reply)
 
     def answer(self, requests: list[Request]) -> list[Reply]:
         """The replies to some requests, computed as one batch. A prompt that is too long for the model is refused."""

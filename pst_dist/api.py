@@ -167,6 +167,9 @@ def teach(rows: Any, output: str | Path, *overrides: str, config: Source = None,
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
+        for name in ("prompts", "avoid", "omit"):
+            if isinstance(given.get(name), str):  # one of them, as on the command line
+                given[name] = (given[name],)
         try:
             asked = TeachSettings(output=Path(output), **given)
         except TypeError as error:

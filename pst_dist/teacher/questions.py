@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,6 @@ def read_questions(config: Config) -> Questions:
     if not kept:
         first = f"; the first bad row: {rejects[0]}" if rejects else ""
         raise DataError(f"none of {len(rows)} rows can be asked{first}", "run `pst check` on the rows")
-    if len({row.id for row in kept}) < len(kept):
-        raise DataError("two rows with different questions have the same id", "give each row a unique id, or none")
     counts = {"read": len(rows), "bad": len(rejects), "repeated_or_held_out": len(found) - len(kept)}
     counts |= {"asked": len(kept), "without_gold": sum(row.gold is None for row in kept)}
     return Questions(rows=tuple(kept), task=task, rejects=tuple(rejects), avoid=tuple(avoid), counts=counts)
@@ -238,11 +236,20 @@ def _cut(rows: list[Question], size: int | float) -> tuple[list[Question], list[
 
 
 def _each_once(rows: Sequence[Question], held_out: set[str]) -> list[Question]:
-    """Each question once, without those that are also held out. A repeated question keeps its first row."""
-    seen = set(held_out)
+    """Each question once, without those that are also held out; a repeated question keeps its first row.
+
+    Ids often count from 0 in every file: one that is taken gets a number as a suffix.
+    """
+    seen, ids = set(held_out), set()
     kept = []
     for row in rows:
-        if row.key not in seen:
-            seen.add(row.key)
-            kept.append(row)
+        if row.key in seen:
+            continue
+        seen.add(row.key)
+        name, number = row.id, 1
+        while name in ids:
+            number += 1
+            name = f"{row.id[:110]}-{number}"
+        ids.add(name)
+        kept.append(row if name == row.id else replace(row, id=name))
     return kept

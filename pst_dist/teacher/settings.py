@@ -154,17 +154,19 @@ def _check_teacher(settings: TeachSettings) -> None:
 def _check_numbers(settings: TeachSettings) -> None:
     at_least = {"samples": 1, "shots": 1, "reply_tokens": 1, "concurrency": 1, "retries": 0, "new_questions": 0}
     for name, least in at_least.items():
-        if getattr(settings, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be a whole number from {least}, got {value!r}")
     above_zero = ("limit", "requests_per_minute", "tokens_per_minute", "timeout_seconds", "max_cost", "max_tokens")
     for name in above_zero:
         value = getattr(settings, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+            raise ConfigError(f"--{name.replace('_', '-')} must be a number above 0, got {value!r}")
     for name in ("price_in", "price_out"):
-        if not 0 <= getattr(settings, name) < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(settings, name)}")
-    if not 0 <= settings.heat <= 2:
+        value = getattr(settings, name)
+        if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            raise ConfigError(f"--{name.replace('_', '-')} must be a number from 0, got {value!r}")
+    if not (isinstance(settings.heat, int | float) and 0 <= settings.heat <= 2):
         raise ConfigError(f"--temperature must be between 0 and 2, got {settings.temperature}")
     if not 0 <= settings.agree < 1:
         raise ConfigError(f"--agree must be at least 0 and below 1, got {settings.agree}")

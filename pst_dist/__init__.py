@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RunResult,
         ScoredRow,
         Student,
+        TeachResult,
         TrainResult,
         as_dataset,
         evaluate,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         load_config,
         load_student,
         run,
+        teach,
     )
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "RunResult",
     "ScoredRow",
     "Student",
+    "TeachResult",
     "TrainResult",
     "__version__",
     "as_dataset",
@@ -48,6 +51,7 @@ __all__ = [
     "load_config",
     "load_student",
     "run",
+    "teach",
 ]
 
 

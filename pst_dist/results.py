@@ -185,6 +185,26 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeachResult:
+    """What a teacher wrote."""
+
+    path: Path
+    """The rows with rationales, JSON Lines, to use as data.train."""
+    folder: Path
+    """The journal, the report, and the replies that were not kept."""
+    rows: tuple[dict[str, Any], ...] = field(repr=False)
+    """The rows as written."""
+    report: dict[str, Any] = field(repr=False)
+    """All of report.json: quality by prompt, and the ledger of requests, tokens and cost."""
+    cap: str | None
+    """The cap that ended the job early (`--max-cost 5`); None if everything was asked."""
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per question."""
+        return frame_of(self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArmResult:
     """One arm of a finished run."""
 

@@ -21,6 +21,7 @@ from pst_dist.cli.export import export
 from pst_dist.cli.models import models
 from pst_dist.cli.probe import probe
 from pst_dist.cli.submit import submit
+from pst_dist.cli.teach import teach
 from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.words import gather_overrides
 from pst_dist.errors import ConfigError, PstError
@@ -43,7 +44,18 @@ Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 d
 
 
 _VERBS: tuple[Verb, ...] = (
-    *(checks.check, checks.preview, probe, verbs.shard, verbs.embed, checks.plan, checks.doctor, verbs.train, submit),
+    *(
+        checks.check,
+        teach,
+        checks.preview,
+        probe,
+        verbs.shard,
+        verbs.embed,
+        checks.plan,
+        checks.doctor,
+        verbs.train,
+        submit,
+    ),
     *(verbs.evaluate, export, answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),
     *(models, checks.verify, checks.config),
 )

@@ -46,6 +46,8 @@ class ReasoningSample:
     turns: Turns = ()
     """The conversation that ends with the question, where the row has more than a question. `question` has all of it as
     one text."""
+    synthetic: str = ""
+    """The model that made the question up; empty for a question from elsewhere."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -65,7 +67,9 @@ class ReasoningSample:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict with lists instead of tuples, as stored in a shard."""
-        row = {name: value for name, value in asdict(self).items() if value or name not in ("part", "task", "turns")}
+        # Later fields are left out where they are empty, so that the bytes of earlier shards stay what they were.
+        later = ("part", "task", "turns", "synthetic")
+        row = {name: value for name, value in asdict(self).items() if value or name not in later}
         turns = {"turns": [list(turn) for turn in self.turns]} if self.turns else {}
         return {**row, "rationales": list(self.rationales), "choices": list(self.choices), **turns}
 

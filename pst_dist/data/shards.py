@@ -33,7 +33,16 @@ from pst_dist.storage.manifest import MANIFEST, Manifest, sha256_file
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ShardIndex", "ShardInfo", "ShardSet", "SplitReader", "read_shard", "reusable_shards", "write_shards"]
+__all__ = [
+    "ShardIndex",
+    "ShardInfo",
+    "ShardSet",
+    "SplitReader",
+    "read_shard",
+    "reusable_shards",
+    "synthetic_of",
+    "write_shards",
+]
 
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _SHARD = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.tar")
@@ -86,9 +95,21 @@ def write_shards(
                 "samples_per_shard": samples_per_shard,
                 "counts": {split: len(rows) for split, rows in splits.items()},
                 "shards": [asdict(info) for info in table],
-            }
+            } | _synthetic_counts(splits)
     log.info("shards: %d samples in %d shards", sum(map(len, splits.values())), len(table))
     return draft.manifest
+
+
+def _synthetic_counts(splits: dict[str, list[ReasoningSample]]) -> dict[str, Any]:
+    found = {split: sum(bool(sample.synthetic) for sample in rows) for split, rows in splits.items()}
+    makers = sorted({sample.synthetic for rows in splits.values() for sample in rows if sample.synthetic})
+    return {"synthetic": {"rows": {k: n for k, n in found.items() if n}, "made_by": makers}} if makers else {}
+
+
+def synthetic_of(manifest: Manifest) -> dict[str, Any]:
+    """{"synthetic": rows by split and the models that made them up} for the next manifest; {} if there are none."""
+    found = manifest.extra.get("synthetic")
+    return {"synthetic": found} if found else {}
 
 
 def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:

@@ -277,6 +277,7 @@ def _length_lines(samples: Sequence[ReasoningSample]) -> list[str]:
 
 def _finding_lines(loaded: LoadedData) -> list[str]:
     report = loaded.report
+    made_up = sum(bool(sample.synthetic) for samples in loaded.splits.values() for sample in samples)
     found = (
         (report["rows_unused"], "rows in no split of the split file"),
         (report["teacher_wrong_dropped"], "rows dropped because the teacher's answer is wrong"),
@@ -287,6 +288,7 @@ def _finding_lines(loaded: LoadedData) -> list[str]:
         (report["leaks_found"], f"training questions are also held out, first: {report.get('first_leak')}"),
         (report["validation_leaks_found"], "validation questions are also in test"),
         (report.get("leaks_between_sources", 0), "training questions are held out by another source"),
+        (made_up, "questions were made up by a model (synthetic)"),
     )
     return [f"{count:,} {what}" for count, what in found if count]
 

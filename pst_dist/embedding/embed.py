@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
-from pst_dist.data.shards import ShardInfo, ShardSet, read_shard
+from pst_dist.data.shards import ShardInfo, ShardSet, read_shard, synthetic_of
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.files import Files, FolderFiles, RemoteFiles, file_name
 from pst_dist.embedding.store import EmbeddingStore
@@ -272,6 +272,7 @@ def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Ta
             "train_rows": tally.train_rows,
             # How nearly parallel the vectors are; 1 means that all are equal.
             "mean_length": round(float(np.linalg.norm(mean.astype(np.float64))), 6),
+            **synthetic_of(shards.manifest),
         },
     )
     files.keep([MANIFEST], lambda folder: write_manifest(folder, manifest))

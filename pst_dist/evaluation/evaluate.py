@@ -23,7 +23,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config, EvaluateConfig
 from pst_dist.data.sample import ReasoningSample, Turns
-from pst_dist.data.shards import ShardSet
+from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import Task, get_task, task_of
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
@@ -104,18 +104,24 @@ def evaluate(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     results, rows = score_samples(
         config, run, student, samples, task, split=split, shards=shards, validation=shards.split("validation")
     )
-    publish_evaluation(directory, fingerprint, results, rows)
+    publish_evaluation(directory, fingerprint, results, rows, synthetic_of(shards.manifest))
     return results
 
 
 def publish_evaluation(
-    directory: Path, fingerprint: str, results: dict[str, Any], rows: Sequence[dict[str, Any]]
+    directory: Path,
+    fingerprint: str,
+    results: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    origin: dict[str, Any] | None = None,
 ) -> None:
-    """Write results.json and samples.jsonl, replacing an older evaluation in `directory`."""
-    split, student = results["split"], results["student"]["digest"]
-    with Artefact(directory, "evaluation").publish(
-        fingerprint, {"split": split, "rows": len(rows), "student": student}
-    ) as draft:
+    """Write results.json and samples.jsonl, replacing an older evaluation in `directory`.
+
+    `origin` is what the manifest also says about the rows (`data.shards.synthetic_of`).
+    """
+    split = results["split"]
+    extra = {"split": split, "rows": len(rows), "student": results["student"]["digest"], **(origin or {})}
+    with Artefact(directory, "evaluation").publish(fingerprint, extra) as draft:
         write_json(draft.path / RESULTS, results)
         write_text(draft.path / SAMPLES, "".join(canonical_json(row) + "\n" for row in rows))
     log.info(

@@ -126,6 +126,7 @@ def lineage(facts: CardFacts) -> list[tuple[str, str]]:
         ("task", f"`{config.task}`" if config.task else "unnamed"),
         ("rows", _row_words(config)),
         ("shards", f"`{facts.chain['shards']}`" if facts.chain["shards"] else "not recorded"),
+        *([("synthetic questions", made_up)] if (made_up := synthetic_words(facts)) else []),
     ]
     if facts.encoder is not None and ARMS[facts.format.arm].aligned:
         read = f", layer {facts.encoder['layer']}" if "layer" in facts.encoder else ""
@@ -142,6 +143,15 @@ def _lora_words(facts: CardFacts) -> str:
     if lora.quantize:
         words += f"; the base was in 4 bits ({lora.quantize}) while training"
     return words + ("" if facts.is_adapter else "; merged into the base's weights")
+
+
+def synthetic_words(facts: CardFacts) -> str:
+    """How many of the questions a model made up, by split; empty if none."""
+    found = facts.student.extra.get("synthetic")
+    if not found:
+        return ""
+    counts = " and ".join(f"{count:,} of the {split} questions" for split, count in sorted(found["rows"].items()))
+    return f"{counts} were made up by {', '.join(f'`{name}`' for name in found['made_by'])}"
 
 
 def _base_words(facts: CardFacts) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pst_dist.arms import ARMS
 from pst_dist.publish.card_code import answer_code, prompt_text, rationale_code, thinking_code
-from pst_dist.publish.card_facts import CardFacts, lineage, training_words
+from pst_dist.publish.card_facts import CardFacts, lineage, synthetic_words, training_words
 from pst_dist.publish.render import render
 from pst_dist.student.chat import NEXT, SYSTEM
 from pst_dist.student.warm_start import warm_shape
@@ -43,6 +43,7 @@ def model_card(facts: CardFacts) -> str:
         # Training records validation scores; without validation rows it keeps the last step and records none.
         chosen=any(facts.student.extra.get(metric) is not None for metric in ("answer_nll", "accuracy")),
         lineage=lineage(facts),
+        made_up=synthetic_words(facts),
         lower_case=warm_shape(facts.config.student) is not None,
     )
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}"

@@ -18,7 +18,7 @@ import torch
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.data.shards import ShardSet
+from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.peer_watch import alive, at, watched
 from pst_dist.distributed.preemption import StopRequest, end_as_told, stop_requests
@@ -170,7 +170,7 @@ class _Training:
         self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
         self.base = base
         shards = ShardSet.open(run.shards)
-        self.shards_digest = shards.manifest.digest
+        self.shards_digest, self.synthetic = shards.manifest.digest, synthetic_of(shards.manifest)
         samples = shards.split("train")
         if not len(samples):
             raise InputError("these shards contain no training rows", "set data.train", path=run.shards)
@@ -464,6 +464,7 @@ class _Training:
                         "new_token_init": self.config.student.new_token_init,
                         "bf16": self.config.train.bf16,
                         "loss": self.config.loss.model_dump(mode="json"),
+                        **self.synthetic,
                         **value.to_json(),
                     },
                 )

@@ -7,9 +7,11 @@ draft becomes a `Reject` with the reason.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pst_dist.data.sample import ReasoningSample, normalise_question, sample_id
 from pst_dist.data.sources.choices import Convention, gold_answer
@@ -80,9 +82,19 @@ def make_draft(
         choices=found.options.texts if found.options else (),
         source=entry.label,
         turns=found.turns,
+        synthetic=_maker(entry.value),
     )
     correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) if known else None
     return Draft(sample, entry.path, entry.line, correct)
+
+
+def _maker(row: Mapping[str, Any]) -> str:
+    """The model that made the question up, of a row that says so (`synthetic: true`, as `pst teach` writes it)."""
+    mark = row.get("synthetic")
+    if mark is not True and str(mark).lower() != "true":
+        return ""
+    name = row.get("taught_by")
+    return name.strip() if isinstance(name, str) and name.strip() else "unknown"
 
 
 def _as_truth(value: object) -> object:

@@ -91,7 +91,7 @@ def survey(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
 def enforce(config: Config, loaded: LoadedData) -> None:
     """The checks of `load_data` on bad rows, rationales and leaks; raises DataError."""
     report, rejects = loaded.report, loaded.rejects
-    if len(rejects) > _budget(config.data.max_bad, report["rows_read"]):
+    if len(rejects) > bad_budget(config.data.max_bad, report["rows_read"]):
         first = rejects[0]
         more = f" ({len(rejects)} of {report['rows_read']} rows are bad, data.max_bad is {config.data.max_bad})"
         raise DataError(
@@ -122,7 +122,8 @@ def enforce(config: Config, loaded: LoadedData) -> None:
             )
 
 
-def _budget(max_bad: int | str, rows: int) -> int:
+def bad_budget(max_bad: int | str, rows: int) -> int:
+    """How many bad rows data.max_bad allows; raises ConfigError for one that is neither number nor percentage."""
     if isinstance(max_bad, int) and max_bad >= 0:
         return max_bad
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(max_bad))
@@ -161,7 +162,7 @@ class _Survey:
         data = self.config.data
         specs = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
         self._check_config(specs)
-        _budget(data.max_bad, 0)
+        bad_budget(data.max_bad, 0)
         root = Path(data.root).expanduser() if data.root else Path()
         task = get_task(self.config.task, data.answer_type)
         sources = {split: read_specs(spec, split, root) for split, spec in specs.items()}

@@ -1,0 +1,154 @@
+"""`pst teach`: asks a teacher for rationales, and for new questions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pst_dist.cli.verb import OVERRIDES, Option, verb
+
+if TYPE_CHECKING:
+    from pst_dist.config.schema import Config
+    from pst_dist.teacher.settings import TeachSettings
+
+
+def _more() -> str:
+    return """\
+What it does: every question is asked --samples times with every --prompt. A reply is kept if the task's own scoring
+finds the teacher's answer right; rows without an answer take the one on which their samples agree. The output has one
+row per question and goes into `pst check`, `pst run data.train=...` as it is.
+
+prompts:
+  zero_shot  "Let's think step by step", then "Therefore, the answer is" (two requests; Fine-tune-CoT's)
+  few_shot   worked examples first: ours for the 12 tasks, --examples FILE, or --examples rows
+  explain    tells the gold answer and asks why it is right; suits students that answer first
+  FILE       your own: a .txt with {question}, or a .yaml with prompt, system, answer_prompt; {answer} is the gold one
+
+files: OUTPUT.jsonl, and in OUTPUT.teach/ the journal (every reply), report.json, cut.jsonl (replies that the length
+limit ended), dropped.jsonl (the others that were not kept).
+
+Kill it at any time and type the same command again: no reply in the journal is paid for twice. Requests that were in
+flight, at most --concurrency of them, are asked again. Try with --dry-run, then --limit 20, then without.
+
+on=ray runs replicas of --teacher-model on a Ray cluster, with the settings embed.ray.* (address, num_actors, CPUs and
+GPUs of each); --concurrency counts the rows in flight on all of them.
+
+The key is read from the environment variable OPENAI_API_KEY, or the one that --key-env names, and is never written."""
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    """The JSON object of --extra."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+_OPTIONS = (
+    Option("config", metavar="ROWS", help="the rows (a file, hf:... or gen:...), a config, or a ready-made name"),
+    OVERRIDES,
+    Option("-o", "--output", required=True, metavar="FILE.jsonl", help="where the rows with rationales go"),
+    Option("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1"),
+    Option("--model", metavar="NAME", help="the model's name at the endpoint"),
+    Option("--teacher-model", metavar="MODEL", help="instead: a folder, hub id, .gguf or smollm2, in this process"),
+    Option("--api", choices=("chat", "completions"), help="the endpoint's interface (chat)"),
+    Option("--key-env", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"),
+    Option("--prompt", metavar="NAMES", type=_words, dest="prompts", help="one or more, with commas (zero_shot)"),
+    Option("--examples", metavar="FILE", help="few_shot: rows with rationales, or `rows` for the given ones"),
+    Option("--shots", type=int, metavar="N", help="few_shot: examples in a prompt (3)"),
+    Option("--samples", type=int, metavar="K", help="replies for each question and prompt (1)"),
+    Option("--temperature", type=float, metavar="T", help="0 for one sample, 0.7 for several, unless given"),
+    Option("--seed", type=int, metavar="N", help="each request gets a seed of its own from it (0)"),
+    Option("--reply-tokens", type=int, metavar="N", help="length limit of a reply (512)"),
+    Option("--omit", type=_words, metavar="FIELDS", help="fields that the server does not know: seed, max_tokens, ..."),
+    Option("--extra", type=_pairs, metavar="JSON", help="further fields of the request"),
+    Option("--limit", type=int, metavar="N", help="ask the first N questions only"),
+    Option("--thoughts", choices=("drop", "keep"), help="a reasoning model's thought in the rationale (drop)"),
+    Option("--agree", type=float, metavar="SHARE", help="more than this share of samples must agree (0.5)"),
+    Option("--new-questions", type=int, metavar="K", help="also ask for K new questions like each one"),
+    Option("--avoid", action="append", metavar="FILE", help="test rows that no new question may be close to"),
+    Option("--near", type=float, metavar="SIMILARITY", help="from which two questions count as the same (0.7)"),
+    Option("--concurrency", type=int, metavar="N", help="requests at the same time, or rows in a batch (8)"),
+    Option("--requests-per-minute", type=float, metavar="N", help="rate limit"),
+    Option("--tokens-per-minute", type=float, metavar="N", help="rate limit, prompts and replies together"),
+    Option("--timeout", type=float, metavar="S", dest="timeout_seconds", help="seconds that a request may take (120)"),
+    Option("--retries", type=int, metavar="N", help="repetitions after a failure that may pass (6)"),
+    Option("--price-in", type=float, metavar="P", help="price of a million prompt tokens"),
+    Option("--price-out", type=float, metavar="P", help="price of a million generated tokens"),
+    Option("--max-cost", type=float, metavar="C", help="stop before more is spent, over all starts"),
+    Option("--max-tokens", type=int, metavar="N", help="stop before more tokens are used, over all starts"),
+    Option("--dry-run", action="store_true", help="estimate requests, tokens and cost; ask nothing"),
+)
+
+
+@verb(
+    "ask a teacher for rationales, and for new questions",
+    "pst teach rows.jsonl -o rationales.jsonl --endpoint http://localhost:8000/v1 --model NAME --prompt few_shot",
+    *_OPTIONS,
+    more=_more,
+)
+def teach(arguments: argparse.Namespace) -> int:
+    from pst_dist.errors import ConfigError, PreemptedError
+    from pst_dist.teacher.estimate import estimate_lines
+    from pst_dist.teacher.report import report_lines
+    from pst_dist.teacher.teach import plan, teach
+
+    on_ray = _takes_ray(arguments)
+    config, settings = _rows_config(arguments), _settings(arguments)
+    if on_ray and settings.teacher_model is None:
+        raise ConfigError("on=ray runs replicas of --teacher-model", "an endpoint needs no Ray: raise --concurrency")
+    if arguments.dry_run:
+        print("\n".join(estimate_lines(plan(config, settings), settings)))
+        return 0
+    if on_ray:
+        from pst_dist.clusters.ray.teach import ray_teacher
+
+        with ray_teacher(config.embed.ray) as make_teacher:
+            outcome = teach(config, settings, make_teacher)
+    else:
+        outcome = teach(config, settings)
+    print("\n".join(report_lines(outcome.report)))
+    print(f"{settings.output}: {len(outcome.rows):,} rows; report and dropped replies in {settings.folder}")
+    if outcome.cap is not None:
+        raise PreemptedError(f"stopped by {outcome.cap}", "raise it, and the same command goes on")
+    return 0
+
+
+def _takes_ray(arguments: argparse.Namespace) -> bool:
+    """Whether `on=ray` was given; removes it from the overrides, since it is no key of a config."""
+    from pst_dist.cli.words import spell_on
+
+    words = spell_on(arguments.overrides, ("on",))
+    found = "on=ray" in words
+    arguments.overrides = [word for word in words if word not in ("on=ray", "on=local")]
+    return found
+
+
+def _rows_config(arguments: argparse.Namespace) -> Config:
+    """The config with the rows as data.train; of a config, only its data, task and arm-independent keys matter."""
+    from pst_dist.config.loading import is_rows, load_config
+
+    if not is_rows(arguments.config):
+        return load_config(arguments.config, arguments.overrides)
+    files = [arguments.config, *(word for word in arguments.overrides if "=" not in word and is_rows(word))]
+    rest = [word for word in arguments.overrides if word not in files]
+    train = json.dumps(files if len(files) > 1 else files[0])
+    return load_config(None, [f"data.train={train}", "data.validation_size=0", *rest])
+
+
+def _settings(arguments: argparse.Namespace) -> TeachSettings:
+    from pst_dist.teacher.settings import FIELDS, TeachSettings
+
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
+    given["output"] = Path(given["output"])
+    given |= {name: tuple(given[name]) for name in ("prompts", "omit", "avoid") if name in given}
+    return TeachSettings(**given)

@@ -1,0 +1,87 @@
+"""The key, the client, and how servers word a failure: Retry-After, error messages, reasons of a lost connection."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from pst_dist.errors import ConfigError, first_line
+from pst_dist.plain import hidden_character
+from pst_dist.redirects import origin
+from pst_dist.teacher.settings import KEY_ENV, TeachSettings
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+log = logging.getLogger(__name__)
+
+_NO_KEY = "none"
+"""What the client sends where there is no key; it insists on some."""
+_SHOWN = 200
+
+
+def key_of(settings: TeachSettings) -> str | None:
+    """The key from the environment; None if the variable is unset. Raises ConfigError for one that no header takes."""
+    key = os.environ.get(settings.key_env, "").strip()
+    if not key:
+        if settings.key_env != KEY_ENV:
+            raise ConfigError(f"--key-env {settings.key_env}: this environment variable is not set", "export the key")
+        return None
+    if not key.isascii() or hidden_character(key) or " " in key:
+        raise ConfigError(
+            f"${settings.key_env} is not a key: it has characters that no header may have", "set it again"
+        )
+    return key
+
+
+def make_client(settings: TeachSettings, key: str | None) -> AsyncOpenAI:
+    import openai
+
+    timeout = openai.Timeout(settings.timeout_seconds, connect=min(10.0, settings.timeout_seconds))
+    scheme, host, _ = origin(str(settings.endpoint))
+    if key and scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
+        log.warning("the key in $%s is sent to %s unencrypted (http)", settings.key_env, host)
+    return openai.AsyncOpenAI(
+        api_key=key or _NO_KEY,
+        base_url=settings.endpoint,
+        timeout=timeout,
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False),
+    )
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds of a Retry-After header, in either of its forms, or of OpenAI's retry-after-ms."""
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, float(headers.get("retry-after-ms")) / 1000)
+    given = headers.get("retry-after")
+    if given is None:
+        return None
+    with contextlib.suppress(ValueError):
+        seconds = float(given)
+        return max(0.0, seconds) if seconds == seconds else None
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
+    return None
+
+
+def message_of(error: Any) -> str:
+    """What a server says about an error: `error.message` of its JSON, or the start of its text."""
+    body = error.body
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        found = inner.get("message") if isinstance(inner, dict) else inner
+        if isinstance(found, str) and found.strip():
+            return found
+    return str(body) if isinstance(body, str) and body.strip() else first_line(error)
+
+
+def cause_of(error: BaseException) -> str:
+    """The innermost reason of a connection error: `Connection refused`, `Name or service not known`."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return first_line(error, _SHOWN)

@@ -74,15 +74,18 @@ class Questions:
 def read_questions(config: Config) -> Questions:
     """The training rows that `config.data` names; raises as reading them for a run does.
 
-    DataError when no row can be used, ConfigError when there is no data.train.
+    DataError when no row can be used, ConfigError when there is no data.train, or a mixture.
     """
     data = config.data
     if data.train is None:
         raise ConfigError("no rows are named", "pst teach rows.jsonl -o rationales.jsonl")
+    if data.mixture:
+        raise ConfigError("data.train is a mixture", "teach one source at a time: pst teach rows.jsonl -o FILE.jsonl")
+    train = [str(spec) for spec in ([data.train] if isinstance(data.train, str) else data.train)]
     root = Path(data.root).expanduser() if data.root else Path()
     task = get_task(config.task, data.answer_type)
     rejects: list[Reject] = []
-    rows = _read(config, read_specs(data.train, "train", root), task, rejects)
+    rows = _read(config, read_specs(train, "train", root), task, rejects)
     avoid: list[str] = []
     if data.split_file is not None:
         indices, _ = read_split_file(root / data.split_file, len(rows))

@@ -53,7 +53,7 @@ def _inputs(config: Config, settings: TeachSettings) -> list[Path]:
     root = Path(config.data.root).expanduser() if config.data.root else Path()
     train = config.data.train
     words = [train] if isinstance(train, str) else list(train or [])
-    return [root / Path(word).expanduser() for word in words] + [Path(word) for word in settings.avoid]
+    return [root / Path(str(word)).expanduser() for word in words] + [Path(word) for word in settings.avoid]
 
 
 def is_taught(head: bytes) -> bool:

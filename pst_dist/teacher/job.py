@@ -8,9 +8,11 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sources.load import bad_budget
+from pst_dist.data.tasks import Task
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.teacher.asking import Sampling, samplings
 from pst_dist.teacher.examples import examples_for
+from pst_dist.teacher.judging import strict_task
 from pst_dist.teacher.messages import Reply
 from pst_dist.teacher.new_questions import Inventing, Proposals, read_proposals
 from pst_dist.teacher.prompts import Prompt, make_prompt
@@ -43,6 +45,11 @@ class Job:
         if not self.settings.new_questions:
             return []
         return [Inventing(question, self.settings, self.chat) for question in self.questions.rows]
+
+    @property
+    def task(self) -> Task:
+        """How the teacher's answers are read and compared."""
+        return strict_task(self.questions.task)
 
     def identity(self) -> dict[str, Any]:
         """What a journal belongs to, by the names of the options."""
@@ -111,7 +118,7 @@ def takes_chat(settings: TeachSettings) -> bool:
 def proposals_of(job: Job, replies: Mapping[str, Reply]) -> Proposals:
     """The new questions in the replies so far."""
     given = [question.text for question in job.questions.rows]
-    return read_proposals(job.inventions, replies, job.questions.task, job.settings, given, job.avoid)
+    return read_proposals(job.inventions, replies, job.task, job.settings, given, job.avoid)
 
 
 def checks_of(job: Job, proposals: Proposals) -> list[Sampling]:

@@ -57,6 +57,14 @@ class Answered:
         return tuple(one for one in self.samples if one.verdict == "kept")
 
 
+def strict_task(task: Task) -> Task:
+    """The task as a teacher is scored: numbers by value, and never guessed.
+
+    Fine-tune-CoT's rule, which published accuracies of students need, would read "2 + 2 = 4" as 2.
+    """
+    return get_task(None, "number") if task.rule == "fine_tune_cot_numbers" else task
+
+
 def judge_all(
     works: Sequence[Sampling], replies: Mapping[str, Reply], task: Task, settings: TeachSettings
 ) -> list[Answered]:

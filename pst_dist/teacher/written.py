@@ -68,14 +68,14 @@ def _any_of_ours(head: bytes) -> bool:
 
 def write_all(job: Job, replies: Mapping[str, Reply], ledger: Ledger, cap: str | None) -> Outcome:
     """The files of a job as far as it is answered, and its outcome. Raises EnvironmentFault for a full disk."""
-    settings, task = job.settings, job.questions.task
+    settings, task = job.settings, job.task
     answered = judge_all(job.works, replies, task, settings)
     rows = [_row(one, settings) for one in answered if one.answer is not None and one.kept]
     report: dict[str, Any] = {
         "teacher": settings.teacher_name,
         "complete": cap is None and is_whole(job.works, replies),
         "rows": job.questions.counts,
-        "quality": quality(answered, task),
+        "quality": quality(answered, task) | {"task": job.questions.task.name},
         "ledger": ledger.to_json(),
     }
     everything = [sample for one in answered for sample in one.samples]
@@ -111,7 +111,7 @@ def _judge_proposals(job: Job, proposals: Proposals, replies: Mapping[str, Reply
     for work in checks_of(job, proposals):
         works.setdefault(work.question.id, []).append(work)
     return [
-        (judge_proposal(one, own, replies, job.questions.task, job.settings), one.parent)
+        (judge_proposal(one, own, replies, job.task, job.settings), one.parent)
         for one in proposals.kept
         if is_whole(own := works[one.question.id], replies)
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from pst_dist.data.tasks import get_task
 from pst_dist.teacher.asking import samplings
-from pst_dist.teacher.judging import answer_in, judge_all
+from pst_dist.teacher.judging import answer_in, judge_all, strict_task
 from pst_dist.teacher.messages import Reply, Usage
 from pst_dist.teacher.prompts import make_prompt
 from pst_dist.teacher.questions import Question
@@ -121,6 +121,30 @@ def test_a_question_with_an_open_request_is_left_out():
     asked = settings(samples=2)
     works = samplings([Question(id="q", text="?", gold="1")], [make_prompt("zero_shot", NUMBER, (), 1)], asked, True)
     assert judge_all(works, {"q/zero_shot/0/1": said("so")}, NUMBER, asked) == []
+
+
+@pytest.mark.parametrize("name", ["svamp", "gsm8k", "multiarith"])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("The answer is 4.", "4"),
+        ("The answer is $4.00.", "4"),
+        ("The answer is 4 apples.", "4"),
+        ("The answer is 2 + 2 = 4.", "4"),  # the rule for students would take the 2
+        ("The answer is 5 boxes * 100 dollars = 500 dollars.", "500"),
+        ("The answer is 3 or 4.", None),
+        ("The answer is about 4.", None),
+    ],
+)
+def test_numbers_of_a_teacher_are_read_strictly(name, text, wanted):
+    task = strict_task(get_task(name))
+    assert answer_in(text, task, Question(id="q", text="?", gold="4"), whole=False) == wanted
+
+
+def test_gold_answers_are_compared_by_value():
+    assert verdicts(
+        judged("few_shot", ["So. The answer is 51."], task=strict_task(get_task("gsm8k")), gold="51.0")
+    ) == ["kept"]
 
 
 @pytest.mark.parametrize(

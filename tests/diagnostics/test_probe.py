@@ -76,9 +76,9 @@ def test_the_remainder_is_what_the_question_does_not_predict():
     assert abs(nothing.explained) < 0.15
 
 
-def test_the_majority_is_that_of_the_other_folds_and_errors_are_those_of_a_mean():
-    classes = np.array([0] * 60 + [1] * 40)
-    assert majority_rows(classes, fold_of_rows(100)).mean() == 0.6
+def test_the_majority_is_never_under_a_half_of_two_and_errors_are_those_of_a_mean():
+    assert majority_rows(np.array([0] * 60 + [1] * 40)).mean() == 0.6
+    assert majority_rows(np.array([0, 1] * 50)).mean() == 0.5
     share = Share.of(np.array([1, 0, 1, 1]))
     assert share.mean == 0.75 and share.stderr == pytest.approx(0.25)
     assert Share(0.3, 0.1).is_positive and not Share(0.15, 0.1).is_positive

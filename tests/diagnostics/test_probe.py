@@ -128,7 +128,12 @@ def test_the_verb_takes_vectors_of_a_run_and_compares_encoders(tmp_path, capsys)
     from pst_dist.config.loading import RESOLVED, dump_config
     from pst_dist.pipeline import make_embeddings, make_shards
 
-    rows_ = {"data__train": "gen:coin_flip?rows=70&seed=0", "data__validation_size": 10, "task": "coin_flip", "data__test": "gen:coin_flip?rows=12&seed=0"}
+    rows_ = {
+        "data__train": "gen:coin_flip?rows=70&seed=0",
+        "data__validation_size": 10,
+        "task": "coin_flip",
+        "data__test": "gen:coin_flip?rows=12&seed=0",
+    }
     config = small_config(tmp_path / "run" / "data", tmp_path / "run", **rows_)
     make_shards(config)
     make_embeddings(config)

@@ -195,7 +195,7 @@ def _probe_encoder(
     left = remainder(rationales_nE, questions_nE, folds_n)
     readings = []
     for label in labels:
-        majority = majority_rows(label.classes, folds_n)
+        majority = majority_rows(label.classes)
         places = (questions_nE, rationales_nE, left.vectors)
         question, rationale, rest = (right_rows(vectors, label.classes, folds_n).astype(float) for vectors in places)
         readings.append(

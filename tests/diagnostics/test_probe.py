@@ -76,9 +76,9 @@ def test_the_remainder_is_what_the_question_does_not_predict():
     assert abs(nothing.explained) < 0.15
 
 
-def test_the_majority_is_that_of_the_other_folds_and_errors_are_those_of_a_mean():
-    classes = np.array([0] * 60 + [1] * 40)
-    assert majority_rows(classes, fold_of_rows(100)).mean() == 0.6
+def test_the_majority_is_never_under_a_half_of_two_and_errors_are_those_of_a_mean():
+    assert majority_rows(np.array([0] * 60 + [1] * 40)).mean() == 0.6
+    assert majority_rows(np.array([0, 1] * 50)).mean() == 0.5
     share = Share.of(np.array([1, 0, 1, 1]))
     assert share.mean == 0.75 and share.stderr == pytest.approx(0.25)
     assert Share(0.3, 0.1).is_positive and not Share(0.15, 0.1).is_positive
@@ -122,23 +122,30 @@ def test_every_kind_of_answer_gives_labels_or_a_reason():
 
 
 @pytest.mark.encoder
-def test_the_verb_takes_vectors_of_a_run_and_compares_encoders(tmp_path, capsys, monkeypatch, caplog):
+def test_the_verb_takes_vectors_of_a_run_and_compares_encoders(tmp_path, capsys):
     import zoo
 
     from pst_dist.config.loading import RESOLVED, dump_config
     from pst_dist.pipeline import make_embeddings, make_shards
 
-    rows_ = {"data__train": "gen:last_letters?rows=70&seed=0&words=2", "data__validation_size": 10}
+    rows_ = {
+        "data__train": "gen:coin_flip?rows=70&seed=0",
+        "data__validation_size": 10,
+        "task": "coin_flip",
+        "data__test": "gen:coin_flip?rows=12&seed=0",
+    }
     config = small_config(tmp_path / "run" / "data", tmp_path / "run", **rows_)
     make_shards(config)
     make_embeddings(config)
     (tmp_path / "run" / RESOLVED).write_text(dump_config(config))
     other = zoo.make("gpt2", tmp_path / "gpt2")
     assert run_verb(["probe", str(tmp_path / "run"), "--json", "--encoder", f"{other},layer=1"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    found = json.loads(out)
     assert [one["encoder"] for one in found["encoders"]] == ["minilm", "gpt2,layer=1"]
-    assert found["rows"] == 70 and "70 of 70 rationales were embedded before" in caplog.text
-    assert "0 of 70 rationales were embedded before" in caplog.text
+    assert found["rows"] == 70 and "probe: 70 of 70 rationales were embedded before" in err
+    assert "probe: 0 of 70 rationales were embedded before" in err
+    assert all(one["readings"] for one in found["encoders"])
     for one in found["encoders"]:
         assert one["verdict"] in ("yes", "no", "unclear")
         for reading in one["readings"]:

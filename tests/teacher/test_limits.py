@@ -98,7 +98,7 @@ def test_a_cap_counts_the_requests_in_flight_with_the_most_that_they_can_use(tmp
     one = account.most(request("a"))
     assert one == 100 + 400 + 8 + 1, "a token for each byte, before anything is known"
     sent = 0
-    while account.refused_by(request(f"{sent}")) is None:
+    while sent < 50 and account.refused_by(request(f"{sent}")) is None:
         account.begin(request(f"{sent}"))
         sent += 1
     assert sent == 2000 // one and account.in_flight == sent

@@ -29,7 +29,8 @@ from pst_dist.config.loading import (
     ready_made_configs,
     set_key,
 )
-from pst_dist.config.schema import Config, Folder, Positive, RayConfig, Section, Weight
+from pst_dist.config.schema import Config, RayConfig
+from pst_dist.config.section import Folder, Positive, Section, Weight
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.manifest import digest_of
 

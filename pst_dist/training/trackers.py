@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_dist.config.schema import TRACKERS_GROUP, Config
+from pst_dist.config.schema import Config
+from pst_dist.config.schema_train import TRACKERS_GROUP
 from pst_dist.errors import first_line
 from pst_dist.redaction import redact, redact_values
 from pst_dist.storage.atomic import write_text

@@ -347,7 +347,7 @@ def test_without_the_engine_the_file_is_written_and_the_card_says_that_nothing_w
     card = (made.file.parent / "README.md").read_text()
     assert "It has not been loaded by llama.cpp." in card and "Not compared: the package xllamacpp" in card
     monkeypatch.undo()
-    assert export_gguf(config, "q8_0").comparison is not None  # the engine is there now, so it is made again
+    assert export_gguf(config, "q8_0").comparison is not None  # the engine is back: written again
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | 
 def no_column(
     field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path, setting: str = ""
 ) -> DataError:
-    """The error for a column that is not there, with those that are; `setting` names what selects one."""
+    """The error for a missing column, with the columns that exist; `setting` names what selects one."""
     columns = _columns(rows)
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
     near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.5)

@@ -1,0 +1,162 @@
+"""The settings of the training: optimisation, steps, checkpoints, trackers, ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from pst_dist.config.section import Fraction, Plain, Positive, Section, Weight
+
+
+class RayTrainConfig(Section):
+    """Workers of Ray Train; each worker is one rank."""
+
+    address: Plain | None = None
+    """Ray cluster to connect to, as in embed.ray.address. Default: RAY_ADDRESS; otherwise a local cluster."""
+    num_workers: Positive = 1
+    """Number of ranks. More than one requires train.deepspeed."""
+    min_workers: Positive | None = None
+    """Minimum number of ranks. When the cluster shrinks, training continues with as few as this, and grows back to
+    num_workers when there is room. A checkpoint can be resumed with any number of ranks."""
+    num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPU cores per rank."""
+    num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """1 gives each rank a GPU and communicates through NCCL; 0 uses CPUs and gloo."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray places ranks: on few nodes (PACK) or across many (SPREAD). The STRICT_ variants wait until it is
+    possible."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often Ray restarts all ranks after one is lost. They resume from the newest valid checkpoint."""
+    wait_seconds: Annotated[int, Field(ge=0)] = 0
+    """How long to wait for free resources on an autoscaling cluster. 0 refuses immediately what does not fit now."""
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS_GROUP = "pst_dist.trackers"
+
+
+def _tracker_list(value: object) -> object:
+    """Turn a single name or none into a list. Runs of earlier versions saved a single name."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    return [name for name in names if name != "none"] if isinstance(names, list) else names
+
+
+def _known_trackers(names: list[str]) -> list[str]:
+    for name in names:
+        if name in TRACKERS:
+            continue
+        import importlib.metadata  # not for the usual names: it takes longer than reading a config
+
+        brought = sorted(point.name for point in importlib.metadata.entry_points(group=TRACKERS_GROUP))
+        if name not in brought:
+            raise ValueError(f"there is no tracker {name!r}; choose from none, {', '.join((*TRACKERS, *brought))}")
+    if len(set(names)) != len(names):
+        raise ValueError("names a tracker twice")
+    return names
+
+
+class TrainConfig(Section):
+    """Optimisation: a single-process engine by default, DeepSpeed ZeRO when `deepspeed` is set."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate of AdamW."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge;
+    learning_rate times 1 when not given. It follows the same schedule."""
+    weight_decay: Weight = 0.01
+    """Decoupled weight decay. Not applied to biases and norm weights."""
+    adam_beta1: Fraction = 0.9
+    """AdamW beta1: decay rate of the first-moment estimate."""
+    adam_beta2: Fraction = 0.999
+    """AdamW beta2: decay rate of the second-moment estimate."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW epsilon."""
+    max_grad_norm: Weight = 1.0
+    """Maximum global gradient norm; larger gradients are clipped. 0 disables clipping."""
+    global_batch_size: Positive | None = 32
+    """Samples per optimizer step over all ranks. With null it is per_device_train_batch_size times
+    gradient_accumulation_steps times the number of ranks, and so grows with the number of ranks."""
+    per_device_train_batch_size: Positive = 32
+    """Maximum samples per forward pass on one rank. Affects memory, not the gradient."""
+    micro_batch_tokens: Positive | Literal["auto"] | None = "auto"
+    """Maximum tokens per forward pass on one rank, padding included. The rows of a step are sorted by length and cut
+    into passes of like length, with the smallest amount of padding; a row that is longer has a pass of its own.
+    `auto` sets no limit besides the number of samples. null takes rows in the order in which they are drawn. Affects
+    memory and time, not the gradient. One process on a CPU makes more passes where that saves padding; on GPUs and
+    with DeepSpeed there are only as many as the limits require, so set a limit there to reduce padding."""
+    gradient_accumulation_steps: Positive | None = None
+    """Forward passes per optimizer step. Set it only with global_batch_size=null; otherwise it is computed from the two
+    sizes above."""
+    num_train_epochs: Positive = 10
+    """Passes over the training rows. Ignored when max_steps is given."""
+    max_steps: Positive | None = None
+    """Number of optimizer steps. Overrides num_train_epochs."""
+    early_stopping_patience: Positive | None = None
+    """Stop when this many validations in a row have not improved on the best one (`metric_for_best_model`). The best
+    student is kept in any case. The schedule still spans all steps. Default: train all steps."""
+    lr_scheduler_type: Literal[
+        "constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
+    ] = "cosine"
+    """Learning-rate schedule after warm-up, by transformers' names. linear and cosine end at zero; cosine_with_min_lr
+    and warmup_stable_decay end at min_lr_ratio; inverse_sqrt falls with the square root of the step."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+    min_lr_ratio: Fraction = 0.1
+    """Last learning rate of cosine_with_min_lr and warmup_stable_decay, as a share of the peak."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """warmup_stable_decay only: share of the steps, at the end, over which the rate falls along a cosine."""
+    skip_bad_steps: Annotated[int, Field(ge=0)] = 0
+    """How many bad steps (non-finite loss or gradient, or a loss spike) to skip on all ranks. The batch of a skipped
+    step is not trained on. One more bad step, or the third in a row, triggers a rollback or stops the run. 0 stops at
+    the first bad step, with the weights from before it."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 0
+    """How often training may roll back to the newest checkpoint when skipping does not help. The batches since that
+    checkpoint are not repeated. 0 stops the run instead."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """Also treat a step as bad when its loss exceeds the median of the previous steps by this factor. null disables
+    spike detection."""
+    spike_window: Positive = 100
+    """Number of previous steps in that median. Spike detection starts once there are this many."""
+    bf16: bool | Literal["auto"] = False
+    """Compute in bfloat16 with float32 master weights. `auto` chooses once, when a training begins, and records the
+    choice: on a CPU by timing passes of the student in both precisions (bfloat16 is faster on some processors and
+    slower on others, also by the size of the student), on a GPU by its capability."""
+    deepspeed: Plain | None = None
+    """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
+    logging_steps: Positive = 10
+    """Log the loss every this many steps."""
+    eval_steps: Positive | None = None
+    """Evaluate on the validation rows every this many steps. Default: once per epoch."""
+    save_steps: Positive | None = None
+    """Save a checkpoint every this many steps. Default: the interval of eval_steps."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Number of checkpoints to keep. At least two, so that an older one remains when the newest is damaged."""
+    save_in_background: bool = False
+    """Copy the state to host memory and write it in a thread while training continues. The files are the same. Needs as
+    much extra memory as this rank's part of the checkpoint."""
+    accept_changes: bool = False
+    """Resume a stopped run with different settings where that is possible (learning rate, steps, loss weights…).
+    Without it, any changed setting is refused by name."""
+    metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
+    """How the best checkpoint is chosen, on validation rows only. `answer_nll` is the negative log-likelihood of the
+    text up to the end of the answer (which includes the rationale in arms that think first); `accuracy` decodes the
+    rows."""
+    report_to: Annotated[list[str], BeforeValidator(_tracker_list), AfterValidator(_known_trackers)] = ["tensorboard"]
+    """Where to write metrics in addition to metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker
+    from another package (entry points in the group pst_dist.trackers). `none` writes metrics.jsonl only."""
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    """Number of processes that tokenise in advance. 0 tokenises in the training process."""
+    num_threads: Positive | None = None
+    """torch threads per rank on CPU. Default: torch's own default."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600
+    """With several ranks: stop the run and name the rank that hangs when no rank has made progress for this long. Must
+    exceed the longest operation that reports no progress: loading the model, a forward and backward pass, writing one
+    checkpoint file."""
+    backend: Literal["local", "ray"] = "local"
+    """`local` uses the ranks that the launcher started (one without a launcher), `ray` uses Ray Train workers. Training
+    is the same."""
+    ray: RayTrainConfig = RayTrainConfig()
+    """Settings of the Ray backend."""

@@ -220,3 +220,18 @@ def test_the_base_of_a_run_with_an_adapter_is_recorded(tmp_path):
     foreign(base, tmp_path / "adapter")
     settings = Config.model_validate({"student": {"model_name_or_path": str(tmp_path / "adapter")}}).student
     assert len(base_of(settings)["sha256"]) == 64
+
+
+def test_a_base_from_a_gguf_file_is_named_and_merged(tmp_path):
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_gguf
+
+    folder = zoo.make("llama3", tmp_path / "zoo")
+    file = write_gguf(AutoModelForCausalLM.from_pretrained(folder), folder / "tokenizer.json", tmp_path / "base.gguf")
+    one = adapted(lora_config(tmp_path / "run", file))
+    one.fit(10, 3e-2)
+    one.save()
+    saved, ids = load_student(tmp_path / "run" / "best", device="cpu"), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        mine = one.student.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(saved.model(input_ids=ids).logits, mine, atol=2e-5, rtol=1e-4)

@@ -145,22 +145,6 @@ def test_frozen_matrices_in_bfloat16_train_as_in_float32(name, tmp_path):
     assert two == pytest.approx(one, rel=0.02) and two != one
 
 
-def test_a_base_from_a_gguf_file_is_named_and_merged(tmp_path):
-    pytest.importorskip("gguf")
-    from tiny_gguf import write_gguf
-    from transformers import AutoModelForCausalLM
-
-    folder = zoo.make("llama3", tmp_path / "zoo")
-    file = write_gguf(AutoModelForCausalLM.from_pretrained(folder), folder / "tokenizer.json", tmp_path / "base.gguf")
-    one = adapted(lora_config(tmp_path / "run", file))
-    one.fit(10, 3e-2)
-    one.save()
-    saved, ids = load_student(tmp_path / "run" / "best", device="cpu"), torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        mine = one.student.model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(saved.model(input_ids=ids).logits, mine, atol=2e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

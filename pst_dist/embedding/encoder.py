@@ -65,7 +65,7 @@ class TextEncoder:
         default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
         self._prefix: str = config.prefix or default or ""
         self._max_length: int | None = self._model.max_seq_length
-        self._prompt_tokens = self._tokens_left_out()
+        self._prompt_tokens = 0 if causal else self._tokens_left_out()
         self._width: int | None = config.truncate_dim or getattr(self._model, "truncate_dim", None)
         self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
         digests = {str(path.relative_to(folder)): sha256_file(path) for path in _files_of(config, folder)}

@@ -46,7 +46,7 @@ def llama3_scaled():
     import transformers
 
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
-    core = zoo._surround(zoo._bytes(special, words=vocabulary._LLAMA3), first=special[0])
+    core = zoo.surrounded(zoo.byte_tokenizer(special, words=vocabulary._LLAMA3), first=special[0])
     core.model = models.BPE(**_parts(core), ignore_merges=True)
     rope = {
         "rope_type": "llama3",
@@ -67,7 +67,7 @@ def qwen2_own():
     """Qwen 2's regex and normaliser, biases in the attention, spare rows in the embeddings."""
     import transformers
 
-    core = zoo._bytes(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], words=vocabulary._QWEN2)
+    core = zoo.byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], words=vocabulary._QWEN2)
     core.normalizer = normalizers.NFC()
     core.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     shape = transformers.Qwen2Config(

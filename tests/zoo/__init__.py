@@ -3,6 +3,6 @@
 `families` makes the models, `exports` trains, exports and asks them; `python -m tests.zoo` prints the matrix.
 """
 
-from .families import CAUSAL, FAMILIES, GROUPED, WIDTH, gemma_model, make
+from .families import CAUSAL, FAMILIES, GROUPED, WIDTH, byte_tokenizer, gemma_model, make, surrounded
 
-__all__ = ["CAUSAL", "FAMILIES", "GROUPED", "WIDTH", "gemma_model", "make"]
+__all__ = ["CAUSAL", "FAMILIES", "GROUPED", "WIDTH", "byte_tokenizer", "gemma_model", "make", "surrounded"]

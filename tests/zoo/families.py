@@ -38,7 +38,7 @@ def _family(build: Callable[[], Made]) -> Callable[[], Made]:
     return build
 
 
-def _bytes(special: list[str], *, words: str | None = None) -> Tokenizer:
+def byte_tokenizer(special: list[str], *, words: str | None = None) -> Tokenizer:
     """Byte-level BPE, as GPT-2 has it, or with words cut by a pattern of its own."""
     core = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
@@ -74,7 +74,7 @@ def _pieces(special: list[str], *, prefix: bool = True) -> Tokenizer:
     return core
 
 
-def _surround(core: Tokenizer, *, first: str = "", last: str = "") -> Tokenizer:
+def surrounded(core: Tokenizer, *, first: str = "", last: str = "") -> Tokenizer:
     used = [token for token in (first, last) if token]
     template = " ".join(part for part in (first, "$A", last) if part)
     pairs = [(token, core.token_to_id(token)) for token in dict.fromkeys(used)]
@@ -85,7 +85,7 @@ def _surround(core: Tokenizer, *, first: str = "", last: str = "") -> Tokenizer:
 @_family
 def gpt2() -> Made:
     """No BOS, no padding token; end, beginning and unknown are one token; positions are learnt."""
-    core = _bytes(["<|endoftext|>"])
+    core = byte_tokenizer(["<|endoftext|>"])
     size = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=core.get_vocab_size(), bos_token_id=0, eos_token_id=0, **size)
@@ -98,8 +98,8 @@ def gpt2() -> Made:
 def llama3() -> Made:
     """A BOS before every text, two end tokens, sampling in its generation config, tied embeddings, no padding token."""
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    core = _surround(
-        _bytes(special, words=r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), first=special[0]
+    core = surrounded(
+        byte_tokenizer(special, words=r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), first=special[0]
     )
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -113,7 +113,7 @@ def llama3() -> Made:
 @_family
 def llama2() -> Made:
     """SentencePiece with a space put before every text, a BOS, byte fallback, untied embeddings."""
-    core = _surround(_pieces(["<unk>", "<s>", "</s>"]), first="<s>")
+    core = surrounded(_pieces(["<unk>", "<s>", "</s>"]), first="<s>")
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=core.get_vocab_size(), tie_word_embeddings=False, **GROUPED)
     )
@@ -134,7 +134,7 @@ def mistral() -> Made:
 @_family
 def qwen() -> Made:
     """Padding and end differ, spare rows in the embeddings, tokens that are added but not special."""
-    core = _bytes(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    core = byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
     model = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
@@ -153,7 +153,7 @@ def gemma_model(vocabulary: int, **settings: Any) -> Any:
 @_family
 def gemma() -> Made:
     """A BOS without which it writes nonsense, no space before a text, embeddings scaled by the width."""
-    core = _surround(_pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"], prefix=False), first="<bos>")
+    core = surrounded(_pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"], prefix=False), first="<bos>")
     model = gemma_model(core.get_vocab_size())
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return model, core, {"tokenizer_class": "GemmaTokenizer", **tokens}
@@ -162,7 +162,7 @@ def gemma() -> Made:
 @_family
 def opt() -> Made:
     """BOS, end and unknown are one token; learnt positions count from two."""
-    core = _surround(_bytes(["<s>", "<pad>", "</s>", "<unk>"]), first="</s>")
+    core = surrounded(byte_tokenizer(["<s>", "<pad>", "</s>", "<unk>"]), first="</s>")
     model = transformers.OPTForCausalLM(
         transformers.OPTConfig(
             vocab_size=core.get_vocab_size(),
@@ -181,7 +181,7 @@ def opt() -> Made:
 @_family
 def neox() -> Made:
     """Runs of spaces are added tokens; a padding token that nothing names."""
-    core = _bytes(["<|endoftext|>", "<|padding|>"])
+    core = byte_tokenizer(["<|endoftext|>", "<|padding|>"])
     core.add_tokens([AddedToken(" " * count, normalized=True) for count in range(8, 2, -1)])
     model = transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(
@@ -209,7 +209,7 @@ def t5() -> Made:
     )
     core.train_from_iterator(CORPUS, trainer)
     core.add_special_tokens([AddedToken(f"<extra_id_{number}>", special=True) for number in range(8)])
-    _surround(core, last="</s>")
+    surrounded(core, last="</s>")
     model = transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=core.get_vocab_size(),
@@ -230,7 +230,7 @@ def t5() -> Made:
 @_family
 def bart() -> Made:
     """Encoder-decoder that begins and ends every text with a token, with beam search in its generation config."""
-    core = _bytes(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    core = byte_tokenizer(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     core.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     model = transformers.BartForConditionalGeneration(
         transformers.BartConfig(

@@ -76,16 +76,21 @@ def start_new_tokens(model: Any, tokenizer: Any, start: str) -> None:
     Call it after the embeddings have been resized. The stop token gets the input row, the output row and the output
     bias. The semantic token is only given to the model and never predicted, so it gets the input row alone; where input
     and output share one matrix, it keeps its own row, because a copy would take half of its source's probability.
+    A token that the base knew already, such as those of an earlier student of ours, keeps its trained rows.
     """
-    if start == MEAN:
+    known = getattr(tokenizer, "known_before", ())
+    if start == MEAN or {STOP_TOKEN, SEMANTIC_TOKEN} <= set(known):
         return
     source = source_id(tokenizer, start)
     stop, semantic = (tokenizer.convert_tokens_to_ids(token) for token in (STOP_TOKEN, SEMANTIC_TOKEN))
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
+        if SEMANTIC_TOKEN not in known and outputs.weight is not inputs.weight:
+            inputs.weight[semantic] = inputs.weight[source]
+        if STOP_TOKEN in known:
+            return
         inputs.weight[stop] = inputs.weight[source]
         if outputs.weight is not inputs.weight:
-            inputs.weight[semantic] = inputs.weight[source]
             outputs.weight[stop] = outputs.weight[source]
         for bias in (getattr(outputs, "bias", None), getattr(model, "final_logits_bias", None)):
             if bias is not None:

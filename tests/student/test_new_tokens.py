@@ -48,6 +48,22 @@ def test_a_copied_stop_has_its_sources_logit_and_the_semantic_token_is_no_rival(
     assert torch.equal(inputs[semantic], inputs[source]) is not tied
 
 
+@pytest.mark.parametrize("name", ["llama3", "t5"])
+def test_an_earlier_student_of_ours_keeps_the_rows_that_it_has_trained(folders, name, tmp_path):
+    config = config_of(folders[name], "eos")
+    tokenizer = build_tokenizer(config.student, ROWS)
+    earlier = build_model(config, tokenizer)
+    rows = [tokenizer.convert_tokens_to_ids(token) for token in (STOP_TOKEN, SEMANTIC_TOKEN)]
+    with torch.no_grad():
+        earlier.get_input_embeddings().weight[rows] += 1.0
+    earlier.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    later = config_of(tmp_path, "eos")
+    model = build_model(later, build_tokenizer(later.student, ROWS))
+    for ours, theirs in zip(model.parameters(), earlier.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama2", "qwen"])
 def test_the_mean_leaves_the_model_as_it_was_resized_before(folders, name):
     from transformers import AutoModelForCausalLM

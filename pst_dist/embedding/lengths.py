@@ -102,9 +102,10 @@ def _tokenizer(place: Path, config: EmbedConfig) -> tuple[Any, int | None]:
     options = own.get("processor_kwargs") or own.get("tokenizer_args") or {}
     if own.get("max_seq_length") is not None:
         options = {"model_max_length": own["max_seq_length"], **options}
+    given = {name: value for name, value in options.items() if name not in ("local_files_only", "trust_remote_code")}
     with loading_errors("the sentence encoder", model, "modules.json"):
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(place), **{**options, "local_files_only": True, "trust_remote_code": False}
+            str(place), **given, local_files_only=True, trust_remote_code=False
         )
         limit = int(tokenizer.model_max_length)
         if "model_max_length" not in options:

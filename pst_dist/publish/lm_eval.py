@@ -141,6 +141,11 @@ def utils_source(task: Task, fmt: AnswerFormat) -> str:
     rules = rules.replace("from __future__ import annotations\n", "").replace(_SCHEMA, "AnswerType = str")
     # The modules are merged into one here, so their imports of each other are removed.
     rules = re.sub(r"^from pst_dist\.data\.tasks\.\w+ import .*\n", "", rules, flags=re.MULTILINE)
+    # Expressions are compared in processes of this package; `write_lm_eval_task` refuses such tasks.
+    refused = 'raise ValueError("mathematical expressions are not scored here")'
+    rules = re.sub(
+        r"^( +)from pst_dist\.data\.tasks\.math_answers import .*$", rf"\1{refused}", rules, flags=re.MULTILINE
+    )
     marker = None if ARMS[fmt.arm].answers_first else fmt.answer_marker.strip()
     return f"""{rules}
 

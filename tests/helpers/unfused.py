@@ -50,7 +50,7 @@ def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:
 
 def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, and at the end the three means over the validation rows."""
-    training = _Training(config, RunDir(output, data=Path(config.data_dir)), Ranks(), StopRequest())
+    training = _Training(config, RunDir(output, data=Path(config.data_dir)), Ranks(), StopRequest(), None)
     student, train = training.student, config.train
     optimizer = torch.optim.AdamW(
         parameter_groups(student, train.weight_decay),
@@ -58,7 +58,7 @@ def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
         eps=train.adam_epsilon,
     )
     curve = []
-    for step, batches in enumerate(training._batches(0)):
+    for step, batches in enumerate(training._batches(0, None)):
         student.train()
         scales = training.weights.scales(sum(batch.counts for batch in batches)).float()
         total = sum((unfused_sums(student, batch) * scales).sum() for batch in batches)

@@ -293,6 +293,8 @@ def test_no_call_in_the_package_may_run_foreign_code():
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name not in ("from_pretrained", "from_config", "SentenceTransformer", "CrossEncoder", "pipeline"):
                 continue
+            if isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "PeftConfig":
+                continue  # reads one JSON file, and has no code to run
             seen += 1
             said = {word.arg: word.value for word in node.keywords}.get("trust_remote_code")
             assert isinstance(said, ast.Constant) and said.value is False, f"{path}:{node.lineno}: {name}"

@@ -204,6 +204,7 @@ def test_a_weight_stays_within_bounds_when_a_term_is_learnt_or_absent():
             grad_norm=1.0,
             learning_rate=1e-3,
             tokens=3,
+            padding=0.0,
         )
 
     state = RunState("f", "single", 1)

@@ -218,7 +218,7 @@ def test_embedding_says_how_many_rationales_it_truncates_and_the_manifest_keeps_
     folder = _folder(tmp_path / "short", sentence_bert_config={"max_seq_length": 16})
     with caplog.at_level("WARNING"):
         manifest = embed_all(EmbedConfig(encoder=folder, device="cpu"), shards, tmp_path / "embeddings")
-    assert "1 of 5 rationales exceed the encoder's 16 tokens and are truncated" in caplog.text
+    assert "1 of 5 rationales exceed the encoder's 16 tokens and lose their end" in caplog.text
     assert (manifest.extra["truncated"], manifest.extra["encoder"]["max_seq_length"]) == (1, 16)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import logging
 import threading
 from collections.abc import Iterator
@@ -352,9 +353,9 @@ def _from_gguf(family: Any, shape: Any, place: ModelPlace, what: str, **extra: A
     be saved, and does not report missing weights.
     """
     import torch
-    import transformers.modeling_gguf_pytorch_utils
 
-    gguf_utils: Any = transformers.modeling_gguf_pytorch_utils  # its progress bar is replaced below
+    # As an attribute of transformers only newer releases have it. Its progress bar is replaced below.
+    gguf_utils: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
     config = copy.deepcopy(shape)
     config.dtype, config.architectures = torch.float32, None

@@ -203,6 +203,10 @@ def test_settings_that_an_encoder_lacks_do_not_stand_in_its_identity(encoder):
 def test_vectors_with_too_many_numbers_are_stale_once_the_folder_shortens_them(copied, tmp_path):
     shards, directory = copied
     folder = _folder(tmp_path / "minilm", config_sentence_transformers={"truncate_dim": 64})
+    from sentence_transformers import SentenceTransformer
+
+    if SentenceTransformer(str(folder), device="cpu", local_files_only=True).truncate_dim is None:
+        pytest.skip("this sentence-transformers does not read truncate_dim from the folder")
     config = EmbedConfig(encoder=folder, device="cpu")
     made_by = json.loads((directory / "manifest.json").read_text())["extra"]["encoder"]
     assert made_by["dimension"] == 384

@@ -42,7 +42,9 @@ def with_special_tokens(tokenizer: Any) -> Any:
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
     # A model that was distilled here before has trained rows for our tokens (`new_tokens.start_new_tokens`).
-    tokenizer.known_before = tuple(token for token in (STOP_TOKEN, SEMANTIC_TOKEN) if token in tokenizer.get_vocab())
+    unknown = (None, tokenizer.unk_token_id)
+    ours = (STOP_TOKEN, SEMANTIC_TOKEN)
+    tokenizer.known_before = tuple(one for one in ours if tokenizer.convert_tokens_to_ids(one) not in unknown)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [STOP_TOKEN, SEMANTIC_TOKEN]}, replace_extra_special_tokens=False
     )

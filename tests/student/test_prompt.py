@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import chats
 import pytest
+import transformers
 import zoo
+from packaging.version import Version
 from tiny import ROWS
 
 from pst_dist.config.schema import Config
@@ -93,6 +95,8 @@ def test_a_fresh_student_keeps_its_prompt_and_a_given_one_is_never_changed(folde
     ("name", "template"), [("gpt2", SHOUTING), ("llama2", chats.TEMPLATES["llama2"])], ids=["shouting", "llama2"]
 )
 def test_a_template_that_fixed_text_cannot_reproduce_gives_way_to_the_plain_prompt(folders, name, template, caplog):
+    if name == "llama2" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("some earlier releases put the same space before both, so that fixed text does reproduce it")
     assert prompt_of(*parts(folders, name, template)).turns is None
     assert text_of(*parts(folders, name, template)) == PLAIN_PROMPT
     assert "cannot be reproduced token by token" in caplog.text

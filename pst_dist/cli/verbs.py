@@ -228,7 +228,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pst_dist.config.run_dir import expand_arms
     from pst_dist.pipeline import run_all
 
-    if arguments.dry_run:
+    if getattr(arguments, "dry_run", False):
         return _dry_run(arguments)
     config = lasting_config_of(arguments)
     pages = run_all(config, rebuild=arguments.rebuild)

@@ -36,9 +36,9 @@ _NAMES = {
     "evaluation": re.compile(r"results\.json|samples\.jsonl"),
     "checkpoint": re.compile(r"run_state\.json|[A-Za-z0-9_.-]{1,100}\.safetensors"),
     "checkpoints": re.compile(r"checkpoint-\d+"),
-    "messages": re.compile(r"[a-z][a-z0-9_]*\.jsonl"),
-    "parquet": re.compile(r"[a-z][a-z0-9_]*\.parquet"),
-    "gguf": re.compile(r".+\.gguf|Modelfile|README\.md"),
+    "messages": re.compile(r"[a-z][a-z0-9_]{0,99}\.jsonl"),
+    "parquet": re.compile(r"[a-z][a-z0-9_]{0,99}\.parquet"),
+    "gguf": re.compile(r".{1,200}\.gguf|Modelfile|README\.md"),
     "lm_eval": re.compile(r"rows\.jsonl|utils\.py|pst_.+\.yaml|__pycache__"),
 }
 """Kind -> the names in a directory of that kind; `checkpoints` and `lm_eval` have no manifest of their own."""

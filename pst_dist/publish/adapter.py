@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import InputError
-from pst_dist.evaluation.adaptive import chosen_threshold
 from pst_dist.evaluation.evaluate import evaluations_of
 from pst_dist.models import adapters
 from pst_dist.models.locate import locate_model
-from pst_dist.publish.card_facts import CardFacts
-from pst_dist.publish.export import chain_of, generation_settings, prepare_tokenizer
-from pst_dist.publish.model_card import model_card
+from pst_dist.publish.export import chain_of, generation_settings, write_beside_weights
 from pst_dist.storage.artefact import Artefact
-from pst_dist.storage.atomic import write_text
-from pst_dist.storage.manifest import digest_of, write_json
-from pst_dist.student.saved import FORMAT_FILE, load_student
+from pst_dist.storage.manifest import digest_of
+from pst_dist.student.saved import load_student
 
 log = logging.getLogger(__name__)
 _VERSION = 1
@@ -73,22 +68,6 @@ def export_adapter(config: Config, *, rebuild: bool = False) -> Path:
         for name in (adapters.CONFIG, adapters.WEIGHTS):
             shutil.copyfile(run.best / name, draft.path / name)
         generation_settings(student, config.evaluate.max_new_tokens).save_pretrained(draft.path)
-        prepare_tokenizer(student)
-        student.tokenizer.save_pretrained(draft.path)
-        fmt = replace(student.format, think_below=chosen_threshold(evaluations))
-        write_json(draft.path / FORMAT_FILE, fmt.to_json())
-        has_template = student.tokenizer.chat_template is not None
-        facts = CardFacts(
-            config,
-            student.format,
-            student.manifest,
-            evaluations,
-            encoder,
-            chain,
-            student.model,
-            has_template,
-            is_adapter=True,
-        )
-        write_text(draft.path / "README.md", model_card(facts))
+        write_beside_weights(draft.path, config, student, evaluations, encoder, chain, is_adapter=True)
     log.info("exported the adapter to %s; it loads with peft on top of its base", run.adapter)
     return run.adapter

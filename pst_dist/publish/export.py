@@ -77,25 +77,33 @@ def export(config: Config, *, rebuild: bool = False, licence: str | None = None)
     with artefact.publish(fingerprint, extra) as draft:
         student.model.generation_config = generation_settings(student, config.evaluate.max_new_tokens)
         student.model.save_pretrained(draft.path)
-        prepare_tokenizer(student)
-        student.tokenizer.save_pretrained(draft.path)
-        fmt = replace(student.format, think_below=chosen_threshold(evaluations))
-        write_json(draft.path / FORMAT_FILE, fmt.to_json())
-        has_template = student.tokenizer.chat_template is not None
-        facts = CardFacts(
-            config,
-            student.format,
-            student.manifest,
-            evaluations,
-            encoder,
-            chain,
-            student.model,
-            has_template,
-            licence=licence,
-        )
-        write_text(draft.path / "README.md", model_card(facts))
+        write_beside_weights(draft.path, config, student, evaluations, encoder, chain, licence=licence)
     log.info("exported to %s; it loads with plain transformers", run.export)
     return run.export
+
+
+def write_beside_weights(
+    folder: Path,
+    config: Config,
+    student: LoadedStudent,
+    evaluations: Any,
+    encoder: Any,
+    chain: dict[str, Any],
+    **about: Any,
+) -> None:
+    """Write what a whole model and an adapter alone both have: tokenizer, answer format and model card.
+
+    `about` are the further fields of `CardFacts`: licence, is_adapter.
+    """
+    prepare_tokenizer(student)
+    student.tokenizer.save_pretrained(folder)
+    fmt = replace(student.format, think_below=chosen_threshold(evaluations))
+    write_json(folder / FORMAT_FILE, fmt.to_json())
+    has_template = student.tokenizer.chat_template is not None
+    facts = CardFacts(
+        config, student.format, student.manifest, evaluations, encoder, chain, student.model, has_template, **about
+    )
+    write_text(folder / "README.md", model_card(facts))
 
 
 def _licence_of(folder: Path) -> str | None:

@@ -199,6 +199,8 @@ _NOISE = re.compile(
     # Checked by this package, which refuses or reports them in its own words: weights that are missing from the files
     # (`models.load`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
     r"LOAD REPORT|seem corrupted|generation flags|longer than the specified maximum"
+    # Which of two checkpoints is older, when both were written within a second (`embedding.train_encoder`).
+    r"|mtime may not be reliable"
     # Only relevant to the callers of a library.
     r"|deprecat|will be removed|use_cache=(True|False)|loss_type"
     r"|new (embeddings|lm_head weights) will be|special tokens have been added",

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
 from pst_dist.cli.answer import answer
+from pst_dist.cli.encoder import encoder
 from pst_dist.cli.experiment import experiment
 from pst_dist.cli.export import export
 from pst_dist.cli.models import models
@@ -49,6 +50,7 @@ _VERBS: tuple[Verb, ...] = (
         teach,
         checks.preview,
         probe,
+        encoder,
         verbs.shard,
         verbs.embed,
         checks.plan,

@@ -24,13 +24,22 @@ from pst_dist.cli.words import config_of
         help="also probe this encoder, with its settings: NAME,layer=15,pooling=last (may be repeated)",
     ),
     Option("-n", "--rows", type=_at_least_one, default=1000, help="rows at most (default %(default)s)"),
+    Option(
+        "--split",
+        choices=("train", "validation"),
+        help="rows of this split only: validation for an encoder trained on the training rows (default: both)",
+    ),
     Option("--json", action="store_true", help="print the numbers as JSON"),
 )
 def probe(arguments: argparse.Namespace) -> int:
     from pst_dist.diagnostics.probe import probe
 
     report = probe(
-        config_of(arguments), arguments.encoder, most_rows=arguments.rows, from_run=Path(arguments.config).is_dir()
+        config_of(arguments),
+        arguments.encoder,
+        most_rows=arguments.rows,
+        from_run=Path(arguments.config).is_dir(),
+        split=arguments.split,
     )
     print(json.dumps(report.to_json(), indent=2) if arguments.json else "\n".join(report.lines()))
     return 0

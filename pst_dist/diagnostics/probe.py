@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _LEAST_ROWS = 50
+_SPLITS = ("train", "validation")
 _LEAST_PER_CLASS = 5
 """Rows per class on average, below which a probe cannot learn the classes."""
 _POSITIONS = ("first", "second", "third", "fourth")
@@ -170,16 +171,22 @@ def _encoder_lines(one: Probed) -> list[str]:
 
 
 def probe(
-    config: Config, encoders: Sequence[str] = (), *, most_rows: int = 1000, from_run: bool = False
+    config: Config,
+    encoders: Sequence[str] = (),
+    *,
+    most_rows: int = 1000,
+    from_run: bool = False,
+    split: str | None = None,
 ) -> ProbeReport:
     """Probe the config's encoder and those given (`NAME,layer=N,pooling=last`) on training and validation rows.
 
+    `split` takes the rows of one of the two: an encoder that was trained on the training rows is judged on the others.
     `from_run` takes the rows from the run's shards, else they are read from their sources. Vectors of rationales come
     from the run's embeddings where these were made by the same encoder; the others are computed. Raises DataError for
     too few rows with a rationale, and what reading the rows or loading an encoder raises.
     """
     wanted = [(config.embed, _name(config.embed)), *(_other_encoder(config, word) for word in encoders)]
-    samples = _rows(config, most_rows, from_run=from_run)
+    samples = _rows(config, most_rows, (split,) if split else _SPLITS, from_run=from_run)
     labels, skipped = labels_of(samples)
     folds = fold_of_rows(len(samples))
     probed = []
@@ -256,15 +263,15 @@ def _number_label(answers: Sequence[str]) -> tuple[list[Label], str]:
     return ([label], "") if label is not None else ([], "the answers have no upper half: one number is too frequent")
 
 
-def _rows(config: Config, most: int, *, from_run: bool) -> list[ReasoningSample]:
-    """Training and validation rows with a rationale, spread evenly when there are more than `most`."""
+def _rows(config: Config, most: int, wanted: Sequence[str], *, from_run: bool) -> list[ReasoningSample]:
+    """Rows of the wanted splits with a rationale, spread evenly when there are more than `most`."""
     if from_run:
         fetch_data(config)
         shards = ShardSet.open(run_dir(config).shards, verify=False)
-        found = [sample for split in ("train", "validation") for sample in shards.split(split)]
+        found = [sample for split in wanted for sample in shards.split(split)]
     else:
         splits = load_data(config).splits
-        found = [*splits["train"], *splits["validation"]]
+        found = [sample for split in wanted for sample in splits[split]]
     samples = [sample for sample in found if sample.rationales]
     if len(samples) < _LEAST_ROWS:
         raise DataError(

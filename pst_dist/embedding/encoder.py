@@ -138,6 +138,11 @@ class TextEncoder:
         return sum(len(ids) > self._max_length for ids in token_ids)
 
     @property
+    def model(self) -> Any:
+        """The SentenceTransformer, or the `CausalReader`; training changes it in place."""
+        return self._model
+
+    @property
     def _tokenizer(self) -> Any:
         return self._model.tokenizer
 

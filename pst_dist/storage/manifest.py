@@ -66,6 +66,7 @@ REMAKE = {
     "evaluation": "run `pst evaluate --rebuild`",
     "export": "run `pst export` again",
     "gguf": "run `pst export --gguf TYPE` again",
+    "encoder": "run `pst encoder train` again",
     "checkpoint": "`pst train` skips it and resumes from an older one",
 }
 """The command that recreates each kind of directory when it is damaged."""

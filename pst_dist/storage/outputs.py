@@ -27,7 +27,7 @@ _HEAD_BYTES = 1 << 16
 _REMEDY = "name another file"
 _RUN_CONFIG = "config.resolved.yaml"
 _MANIFEST = "manifest.json"
-_MARKS = {"student": "pst.json", "export": "pst.json"}
+_MARKS = {"student": "pst.json", "export": "pst.json", "encoder": "pst_encoder.json"}
 """Kind -> a file that only a directory of ours has; such a directory may hold any file of a Hugging Face model."""
 _SHARD = r"[a-z][a-z0-9_]*-\d{6}"
 _NAMES = {

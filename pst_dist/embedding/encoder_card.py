@@ -1,0 +1,85 @@
+"""What training changed in an encoder, measured on rationales that it was not trained on, and the card that says so."""
+
+# Shapes in this file: n rationales, E encoder width
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pst_dist.embedding.contrast import Triplets
+from pst_dist.embedding.encoder import TextEncoder
+
+
+def measure(encoder: TextEncoder, examples: Triplets) -> dict[str, float | int] | None:
+    """What the encoder makes of examples that it is not trained on; None without any.
+
+    `to_negative` and `to_others` are the mean cosines of a rationale to its hard negatives and to rationales of other
+    rows; `to_positive` to another correct rationale of its question, where there is one.
+    """
+    rows = examples.rows
+    if not rows:
+        return None
+    anchors_nE = encoder.encode([row.anchor for row in rows])
+    firsts_nE = encoder.encode([row.negatives[0] for row in rows])
+    positives_nE = encoder.encode([row.positive for row in rows])
+    paired = [k for k, row in enumerate(rows) if row.positive != row.anchor]
+    result: dict[str, float | int] = {"rationales": len(rows), "to_negative": _cosine(anchors_nE, firsts_nE)}
+    if len(rows) > 1:
+        total = anchors_nE.astype("float64").sum(0)
+        result["to_others"] = float((total @ total - len(rows)) / (len(rows) * (len(rows) - 1)))
+    if paired:
+        result["to_positive"] = _cosine(anchors_nE[paired], positives_nE[paired])
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in result.items()}
+
+
+def _cosine(one_nE: np.ndarray, other_nE: np.ndarray) -> float:
+    """Mean cosine of the rows of two blocks of unit vectors."""
+    return float((one_nE.astype("float64") * other_nE.astype("float64")).sum(1).mean())
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What changed, as a table for a terminal."""
+    before, after = report["before"], report["after"]
+    if before is None:
+        return ["no validation rationales to measure on"]
+    names = {
+        "to_positive": "another correct rationale of the question",
+        "to_negative": "the rationale with another end",
+        "to_others": "rationales of other questions",
+    }
+    rows = [("mean cosine to", "before", "after")]
+    rows += [(names[key], f"{before[key]:.3f}", f"{after[key]:.3f}") for key in names if key in before]
+    width = max(len(row[0]) for row in rows)
+    return [f"{row[0]:<{width}}  {row[1]:>6}  {row[2]:>6}" for row in rows]
+
+
+def card(report: Mapping[str, Any], rationales: int) -> str:
+    """The text of README.md in the encoder's folder."""
+    table = ["| mean cosine on validation rows to | before | after |", "|---|---:|---:|"]
+    table += [f"| {line[:-16].strip()} | {line[-14:-8].strip()} | {line[-6:].strip()} |" for line in lines(report)[1:]]
+    base = report["base"]
+    return "\n".join(
+        [
+            "---",
+            "library_name: sentence-transformers",
+            "---",
+            "",
+            "# A sentence encoder for rationales",
+            "",
+            f"Trained with `pst encoder train` from {base['encoder']} on {rationales:,} rationales for",
+            f"{report['epochs']} epochs ({report['steps']:,} steps of {report['batch_size']}, learning rate",
+            f"{report['learning_rate']:g}, seed {report['seed']}), with {report['negatives']} hard negatives for each.",
+            f"{report['paired']:,} rationales had another correct one of the same question as their positive.",
+            "",
+            *(table if report["before"] is not None else ["There were no validation rows to measure on."]),
+            "",
+            "A lower cosine to a rationale with another end does not show that a student learns more from it.",
+            "`pst probe` asks what the vectors know of the answer; a run against its shuffled control decides.",
+            "",
+            f"Digest of the examples: `{report['examples']}`.",
+            "",
+        ]
+    )

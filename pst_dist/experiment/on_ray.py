@@ -16,6 +16,7 @@ from pst_dist.config.run_dir import refuse_relative
 from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
 from pst_dist.experiment.spec import RayJobs, Run
+from pst_dist.experiment.under_way import UnderWay
 from pst_dist.experiment.workers import Tell
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,13 @@ def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) ->
         task = ray.remote(num_cpus=jobs.num_cpus_per_run, num_gpus=jobs.num_gpus_per_run, max_retries=_LOSSES)(_task)
         threads = max(1, int(jobs.num_cpus_per_run))
         under_way = {task.options(name=run.name).remote(run, keep, threads): run for run in runs}
-        quiet = 0.0
+        quiet, shown = 0.0, UnderWay()
         while under_way and not told.signal:
             finished, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
             quiet = 0.0 if finished else quiet + 1.0
             if quiet and quiet % _QUIET_SECONDS == 0:
                 log.info("%d runs left; `ray status` shows what they are waiting for", len(under_way))
+            shown.look(under_way.values())
             for call in finished:
                 tell(under_way.pop(call), _error(ray, call))
         for call in under_way:

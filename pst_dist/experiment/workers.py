@@ -23,6 +23,7 @@ from typing import Any
 from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import PeerLostError, PreemptedError, PstError
 from pst_dist.experiment.spec import Run
+from pst_dist.experiment.under_way import UnderWay
 from pst_dist.redaction import RedactingFormatter
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def work_here(runs: Sequence[Run], *, jobs: int | None, keep: str, tell: Tell) -
     waiting = collections.deque(runs)
     losses: collections.Counter[str] = collections.Counter()
     crew: list[_Worker] = []
+    under_way = UnderWay()
     with stop_requests() as told, _dismissed(crew):
         for k in range(count):
             crew.append(_Worker.start(None if not gpus else k % gpus, threads))
@@ -52,6 +54,7 @@ def work_here(runs: Sequence[Run], *, jobs: int | None, keep: str, tell: Tell) -
             for worker in crew:
                 if worker.run is None and waiting:
                     worker.give(waiting.popleft(), keep)
+            under_way.look(worker.run for worker in crew if worker.run is not None)
             for place, worker in _ended(crew):
                 run, error = worker.outcome()
                 if isinstance(error, PeerLostError):

@@ -78,7 +78,7 @@ def answer(arguments: argparse.Namespace) -> int:
 
 def _split(words: list[str]) -> tuple[str | None, RayConfig | None]:
     """(the question, the settings of Ray for on=ray) among the words; raises ConfigError for more than one question."""
-    from pst_dist.config.loading import parse_override
+    from pst_dist.config.overrides import parse_override
     from pst_dist.config.schema import RayConfig
 
     settings, ray, questions = {}, False, []

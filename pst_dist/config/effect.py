@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pst_dist.config.loading import RESOLVED, flat_keys, load_config, locate_overlay, parse_override, read_yaml
+from pst_dist.config.loading import RESOLVED, flat_keys, load_config, locate_overlay
+from pst_dist.config.overrides import parse_override
 from pst_dist.config.schema import Config
+from pst_dist.config.yaml_text import read_yaml
 from pst_dist.errors import ConfigError
 
 WHAT_A_RUN_IS = ("arm", "seed", "data", "student", "layout", "loss")

@@ -22,6 +22,7 @@ from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.outputs import refuse_link_out
 
 log = logging.getLogger(__name__)
+_PAGE_SECONDS = 30.0
 
 
 def run_experiment(
@@ -69,6 +70,9 @@ def run_experiment(
                     log.error("%s:\n%s", run.name, error)
                     first.append(PstError(f"{run.name} failed with an internal error", "see above"))
             journal.ended(run, error)
+            if error is None and journal.page_is_due():
+                # A machine that is taken away keeps what was finished by then; at the end it is written again.
+                write_results(collect(experiment, runs, failures, elsewhere), command, folders)
 
         try:
             if todo:
@@ -95,6 +99,14 @@ class _Journal:
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._start = total, 0, time.monotonic()
+        self._page = self._start
+
+    def page_is_due(self) -> bool:
+        """Whether the page was last written over half a minute ago, and runs are left."""
+        now = time.monotonic()
+        due = now - self._page >= _PAGE_SECONDS and self._done < self._total
+        self._page = now if due else self._page
+        return due
 
     def ended(self, run: Run, error: BaseException | None) -> None:
         self._done += 1

@@ -24,13 +24,12 @@ from pst_dist.config.loading import (
     known_keys,
     lay_over,
     load_tree,
-    parse_override,
-    read_yaml,
     ready_made_configs,
-    set_key,
 )
+from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.config.schema import Config, RayConfig
 from pst_dist.config.section import Folder, Positive, Section, Weight
+from pst_dist.config.yaml_text import read_yaml
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.manifest import digest_of
 

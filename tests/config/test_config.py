@@ -134,3 +134,25 @@ def test_a_section_without_keys_means_its_defaults(tmp_path):
 def test_the_texts_around_turns_are_checked(turns, message):
     with pytest.raises(ConfigError, match=rf"layout\.turns: {message}"):
         load_config(None, [f"layout.turns={turns}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "section", "key", "value"),
+    [
+        ("layout.prompt={question} ###", "layout", "prompt", "{question} ###"),
+        ("layout.prompt=Q: {question} A:", "layout", "prompt", "Q: {question} A:"),
+        ('layout.prompt="{question} ###"', "layout", "prompt", "{question} ###"),
+        ("layout.answer_marker= -->", "layout", "answer_marker", " -->"),
+        ("layout.answer_marker=#", "layout", "answer_marker", "#"),
+        ("embed.prefix=query: ", "embed", "prefix", "query: "),
+        ("embed.prefix=", "embed", "prefix", ""),
+        ("layout.system=yes", "layout", "system", "yes"),
+        ("layout.system=null", "layout", "system", None),
+        ('layout.system="null"', "layout", "system", "null"),
+        ("student.revision=1234567", "student", "revision", "1234567"),
+        ("train.learning_rate=1e-3", "train", "learning_rate", 1e-3),
+        ("data.columns={question: q}", "data", "columns", {"question": "q"}),
+    ],
+)
+def test_a_key_that_takes_text_gets_the_words_of_the_command_line_as_they_are(word, section, key, value):
+    assert getattr(getattr(load_config(None, [word]), section), key) == value

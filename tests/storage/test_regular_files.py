@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pst_dist.config.loading import load_config, read_yaml
+from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config, StudentConfig, TrainConfig
+from pst_dist.config.yaml_text import read_yaml
 from pst_dist.data.shard_tar import read_shard
 from pst_dist.data.sources import survey
 from pst_dist.diagnostics.cost import zero_stage

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from pst_dist.arms import ARMS
 from pst_dist.clusters.slurm.commands import comment_of
-from pst_dist.config.loading import load_config, parse_override
+from pst_dist.config.loading import load_config
+from pst_dist.config.overrides import parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, PstError

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.conversations import Question, is_blank, is_turns, read_question, unread_parts
 from pst_dist.data.sources.options import Options, read_options, with_choices
-from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
+from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 

@@ -20,6 +20,8 @@ from pathlib import Path
 THINKS_FIRST = ("pre_thinking",)
 OWN_RULE = ("adaptive",)
 """Arms whose recorded answers follow a rule of pst_dist's own, which no server has."""
+PREFIX = {"prefix": "predict: "}
+"""The text before the question by which an arm asks for an answer; a chat template has it."""
 
 
 def call(url: str, body: dict | None = None, timeout: float = 600.0) -> dict:
@@ -39,15 +41,28 @@ def model_of(url: str) -> str:
     return listed[0]["id"] if listed else "default"
 
 
-def ask(url: str, model: str, fmt: dict, question: str, *, chat: bool, most: int) -> tuple[str, bool]:
+def prompt_of(fmt: dict, row: dict) -> str:
+    """The text before a row's answer: the question in the student's prompt, or the turns that it was asked as."""
+    before, _, after = fmt["prompt"].partition("{question}")
+    turns = row.get("turns") or [["user", row["question"]]]
+    if turns[0][0] == "system":
+        first, _, second = fmt["turns"]["system"].partition("{system}")
+        before, turns = first + turns[0][1] + second, turns[1:]
+    for role, text in turns[:-1]:
+        before += text + fmt["turns"]["reply" if role == "user" else "next"]
+    return before + PREFIX.get(fmt["arm"], "") + turns[-1][1] + after
+
+
+def ask(url: str, model: str, fmt: dict, row: dict, *, chat: bool, most: int) -> tuple[str, bool]:
     """(the answer without outer spaces, whether it stopped by itself)."""
     body: dict = {"model": model, "temperature": 0.0, "max_tokens": most}
     if chat:
-        messages = [{"role": "user", "content": question}]
+        turns = row.get("turns") or [["user", row["question"]]]
+        messages = [{"role": role, "content": text} for role, text in turns]
         choice = call(f"{url}/v1/chat/completions", {**body, "messages": messages})["choices"][0]
         text = choice["message"]["content"] or ""
     else:
-        prompt = fmt["prompt"].replace("{question}", question)
+        prompt = prompt_of(fmt, row)
         if fmt["semantic_position"] == "before":
             prompt += fmt["semantic_token"] * fmt["semantic_tokens"]
         choice = call(f"{url}/v1/completions", {**body, "prompt": prompt})["choices"][0]
@@ -62,7 +77,7 @@ def compare(url: str, model: str, fmt: dict, rows: list[dict], *, chat: bool, at
     name = f"{'chat' if chat else 'completions'}, {'one by one' if at_once == 1 else f'{at_once} at once'}"
     try:
         with ThreadPoolExecutor(at_once) as pool:
-            answers = list(pool.map(lambda row: ask(url, model, fmt, row["question"], chat=chat, most=most), rows))
+            answers = list(pool.map(lambda row: ask(url, model, fmt, row, chat=chat, most=most), rows))
     except (urllib.error.URLError, OSError, KeyError, ValueError, TypeError) as error:
         print(f"{name}: no answers ({type(error).__name__}: {error})")
         return False

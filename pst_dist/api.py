@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
@@ -34,8 +35,12 @@ from pst_dist.results import ArmResult, EvaluationResult, RunResult, ScoredRow, 
 from pst_dist.student.answer import Answer
 
 if TYPE_CHECKING:
+    from pst_dist.data.sample import Turns
     from pst_dist.data.sources.in_memory import RowsFile
+    from pst_dist.student.layout import AnswerFormat
     from pst_dist.student.saved import LoadedStudent
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Answer",
@@ -59,6 +64,8 @@ __all__ = [
     "train",
 ]
 
+Conversation = Sequence[Mapping[str, Any]]
+"""Turns as {"role": ..., "content": ...}: perhaps a system turn, then user and assistant turns, the question last."""
 Source = Config | str | Path | None
 """A config, the path of a YAML file or run directory, the name of a ready-made config, or None for the defaults."""
 
@@ -144,25 +151,57 @@ def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any
         return EvaluationResult.of(config, score(config, rebuild=rebuild))
 
 
-def export(source: Source, *overrides: str, rebuild: bool = False, adapter: bool = False, **keys: Any) -> Path:
+def export(
+    source: Source,
+    *overrides: str,
+    rebuild: bool = False,
+    adapter: bool = False,
+    gguf: bool | str = False,
+    compare_rows: int = 200,
+    licence: str | None = None,
+    **keys: Any,
+) -> Path:
     """Write the student as a folder that plain transformers loads, with its model card; returns the folder.
 
-    `adapter` writes the adapter of a LoRA student alone, as a PEFT folder. It uses `evaluate.max_new_tokens`, the task
-    and the directories; other settings are refused as in `evaluate`.
+    `gguf` names a type ("f32", "f16", "q8_0", "q4_k_m"; True is "q8_0") and writes a GGUF file for llama.cpp too. Then
+    that file is returned; a Modelfile and a card are beside it, and the log says how many of `compare_rows` scored
+    test rows it answers differently. `adapter` writes the adapter of a LoRA student alone, as a PEFT folder. `licence`
+    is named in the cards.
+
+    It uses `evaluate.max_new_tokens`, the task and the directories; other settings are refused as in `evaluate`. Raises
+    ConfigError for an unknown type or a student that llama.cpp does not compute in the same way, and EnvironmentFault
+    without the package gguf.
     """
     from pst_dist.publish.adapter import export_adapter
     from pst_dist.publish.export import export
+    from pst_dist.publish.gguf.types import TYPES
 
+    kind = "q8_0" if gguf is True else gguf
+    if kind and kind not in TYPES:
+        raise ConfigError(f"gguf={gguf!r} is no type of a GGUF file", f"use one of {', '.join(TYPES)}")
+    if adapter and (kind or licence):
+        raise ConfigError(f"{'gguf' if kind else 'licence'} has no effect on an adapter alone", "leave out one of them")
     with _our_errors(), shown_by_default():
-        write = export_adapter if adapter else export
-        return write(_of_finished("export", source, overrides, keys)[0], rebuild=rebuild)
+        config = _of_finished("export", source, overrides, keys)[0]
+        if adapter:
+            return export_adapter(config, rebuild=rebuild)
+        folder = export(config, rebuild=rebuild, licence=licence)
+        if not kind:
+            return folder
+        from pst_dist.publish.gguf.artefact import export_gguf
+
+        made = export_gguf(config, kind, compare_rows=compare_rows, rebuild=rebuild)
+        for line in made.lines():
+            log.info("%s", line.strip())
+        return made.file
 
 
 def as_dataset(source: Source, split: str | None = None, *, streaming: bool = False) -> Any:
     """The rows of finished shards as a Hugging Face dataset; all splits as a `DatasetDict` without `split`.
 
     `source` is a shard directory, a data or run directory, or a config. Columns: id, question, answer,
-    rationales, answer_type, choices; a row without rationales or choices has None there. With `streaming` rows are read
+    rationales, answer_type, choices, turns (`{"role", "content"}`, ending with the question); a row without rationales,
+    choices or earlier turns has None there. With `streaming` rows are read
     from the shards as they are needed. Raises InputError when there are no finished shards.
     """
     from pst_dist.data.interchange import dataset_of
@@ -282,19 +321,26 @@ class Student:
         return self._loaded.tokenizer
 
     def ask(
-        self, question: str, *, explain: bool = False, think_below: float | None = None, max_new_tokens: int = 256
+        self,
+        question: str | Conversation,
+        *,
+        explain: bool = False,
+        think_below: float | None = None,
+        max_new_tokens: int = 256,
     ) -> Answer:
         """Answer one question greedily; with `explain` the student also writes its rationale.
 
+        A conversation is asked as it is in training: as turns of the student's chat template, else as one text.
         An adaptive student thinks first when the probability of its answer is below `think_below` (0 never, 2 always;
         defaults to the threshold that the evaluation chose). Raises InputError for a question that is empty or too
-        long for the model, and for `think_below` with a student of another arm.
+        long for the model, for turns that the student cannot be asked, and for `think_below` with a student of another
+        arm.
         """
         return self._ask([question], explain, think_below, max_new_tokens, None)[0]
 
     def ask_many(
         self,
-        questions: Iterable[str],
+        questions: Iterable[str | Conversation],
         *,
         explain: bool = False,
         think_below: float | None = None,
@@ -307,13 +353,16 @@ class Student:
         """
         if isinstance(questions, str):
             raise InputError("questions is one string", "give a list of them, or use `ask`")
+        questions = list(questions)
+        if questions and all(isinstance(one, Mapping) for one in questions):
+            raise InputError("questions is one conversation", "give a list of them, or use `ask`")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}", "give a whole number from 1")
-        return self._ask(list(questions), explain, think_below, max_new_tokens, batch_size)
+        return self._ask(questions, explain, think_below, max_new_tokens, batch_size)
 
     def _ask(
         self,
-        questions: list[str],
+        questions: list[str | Conversation],
         explain: bool,
         think_below: float | None,
         max_new_tokens: int,
@@ -324,20 +373,39 @@ class Student:
 
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}", "give a whole number from 1")
+        fmt, count = self._loaded.format, len(questions)
         with self._turn, _our_errors(), shown_by_default():
+            asked = [
+                _asked(fmt, one, f"question {n} of {count}" if count > 1 else "the question")
+                for n, one in enumerate(questions, 1)
+            ]
             settings: dict[str, Any] = {
                 "explain": explain,
                 "max_new_tokens": max_new_tokens,
                 "think_below": threshold_of(self._loaded, think_below),
             }
             if batch_size is None:
-                return [answer_question(self._loaded, questions[0], **settings)]
-            if not questions:
+                return [answer_question(self._loaded, asked[0], **settings)]
+            if not asked:
                 return []
-            with progress(f"ask {self.arm}", total=len(questions), unit="questions") as bar:
-                return answer_questions(
-                    self._loaded, questions, batch_size=batch_size, on_batch=bar.advance, **settings
-                )
+            with progress(f"ask {self.arm}", total=len(asked), unit="questions") as bar:
+                return answer_questions(self._loaded, asked, batch_size=batch_size, on_batch=bar.advance, **settings)
+
+
+def _asked(fmt: AnswerFormat, question: Any, which: str) -> str | Turns:
+    """A question as a student of this format is asked it; what is neither text nor turns is left to `student.ask`."""
+    if isinstance(question, str) or not isinstance(question, Sequence) or not question:
+        return cast("str", question)
+    from pst_dist.data.sources.conversations import read_question
+    from pst_dist.data.sources.rows import RowError
+
+    try:
+        read = read_question(list(question), which, {})
+    except RowError as error:
+        raise InputError(
+            error.what, 'give text, or turns as {"role": …, "content": …} that end with a question'
+        ) from None
+    return fmt.put(cast("str", read.text), read.turns)
 
 
 def _checked(source: Source, overrides: Sequence[str], keys: Mapping[str, Any]) -> tuple[Config, list[RowsFile]]:

@@ -66,3 +66,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from small_run import make_small_data
 
     return make_small_data(tmp_path_factory.mktemp("small") / "data")
+
+
+@pytest.fixture(scope="session")
+def talking_run(tmp_path_factory: pytest.TempPathFactory):
+    """The config of an evaluated and exported run whose student has learnt conversations, made once a session."""
+    from talking import make_talking_run
+
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.publish.export import export
+
+    config = make_talking_run(tmp_path_factory.mktemp("talking"))
+    evaluate(config)
+    export(config)
+    return config

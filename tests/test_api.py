@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from talking import TALKS, messages
 from tiny import fitted
 
 import pst_dist
@@ -457,6 +458,44 @@ def test_an_adaptive_student_thinks_first_where_it_is_unsure(tmp_path):
     assert [answer.thought_first for answer in some[:4]].count(True) == 2
     for question, answer in zip(QUESTIONS, thought, strict=True):
         assert adaptive.ask(question, think_below=2).tokens == answer.tokens
+
+
+def test_conversations_are_asked_as_turns(talking_run):
+    talker = pst_dist.load_student(talking_run.output_dir, device="cpu")
+    asked = [messages(sample) if sample.turns else sample.question for sample in TALKS]
+    assert [talker.ask(one).text for one in asked] == ["140", "41", "141", "14"]
+    assert [answer.text for answer in talker.ask_many(asked, explain=True)] == ["140", "41", "141", "14"]
+    for wrong, words in (
+        ([*asked[1], asked[1][1]], "the question cannot be asked: .*in alternation"),
+        ([{"role": "user"}], "the question is NoneType, not text"),
+        (["Say 140"], "the question is a list, expected a list of objects"),
+        ([], "the question is list, not text"),
+    ):
+        with pytest.raises(InputError, match=words):
+            talker.ask(wrong)
+    with pytest.raises(InputError, match="questions is one conversation"):
+        talker.ask_many(asked[1])
+    with pytest.raises(InputError, match=r"question 2 of 2\[0\] has the unknown role 'critic'"):
+        talker.ask_many(["Say 140", [{"role": "critic", "content": "no"}]])
+
+
+def test_a_student_without_turns_is_asked_a_conversation_as_one_text(student):
+    turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
+    turns.append({"role": "user", "content": "Say 140"})
+    one = student.ask("User: 2 + 3?\nAssistant: 5\nUser: Say 140")
+    assert student.ask(turns).text == one.text and student.ask(turns).probability == pytest.approx(one.probability)
+
+
+def test_export_returns_the_gguf_file_that_it_writes(talking_run):
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    root = Path(talking_run.output_dir)
+    file = pst_dist.export(talking_run, gguf="f16", licence="mit")
+    assert file.parent == root / "gguf" / "f16" and file.suffix == ".gguf"
+    assert "license: mit" in (file.parent / "README.md").read_text()
+    with pytest.raises(ConfigError, match="gguf='q3' is no type of a GGUF file; use one of f32, f16, q8_0, q4_k_m"):
+        pst_dist.export(talking_run, gguf="q3")
+    with pytest.raises(ConfigError, match="gguf has no effect on an adapter alone"):
+        pst_dist.export(talking_run, gguf=True, adapter=True)
 
 
 @pytest.mark.parametrize(

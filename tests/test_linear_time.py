@@ -17,9 +17,10 @@ from pst_dist.data.sources.columns import look_up
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.completions import _continuation
 from pst_dist.data.sources.options import read_options
-from pst_dist.data.sources.replies import has_mark, rationale_of, split_reply
+from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, excerpt
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
+from pst_dist.data.sources.thoughts import rationale_of
 from pst_dist.data.tasks import TASKS
 from pst_dist.diagnostics.rows import _reason
 
@@ -90,7 +91,7 @@ PATTERNS = _patterns()
 
 def test_the_patterns_of_the_package_are_found():
     assert len(PATTERNS) > 60
-    assert any(place.startswith("data/sources/replies.py") for place in PATTERNS)
+    assert any(place.startswith("data/sources/marks.py") for place in PATTERNS)
 
 
 @pytest.mark.parametrize("place", PATTERNS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pst_dist.answering.windows import OUR_COLUMNS, Answerer, AnswerSettings, columns_of, cut, in_this_process
+from pst_dist.data.sample import Turns
 from pst_dist.data.sources.questions import Question, QuestionMap, read_questions
 from pst_dist.data.sources.rows import Entry, Reject
 from pst_dist.data.sources.specs import stream_specs
@@ -64,6 +65,8 @@ class _Survey:
     rejects: int = 0
     first: list[Reject] = field(default_factory=list)
     digest: str = ""
+    conversations: bool = False
+    """Whether a row is asked as turns."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +154,25 @@ class _Rows:
         taken = OUR_COLUMNS & row.row.keys()
         if taken:
             return row.reject("column", f"has the column {min(taken)!r}, which the answers have too; rename it")
-        if self._fills_all_positions(row.text):
+        asked = self.asked(row)
+        problem = self._student.format.conversation_problem(asked)
+        if problem is not None:
+            return row.reject("turns", problem)
+        if self._fills_all_positions(asked):
             return row.reject("too_long", "the question fills all positions of the student")
         return row
 
-    def _fills_all_positions(self, question: str) -> bool:
+    def asked(self, row: Question) -> str | Turns:
+        """What the student is asked: the turns where its prompt holds them, else all of it as one text."""
+        return self._student.format.put(row.text, row.turns)
+
+    def _fills_all_positions(self, question: str | Turns) -> bool:
         from pst_dist.student.generate import max_positions, without_room
 
         positions = max_positions(self._student.model)
-        template = self._student.format.template()
+        text = self._student.format.render(question)
         # No tokenizer gives more tokens than bytes, but for a few at the edges.
-        if positions is None or 2 * len((question + template).encode("utf-8", "replace")) + 64 < positions:
+        if positions is None or 2 * len(text.encode("utf-8", "replace")) + 64 < positions:
             return False
         return bool(without_room(self._student.model, self._student.tokenizer, self._student.format, [question]))
 
@@ -177,6 +188,7 @@ class _Rows:
                     survey.first += [row] if len(survey.first) < _SHOWN else []
                 else:
                     survey.rows += 1
+                    survey.conversations |= not isinstance(self.asked(row), str)
         survey.digest = digest_of(digests)
         _report_rejects(self._job, survey)
         return survey
@@ -255,6 +267,8 @@ def _record(job: AnswerJob, student: LoadedStudent, survey: _Survey) -> dict[str
         "settings": asdict(job.settings),
         "skip_bad": job.skip_bad and bool(survey.rejects),
     }
+    if survey.conversations:
+        made_from["asked"] = "turns"
     facts = {"kind": "answers", "input_path": job.input, "rows": survey.rows, "skipped": survey.rejects}
     return {**facts, **made_from, "fingerprint": digest_of(made_from), "sha256": None, "bytes": None}
 
@@ -279,7 +293,7 @@ def _answered(job: AnswerJob, rows: _Rows, survey: _Survey, answerer: Answerer, 
     """The lines of each window after the first `done` rows."""
     window = job.settings.window
     left = cut(itertools.islice(rows, done, None), window)
-    asked = ([row.text for row in found] for found in cut(itertools.islice(rows, done, None), window))
+    asked = ([rows.asked(row) for row in found] for found in cut(itertools.islice(rows, done, None), window))
     shown = progress("answer", total=survey.rows, unit="questions") if survey.rows > done else nullcontext()
     with shown as bar:
         if bar is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from pst_dist.data.sample import Turns
 from pst_dist.student.answer import Answer
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class AnswerSettings:
 class Answerer(Protocol):
     """Answers windows of questions, in order."""
 
-    def __call__(self, windows: Iterator[list[str]], bar: Progress) -> Iterator[list[Answer]]: ...
+    def __call__(self, windows: Iterator[list[str | Turns]], bar: Progress) -> Iterator[list[Answer]]: ...
 
 
 def cut(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
@@ -57,7 +58,7 @@ def cut(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 def answer_window(
     student: LoadedStudent,
-    questions: list[str],
+    questions: list[str | Turns],
     settings: AnswerSettings,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -78,7 +79,7 @@ def answer_window(
 def in_this_process(student: LoadedStudent, settings: AnswerSettings) -> Answerer:
     """An answerer that decodes here, one window after another."""
 
-    def answer(windows: Iterator[list[str]], bar: Progress) -> Iterator[list[Answer]]:
+    def answer(windows: Iterator[list[str | Turns]], bar: Progress) -> Iterator[list[Answer]]:
         for window in windows:
             yield answer_window(student, window, settings, bar.advance)
 

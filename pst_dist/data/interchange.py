@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
+from pst_dist.data.sources.conversations import as_messages
 from pst_dist.errors import EnvironmentFault
 from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Form = Literal["messages", "parquet"]
-_VERSION = 1
+_VERSION = 2
+_COLUMNS = ("id", "question", "answer", "rationales", "answer_type", "choices", "turns")
 _BATCH_ROWS = 2048
 
 
@@ -59,12 +61,13 @@ def _counted(shards: ShardSet, split: str, on_row: Callable[[int], None]) -> Ite
 
 
 def messages_of(sample: ReasoningSample) -> list[dict[str, Any]]:
-    """One conversation per rationale, or one with the answer alone; each has the sample's id."""
+    """One conversation per rationale, or one with the answer alone; each has the sample's id, and its earlier turns."""
+    asked = as_messages(sample.turns or (("user", sample.question),))
     turns = [f"{sample.answer}\n\n{rationale}" for rationale in sample.rationales] or [sample.answer]
     return [
         {
             "id": sample.id if len(turns) == 1 else f"{sample.id}-{number}",
-            "messages": [{"role": "user", "content": sample.question}, {"role": "assistant", "content": turn}],
+            "messages": [*asked, {"role": "assistant", "content": turn}],
         }
         for number, turn in enumerate(turns)
     ]
@@ -79,6 +82,7 @@ def row_of(sample: ReasoningSample) -> dict[str, Any]:
         "rationales": list(sample.rationales) or None,
         "answer_type": sample.answer_type,
         "choices": list(sample.choices) or None,
+        "turns": as_messages(sample.turns) or None,
     }
 
 
@@ -101,9 +105,9 @@ def _write_parquet(folder: Path, split: str, samples: Iterator[ReasoningSample])
     except ImportError as error:
         raise EnvironmentFault("Parquet needs the package pyarrow", "pip install 'pst-dist[data]'") from error
     text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
-    kinds = {"rationales": texts, "choices": texts}
-    names = ("id", "question", "answer", "rationales", "answer_type", "choices")
-    schema = pyarrow.schema([(name, kinds.get(name, text)) for name in names])
+    turns = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    kinds = {"rationales": texts, "choices": texts, "turns": turns}
+    schema = pyarrow.schema([(name, kinds.get(name, text)) for name in _COLUMNS])
     rows, batch = 0, list[dict[str, Any]]()
     with pyarrow.parquet.ParquetWriter(str(folder / f"{split}.parquet"), schema) as writer:
         for sample in samples:
@@ -130,10 +134,10 @@ def dataset_of(directory: Path, split: str, *, streaming: bool = False) -> datas
     shards = ShardSet.open(directory)
     shards.split(split)
     text = datasets.Value("string")
-    kinds = {"rationales": datasets.List(text), "choices": datasets.List(text)}
-    names = ("id", "question", "answer", "rationales", "answer_type", "choices")
+    turns = datasets.List({"role": text, "content": text})
+    kinds = {"rationales": datasets.List(text), "choices": datasets.List(text), "turns": turns}
     arguments = {
-        "features": datasets.Features({name: kinds.get(name, text) for name in names}),
+        "features": datasets.Features({name: kinds.get(name, text) for name in _COLUMNS}),
         "gen_kwargs": {
             "files": [str(directory / info.name) for info in shards.shards(split)],
             "digest": shards.manifest.digest,

@@ -240,7 +240,7 @@ def score_samples(
         decoded, adaptive = decode(samples), None
     seconds = time.perf_counter() - started
     rows = [
-        sample_row(sample, answer, predict(own, student.format, answer), own)
+        sample_row(sample, answer, predict(own, student.format, answer), own, student.format)
         for sample, answer, own in zip(samples, decoded, tasks, strict=True)
     ]
     texts = zip(samples, decoded, tasks, strict=True)

@@ -17,6 +17,7 @@ from pst_dist.data.sources.options import listed_options
 from pst_dist.data.tasks import Task
 from pst_dist.errors import InputError
 from pst_dist.student.generate import Decoded
+from pst_dist.student.layout import AnswerFormat
 
 
 def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[ReasoningSample]:
@@ -48,11 +49,15 @@ def given_rationales(samples: Sequence[ReasoningSample], *, wrong: bool) -> list
     return [texts[donors[k]] for k in range(len(samples))]
 
 
-def sample_row(sample: ReasoningSample, answer: Decoded, prediction: str | None, task: Task) -> dict[str, Any]:
-    """One line of samples.jsonl."""
+def sample_row(
+    sample: ReasoningSample, answer: Decoded, prediction: str | None, task: Task, fmt: AnswerFormat
+) -> dict[str, Any]:
+    """One line of samples.jsonl; `turns` is there where the student was asked a conversation, as (role, text)."""
+    asked = fmt.asked(sample)
     return {
         "id": sample.id,
         "question": sample.question,
+        **({} if isinstance(asked, str) else {"turns": [list(turn) for turn in asked]}),
         "gold": sample.answer,
         "prediction": prediction,
         "answer_text": answer.answer_text,

@@ -68,7 +68,7 @@ def _wait_for_device(model: Any) -> None:
 
 def answer_question(
     student: LoadedStudent,
-    question: str,
+    question: str | Turns,
     *,
     explain: bool,
     max_new_tokens: int,
@@ -105,7 +105,7 @@ def answer_question(
 
 def answer_questions(
     student: LoadedStudent,
-    questions: Sequence[str],
+    questions: Sequence[str | Turns],
     *,
     explain: bool,
     max_new_tokens: int,
@@ -169,19 +169,27 @@ class _Stopwatch:
         return told
 
 
-def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
+def _checked(student: LoadedStudent, questions: Sequence[str | Turns]) -> list[str | Turns]:
     """The questions without surrounding white space, as in training.
 
-    Raises InputError for a question that is not text, is empty, or fills the model's positions.
+    Raises InputError for a question that is neither text nor turns that the student's prompt holds, is empty, or fills
+    the model's positions.
     """
     many = len(questions) > 1
+    stripped: list[str | Turns] = []
     for number, question in enumerate(questions, 1):
         which = f"question {number} of {len(questions)}" if many else "the question"
+        if isinstance(question, tuple):
+            problem = student.format.conversation_problem(question)
+            if problem is not None:
+                raise InputError(f"{which} cannot be asked: {problem}", "ask without those turns")
+            stripped.append(question)
+            continue
         if not isinstance(question, str):
-            raise InputError(f"{which} is {type(question).__name__}, not text", "give a string")
+            raise InputError(f"{which} is {type(question).__name__}, not text", "give a string, or a list of turns")
         if not question.strip():
             raise InputError(f"{which} is empty", "enter some text")
-    stripped = [question.strip() for question in questions]
+        stripped.append(question.strip())
     full = without_room(student.model, student.tokenizer, student.format, stripped)
     if full:
         which = f"question {full[0] + 1} of {len(questions)}" if many else "the question"
@@ -192,7 +200,11 @@ def _checked(student: LoadedStudent, questions: Sequence[str]) -> list[str]:
 
 
 def _rationales(
-    student: LoadedStudent, questions: Sequence[str], answers: Sequence[Decoded], batch_size: int, max_new_tokens: int
+    student: LoadedStudent,
+    questions: Sequence[str | Turns],
+    answers: Sequence[Decoded],
+    batch_size: int,
+    max_new_tokens: int,
 ) -> list[str | None]:
     written = decode_rationales(
         student.model,

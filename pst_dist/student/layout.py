@@ -14,7 +14,7 @@ from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Arm, Asked, Segment
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.errors import ConfigError, DataError
-from pst_dist.student.chat import TURN_KEYS, conversation_pieces
+from pst_dist.student.chat import TURN_KEYS, conversation_pieces, conversation_problem
 from pst_dist.student.prompt import prompt_of
 from pst_dist.student.text_ids import TextIds
 
@@ -92,7 +92,15 @@ class AnswerFormat:
 
     def asked(self, sample: ReasoningSample) -> str | Turns:
         """What a sample asks: its conversation where the prompt holds turns, else its question, which has all of it."""
-        return sample.turns if sample.turns and self.turns is not None else sample.question
+        return self.put(sample.question, sample.turns)
+
+    def put(self, question: str, turns: Turns) -> str | Turns:
+        """What is asked of a question with all its context as one text, and the conversation that it ends, if any."""
+        return turns if turns and self.turns is not None else question
+
+    def conversation_problem(self, question: str | Turns) -> str | None:
+        """Why the prompt cannot hold what is asked; None where it can, as for every text."""
+        return None if isinstance(question, str) else conversation_problem(self.turns or {}, question)
 
     def pieces(self, question: str | Turns, *, other: bool = False) -> list[str]:
         """The text that is put to the student, by turns the prompt's and the row's, the prompt's first and last.

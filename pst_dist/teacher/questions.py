@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.data.sample import normalise_question, sample_id
+from pst_dist.data.sample import Turns, normalise_question, sample_id
 from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import choose_columns, guess_paths
-from pst_dist.data.sources.columns import OUR_FIELDS, ColumnMap, FieldMap, as_id, as_text, look_up, options_at
+from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldMap, as_id, as_text, asked_at, look_up
 from pst_dist.data.sources.drafts import Draft, make_draft
-from pst_dist.data.sources.options import read_options, with_choices
 from pst_dist.data.sources.rows import RawRow, Reject, RowError
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.sources.splits import cut_by_hash, read_split_file
@@ -44,6 +43,8 @@ class Question:
     rationales: tuple[str, ...] = ()
     """Those that the row has already; examples for few-shot prompts."""
     choices: tuple[str, ...] = ()
+    turns: Turns = ()
+    """The conversation that ends with the question; `text` has all of it."""
     source: str = ""
     """`file:line`."""
 
@@ -68,6 +69,7 @@ class Questions:
     @property
     def digest(self) -> str:
         """Identifies the questions, their answers and their order."""
+        # Turns are left out: the text has all of them.
         return digest_of([[row.id, row.text, row.gold, list(row.choices)] for row in self.rows])
 
 
@@ -161,6 +163,7 @@ def _question(draft: Draft) -> Question:
         gold=sample.answer,
         rationales=sample.rationales,
         choices=sample.choices,
+        turns=sample.turns,
         source=sample.source,
     )
 
@@ -179,7 +182,7 @@ def _columns(config: Config, source: Source) -> ColumnMap | None:
     if setting is None:
         found = guess_paths(sampled)
         if isinstance(found, dict) and "question" in found and "answer" not in found:
-            return FieldMap(found)
+            return FieldMap(found, GUESSED)
     # "test": a map's rationale column may be absent, because rationales are what is asked for.
     return choose_columns(setting, sampled, source.path, "test")
 
@@ -211,9 +214,8 @@ def _without_answer(entry: RawRow, columns: ColumnMap | None, source: Source, pl
     assert isinstance(columns, FieldMap)
     paths = columns.paths
     try:
-        text = as_text(look_up(entry.value, paths["question"]), "question")
-        options = read_options(options_at(entry.value, paths["choices"])) if "choices" in paths else None
-        text = with_choices(text, options.texts) if options else text
+        asked, options = asked_at(entry.value, paths, guessed=columns.name == GUESSED)
+        text = as_text(asked.text, "question")
         named = as_id(look_up(entry.value, paths["id"])) if "id" in paths else None
     except RowError as error:
         return entry.reject(error.code, error.what)
@@ -222,7 +224,12 @@ def _without_answer(entry: RawRow, columns: ColumnMap | None, source: Source, pl
     made = sample_id(source.stem, text, place)
     given: Any = named if named and named.replace("-", "").replace("_", "").isalnum() and named.isascii() else None
     return Question(
-        id=given or made, text=text, gold=None, choices=options.texts if options else (), source=entry.label
+        id=given or made,
+        text=text,
+        gold=None,
+        choices=options.texts if options else (),
+        turns=asked.turns,
+        source=entry.label,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pst_dist.data.sources.replies import split_thought
 from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.thoughts import split_thought
 from pst_dist.teacher.messages import Reply
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
+from pst_dist.data.sources.conversations import as_messages
 from pst_dist.data.sources.rows import write_rejects
 from pst_dist.errors import ConfigError
 from pst_dist.plain import has_scheme
@@ -130,6 +131,8 @@ def _row(one: Answered, settings: TeachSettings, parent: str | None = None) -> d
     }
     if question.choices:
         row["choices"] = list(question.choices)
+    if question.turns:
+        row["turns"] = as_messages(question.turns)
     if parent is not None:
         row |= {"synthetic": True, "like": parent}
     return row

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from talking import TALKS, messages
 from tiny import ROWS, fitted
 
 import pst_dist
@@ -251,3 +252,51 @@ def test_words_of_the_command_line(folder, tmp_path, capsys):
     ):
         assert run_verb([*base, *words]) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_a_conversation_is_asked_as_turns_and_a_text_as_text(talking_run, tmp_path):
+    """The answers of the last question behind its turns, in every form in which a row may have them."""
+    talker = load_student(Path(talking_run.output_dir) / "best", "cpu")
+    right = [sample.answer for sample in TALKS]
+    forms = {
+        "question": [{"question": messages(sample) if sample.turns else sample.question} for sample in TALKS],
+        "prompt": [{"prompt": messages(sample)} for sample in TALKS],
+        "messages": [{"messages": messages(sample)} for sample in TALKS],
+        "replied": [{"messages": [*messages(one), {"role": "assistant", "content": "?"}]} for one in TALKS],
+        "turns": [{"question": one.question, **({"turns": messages(one)} if one.turns else {})} for one in TALKS],
+        "sharegpt": [
+            {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in messages(sample)]}
+            for sample in TALKS
+        ],
+    }
+    for name, rows in forms.items():
+        output = tmp_path / f"{name}.answers.jsonl"
+        answer_file(job(write(tmp_path / f"{name}.jsonl", rows), output), talker)
+        assert [row["student_answer"] for row in read(output)] == right, name
+        assert [{key: row[key] for key in one} for row, one in zip(read(output), rows, strict=True)] == rows
+    named = answer_file(
+        job(write(tmp_path / "n.jsonl", [{"x": messages(TALKS[3])}]), tmp_path / "n.answers.jsonl", question="x"),
+        talker,
+    )
+    assert named.rows == 1 and read(tmp_path / "n.answers.jsonl")[0]["student_answer"] == "14"
+
+
+def test_turns_that_cannot_be_asked_are_bad_rows(talking_run, student, tmp_path):
+    talker = load_student(Path(talking_run.output_dir) / "best", "cpu")
+    user, reply = {"role": "user", "content": "Say 140"}, {"role": "assistant", "content": "140"}
+    for bad, what in (
+        ([user, user], "needs user and assistant turns in alternation"),
+        ([reply], "0 user and 0 assistant turns, expected a question at the end"),
+        ([user, {"role": "critic", "content": "no"}], "unknown role 'critic'"),
+        ([user, reply, {"role": "user", "content": " "}], "question is empty"),
+        ([{"role": "user", "content": "Say 140" + "0" * 3000}], "fills all positions"),
+    ):
+        rows = [{"messages": [user]}, {"messages": bad}]
+        with pytest.raises(DataError, match=what) as caught:
+            answer_file(job(write(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"), talker)
+        assert caught.value.line == 2
+    # A student without a chat template is asked the conversation as one text.
+    plain = [{"question": "2 + 3?"}, {"question": [{"role": "system", "content": "Add."}, *messages(TALKS[0])]}]
+    answer_file(job(write(tmp_path / "q.jsonl", plain), tmp_path / "p.jsonl"), student)
+    asked = answer_question(student, "Add.\n\nSay 140", explain=False, max_new_tokens=24)
+    assert [row["student_answer"] for row in read(tmp_path / "p.jsonl")] == ["5", asked.text]

@@ -29,6 +29,18 @@ TRAIN = [
     for k in range(1, 8)
 ]
 BARE = [ReasoningSample(id="v-0", question="Is it?", answer="yes")]
+TURNS = (("system", "You count."), ("user", "What is 3?"), ("assistant", "3"), ("user", "And twice that?"))
+CONVERSATIONS = [
+    TRAIN[0],
+    ReasoningSample(
+        id="c-0",
+        question="You count.\n\nUser: What is 3?\nAssistant: 3\nUser: And twice that?",
+        answer="6",
+        rationales=("3 and 3",),
+        answer_type="number",
+        turns=TURNS,
+    ),
+]
 TEST = [
     ReasoningSample(
         id="t-0",
@@ -57,6 +69,7 @@ def expected(sample: ReasoningSample) -> dict:
         "rationales": list(sample.rationales) or None,
         "answer_type": sample.answer_type,
         "choices": list(sample.choices) or None,
+        "turns": [{"role": role, "content": text} for role, text in sample.turns] or None,
     }
 
 
@@ -96,6 +109,36 @@ def test_parquet_keeps_every_field_and_is_read_back_as_rows(data, tmp_path):
         make_shards(pst_dist.load_config(None, *words, "arm=answer_only", f"output_dir={out}"))
         again = list(ShardSet.open(out / "data" / "shards").split("train"))
         assert [expected(row) for row in again] == [expected(row) for row in samples]
+
+
+def test_turns_are_kept_in_both_forms_and_read_back(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    from pst_dist.pipeline import make_shards
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_shards({"train": CONVERSATIONS}, tmp_path / "shards", samples_per_shard=3, fingerprint="f", extra={})
+    shards = ShardSet.open(tmp_path / "shards")
+    lines = (write_interchange(shards, "messages") / "train.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["messages"] == [
+        {"role": "system", "content": "You count."},
+        {"role": "user", "content": "What is 3?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "And twice that?"},
+        {"role": "assistant", "content": "6\n\n3 and 3"},
+    ]
+    file = write_interchange(shards, "parquet") / "train.parquet"
+    assert pyarrow.parquet.read_table(file).to_pylist() == [expected(sample) for sample in CONVERSATIONS]
+    assert list(pst_dist.as_dataset(tmp_path, "train")) == [expected(sample) for sample in CONVERSATIONS]
+    words = [
+        f"data.train={file}",
+        "data.validation_size=0",
+        "data.answer_type=number",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    make_shards(pst_dist.load_config(None, *words))
+    again = list(ShardSet.open(tmp_path / "run" / "data" / "shards").split("train"))
+    assert [(row.question, row.turns) for row in again] == [(row.question, row.turns) for row in CONVERSATIONS]
 
 
 def test_the_command_writes_once_and_verify_knows_when_the_shards_have_changed(data, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tiny import ROWS, fitted
+from tiny import ROWS, Tiny, fitted
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
@@ -24,7 +24,11 @@ LEARNT = tuple(replace(row, id=f"t-{k}") for k, row in enumerate(ROWS))
 
 def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, validation=(), **evaluation) -> Config:
     """A run directory with a trained student and shards, as the earlier stages leave it."""
-    tiny = fitted(arm)
+    return make_run_of(fitted(arm), path, train=ROWS, test=test, validation=validation, **evaluation)
+
+
+def make_run_of(tiny: Tiny, path: Path, *, train, test, validation=(), **evaluation) -> Config:
+    """The same of any trained student and its rows."""
     config = Config.model_validate(
         {
             **tiny.config.model_dump(),
@@ -35,7 +39,7 @@ def make_run(path: Path, arm: str = "pst", *, test=LEARNT + WRONG, validation=()
     )
     tiny.save(path / "best")
     write_shards(
-        {"train": list(ROWS), "validation": list(validation), "test": list(test)},
+        {"train": list(train), "validation": list(validation), "test": list(test)},
         path / "data" / "shards",
         samples_per_shard=3,
         fingerprint=f"of {len(test)}",

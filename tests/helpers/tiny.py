@@ -69,7 +69,7 @@ class Tiny:
         torch.manual_seed(seed)
         self.student: Student = build_student(self.config, self.tokenizer, TinyTeacher.dimension)
         self.model = self.student.model
-        self.format = AnswerFormat.of(self.config)
+        self.format = AnswerFormat.of(self.config, self.tokenizer)
         self.layout = Layout(
             self.tokenizer,
             self.format,

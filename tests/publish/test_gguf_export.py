@@ -17,7 +17,6 @@ import pytest
 import torch
 import zoo
 from evaluated import make_run
-from llama_server import llama_server
 from tiny import ROWS, Tiny, fitted
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -32,6 +31,7 @@ from pst_dist.publish.gguf import artefact, types, vocabulary
 from pst_dist.publish.gguf.artefact import export_gguf
 from pst_dist.publish.gguf.comparison import server_prompt
 from pst_dist.publish.gguf.engine import PROBES, check_tokens, running
+from pst_dist.publish.gguf.server import serving
 from pst_dist.student.saved import load_student
 
 gguf = pytest.importorskip("gguf")
@@ -136,7 +136,7 @@ def test_llama_cpp_answers_as_transformers_does_and_stops_by_itself(case, tmp_pa
     wanted = transformers_answers(folder)
     assert any(ended for _, ended in wanted), "the student has not learnt to stop"
     made = export_gguf(config, "f32")
-    with llama_server(made.file, slots=3, context=student.model.config.max_position_embeddings) as url:
+    with serving(made.file, slots=3, context=student.model.config.max_position_embeddings) as url:
 
         def completion(question: str) -> tuple[list[int], bool]:
             body = {"prompt": server_prompt(student.format, question), "n_predict": NEW_TOKENS, "temperature": 0}

@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 
+import chats
 import pytest
+from talking import TALKS, messages
 from tiny import ROWS, Tiny, fitted
 
 from pst_dist.cli.main import run_verb
@@ -112,6 +114,18 @@ def test_pst_export_writes_the_task_beside_the_export_and_says_the_command(tmp_p
     assert sorted((tmp_path / "run" / "export").rglob("*")) == before, "test rows are not part of what is published"
     rows = [json.loads(line) for line in (tmp_path / "run" / "lm_eval" / "rows.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [f"predict: {question} ###" for question, _ in TEXTS]
+
+
+def test_conversations_are_asked_as_turns(talking_run):
+    folder = write_lm_eval_task(talking_run)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (template,) = {chats.TEMPLATES["qwen"]}
+    told = [row["prompt"] for row in rows]
+    import jinja2
+
+    render = jinja2.Environment().from_string(template).render
+    assert told == [render(messages=messages(sample), add_generation_prompt=True) for sample in TALKS]
+    assert [row["gold"] for row in rows] == ["140", "41", "141", "14"]
 
 
 @pytest.mark.slow

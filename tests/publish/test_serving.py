@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,14 +16,18 @@ from pathlib import Path
 
 import pytest
 from evaluated import make_run
-from llama_server import llama_server
+from talking import TALKS
 from transformers_server import transformers_server
 
+from pst_dist.arms import ARMS
 from pst_dist.evaluation.evaluate import evaluate
 from pst_dist.publish.export import export
 from pst_dist.publish.gguf.artefact import export_gguf
+from pst_dist.publish.gguf.server import serving
+from pst_dist.student.saved import load_student
 
 SCRIPT = Path(__file__).parents[2] / "launchers" / "check_serving.py"
+SAMPLES = "eval/test/samples.jsonl"
 WAYS = ("completions, one by one", "completions, 8 at once", "chat, one by one", "chat, 8 at once")
 
 
@@ -64,7 +70,7 @@ def test_a_llama_cpp_server_gives_the_recorded_answers_and_another_student_does_
 
     config = Config.model_validate({**make_run(tmp_path / "unused").model_dump(), "output_dir": str(run)})
     made = export_gguf(config, "q8_0")
-    with llama_server(made.file, slots=4, context=96) as url:
+    with serving(made.file, slots=4, context=96) as url:
         code, told = check(f"{url}/v1/", run / "export")
         assert code == 0 and equal(told), told
         # Recorded answers of another student must be noticed.
@@ -78,6 +84,30 @@ def test_a_llama_cpp_server_gives_the_recorded_answers_and_another_student_does_
         shutil.copyfile(run / "eval/test/samples.jsonl", other)
         code, told = check(url, run / "export", "--answers", str(other), "--max-tokens", "1")
         assert code == 1 and "6 did not stop by themselves" in told
+
+
+def test_a_served_gguf_answers_conversations_as_they_were_scored(talking_run):
+    """The script asks turns; as one text they would have other answers."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    run = Path(talking_run.output_dir)
+    made = export_gguf(talking_run, "f32")
+    assert made.comparison is not None
+    assert (made.comparison.rows, made.comparison.different, made.comparison.correct) == (4, 0, 4)
+    with serving(made.file, slots=4, context=160) as url:
+        code, told = check(url, run / "export")
+    assert code == 0 and all(f"{way}: 0 of 4 answered differently" in told for way in WAYS), told
+
+
+@pytest.mark.parametrize("arm", sorted(ARMS))
+def test_the_script_has_the_prompt_of_every_arm(arm, talking_run):
+    student = load_student(Path(talking_run.output_dir) / "export", device="cpu")
+    fmt = dataclasses.replace(student.format, arm=arm)
+    script = runpy.run_path(str(SCRIPT))
+    rows = [json.loads(line) for line in (Path(talking_run.output_dir) / SAMPLES).read_text().splitlines()]
+    assert [len(row.get("turns", [])) for row in rows] == [0, 2, 3, 4]
+    for row, sample in zip(rows, TALKS, strict=True):
+        assert script["prompt_of"](fmt.to_json(), row) == fmt.render(fmt.asked(sample))
 
 
 def test_the_script_says_what_it_could_not_do(run, tmp_path):

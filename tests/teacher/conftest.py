@@ -28,9 +28,9 @@ def tiny_gguf(tmp_path_factory) -> Path:
 def server(tiny_gguf):
     """The URL of a llama.cpp server."""
     pytest.importorskip("xllamacpp", reason="needs the package xllamacpp")
-    from llama_server import llama_server
+    from pst_dist.publish.gguf.server import serving
 
-    with llama_server(tiny_gguf, slots=4, context=4096) as url:
+    with serving(tiny_gguf, slots=4, context=4096) as url:
         yield url
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import pytest
 
 pytest.importorskip("openai", reason="needs the package openai")
 pytest.importorskip("tenacity", reason="needs the package tenacity")
-import llama_server as llama_server_module
 from faulty_proxy import Fault, faulty_proxy, raw, says, status
 from ports import free_port
 
 from pst_dist.config.loading import load_config
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError
+from pst_dist.publish.gguf.server import server_command
 from pst_dist.storage.json_files import read_lines
 from pst_dist.teacher.settings import TeachSettings
 from pst_dist.teacher.teach import teach
@@ -164,9 +163,12 @@ def test_a_reply_that_does_not_come_is_a_timeout(tmp_path, rows, server):
 
 
 def test_a_server_that_dies_in_the_middle_keeps_what_it_answered(tmp_path, rows, tiny_gguf):
-    words = [sys.executable, llama_server_module.__file__, str(tiny_gguf), "2", "4096", "1"]
     process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        server_command(tiny_gguf, slots=2, context=4096),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         url = next(line for line in process.stdout if line.startswith("http")).strip()

@@ -19,6 +19,7 @@ from pst_dist import errors
 from pst_dist.answering.windows import Answerer, AnswerSettings, answer_window
 from pst_dist.clusters.ray.connect import ray_cluster
 from pst_dist.config.schema import RayConfig
+from pst_dist.data.sample import Turns
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
 from pst_dist.logs import Progress
 from pst_dist.storage.atomic import disk_errors
@@ -73,9 +74,14 @@ class WindowActor:
                 "put output and student on a disk that all machines share",
                 path=self._questions,
             ) from error
-        questions = [json.loads(line) for line in content.splitlines()]
+        questions = [_question(json.loads(line)) for line in content.splitlines()]
         answers = answer_window(self._student(), questions, self._settings)
         return json.dumps([asdict(answer) for answer in answers])
+
+
+def _question(value: Any) -> str | Turns:
+    """A question from its JSON; turns are lists there."""
+    return value if isinstance(value, str) else tuple((role, text) for role, text in value)
 
 
 def on_ray(student: Path, output: Path, settings: AnswerSettings, config: RayConfig) -> Answerer:
@@ -86,7 +92,7 @@ def on_ray(student: Path, output: Path, settings: AnswerSettings, config: RayCon
     """
     questions = output.absolute().with_name(f"{output.name}.questions")
 
-    def answer(windows: Iterator[list[str]], bar: Progress) -> Iterator[list[Answer]]:
+    def answer(windows: Iterator[list[str | Turns]], bar: Progress) -> Iterator[list[Answer]]:
         try:
             places = _write_questions(questions, windows)
             with ray_cluster(config) as ray:
@@ -99,8 +105,8 @@ def on_ray(student: Path, output: Path, settings: AnswerSettings, config: RayCon
     return answer
 
 
-def _write_questions(path: Path, windows: Iterator[list[str]]) -> list[dict[str, int]]:
-    """Write the questions, one JSON string per line; returns the place of each window."""
+def _write_questions(path: Path, windows: Iterator[list[str | Turns]]) -> list[dict[str, int]]:
+    """Write the questions, one JSON value per line; returns the place of each window."""
     places: list[dict[str, int]] = []
     with disk_errors(path), path.open("wb") as stream:
         for window in windows:

@@ -15,9 +15,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sources.columns import GUESSED, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
+from pst_dist.data.sources.columns import GUESSED, TURNS, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
-from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
@@ -87,6 +87,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     ),
     "choices": ("choices", "options", "answerchoices", "endings", "candidates", "alternatives", "mcoptions"),
     "id": ("id", "uid", "qid", "questionid", "sampleid"),
+    TURNS: (TURNS,),
 }
 """Common names for our fields, most likely first. Compared in lower case, without separators between words."""
 
@@ -197,7 +198,7 @@ def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     """A template that puts a system text or passage before the question if every row has one."""
-    if "{" in question:
+    if "{" in question or any(not isinstance(row.get(question), str | None) for row in rows):
         return question
     before = [
         column
@@ -247,12 +248,15 @@ def _named(setting: str, rows: Sequence[Mapping[str, Any]], path: str | Path) ->
 def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     """Whether some row of a column has a value of the right type for the field."""
     values = [row.get(column) for row in rows]
+    if field in ("question", TURNS) and any(is_turns(value) for value in values):
+        return True
     kinds: dict[str, tuple[type, ...]] = {
         "question": (str,),
         "answer": (str, int, float, bool, list, Decimal, datetime.date),
         "rationale": (str, list),
         "choices": (list, dict),
         "id": (str, int),
+        TURNS: (),
     }
     # Also a text in which no options are recognised: passed over, an index into them would be read as a number.
     if field == "choices" and any(isinstance(value, str) and value.strip() for value in values):

@@ -11,15 +11,16 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Protocol
 
 from pst_dist.data.sample import Turns
-from pst_dist.data.sources.conversations import unread_parts
+from pst_dist.data.sources.conversations import Question, is_blank, is_turns, read_question, unread_parts
 from pst_dist.data.sources.options import Options, read_options, with_choices
-from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
+from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 
@@ -27,7 +28,9 @@ GUESSED = "guessed"
 """The name of a guessed map. Such a map must not leave out a column that the question may depend on."""
 _ANSWERS = {"answer": None, "answer_from_0": 0, "answer_from_1": 1}
 """The fields for the answer, with what an index into the choices counts from; None means inferred from the rows."""
-OUR_FIELDS = ("question", *_ANSWERS, "rationale", "rationales", "choices", "id", "teacher_answer")
+TURNS = "turns"
+"""The field, and the column in files of ours, with the conversation that a question ends."""
+OUR_FIELDS = ("question", TURNS, *_ANSWERS, "rationale", "rationales", "choices", "id", "teacher_answer")
 """The fields of a column map. The last one is the teacher's own answer, for keep=teacher_correct."""
 
 
@@ -82,12 +85,7 @@ class FieldMap:
         reply.
         """
         paths = self.paths
-        unread = unread_parts(row, " ".join(paths.values())) if self.name == GUESSED else []
-        if unread:
-            what = f"column {unread[0]!r} would not be read, but the question may depend on it"
-            raise RowError("context", f"{what}; add it to data.columns.question, or set data.columns without it")
-        question = as_text(look_up(row, paths["question"]), "question")
-        options = read_options(options_at(row, paths["choices"])) if "choices" in paths else None
+        asked, options = asked_at(row, paths, guessed=self.name == GUESSED)
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
             if name in paths:
@@ -99,7 +97,8 @@ class FieldMap:
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
         return Fields(
-            question=with_choices(question, options.texts) if options else question,
+            question=as_text(asked.text, "question"),
+            turns=asked.turns,
             answer=answer,
             rationales=tuple(dict.fromkeys(rationales)),
             options=options,
@@ -127,6 +126,42 @@ class Layout:
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row's fields; raises RowError."""
         return self.read(row)
+
+
+def asked_at(
+    row: Mapping[str, Any],
+    paths: Mapping[str, str],
+    *,
+    guessed: bool,
+    remedy: str = "add it to data.columns.question, or set data.columns without it",
+) -> tuple[Question, Options | None]:
+    """(the question with its turns and options, those options) at the paths `question`, `turns` and `choices`.
+
+    The question may be a text or a list of turns. A guessed map reads turns beside it wherever a row has them. Raises
+    RowError for turns that end with another question and, with `remedy`, for a context column that a guessed map would
+    leave out.
+    """
+    unread = unread_parts(row, " ".join(paths.values())) if guessed else []
+    if unread:
+        what = f"column {unread[0]!r} would not be read, but the question may depend on it"
+        raise RowError("context", f"{what}; {remedy}")
+    place = paths.get(TURNS, TURNS if guessed and is_turns(row.get(TURNS)) else None)
+    value, turns = look_up(row, paths["question"]), None if place is None else look_up(row, place)
+    asked = read_question(value, "question", {}) if is_turns(value) else Question(as_text(value, "question"))
+    if not is_blank(turns):
+        whole = read_question(turns, TURNS, {})
+        last = whole.turns[-1][1] if whole.turns else whole.text
+        if asked.text not in (whole.text, last):
+            raise RowError("context", f"{TURNS} end with another question than the column of the question has")
+        asked = whole
+    if "choices" not in paths:
+        return asked, None
+    options = read_options(options_at(row, paths["choices"]))
+    told = tuple((role, text) for role, text in asked.turns[:-1])
+    if asked.turns:
+        told += (("user", with_choices(asked.turns[-1][1], options.texts)),)
+    text = with_choices(as_text(asked.text, "question"), options.texts)
+    return replace(asked, text=text, turns=told), options
 
 
 def field_map(paths: Mapping[str, str]) -> FieldMap:

@@ -12,8 +12,9 @@ from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
 from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, read_conversation, with_context
-from pst_dist.data.sources.replies import has_mark, has_thought_tag, rationale_of, split_reply
+from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.tasks.scoring import kind_of
 
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")

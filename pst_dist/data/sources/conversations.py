@@ -70,23 +70,57 @@ def read_conversation(turns: object, name: str, row: Mapping[str, Any]) -> Excha
     The row's own system and history columns are part of the context. Raises RowError for turns that are not objects, a
     role that is unknown or cannot be kept, and a conversation that does not end with a reply to a user.
     """
+    systems, read = _read_turns(turns, name)
+    if len(read) < 2 or [turn.role for turn in read[-2:]] != ["user", "assistant"]:
+        raise RowError("type", f"{name} has {_counts(read)}, expected a question and its reply at the end")
+    earlier = [(turn.role, turn.text) for turn in read[:-2]]
+    question = with_context(read[-2].text, row, systems, earlier)
+    return Exchange(question, read[-1].text, read[-1].thought)
+
+
+def read_question(turns: object, name: str, row: Mapping[str, Any]) -> Question:
+    """The last question in a list of turns, with or without a reply after it, which is left out.
+
+    Otherwise like `read_conversation`.
+    """
+    systems, read = _read_turns(turns, name)
+    if read and read[-1].role == "assistant":
+        read.pop()
+    if not read or read[-1].role != "user":
+        raise RowError("type", f"{name} has {_counts(read)}, expected a question at the end")
+    return with_context(read[-1].text, row, systems, [(turn.role, turn.text) for turn in read[:-1]])
+
+
+def is_turns(value: object) -> bool:
+    """Whether a value is a list of turns with roles; what is in them is not looked at."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value)
+    )
+
+
+def as_messages(turns: Turns) -> list[dict[str, str]]:
+    """Turns in the form that chat templates and servers take, and that this module reads."""
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def _read_turns(turns: object, name: str) -> tuple[list[Any], list[_Turn]]:
+    """(system texts, the turns after them); raises RowError."""
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise RowError("type", f"{name} is {kind_of(turns)}, expected a list of objects")
     read = [_turn(turn, f"{name}[{place}]") for place, turn in enumerate(turns)]
     systems = []
     while read and read[0].role == "system":
         systems.append(read.pop(0).text)
-    late = next((place for place, turn in enumerate(read) if turn.role == "system"), None)
-    if late is not None:
+    if any(turn.role == "system" for turn in read):
         raise RowError("context", f"{name}: a system turn after the first user turn cannot be kept in a question")
+    return systems, read
+
+
+def _counts(read: Sequence[_Turn]) -> str:
     asked = sum(turn.role == "user" for turn in read)
-    replied = len(read) - asked
-    if len(read) < 2 or [turn.role for turn in read[-2:]] != ["user", "assistant"]:
-        what = f"{name} has {asked} user and {replied} assistant turns, expected a question and its reply at the end"
-        raise RowError("type", what)
-    earlier = [(turn.role, turn.text) for turn in read[:-2]]
-    question = with_context(read[-2].text, row, systems, earlier)
-    return Exchange(question, read[-1].text, read[-1].thought)
+    return f"{asked} user and {len(read) - asked} assistant turns"
 
 
 def with_context(
@@ -97,10 +131,10 @@ def with_context(
     Raises RowError for a part of the row that text cannot represent.
     """
     for column in ATTACHED_COLUMNS:
-        if not _is_blank(row.get(column)):
+        if not is_blank(row.get(column)):
             raise RowError("context", f"{column} is not empty, but a text prompt cannot contain it")
-    texts = [row[column] for column in SYSTEM_COLUMNS if not _is_blank(row.get(column))]
-    texts += [text for text in systems if not _is_blank(text)]
+    texts = [row[column] for column in SYSTEM_COLUMNS if not is_blank(row.get(column))]
+    texts += [text for text in systems if not is_blank(text)]
     turns = [turn for column in HISTORY_COLUMNS for turn in _history(row.get(column), column)] + list(earlier)
     if not texts and not turns:
         return Question(question)
@@ -121,7 +155,7 @@ def with_context(
 def unread_parts(row: Mapping[str, Any], read: str) -> list[str]:
     """Context columns of a row that are not blank and do not occur in the paths `read`."""
     columns = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
-    return [column for column in columns if not _is_blank(row.get(column)) and column not in read]
+    return [column for column in columns if not is_blank(row.get(column)) and column not in read]
 
 
 def _turn(turn: Mapping[str, Any], where: str) -> _Turn:
@@ -132,7 +166,7 @@ def _turn(turn: Mapping[str, Any], where: str) -> _Turn:
     if role == "tool":
         raise RowError("context", f"{where} is a {named} turn: tool calls and results cannot be kept in a question")
     for key in ("tool_calls", "function_call", *ATTACHED_COLUMNS):
-        if not _is_blank(turn.get(key)):
+        if not is_blank(turn.get(key)):
             raise RowError("context", f"{where} has {key}, which a text prompt cannot contain")
     content = turn.get("content", turn.get("value"))
     thought = next((turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
@@ -162,7 +196,7 @@ def _joined(parts: Sequence[Any], where: str) -> tuple[str, str | None]:
 
 def _history(value: Any, column: str) -> list[tuple[str, Any]]:
     """Earlier turns as (role, text), from pairs as in alpaca files or from objects with roles."""
-    if _is_blank(value):
+    if is_blank(value):
         return []
     if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return [turn for question, reply in value for turn in (("user", question), ("assistant", reply))]
@@ -178,7 +212,8 @@ def _text(value: Any, role: str) -> str:
     return value.strip()
 
 
-def _is_blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
+    """Whether a column has nothing in it, also as text."""
     return (
         value is None or value in ([], {}, (), False) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
     )

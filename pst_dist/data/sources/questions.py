@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.sample import Turns
 from pst_dist.data.sources.column_guess import guess_paths, no_column
-from pst_dist.data.sources.columns import Layout, as_text, look_up, options_at
-from pst_dist.data.sources.conversations import unread_parts
+from pst_dist.data.sources.columns import TURNS, Layout, as_text, asked_at, look_up
+from pst_dist.data.sources.conversations import Question as Asked
+from pst_dist.data.sources.conversations import read_question
 from pst_dist.data.sources.in_memory import plain_value
-from pst_dist.data.sources.options import read_options, with_choices
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, RowError
 from pst_dist.errors import DataError
 
 _LOOK_AT = 50
 """Number of rows from which the column is guessed."""
+_CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
+"""Known layouts of turns, and their column: here a conversation may end with its question."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Question:
     """One row that asks something."""
 
     text: str
+    """The question with its context and options, as one text."""
+    turns: Turns
+    """The conversation that ends with the question; empty where the row has no more than a question."""
     row: dict[str, Any]
     """The row's own columns as plain JSON values, in their order."""
     path: str
@@ -50,18 +56,16 @@ class QuestionMap:
         """Plain data for a fingerprint."""
         return self.found.name if isinstance(self.found, Layout) else dict(self.found)
 
-    def question(self, row: Mapping[str, Any]) -> str:
+    def question(self, row: Mapping[str, Any]) -> Asked:
         """The question with its context and options; raises RowError."""
         if isinstance(self.found, Layout):
-            return self.found.fields(row).question
-        unread = unread_parts(row, " ".join(self.found.values())) if self.guessed else []
-        if unread:
-            what = f"column {unread[0]!r} would not be read, but the question may depend on it"
-            raise RowError("context", f"{what}; name the question: --question '{{{unread[0]}}} {{QUESTION}}'")
-        text = as_text(look_up(row, self.found["question"]), "question")
-        if "choices" not in self.found:
-            return text
-        return with_choices(text, read_options(options_at(row, self.found["choices"])).texts)
+            column = _CONVERSATIONS.get(self.found.name)
+            if column is not None:
+                return read_question(row.get(column), column, row)
+            fields = self.found.fields(row)
+            return Asked(fields.question, fields.turns)
+        remedy = "name both: --question '{COLUMN} {QUESTION}'"
+        return asked_at(row, self.found, guessed=self.guessed, remedy=remedy)[0]
 
 
 def question_map(setting: str | None, rows: Sequence[Mapping[str, Any]], path: str | Path) -> QuestionMap:
@@ -75,7 +79,7 @@ def question_map(setting: str | None, rows: Sequence[Mapping[str, Any]], path: s
         return QuestionMap({"question": setting}, guessed=False)
     found = guess_paths(rows)
     if not isinstance(found, Layout):
-        found = {name: place for name, place in found.items() if name in ("question", "choices")}
+        found = {name: place for name, place in found.items() if name in ("question", "choices", TURNS)}
         if "question" not in found:
             raise no_column("question", "question", rows, path, "--question")
     elif not _reads_any(found, rows):
@@ -86,7 +90,7 @@ def question_map(setting: str | None, rows: Sequence[Mapping[str, Any]], path: s
 def _reads_any(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
     for row in rows:
         try:
-            layout.fields(row)
+            QuestionMap(layout).question(row)
         except RowError:
             continue
         return True
@@ -109,10 +113,11 @@ def _question(entry: Entry, found: QuestionMap) -> Question | Reject:
     if isinstance(entry, Reject):
         return entry
     try:
-        text = found.question(entry.value)
+        asked = found.question(entry.value)
+        text = as_text(asked.text, "question")
         row = {str(name): plain_value(value, entry.label, str(name)) for name, value in entry.value.items()}
     except RowError as error:
         return entry.reject(error.code, error.what)
     except DataError as error:
         return entry.reject("type", error.what)
-    return Question(text, row, entry.path, entry.line)
+    return Question(text, asked.turns, row, entry.path, entry.line)

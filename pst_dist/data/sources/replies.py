@@ -1,8 +1,8 @@
-"""Split a reply that contains both reasoning and answer. All knowledge of how teachers mark an answer is here.
+"""Split a reply that contains both reasoning and answer.
 
-`split_reply` first removes the thought (`<think>...</think>` and similar tags), and then looks for the last explicit
-mark in the rest: `\\boxed{}`, `####`, "the answer is", `Answer:`, `<answer>`, `-->`. docs/data.md lists them. A reply
-with no certain answer is refused with a RowError: an intermediate result must never become a gold answer.
+`split_reply` first removes the thought (`thoughts`), and then looks for the last explicit mark in the rest (`marks`);
+docs/data.md lists them. A reply with no certain answer is refused with a RowError: an intermediate result must never
+become a gold answer.
 
 Replies are untrusted text of up to several megabytes, so every pattern has bounded repetitions and every search scans
 the text a fixed number of times.
@@ -12,55 +12,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from pst_dist.data.sources.marks import BOX, HEADING, LABEL, PHRASE, Mark, closing_brace, last_mark
 from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.thoughts import has_thought_tag, split_thought, without_wrappers
 from pst_dist.data.tasks.scoring import snippet
 
-THOUGHT_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<analysis>", "</analysis>"),
-    ("<scratchpad>", "</scratchpad>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
-)
-"""Opening and closing tags of a thought, in any case. The opening tag is often missing: it was part of the prompt."""
-_TAGS = tuple(tuple(re.compile(re.escape(tag), re.IGNORECASE) for tag in pair) for pair in THOUGHT_TAGS)
-_WRAPPERS = (
-    *("<|begin_of_solution|>", "<|end_of_solution|>", "<|start|>assistant", "<|start|>"),
-    *("<|end|>", "<|return|>"),
-)
-
-_PHRASE = re.compile(
-    r"\b(?:the|my|our)[ \t]{1,4}(?:(?:final|correct|right|best|numerical)[ \t]{1,4})?answer[ \t]{1,4}"
-    r"(?:is|are|will be|would be|must be|should be)(?=[\s:*$\\(]|$)(?:[ \t]{0,4}:)?|"
-    r"(?<=[\d\w.!?)])The[ ](?:final[ ]|correct[ ])?answer[ ]is(?=[\s:*$\\(]|$):?",
-    re.IGNORECASE,
-)
-_LABEL = re.compile(
-    r"(?:(?:^|(?<=[\n.!?;]))[ \t>*_#-]{0,12}(?:\d{1,2}[.)][ \t])?[ \t*_]{0,4}(?:the[ ])?(?:correct[ ])?answer|"
-    r"(?:the[ ])?\bfinal[ \t](?:answer|result)|(?<=\d)final[ ]answer)"
-    r"[ \t]{0,4}[*_]{0,3}[ \t]{0,4}[:\uff1a][*_]{0,3}",
-    re.IGNORECASE,
-)
-_HEADING = re.compile(
-    r"(?:^|(?<=\n))[ \t]{0,4}(?:#{1,6}[ \t]{1,4}[*_]{0,3}|[*_]{2,3})(?:the[ ])?(?:final[ ]|correct[ ])?answer"
-    r"[*_]{0,3}:?[*_]{0,3}[ \t]{0,4}(?=\n|$)",
-    re.IGNORECASE,
-)
-_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,4}")
-_NO_GSM8K_ANSWER = re.compile(
-    r"(?:step|part|case|stage|phase|section|example|problem|question|solution|explanation|conclusion|summary|note|"
-    r"approach|method|analysis|verification|check|answer|final|result|given|reasoning|calculation)\b",
-    re.IGNORECASE,
-)
 _DOUBTS = re.compile(
     r"\b(?:wait|hmm+|actually|scratch that|on second thought|correction|hold on|i made (?:a|an) (?:mistake|error)|"
     r"let me (?:re|double|check|count|try|verify)|that (?:is|was|cannot be|can't be) (?:wrong|not right|right\?)|"
@@ -83,16 +41,6 @@ class Split(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True)
-class _Mark:
-    """An explicit mark: its start, and the start and (for bracketed marks) the end of the marked text."""
-
-    start: int
-    content: int
-    end: int | None
-    kind: str
-
-
 def split_reply(reply: str, thought: str | None = None) -> Split:
     """Rationale and answer of a reply; `thought` is reasoning from a separate field.
 
@@ -100,7 +48,7 @@ def split_reply(reply: str, thought: str | None = None) -> Split:
     is not closed, and with code `answer` if the reply doubts its last mark afterwards, marks several answers, or has
     more than four words and no mark at all.
     """
-    inner, visible = map(_unwrapped, split_thought(reply))
+    inner, visible = map(without_wrappers, split_thought(reply))
     thoughts = [text for text in ((thought or "").strip(), inner) if text]
     if not visible:
         raise RowError("empty", "answer is empty: nothing follows the reasoning")
@@ -116,50 +64,14 @@ def split_reply(reply: str, thought: str | None = None) -> Split:
     return Split(rationale or None, answer)
 
 
-def rationale_of(text: str) -> str | None:
-    """A whole generation as a rationale: its thought and working without tags; None if the thought is cut off."""
-    try:
-        parts = map(_unwrapped, split_thought(text))
-    except RowError:
-        return None
-    return "\n\n".join(part for part in parts if part) or None
-
-
-def _unwrapped(text: str) -> str:
-    for tag in _WRAPPERS:
-        text = text.replace(tag, "")
-    return text.strip()
-
-
-def has_thought_tag(text: str) -> bool:
-    """Whether a text contains an opening or closing tag of a thought."""
-    return any(tag.search(text) is not None for tags in _TAGS for tag in tags)
-
-
 def has_mark(text: str) -> bool:
     """Whether a text contains a thought or an explicit answer mark; used for guessing columns."""
-    return has_thought_tag(text) or _last_mark(text) is not None
-
-
-def split_thought(reply: str) -> tuple[str, str]:
-    """The thought without its tags, and the text after its last closing tag; raises RowError if it is not closed."""
-    thoughts, rest = [], reply
-    for opening, closing in _TAGS:
-        closed = _last(closing, rest)
-        if closed is None and opening.search(rest) is None:
-            continue
-        after = rest[closed.end() :] if closed is not None else ""
-        if closed is None or opening.search(after) is not None:
-            names = THOUGHT_TAGS[_TAGS.index((opening, closing))]
-            raise RowError("cut", f"a thought is cut off: {names[0]} without {names[1]}")
-        thoughts.append(closing.sub("", opening.sub("", rest[: closed.start()])).strip())
-        rest = after
-    return "\n\n".join(filter(None, thoughts)), rest.strip()
+    return has_thought_tag(text) or last_mark(text) is not None
 
 
 def _marked(text: str) -> tuple[str, str] | None:
     """(working, answer) at the last mark of a text; None if it has no mark."""
-    last = _last_mark(text)
+    last = last_mark(text)
     if last is None:
         return None
     if last.kind == "open box":
@@ -181,80 +93,7 @@ def _marked(text: str) -> tuple[str, str] | None:
     return _working(text, last, answer), answer
 
 
-def _last_mark(text: str) -> _Mark | None:
-    """The mark that starts last. Scans the text once per kind of mark."""
-    marks: list[_Mark] = []
-    for pattern in (_PHRASE, _LABEL, _HEADING):
-        match = _last(pattern, text)
-        if match is not None:
-            marks.append(_Mark(match.start(), match.end(), None, "phrase"))
-    marks += [mark for mark in (_last_box(text), _answer_tag(text), _closing_line(text)) if mark is not None]
-    return max(marks, key=lambda mark: mark.start, default=None)
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = None
-    for match in pattern.finditer(text):
-        found = match
-    return found
-
-
-def _last_box(text: str) -> _Mark | None:
-    match = _last(_BOX, text)
-    if match is None:
-        return None
-    start = match.end()
-    if text[start : start + 1] != "{":
-        # Without braces, TeX takes one token as the argument.
-        token = re.compile(r"[^\s$*{}\\]{1,80}").match(text, start)
-        return _Mark(match.start(), start, token.end(), "box") if token else None
-    end = _closing_brace(text, start)
-    if end is None:
-        return _Mark(match.start(), start, None, "open box")
-    return _Mark(match.start(), start + 1, end, "box")
-
-
-def _closing_brace(text: str, opening: int) -> int | None:
-    """The brace that closes the one at `opening`; escaped braces (`\\{`) do not count."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return match.start()
-    return None
-
-
-def _answer_tag(text: str) -> _Mark | None:
-    folded = text if "<answer>" in text else text.replace("<Answer>", "<answer>").replace("</Answer>", "</answer>")
-    start = folded.rfind("<answer>")
-    if start < 0:
-        return None
-    content = start + len("<answer>")
-    end = folded.find("</answer>", content)
-    return _Mark(start, content, end, "tag") if end >= 0 else _Mark(start, content, None, "open answer")
-
-
-def _closing_line(text: str) -> _Mark | None:
-    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END` on the last line; elsewhere they are headings and arrows."""
-    end = len(text.rstrip())
-    line = text.rfind("\n", 0, end) + 1
-    start = text.rfind("####", line, end)
-    if start >= 0 and text[start - 1 : start] != "#":
-        content = text[start + 4 : end].strip()
-        if content and not content.endswith(":") and not _NO_GSM8K_ANSWER.match(content.lstrip("*_ ")):
-            return _Mark(start, start + 4, _without_end(text, end), "line")
-    start = text.rfind("-->", line, end)
-    if start < 0 and line and text[:line].rstrip().endswith("-->"):
-        start = text.rfind("-->", 0, line)
-    return _Mark(start, start + 3, _without_end(text, end), "line") if start >= 0 else None
-
-
-def _without_end(text: str, end: int) -> int:
-    """The end of the text without the word END that closes Fine-tune-CoT's completions."""
-    return end - 3 if text[end - 4 : end] in (" END", "\nEND") else end
-
-
-def _line_content(text: str, mark: _Mark) -> tuple[str, int]:
+def _line_content(text: str, mark: Mark) -> tuple[str, int]:
     """The text that a phrase or label marks: the rest of the sentence on its line, or on the next non-empty line."""
     start = mark.content
     if not (line := _line_at(text, start)).strip(" \t*_:$"):
@@ -282,7 +121,7 @@ def _sentence_end(line: str) -> int:
     return len(line)
 
 
-def _working(text: str, last: _Mark, answer: str) -> str:
+def _working(text: str, last: Mark, answer: str) -> str:
     """The text before the mark and its introduction. A box inside a sentence is replaced by its content."""
     if last.kind == "line":
         return text[: last.start]
@@ -306,7 +145,7 @@ def _without_introduction(text: str) -> tuple[str, bool]:
         tail = max(0, len(text) - 120)
         found = [
             match
-            for pattern in (_PHRASE, _LABEL, _HEADING)
+            for pattern in (PHRASE, LABEL, HEADING)
             for match in pattern.finditer(text[tail:])
             if tail + match.end() == len(text)
         ]
@@ -334,13 +173,13 @@ def _without_opening(text: str) -> str:
     return text
 
 
-def _refuse_two_boxes(text: str, last: _Mark) -> None:
+def _refuse_two_boxes(text: str, last: Mark) -> None:
     """Refuse "x = \\boxed{3} or x = \\boxed{5}", which has no single answer; raises RowError."""
     line = text.rfind("\n", 0, last.start) + 1
     contents = []
     # The first few are enough; each search for a closing brace may scan the whole text.
-    for match in itertools.islice(_BOX.finditer(text, line, last.start), 8):
-        end = _closing_brace(text, match.end()) if text[match.end() : match.end() + 1] == "{" else None
+    for match in itertools.islice(BOX.finditer(text, line, last.start), 8):
+        end = closing_brace(text, match.end()) if text[match.end() : match.end() + 1] == "{" else None
         if end is not None and end < last.start:
             contents.append(text[match.end() + 1 : end].strip())
     assert last.end is not None
@@ -379,7 +218,7 @@ def _bare(content: str) -> str:
         if text.endswith("**") and "**" not in text[:-2]:
             text = text.removesuffix("**").strip()
         wrapped = re.match(r"\\(?:text|textbf|mathrm|mathbf|boxed|fbox)\{", text)
-        if wrapped is not None and _closing_brace(text, wrapped.end() - 1) == len(text) - 1:
+        if wrapped is not None and closing_brace(text, wrapped.end() - 1) == len(text) - 1:
             text = text[wrapped.end() : -1].strip()
         if text == before:
             break

@@ -23,9 +23,10 @@ from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, finished_evaluation
 from pst_dist.evaluation.records import read_results, read_rows, student_of
 from pst_dist.logs import progress
 from pst_dist.publish.card_facts import CardFacts, lineage, training_words
-from pst_dist.publish.gguf.comparison import SLOTS, Comparison, compare_answers, server_prompt
-from pst_dist.publish.gguf.engine import PACKAGE, PROBES, check_tokens, engine_version, running
+from pst_dist.publish.gguf.comparison import SLOTS, Comparison, asked_in, compare_answers, server_prompt
+from pst_dist.publish.gguf.engine import PROBES, check_tokens, running
 from pst_dist.publish.gguf.file import About, write_gguf
+from pst_dist.publish.gguf.server import PACKAGE, engine_version
 from pst_dist.publish.gguf.vocabulary import Vocabulary, vocabulary_of
 from pst_dist.publish.render import render
 from pst_dist.storage.artefact import Artefact
@@ -146,7 +147,7 @@ def _checked(
     positions = max_positions(student.model) or fmt.max_length + most
     context = min(positions, fmt.max_length + most)
     with running(file, slots=SLOTS, context=context) as engine:
-        questions = [*PROBES, *(row["question"] for row in rows)]
+        questions = [*PROBES, *(asked_in(row) for row in rows)]
         prompts = [server_prompt(fmt, question) for question in questions]
         check_tokens(engine, student.tokenizer, prompts, normalises=vocabulary.normalises)
         if not rows:

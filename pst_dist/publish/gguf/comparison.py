@@ -6,12 +6,13 @@ asked with the plain prompt, greedily, several at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pst_dist.arms import ARMS
+from pst_dist.data.sample import Turns
 from pst_dist.data.tasks import Task
 from pst_dist.publish.gguf.engine import Engine
 from pst_dist.student.layout import AnswerFormat
@@ -49,7 +50,13 @@ class Comparison:
         return asdict(self)
 
 
-def server_prompt(fmt: AnswerFormat, question: str) -> str:
+def asked_in(row: Mapping[str, Any]) -> str | Turns:
+    """What the student was asked in a row of an evaluation: its question, or the turns that it was asked as."""
+    turns = row.get("turns")
+    return tuple((role, text) for role, text in turns) if turns else row["question"]
+
+
+def server_prompt(fmt: AnswerFormat, question: str | Turns) -> str:
     """The text before a causal student's answer, as a server's completions endpoint takes it."""
     return fmt.render(question) + (fmt.semantic_token * fmt.semantic_tokens if fmt.semantic_before else "")
 
@@ -67,7 +74,7 @@ def compare_answers(
     marker = None if ARMS[fmt.arm].answers_first else fmt.answer_marker.strip()
 
     def ask(row: dict[str, Any]) -> tuple[bool, bool, bool]:
-        reply = engine.answer(server_prompt(fmt, row["question"]), max_new_tokens)
+        reply = engine.answer(server_prompt(fmt, asked_in(row)), max_new_tokens)
         text = reply.text if marker is None else reply.text.partition(marker)[2]
         right = task.is_correct(task.extract(reply.text, marker), row["gold"])
         on_row(1)

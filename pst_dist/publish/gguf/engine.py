@@ -1,20 +1,13 @@
-"""Runs a GGUF file in llama.cpp's own server, in a process of its own, and asks it over loopback.
+"""Asks a GGUF file in llama.cpp's own server (`server`) over loopback: the tokens of a text, and answers.
 
-The server comes from the package xllamacpp. A file that it cannot load, or a text that it reads as other tokens than
-transformers, is found here before anything is published.
+A file that llama.cpp cannot load, or a text that it reads as other tokens than transformers, is found here before
+anything is published.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-import threading
 import unicodedata
 import urllib.error
 import urllib.request
@@ -24,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.errors import ConfigError, EnvironmentFault, first_line
+from pst_dist.publish.gguf.server import serving
 
-PACKAGE = "xllamacpp"
 PROBES = (
     "How many are 2 and 3?",
     "  two spaces, 1234.5 and 50% of 1,000,000\n\n\ttab  \r\n end ",
     "I've, we'll, it's, I'D, DON'T; naïve café, 北京 12 ½ Ⅻ ٣٤ ไทย 🚀🚀 e\u0301",
     "x=-3*(y+2)^2/7 \u00a0\u2003 __init__ [a]{b}<c> \"q\" 'z' `t` ~~ \\n",
 )
-_LOADING_SECONDS, _ANSWER_SECONDS = 600, 600
+_ANSWER_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -77,60 +70,21 @@ class Engine:
             return json.load(response)
 
 
-def engine_version() -> str | None:
-    """The version of xllamacpp; None when it is not installed."""
-    if importlib.util.find_spec(PACKAGE) is None:
-        return None
-    from importlib.metadata import version
-
-    return version(PACKAGE)
-
-
 @contextlib.contextmanager
 def running(file: Path, *, slots: int, context: int) -> Iterator[Engine]:
     """A server of `file` with `slots` slots of `context` tokens; it ends with the block, and with this process.
 
-    Raises EnvironmentFault with llama.cpp's own reason when it does not start.
+    Raises EnvironmentFault with llama.cpp's own reason when it does not start, and when it stops to answer.
     """
-    # On a shared machine more threads than free cores make llama.cpp many times slower, so torch's setting counts too.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
-    words = [sys.executable, "-m", __name__, str(file), str(slots), str(slots * context), threads]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert server.stdin is not None and server.stdout is not None
-        timer = threading.Timer(_LOADING_SECONDS, server.kill)
-        timer.start()
+    with serving(file, slots=slots, context=context) as url:
         try:
-            address = next((line.strip() for line in server.stdout if line.startswith("http")), None)
-            timer.cancel()
-            if address is None:
-                log.seek(0)
-                raise EnvironmentFault(
-                    f"llama.cpp does not serve this file: {_reason(log.read().decode(errors='replace'))}",
-                    "pip install -U xllamacpp, or export without --gguf",
-                    path=file.name,
-                )
-            yield Engine(address)
+            yield Engine(url)
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             raise EnvironmentFault(
                 f"llama.cpp's server did not answer: {first_line(error, 200)}",
                 "run the same command again",
                 path=file.name,
             ) from error
-        finally:
-            timer.cancel()
-            server.stdin.close()
-            try:
-                server.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _reason(log: str) -> str:
-    """The first line of llama.cpp's log that reports an error, without its time stamp."""
-    errors = [found[1] for line in log.splitlines() if (found := re.match(r"[\d.]+ E (.*)", line))]
-    return (errors or log.splitlines()[-1:] or ["no reason given"])[0][:300]
 
 
 def check_tokens(engine: Engine, tokenizer: Any, texts: Sequence[str], *, normalises: bool) -> None:
@@ -150,23 +104,3 @@ def check_tokens(engine: Engine, tokenizer: Any, texts: Sequence[str], *, normal
             f"{tokenizer.convert_ids_to_tokens(wanted[place : place + 3])}",
             "serve the export with transformers (`transformers serve`)",
         )
-
-
-def _serve(file: str, slots: int, context: int, threads: int) -> None:
-    """Serve until standard input closes, as it does when the parent ends in any way."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = file
-    params.hostnames, params.port = ["127.0.0.1"], 0
-    params.n_parallel, params.n_ctx = slots, context
-    params.n_gpu_layers = 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
-    print(server.listening_address, flush=True)  # noqa: T201
-    sys.stdin.read()
-    os._exit(0)  # the server's own threads would keep the process alive
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1], *map(int, sys.argv[2:5]))

@@ -1,0 +1,118 @@
+"""The last explicit answer mark in a text: `\\boxed{}`, `####`, "the answer is", `Answer:`, `<answer>`, `-->`.
+
+Texts are untrusted and may have megabytes, so every pattern has bounded repetitions and every search scans the text
+once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PHRASE = re.compile(
+    r"\b(?:the|my|our)[ \t]{1,4}(?:(?:final|correct|right|best|numerical)[ \t]{1,4})?answer[ \t]{1,4}"
+    r"(?:is|are|will be|would be|must be|should be)(?=[\s:*$\\(]|$)(?:[ \t]{0,4}:)?|"
+    r"(?<=[\d\w.!?)])The[ ](?:final[ ]|correct[ ])?answer[ ]is(?=[\s:*$\\(]|$):?",
+    re.IGNORECASE,
+)
+LABEL = re.compile(
+    r"(?:(?:^|(?<=[\n.!?;]))[ \t>*_#-]{0,12}(?:\d{1,2}[.)][ \t])?[ \t*_]{0,4}(?:the[ ])?(?:correct[ ])?answer|"
+    r"(?:the[ ])?\bfinal[ \t](?:answer|result)|(?<=\d)final[ ]answer)"
+    r"[ \t]{0,4}[*_]{0,3}[ \t]{0,4}[:\uff1a][*_]{0,3}",
+    re.IGNORECASE,
+)
+HEADING = re.compile(
+    r"(?:^|(?<=\n))[ \t]{0,4}(?:#{1,6}[ \t]{1,4}[*_]{0,3}|[*_]{2,3})(?:the[ ])?(?:final[ ]|correct[ ])?answer"
+    r"[*_]{0,3}:?[*_]{0,3}[ \t]{0,4}(?=\n|$)",
+    re.IGNORECASE,
+)
+BOX = re.compile(r"\\(?:boxed|fbox)[ \t]{0,4}")
+_NO_GSM8K_ANSWER = re.compile(
+    r"(?:step|part|case|stage|phase|section|example|problem|question|solution|explanation|conclusion|summary|note|"
+    r"approach|method|analysis|verification|check|answer|final|result|given|reasoning|calculation)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An explicit mark: its start, and the start and (for bracketed marks) the end of the marked text."""
+
+    start: int
+    content: int
+    end: int | None
+    kind: str
+
+
+def last_mark(text: str) -> Mark | None:
+    """The mark that starts last. Scans the text once per kind of mark."""
+    marks: list[Mark] = []
+    for pattern in (PHRASE, LABEL, HEADING):
+        match = last_match(pattern, text)
+        if match is not None:
+            marks.append(Mark(match.start(), match.end(), None, "phrase"))
+    marks += [mark for mark in (_last_box(text), _answer_tag(text), _closing_line(text)) if mark is not None]
+    return max(marks, key=lambda mark: mark.start, default=None)
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The last match of a pattern; None if there is none."""
+    found = None
+    for match in pattern.finditer(text):
+        found = match
+    return found
+
+
+def _last_box(text: str) -> Mark | None:
+    match = last_match(BOX, text)
+    if match is None:
+        return None
+    start = match.end()
+    if text[start : start + 1] != "{":
+        # Without braces, TeX takes one token as the argument.
+        token = re.compile(r"[^\s$*{}\\]{1,80}").match(text, start)
+        return Mark(match.start(), start, token.end(), "box") if token else None
+    end = closing_brace(text, start)
+    if end is None:
+        return Mark(match.start(), start, None, "open box")
+    return Mark(match.start(), start + 1, end, "box")
+
+
+def closing_brace(text: str, opening: int) -> int | None:
+    """The brace that closes the one at `opening`; escaped braces (`\\{`) do not count."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
+def _answer_tag(text: str) -> Mark | None:
+    folded = text if "<answer>" in text else text.replace("<Answer>", "<answer>").replace("</Answer>", "</answer>")
+    start = folded.rfind("<answer>")
+    if start < 0:
+        return None
+    content = start + len("<answer>")
+    end = folded.find("</answer>", content)
+    return Mark(start, content, end, "tag") if end >= 0 else Mark(start, content, None, "open answer")
+
+
+def _closing_line(text: str) -> Mark | None:
+    """GSM8K's `#### 18` or Fine-tune-CoT's `--> 18 END` on the last line; elsewhere they are headings and arrows."""
+    end = len(text.rstrip())
+    line = text.rfind("\n", 0, end) + 1
+    start = text.rfind("####", line, end)
+    if start >= 0 and text[start - 1 : start] != "#":
+        content = text[start + 4 : end].strip()
+        if content and not content.endswith(":") and not _NO_GSM8K_ANSWER.match(content.lstrip("*_ ")):
+            return Mark(start, start + 4, _without_end(text, end), "line")
+    start = text.rfind("-->", line, end)
+    if start < 0 and line and text[:line].rstrip().endswith("-->"):
+        start = text.rfind("-->", 0, line)
+    return Mark(start, start + 3, _without_end(text, end), "line") if start >= 0 else None
+
+
+def _without_end(text: str, end: int) -> int:
+    """The end of the text without the word END that closes Fine-tune-CoT's completions."""
+    return end - 3 if text[end - 4 : end] in (" END", "\nEND") else end

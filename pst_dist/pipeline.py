@@ -12,103 +12,27 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.config.loading import RESOLVED, load_config
 from pst_dist.config.run_dir import expand_arms, fetch_data, recorded, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
 from pst_dist.diagnostics.artefacts import Finding
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import InputError
-from pst_dist.storage.artefact import Artefact
-from pst_dist.storage.leftovers import remove_leftovers
+from pst_dist.packing import make_shards
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import Manifest, digest_of
-from pst_dist.storage.object_store import RemoteFolder, fetch_folder, publish_folder
-from pst_dist.student.prompt import keeps_turns
+from pst_dist.storage.manifest import Manifest
+from pst_dist.storage.object_store import RemoteFolder
 
 if TYPE_CHECKING:
-    from pst_dist.data.sources import LoadedData
     from pst_dist.embedding.embed import Executor
 
 log = logging.getLogger(__name__)
 
-
-def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
-    """Read the sources and pack them into shards; does nothing when the same rows are already packed.
-
-    Raises StaleError when different rows are packed there and `rebuild` is false.
-    """
-    from pst_dist.data.shards import reusable_shards, write_shards
-    from pst_dist.data.sources import load_data
-    from pst_dist.data.sources.mixture import runs_of
-    from pst_dist.data.sources.rows import write_rejects
-    from pst_dist.student.unreadable import unreadable_rows
-
-    run = run_dir(config)
-    # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
-    loaded = load_data(config, unreadable_rows(config))
-    parts = runs_of(loaded.splits["train"], loaded.report)
-    mixture = {"parts": parts} if parts else {}
-    splits, fingerprint = _as_packed(config, loaded, mixture, None if rebuild else run.shards)
-    if run.remote is None and not rebuild:
-        # Without a lock, which requires write permission: a colleague may own the directory.
-        found = reusable_shards(run.shards, fingerprint, config.shards.samples_per_shard)
-        if found is not None:
-            log.info("shards: %s is complete, nothing to do", run.shards)
-            return found
-    with directory_lock(run.data):
-        if loaded.rejects or (run.data / "rejects.jsonl").is_file():
-            write_rejects(run.data / "rejects.jsonl", loaded.rejects, inside=run.data)
-        if run.remote is not None and rebuild:
-            remove_leftovers(run.shards, locked=True)
-        elif run.remote is not None:  # the remote shards decide what is kept or refused
-            fetch_folder(run.remote.child("shards"), run.shards, "shards")
-            splits, fingerprint = _as_packed(config, loaded, mixture, run.shards)
-        manifest = write_shards(
-            splits,
-            run.shards,
-            samples_per_shard=config.shards.samples_per_shard,
-            fingerprint=fingerprint,
-            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest, **mixture},
-            rebuild=rebuild,
-        )
-        if run.remote is not None:
-            publish_folder(run.shards, manifest, run.remote.child("shards"))
-        return manifest
-
-
-def _as_packed(
-    config: Config, loaded: LoadedData, mixture: Mapping[str, Any], packed: Path | None
-) -> tuple[dict[str, list[ReasoningSample]], str]:
-    """The rows as they are in the shards in `packed`, or else new, with the fingerprint of everything that makes them.
-
-    Shards of older versions have no turns; they are kept where the student does not need any.
-    """
-
-    def fingerprint(splits: Mapping[str, list[ReasoningSample]]) -> str:
-        rows = {name: [sample.to_json() for sample in samples] for name, samples in splits.items()}
-        return digest_of(
-            {
-                "schema": SCHEMA_VERSION,
-                "source": loaded.source_digest,
-                "rows": rows,
-                "samples_per_shard": config.shards.samples_per_shard,
-                **mixture,
-            }
-        )
-
-    held = Artefact(packed, "shards").manifest() if packed is not None else None
-    has_turns = any(sample.turns for samples in loaded.splits.values() for sample in samples)
-    if held is not None and has_turns and not keeps_turns(config):
-        older = {name: [replace(sample, turns=()) for sample in rows] for name, rows in loaded.splits.items()}
-        if held.fingerprint == fingerprint(older):
-            return older, held.fingerprint
-    return loaded.splits, fingerprint(loaded.splits)
+__all__ = ["compare_arms", "finish_arm", "make_embeddings", "make_shards", "make_student", "repair", "run_all"]
 
 
 def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:

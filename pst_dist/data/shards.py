@@ -76,7 +76,7 @@ def write_shards(
         remove_leftovers(behind.parent, glob.escape(behind.name), locked=True)
         if restored and not rebuild and (found := reusable_shards(directory, fingerprint, samples_per_shard)):
             return found
-        with Artefact(directory, "shards").publish(fingerprint, extra) as draft:
+        with Artefact(directory, "shards", remembers=True).publish(fingerprint, extra) as draft:
             partial = draft.path
             table: list[ShardInfo] = []
             for split in sorted(splits):
@@ -147,7 +147,7 @@ def reusable_shards(directory: Path, fingerprint: str, samples_per_shard: int) -
     Raises StaleError for shards of other rows or settings, and InputError if the directory contains anything else.
     """
     _check_place(directory)
-    artefact = Artefact(directory, "shards")
+    artefact = Artefact(directory, "shards", remembers=True)
     manifest = artefact.manifest()
     if manifest is None:
         return None
@@ -220,7 +220,7 @@ class ShardSet:
 
         Raises InputError when there are no finished shards and IntegrityError when they are damaged.
         """
-        artefact = Artefact(directory, "shards")
+        artefact = Artefact(directory, "shards", remembers=True)
         manifest = artefact.manifest()
         if manifest is None:
             raise InputError("no finished shards found", "run `pst shard` first", path=directory)

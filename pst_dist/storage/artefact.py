@@ -26,6 +26,7 @@ from pst_dist.storage.manifest import (
     write_manifest,
 )
 from pst_dist.storage.outputs import refuse_foreign_folder
+from pst_dist.storage.stamps import remember, remember_published, remembered, stamps_of
 
 log = logging.getLogger(__name__)
 _MOST_THREADS = 16
@@ -55,6 +56,8 @@ class Artefact:
     directory: Path
     kind: str
     """A kind of `Manifest`."""
+    remembers: bool = False
+    """Whether files that were compared before and have not changed since are taken as intact (`storage.stamps`)."""
 
     def manifest(self) -> Manifest | None:
         """Its manifest, without checking the files; None when it is absent or unfinished.
@@ -76,10 +79,7 @@ class Artefact:
             manifest = self.manifest()
             if manifest is None or fingerprint not in (None, manifest.fingerprint):
                 return None
-            if on_file is not None:
-                verify_files(self.directory, manifest, on_file=on_file)
-            else:
-                self._verify_at_once(manifest)
+            self._verify(manifest, on_file)
         except IntegrityError as error:
             raise IntegrityError(error.what, remedy or error.remedy, path=error.path) from error
         return manifest
@@ -112,6 +112,8 @@ class Artefact:
             files = describe_files(partial, all_files(partial))
             draft._manifest = Manifest(self.kind, fingerprint, files, draft.extra)
             write_manifest(partial, draft._manifest)
+        if self.remembers:
+            remember_published(self.directory, draft._manifest.digest, files)
 
     def publish_prepared(
         self, partial: Path, fingerprint: str, files: dict[str, dict[str, Any]], extra: dict[str, Any]
@@ -123,10 +125,22 @@ class Artefact:
         publish_directory(partial, self.directory)
         return manifest
 
-    def _verify_at_once(self, manifest: Manifest) -> None:
+    def _verify(self, manifest: Manifest, on_file: Callable[[], None] | None) -> None:
+        names, stamps = sorted(manifest.files), {}
+        if self.remembers:
+            stamps = stamps_of(self.directory, names)
+            known = remembered(self.directory, manifest.digest)
+            names = [name for name in names if name not in stamps or stamps[name] != known.get(name)]
+        if on_file is not None:
+            verify_files(self.directory, manifest, names, on_file=on_file)
+        else:
+            self._verify_at_once(manifest, names)
+        if self.remembers and names:
+            remember(self.directory, manifest.digest, stamps)
+
+    def _verify_at_once(self, manifest: Manifest, names: list[str]) -> None:
         """Hash in threads, since hashing releases the GIL; raises for the first bad file in order of names."""
         with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-            names = sorted(manifest.files)
             futures = [pool.submit(verify_files, self.directory, manifest, [name]) for name in names]
             try:
                 for future in futures:

@@ -56,14 +56,22 @@ def read_regular(
     kind: type[PstError] = InputError,
 ) -> bytes:
     """The content of a regular file of at most `most` bytes; raises as `open_regular` does, and for a larger file."""
+    return read_with_stat(path, most, remedy=remedy, kind=kind)[0]
+
+
+def read_with_stat(
+    path: Path, most: int, *, remedy: str, kind: type[PstError] = InputError
+) -> tuple[bytes, os.stat_result]:
+    """`read_regular`, and the state of the file when it was opened."""
     with open_regular(path, remedy=remedy, kind=kind) as stream:
+        found = os.fstat(stream.fileno())
         try:
             data = stream.read(most + 1)
         except OSError as error:
             raise kind(_reason(error), remedy, path=path) from error
     if len(data) > most:
         raise kind(f"is larger than {_size(most)}", remedy, path=path)
-    return data
+    return data, found
 
 
 def read_regular_text(

@@ -10,12 +10,15 @@ import glob
 import hashlib
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.sources.readers import input_of
+from pst_dist.data.sources.rows import Input
 from pst_dist.errors import DataError, InputError
-from pst_dist.storage.regular_files import read_regular
+from pst_dist.storage.regular_files import read_with_stat
 
 MAX_COMPLETIONS_BYTES = 4 << 30
 """A larger completion file is refused before it fills the memory."""
@@ -41,6 +44,8 @@ class TeacherFile:
     by_index: dict[int, Completion]
     digests: list[tuple[str, str]]
     """File name and sha256, in the order read."""
+    inputs: tuple[Input, ...]
+    """The files, in the order read."""
     whole: bool
     """True when the file has exactly one completion per row, so that both counts must be equal."""
 
@@ -51,21 +56,30 @@ def read_completions(pattern: str, root: Path) -> TeacherFile:
     Raises InputError when no file matches, and DataError when it has neither of the known formats.
     """
     full = str(root / pattern)
-    paths = [Path(full)] if Path(full).exists() else sorted(map(Path, glob.glob(full)), key=_natural)
-    if not paths:
-        raise InputError("no such teacher completion file", "check data.teacher_completions and data.root", path=full)
-    digests, values = [], []
-    for path in paths:
-        raw = read_regular(path, MAX_COMPLETIONS_BYTES, remedy="check data.teacher_completions")
-        digests.append((path.name, hashlib.sha256(raw).hexdigest()))
+    digests, values, inputs = [], [], []
+    for path in completion_paths(pattern, root):
+        opened = time.time_ns()
+        raw, found = read_with_stat(path, MAX_COMPLETIONS_BYTES, remedy="check data.teacher_completions")
+        inputs.append(input_of(path, hashlib.sha256(raw).hexdigest(), found, opened))
+        digests.append((path.name, inputs[-1].sha256))
         values.append((path, _json(path, raw)))
+    read = tuple(inputs)
     if all(isinstance(value, list) for _, value in values):
         texts = [text for path, value in values for text in _texts(path, value)]
-        return TeacherFile(full, {index: _continuation(text) for index, text in enumerate(texts)}, digests, True)
+        return TeacherFile(full, {index: _continuation(text) for index, text in enumerate(texts)}, digests, read, True)
     if len(values) > 1:
         raise DataError("the pattern matches several Fine-tune-CoT files", "name the one for this task", path=full)
     path, value = values[0]
-    return TeacherFile(str(path), _fine_tune_cot(path, value), digests, False)
+    return TeacherFile(str(path), _fine_tune_cot(path, value), digests, read, False)
+
+
+def completion_paths(pattern: str, root: Path) -> list[Path]:
+    """The files of data.teacher_completions in the order in which they are read; InputError when there are none."""
+    full = str(root / pattern)
+    paths = [Path(full)] if Path(full).exists() else sorted(map(Path, glob.glob(full)), key=_natural)
+    if not paths:
+        raise InputError("no such teacher completion file", "check data.teacher_completions and data.root", path=full)
+    return paths
 
 
 def _natural(path: Path) -> list[Any]:

@@ -25,7 +25,7 @@ from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.generators import GENERATOR_TASKS
-from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt
+from pst_dist.data.sources.rows import Input, RawRow, Reject, RowError, excerpt
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.sources.splits import (
     check_ids,
@@ -65,6 +65,8 @@ class LoadedData:
     """Counts, and `columns`: the column map of each file as YAML. Contains no local paths."""
     source_digest: str
     """sha256 over the digests of everything read, in order. Independent of how it was split."""
+    inputs: list[Input] = field(default_factory=list)
+    """Everything that was read: the sources of each split, the teacher's completions, the split file."""
 
 
 def load_data(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
@@ -151,6 +153,7 @@ class _Survey:
     unreadable: Unreadable | None = None
     rejects: list[Reject] = field(default_factory=list)
     digests: list[Any] = field(default_factory=list)
+    inputs: list[Input] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
     """Path of a training file -> its unused text columns."""
@@ -180,6 +183,7 @@ class _Survey:
             drafts[split] = self._drafts(split, found, columns, task, teacher if split == "train" else None)
         if teacher is not None:
             self.digests += [["teacher", *digest] for digest in teacher.digests]
+            self.inputs += teacher.inputs
         for rows in drafts.values():
             self._refuse_unreadable(rows)
         whole = {split: [draft for draft in rows if draft is not None] for split, rows in drafts.items()}
@@ -188,7 +192,7 @@ class _Survey:
         splits = self._arrange({split: whole.get(split, []) for split in SPLITS})
         samples = final_ids(splits)
         self._count(splits)
-        return LoadedData(samples, self.rejects, self.report, digest_of(self.digests))
+        return LoadedData(samples, self.rejects, self.report, digest_of(self.digests), self.inputs)
 
     def _check_config(self, specs: dict[str, Any]) -> None:
         data = self.config.data
@@ -249,6 +253,7 @@ class _Survey:
             )
         for number, source in enumerate(sources):
             self.digests.append([split, source.stem, source.sha256])
+            self.inputs += source.inputs
             if source.generated and task.answer_type != GENERATOR_TASKS[source.stem].answer_type and self.config.task:
                 wanted = GENERATOR_TASKS[source.stem].name
                 raise ConfigError(
@@ -289,8 +294,9 @@ class _Survey:
             drafts[places[index]] = None
 
     def _by_split_file(self, path: Path, drafts: list[Draft | None]) -> dict[str, list[Draft]]:
-        indices, sha256 = read_split_file(path, len(drafts))
-        self.digests.append(["split_file", path.name, sha256])
+        indices, found = read_split_file(path, len(drafts))
+        self.digests.append(["split_file", path.name, found.sha256])
+        self.inputs.append(found)
         self.report["rows_unused"] = len(drafts) - sum(map(len, indices.values()))
         return {
             split: [draft for draft in (drafts[index] for index in rows) if draft is not None]

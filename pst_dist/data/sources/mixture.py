@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pst_dist.config.schema import Config, RowSource
@@ -31,7 +31,7 @@ _SETTINGS = (
 class MixedData(LoadedData):
     """The rows of a mixture; each sample says which source it belongs to."""
 
-    parts: dict[str, LoadedData]
+    parts: dict[str, LoadedData] = field(default_factory=dict)
     """Name -> what was read from this source, before the splits were joined."""
 
 
@@ -104,7 +104,8 @@ def _joined(config: Config, parts: dict[str, Config], read: dict[str, LoadedData
     report["leaks_between_sources"] = len(leaks["train"])
     rejects = [reject for loaded in read.values() for reject in loaded.rejects]
     digest = digest_of([[name, loaded.source_digest] for name, loaded in read.items()])
-    return MixedData(splits, rejects, report, digest, read)
+    inputs = [one for loaded in read.values() for one in loaded.inputs]
+    return MixedData(splits, rejects, report, digest, inputs, read)
 
 
 def _leaks(splits: dict[str, list[ReasoningSample]]) -> dict[str, set[int]]:

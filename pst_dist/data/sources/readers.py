@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from pst_dist.data.sources.compressed import (
     decompressed,
     expansion_limit,
 )
-from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
+from pst_dist.data.sources.rows import Entry, Input, RawRow, Reject, excerpt
 from pst_dist.data.sources.strict_json import (
     LONG_CELL,
     MAX_CELL_CHARACTERS,
@@ -39,6 +40,8 @@ from pst_dist.data.sources.strict_json import (
 from pst_dist.errors import DataError, EnvironmentFault, InputError
 from pst_dist.storage.regular_files import open_regular
 
+_COARSEST_TIME_NS = 2 * 10**9
+"""File systems give files times in steps of up to two seconds; a change within a step leaves the time alone."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -48,7 +51,12 @@ class FileRows:
 
     path: str
     entries: list[Entry]
-    sha256: str
+    input: Input
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        return self.input.sha256
 
 
 def read_file(path: Path) -> FileRows:
@@ -57,19 +65,19 @@ def read_file(path: Path) -> FileRows:
     Raises InputError for a file that is missing, unreadable, of an unsupported format or modified while being read, and
     DataError for one that has no rows or is corrupt as a whole.
     """
-    digests: list[str] = []
-    entries = list(stream_file(path, digests.append))
-    return FileRows(str(path), entries, digests[0])
+    inputs: list[Input] = []
+    entries = list(stream_file(path, inputs.append))
+    return FileRows(str(path), entries, inputs[0])
 
 
-def stream_file(path: Path, done: Callable[[str], None]) -> Iterator[Entry]:
-    """The rows of `read_file` one after another; `done` receives the sha256 of the file's bytes at the end."""
+def stream_file(path: Path, done: Callable[[Input], None]) -> Iterator[Entry]:
+    """The rows of `read_file` one after another; at the end `done` receives the file's digest and time."""
     _refuse_other_formats(path)
     if not os.path.lexists(path):
         raise InputError("no such file", _neighbours(path), path=path)
     try:
         with open_regular(path, remedy="use a file, or a folder written by save_to_disk") as stream:
-            before = os.fstat(stream.fileno())
+            opened, before = time.time_ns(), os.fstat(stream.fileno())
             tap = _HashingReader(stream)
             found = False
             for entry in _entries(path, tap, before.st_size):
@@ -83,7 +91,13 @@ def stream_file(path: Path, done: Callable[[str], None]) -> Iterator[Entry]:
         raise InputError("the file changed while it was read", "run again when it is complete", path=path)
     if not found:
         raise DataError("the file has no rows", "use a file with at least one row", path=path)
-    done(tap.digest.hexdigest())
+    done(input_of(path, tap.digest.hexdigest(), before, opened))
+
+
+def input_of(path: Path, sha256: str, found: os.stat_result, opened: int) -> Input:
+    """A file that was read whole; `opened` is the time in nanoseconds at which `found` was looked up."""
+    settled = found.st_mtime_ns < opened - _COARSEST_TIME_NS
+    return Input(os.path.abspath(path), sha256, found.st_size, found.st_mtime_ns if settled else None)
 
 
 def _refuse_other_formats(path: Path) -> None:

@@ -55,6 +55,19 @@ class RawRow:
         return Reject(self.path, self.line, code, what, excerpt(str(self.value)))
 
 
+@dataclass(frozen=True)
+class Input:
+    """Something that was read: a file, a hub dataset or a generator, as it was at that time."""
+
+    name: str
+    """Absolute path of a file; the spec of a hub dataset or generator."""
+    sha256: str
+    """Of a file's bytes; for a hub dataset the digest of its fingerprint, for a generator that of its rows."""
+    bytes: int = 0
+    mtime_ns: int | None = None
+    """None where the time cannot tell a changed file: it changed shortly before it was read, or it is no file."""
+
+
 Entry = RawRow | Reject
 """One entry of a file, good or bad."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 from pst_dist.data.sources.arrow_probe import probe
 from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
-from pst_dist.data.sources.readers import SUFFIXES, read_file, stream_file, table_row
-from pst_dist.data.sources.rows import Entry
+from pst_dist.data.sources.readers import SUFFIXES, input_of, read_file, stream_file, table_row
+from pst_dist.data.sources.rows import Entry, Input
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.manifest import digest_of, sha256_file
 from pst_dist.storage.regular_files import open_regular
@@ -36,6 +37,8 @@ class Source:
     entries: list[Entry]
     sha256: str
     generated: bool = False
+    inputs: tuple[Input, ...] = ()
+    """The files that were read; for a hub dataset or a generator its spec."""
 
 
 def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
@@ -63,11 +66,28 @@ def stream_specs(spec: str | list[str], split: str, root: Path, digests: list[st
     for word in [spec] if isinstance(spec, str) else spec:
         for target in _targets(word, root):
             if isinstance(target, Path) and not target.is_dir():
-                yield from stream_file(target, digests.append)
+                yield from stream_file(target, lambda one: digests.append(one.sha256))
             else:
                 source = _read(target, split)
                 yield from source.entries
                 digests.append(source.sha256)
+
+
+def input_names(spec: str | list[str], split: str, root: Path) -> Iterator[str]:
+    """The names of the inputs (`Input.name`) that reading a spec would give, in order."""
+    for word in [spec] if isinstance(spec, str) else spec:
+        for target in _targets(word, root):
+            if not isinstance(target, Path):
+                yield target
+            elif target.is_dir():
+                yield from map(os.path.abspath, _files_below(_dataset_folder(target, split)))
+            else:
+                yield os.path.abspath(target)
+
+
+def hub_digest(spec: str) -> str:
+    """Digest of a hub dataset's fingerprint, without reading its rows; raises as `read_specs` does."""
+    return digest_of(_hub_dataset(spec)._fingerprint)
 
 
 def _targets(word: str, root: Path) -> Iterator[Path | str]:
@@ -91,19 +111,39 @@ def _read(target: Path | str, split: str) -> Source:
         if target.is_dir():
             return _read_folder(target, split)
         rows = read_file(target)
-        return Source(rows.path, data_stem(target.name), rows.entries, rows.sha256)
+        return Source(rows.path, data_stem(target.name), rows.entries, rows.input.sha256, inputs=(rows.input,))
     if target.startswith("gen:"):
         name, samples = generate(target, split)
         generated = [
             {"question": one.question, "answer": one.answer, **_worded(one.rationales), "id": one.id} for one in samples
         ]
         entries = [table_row(row, target, f"gen:{name}", number) for number, row in enumerate(generated, 1)]
-        return Source(target, name, entries, digest_of(generated), generated=True)
+        digest = digest_of(generated)
+        return Source(target, name, entries, digest, generated=True, inputs=(Input(target, digest),))
     return _read_hub(target)
 
 
 def _read_folder(folder: Path, split: str) -> Source:
     """Read a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    folder = _dataset_folder(folder, split)
+    datasets = _datasets(folder)
+    opened = time.time_ns()
+    files = _files_below(folder)
+    stats = [file.stat() for file in files]
+    try:
+        arrow = [file for file in files if file.suffix == ".arrow"]
+        probe(arrow, expansion_limit(sum(file.stat().st_size for file in arrow)))
+        dataset = datasets.load_from_disk(str(folder))
+        entries = list(_dataset_rows(dataset, str(folder), folder.name))
+    except Exception as error:  # the library raises pyarrow's exceptions, OSError and its own
+        raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
+    inputs = tuple(input_of(file, sha256_file(file), found, opened) for file, found in zip(files, stats, strict=True))
+    digest = digest_of([one.sha256 for one in inputs])
+    return _not_empty(Source(str(folder), folder.name, entries, digest, inputs=inputs))
+
+
+def _dataset_folder(folder: Path, split: str) -> Path:
+    """The folder of a dataset's split; raises InputError for a folder of anything else."""
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():
             names = ", ".join(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
@@ -117,19 +157,14 @@ def _read_folder(folder: Path, split: str) -> Source:
             _files_in(folder),
             path=folder,
         )
-    datasets = _datasets(folder)
+    return folder
+
+
+def _files_below(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if not file.is_dir())
     for file in files:
         open_regular(file, remedy="save the dataset again").close()
-    try:
-        arrow = [file for file in files if file.suffix == ".arrow"]
-        probe(arrow, expansion_limit(sum(file.stat().st_size for file in arrow)))
-        dataset = datasets.load_from_disk(str(folder))
-        entries = list(_dataset_rows(dataset, str(folder), folder.name))
-    except Exception as error:  # the library raises pyarrow's exceptions, OSError and its own
-        raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
-    digest = digest_of([sha256_file(file) for file in files])
-    return _not_empty(Source(str(folder), folder.name, entries, digest))
+    return files
 
 
 def _files_in(folder: Path) -> str:
@@ -142,14 +177,29 @@ def _files_in(folder: Path) -> str:
 
 def _read_hub(spec: str) -> Source:
     """Read `hf:NAME[@REVISION][:CONFIG]:SPLIT` through the datasets library and its cache."""
+    match = _hub_match(spec)
+    name, split = match["name"], match["split"]
+    dataset = _hub_dataset(spec)
+    entries = list(_dataset_rows(dataset, spec, f"{name}/{split}"))
+    digest = digest_of(dataset._fingerprint)
+    stem = f"{name.rsplit('/', 1)[-1]}-{split}"
+    return _not_empty(Source(spec, stem, entries, digest, inputs=(Input(spec, digest),)))
+
+
+def _hub_match(spec: str) -> re.Match[str]:
     match = _HUB.fullmatch(spec)
     if match is None:
         raise ConfigError(f"{spec!r} is not hf:NAME[:CONFIG]:SPLIT", "for example hf:openai/gsm8k:main:train")
-    datasets = _datasets(spec)
+    return match
+
+
+def _hub_dataset(spec: str) -> Any:
+    """The dataset of a spec, from the library's cache or the hub, without reading its rows."""
+    match, datasets = _hub_match(spec), _datasets(spec)
     name, split = match["name"], match["split"]
     try:
         # trust_remote_code is never set, so the library refuses a dataset that needs to run its own code.
-        dataset = datasets.load_dataset(name, match["config"], split=split, revision=match["revision"])
+        return datasets.load_dataset(name, match["config"], split=split, revision=match["revision"])
     except (ConnectionError, OSError, TimeoutError) as error:
         raise EnvironmentFault(
             f"cannot fetch the dataset: {first_line(error, 160)}",
@@ -160,8 +210,6 @@ def _read_hub(spec: str) -> Source:
         raise InputError(
             f"cannot load the dataset: {first_line(error, 160)}", "check name, config and split", path=spec
         ) from error
-    entries = list(_dataset_rows(dataset, spec, f"{name}/{split}"))
-    return _not_empty(Source(spec, f"{name.rsplit('/', 1)[-1]}-{split}", entries, digest_of(dataset._fingerprint)))
 
 
 def _not_empty(source: Source) -> Source:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +16,10 @@ from typing import Any
 
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources.drafts import Draft
+from pst_dist.data.sources.readers import input_of
+from pst_dist.data.sources.rows import Input
 from pst_dist.errors import ConfigError, DataError
-from pst_dist.storage.regular_files import read_regular
+from pst_dist.storage.regular_files import read_with_stat
 
 _MAX_SPLIT_FILE_BYTES = 1 << 30
 
@@ -175,20 +178,21 @@ def final_ids(splits: dict[str, list[Draft]]) -> dict[str, list[ReasoningSample]
     return samples
 
 
-def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], str]:
-    """Row indices of each split, counted from 0, in the file's order, and the file's sha256.
+def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], Input]:
+    """Row indices of each split, counted from 0, in the file's order, and the file as it was read.
 
     The file is JSON {"train": […], "test": […]} with an optional "validation". Raises InputError if it cannot be read,
     and DataError for an index outside the `rows` rows or a duplicate index.
     """
-    raw = read_regular(path, _MAX_SPLIT_FILE_BYTES, remedy="check data.split_file")
+    opened = time.time_ns()
+    raw, found = read_with_stat(path, _MAX_SPLIT_FILE_BYTES, remedy="check data.split_file")
     try:
         value: Any = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise DataError(f"split file is not JSON: {error}", path=path) from error
     if not isinstance(value, dict) or "train" not in value or not set(value) <= set(SPLITS):
         raise DataError('split file is not {"train": [index…], "test": [index…]}', path=path)
-    owner: dict[int, str] = {}
+    owner = bytearray(rows)
     for split, indices in value.items():
         if not isinstance(indices, list):
             raise DataError(f"{split} is not a list of row indices", path=path)
@@ -201,7 +205,8 @@ def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], str]:
                     "use the split file that belongs to data.train",
                     path=path,
                 )
-            if index in owner:
-                raise DataError(f"row {index} is in {owner[index]} and again in {split}", path=path)
-            owner[index] = split
-    return value, hashlib.sha256(raw).hexdigest()
+            if owner[index]:
+                earlier = SPLITS[owner[index] - 1]
+                raise DataError(f"row {index} is in {earlier} and again in {split}", path=path)
+            owner[index] = SPLITS.index(split) + 1
+    return value, input_of(path, hashlib.sha256(raw).hexdigest(), found, opened)

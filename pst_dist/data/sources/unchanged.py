@@ -1,0 +1,73 @@
+"""Whether the inputs of earlier shards are what they were, without reading a row.
+
+`pst run` asks this at every start. A file with the size and the time that it had is taken as unchanged; one with
+another time is read for its digest, which costs seconds where parsing its rows costs an hour. A dataset on the hub is
+told by the fingerprint of the revision that the datasets library has in its cache, a generator by its spec.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import SPLITS
+from pst_dist.data.sources.completions import completion_paths
+from pst_dist.data.sources.mixture import parts_of
+from pst_dist.data.sources.readers import input_of
+from pst_dist.data.sources.rows import Input
+from pst_dist.data.sources.specs import hub_digest, input_names
+from pst_dist.errors import PstError
+from pst_dist.storage.manifest import sha256_file
+
+
+def unchanged(config: Config, recorded: Sequence[Input]) -> list[Input] | None:
+    """The inputs that `config.data` names, if they are the `recorded` ones, with the times that they have now.
+
+    None when one was added, removed, changed or cannot be read.
+    """
+    try:
+        names = list(_names(config))
+        if names != [one.name for one in recorded]:
+            return None
+        found = []
+        for one in recorded:
+            now = _now(one)
+            if now.sha256 != one.sha256:
+                return None
+            found.append(now)
+    except (PstError, OSError):
+        return None  # reading the rows says what is wrong
+    return found
+
+
+def _names(config: Config) -> Iterator[str]:
+    """The names of all inputs in the order of `LoadedData.inputs`."""
+    for part in parts_of(config).values() if config.data.mixture else [config]:
+        data = part.data
+        root = Path(data.root).expanduser() if data.root else Path()
+        for split in SPLITS:
+            if getattr(data, split) is not None:
+                yield from input_names(getattr(data, split), split, root)
+        if data.teacher_completions:
+            yield from map(os.path.abspath, completion_paths(data.teacher_completions, root))
+        if data.split_file is not None:
+            yield os.path.abspath(root / data.split_file)
+
+
+def _now(one: Input) -> Input:
+    """An input as it is now."""
+    if one.name.startswith("gen:"):
+        return one
+    if one.name.startswith("hf:"):
+        return replace(one, sha256=hub_digest(one.name))
+    path, opened = Path(one.name), time.time_ns()
+    found = path.stat()
+    if found.st_size != one.bytes:
+        return replace(one, sha256="")
+    if found.st_mtime_ns == one.mtime_ns:
+        return one
+    return input_of(path, sha256_file(path), found, opened)

@@ -1,0 +1,204 @@
+"""The first stage of a run: rows from their sources become shards, unless the same rows are packed already.
+
+Whether they are is decided without reading a row: beside the shards, `.shards.inputs.json` lists the files that they
+were made from, with size, time and sha256, and a digest of everything else that decides the rows. The list is no part
+of the shards: it has paths and times of this machine, and equal rows give equal shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pst_dist.config.run_dir import RunDir, run_dir
+from pst_dist.config.schema import Config
+from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
+from pst_dist.data.sources.rows import Input
+from pst_dist.errors import PstError
+from pst_dist.models.locate import WEIGHT_SUFFIXES, locate_model
+from pst_dist.storage.artefact import Artefact
+from pst_dist.storage.json_files import read_typed
+from pst_dist.storage.leftovers import remove_leftovers
+from pst_dist.storage.locks import directory_lock
+from pst_dist.storage.manifest import Manifest, digest_of, write_json
+from pst_dist.storage.object_store import fetch_folder, publish_folder
+from pst_dist.storage.stamps import stamp_of
+from pst_dist.student.prompt import keeps_turns
+
+if TYPE_CHECKING:
+    from pst_dist.data.sources import LoadedData
+
+log = logging.getLogger(__name__)
+_RECORD = ".shards.inputs.json"
+_READERS = ("pst_dist", "pyarrow", "datasets", "math-verify", "transformers", "tokenizers")
+"""Packages that decide what is in a row. After an upgrade the rows are read once more."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What finished shards were made from."""
+
+    settings: str
+    """Digest of everything but the inputs that decides which rows are packed, and how."""
+    manifest: str
+    """Digest of the shards' manifest."""
+    inputs: list[Input]
+
+
+def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
+    """Read the sources and pack them into shards; does nothing when the same rows are already packed.
+
+    Raises StaleError when different rows are packed there and `rebuild` is false.
+    """
+    from pst_dist.data.shards import reusable_shards, write_shards
+    from pst_dist.data.sources import load_data
+    from pst_dist.data.sources.mixture import runs_of
+    from pst_dist.data.sources.rows import write_rejects
+    from pst_dist.student.unreadable import unreadable_rows
+
+    run = run_dir(config)
+    settings = _settings(config)
+    if not rebuild and (found := _recognised(config, run, settings)) is not None:
+        log.info("shards: %s is complete and its sources have not changed, nothing to do", run.shards)
+        return found
+    # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
+    loaded = load_data(config, unreadable_rows(config))
+    parts = runs_of(loaded.splits["train"], loaded.report)
+    mixture = {"parts": parts} if parts else {}
+    splits, fingerprint = _as_packed(config, loaded, mixture, None if rebuild else run.shards)
+    if run.remote is None and not rebuild:
+        # Without a lock, which requires write permission: a colleague may own the directory.
+        found = reusable_shards(run.shards, fingerprint, config.shards.samples_per_shard)
+        if found is not None:
+            log.info("shards: %s is complete, nothing to do", run.shards)
+            _record(run, _Made(settings, found.digest, loaded.inputs))
+            return found
+    with directory_lock(run.data):
+        if loaded.rejects or (run.data / "rejects.jsonl").is_file():
+            write_rejects(run.data / "rejects.jsonl", loaded.rejects, inside=run.data)
+        if run.remote is not None and rebuild:
+            remove_leftovers(run.shards, locked=True)
+        elif run.remote is not None:  # the remote shards decide what is kept or refused
+            fetch_folder(run.remote.child("shards"), run.shards, "shards")
+            splits, fingerprint = _as_packed(config, loaded, mixture, run.shards)
+        manifest = write_shards(
+            splits,
+            run.shards,
+            samples_per_shard=config.shards.samples_per_shard,
+            fingerprint=fingerprint,
+            extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest, **mixture},
+            rebuild=rebuild,
+        )
+        if run.remote is not None:
+            publish_folder(run.shards, manifest, run.remote.child("shards"))
+        _record(run, _Made(settings, manifest.digest, loaded.inputs))
+        return manifest
+
+
+def _recognised(config: Config, run: RunDir, settings: str) -> Manifest | None:
+    """The manifest of finished, intact shards that were made from these inputs and settings; None if unknown."""
+    from pst_dist.data.shards import reusable_shards
+    from pst_dist.data.sources.unchanged import unchanged
+
+    try:
+        made = read_typed(run.data / _RECORD, _Made)
+        held = Artefact(run.shards, "shards").manifest()
+    except PstError:
+        return None
+    if made.settings != settings or held is None or held.digest != made.manifest:
+        return None
+    inputs = unchanged(config, made.inputs)
+    if inputs is None:
+        return None
+    if run.remote is not None:
+        remote = run.remote.child("shards")
+        there = remote.manifest("shards")
+        if there is None or there.digest != held.digest:
+            return None
+        with directory_lock(run.data):
+            fetch_folder(remote, run.shards, "shards")
+    found = reusable_shards(run.shards, held.fingerprint, config.shards.samples_per_shard)
+    if found is not None and inputs != made.inputs:
+        _record(run, replace(made, inputs=inputs))
+    return found
+
+
+def _record(run: RunDir, made: _Made) -> None:
+    """Write down what the shards were made from, where this process may write."""
+    with contextlib.suppress(PstError, OSError):
+        write_json(run.data / _RECORD, asdict(made))
+
+
+def _settings(config: Config) -> str:
+    """Digest of everything but the inputs that decides which rows are packed, and how."""
+    data = config.data.model_dump(mode="json", exclude={"root"})  # the inputs' absolute paths stand for it
+    return digest_of(
+        {
+            "schema": SCHEMA_VERSION,
+            "data": data,
+            "task": config.task,
+            "arms": config.arms or [config.arm],
+            "shards": config.shards.model_dump(mode="json"),
+            "student": config.student.model_dump(mode="json"),
+            "layout": config.layout.model_dump(mode="json"),
+            "tokenizer": _tokenizer_stamps(config),
+            "versions": {name: _version(name) for name in _READERS},
+            "unicode": unicodedata.unidata_version,
+        }
+    )
+
+
+def _tokenizer_stamps(config: Config) -> Any:
+    """The files of a pretrained student on this machine that decide whether it can read a row (`unreadable_rows`)."""
+    from pst_dist.student.unreadable import is_here
+
+    if config.student.model_name_or_path is None or not is_here(config):
+        return None
+    place = locate_model(config.student.model_name_or_path, config.student.revision)
+    folder = Path(place.target)
+    if place.gguf is not None:
+        return stamp_of(folder / place.gguf)
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return [[path.name, stamp_of(path)] for path in files if path.suffix not in WEIGHT_SUFFIXES]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _as_packed(
+    config: Config, loaded: LoadedData, mixture: Mapping[str, Any], packed: Path | None
+) -> tuple[dict[str, list[ReasoningSample]], str]:
+    """The rows as they are in the shards in `packed`, or else new, with the fingerprint of everything that makes them.
+
+    Shards of older versions have no turns; they are kept where the student does not need any.
+    """
+
+    def fingerprint(splits: Mapping[str, list[ReasoningSample]]) -> str:
+        rows = {name: [sample.to_json() for sample in samples] for name, samples in splits.items()}
+        return digest_of(
+            {
+                "schema": SCHEMA_VERSION,
+                "source": loaded.source_digest,
+                "rows": rows,
+                "samples_per_shard": config.shards.samples_per_shard,
+                **mixture,
+            }
+        )
+
+    held = Artefact(packed, "shards").manifest() if packed is not None else None
+    has_turns = any(sample.turns for samples in loaded.splits.values() for sample in samples)
+    if held is not None and has_turns and not keeps_turns(config):
+        older = {name: [replace(sample, turns=()) for sample in rows] for name, rows in loaded.splits.items()}
+        if held.fingerprint == fingerprint(older):
+            return older, held.fingerprint
+    return loaded.splits, fingerprint(loaded.splits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,7 @@ class Artefact:
             if on_file is not None:
                 verify_files(self.directory, manifest, on_file=on_file)
             else:
-                self._verify_at_once(manifest)
+                verify_at_once(self.directory, manifest)
         except IntegrityError as error:
             raise IntegrityError(error.what, remedy or error.remedy, path=error.path) from error
         return manifest
@@ -123,14 +123,25 @@ class Artefact:
         publish_directory(partial, self.directory)
         return manifest
 
-    def _verify_at_once(self, manifest: Manifest) -> None:
-        """Hash in threads, since hashing releases the GIL; raises for the first bad file in order of names."""
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-            names = sorted(manifest.files)
-            futures = [pool.submit(verify_files, self.directory, manifest, [name]) for name in names]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+
+def verify_at_once(
+    directory: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    threads: int | None = None,
+    on_file: Callable[[], None] = lambda: None,
+) -> None:
+    """`verify_files` in threads, since hashing releases the GIL; raises for the first bad file in order of names.
+
+    `threads` is one for each core by default, at most 16. `on_file` is called from them.
+    """
+    with ThreadPoolExecutor(threads or min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        ordered = sorted(manifest.files if names is None else names)
+        futures = [pool.submit(verify_files, directory, manifest, [name], on_file=on_file) for name in ordered]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()

@@ -69,6 +69,11 @@ class RunDir:
         return self.path / "train.json"
 
     @property
+    def stacks(self) -> Path:
+        """`rank-<rank>.txt`: where each rank of a training was when it ended because one of them hung."""
+        return self.path / "stacks"
+
+    @property
     def export(self) -> Path:
         """The finished model for other tools."""
         return self.path / "export"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from pst_dist.errors import PeerLostError
@@ -64,10 +65,11 @@ class Verdict:
     reason: str
     hangs: bool = False
 
-    def error(self) -> PeerLostError:
-        """The error that every other rank ends with."""
+    def error(self, stacks: Path | None = None) -> PeerLostError:
+        """The error that every other rank ends with; it names the folder with the ranks' stacks, if there is one."""
         verb = "hangs" if self.hangs else "was lost"
-        return PeerLostError(f"rank {self.rank} on {self.host} {verb} in {self.place} ({self.reason})", REMEDY)
+        remedy = REMEDY if stacks is None else f"{REMEDY}; each rank's stacks are in {stacks}"
+        return PeerLostError(f"rank {self.rank} on {self.host} {verb} in {self.place} ({self.reason})", remedy)
 
 
 def judge(peers: Iterable[Peer], now: float, timeout_seconds: float, *, all_are_known: bool = True) -> Verdict | None:

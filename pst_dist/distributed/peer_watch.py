@@ -22,13 +22,18 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pst_dist.distributed import peer_link
 from pst_dist.distributed.peer_link import Link, LinkClosed, Meeting
 from pst_dist.distributed.peer_verdict import FAREWELL_SECONDS, REMEDY, Peer, Place, Verdict, hung, judge
+from pst_dist.distributed.progress import alive, at, note_work, place, working
 from pst_dist.distributed.ranks import Ranks, from_main
+from pst_dist.distributed.stacks import expect_a_beat, expect_nothing, write_stacks
 from pst_dist.errors import PeerLostError, PstError
+
+__all__ = ["alive", "at", "watched", "working"]
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
@@ -37,27 +42,15 @@ _GRACE_SECONDS = 1.0
 _VERDICT_SECONDS = 8.0
 """How long the training thread waits for the verdict when a collective failed before the watcher noticed."""
 _NONSENSE = "it does not speak our protocol"
-_place = Place()
-
-
-def at(section: str, step: int | None = None) -> None:
-    """Record that this rank enters a section ("backward", step 41); cheap: sends nothing and waits for nothing."""
-    global _place
-    _place = Place(section, step, _place.entered + 1, _place.signs + 1)
-
-
-def alive() -> None:
-    """Record progress inside a long section, so that it does not count as a hang."""
-    global _place
-    _place = _place._replace(signs=_place.signs + 1)
 
 
 @contextlib.contextmanager
-def watched(ranks: Ranks, timeout_seconds: float) -> Iterator[None]:
+def watched(ranks: Ranks, timeout_seconds: float, stacks: Path | None = None) -> Iterator[None]:
     """Let the ranks watch each other within this block; collective at its start, does nothing for a single rank.
 
     When a peer is gone, raises PeerLostError naming the lost rank instead of the collective's own exception. When this
-    block's thread is blocked and cannot raise, the process prints that line and ends with its exit code.
+    block's thread is blocked and cannot raise, the process prints that line and ends with its exit code. When a rank
+    hangs, every rank writes its Python stacks into the folder `stacks`.
     """
     if ranks.world_size == 1:
         yield
@@ -75,7 +68,7 @@ def watched(ranks: Ranks, timeout_seconds: float) -> Iterator[None]:
         )
         yield
         return
-    watcher = _Watcher(ranks, meeting, timeout_seconds, server, link)
+    watcher = _Watcher(ranks, meeting, timeout_seconds, server, link, stacks)
     farewell = ""
     try:
         yield
@@ -113,8 +106,10 @@ class _Watcher:
         timeout_seconds: float,
         server: socket.socket | None,
         link: Link | None,
+        stacks: Path | None = None,
     ) -> None:
         self.ranks, self.meeting, self.timeout_seconds = ranks, meeting, timeout_seconds
+        self.stacks = stacks
         self.server = server
         self.links: dict[Link, Peer | None] = {}
         """Peer of each connection; None until it has authenticated."""
@@ -148,14 +143,14 @@ class _Watcher:
             self.known.wait(_VERDICT_SECONDS)
             if self.verdict is None:
                 words = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-                return PeerLostError(f"a connection to another rank broke in {_place} ({words})", REMEDY)
+                return PeerLostError(f"a connection to another rank broke in {place()} ({words})", REMEDY)
         if self.verdict is None or isinstance(error, PstError):
             return None
         if not self._speaker.acquire(blocking=False):
             time.sleep(60)  # the watcher is already ending this process
         if self.ranks.is_main:
             time.sleep(0.5)  # let the verdict reach the other ranks before this process ends
-        return self.verdict.error()
+        return self._error(self.verdict)
 
     def leave(self, farewell: str) -> None:
         """Inform the other ranks and end the thread; `farewell` is empty when the work is done."""
@@ -175,12 +170,16 @@ class _Watcher:
                 self._hear(key.fileobj)
             now = time.monotonic()
             if now >= beat:
+                expect_a_beat(self.timeout_seconds)
                 self._forgive(now - beat)
                 self._tell(self._standing())
                 beat = now + BEAT_SECONDS
             self.verdict = self.verdict or self._judge(now)
+        expect_nothing()
         if self.verdict is not None:
             self._tell({"verdict": asdict(self.verdict)})
+            if self.verdict.hangs and self.stacks is not None:
+                write_stacks(self.stacks, self.ranks.rank, str(self.verdict.error()))
             self.known.set()
             self._end_this_rank(self.verdict)
         self._tell({"farewell": self._farewell})
@@ -261,9 +260,9 @@ class _Watcher:
         """Apply a peer's message about itself, or rank zero's verdict; raises LinkClosed for an invalid message."""
         peer.heard = time.monotonic()
         if "place" in message:
-            place, waiting, line = _place_in(message)
-            peer.moved = peer.heard if place.signs != peer.place.signs else peer.moved
-            peer.place, peer.waiting, peer.line = place, waiting, line
+            there, waiting, line = _place_in(message)
+            peer.moved = peer.heard if there.signs != peer.place.signs else peer.moved
+            peer.place, peer.waiting, peer.line = there, waiting, line
         if "farewell" in message:
             farewell = message["farewell"]
             if not isinstance(farewell, str | None):
@@ -280,7 +279,8 @@ class _Watcher:
         file = frame.f_code.co_filename if frame else ""
         waiting = "/torch/distributed/" in file or "/deepspeed/" in file
         line = f"{os.path.basename(file)}:{frame.f_lineno}" if frame else ""
-        standing = {"place": list(_place), "waiting": waiting, "line": line}
+        note_work(waiting="/torch/distributed/" in file or "/deepspeed/comm/" in file)
+        standing = {"place": list(place()), "waiting": waiting, "line": line}
         if self.ranks.is_main:
             self._take(self.peers[0], standing)
         return standing
@@ -313,25 +313,29 @@ class _Watcher:
         verdict = judge(self.peers.values(), now, self.timeout_seconds, all_are_known=self.ranks.is_main)
         if verdict is not None and now - self._overslept < FAREWELL_SECONDS:
             # A rank that resumes and finds the others gone is the one that they gave up on.
-            this = Peer(self.ranks.rank, os.uname().nodename, now, now, _place)
+            this = Peer(self.ranks.rank, os.uname().nodename, now, now, place())
             return hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the other ranks did not wait")
         return verdict
+
+    def _error(self, verdict: Verdict) -> PeerLostError:
+        """The verdict as an error that also names the folder of the stacks."""
+        return verdict.error(self.stacks if verdict.hangs else None)
 
     def _end_this_rank(self, verdict: Verdict) -> None:
         """Give the training thread a moment to end by itself; otherwise print the line and end the process."""
         if self._gone.wait(_GRACE_SECONDS) or not self._speaker.acquire(blocking=False):
             return
         # Without logging and sys.stderr: the blocked thread may hold their locks.
-        os.write(2, f"pst: {verdict.error()}\n".encode())
+        os.write(2, f"pst: {self._error(verdict)}\n".encode())
         os._exit(PeerLostError.exit_code)
 
 
 def _place_in(message: dict[str, Any]) -> tuple[Place, bool, str]:
     """A rank's place, whether it waits in a collective, and its line of code; raises LinkClosed when invalid."""
-    place, waiting, line = message["place"], message.get("waiting"), message.get("line")
-    if not (isinstance(place, list) and len(place) == len(Place._fields)):
+    there, waiting, line = message["place"], message.get("waiting"), message.get("line")
+    if not (isinstance(there, list) and len(there) == len(Place._fields)):
         raise LinkClosed(_NONSENSE)
-    section, step, entered, signs = place
+    section, step, entered, signs = there
     right = isinstance(section, str) and type(step) in (int, type(None)) and type(entered) is type(signs) is int
     if not (right and isinstance(waiting, bool) and isinstance(line, str)):
         raise LinkClosed(_NONSENSE)

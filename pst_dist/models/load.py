@@ -13,7 +13,7 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,19 +267,32 @@ def base_identity(place: ModelPlace) -> dict[str, Any]:
     the GGUF's most frequent low-bit type, such as Q4_1. Unknown values are None. With adapters, `sha256` covers them
     and the base.
     """
+    return identity_of(place, {path: sha256_file(path) for path in files_of_identity(place)})
+
+
+def files_of_identity(place: ModelPlace) -> list[Path]:
+    """The files whose digests `identity_of` needs: weights in local folders, and adapters."""
     if place.adapters:
-        below = base_identity(replace(place, adapters=place.adapters[:-1]))
-        own = {name: sha256_file(Path(place.adapters[-1]) / name) for name in (adapters.CONFIG, adapters.WEIGHTS)}
+        own = [Path(place.adapters[-1]) / name for name in (adapters.CONFIG, adapters.WEIGHTS)]
+        return [*files_of_identity(replace(place, adapters=place.adapters[:-1])), *own]
+    if place.gguf is not None:
+        return [Path(place.target) / place.gguf]
+    folder = Path(place.target).expanduser()
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES) if folder.is_dir() else []
+
+
+def identity_of(place: ModelPlace, sha256: Mapping[Path, str]) -> dict[str, Any]:
+    """`base_identity`, given the digests of `files_of_identity`, which several ranks may have computed."""
+    if place.adapters:
+        below = identity_of(replace(place, adapters=place.adapters[:-1]), sha256)
+        own = {name: sha256[Path(place.adapters[-1]) / name] for name in (adapters.CONFIG, adapters.WEIGHTS)}
         return below | {"sha256": digest_of({"base": below, "adapter": own})}
     identity: dict[str, Any] = {"sha256": None, "revision": None, "quantised": None}
+    files = files_of_identity(place)
     if place.gguf is not None:
-        file = Path(place.target) / place.gguf
-        return identity | {"sha256": sha256_file(file), "quantised": _quantised_type(file)}
-    folder = Path(place.target).expanduser()
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-        listed = {path.name: sha256_file(path) for path in files}
-        return identity | {"sha256": digest_of(listed) if files else None}
+        return identity | {"sha256": sha256[files[0]], "quantised": _quantised_type(files[0])}
+    if Path(place.target).expanduser().is_dir():
+        return identity | {"sha256": digest_of({path.name: sha256[path] for path in files}) if files else None}
     return identity | {"revision": getattr(load_model_config(place), "_commit_hash", None) or place.revision}
 
 

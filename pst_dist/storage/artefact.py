@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,17 +134,29 @@ class Artefact:
         if on_file is not None:
             verify_files(self.directory, manifest, names, on_file=on_file)
         else:
-            self._verify_at_once(manifest, names)
+            verify_at_once(self.directory, manifest, names)
         if self.remembers and names:
             remember(self.directory, manifest.digest, stamps)
 
-    def _verify_at_once(self, manifest: Manifest, names: list[str]) -> None:
-        """Hash in threads, since hashing releases the GIL; raises for the first bad file in order of names."""
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-            futures = [pool.submit(verify_files, self.directory, manifest, [name]) for name in names]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+
+def verify_at_once(
+    directory: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    threads: int | None = None,
+    on_file: Callable[[], None] = lambda: None,
+) -> None:
+    """`verify_files` in threads, since hashing releases the GIL; raises for the first bad file in order of names.
+
+    `threads` is one for each core by default, at most 16. `on_file` is called from them.
+    """
+    with ThreadPoolExecutor(threads or min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        ordered = sorted(manifest.files if names is None else names)
+        futures = [pool.submit(verify_files, directory, manifest, [name], on_file=on_file) for name in ordered]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()

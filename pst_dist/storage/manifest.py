@@ -57,6 +57,8 @@ __all__ = [
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 _HASHED_CHUNK = 4 << 20
+_SIGN_BYTES = 64 << 20
+"""`on_file` is called again after so many bytes of a file."""
 REMAKE = {
     "shards": "run `pst shard` again",
     "messages": "run `pst shard --to messages` again",
@@ -77,12 +79,16 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file, read in 1 MiB chunks."""
-    digest = hashlib.sha256()
+def sha256_file(path: Path, *, on_part: Callable[[], None] = lambda: None) -> str:
+    """sha256 of a file, read in 1 MiB chunks; `on_part` is called after every 64 MiB."""
+    digest, unsaid = hashlib.sha256(), 0
     with path.open("rb") as stream:
         while piece := stream.read(_CHUNK):
             digest.update(piece)
+            unsaid += len(piece)
+            if unsaid >= _SIGN_BYTES:
+                on_part()
+                unsaid = 0
     return digest.hexdigest()
 
 
@@ -147,11 +153,14 @@ class Manifest:
 def describe_files(
     directory: Path, names: Iterable[str], *, on_file: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of each named file below `directory`; `on_file` is called before each."""
+    """Bytes and sha256 of each named file below `directory`; `on_file` is called before each and while it is read."""
     described = {}
     for name in sorted(names):
         on_file()
-        described[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
+        described[name] = {
+            "bytes": (directory / name).stat().st_size,
+            "sha256": sha256_file(directory / name, on_part=on_file),
+        }
     return described
 
 
@@ -252,8 +261,8 @@ def verify_files(
 ) -> None:
     """Compare size and sha256 of files with the manifest.
 
-    `on_file` is called before each file. Raises IntegrityError naming the first file that is missing or differs, and
-    EnvironmentFault for one that cannot be read.
+    `on_file` is called before each file and after every 64 MiB of one. Raises IntegrityError naming the first file that
+    is missing or differs, and EnvironmentFault for one that cannot be read.
     """
     remedy = REMAKE.get(manifest.kind, f"recreate the {manifest.kind}")
     for name in sorted(manifest.files) if names is None else names:
@@ -265,5 +274,5 @@ def verify_files(
             size = path.stat().st_size
             if size != promised["bytes"]:
                 raise IntegrityError(f"{size} bytes, manifest says {promised['bytes']}", remedy, path=path)
-            if sha256_file(path) != promised["sha256"]:
+            if sha256_file(path, on_part=on_file) != promised["sha256"]:
                 raise IntegrityError("sha256 differs from the manifest", remedy, path=path)

@@ -60,10 +60,16 @@ def build_model(config: Config, tokenizer: Any) -> Any:
 
 def base_of(settings: StudentConfig) -> dict[str, Any] | None:
     """The identity of the weights that a student starts from (see `base_identity`); None for a fresh one."""
+    place = base_place(settings)
+    return None if place is None else base_identity(place)
+
+
+def base_place(settings: StudentConfig) -> ModelPlace | None:
+    """Where the weights are that a student starts from; None for a fresh one."""
     if settings.model_name_or_path is None:
         return None
     name = warm_checkpoint(settings) if warm_shape(settings) is not None else settings.model_name_or_path
-    return base_identity(locate_model(name, settings.revision))
+    return locate_model(name, settings.revision)
 
 
 def fresh_model(fresh: FreshConfig, tokenizer: Any, *, max_length: int, attn_implementation: str | None = None) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pst_dist.distributed.peer_watch import alive, at
+from pst_dist.distributed.peer_watch import at, working
 from pst_dist.distributed.ranks import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.errors import EnvironmentFault, IntegrityError, StaleError
 from pst_dist.storage.artefact import Artefact
@@ -33,6 +33,7 @@ from pst_dist.training.engines import Engine
 from pst_dist.training.fingerprint import check_changes, chosen_alike
 from pst_dist.training.fragments import Fragment, copied, named_tensors, write_fragments
 from pst_dist.training.state import RunState
+from pst_dist.training.verifying import verify_together
 
 log = logging.getLogger(__name__)
 _STATE = "run_state.json"
@@ -64,7 +65,7 @@ def prepare_checkpoint(engine: Engine, root: Path, state: RunState, *, copy: boo
     final = checkpoint_path(root, state.step)
     partial = final.with_name(f".{final.name}.partial")
     at("checkpoint", state.step)
-    with together(engine.ranks):
+    with together(engine.ranks), working():
         fragments, adam_step = engine.state()
         refuse_non_finite(named_tensors(fragments), final)
         part = Part(final, engine.state_file, copied(fragments) if copy else fragments, adam_step)
@@ -88,7 +89,7 @@ def publish_checkpoint(
     """Give a checkpoint its manifest and its name once every rank has `written` its part; collective."""
     final = checkpoint_path(partial.parent, state.step)
     try:
-        with together(ranks):
+        with together(ranks), working():
             files = written()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # otherwise a full disk stays full
@@ -131,28 +132,40 @@ def newest_valid(root: Path, ranks: Ranks, *, at_most: int | None = None) -> tup
     `at_most` ignores the checkpoints of later steps. Damaged ones are logged and skipped. Raises IntegrityError when
     checkpoints exist but none is valid: starting from zero would silently discard the training.
     """
-    found = None
+    candidates: list[Path] = []
     with main_first_errors(ranks):
         if ranks.is_main:
-            found = _scan([path for path in _by_step(root) if at_most is None or _step_of(path) <= at_most])
-    return from_main(found)
-
-
-def _scan(candidates: list[Path]) -> tuple[Path, RunState] | None:
+            candidates = [path for path in _by_step(root) if at_most is None or _step_of(path) <= at_most]
+    candidates = from_main(candidates)
     for path in reversed(candidates):
         try:
-            if Artefact(path, "checkpoint").verified(on_file=alive) is None:
-                raise IntegrityError("no manifest, so it was never finished", path=path)
-            return path, read_typed(path / _STATE, RunState)
-        except (IntegrityError, EnvironmentFault) as error:  # damaged, or not readable here
+            return path, _verified_state(path, ranks)
+        except (IntegrityError, EnvironmentFault) as error:  # damaged, or not readable on some rank
             log.warning("skipping a damaged checkpoint: %s", error)
     if candidates:
         raise IntegrityError(
             f"none of the {len(candidates)} checkpoints here is intact",
             "restore one, or remove them to start from the beginning",
-            path=candidates[0].parent,
+            path=root,
         )
     return None
+
+
+def _verified_state(path: Path, ranks: Ranks) -> RunState:
+    """The state in a checkpoint after all ranks have compared its files, each some of them; collective.
+
+    Raises IntegrityError or EnvironmentFault, each on every rank.
+    """
+    manifest = state = None
+    with main_first_errors(ranks):
+        if ranks.is_main:
+            manifest = Artefact(path, "checkpoint").manifest()
+            if manifest is None:
+                raise IntegrityError("no manifest, so it was never finished", path=path)
+    verify_together(path, from_main(manifest), ranks)
+    with main_first_errors(ranks):
+        state = read_typed(path / _STATE, RunState) if ranks.is_main else None
+    return from_main(state)
 
 
 def resume(
@@ -173,7 +186,8 @@ def resume(
         except StaleError as error:
             raise StaleError(error.what, error.remedy, path=path) from None
         log.warning("resuming with changed settings: %s", ", ".join(changes))
-    engine.load(path)
+    with working():
+        engine.load(path)
     log.info("resumed step %d from %s", state.step, path)
     if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
         log.info("the checkpoint was saved by %d rank(s) of %s", state.world_size, state.engine)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst_dist.distributed.peer_watch import alive
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.manifest import HashedFile
 
@@ -86,6 +87,7 @@ def write_fragments(stream: HashedFile, fragments: Iterable[Fragment], *, adam_s
     for fragment in ordered:
         for slot in _SLOTS:
             values = fragment.slots[slot].detach().float().cpu().contiguous()
+            alive()
             if values.numel():  # an empty view cannot be cast; byte order is little-endian wherever torch runs
                 stream.write(values.numpy().data.cast("B"))
 
@@ -117,6 +119,7 @@ class FragmentFiles:
 
     def fill(self, fragment: Fragment) -> None:
         """Copy the stored values into a fragment's tensors; raises IntegrityError when the files lack some of them."""
+        alive()
         for slot, target in fragment.slots.items():
             key, filled = f"{slot}/{fragment.name}", 0
             for start, stop, stream in self._pieces.get(key, []):

@@ -20,7 +20,7 @@ from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import get_task, task_of
-from pst_dist.distributed.peer_watch import alive, at, watched
+from pst_dist.distributed.peer_watch import alive, at, watched, working
 from pst_dist.distributed.preemption import StopRequest, end_as_told, stop_requests
 from pst_dist.distributed.ranks import (
     Ranks,
@@ -36,13 +36,11 @@ from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import DataError, DivergedError, InputError
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.artefact import Artefact
-from pst_dist.storage.atomic import remove_directory
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import write_json
-from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
+from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.student.layout import layout_for
 from pst_dist.student.lora import trained_count
-from pst_dist.student.pretrained import base_of
 from pst_dist.student.saved import save_student
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.training.bad_steps import (
@@ -55,7 +53,7 @@ from pst_dist.training.bad_steps import (
     diverged_validation,
 )
 from pst_dist.training.batches import Collator, step_batches
-from pst_dist.training.begun import begun_settings, record_settled, settled
+from pst_dist.training.begun import record_settled
 from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines import Engine, build_engine
@@ -66,13 +64,14 @@ from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
 from pst_dist.training.order import OrderPlan
 from pst_dist.training.passes import ByLength
-from pst_dist.training.precision import suits_bf16, with_precision
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.share import after_measured, held
+from pst_dist.training.starting import base_on_all, forget_training, refuse_foreign_folders, settled_here
 from pst_dist.training.state import RunState, advanced
 from pst_dist.training.step import BadStep, take_step, totals_over_ranks
 from pst_dist.training.validation import ValidationScore, Validator, is_better
+from pst_dist.training.verifying import verify_together
 
 log = logging.getLogger(__name__)
 
@@ -108,51 +107,31 @@ def train(
     with (
         process_group(ranks, with_deepspeed=with_deepspeed, timeout_seconds=patience),
         contextlib.nullcontext(stop) if stop is not None else stop_requests() as told,
-        watched(ranks, patience),
+        watched(ranks, patience, run.stacks),
         contextlib.ExitStack() as stack,
     ):
         at("loading")
         check_same_software()
-        with together(ranks):  # a node may not see the data; refusing before the lock leaves nothing behind
+        with together(ranks), working():  # a node may not see the data; refusing before the lock leaves nothing behind
             fetch_data(config, on_file=alive)
             ShardSet.open(run.shards, verify=False)
         with main_first_errors(ranks):
             stack.enter_context(lock)
             if ranks.is_main:
-                _refuse_foreign_folders(run)
+                refuse_foreign_folders(run)
                 if rebuild:
-                    _forget(run)
-        with main_first_errors(ranks):
-            config = _settled(config, run) if ranks.is_main else config
+                    forget_training(run)
+        with main_first_errors(ranks), working():
+            config = settled_here(config, run) if ranks.is_main else config
         config = from_main(config)
-        base = None
-        with main_first_errors(ranks):  # one rank reads the weights for their digest
-            base = base_of(config.student) if ranks.is_main else None
-        base = from_main(base)
-        with together(ranks):
-            training = _Training(config, run, ranks, told, base, observer)
+        base = base_on_all(config, ranks)
+        at("verifying the shards")
+        shards = ShardSet.open(run.shards, verify=False)
+        verify_together(run.shards, shards.manifest, ranks, on_each_node=True)
+        at("loading")
+        with together(ranks), working():
+            training = _Training(config, run, shards, ranks, told, base, observer)
         return training.run_all()
-
-
-def _settled(config: Config, run: RunDir) -> Config:
-    """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
-    rows = ShardSet.open(run.shards, verify=False).split("train")
-    config = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
-    return with_precision(config, run, lambda: suits_bf16(config, rows))
-
-
-def _refuse_foreign_folders(run: RunDir) -> None:
-    """Raises InputError, before hours of training, when a folder that it replaces holds what pst did not write."""
-    refuse_foreign_folder(run.checkpoints, "checkpoints")
-    refuse_foreign_folder(run.best, "student")
-
-
-def _forget(run: RunDir) -> None:
-    """Remove an earlier training from a run directory."""
-    for folder in (run.checkpoints, run.best):
-        remove_directory(folder)
-    for file in (run.training, run.metrics):
-        file.unlink(missing_ok=True)
 
 
 class _Training:
@@ -162,6 +141,7 @@ class _Training:
         self,
         config: Config,
         run: RunDir,
+        shards: ShardSet,
         ranks: Ranks,
         stop: StopRequest,
         base: dict[str, Any] | None,
@@ -169,7 +149,6 @@ class _Training:
     ) -> None:
         self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
         self.base = base
-        shards = ShardSet.open(run.shards)
         self.shards_digest, self.synthetic = shards.manifest.digest, synthetic_of(shards.manifest)
         samples = shards.split("train")
         if not len(samples):
@@ -208,14 +187,16 @@ class _Training:
         self.device = device_of(ranks)
 
     def run_all(self) -> TrainingResult:
-        done = from_main(finished_training(self.run, self.fingerprint) if self.ranks.is_main else None)
+        with working():
+            done = from_main(finished_training(self.run, self.fingerprint) if self.ranks.is_main else None)
         if self.ranks.is_main:
             record_settled(self.config, self.run)
         if done is not None:
             log.info("training is complete: %d steps, nothing to do", done.steps)
             return done
         at("building the engine")
-        engine = build_engine(self.student, self.config.train, self.ranks)
+        with working():
+            engine = build_engine(self.student, self.config.train, self.ranks)
         at("resuming")
         state = self._resume(engine)
         if state.step == 0:
@@ -304,7 +285,8 @@ class _Training:
         root, accept = self.run.checkpoints, self.config.train.accept_changes
         newest = newest_valid(root, self.ranks)
         best_step = newest[1].best_step if newest else None
-        intact = from_main(Artefact(self.run.best, "student").is_intact() if self.ranks.is_main else None)
+        with working():
+            intact = from_main(Artefact(self.run.best, "student").is_intact() if self.ranks.is_main else None)
         if best_step is None or intact:
             return resume(engine, root, fresh, accept_changes=accept)
         log.warning("the best student (step %d) is missing or damaged; recreating it", best_step)
@@ -401,7 +383,8 @@ class _Training:
         outcome = f"rolled back to the weights of step {checkpoint.step}"
         metrics.bad_step(state.step + 1, outcome, bad.fault, bad.sample_ids)
         at("resuming", state.step + 1)
-        engine.load(path)
+        with working():
+            engine.load(path)
         return after_rollback(state, checkpoint)
 
     def _batches(self, first_step: int, pass_tokens: int | None) -> Iterator[list[Any]]:
@@ -443,8 +426,9 @@ class _Training:
     def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
         """Write the current student as the best one; collective."""
         at("keeping the student", state.step)
-        weights = engine.full_weights()
-        with main_first_errors(self.ranks):
+        with working():
+            weights = engine.full_weights()
+        with main_first_errors(self.ranks), working():
             if self.ranks.is_main:
                 save_student(
                     self.student.model,

@@ -269,11 +269,13 @@ def test_a_rank_zero_of_another_run_is_not_believed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory) -> Iterator[dict[str, RankGroup]]:
-    """Six groups at a time, and what befell each; they have ended but for those that were stopped."""
+    """Eight groups at a time, and what befell each; they have ended but for those that were stopped."""
     folder = tmp_path_factory.mktemp("groups")
 
-    def group(name: str, size: int, stuck: Stuck | None = None, timeout: float = LAPS_TIMEOUT) -> RankGroup:
-        return RankGroup(folder / name, ["laps", str(timeout)], size, stuck)
+    def group(
+        name: str, size: int, stuck: Stuck | None = None, timeout: float = LAPS_TIMEOUT, native: str = ""
+    ) -> RankGroup:
+        return RankGroup(folder / name, ["laps", str(timeout), *filter(None, [native])], size, stuck)
 
     groups = {
         "rank 1 of 3 is stuck": group("a", 3, Stuck(1, "backward", 5)),
@@ -282,6 +284,8 @@ def groups(tmp_path_factory) -> Iterator[dict[str, RankGroup]]:
         "rank 0 is stopped": group("d", 2),
         "rank 0 is killed": group("e", 2, Stuck(0, "backward", 9), timeout=600),
         "rank 2 of 3 is killed": group("f", 3, Stuck(2, "backward", 9), timeout=600),
+        "rank 1 computes": group("g", 2, native="computes"),
+        "rank 1 sleeps": group("h", 2, native="sleeps"),
     }
     try:
         for each in groups.values():
@@ -332,6 +336,24 @@ def test_every_other_rank_ends_in_time_with_7_and_one_line_that_names_the_lost_o
         if group.lost_at is not None:
             allowed = LAPS_TIMEOUT + 5 if "stopped" in what else DEAD_SECONDS
             assert group.ended[rank] - group.lost_at <= allowed
+
+
+@pytest.mark.distributed
+def test_a_rank_that_computes_without_a_sign_is_waited_for_and_one_that_sleeps_is_not(groups):
+    computes, sleeps = groups["rank 1 computes"], groups["rank 1 sleeps"]
+    assert computes.codes() == [0, 0], computes.said(0) + computes.said(1)
+    assert sleeps.codes() == [7, 7]
+    assert "rank 1 on" in sleeps.said(0) and "hangs in backward of step 2" in sleeps.said(0)
+
+
+@pytest.mark.distributed
+def test_when_a_rank_hangs_each_rank_leaves_its_python_stacks(groups):
+    group = groups["rank 1 of 3 is stuck"]
+    assert f"each rank's stacks are in {group.folder / 'stacks'}" in group.said(0)
+    written = [(group.folder / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in range(3)]
+    assert "in at_and_stay" in written[1] and "in all_reduce" in written[0] and "in all_reduce" in written[2]
+    assert all("rank 1 on" in text.splitlines()[0] and "(most recent call first)" in text for text in written)
+    assert not (groups["rank 0 is killed"].folder / "stacks").exists(), "nobody hung"
 
 
 @pytest.mark.distributed

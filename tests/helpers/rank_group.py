@@ -8,12 +8,14 @@ file to start the same.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -138,7 +140,7 @@ def _run_rank(folder: Path, words: list[str], place: dict[str, str], stuck: Stuc
     from pst_dist.distributed.ranks import leave
 
     if words[0] == "laps":
-        leave(laps(float(words[1])))
+        leave(laps(float(words[1]), folder / "stacks", *words[2:]))
     from pst_dist.train import main
 
     leave(main(words))
@@ -168,8 +170,12 @@ def _get_stuck(stuck: Stuck, told: Path) -> None:
     peer_watch._Watcher._tell = tell_and_note  # type: ignore[method-assign]
 
 
-def laps(timeout_seconds: float) -> int:
-    """Two sections and two collectives a step, without end; returns the exit code of what ended it."""
+def laps(timeout_seconds: float, stacks: Path | None = None, native: str = "") -> int:
+    """Two sections and two collectives a step, without end; returns the exit code of what ended it.
+
+    With `native` the second rank spends twice the timeout in one call without a sign in step 3, where it `computes` or
+    `sleeps`, and the laps end after step 5.
+    """
     import torch
 
     from pst_dist.distributed import peer_watch
@@ -182,9 +188,12 @@ def laps(timeout_seconds: float) -> int:
         with (
             process_group(ranks, with_deepspeed=False, timeout_seconds=timeout_seconds),
             stop_requests(),
-            peer_watch.watched(ranks, timeout_seconds),
+            peer_watch.watched(ranks, timeout_seconds, stacks),
         ):
-            for step in itertools.count(1):
+            for step in range(1, 6) if native else itertools.count(1):
+                if native and step == 3 and ranks.rank == 1:
+                    with peer_watch.working():
+                        _native_call(native, 2 * timeout_seconds)
                 for section in ("forward", "backward"):
                     peer_watch.at(section, step)
                     all_sum(torch.ones(4))
@@ -193,6 +202,17 @@ def laps(timeout_seconds: float) -> int:
         print(f"pst: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _native_call(kind: str, seconds: float) -> None:
+    """Sleep, or compute in a thread of a pool while this thread waits, as weights are read."""
+    if kind == "sleeps":
+        time.sleep(seconds)
+        return
+    end = time.monotonic() + seconds
+    with ThreadPoolExecutor(1) as pool:
+        while time.monotonic() < end:
+            pool.submit(hashlib.pbkdf2_hmac, "sha256", b"", b"", 100_000).result()
 
 
 def main() -> None:

@@ -1,0 +1,58 @@
+"""What a training does before it builds its student: checks its folders, settles its config, identifies its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pst_dist.config.run_dir import RunDir
+from pst_dist.config.schema import Config
+from pst_dist.data.shards import ShardSet
+from pst_dist.distributed.peer_watch import working
+from pst_dist.distributed.ranks import Ranks, from_main, main_first_errors
+from pst_dist.models.load import files_of_identity, identity_of
+from pst_dist.storage.atomic import remove_directory
+from pst_dist.storage.outputs import refuse_foreign_folder
+from pst_dist.student.pretrained import base_place
+from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.training.begun import begun_settings, settled
+from pst_dist.training.precision import suits_bf16, with_precision
+from pst_dist.training.verifying import digests_together
+
+
+def settled_here(config: Config, run: RunDir) -> Config:
+    """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
+    rows = ShardSet.open(run.shards, verify=False).split("train")
+    config = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+    return with_precision(config, run, lambda: suits_bf16(config, rows))
+
+
+def base_on_all(config: Config, ranks: Ranks) -> dict[str, Any] | None:
+    """`base_of` the student, with the files of its weights hashed by all ranks; collective."""
+    place, identity = None, None
+    with main_first_errors(ranks), working():
+        place = base_place(config.student) if ranks.is_main else None
+    place = from_main(place)
+    if place is None:
+        return None
+    files: list[Path] = []
+    with main_first_errors(ranks):
+        files = files_of_identity(place) if ranks.is_main else []
+    digests = digests_together(from_main(files), ranks)
+    with main_first_errors(ranks), working():
+        identity = identity_of(place, digests) if ranks.is_main else None
+    return from_main(identity)
+
+
+def refuse_foreign_folders(run: RunDir) -> None:
+    """Raises InputError, before hours of training, when a folder that it replaces holds what pst did not write."""
+    refuse_foreign_folder(run.checkpoints, "checkpoints")
+    refuse_foreign_folder(run.best, "student")
+
+
+def forget_training(run: RunDir) -> None:
+    """Remove an earlier training from a run directory."""
+    for folder in (run.checkpoints, run.best):
+        remove_directory(folder)
+    for file in (run.training, run.metrics):
+        file.unlink(missing_ok=True)

@@ -19,6 +19,9 @@ class RayTrainConfig(Section):
     min_workers: Positive | None = None
     """Minimum number of ranks. When the cluster shrinks, training continues with as few as this, and grows back to
     num_workers when there is room. A checkpoint can be resumed with any number of ranks."""
+    resize_seconds: Annotated[float, Field(gt=0)] = 60
+    """With min_workers: how often Ray looks whether there is room for more ranks. Growing restarts all ranks from the
+    newest checkpoint, which costs the steps since then."""
     num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPU cores per rank."""
     num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0

@@ -27,7 +27,7 @@ from pst_dist.storage.manifest import append_line, read_lines
 from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.training.head_fit import HeadFit
 from pst_dist.training.loss import TERMS
-from pst_dist.training.trackers import TrackedRun, Trackers
+from pst_dist.training.trackers import TrackedRun, Tracker, Trackers
 from pst_dist.training.validation import ValidationScore
 
 log = logging.getLogger(__name__)
@@ -134,10 +134,21 @@ class StepRecord:
 class MetricsLog:
     """Writes metrics on rank zero; a context manager that closes its writers."""
 
-    def __init__(self, config: Config, run: RunDir, ranks: Ranks, *, first_step: int, total: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        ranks: Ranks,
+        *,
+        first_step: int,
+        total: int,
+        own: Mapping[str, Tracker] | None = None,
+    ) -> None:
+        """`own` are trackers of the launcher, in addition to train.report_to."""
         self.config, self.run, self.ranks = config, run, ranks
         self.first_step, self.total = first_step, total
         self.trackers: Trackers | None = None
+        self._own = own
         self._since = time.monotonic()
         self._tokens = 0
         self._warned: set[str] = set()
@@ -153,7 +164,7 @@ class MetricsLog:
         kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step and begun]
         write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
         tracked = TrackedRun(self.run.path, self.run.path.name, self.first_step)
-        self.trackers = Trackers(self.config.train.report_to, tracked, self.config)
+        self.trackers = Trackers(self.config.train.report_to, tracked, self.config, self._own)
         self._progress = progress(f"train {self.config.arm}", total=self.total, unit="steps")
         self._bar = self._progress.__enter__()
         self._bar.advance(self.first_step)

@@ -207,12 +207,15 @@ TRACKERS: dict[str, type[Tracker]] = {
 class Trackers:
     """All trackers of a training behind one interface; a failing tracker never ends the training."""
 
-    def __init__(self, names: Sequence[str], run: TrackedRun, config: Config) -> None:
+    def __init__(
+        self, names: Sequence[str], run: TrackedRun, config: Config, own: Mapping[str, Tracker] | None = None
+    ) -> None:
+        """Start the trackers of these names, and those of the launcher's own, by name."""
         self._running: dict[str, Tracker] = {}
         values = redact_values(config.model_dump(mode="json"))
-        for name in names:
+        for name in (*names, *(own or {})):
             try:
-                tracker = _load(name)
+                tracker = own[name] if own and name in own else _load(name)
                 tracker.start(run, values)
                 self._running[name] = tracker
             except Exception as error:

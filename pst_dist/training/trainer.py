@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ from pst_dist.training.share import after_measured, held
 from pst_dist.training.starting import base_on_all, forget_training, refuse_foreign_folders, settled_here
 from pst_dist.training.state import RunState, advanced
 from pst_dist.training.step import BadStep, take_step, totals_over_ranks
+from pst_dist.training.trackers import Tracker
 from pst_dist.training.validation import ValidationScore, Validator, is_better
 from pst_dist.training.verifying import verify_together
 
@@ -81,13 +82,15 @@ def train(
     *,
     rebuild: bool = False,
     observer: Callable[[Saved], None] | None = None,
+    trackers: Mapping[str, Tracker] | None = None,
     stop: StopRequest | None = None,
     lock_seconds: float = 0.0,
 ) -> TrainingResult:
     """Train one arm to its last step and return the result; resumes an earlier, incomplete training.
 
     `rebuild` removes the earlier training first, after locking the directory, so never one that is still running.
-    `observer` is called on every rank after each checkpoint. A launcher that receives no signals passes its own `stop`
+    `observer` is called on every rank after each checkpoint; rank zero reports metrics to the launcher's own `trackers`
+    too, which stand under their names. A launcher that receives no signals passes its own `stop`
     to request an end. `lock_seconds` is how long to wait for an earlier process of the same run to release the
     directory.
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step. Raises DivergedError on all
@@ -130,7 +133,7 @@ def train(
         verify_together(run.shards, shards.manifest, ranks, on_each_node=True)
         at("loading")
         with together(ranks), working():
-            training = _Training(config, run, shards, ranks, told, base, observer)
+            training = _Training(config, run, shards, ranks, told, base, observer, trackers)
         return training.run_all()
 
 
@@ -146,7 +149,9 @@ class _Training:
         stop: StopRequest,
         base: dict[str, Any] | None,
         observer: Callable[[Saved], None] | None = None,
+        trackers: Mapping[str, Tracker] | None = None,
     ) -> None:
+        self.trackers = trackers
         self.config, self.run, self.ranks, self.stop, self.observer = config, run, ranks, stop, observer
         self.base = base
         self.shards_digest, self.synthetic = shards.manifest.digest, synthetic_of(shards.manifest)
@@ -216,7 +221,9 @@ class _Training:
             engine.name,
             self.device,
         )
-        metrics = MetricsLog(self.config, self.run, self.ranks, first_step=state.step, total=self.total)
+        metrics = MetricsLog(
+            self.config, self.run, self.ranks, first_step=state.step, total=self.total, own=self.trackers
+        )
         saver = Saver(
             engine,
             self.run.checkpoints,

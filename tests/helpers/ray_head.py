@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ class RayHead:
     dashboard: str
     """`http://127.0.0.1:PORT`"""
     gcs_port: int
+    client_port: int
     mark: str
     environment: dict[str, str]
     """For every process that works with it: home, token, mark."""
@@ -58,6 +60,17 @@ class RayHead:
         return found
 
 
+def _light_python(folder: Path) -> Path:
+    """An environment without packages of its own, which sees those of this one.
+
+    For a job with pip packages Ray copies the environment that it runs in, which would be gigabytes.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (ours,), (theirs,) = ({Path(path) for path in site.getsitepackages()}, folder.glob("lib/python*/site-packages"))
+    (theirs / "rest.pth").write_text(f"import site; site.addsitedir({str(ours)!r})\n")
+    return folder / "bin" / "python"
+
+
 @contextlib.contextmanager
 def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
     """Start a head below `folder` and end it, with all that belongs to it."""
@@ -70,9 +83,10 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PST_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    python = _light_python(folder / "python")
     environment |= {
         "HOME": str(home),
-        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "PATH": f"{python.parent}:{Path(sys.executable).parent}:{environment['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PST_TEST_MARK": mark,
         "RAY_AUTH_MODE": "token",
@@ -86,8 +100,9 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
     }
     ports = free_ports(4)
     temporary = Path(tempfile.mkdtemp(prefix="pst-rt-", dir="/tmp"))  # sockets lie in it: at most 107 bytes of path
-    head = RayHead(f"http://127.0.0.1:{ports[1]}", ports[0], mark, environment)
-    command = ["ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
+    head = RayHead(f"http://127.0.0.1:{ports[1]}", ports[0], ports[2], mark, environment)
+    command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
     command += [f"--ray-client-server-port={ports[2]}", f"--dashboard-agent-listen-port={ports[3]}"]
     command += [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=100000000", f"--temp-dir={temporary}"]
     log = folder / "head.log"

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from pst_dist.clusters.ray.token import prepare_token
 from pst_dist.config.schema import RayConfig
 from pst_dist.errors import EnvironmentFault, PstError, first_line
 
@@ -40,6 +41,8 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     own = address is None
     if own:
         secure_local_cluster()
+    else:
+        prepare_token()
     try:
         import ray
     except ImportError as error:
@@ -71,7 +74,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
         what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
         raise EnvironmentFault(
             f"{what} ({reason[:160]})",
-            "check that it runs (`ray status`) and that RAY_AUTH_MODE matches, or run without Ray",
+            "check that it runs (`ray status`) and that RAY_AUTH_TOKEN_PATH names its token, or run without Ray",
         ) from error
     try:
         yield ray

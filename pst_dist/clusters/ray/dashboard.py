@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import logging
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pst_dist.clusters.jobs import Status
+from pst_dist.clusters.ray.connect import probe
+from pst_dist.clusters.ray.room import Waiting, lacking
+from pst_dist.clusters.ray.token import find_token, prepare_token
 from pst_dist.errors import EnvironmentFault, InputError, first_line
 from pst_dist.plain import plain
 from pst_dist.redirects import SameOriginToken
@@ -29,32 +33,60 @@ _AWAY_SECONDS = 300.0
 """How long a dashboard may be unreachable while a job is followed."""
 _POLL_SECONDS = 1.0
 _DEFAULT = "http://127.0.0.1:8265"
+_CLIENT = "ray://"
+NEEDS = {"CPU": "pst_cpus", "GPU": "pst_gpus"}
+"""Resource -> key of a job's metadata with what its driver reserves; Ray's API does not tell."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def dashboard_address(asked: str | None) -> str:
-    """`http://host:8265` of the cluster: the given address, else the one in the environment, else this machine."""
+    """`http://host:8265` of the cluster: the given address, else the one in the environment, else this machine.
+
+    `auto` and `ray://host:10001` are returned as they are; `reached` finds the dashboard of such a cluster.
+    """
     from_environment = os.environ.get("RAY_API_SERVER_ADDRESS")
     address = os.environ.get("RAY_ADDRESS", "")
-    if from_environment is None and address.startswith(("http://", "https://")):
+    if from_environment is None and address.startswith(("http://", "https://", _CLIENT)):
         from_environment = address
-    address = plain(asked or from_environment or _DEFAULT, "the dashboard's address")
-    return (address if "://" in address else f"http://{address}").rstrip("/")
+    address = plain(asked or from_environment or _DEFAULT, "the dashboard's address").rstrip("/")
+    return address if "://" in address or address == "auto" else f"http://{address}"
 
 
-def find_token() -> str | None:
-    """The token that Ray would send, looked up where Ray looks for it.
+@functools.cache
+def reached(address: str) -> str:
+    """The dashboard's http address; asks the cluster for it when `address` is `auto` or `ray://host:port`.
 
-    Raises InputError for a missing file, ConfigError for a token that would become more than one header.
+    Raises EnvironmentFault when there is no such cluster, or when its dashboard cannot be reached from this machine.
     """
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return plain(token.strip(), "RAY_AUTH_TOKEN")
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    if path.is_file():
-        return plain(path.read_text("utf-8", errors="surrogateescape").strip(), f"the token in {path}")
-    if named:
-        raise InputError("no such file, but RAY_AUTH_TOKEN_PATH names it", path=path)
-    return None
+    if address != "auto" and not address.startswith(_CLIENT):
+        return address
+    prepare_token()
+    if address != "auto":
+        probe(address)
+    try:
+        from ray.dashboard import utils
+    except ImportError as error:
+        raise EnvironmentFault("cannot import ray's job client", "pip install 'pst-dist[ray]'") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        if address == "auto":
+            found = str(utils.ray_address_to_api_server_url("auto"))
+        else:
+            found = str(utils.ray_client_address_to_api_server_url(address))
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, grpc's own…
+        where = "on this machine" if address == "auto" else f"at {address}"
+        raise EnvironmentFault(
+            f"no Ray cluster answers {where} ({first_line(error, 200)})", "give address=http://HEAD:8265"
+        ) from None
+    host = address.removeprefix(_CLIENT).rpartition(":")[0]
+    ours = address == "auto" or host in _LOOPBACK
+    if not ours and (urllib.parse.urlsplit(found).hostname or "") in _LOOPBACK:
+        # Asking there would meet whatever cluster runs on this machine.
+        raise EnvironmentFault(
+            f"the dashboard of the cluster at {address} only listens on its own machine ({found})",
+            "start Ray with --dashboard-host=0.0.0.0, or forward the port and give address=http://127.0.0.1:PORT",
+        )
+    return found
 
 
 def check_dashboard(address: str, token: str | None) -> str:
@@ -77,14 +109,14 @@ def read_version(answer: bytes, address: str) -> str:
     raise EnvironmentFault(f"{address} does not name its Ray version", "is it Ray's dashboard?")
 
 
-def _get(url: str, token: str | None) -> bytes | None:
-    """The body of the response, None for other errors or a non-HTTP answer; raises EnvironmentFault as above."""
+def _get(url: str, token: str | None, most: int = 65536) -> bytes | None:
+    """The first `most` bytes of the response, None for other errors or no HTTP; raises EnvironmentFault as above."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # Ignore the environment's proxy: it is for external hosts, not for a cluster's head node.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), SameOriginToken())
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=_ANSWER_SECONDS) as answer:
-            return answer.read(65536)
+            return answer.read(most)
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise EnvironmentFault(
@@ -113,20 +145,9 @@ def _get(url: str, token: str | None) -> bytes | None:
         return None
 
 
-def prepare_token() -> str | None:
-    """The token, if there is one, and Ray's client told to send it; call before anything imports ray.
-
-    Ray reads RAY_AUTH_MODE once, when it is imported.
-    """
-    token = find_token()
-    if token is not None:
-        os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    return token
-
-
 def connect(address: str) -> Any:
     """Ray's job client for a dashboard, after checking it; raises EnvironmentFault."""
+    address = reached(address)
     check_dashboard(address, prepare_token())
     # RAY_ADDRESS would override the given address.
     os.environ.pop("RAY_ADDRESS", None)
@@ -151,14 +172,18 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
     The code is 130 for a stopped job and 4 for one that Ray could not start. Raises InputError when the cluster has no
     such job and EnvironmentFault when it stays unreachable; the job itself is never changed.
     """
+    address = reached(address)
     client = connect(address)
     _info(client, job)  # an unknown job is refused before anything else
     log = _Log(say)
+    waiting = Waiting(lambda reason: say(f"job {job}: waiting ({reason})"))
     heard = time.monotonic()
     while True:
         try:
-            asyncio.run(log.read(client, job))
             info = _info(client, job)
+            if str(info.status) != "PENDING":  # the log of a waiting job is empty, and would be read until it has ended
+                asyncio.run(log.read(client, job))
+                info = _info(client, job)
             heard = time.monotonic()
         except (InputError, KeyboardInterrupt):
             raise
@@ -178,7 +203,31 @@ def follow(address: str, job: str, *, say: Callable[[str], None]) -> int:
                 say(f"job {job}: {_last_line(info.message)}")
             say(f"job {job}: {str(info.status).lower()}, exit code {code}")
             return code
+        if str(info.status) == "PENDING":
+            waiting.look(functools.partial(_why_pending, address, info))
         time.sleep(_POLL_SECONDS)
+
+
+def _why_pending(address: str, info: Any) -> str:
+    """For what a job waits that has not started."""
+    with contextlib.suppress(EnvironmentFault, ValueError):
+        needs = {name: float((info.metadata or {}).get(key, 0)) for name, key in NEEDS.items()}
+        if room := _room(address):
+            reason = lacking("its driver", needs, *room)
+            if reason is not None:
+                return reason
+    extra = [name for name in ("pip", "uv", "conda", "image_uri") if (info.runtime_env or {}).get(name)]
+    return f"a node prepares its files and {', '.join(extra)}" if extra else "a node prepares its files"
+
+
+def _room(address: str) -> tuple[dict[str, float], dict[str, float]] | None:
+    """(total, free) CPUs and GPUs of the cluster as its dashboard reports them; None when it does not."""
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+        answer = json.loads(_get(f"{address}/api/cluster_status", find_token(), most=2**24) or b"")
+        usage = answer["data"]["clusterStatus"]["loadMetricsReport"]["usage"]
+        pairs = {name: (float(usage[name][0]), float(usage[name][1])) for name in ("CPU", "GPU") if name in usage}
+        return {k: total for k, (_, total) in pairs.items()}, {k: total - used for k, (used, total) in pairs.items()}
+    return None
 
 
 def status(address: str, job: str) -> Status:

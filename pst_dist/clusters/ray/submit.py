@@ -1,7 +1,8 @@
-"""A run as a Ray job: the command line's options, the files that are sent along, and the submission.
+"""A run as a Ray job: its command, the files that are sent along, and the submission.
 
 The job's command is `pst run my.yaml on=ray …` in a copy of the working directory: it shards, embeds with actors,
-trains with workers, scores and reports, and Ray places each stage. `clusters.ray.dashboard` contacts the dashboard.
+trains with workers, scores and reports, and Ray places each stage. `clusters.ray.words` reads the command line,
+`clusters.ray.dashboard` contacts the dashboard.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import re
 import secrets
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pst_dist.clusters.jobs import Job, Launcher, Say, Status, Submission
 from pst_dist.clusters.ray import dashboard
-from pst_dist.clusters.ray.dashboard import check_dashboard, connect, dashboard_address, find_token
+from pst_dist.clusters.ray.dashboard import check_dashboard, connect, reached
+from pst_dist.clusters.ray.runtime_env import check_runtime_env
+from pst_dist.clusters.ray.token import find_token, prepare_token
+from pst_dist.clusters.ray.words import RayRequest, read_words
 from pst_dist.config.loading import load_config, locate_config, ready_made_configs
 from pst_dist.config.run_dir import refuse_relative
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, LockedError
-from pst_dist.plain import plain
 from pst_dist.redaction import redact
 from pst_dist.storage.object_store import is_url
 
@@ -42,83 +45,7 @@ EXCLUDES = (
     "tensorboard",
 )
 """Patterns of files that are never sent, in .gitignore syntax; the directory's .gitignore and .rayignore add more."""
-_OWN = ("address", "verb", "dir", "exclude", "name", "cpus", "gpus")
 _OFFENDERS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayRequest:
-    """What a job asks for; every option comes from the command line."""
-
-    address: str
-    """`http://host:8265` of the dashboard."""
-    verb: str = "run"
-    """`run` for the whole pipeline, `train` or `embed` for that stage alone."""
-    folder: Path = field(default_factory=Path.cwd)
-    """The directory that the job gets a copy of."""
-    exclude: tuple[str, ...] = ()
-    """More patterns of files that are not sent."""
-    name: str | None = None
-    """The job's id; generated when not given."""
-    cpus: float = 0.0
-    gpus: float = 0.0
-    """Reserved for the job's driver, which shards, scores and exports; embedding and training reserve their own."""
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
-    """Split `address=… verb=train env.NAME=… train.bf16=true` into the request and the config's overrides."""
-    asked: dict[str, str] = {}
-    environment, rest = {}, []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in _OWN or key.startswith("env."):
-            plain(value, key if key in _OWN else "a variable of the job's environment")
-        if key in _OWN:
-            asked[key] = value
-        elif key.startswith("env."):
-            variable = key.removeprefix("env.")
-            if not re.fullmatch(r"[A-Za-z_]\w*", variable):
-                raise ConfigError(f"{key!r} is not a valid environment variable", "write env.NAME=value")
-            environment[variable] = value
-        elif key == "on":
-            raise ConfigError(f"{word}: a job of `pst submit ray` already runs on Ray", "leave it out")
-        else:
-            rest.append(word)
-    verb = asked.get("verb", "run")
-    if verb not in ("run", "train", "embed"):
-        raise ConfigError(f"verb={verb} is not a stage that runs on Ray", "write verb=run, verb=train or verb=embed")
-    folder = Path(asked.get("dir", ".")).resolve()
-    if not folder.is_dir():
-        raise ConfigError(f"dir={asked['dir']} is not a directory", "give the directory that contains the config")
-    name = asked.get("name")
-    if name is not None and not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(f"name={name} is not a valid job name", "use letters, digits, dots, dashes and underscores")
-    return (
-        RayRequest(
-            address=dashboard_address(asked.get("address")),
-            verb=verb,
-            folder=folder,
-            exclude=_patterns(asked.get("exclude")),
-            name=name,
-            cpus=_amount(asked, "cpus"),
-            gpus=_amount(asked, "gpus"),
-            environment=environment,
-        ),
-        rest,
-    )
-
-
-def _patterns(text: str | None) -> tuple[str, ...]:
-    # Not parsed as YAML, where *.bin is an alias.
-    return tuple(part.strip() for part in (text or "").strip("[]").split(",") if part.strip())
-
-
-def _amount(asked: dict[str, str], key: str) -> float:
-    text = asked.get(key, "0")
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise ConfigError(f"{key}={text} is not a number", f"write for example {key}=1")
-    return float(text)
 
 
 @dataclass(frozen=True)
@@ -131,11 +58,17 @@ class RayJob:
     excludes: tuple[str, ...]
 
     @property
+    def runs_in_image(self) -> bool:
+        """Whether the job runs in a container image, which gets no copy of a directory."""
+        return "image_uri" in self.request.runtime_env or "container" in self.request.runtime_env
+
+    @property
     def runtime_env(self) -> dict[str, Any]:
         """The runtime environment of the job's processes, in Ray's format."""
+        copied = {"working_dir": str(self.request.folder), "excludes": list(self.excludes)}
         return {
-            "working_dir": str(self.request.folder),
-            "excludes": list(self.excludes),
+            **self.request.runtime_env,
+            **({} if self.runs_in_image else copied),
             # By default `ray job stop` waits three seconds, too short for a step and a checkpoint.
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120", **self.request.environment},
         }
@@ -146,8 +79,11 @@ class RayJob:
             f"  cluster   {self.request.address}",
             f"  command   {self.command}",
             f"  output    {self.config.output_dir} (on a disk that all nodes share)",
-            f"  sent      {len(files)} files, {_mib(sum(files.values()))} from {self.request.folder}",
+            f"  sent      {len(files)} files, {_mib(sum(files.values()))} from {self.request.folder}"
+            if not self.runs_in_image
+            else "  sent      nothing: Ray gives an image no copy of a directory; it must contain the config",
         ]
+        lines += [f"  {key:<9} {value}" for key, value in self.request.runtime_env.items()]
         return [redact(line) for line in lines]
 
 
@@ -171,20 +107,20 @@ class Ray(Launcher):
     def check(self, submission: Submission) -> None:
         """Check that the dashboard answers and accepts our token, and that Ray accepts files of this size."""
         job: RayJob = submission.request
-        check_dashboard(job.request.address, find_token())
+        check_dashboard(reached(job.request.address), find_token())
         check_size(job)
 
     def submit(self, submission: Submission, say: Say) -> Job:
         """Submit the job."""
         job: RayJob = submission.request
-        name, address = submit(job, say=say), job.request.address
+        name, address = submit(job, say=say), reached(job.request.address)
         return Job(name, address, f"job {name}: submitted; {address}/#/jobs/{name}")
 
     def find(self, name: str, words: Sequence[str]) -> Job:
         """By the job's name, at `address=`."""
         if not re.fullmatch(r"[\w.-]+", name):
             raise ConfigError(f"{name!r} is not a Ray job", "`ray job list` lists the jobs")
-        return Job(name, read_words(words)[0].address)
+        return Job(name, reached(read_words(words)[0].address))
 
     def status(self, job: Job) -> Status:
         """The state that the dashboard reports."""
@@ -209,11 +145,15 @@ def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) ->
     word = config_name
     if config_name not in ready_made_configs():
         path = locate_config(config_name).resolve()
-        if request.folder not in path.parents:
+        in_image = "image_uri" in request.runtime_env or "container" in request.runtime_env
+        if in_image:
+            word = str(path)
+        elif request.folder not in path.parents:
             raise ConfigError(
                 f"{path} is not in {request.folder}, the directory that the job gets a copy of", "give dir=…"
             )
-        word = str(path.relative_to(request.folder))
+        else:
+            word = str(path.relative_to(request.folder))
     excludes = [*EXCLUDES, *request.exclude]
     for folder in (config.output_dir, config.data_dir):
         if folder is not None and not is_url(folder) and request.folder in Path(folder).parents:
@@ -227,11 +167,15 @@ def _on_ray(verb: str) -> list[str]:
 
 
 def check_size(job: RayJob) -> dict[str, int]:
-    """Path -> size of every file that Ray would send; raises ConfigError, naming the largest, when they are too large.
+    """Path -> size of every file that Ray would send; raises ConfigError, naming the largest, when they are too large,
+    and for a runtime environment that Ray would not take.
 
     Ray limits the compressed size, which may be smaller; but a directory too large uncompressed is not just code.
     """
-    dashboard.prepare_token()
+    prepare_token()
+    check_runtime_env(job.runtime_env)
+    if job.runs_in_image:
+        return {}
     from ray._private.runtime_env import packaging  # Ray's own walk, so that we count exactly what is sent
 
     folder, files = job.request.folder, {}
@@ -287,7 +231,11 @@ def submit(job: RayJob, *, say: Say) -> str:
             entrypoint=job.command,
             submission_id=name,
             runtime_env=job.runtime_env,
-            metadata={"pst": job.config.output_dir},
+            metadata={
+                "pst": job.config.output_dir,
+                dashboard.NEEDS["CPU"]: str(job.request.cpus),
+                dashboard.NEEDS["GPU"]: str(job.request.gpus),
+            },
             entrypoint_num_cpus=job.request.cpus or None,
             entrypoint_num_gpus=job.request.gpus or None,
         )

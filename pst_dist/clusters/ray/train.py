@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 from pst_dist._version import __version__
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.reports import SNAPSHOT, keep_existing
+from pst_dist.clusters.ray.room import Waiting, lacking
 from pst_dist.config.run_dir import check_lasting, data_settings, run_dir
 from pst_dist.config.schema import Config, RayConfig, RayTrainConfig
 from pst_dist.distributed.preemption import StopRequest, stop_requests
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 60
 """How long Ray waits for a group of workers to start before it tries again."""
-_RAY_FILES = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
+_RAY_FILES = (SNAPSHOT, ".validate_storage_marker")
 """What Ray Train leaves in a run directory."""
 
 
@@ -62,7 +65,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
         orders = worker.Orders(config, rebuild, __version__, os.getcwd(), log.getEffectiveLevel(), desk)
         with _clean(run_dir(config).path), stop_requests() as stop:
             try:
-                return _followed(ray, desk, stop, _trainer(config, orders).fit)
+                return _followed(ray, desk, stop, _trainer(config, orders).fit, asked)
             except PstError as error:
                 if isinstance(error, PreemptedError) and stop.signal == signal.SIGINT:
                     raise KeyboardInterrupt from None
@@ -71,7 +74,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
 
 def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
     """Raises EnvironmentFault when the cluster has no room for the ranks and train.ray.wait_seconds is 0."""
-    needs = {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker)}
+    needs = _needs(asked)
     ranks = asked.min_workers or asked.num_workers
     short = [name for name, each in needs.items() if each * ranks > resources.get(name, 0)]
     if short and not asked.wait_seconds:
@@ -81,6 +84,11 @@ def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
             f"{ranks} rank(s) of {wanted} each, but the cluster has {has}",
             "lower train.ray.num_workers, or set train.ray.wait_seconds=600 on a cluster that grows",
         )
+
+
+def _needs(asked: RayTrainConfig) -> dict[str, float]:
+    """What one rank needs, by Ray's names."""
+    return {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker)}
 
 
 def _on_all_nodes(config: Config) -> Config:
@@ -124,6 +132,7 @@ def _trainer(config: Config, orders: Any) -> Any:
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": asked.num_cpus_per_worker, **({"GPU": gpus} if gpus else {})},
             placement_strategy=asked.placement_strategy,
+            elastic_resize_monitor_interval_s=asked.resize_seconds,
         ),
         run_config=api.RunConfig(
             name=path.name,
@@ -140,8 +149,11 @@ def _trainer(config: Config, orders: Any) -> Any:
     )
 
 
-def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) -> Any:
-    """Run `fit` in a thread, where Ray installs no signal handlers; log the ranks' lines and forward a stop request."""
+def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any], asked: RayTrainConfig) -> Any:
+    """Run `fit` in a thread, where Ray installs no signal handlers; log the ranks' lines and forward a stop request.
+
+    While no ranks are there, it says for what they wait, and gives up after train.ray.wait_seconds.
+    """
     outcome: list[Any] = []
 
     def run() -> None:
@@ -153,10 +165,13 @@ def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) ->
     # A daemon thread: when its cluster is gone, it might never return.
     threading.Thread(target=run, name="ray-train", daemon=True).start()
     passed_on = False
+    absence = _Absence(ray, desk, asked)
     while True:
         done = bool(outcome)  # checked before reading lines, so that the last ones are not lost
         try:
             lines = ray.get(desk.listen.remote())
+            if not done:
+                absence.look()
         except ray.exceptions.RayError as error:
             raise PeerLostError(
                 f"the Ray cluster is gone ({first_line(error, 200)})", "run the same command again to resume"
@@ -172,6 +187,46 @@ def _followed(ray: Any, desk: Any, stop: StopRequest, fit: Callable[[], Any]) ->
     if isinstance(result, BaseException):
         raise _in_our_words(ray, result) from None
     return result.return_value
+
+
+class _Absence:
+    """The time without ranks: before they start, and after one is lost."""
+
+    def __init__(self, ray: Any, desk: Any, asked: RayTrainConfig) -> None:
+        self._ray, self._desk, self._asked = ray, desk, asked
+        self._waiting = Waiting(lambda words: log.info("train: waiting: %s", words))
+        self._was_there = False
+        self._short_since: float | None = None
+
+    def look(self) -> None:
+        """Say for what the ranks wait; raises EnvironmentFault when there is no room for too long.
+
+        After a loss that is a PeerLostError. Ray itself gives up on a fixed number of ranks, and never on a range.
+        """
+        starts, there = self._ray.get(self._desk.starts.remote())
+        if there or self._was_there:
+            self._was_there, self._short_since = there, None
+            self._waiting.begin()
+            return
+        self._waiting.look(self._reason)
+        most = max(_START_SECONDS, self._asked.wait_seconds) + _START_SECONDS / 2
+        if self._short_since is not None and time.monotonic() - self._short_since > most:
+            error = PeerLostError if starts else EnvironmentFault
+            raise error(
+                f"no room for the ranks for {most:.0f} s: {self._reason()}",
+                "train.ray.wait_seconds sets how long to wait; the same command resumes",
+            )
+
+    def _reason(self) -> str:
+        count = self._asked.min_workers or self._asked.num_workers
+        needs = {name: amount * count for name, amount in _needs(self._asked).items()}
+        what = f"{count} rank{'s' if count > 1 else ''}"
+        short = lacking(what, needs, self._ray.cluster_resources(), self._ray.available_resources())
+        if short is None:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = time.monotonic()
+        return short or "the ranks are starting"
 
 
 def _in_our_words(ray: Any, error: BaseException) -> BaseException:
@@ -206,17 +261,14 @@ def _in_our_words(ray: Any, error: BaseException) -> BaseException:
 
 @contextmanager
 def _clean(path: Path) -> Iterator[None]:
-    """Remove Ray's own files from the run directory before and after the block.
+    """Remove Ray's own files from the run directory before the block; afterwards its list holds what exists.
 
-    Otherwise Ray's list of checkpoints would make it refuse a run from which we have removed older checkpoints.
+    Otherwise Ray would refuse a run from which we have removed older checkpoints, and so would its Result.
     """
-    _remove_ray_files(path)
+    for name in _RAY_FILES:
+        (path / name).unlink(missing_ok=True)
     try:
         yield
     finally:
-        _remove_ray_files(path)
-
-
-def _remove_ray_files(path: Path) -> None:
-    for name in _RAY_FILES:
-        (path / name).unlink(missing_ok=True)
+        (path / _RAY_FILES[1]).unlink(missing_ok=True)
+        keep_existing(path)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointUploadMode, UserCallback, report
+from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pst_dist._version import __version__
+from pst_dist.clusters.ray.reports import Reporter
 from pst_dist.config.schema import Config
-from pst_dist.errors import EnvironmentFault, PeerLostError, PstError
+from pst_dist.errors import EnvironmentFault, PeerLostError, PreemptedError, PstError
 from pst_dist.redaction import redact
 
 _FIRST_LOCK_SECONDS = 5.0
@@ -57,17 +58,35 @@ class Line:
 
 
 class Desk:
-    """An actor on the driver's node: log lines for the driver, its stop request, and the number of starts."""
+    """An actor on the driver's node: log lines for the driver, its stop request, and whether the ranks are there."""
 
     def __init__(self) -> None:
         self._lines: list[Line] = []
         self._fresh, self._stopped = asyncio.Event(), asyncio.Event()
-        self._starts = 0
+        self._flushed = asyncio.Event()
+        self._starts, self._there = 0, False
 
     async def begin(self) -> int:
         """Called by rank zero when it starts; returns the number of this start, from 1."""
-        self._starts += 1
+        self._starts, self._there = self._starts + 1, True
+        self._flushed.clear()
         return self._starts
+
+    async def lost(self) -> None:
+        """Called by the watch when ranks have failed."""
+        self._there = False
+
+    async def starts(self) -> tuple[int, bool]:
+        """(the number of starts, whether ranks are there now)."""
+        return self._starts, self._there
+
+    async def told_all(self) -> None:
+        """Called by rank zero when Ray has its last report."""
+        self._flushed.set()
+
+    async def has_all(self) -> None:
+        """Wait until Ray has rank zero's last report."""
+        await self._flushed.wait()
 
     async def say(self, line: Line) -> None:
         """Keep a line for the driver."""
@@ -127,14 +146,21 @@ def work(loop_config: dict[str, Orders]) -> Any:
         start = ray.get(orders.desk.begin.remote())
         stop = StopRequest()
         threading.Thread(target=_listen_for_stop, args=(orders.desk, stop), daemon=True).start()
+    reporter = Reporter(orders.desk, is_main=is_main)
     try:
-        return train(
+        result = train(
             orders.config,
             rebuild=orders.rebuild and start == 1,  # a later start must keep what the lost ranks have saved
-            observer=_tell_ray,
+            observer=reporter.saved,
+            trackers={"ray": reporter},
             stop=stop,
             lock_seconds=_FIRST_LOCK_SECONDS if start == 1 else _LOCK_SECONDS,
         )
+        reporter.close()
+        return result
+    except PreemptedError:
+        reporter.close()
+        raise
     except Exception as error:
         if not isinstance(error, PstError) and not may_pass(error):  # a bug: Ray would drop the traceback
             logging.getLogger("pst_dist").exception("unexpected error on rank %s", os.environ["RANK"])
@@ -159,18 +185,6 @@ def _listen_for_stop(desk: Any, stop: Any) -> None:
     stop.signal = signal.SIGTERM
 
 
-def _tell_ray(saved: Any) -> None:
-    """Report a checkpoint to Ray by its path: Ray registers it in place and copies nothing."""
-    metrics = {"step": saved.state.step, "total": saved.total, "loss": saved.loss, "tokens": saved.state.tokens}
-    if saved.state.best_value is not None:
-        metrics |= {"best_step": saved.state.best_step, "best_value": saved.state.best_value}
-    report(
-        metrics,
-        checkpoint=Checkpoint(str(saved.path)) if os.environ["RANK"] == "0" else None,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
-
-
 class Watch(UserCallback):
     """Runs in Ray's controller; ends the run at an error that a restart would only repeat.
 
@@ -186,6 +200,7 @@ class Watch(UserCallback):
             if not may_pass(error):
                 raise error
         self._failures += 1
+        self._desk.lost.remote()
         if self._failures <= self._max_failures:
             again = f"restart {self._failures} of {self._max_failures}; resuming from the newest valid checkpoint"
             self._desk.say.remote(Line(logging.WARNING, __name__, f"{describe(worker_exceptions)}: {again}"))

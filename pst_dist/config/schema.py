@@ -155,6 +155,7 @@ class Config(Section):
         if self.student.warm_start is not None and self.student.model_name_or_path is None:
             raise ValueError("student.warm_start needs an encoder, for example student.model_name_or_path=minilm")
         self._lora_fits()
+        self._optimizer_fits()
         fresh = self.student.fresh
         if fresh.architecture == "t5" and not fresh.tie_word_embeddings:
             raise ValueError("student.fresh.tie_word_embeddings must be true for t5: transformers always ties them")
@@ -163,6 +164,20 @@ class Config(Section):
                 f"student.fresh.hidden_size {fresh.hidden_size} is not a multiple of num_heads {fresh.num_heads}"
             )
         return self
+
+    def _optimizer_fits(self) -> None:
+        train = self.train
+        if train.optim != "adamw" and train.deepspeed is not None:
+            raise ValueError(
+                f"train.optim={train.optim} needs whole matrices in one process, and DeepSpeed cuts them into parts: "
+                "use train.optim=adamw, or one process without train.deepspeed"
+            )
+        if train.optim == "muon" and self.student.lora.rank:
+            raise ValueError("train.optim=muon is for whole matrices, not for the factors of LoRA: use adamw")
+        if train.fp16 and train.bf16 is not False:
+            raise ValueError("train.fp16 and train.bf16 exclude each other: set one of them to false")
+        if train.fp16 and train.deepspeed is not None:
+            raise ValueError("train.fp16 runs in one process without train.deepspeed: use train.bf16 with DeepSpeed")
 
     def _lora_fits(self) -> None:
         lora = self.student.lora

@@ -64,8 +64,12 @@ def _known_trackers(names: list[str]) -> list[str]:
 class TrainConfig(Section):
     """Optimisation: a single-process engine by default, DeepSpeed ZeRO when `deepspeed` is set."""
 
+    optim: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """Optimizer of the hidden matrices; the rest of the student always has AdamW. `muon` orthogonalises each update
+    (torch 2.9 or newer) and keeps one moment instead of two; its updates are as large as AdamW's, so learning rates
+    stay comparable. `adamw_8bit` keeps both moments in a byte each (bitsandbytes). Neither runs with DeepSpeed."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge;
     learning_rate times 1 when not given. It follows the same schedule."""
@@ -127,6 +131,9 @@ class TrainConfig(Section):
     """Compute in bfloat16 with float32 master weights. `auto` chooses once, when a training begins, and records the
     choice: on a CPU by timing passes of the student in both precisions (bfloat16 is faster on some processors and
     slower on others, also by the size of the student), on a GPU by its capability."""
+    fp16: bool = False
+    """Compute in float16 with float32 master weights and a dynamic loss scale, on GPUs without bfloat16 (V100, T4, RTX
+    20). A step whose gradients overflow is computed again with half the scale. One process only; not on a CPU."""
     deepspeed: Plain | None = None
     """zero0 … zero3, zero3_offload, or the path of a DeepSpeed JSON (memory and communication keys only)."""
     logging_steps: Positive = 10

@@ -20,6 +20,7 @@ from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
+from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.load import load_model_config
 from pst_dist.models.locate import is_gguf, locate_model
@@ -166,7 +167,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         for number in (0, 1, 2, 3)
     }
     memory = memories[stage] if stage is not None else replace(memories[0], buffers=0.0)
-    size = checkpoint_bytes(trained)
+    size = checkpoint_bytes(trained, optimizer_bytes(config, shape, trained))
     seconds = size / (machines.write_gb_per_second * 1e9)
     tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
     hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
@@ -266,11 +267,11 @@ def rank_memory(
     `trained` parameters (all by default) have gradients and optimizer state.
     """
     bf16 = config.train.bf16 is True
+    item = 2.0 if bf16 or config.train.fp16 else 4.0
     half = bf16 and stage >= 1
     trained = parameters if trained is None else trained
     each, p, n = (2.0 if half else 4.0), float(trained), float(ranks)
     frozen = _frozen_bytes(config, shape, parameters - trained, each)
-    item = 2.0 if bf16 else 4.0
     per_layer = _BASE_BYTES * item / 2 * micro_tokens * shape.hidden_size
     activations = shape.layers * per_layer
     if config.student.gradient_checkpointing:
@@ -283,7 +284,7 @@ def rank_memory(
     return RankMemory(
         weights=(each * p + frozen) / (n if stage == 3 else 1),
         gradients=each * p / (n if stage >= 2 else 1),
-        optimizer=8.0 * p if stage == 0 else 12.0 * p / n,
+        optimizer=optimizer_bytes(config, shape, trained) if stage == 0 else 12.0 * p / n,
         activations=activations,
         loss_path=loss_path,
         buffers=each * _bucket_elements(config.train.deepspeed, trained, stage),
@@ -312,9 +313,9 @@ def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> floa
     return each * (2 if stage in (1, 2) and given.get("overlap_comm") else 1)
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Bytes of one checkpoint over all ranks: float32 weights and Adam's two moments, with any engine."""
-    return 12 * parameters
+def checkpoint_bytes(parameters: int, optimizer: float | None = None) -> float:
+    """Bytes of one checkpoint over all ranks: float32 weights, and the optimizer's state (default: Adam's moments)."""
+    return 4 * parameters + (8 * parameters if optimizer is None else optimizer)
 
 
 def count_rows(config: Config) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pst_dist.config.schema import TrainConfig
 from pst_dist.diagnostics.cost import GIB, Plan, zero_stage
 
 
@@ -14,7 +15,7 @@ def plan_lines(plan: Plan) -> list[str]:
     engine = train.deepspeed or "one process"
     lines = [
         f"{plan.config.arm}: {count} parameters on {machines.nodes} x {machines.gpus} ranks, {engine}, "
-        f"{ {True: 'bf16', False: 'float32', 'auto': 'float32 or bf16 (counted as float32)'}[train.bf16] }",
+        f"{_precision(train)}, {train.optim}",
         "",
         f"rows         {rows.rows:,}, {rows.tokens / max(1, rows.rows):.0f} tokens each{about}",
         f"steps        {plan.steps:,} of {plan.global_batch} rows, {plan.micro_batches} forward pass(es) per rank",
@@ -51,6 +52,12 @@ def plan_lines(plan: Plan) -> list[str]:
         verdict = "fits" if plan.memory.total < 0.9 * machines.gpu_memory * GIB else "does not fit"
         lines.append(f"  one rank {verdict} in {machines.gpu_memory:g} GiB, with a tenth reserved for the allocator")
     return lines
+
+
+def _precision(train: TrainConfig) -> str:
+    if train.fp16:
+        return "fp16"
+    return {True: "bf16", False: "float32", "auto": "float32 or bf16 (counted as float32)"}[train.bf16]
 
 
 def _hours(hours: float | None, word: str) -> str:

@@ -6,7 +6,6 @@ same gradient in both engines. `training.deepspeed_config` builds DeepSpeed's se
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from pst_dist.training.fragments import (
 )
 from pst_dist.training.loss import PSTLossOutput
 from pst_dist.training.module import Student
-from pst_dist.training.optimizer import adamw, set_learning_rate
+from pst_dist.training.optimizer import adamw, build_optimizer, set_learning_rate
 
 STATE_FILES = "state"
 """Name prefix of the files that hold an engine's state in a checkpoint."""
@@ -76,6 +75,16 @@ class Engine(ABC):
     def loss_scale(self) -> float:
         """The factor by which this engine multiplies our loss before its backward pass."""
         return 1.0
+
+    @property
+    def scaling(self) -> list[float] | None:
+        """The scale of the losses of a training in float16, and the steps since it changed; None in any other."""
+        return None
+
+    @scaling.setter
+    def scaling(self, value: list[float] | None) -> None:
+        """Go on from an earlier start's scale; does nothing where losses are not scaled."""
+        del value
 
     @property
     def pass_tokens(self) -> int | None:
@@ -153,7 +162,7 @@ class Engine(ABC):
 
 
 class SingleProcessEngine(Engine):
-    """AdamW on float32 weights in this process; bf16 through autocast."""
+    """`train.optim` on float32 weights in this process; bf16 and fp16 through autocast."""
 
     name = "single"
     replicated = True
@@ -162,31 +171,51 @@ class SingleProcessEngine(Engine):
         super().__init__(student, ranks)
         student.to(self.device)
         self.train_config = train
-        self.optimizer = adamw(student, train)
+        self.optimizer = build_optimizer(student, train, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.fp16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # creates the scale, which it otherwise delays
 
     def forward(self, batch: PSTBatch, scales: Tensor) -> PSTLossOutput:
-        context: Any = (
-            torch.autocast(self.device.type, dtype=torch.bfloat16)
-            if self.train_config.bf16 is True
-            else contextlib.nullcontext()
-        )
-        with context:
-            return self.student(batch, scales)
+        fp16, bf16 = self.train_config.fp16, self.train_config.bf16 is True
+        with torch.autocast(self.device.type, dtype=torch.float16 if fp16 else torch.bfloat16, enabled=fp16 or bf16):
+            # Scaled here and not at the backward pass: the head computes its gradients in the forward pass.
+            return self.student(batch, scales * self.loss_scale if fp16 else scales)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
         limit = self.train_config.max_grad_norm or math.inf
+        if self.train_config.fp16:
+            self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.student.parameters(), limit))
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         if math.isfinite(norm):
             self.optimizer.step()
+        if self.train_config.fp16:
+            self.scaler.update()
         self.discard()
         return norm
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.scaler.get_scale())
+
+    @property
+    def scaling(self) -> list[float] | None:
+        if not self.train_config.fp16:
+            return None
+        found = self.scaler.state_dict()
+        return [float(found["scale"]), float(found["_growth_tracker"])]
+
+    @scaling.setter
+    def scaling(self, value: list[float] | None) -> None:
+        if value is not None and self.train_config.fp16:
+            scale, tracker = value
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
 
     @property
     def adamw(self) -> torch.optim.Optimizer:

@@ -24,9 +24,13 @@ from torch import Tensor, nn
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.manifest import HashedFile
+from pst_dist.training.optimizer import TwoOptimizers
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-_SLOTS = (WEIGHT, *MOMENTS)
+_OTHERS = ("momentum_buffer", "absmax1", "absmax2", "state1", "state2")
+"""State of Muon, and of bitsandbytes' AdamW: two moments of one byte each, and the scales of their blocks."""
+_SLOTS = (WEIGHT, *MOMENTS, *_OTHERS)
+_DTYPES = {torch.uint8: ("U8", 1), torch.float32: ("F32", 4)}
 _META = "pst"
 
 
@@ -37,7 +41,7 @@ class Fragment:
     name: str
     start: int
     slots: Mapping[str, Tensor]
-    """`weight` and the moments -> a float32 view [n], to read from or to write into."""
+    """`weight` and the optimizer's state -> a view [n], to read from or to write into; float32, but for 8-bit state."""
 
     @property
     def stop(self) -> int:
@@ -75,21 +79,24 @@ def write_fragments(stream: HashedFile, fragments: Iterable[Fragment], *, adam_s
     meta = json.dumps({"adam_step": adam_step, "starts": starts}, sort_keys=True)
     header: dict[str, Any] = {"__metadata__": {_META: meta}}
     offset = 0
-    for fragment in ordered:
-        for slot in _SLOTS:
-            count = fragment.slots[slot].numel()
-            place = [offset, offset + 4 * count]
-            header[f"{slot}/{fragment.name}"] = {"dtype": "F32", "shape": [count], "data_offsets": place}
-            offset = place[1]
+    # Bytes after all float32 values, which then stay aligned.
+    parts = [(slot, fragment) for fragment in ordered for slot in _SLOTS if slot in fragment.slots]
+    parts.sort(key=lambda part: part[1].slots[part[0]].dtype == torch.uint8)
+    for slot, fragment in parts:
+        kind, size = _DTYPES.get(fragment.slots[slot].dtype, _DTYPES[torch.float32])
+        count = fragment.slots[slot].numel()
+        place = [offset, offset + size * count]
+        header[f"{slot}/{fragment.name}"] = {"dtype": kind, "shape": [count], "data_offsets": place}
+        offset = place[1]
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    for fragment in ordered:
-        for slot in _SLOTS:
-            values = fragment.slots[slot].detach().float().cpu().contiguous()
-            alive()
-            if values.numel():  # an empty view cannot be cast; byte order is little-endian wherever torch runs
-                stream.write(values.numpy().data.cast("B"))
+    for slot, fragment in parts:
+        values = fragment.slots[slot].detach()
+        values = (values if values.dtype == torch.uint8 else values.float()).cpu().contiguous()
+        alive()
+        if values.numel():  # an empty view cannot be cast; byte order is little-endian wherever torch runs
+            stream.write(values.numpy().data.cast("B"))
 
 
 class FragmentFiles:
@@ -177,14 +184,22 @@ def zero3_fragments(module: nn.Module, zero: Any, rank: int) -> list[Fragment]:
 
 
 def _slots(weights: Tensor, state: Mapping[str, Any], start: int, count: int) -> dict[str, Tensor]:
-    """The same `count` elements of the weights and of each moment, as views of their flat form."""
-    whole = {WEIGHT: weights, **{moment: state[moment] for moment in MOMENTS}}
-    return {slot: values.data.view(-1).narrow(0, start, count) for slot, values in whole.items()}
+    """The same `count` elements of the weights and of each moment, as views of their flat form.
+
+    The scales of 8-bit blocks are fewer than the weights; only whole parameters have them.
+    """
+    kept = {slot: state[slot] for slot in _SLOTS[1:] if slot in state}
+    return {
+        slot: values.data.view(-1).narrow(0, start, count if values.numel() >= count else values.numel())
+        for slot, values in {WEIGHT: weights, **kept}.items()
+    }
 
 
 def start_moments(optimizer: torch.optim.Optimizer, places: Iterable[Tensor], adam_step: int) -> None:
-    """Create the moments that AdamW would create at its first step where missing, and set its count to `adam_step`."""
+    """Create the state that the first step would create where missing, and set its count of steps to `adam_step`."""
     for place in places:
+        if isinstance(optimizer, TwoOptimizers) and optimizer.start(place, adam_step):
+            continue
         state = optimizer.state[place]
         for moment in MOMENTS:
             if moment not in state:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from pst_dist.config.run_dir import RunDir
-from pst_dist.config.schema import Config
+from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.distributed.ranks import Ranks, device_of
-from pst_dist.errors import IntegrityError
+from pst_dist.errors import ConfigError, IntegrityError
 from pst_dist.storage.manifest import read_json, read_manifest
 from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
@@ -37,6 +37,14 @@ _SECONDS = 1.0
 """Passes of small students are timed for at least so long."""
 _GAIN = 0.9
 """bfloat16 must take less than this share of float32's time: it is the less exact of the two."""
+
+
+def check_fp16(train: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError for `train.fp16` on a CPU, where it is slower than float32 and no more exact than bf16."""
+    if train.fp16 and device.type == "cpu":
+        raise ConfigError(
+            "train.fp16 needs a GPU, and this rank computes on a CPU", "set train.fp16=false, or train.bf16"
+        )
 
 
 def with_precision(config: Config, run: RunDir, choose: Callable[[], bool] | None = None) -> Config:

@@ -35,6 +35,8 @@ class RunState:
     """Losses of the last good steps, oldest first; empty unless `train.spike_factor` is set."""
     alignment_ratio: float | None = None
     """What the alignment weight follows from (`training.share`); None unless `loss.alignment_share` is set."""
+    loss_scaling: list[float] | None = None
+    """Scale of the losses, and steps since it changed (`Engine.scaling`); None unless `train.fp16` is set."""
 
 
 def advanced(state: RunState, **changes: Any) -> RunState:

@@ -7,6 +7,7 @@ what follows.
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import StepRecord
 from pst_dist.training.optimizer import learning_rate_at
 from pst_dist.training.state import RunState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,34 +83,29 @@ def take_step(
     With `watch` the record contains the norm of each term's gradient at the hidden state.
     """
     step, student = state.step, engine.student
-    # Dropout depends only on (seed, step, rank), so a resumed run draws the same masks as an uninterrupted one.
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + engine.ranks.rank)
     student.train()
     student.watch_gradients = watch
-    student.squared_gradients.zero_()
-    scales = weights.scales(totals.counts)
-    # Summed on the device: reading them here would sync with it in every pass.
-    cosine = torch.zeros((), dtype=torch.float64, device=engine.device)
-    passes = []
-    device_scales = scales.float().to(engine.device)
-    for index, batch in enumerate(batches):
-        at("forward", step + 1)
-        output = engine.forward(batch.to(engine.device), device_scales)
-        at("backward", step + 1)
-        engine.backward(output.loss, last=index == len(batches) - 1)
-        passes.append(output.sums.double())
-        cosine += output.cosine.double()
-    local = torch.stack(passes).sum(0)
-    everything = sums_over_ranks(torch.cat([local.cpu(), cosine.cpu()[None], student.squared_gradients]))
-    sums, cosine, squares = everything[:3], everything[3], everything[4:]
-    rate = learning_rate_at(step, total, train)
-    at("optimizer", step + 1)
-    fault = loss_fault(sums) or spike_fault(float((sums * scales).sum()), state, train)
-    if fault is None:
+    scales, rate = weights.scales(totals.counts), learning_rate_at(step, total, train)
+    while True:
+        # Dropout depends only on (seed, step, rank), so a resumed run draws the same masks as an uninterrupted one.
+        torch.manual_seed((seed * 1_000_003 + step) * 65_537 + engine.ranks.rank)
+        student.squared_gradients.zero_()
+        loss_scale = engine.loss_scale  # moving the weights may change it
+        passes, cosine = _run_passes(engine, batches, scales, step + 1)
+        local = torch.stack(passes).sum(0)
+        everything = sums_over_ranks(torch.cat([local.cpu(), cosine.cpu()[None], student.squared_gradients]))
+        sums, cosine, squares = everything[:3], everything[3], everything[4:]
+        at("optimizer", step + 1)
+        fault = loss_fault(sums) or spike_fault(float((sums * scales).sum()), state, train)
+        if fault is not None:
+            engine.discard()
+            break
         norm = engine.step(rate)
         fault = gradient_fault(norm)
-    else:
-        engine.discard()
+        if fault is None or engine.scaling is None or loss_scale < 1:
+            break
+        # The scaled gradients were too large for float16. The engine has halved its scale, so no row is lost.
+        log.info("step %d: float16 gradients overflow; loss scale %g -> %g", step + 1, loss_scale, engine.loss_scale)
     if fault is not None:
         return BadStep(fault, _suspects(batches, passes))
     return StepRecord.of(
@@ -116,12 +114,28 @@ def take_step(
         counts=totals.counts,
         scales=scales,
         cosine=float(cosine),
-        gradients=squares.sqrt() / engine.loss_scale if watch else None,
+        gradients=squares.sqrt() / loss_scale if watch else None,
         grad_norm=norm,
         learning_rate=rate,
         tokens=totals.tokens,
         padding=totals.padding,
     )
+
+
+def _run_passes(engine: Engine, batches: Sequence[PSTBatch], scales: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
+    """Forward and backward passes of this rank: the [3] float64 sums of each, and the sum of the cosines."""
+    # Summed on the device: reading them here would sync with it in every pass.
+    cosine = torch.zeros((), dtype=torch.float64, device=engine.device)
+    passes = []
+    device_scales = scales.float().to(engine.device)
+    for index, batch in enumerate(batches):
+        at("forward", step)
+        output = engine.forward(batch.to(engine.device), device_scales)
+        at("backward", step)
+        engine.backward(output.loss, last=index == len(batches) - 1)
+        passes.append(output.sums.double())
+        cosine += output.cosine.double()
+    return passes, cosine
 
 
 def _suspects(batches: Sequence[PSTBatch], passes: Sequence[Tensor]) -> list[str]:

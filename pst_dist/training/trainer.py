@@ -62,8 +62,10 @@ from pst_dist.training.head_fit import fit_head
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
+from pst_dist.training.optimizer import check_optimizer
 from pst_dist.training.order import OrderPlan
 from pst_dist.training.passes import ByLength
+from pst_dist.training.precision import check_fp16
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.share import after_measured, held
@@ -105,6 +107,8 @@ def train(
         torch.set_num_threads(config.train.num_threads)
     if config.train.deepspeed is not None:
         deepspeed_settings(config.train, ranks.world_size)  # refuse before ranks connect and weights load
+    check_optimizer(config.train)
+    check_fp16(config.train, device_of(ranks))
     lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
     patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
     with (
@@ -204,6 +208,7 @@ class _Training:
             engine = build_engine(self.student, self.config.train, self.ranks)
         at("resuming")
         state = self._resume(engine)
+        engine.scaling = state.loss_scaling
         if state.step == 0:
             at("checking rows")
             self._check_rows()
@@ -346,7 +351,7 @@ class _Training:
                 state = after_measured(state, taken, self.config.loss)
                 loss = taken.loss
                 metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1))
-            state = advanced(state, tokens=tokens, seconds=seconds)
+            state = advanced(state, tokens=tokens, seconds=seconds, loss_scaling=engine.scaling)
             last = state.step == self.total
             if state.step % every_eval == 0 or last:
                 state = self._validate(engine, state, metrics)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pst_dist.config.loading import parse_override
+from pst_dist.config.overrides import parse_override
 from pst_dist.errors import ConfigError, InputError, first_line
 from pst_dist.redaction import has_secret
 

@@ -211,7 +211,7 @@ def test_a_file_where_a_folder_should_go_and_a_link_into_another_run_are_refused
 
 @pytest.mark.parametrize("name", ["best", "checkpoints"])
 def test_a_rebuild_never_empties_a_foreign_folder_behind_a_link(name, tmp_path):
-    from pst_dist.training.trainer import _refuse_foreign_folders
+    from pst_dist.training.starting import refuse_foreign_folders
 
     run = run_dir(load_config(None, [f"output_dir={tmp_path / 'run'}"]))
     (tmp_path / "thesis").mkdir()
@@ -219,7 +219,7 @@ def test_a_rebuild_never_empties_a_foreign_folder_behind_a_link(name, tmp_path):
     run.path.mkdir()
     (run.path / name).symlink_to(tmp_path / "thesis")
     with pytest.raises(InputError, match=r"chapter\.tex"):
-        _refuse_foreign_folders(run)
+        refuse_foreign_folders(run)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == PRECIOUS
 
 

@@ -27,6 +27,7 @@ from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import Task, get_task, task_of
 from pst_dist.errors import InputError, StaleError
 from pst_dist.evaluation.adaptive import adaptive_answers
+from pst_dist.evaluation.explanations import explanations_of
 from pst_dist.evaluation.records import read_results, read_training, student_of
 from pst_dist.evaluation.scores import (
     chance_of,
@@ -262,6 +263,7 @@ def score_samples(
         "rationale_similarity": compare_rationales(
             config, run, student, shards, samples, decoded, rows, in_shards=in_shards
         ),
+        "explanations": explanations_of(config, student, samples, decoded, rows, tasks),
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "device": _device_name(student),
         "dtype": str(student.model.dtype).removeprefix("torch."),

@@ -47,16 +47,7 @@ def compare_rationales(
     count = config.evaluate.explain_rows
     if not student.format.writes_rationale or not count:
         return None
-    written = decode_rationales(
-        student.model,
-        student.tokenizer,
-        student.format,
-        [student.format.asked(sample) for sample in samples[:count]],
-        decoded[:count],
-        batch_size=config.evaluate.batch_size,
-        batch_tokens=config.evaluate.batch_tokens,
-        max_new_tokens=config.evaluate.max_new_tokens,
-    )
+    written = written_after(config, student, samples[:count], decoded[:count])
     for row, sample, rationale in zip(rows, samples, written, strict=False):
         row["rationale"] = rationale
         row["teacher_rationale"] = sample.rationales[0] if sample.rationales else None
@@ -70,6 +61,22 @@ def compare_rationales(
     for k, value in zip(compared, own.tolist(), strict=True):
         rows[k]["similarity"] = value
     return {"mean": float(own.mean()), "shuffled_mean": others, "rows": len(compared)}
+
+
+def written_after(
+    config: Config, student: LoadedStudent, samples: Sequence[ReasoningSample], answers: Sequence[Decoded]
+) -> list[str]:
+    """The rationale that the student writes after each answer; "" where it writes none."""
+    return decode_rationales(
+        student.model,
+        student.tokenizer,
+        student.format,
+        [student.format.asked(sample) for sample in samples],
+        answers,
+        batch_size=config.evaluate.batch_size,
+        batch_tokens=config.evaluate.batch_tokens,
+        max_new_tokens=config.evaluate.max_new_tokens,
+    )
 
 
 def _vectors(

@@ -8,15 +8,16 @@ base=${PST_VENV:-.venv}
 venv=$base-oldest
 pins=launchers/constraints-oldest.txt
 
-[ -x "$venv/bin/python" ] || "$base/bin/python" -m venv "$venv"
 stamp=$(cksum <"$pins")
 if [ "$(cat "$venv/setup-stamp" 2>/dev/null)" != "$stamp" ]; then
+  # Anew: pip would leave the records of the packages that it writes over.
+  "$base/bin/python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --no-deps --ignore-installed -r "$pins"
   echo "$stamp" >"$venv/setup-stamp"
 fi
 purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
 echo "import site; site.addsitedir('$(cd "$base" && bin/python -c "$purelib")')" >"$("$venv/bin/python" -c "$purelib")/rest.pth"
-"$venv/bin/python" launchers/installed.py oldest train,embed,data,ray,report,s3
+"$venv/bin/python" launchers/installed.py oldest train,embed,encoder,data,ray,report,s3
 # The tests of the code that depends most on other libraries.
 tests=(
   tests/config tests/data tests/embedding tests/storage tests/student
@@ -26,4 +27,4 @@ tests=(
 )
 [ $# -eq 0 ] || tests=("$@")
 # The golden losses hold for constraints.txt: with other releases of transformers, a fresh student's losses differ from step 1.
-"$venv/bin/python" -m pytest -q -m "not slow and not data" -k "not golden and not attention_of_a_fresh_student" "${tests[@]}"
+"$venv/bin/python" -m pytest -q -n "${PST_TEST_PROCESSES:-2}" --dist loadfile -m "not slow and not data" -k "not golden and not attention_of_a_fresh_student" "${tests[@]}"

@@ -7,6 +7,7 @@ run continues from its last checkpoint when the same command is typed again. `em
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -22,7 +23,7 @@ from pst_dist.embedding.causal import reads_causal
 from pst_dist.embedding.contrast import Triplets, triplets
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.encoder_card import card, measure
-from pst_dist.errors import DataError, InputError, StaleError
+from pst_dist.errors import DataError, EnvironmentFault, InputError, StaleError
 from pst_dist.logs import Progress, progress, quiet_libraries, without_chatter
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
@@ -67,6 +68,9 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
             f"embed.encoder={config.embed.encoder} is a causal language model, which is used as it is",
             "name a sentence-transformers model, such as embed.encoder=minilm",
         )
+    for package in ("accelerate", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            raise EnvironmentFault(f"training an encoder needs {package}", "pip install 'pst-dist[encoder]'")
     splits = load_data(config).splits
     wrong = read_wrong(settings.wrong)
     made = triplets(splits["train"], wrong, negatives=settings.negatives, seed=config.seed)

@@ -198,7 +198,7 @@ def test_a_killed_training_continues_and_ends_with_the_same_weights(base, tmp_pa
     )
     process = subprocess.Popen([sys.executable, "-m", "pst_dist", *words], stderr=subprocess.PIPE, text=True)
     checkpoints = tmp_path / "cut.training" / "checkpoints"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while not any(checkpoints.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < until, process.stderr.read()
         time.sleep(0.01)

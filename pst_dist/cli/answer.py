@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def _more() -> str:
     return (
         "Many questions: pst answer RUN --input questions.jsonl --output answers.jsonl [--explain] [--confidence]\n"
+        "A row's question is a text, or a list of turns that end with it (columns question, prompt, messages, turns).\n"
         "Each line of the output has the columns of its row, student_answer, student_complete and student_tokens.\n"
         "The same command resumes. on=ray answers on a Ray cluster; ray.num_actors=N, ray.address=... and\n"
         "ray.num_gpus_per_actor=N are the settings of embed.ray."

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _NO_KEY = "none"
 """What the client sends where there is no key; it insists on some."""
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SHOWN = 200
 
 
@@ -43,14 +44,16 @@ def make_client(settings: TeachSettings, key: str | None) -> AsyncOpenAI:
 
     timeout = openai.Timeout(settings.timeout_seconds, connect=min(10.0, settings.timeout_seconds))
     scheme, host, _ = origin(str(settings.endpoint))
-    if key and scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
+    here = host in _LOOPBACK
+    if key and scheme == "http" and not here:
         log.warning("the key in $%s is sent to %s unencrypted (http)", settings.key_env, host)
     return openai.AsyncOpenAI(
         api_key=key or _NO_KEY,
         base_url=settings.endpoint,
         timeout=timeout,
         max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False),
+        # A proxy of the environment cannot reach this machine's loopback, and would be given the key.
+        http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False, trust_env=not here),
     )
 
 

@@ -71,7 +71,7 @@ def write_all(job: Job, replies: Mapping[str, Reply], ledger: Ledger, cap: str |
     """The files of a job as far as it is answered, and its outcome. Raises EnvironmentFault for a full disk."""
     settings, task = job.settings, job.task
     answered = judge_all(job.works, replies, task, settings)
-    rows = [_row(one, settings) for one in answered if one.answer is not None and one.kept]
+    rows = [row_of(one, settings) for one in answered if one.answer is not None and one.kept]
     report: dict[str, Any] = {
         "teacher": settings.teacher_name,
         "complete": cap is None and is_whole(job.works, replies),
@@ -85,7 +85,7 @@ def write_all(job: Job, replies: Mapping[str, Reply], ledger: Ledger, cap: str |
         judged = _judge_proposals(job, proposals, replies)
         report["complete"] = report["complete"] and len(judged) == len(proposals.kept)
         taken = [(one, parent) for one, parent in judged if one.answer is not None and one.kept]
-        rows += [_row(one, settings, parent) for one, parent in taken]
+        rows += [row_of(one, settings, parent) for one, parent in taken]
         everything += [sample for one, _ in judged for sample in one.samples]
         dropped = proposals.dropped + type(proposals.dropped)({"disagree": len(judged) - len(taken)})
         report["new_questions"] = {
@@ -118,7 +118,7 @@ def _judge_proposals(job: Job, proposals: Proposals, replies: Mapping[str, Reply
     ]
 
 
-def _row(one: Answered, settings: TeachSettings, parent: str | None = None) -> dict[str, Any]:
+def row_of(one: Answered, settings: TeachSettings, parent: str | None = None) -> dict[str, Any]:
     """A row of the output. `synthetic` marks a question that the teacher made; it stays with the row from here on."""
     question = one.question
     row: dict[str, Any] = {

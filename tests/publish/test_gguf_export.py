@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from pst_dist.diagnostics.artefacts import verify
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.evaluation.evaluate import evaluate
 from pst_dist.publish.export import export
-from pst_dist.publish.gguf import artefact, types, vocabulary
+from pst_dist.publish.gguf import artefact, server, types, vocabulary
 from pst_dist.publish.gguf.artefact import export_gguf
 from pst_dist.publish.gguf.comparison import server_prompt
 from pst_dist.publish.gguf.engine import PROBES, check_tokens, running
@@ -333,6 +334,22 @@ def test_a_file_that_llama_cpp_refuses_is_never_published(tmp_path, monkeypatch)
     with pytest.raises(EnvironmentFault, match="unknown pre-tokenizer type: 'nonsense'"):
         export_gguf(config, "q8_0")
     assert not (tmp_path / "run" / "gguf" / "q8_0").exists()
+
+
+def test_a_server_that_cannot_start_says_why_in_a_line(tmp_path):
+    file = tmp_path / "no.gguf"
+    with pytest.raises(SystemExit, match=r"no\.gguf: no such file"):
+        server.main([str(file)])
+    file.write_text("no model")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1], 80800):  # llama.cpp's server would wait for ever
+            with pytest.raises(SystemExit, match=f"cannot listen on 127.0.0.1 port {port}"):
+                server.main([str(file), "--port", str(port)])
+    with (
+        pytest.raises(EnvironmentFault, match="does not serve this file"),
+        serving(file, slots=1, context=64),
+    ):
+        pass
 
 
 def test_without_the_engine_the_file_is_written_and_the_card_says_that_nothing_was_compared(

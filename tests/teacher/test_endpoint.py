@@ -146,6 +146,16 @@ def test_a_request_that_is_too_long_is_left_out_and_the_others_go_on(tmp_path, s
     assert outcome.report["complete"] is True
 
 
+def test_a_proxy_of_the_environment_is_not_given_what_is_for_this_machine(tmp_path, rows, server, monkeypatch):
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with faulty_proxy(server, lambda number, body: status(502, "a proxy")) as elsewhere:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, elsewhere.url)
+        outcome = teach(config(rows), settings(tmp_path, f"{server}/v1", retries=0))
+        assert outcome.report["complete"] and elsewhere.seen == []
+
+
 def test_a_host_that_nobody_listens_on_is_told_soon(tmp_path, rows):
     started = time.monotonic()
     with pytest.raises(EnvironmentFault) as caught:

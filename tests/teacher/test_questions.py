@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from pst_dist.config.loading import load_config
+from pst_dist.data.sources import load_data
 from pst_dist.errors import DataError
+from pst_dist.teacher.judging import Answered, Sample
 from pst_dist.teacher.questions import read_examples, read_questions, read_texts
+from pst_dist.teacher.settings import TeachSettings
+from pst_dist.teacher.written import row_of as written_row
 
 
 def written(path: Path, *rows: dict) -> Path:
@@ -107,3 +111,31 @@ def test_a_question_to_avoid_that_cannot_be_read_is_an_error(tmp_path):
     written(file, {"question": "1 + 1?", "answer": 2}, {"question": ["list"], "answer": 2})
     with pytest.raises(DataError, match=r"t\.jsonl:2"):
         read_texts(str(file), config)
+
+
+def test_a_conversation_is_asked_as_one_text_and_keeps_its_turns(tmp_path):
+    turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
+    turns.append({"role": "user", "content": "And one more?"})
+    file = written(
+        tmp_path / "r.jsonl", {"question": turns}, {"question": turns, "answer": "6"}, {"question": "1 + 1?"}
+    )
+    found = read(f"data.train={file}", "data.answer_type=number")
+    text = "User: 2 + 3?\nAssistant: 5\nUser: And one more?"
+    assert [(row.text, len(row.turns)) for row in found.rows] == [(text, 3), ("1 + 1?", 0)]
+    settings = TeachSettings(output=tmp_path / "o.jsonl", endpoint="http://localhost/v1", model="m")
+    asked = found.rows[0]
+    one = Sample(question=asked, prompt="few_shot", number=0, verdict="kept", answer="6", rationale="5 and 1")
+    kept = Answered(question=asked, answer="6", samples=(one,))
+    (tmp_path / "o.jsonl").write_text(json.dumps(written_row(kept, settings)) + "\n")
+    loaded = load_data(
+        load_config(None, [f"data.train={tmp_path / 'o.jsonl'}", "data.answer_type=number", "data.validation_size=0"])
+    )
+    (sample,) = [row for rows in loaded.splits.values() for row in rows]
+    assert sample.question == text and sample.turns == found.rows[0].turns
+
+
+def test_a_context_column_of_questions_without_answers_is_not_left_out(tmp_path):
+    rows = [{"question": "How many?", "passage": "There are 3."}, {"question": "Who?", "passage": ""}]
+    found = read(f"data.train={written(tmp_path / 'r.jsonl', *rows)}")
+    assert [row.text for row in found.rows] == ["Who?"]
+    assert "column 'passage' would not be read" in found.rejects[0].what

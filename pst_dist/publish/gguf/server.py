@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from pst_dist.errors import EnvironmentFault
+from pst_dist.errors import EnvironmentFault, first_line
 
 PACKAGE = "xllamacpp"
 _LOADING_SECONDS, _ENDING_SECONDS = 600, 10
@@ -104,11 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_port(host: str, port: int) -> None:
+    """End the program if the port cannot be had: llama.cpp's server would wait for ever."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        sys.exit(f"pst: cannot listen on {host} port {port}: {first_line(error)}")
+
+
 def main(words: list[str] | None = None) -> int:
     """Print the server's URL and serve."""
     given = _parser().parse_args(words)
     if engine_version() is None:
         sys.exit("pst: this needs llama.cpp: pip install 'pst-dist[llama-cpp]'")
+    if not Path(given.file).is_file():
+        sys.exit(f"pst: {given.file}: no such file")
+    _check_port(given.host, given.port)
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -117,7 +130,10 @@ def main(words: list[str] | None = None) -> int:
     params.n_parallel, params.n_ctx = given.slots, given.slots * given.context
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        sys.exit(f"pst: {given.file}: llama.cpp does not serve it: {first_line(error)}; its log above says why")
     print(server.listening_address, flush=True)  # noqa: T201
     with contextlib.suppress(KeyboardInterrupt):
         if given.with_parent:

@@ -104,3 +104,50 @@ def test_guessed_columns_put_a_passage_before_the_question_and_never_leave_one_o
     named = {"question": "question", "answer": "answer", "rationale": "rationale"}
     loaded = survey(Config.model_validate({"data": {**data, "columns": named, "duplicates": "keep"}}))
     assert not loaded.rejects  # columns named by the user are taken as seen
+
+
+ASKED = [{"role": "system", "content": "You count."}, *EARLIER, USER]
+TURNS = (("system", "You count."), ("user", "What is 3?"), ("assistant", "3"), ("user", "And twice that?"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": ASKED, "answer": "6"},
+        {"prompt": ASKED, "ground_truth": 6, "rationale": "Twice 3."},
+        {"prompt": ASKED, "response": "Twice 3. The answer is 6."},
+        {"question": KEPT, "turns": ASKED, "answer": "6"},
+        {"question": "And twice that?", "turns": ASKED, "answer": "6"},
+    ],
+)
+def test_a_question_may_be_a_list_of_turns_or_have_them_beside_it(row):
+    found = guess_columns([row], "f").fields(row)
+    assert (found.question, found.turns, str(found.answer)) == (KEPT, TURNS, "6")
+
+
+def test_turns_beside_a_question_are_read_where_a_row_has_them_and_must_end_with_it():
+    plain = {"question": "What is 3?", "answer": "3", "turns": None}
+    columns = guess_columns([plain], "f")
+    assert columns.fields(plain).turns == ()
+    assert columns.fields({"question": KEPT, "turns": ASKED, "answer": "6"}).turns == TURNS
+    with pytest.raises(RowError, match="turns end with another question"):
+        columns.fields({"question": "And thrice that?", "turns": ASKED, "answer": "9"})
+    for other in (3, ["What is 3?", "And twice that?"], "[]"):  # the columns of other files
+        row = {"question": "What is 3?", "answer": "3", "turns": other}
+        assert guess_columns([row], "f").fields(row).turns == ()
+    one = {"question": [{"role": "user", "content": "What is 3?"}], "answer": "3"}
+    found = guess_columns([one], "f").fields(one)
+    assert (found.question, found.turns) == ("What is 3?", ())
+
+
+def test_choices_are_listed_in_the_last_turn():
+    row = {"question": [*EARLIER, {"role": "user", "content": "Which?"}], "choices": ["a cat", "a dog"], "answer": "B"}
+    found = guess_columns([row], "f").fields(row)
+    assert found.question == "User: What is 3?\nAssistant: 3\nUser: Which? Answer choices: (A) a cat, (B) a dog."
+    assert found.turns[-1] == ("user", "Which? Answer choices: (A) a cat, (B) a dog.")
+
+
+def test_a_context_column_beside_a_list_of_turns_is_not_left_out():
+    row = {"question": ASKED, "answer": "6", "passage": "On Monday."}
+    with pytest.raises(RowError, match="column 'passage' would not be read"):
+        guess_columns([row], "f").fields(row)

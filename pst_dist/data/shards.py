@@ -16,14 +16,26 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from pst_dist.data.row_store import StoredRows
 from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
-from pst_dist.data.shard_tar import REMAKE, ShardIndex, ShardInfo, parse_sample, read_shard, write_shard
+from pst_dist.data.shard_tar import (
+    REMAKE,
+    Member,
+    ShardIndex,
+    ShardInfo,
+    members_of,
+    parse_sample,
+    read_shard,
+    write_members,
+)
 from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
+from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.json_files import canonical_json, read_json, typed
@@ -50,7 +62,7 @@ _OURS = re.compile(rf"{_SHARD.pattern}|{_SHARD.pattern[:-5]}\.index\.json|{_SPLI
 
 
 def write_shards(
-    splits: dict[str, list[ReasoningSample]],
+    splits: Mapping[str, Sequence[ReasoningSample]],
     directory: Path,
     *,
     samples_per_shard: int,
@@ -76,14 +88,20 @@ def write_shards(
         remove_leftovers(behind.parent, glob.escape(behind.name), locked=True)
         if restored and not rebuild and (found := reusable_shards(directory, fingerprint, samples_per_shard)):
             return found
-        with Artefact(directory, "shards", remembers=True).publish(fingerprint, extra) as draft:
+        rows = sum(map(len, splits.values()))
+        with (
+            Artefact(directory, "shards", remembers=True).publish(fingerprint, extra) as draft,
+            progress("pack", total=rows, unit="rows") as bar,
+        ):
             partial = draft.path
             table: list[ShardInfo] = []
             for split in sorted(splits):
                 infos = []
-                for number, start in enumerate(range(0, len(splits[split]), samples_per_shard)):
+                members = _members(splits[split])
+                for number in range(-(-len(splits[split]) // samples_per_shard)):
                     path = partial / f"{split}-{number:06d}.tar"
-                    index = write_shard(path, splits[split][start : start + samples_per_shard])
+                    index = write_members(path, itertools.islice(members, samples_per_shard))
+                    bar.advance(len(index.ids))
                     write_text(path.with_suffix(".index.json"), canonical_json(asdict(index)) + "\n")
                     size, digest, texts = path.stat().st_size, sha256_file(path), sum(index.rationales)
                     infos.append(ShardInfo(path.name, split, len(index.ids), size, digest, texts))
@@ -96,14 +114,26 @@ def write_shards(
                 "counts": {split: len(rows) for split, rows in splits.items()},
                 "shards": [asdict(info) for info in table],
             } | _synthetic_counts(splits)
-    log.info("shards: %d samples in %d shards", sum(map(len, splits.values())), len(table))
+    log.info("shards: %d samples in %d shards", rows, len(table))
     return draft.manifest
 
 
-def _synthetic_counts(splits: dict[str, list[ReasoningSample]]) -> dict[str, Any]:
-    found = {split: sum(bool(sample.synthetic) for sample in rows) for split, rows in splits.items()}
-    makers = sorted({sample.synthetic for rows in splits.values() for sample in rows if sample.synthetic})
-    return {"synthetic": {"rows": {k: n for k, n in found.items() if n}, "made_by": makers}} if makers else {}
+def _members(rows: Sequence[ReasoningSample]) -> Iterator[Member]:
+    return rows.contents() if isinstance(rows, StoredRows) else members_of(rows)
+
+
+def _synthetic_counts(splits: Mapping[str, Sequence[ReasoningSample]]) -> dict[str, Any]:
+    found = {split: _makers(rows) for split, rows in splits.items()}
+    counts = {split: sum(makers.values()) for split, makers in found.items() if makers}
+    names = sorted({name for makers in found.values() for name in makers})
+    return {"synthetic": {"rows": counts, "made_by": names}} if names else {}
+
+
+def _makers(rows: Sequence[ReasoningSample]) -> Mapping[str, int]:
+    """Model -> number of the questions that it made up."""
+    if isinstance(rows, StoredRows):
+        return rows.synthetic()
+    return Counter(sample.synthetic for sample in rows if sample.synthetic)
 
 
 def synthetic_of(manifest: Manifest) -> dict[str, Any]:
@@ -112,13 +142,13 @@ def synthetic_of(manifest: Manifest) -> dict[str, Any]:
     return {"synthetic": found} if found else {}
 
 
-def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
-    """Ids must be unique over all splits, because embeddings and results are joined by id."""
+def _check_splits(splits: Mapping[str, Sequence[ReasoningSample]]) -> None:
+    """Ids must be unique over all splits, because embeddings and results are joined by id; stored rows have such."""
     seen: dict[str, str] = {}
     for split, samples in splits.items():
         if not _SPLIT.fullmatch(split):
             raise DataError(f"split name {split!r} is not [a-z][a-z0-9_]*")
-        for sample in samples:
+        for sample in () if isinstance(samples, StoredRows) else samples:
             if sample.id in seen:
                 raise DataError(
                     f"duplicate id {sample.id!r}, in {seen[sample.id]} and {split}",
@@ -126,7 +156,7 @@ def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
                     path=sample.source or None,
                 )
             seen[sample.id] = split
-    if not seen:
+    if not any(map(len, splits.values())):
         raise DataError("no rows to pack into shards")
 
 

@@ -16,12 +16,16 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
+from pst_dist.data.candidates import Candidates, open_candidates
 from pst_dist.data.row_store import StoredRows
 from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
 from pst_dist.data.shard_tar import (
@@ -56,6 +60,8 @@ __all__ = [
     "write_shards",
 ]
 
+_MOST_INDEXES = 64
+"""An index of a thousand samples takes some 200 kB."""
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _SHARD = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.tar")
 _OURS = re.compile(rf"{_SHARD.pattern}|{_SHARD.pattern[:-5]}\.index\.json|{_SPLIT.pattern}\.wids\.json|{MANIFEST}")
@@ -274,8 +280,10 @@ class ShardSet:
         return [info for info in self._table if split is None or info.split == split]
 
     def index(self, shard: ShardInfo) -> ShardIndex:
-        """The offset index of one shard; read once."""
+        """The offset index of one shard; those used last are kept."""
         if shard.name not in self._indexes:
+            while len(self._indexes) >= _MOST_INDEXES:
+                del self._indexes[next(iter(self._indexes))]
             path = self.directory / f"{shard.stem}.index.json"
             index = typed(read_json(path), ShardIndex, path, REMAKE)
             lengths = {len(column) for column in (index.ids, index.offsets, index.sizes, index.rationales)}
@@ -316,6 +324,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+_PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("check", "<u4")])
+"""Where a sample is in its tar, and a checksum of its id."""
+
+
 class SplitReader(Sequence[ReasoningSample]):
     """Random access to the samples of one split. Each access is one positioned read and safe after a fork.
 
@@ -326,14 +338,33 @@ class SplitReader(Sequence[ReasoningSample]):
     _MOST_OPEN = 256
 
     def __init__(self, shards: ShardSet, split: str) -> None:
+        self._shards, self._name = shards, split
         self._infos = shards.shards(split)
         self._paths = [shards.directory / info.name for info in self._infos]
-        self._indexes = [shards.index(info) for info in self._infos]
         self._stamps = [shards.stamps[info.name] for info in self._infos]
         self._starts = [0, *itertools.accumulate(info.samples for info in self._infos)]
+        # 16 bytes a sample; the lists of an index take 200.
+        self._places = np.zeros(self._starts[-1], _PLACE)
+        for info, start in zip(self._infos, self._starts, strict=False):
+            index, own = shards.index(info), self._places[start : start + info.samples]
+            own["offset"], own["size"] = index.offsets, index.sizes
+            own["check"] = [zlib.crc32(key.encode()) for key in index.ids]
         self._open: dict[int, int] = {}
-        self.ids: list[str] = [key for index in self._indexes for key in index.ids]
-        """All ids in order."""
+        self._candidates: Candidates | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids in order, read from the indexes."""
+        return [key for info in self._infos for key in self._shards.index(info).ids]
+
+    @property
+    def candidates(self) -> Candidates:
+        """Id, number of rationales and question group of every sample, from a file that is made at the first use."""
+        if self._candidates is None:
+            folder = self._shards.directory
+            path = folder.with_name(f".{folder.name}.{self._name}.candidates")
+            self._candidates = open_candidates(path, self._name, self._shards.manifest.digest, len(self), self)
+        return self._candidates
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -346,9 +377,13 @@ class SplitReader(Sequence[ReasoningSample]):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         shard, row = self._locate(i)
-        index = self._indexes[shard]
-        content = os.pread(self._descriptor(shard), index.sizes[row], index.offsets[row])
-        return parse_sample(content, f"{self._paths[shard]}!{index.ids[row]}.json", f"{index.ids[row]}.json")
+        place = self._places[self._starts[shard] + row]
+        content = os.pread(self._descriptor(shard), int(place["size"]), int(place["offset"]))
+        where = f"{self._paths[shard]}, sample {row}"
+        sample = parse_sample(content, where)
+        if zlib.crc32(sample.id.encode()) != place["check"]:
+            raise IntegrityError(f"contains the sample {sample.id!r} instead", REMAKE, path=where)
+        return sample
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):
@@ -375,7 +410,8 @@ class SplitReader(Sequence[ReasoningSample]):
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # file descriptors are not valid in another process
+        # A map would be sent as its whole content, and file descriptors are not valid in another process.
+        return {**self.__dict__, "_open": {}, "_candidates": None}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():

@@ -68,7 +68,7 @@ def measure(config: EmbedConfig, rationales: Iterable[str]) -> Lengths | None:
             if limit is None:
                 return None
         ids = tokenizer(part, truncation=False, verbose=False)["input_ids"]
-        truncated += sum(len(row) > limit for row in ids)
+        truncated += sum(len(row) > (limit or 0) for row in ids)
     return None if limit is None else Lengths(counted, truncated, limit)
 
 

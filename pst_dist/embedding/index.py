@@ -15,16 +15,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pst_dist.errors import IntegrityError, PstError
 from pst_dist.storage.atomic import atomic_path
 from pst_dist.storage.json_files import canonical_json
-
-if TYPE_CHECKING:
-    from pst_dist.embedding.store import VectorFile
 
 _ENTRY = np.dtype([("hash", "<u8"), ("first", "<u4"), ("count", "<u4")])
 _LONG_ENTRY = np.dtype([("hash", "<u8"), ("first", "<u8"), ("count", "<u4")])
@@ -134,15 +130,18 @@ class IndexFile:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, files: Sequence[VectorFile], index: RationaleIndex) -> None:
-        """Store the index of files that were compared, where this process may write."""
+    def write(self, files: Sequence[tuple[int, int, tuple[int, int, int]]], index: RationaleIndex) -> None:
+        """Store the index of files that were compared, where this process may write.
+
+        `files` are (rows, offset of the first row in bytes, stamp) of each.
+        """
         header = {
             "embeddings": self.embeddings,
             "entries": len(index.entries),
             "width": index.entries.dtype.itemsize,
             "salt": index.salt,
             "sha256": hashlib.sha256(index.entries.view(np.uint8).data).hexdigest(),
-            "files": [[file.count, file.offset, list(file.stamp)] for file in files],
+            "files": files,
         }
         with contextlib.suppress(PstError, OSError), atomic_path(self.path) as partial:
             with partial.open("wb") as stream:

@@ -147,14 +147,16 @@ class EmbeddingStore:
             # All files were compared when the index was made, and have not changed since.
             artefact.verified()
             index = known.index
-            places = zip(paths, known.counts, known.offsets, known.stamps, strict=True)
-            files = [VectorFile(path, count, offset, stamp) for path, count, offset, stamp in places]
+            known_files = zip(paths, known.counts, known.offsets, known.stamps, strict=True)
+            files = [VectorFile(path, count, offset, stamp) for path, count, offset, stamp in known_files]
         else:
             if verify:
                 artefact.verified()
             files, index = _compared(paths, order, shards, manifest, verify)
             if verify:
-                IndexFile.beside(directory, manifest.digest).write(files, index)
+                IndexFile.beside(directory, manifest.digest).write(
+                    [(file.count, file.offset, file.stamp) for file in files], index
+                )
         splits: dict[str, list[VectorFile]] = {split: [] for split in shards.manifest.extra["counts"]}
         for shard, file in zip(order, files, strict=True):
             splits[shard.split].append(file)

@@ -8,6 +8,7 @@ of the shards: it has paths and times of this machine, and equal rows give equal
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import unicodedata
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pst_dist.config.run_dir import RunDir, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
+from pst_dist.data.sample import SCHEMA_VERSION
 from pst_dist.data.sources.rows import Input
 from pst_dist.errors import PstError
 from pst_dist.models.locate import WEIGHT_SUFFIXES, locate_model
@@ -26,12 +27,13 @@ from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
 from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import Manifest, digest_of, write_json
+from pst_dist.storage.manifest import Manifest, canonical_json, digest_of, write_json
 from pst_dist.storage.object_store import fetch_folder, publish_folder
 from pst_dist.storage.stamps import stamp_of
 from pst_dist.student.prompt import keeps_turns
 
 if TYPE_CHECKING:
+    from pst_dist.data.row_store import StoredRows
     from pst_dist.data.sources import LoadedData
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
         return found
     # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
     loaded = load_data(config, unreadable_rows(config))
-    parts = runs_of(loaded.splits["train"], loaded.report)
+    parts = runs_of(loaded.report)
     mixture = {"parts": parts} if parts else {}
     splits, fingerprint = _as_packed(config, loaded, mixture, None if rebuild else run.shards)
     if run.remote is None and not rebuild:
@@ -177,28 +179,43 @@ def _version(package: str) -> str | None:
 
 def _as_packed(
     config: Config, loaded: LoadedData, mixture: Mapping[str, Any], packed: Path | None
-) -> tuple[dict[str, list[ReasoningSample]], str]:
+) -> tuple[Mapping[str, StoredRows], str]:
     """The rows as they are in the shards in `packed`, or else new, with the fingerprint of everything that makes them.
 
     Shards of older versions have no turns; they are kept where the student does not need any.
     """
 
-    def fingerprint(splits: Mapping[str, list[ReasoningSample]]) -> str:
-        rows = {name: [sample.to_json() for sample in samples] for name, samples in splits.items()}
-        return digest_of(
+    def fingerprint(splits: Mapping[str, StoredRows]) -> str:
+        return _digest_with_rows(
             {
                 "schema": SCHEMA_VERSION,
                 "source": loaded.source_digest,
-                "rows": rows,
                 "samples_per_shard": config.shards.samples_per_shard,
                 **mixture,
-            }
+            },
+            splits,
         )
 
     held = Artefact(packed, "shards").manifest() if packed is not None else None
-    has_turns = any(sample.turns for samples in loaded.splits.values() for sample in samples)
-    if held is not None and has_turns and not keeps_turns(config):
-        older = {name: [replace(sample, turns=()) for sample in rows] for name, rows in loaded.splits.items()}
+    if held is not None and not keeps_turns(config) and any(rows.have_turns for rows in loaded.splits.values()):
+        older = {name: rows.without_turns() for name, rows in loaded.splits.items()}
         if held.fingerprint == fingerprint(older):
             return older, held.fingerprint
     return loaded.splits, fingerprint(loaded.splits)
+
+
+def _digest_with_rows(facts: dict[str, Any], splits: Mapping[str, StoredRows]) -> str:
+    """`digest_of` the facts and, as `rows`, all samples of each split; hashed row by row.
+
+    Half a surrogate pair counts as the bytes that stand for it; such a row is refused when it is written.
+    """
+    mark = "rows of all splits"
+    before, after = canonical_json({**facts, "rows": mark}).split(canonical_json(mark))
+    digest = hashlib.sha256(before.encode())
+    for number, name in enumerate(sorted(splits)):
+        digest.update(f"{',' if number else '{'}{canonical_json(name)}:[".encode())
+        for place, (_, content, _) in enumerate(splits[name].contents()):
+            digest.update(b"," + content if place else content)
+        digest.update(b"]")
+    digest.update(b"}" + after.encode())
+    return digest.hexdigest()

@@ -74,6 +74,16 @@ class RunDir:
         return self.path / "stacks"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of a fresh student, trained once."""
+        return self.path / ".tokenizer.json"
+
+    @property
+    def checked_rows(self) -> Path:
+        """Which students and layouts were found to fit all rows of the shards."""
+        return self.data / ".shards.checked.json"
+
+    @property
     def export(self) -> Path:
         """The finished model for other tools."""
         return self.path / "export"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pst_dist.errors import DataError
@@ -69,7 +69,8 @@ class ReasoningSample:
         """A plain dict with lists instead of tuples, as stored in a shard."""
         # Later fields are left out where they are empty, so that the bytes of earlier shards stay what they were.
         later = ("part", "task", "turns", "synthetic")
-        row = {name: value for name, value in asdict(self).items() if value or name not in later}
+        named = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        row = {name: value for name, value in named if value or name not in later}
         turns = {"turns": [list(turn) for turn in self.turns]} if self.turns else {}
         return {**row, "rationales": list(self.rationales), "choices": list(self.choices), **turns}
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +57,23 @@ class ShardIndex:
     """Number of rationales of each sample, so that (id, rationale) pairs are known without reading the sample."""
 
 
+Member = tuple[str, bytes, int]
+"""Id, content and number of rationales of a sample that is written."""
+
+
+def members_of(samples: Iterable[ReasoningSample]) -> Iterator[Member]:
+    """Samples as they are written. Half a surrogate pair is refused when it is."""
+    for sample in samples:
+        content = canonical_json(sample.to_json()).encode("utf-8", "surrogatepass")
+        yield sample.id, content, len(sample.rationales)
+
+
 def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
+    """`write_members` of samples."""
+    return write_members(path, members_of(samples))
+
+
+def write_members(path: Path, members: Iterable[Member]) -> ShardIndex:
     """Write samples as one tar and read it back strictly. The bytes do not depend on time, user or machine.
 
     The caller provides a private path (in a temporary directory) and is responsible for fsync. Raises DataError for
@@ -65,27 +81,34 @@ def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
     """
     from webdataset import TarWriter
 
+    ids, rationales = [], []
     with (
         path.open("wb") as stream,
         TarWriter(stream, user="pst", group="pst", mode=0o444, mtime=0, encoder=False) as tar,
     ):
-        for sample in samples:
-            try:
-                content = canonical_json(sample.to_json()).encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"sample {sample.id!r} contains a lone surrogate, which is not valid text",
-                    path=sample.source or None,
-                ) from error
-            tar.write({"__key__": sample.id, "json": content})
+        for name, content, count in members:
+            _refuse_surrogates(name, content)
+            tar.write({"__key__": name, "json": content})
+            ids.append(name)
+            rationales.append(count)
     with path.open("rb") as written:
-        members = [(offset, len(content)) for _, offset, content in tar_members(written, path)]
+        places = [(offset, len(content)) for _, offset, content in tar_members(written, path)]
     return ShardIndex(
-        ids=[sample.id for sample in samples],
-        offsets=[offset for offset, _ in members],
-        sizes=[size for _, size in members],
-        rationales=[len(sample.rationales) for sample in samples],
+        ids=ids,
+        offsets=[offset for offset, _ in places],
+        sizes=[size for _, size in places],
+        rationales=rationales,
     )
+
+
+def _refuse_surrogates(name: str, content: bytes) -> None:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        source = json.loads(content.decode("utf-8", "surrogatepass")).get("source")
+        raise DataError(
+            f"sample {name!r} contains a lone surrogate, which is not valid text", path=source or None
+        ) from error
 
 
 def read_shard(path: Path) -> list[ReasoningSample]:

@@ -16,14 +16,30 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
+from pst_dist.data.candidates import Candidates, open_candidates
+from pst_dist.data.row_store import StoredRows
 from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
-from pst_dist.data.shard_tar import REMAKE, ShardIndex, ShardInfo, parse_sample, read_shard, write_shard
+from pst_dist.data.shard_tar import (
+    REMAKE,
+    Member,
+    ShardIndex,
+    ShardInfo,
+    members_of,
+    parse_sample,
+    read_shard,
+    write_members,
+)
 from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
+from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.json_files import canonical_json, read_json, typed
@@ -44,13 +60,15 @@ __all__ = [
     "write_shards",
 ]
 
+_MOST_INDEXES = 64
+"""An index of a thousand samples takes some 200 kB."""
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _SHARD = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.tar")
 _OURS = re.compile(rf"{_SHARD.pattern}|{_SHARD.pattern[:-5]}\.index\.json|{_SPLIT.pattern}\.wids\.json|{MANIFEST}")
 
 
 def write_shards(
-    splits: dict[str, list[ReasoningSample]],
+    splits: Mapping[str, Sequence[ReasoningSample]],
     directory: Path,
     *,
     samples_per_shard: int,
@@ -76,14 +94,20 @@ def write_shards(
         remove_leftovers(behind.parent, glob.escape(behind.name), locked=True)
         if restored and not rebuild and (found := reusable_shards(directory, fingerprint, samples_per_shard)):
             return found
-        with Artefact(directory, "shards", remembers=True).publish(fingerprint, extra) as draft:
+        rows = sum(map(len, splits.values()))
+        with (
+            Artefact(directory, "shards", remembers=True).publish(fingerprint, extra) as draft,
+            progress("pack", total=rows, unit="rows") as bar,
+        ):
             partial = draft.path
             table: list[ShardInfo] = []
             for split in sorted(splits):
                 infos = []
-                for number, start in enumerate(range(0, len(splits[split]), samples_per_shard)):
+                members = _members(splits[split])
+                for number in range(-(-len(splits[split]) // samples_per_shard)):
                     path = partial / f"{split}-{number:06d}.tar"
-                    index = write_shard(path, splits[split][start : start + samples_per_shard])
+                    index = write_members(path, itertools.islice(members, samples_per_shard))
+                    bar.advance(len(index.ids))
                     write_text(path.with_suffix(".index.json"), canonical_json(asdict(index)) + "\n")
                     size, digest, texts = path.stat().st_size, sha256_file(path), sum(index.rationales)
                     infos.append(ShardInfo(path.name, split, len(index.ids), size, digest, texts))
@@ -96,14 +120,26 @@ def write_shards(
                 "counts": {split: len(rows) for split, rows in splits.items()},
                 "shards": [asdict(info) for info in table],
             } | _synthetic_counts(splits)
-    log.info("shards: %d samples in %d shards", sum(map(len, splits.values())), len(table))
+    log.info("shards: %d samples in %d shards", rows, len(table))
     return draft.manifest
 
 
-def _synthetic_counts(splits: dict[str, list[ReasoningSample]]) -> dict[str, Any]:
-    found = {split: sum(bool(sample.synthetic) for sample in rows) for split, rows in splits.items()}
-    makers = sorted({sample.synthetic for rows in splits.values() for sample in rows if sample.synthetic})
-    return {"synthetic": {"rows": {k: n for k, n in found.items() if n}, "made_by": makers}} if makers else {}
+def _members(rows: Sequence[ReasoningSample]) -> Iterator[Member]:
+    return rows.contents() if isinstance(rows, StoredRows) else members_of(rows)
+
+
+def _synthetic_counts(splits: Mapping[str, Sequence[ReasoningSample]]) -> dict[str, Any]:
+    found = {split: _makers(rows) for split, rows in splits.items()}
+    counts = {split: sum(makers.values()) for split, makers in found.items() if makers}
+    names = sorted({name for makers in found.values() for name in makers})
+    return {"synthetic": {"rows": counts, "made_by": names}} if names else {}
+
+
+def _makers(rows: Sequence[ReasoningSample]) -> Mapping[str, int]:
+    """Model -> number of the questions that it made up."""
+    if isinstance(rows, StoredRows):
+        return rows.synthetic()
+    return Counter(sample.synthetic for sample in rows if sample.synthetic)
 
 
 def synthetic_of(manifest: Manifest) -> dict[str, Any]:
@@ -112,13 +148,13 @@ def synthetic_of(manifest: Manifest) -> dict[str, Any]:
     return {"synthetic": found} if found else {}
 
 
-def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
-    """Ids must be unique over all splits, because embeddings and results are joined by id."""
+def _check_splits(splits: Mapping[str, Sequence[ReasoningSample]]) -> None:
+    """Ids must be unique over all splits, because embeddings and results are joined by id; stored rows have such."""
     seen: dict[str, str] = {}
     for split, samples in splits.items():
         if not _SPLIT.fullmatch(split):
             raise DataError(f"split name {split!r} is not [a-z][a-z0-9_]*")
-        for sample in samples:
+        for sample in () if isinstance(samples, StoredRows) else samples:
             if sample.id in seen:
                 raise DataError(
                     f"duplicate id {sample.id!r}, in {seen[sample.id]} and {split}",
@@ -126,7 +162,7 @@ def _check_splits(splits: dict[str, list[ReasoningSample]]) -> None:
                     path=sample.source or None,
                 )
             seen[sample.id] = split
-    if not seen:
+    if not any(map(len, splits.values())):
         raise DataError("no rows to pack into shards")
 
 
@@ -244,8 +280,10 @@ class ShardSet:
         return [info for info in self._table if split is None or info.split == split]
 
     def index(self, shard: ShardInfo) -> ShardIndex:
-        """The offset index of one shard; read once."""
+        """The offset index of one shard; those used last are kept."""
         if shard.name not in self._indexes:
+            while len(self._indexes) >= _MOST_INDEXES:
+                del self._indexes[next(iter(self._indexes))]
             path = self.directory / f"{shard.stem}.index.json"
             index = typed(read_json(path), ShardIndex, path, REMAKE)
             lengths = {len(column) for column in (index.ids, index.offsets, index.sizes, index.rationales)}
@@ -286,6 +324,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+_PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("check", "<u4")])
+"""Where a sample is in its tar, and a checksum of its id."""
+
+
 class SplitReader(Sequence[ReasoningSample]):
     """Random access to the samples of one split. Each access is one positioned read and safe after a fork.
 
@@ -296,14 +338,33 @@ class SplitReader(Sequence[ReasoningSample]):
     _MOST_OPEN = 256
 
     def __init__(self, shards: ShardSet, split: str) -> None:
+        self._shards, self._name = shards, split
         self._infos = shards.shards(split)
         self._paths = [shards.directory / info.name for info in self._infos]
-        self._indexes = [shards.index(info) for info in self._infos]
         self._stamps = [shards.stamps[info.name] for info in self._infos]
         self._starts = [0, *itertools.accumulate(info.samples for info in self._infos)]
+        # 16 bytes a sample; the lists of an index take 200.
+        self._places = np.zeros(self._starts[-1], _PLACE)
+        for info, start in zip(self._infos, self._starts, strict=False):
+            index, own = shards.index(info), self._places[start : start + info.samples]
+            own["offset"], own["size"] = index.offsets, index.sizes
+            own["check"] = [zlib.crc32(key.encode()) for key in index.ids]
         self._open: dict[int, int] = {}
-        self.ids: list[str] = [key for index in self._indexes for key in index.ids]
-        """All ids in order."""
+        self._candidates: Candidates | None = None
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids in order, read from the indexes."""
+        return [key for info in self._infos for key in self._shards.index(info).ids]
+
+    @property
+    def candidates(self) -> Candidates:
+        """Id, number of rationales and question group of every sample, from a file that is made at the first use."""
+        if self._candidates is None:
+            folder = self._shards.directory
+            path = folder.with_name(f".{folder.name}.{self._name}.candidates")
+            self._candidates = open_candidates(path, self._name, self._shards.manifest.digest, len(self), self)
+        return self._candidates
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -316,9 +377,13 @@ class SplitReader(Sequence[ReasoningSample]):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         shard, row = self._locate(i)
-        index = self._indexes[shard]
-        content = os.pread(self._descriptor(shard), index.sizes[row], index.offsets[row])
-        return parse_sample(content, f"{self._paths[shard]}!{index.ids[row]}.json", f"{index.ids[row]}.json")
+        place = self._places[self._starts[shard] + row]
+        content = os.pread(self._descriptor(shard), int(place["size"]), int(place["offset"]))
+        where = f"{self._paths[shard]}, sample {row}"
+        sample = parse_sample(content, where)
+        if zlib.crc32(sample.id.encode()) != place["check"]:
+            raise IntegrityError(f"contains the sample {sample.id!r} instead", REMAKE, path=where)
+        return sample
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):
@@ -345,7 +410,8 @@ class SplitReader(Sequence[ReasoningSample]):
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # file descriptors are not valid in another process
+        # A map would be sent as its whole content, and file descriptors are not valid in another process.
+        return {**self.__dict__, "_open": {}, "_candidates": None}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():

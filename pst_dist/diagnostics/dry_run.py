@@ -7,7 +7,7 @@ on. All problems are reported, not only the first.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +99,7 @@ def _rows(config: Config, loaded: list[LoadedData]) -> Iterator[Finding]:
         raise no_rows(config.evaluate.split)
 
 
-def _lengths(config: Config, samples: list[ReasoningSample]) -> Iterator[Finding]:
+def _lengths(config: Config, samples: Sequence[ReasoningSample]) -> Iterator[Finding]:
     """Tokens of the rows, and how many rationales lose their end; raises for a row that does not fit at all."""
     from pst_dist.student.layout import layout_for
     from pst_dist.student.pretrained import is_encoder_decoder

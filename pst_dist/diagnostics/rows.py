@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def _length_findings(config: Config, loaded: LoadedData) -> list[str]:
     """How many rationales the encoder would truncate, if there are any and the config needs vectors."""
     if not needs_embeddings(config):
         return []
-    texts = [text for split in SPLITS for sample in loaded.splits[split] for text in sample.rationales]
+    texts = (text for split in SPLITS for sample in loaded.splits[split] for text in sample.rationales)
     try:
         found = measure(config.embed, texts)
     except PstError as error:
@@ -144,7 +144,7 @@ def _first_source(config: Config) -> Source:
 
 
 def _sample(source: Source) -> list[dict[str, Any]]:
-    return [entry.value for entry in source.entries if isinstance(entry, RawRow)][:50]
+    return source.head(50)
 
 
 def _column_lines(source: Source) -> list[str]:
@@ -177,43 +177,44 @@ def _likely_type(config: Config, loaded: LoadedData | None) -> str:
     """`choice` if the rows have options, else the first type that fits every answer; "" if none fits or one is set."""
     if loaded is None or config.task or config.data.answer_type:
         return ""
-    fields = _first_fields(config)
-    if fields and all(row.options is not None for row in fields):
+    kinds = ("number", "bool", "date", "choice")
+    possible, rows, with_options = dict.fromkeys(kinds, True), 0, 0
+    for fields in _first_fields(config):
+        rows, with_options = rows + 1, with_options + (fields.options is not None)
+        for kind in kinds:
+            possible[kind] = possible[kind] and _fits(kind, fields.answer)
+    if rows and with_options == rows:
         return "choice"
-    answers = [row.answer for row in fields]
-    return next((kind for kind in ("number", "bool", "date", "choice") if _all_are(kind, answers)), "")
+    return next((kind for kind in kinds if rows and possible[kind]), "")
 
 
-def _first_fields(config: Config) -> list[Fields]:
+def _first_fields(config: Config) -> Iterator[Fields]:
     """The fields of the first file's rows, without bad rows."""
-    source, found = _first_source(config), []
+    source = _first_source(config)
     sample = _sample(source)
     if source.generated or not sample:
-        return []
+        return
     columns = choose_columns(config.data.columns, sample, source.path)
-    for entry in source.entries:
+    for entry in source.rows():
         if isinstance(entry, RawRow):
             try:
-                found.append(columns.fields(entry.value))
+                yield columns.fields(entry.value)
             except RowError:
                 continue
-    return found
 
 
-def _all_are(kind: str, answers: Sequence[object]) -> bool:
-    """Whether every answer is a valid gold answer of that type."""
-    task = get_task(None, kind)
+def _fits(kind: str, answer: object) -> bool:
+    """Whether an answer is a valid gold answer of that type."""
     try:
-        golds = [task.gold(answer) for answer in answers]
+        gold = get_task(None, kind).gold(answer)
     except ValueError:
         return False
     # A number is parsed completely or not at all. "no" is an answer, "Is it? no" is a text that contains one, and a
     # lower-case k is not a choice.
-    return bool(golds) and all(
+    return (
         kind == "number"
         or str(answer).lower() in ("true", "false")
         or (len(bare := str(answer).strip("(). ")) <= len(gold) + 1 and (kind != "choice" or bare.isupper()))
-        for answer, gold in zip(answers, golds, strict=True)
     )
 
 
@@ -244,10 +245,12 @@ def _split_lines(loaded: LoadedData) -> list[str]:
         if not samples and not report[f"{split}_read"]:
             continue
         read = f"{report[f'{split}_read']:,} rows read, " if report[f"{split}_read"] else ""
-        kinds = Counter(sample.answer_type for sample in samples)
-        named = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
+        lengths = _Lengths()
+        for sample in samples:
+            lengths.add(sample)
+        named = ", ".join(f"{kind} {count:,}" for kind, count in lengths.kinds.most_common())
         text.append(f"{split}: {read}{len(samples):,} kept; answers: {named or 'none'}")
-        text += _length_lines(samples)
+        text += lengths.lines()
         for name, part in report.get("parts", {}).items():
             rows = part[f"{split}_rows"]
             weight = f", weight {part['weight']:g}" if split == "train" else ""
@@ -258,26 +261,44 @@ def _split_lines(loaded: LoadedData) -> list[str]:
     return text
 
 
-def _length_lines(samples: Sequence[ReasoningSample]) -> list[str]:
-    """Words in question, answer and rationale: 5th, 50th and 95th percentile, and the longest."""
-    texts = {
-        "question": [sample.question for sample in samples],
-        "answer": [sample.answer for sample in samples],
-        "rationale": [rationale for sample in samples for rationale in sample.rationales],
-    }
-    lines = []
-    for name, values in texts.items():
-        if values:
-            counts = sorted(len(value.split()) for value in values)
-            # Nearest rank: the smallest count that p percent of the texts do not exceed.
-            marks = [counts[max(0, -(-len(counts) * p // 100) - 1)] for p in _PERCENTILES]
-            lines.append(f"  {name} words: 5% {marks[0]}, median {marks[1]}, 95% {marks[2]}, longest {marks[3]}")
-    return lines
+class _Lengths:
+    """Answer types, and words of questions, answers and rationales, counted by their number."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self._words: dict[str, Counter[int]] = {name: Counter() for name in ("question", "answer", "rationale")}
+
+    def add(self, sample: ReasoningSample) -> None:
+        """Count one row."""
+        self.kinds[sample.answer_type] += 1
+        self._words["question"][len(sample.question.split())] += 1
+        self._words["answer"][len(sample.answer.split())] += 1
+        for rationale in sample.rationales:
+            self._words["rationale"][len(rationale.split())] += 1
+
+    def lines(self) -> list[str]:
+        """5th, 50th and 95th percentile, and the longest."""
+        lines = []
+        for name, counts in self._words.items():
+            if counts:
+                marks = [_nearest_rank(counts, p) for p in _PERCENTILES]
+                lines.append(f"  {name} words: 5% {marks[0]}, median {marks[1]}, 95% {marks[2]}, longest {marks[3]}")
+        return lines
+
+
+def _nearest_rank(counts: Counter[int], percent: int) -> int:
+    """The smallest value that so many percent of the values do not exceed; `counts` is how often each value occurs."""
+    wanted, seen = max(1, -(-counts.total() * percent // 100)), 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= wanted:
+            return value
+    raise ValueError("no values")
 
 
 def _finding_lines(loaded: LoadedData) -> list[str]:
     report = loaded.report
-    made_up = sum(bool(sample.synthetic) for samples in loaded.splits.values() for sample in samples)
+    made_up = sum(sum(rows.synthetic().values()) for rows in loaded.splits.values())
     found = (
         (report["rows_unused"], "rows in no split of the split file"),
         (report["teacher_wrong_dropped"], "rows dropped because the teacher's answer is wrong"),
@@ -299,14 +320,18 @@ def _reject_lines(rejects: Sequence[Reject], path: Path | None) -> list[str]:
         return ["0 bad rows"]
     where = f", all in {path}" if path is not None else ""
     text = [f"{len(rejects):,} bad rows{where}:"]
-    groups: dict[tuple[str, str], list[Reject]] = {}
+    firsts: dict[tuple[str, str], Reject] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     for reject in rejects:
-        groups.setdefault((reject.code, _reason(reject.what)), []).append(reject)
-    ordered = sorted(groups.values(), key=len, reverse=True)
-    for group in ordered[:_SHOWN]:
-        text.append(f"  {group[0]}" if len(group) == 1 else f"  {len(group):,} rows, the first {group[0]}")
+        reason = (reject.code, _reason(reject.what))
+        firsts.setdefault(reason, reject)
+        counts[reason] += 1
+    ordered = sorted(firsts, key=lambda reason: counts[reason], reverse=True)
+    for reason in ordered[:_SHOWN]:
+        one = counts[reason] == 1
+        text.append(f"  {firsts[reason]}" if one else f"  {counts[reason]:,} rows, the first {firsts[reason]}")
     if len(ordered) > _SHOWN:
-        rest = sum(map(len, ordered[_SHOWN:]))
+        rest = sum(counts[reason] for reason in ordered[_SHOWN:])
         text.append(f"  … and {rest:,} more, for {len(ordered) - _SHOWN:,} other reasons")
     return text
 

@@ -53,7 +53,7 @@ class FolderFiles:
 
     def finished(self, fingerprint: str) -> Manifest | None:
         """The manifest of complete embeddings made from these inputs; otherwise None."""
-        return Artefact(self.embeddings, "embeddings").finished(fingerprint)
+        return Artefact(self.embeddings, "embeddings", remembers=True).finished(fingerprint)
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of killed runs; the caller holds the lock."""

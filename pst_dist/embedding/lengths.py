@@ -5,8 +5,9 @@ For `pst check`, before anything is embedded. `TextEncoder.count_truncated` coun
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,27 @@ def measure(config: EmbedConfig, rationales: Iterable[str]) -> Lengths | None:
         return None
     prefix = config.prefix or _default_prompt(folder)
     limits = [limit for limit in (config.max_seq_length, *_limits(place)) if limit is not None]
-    texts = list(rationales)
     # A token of ASCII text has at least one character.
     shortest = min(limits, default=0) - _ADDED - len(prefix)
-    candidates = [text for text in texts if len(text) > shortest or not (prefix + text).isascii()]
-    if not candidates:
-        return None
-    tokenizer, limit = _tokenizer(place, config)
-    if limit is None:
-        return None
-    truncated = 0
-    for start in range(0, len(candidates), _AT_ONCE):
-        part = [prefix + text for text in candidates[start : start + _AT_ONCE]]
+    counted = 0
+
+    def candidates() -> Iterator[str]:
+        nonlocal counted
+        for text in rationales:
+            counted += 1
+            if len(text) > shortest or not (prefix + text).isascii():
+                yield prefix + text
+
+    tokenizer, limit, truncated = None, None, 0
+    longer = candidates()
+    while part := list(itertools.islice(longer, _AT_ONCE)):
+        if tokenizer is None:
+            tokenizer, limit = _tokenizer(place, config)
+            if limit is None:
+                return None
         ids = tokenizer(part, truncation=False, verbose=False)["input_ids"]
-        truncated += sum(len(row) > limit for row in ids)
-    return Lengths(len(texts), truncated, limit)
+        truncated += sum(len(row) > (limit or 0) for row in ids)
+    return None if limit is None else Lengths(counted, truncated, limit)
 
 
 def _transformer(folder: Path) -> Path | None:

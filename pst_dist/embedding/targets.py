@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,19 @@ class Teacher:
 
     def vector(self, sample_id: str, rationale: int) -> np.ndarray:
         """[E] float32; raises IntegrityError when the sample has no embedding."""
+        return self.vectors([(sample_id, rationale)])[0]
+
+    def vectors(self, keys: Sequence[tuple[str, int]]) -> np.ndarray:
+        """[n, E] float32, the vectors of n rationales in order; raises as `vector`."""
+        if self._whitening is not None or self._of_sample:
+            return np.stack([self._blended(*key) for key in keys])
+        raw = self.store.vectors([self._stand_in.get(key, key) for key in keys] if self._stand_in else keys)
+        return self.store.centred(raw) if self.centre else raw
+
+    def _blended(self, sample_id: str, rationale: int) -> np.ndarray:
+        """[E] float32: whitened, or the mean of all vectors of a sample, or both."""
         name, index = self._stand_in.get((sample_id, rationale), (sample_id, rationale))
-        raw = np.stack([self.store.vector(name, k) for k in self._of_sample.get(name, [index])])
+        raw = self.store.vectors([(name, k) for k in self._of_sample.get(name, [index])])
         seen = self.store.centred(raw) if self.centre else raw
         if self._whitening is None and len(seen) == 1:
             return seen[0]

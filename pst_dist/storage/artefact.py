@@ -26,7 +26,7 @@ from pst_dist.storage.manifest import (
     write_manifest,
 )
 from pst_dist.storage.outputs import refuse_foreign_folder
-from pst_dist.storage.stamps import remember, remember_published, remembered, stamps_of
+from pst_dist.storage.stamps import Stamp, remember, remember_published, remembered, stamps_of
 
 log = logging.getLogger(__name__)
 _MOST_THREADS = 16
@@ -125,18 +125,30 @@ class Artefact:
         publish_directory(partial, self.directory)
         return manifest
 
-    def _verify(self, manifest: Manifest, on_file: Callable[[], None] | None) -> None:
-        names, stamps = sorted(manifest.files), {}
+    def changed(self, manifest: Manifest) -> tuple[list[str], dict[str, Stamp]]:
+        """(the files that are to be compared, the stamps of all files as they are now).
+
+        Those are all files, or with `remembers` those that are not as they were when they were compared last.
+        """
+        names = sorted(manifest.files)
+        if not self.remembers:
+            return names, {}
+        stamps, known = stamps_of(self.directory, names), remembered(self.directory, manifest.digest)
+        return [name for name in names if name not in stamps or stamps[name] != known.get(name)], stamps
+
+    def were_compared(self, manifest: Manifest, stamps: dict[str, Stamp]) -> None:
+        """Note that files with these stamps match the manifest."""
         if self.remembers:
-            stamps = stamps_of(self.directory, names)
-            known = remembered(self.directory, manifest.digest)
-            names = [name for name in names if name not in stamps or stamps[name] != known.get(name)]
+            remember(self.directory, manifest.digest, stamps)
+
+    def _verify(self, manifest: Manifest, on_file: Callable[[], None] | None) -> None:
+        names, stamps = self.changed(manifest)
         if on_file is not None:
             verify_files(self.directory, manifest, names, on_file=on_file)
         else:
             verify_at_once(self.directory, manifest, names)
-        if self.remembers and names:
-            remember(self.directory, manifest.digest, stamps)
+        if names:
+            self.were_compared(manifest, stamps)
 
 
 def verify_at_once(

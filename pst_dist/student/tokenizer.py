@@ -6,35 +6,81 @@ same one on every rank.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pst_dist.arms import SEMANTIC_TOKEN, STOP_TOKEN
 from pst_dist.config.schema import StudentConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import Task
-from pst_dist.errors import ConfigError
+from pst_dist.errors import ConfigError, PstError
 from pst_dist.models.load import load_tokenizer
 from pst_dist.models.locate import locate_model
+from pst_dist.storage.json_files import read_object
+from pst_dist.storage.manifest import digest_of, write_json
 from pst_dist.student.text_ids import TextIds
 from pst_dist.student.warm_start import warm_shape, warm_tokenizer
 
 END, PADDING = "<|endoftext|>", "<|pad|>"
 
 
-def build_tokenizer(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
+def build_tokenizer(
+    settings: StudentConfig, samples: Iterable[ReasoningSample], kept: KeptTokenizer | None = None
+) -> Any:
     """The tokenizer of the named model, or a fresh one trained on the samples; includes our special tokens.
 
-    Raises InputError or EnvironmentFault when a model's tokenizer cannot be loaded, and ConfigError when it has no
-    end-of-sequence token or cannot take our tokens.
+    A fresh one that is `kept` is loaded; one that was trained is kept there. Raises InputError or EnvironmentFault when
+    a model's tokenizer cannot be loaded, and ConfigError when it has no end-of-sequence token or cannot take our
+    tokens.
     """
     if settings.model_name_or_path is None:
-        tokenizer = _train(settings, samples)
+        core = kept.read(settings) if kept is not None else None
+        if core is None:
+            core = _train(settings, samples)
+            if kept is not None:
+                kept.write(settings, core)
+        tokenizer = _fresh(core)
     elif warm_shape(settings) is not None:
         tokenizer = warm_tokenizer(settings)
     else:
         tokenizer = load_tokenizer(locate_model(settings.model_name_or_path, settings.revision))
     return with_special_tokens(tokenizer)
+
+
+@dataclass(frozen=True)
+class KeptTokenizer:
+    """The fresh tokenizer of a run, in a file, so that neither a restart nor another rank trains it again."""
+
+    path: Path
+    rows: str
+    """Digest of the rows that it is trained on."""
+
+    def _made_from(self, settings: StudentConfig) -> str:
+        fresh = {name: getattr(settings.fresh, name) for name in ("tokenizer", "vocab_size")}
+        return digest_of({"rows": self.rows, "version": importlib.metadata.version("tokenizers"), **fresh})
+
+    def read(self, settings: StudentConfig) -> Any | None:
+        """The tokenizer of the tokenizers library; None when there is none of these rows and settings."""
+        from tokenizers import Tokenizer
+
+        try:
+            found = read_object(self.path)
+            if found.get("made_from") != self._made_from(settings) or digest_of(found["core"]) != found.get("sha256"):
+                return None
+            return Tokenizer.from_str(found["core"])
+        except Exception:  # the tokenizers library raises Exception itself
+            return None
+
+    def write(self, settings: StudentConfig, core: Any) -> None:
+        """Keep it, where this process may write."""
+        text = core.to_str()
+        value = {"made_from": self._made_from(settings), "core": text, "sha256": digest_of(text)}
+        with contextlib.suppress(PstError, OSError):
+            write_json(self.path, value)
 
 
 def with_special_tokens(tokenizer: Any) -> Any:
@@ -95,7 +141,6 @@ def unwritable_answers(text_ids: TextIds, samples: Iterable[ReasoningSample], ta
 
 def _train(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
     fresh = settings.fresh
     core = Tokenizer(models.BPE())
@@ -118,6 +163,12 @@ def _train(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
         for text in (f"{sample.question} ###", f" {sample.answer}", *(f" {r} -->" for r in sample.rationales))
     )
     core.train_from_iterator(texts, trainer)
+    return core
+
+
+def _fresh(core: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=END, pad_token=PADDING, clean_up_tokenization_spaces=False
     )

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from pst_dist.arms import Segment
 from pst_dist.config.schema import LossConfig
 from pst_dist.data.sample import ReasoningSample, question_group
+from pst_dist.data.shards import SplitReader
 from pst_dist.kernels.spans import Spans, Supervised
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
-from pst_dist.training.order import OrderPlan, rationale_of
+from pst_dist.training.order import OrderPlan, rationale_of, turn_of
 from pst_dist.training.passes import ByLength, length_passes
 
 
@@ -125,6 +126,7 @@ class Collator:
         self.capacity = capacity
         self.loss, self.pad_id = loss, pad_id
         self.decoder_start_id, self.teacher = decoder_start_id, teacher
+        self._keys: tuple[Sequence[tuple[str, int]], Tensor] | None = None
 
     def __call__(
         self,
@@ -211,13 +213,21 @@ class Collator:
             return teacher, torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
         place = {key: index for index, key in enumerate(keys)}
         index = torch.tensor([place[owner] for owner in owners], dtype=torch.int64)
-        return teacher, self._vectors(list(keys)), index
+        return teacher, self._key_matrix(keys), index
+
+    def _key_matrix(self, keys: Sequence[tuple[str, int]]) -> Tensor:
+        """[G, E] float32; the passes of a step have the same keys, whose vectors are read once."""
+        if self._keys is None or self._keys[0] is not keys:
+            self._keys = keys, self._vectors(keys)
+        return self._keys[1]
 
     def _vectors(self, owners: Sequence[tuple[str, int]]) -> Tensor:
         assert self.teacher is not None
         if not owners:
             return torch.zeros(0, self.teacher.dimension)
-        return torch.from_numpy(np.stack([self.teacher.vector(name, index) for name, index in owners])).float()
+        many = getattr(self.teacher, "vectors", None)
+        found = many(owners) if many else np.stack([self.teacher.vector(name, index) for name, index in owners])
+        return torch.from_numpy(found).float()
 
 
 def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -290,9 +300,16 @@ class _Steps(Dataset[list[PSTBatch]]):
         if self.collate.teacher is None or loss.alignment != "info_nce":
             return [], []
         further = self.plan.others(step, loss.negatives).tolist() if loss.negatives else []
-        samples = [self.samples[index] for index in indices + further]
-        keys = [(sample.id, rationale_of(sample, seed=self.plan.seed, epoch=epoch)) for sample in samples]
-        return keys, [question_group(sample.question) for sample in samples]
+        known = [self._known(index) for index in indices + further]
+        keys = [(name, turn_of(name, count, seed=self.plan.seed, epoch=epoch)) for name, count, _ in known]
+        return keys, [group for _, _, group in known]
+
+    def _known(self, index: int) -> tuple[str, int, int]:
+        """(id, number of rationales, question group) of a row; those of shards need not be read for it."""
+        if isinstance(self.samples, SplitReader):
+            return self.samples.candidates.of(index)
+        sample = self.samples[index]
+        return sample.id, len(sample.rationales), question_group(sample.question)
 
 
 def step_batches(

@@ -94,7 +94,12 @@ class OrderPlan:
 
 def rationale_of(sample: ReasoningSample, *, seed: int, epoch: int) -> int:
     """Index of the rationale an epoch uses: epochs cycle through all of them, starting at one that the id decides."""
-    if len(sample.rationales) < 2:
+    return turn_of(sample.id, len(sample.rationales), seed=seed, epoch=epoch)
+
+
+def turn_of(sample_id: str, rationales: int, *, seed: int, epoch: int) -> int:
+    """`rationale_of` a sample with this id and number of rationales."""
+    if rationales < 2:
         return 0
-    start = int.from_bytes(hashlib.sha256(f"{seed}/{sample.id}".encode()).digest()[:4], "big")
-    return (start + epoch) % len(sample.rationales)
+    start = int.from_bytes(hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()[:4], "big")
+    return (start + epoch) % rationales

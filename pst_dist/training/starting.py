@@ -10,11 +10,12 @@ from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
 from pst_dist.distributed.peer_watch import working
 from pst_dist.distributed.ranks import Ranks, from_main, main_first_errors
+from pst_dist.embedding.targets import open_teacher
 from pst_dist.models.load import files_of_identity, identity_of
 from pst_dist.storage.atomic import remove_directory
 from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.pretrained import base_place
-from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.student.tokenizer import KeptTokenizer, build_tokenizer
 from pst_dist.training.begun import begun_settings, settled
 from pst_dist.training.precision import suits_bf16, with_precision
 from pst_dist.training.verifying import digests_together
@@ -22,8 +23,9 @@ from pst_dist.training.verifying import digests_together
 
 def settled_here(config: Config, run: RunDir) -> Config:
     """The config without `auto`, as the training here began or as its student needs it; on rank zero."""
-    rows = ShardSet.open(run.shards, verify=False).split("train")
-    config = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows))
+    shards = ShardSet.open(run.shards, verify=False)
+    rows, kept = shards.split("train"), KeptTokenizer(run.tokenizer, shards.manifest.digest)
+    config = settled(config, begun_settings(run), lambda: build_tokenizer(config.student, rows, kept))
     return with_precision(config, run, lambda: suits_bf16(config, rows))
 
 
@@ -42,6 +44,15 @@ def base_on_all(config: Config, ranks: Ranks) -> dict[str, Any] | None:
     with main_first_errors(ranks), working():
         identity = identity_of(place, digests) if ranks.is_main else None
     return from_main(identity)
+
+
+def prepare(config: Config, run: RunDir, shards: ShardSet) -> None:
+    """Do once on each machine what its other ranks then find done: compare vectors, train a tokenizer, make indexes."""
+    rows = shards.split("train")
+    teacher = open_teacher(config, run, shards)
+    build_tokenizer(config.student, rows, KeptTokenizer(run.tokenizer, shards.manifest.digest))
+    if teacher is not None and config.loss.alignment == "info_nce":
+        _ = rows.candidates
 
 
 def refuse_foreign_folders(run: RunDir) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pst_dist._version import __version__
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
@@ -37,12 +38,18 @@ from pst_dist.errors import DataError, DivergedError, InputError
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import write_json
+from pst_dist.storage.manifest import digest_of, write_json
 from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.student.layout import layout_for
 from pst_dist.student.lora import trained_count
 from pst_dist.student.saved import save_student
-from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
+from pst_dist.student.tokenizer import (
+    KeptTokenizer,
+    build_tokenizer,
+    check_marker,
+    check_prompt_ending,
+    unwritable_answers,
+)
 from pst_dist.training.bad_steps import (
     Answer,
     after_good_step,
@@ -54,6 +61,7 @@ from pst_dist.training.bad_steps import (
 )
 from pst_dist.training.batches import Collator, step_batches
 from pst_dist.training.begun import record_settled
+from pst_dist.training.checked_rows import CheckedRows
 from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines import Engine, build_engine
@@ -69,12 +77,12 @@ from pst_dist.training.precision import check_fp16
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.share import after_measured, held
-from pst_dist.training.starting import base_on_all, forget_training, refuse_foreign_folders, settled_here
+from pst_dist.training.starting import base_on_all, forget_training, prepare, refuse_foreign_folders, settled_here
 from pst_dist.training.state import RunState, advanced
 from pst_dist.training.step import BadStep, take_step, totals_over_ranks
 from pst_dist.training.trackers import Tracker
 from pst_dist.training.validation import ValidationScore, Validator, is_better
-from pst_dist.training.verifying import verify_together
+from pst_dist.training.verifying import verify_changed
 
 log = logging.getLogger(__name__)
 
@@ -134,11 +142,20 @@ def train(
         base = base_on_all(config, ranks)
         at("verifying the shards")
         shards = ShardSet.open(run.shards, verify=False)
-        verify_together(run.shards, shards.manifest, ranks, on_each_node=True)
+        verify_changed(Artefact(run.shards, "shards", remembers=True), shards.manifest, ranks)
         at("loading")
+        with together(ranks), working():
+            if ranks.local_rank == 0 and ranks.world_size > 1:
+                prepare(config, run, shards)
         with together(ranks), working():
             training = _Training(config, run, shards, ranks, told, base, observer, trackers)
         return training.run_all()
+
+
+def _warn_of_lost(count: int, example: str) -> None:
+    if count:
+        first = f", such as {example}" if example else ""
+        log.warning("this tokenizer changes %d answers, which can never be scored correct%s", count, first)
 
 
 class _Training:
@@ -173,7 +190,10 @@ class _Training:
         self.total = config.train.max_steps or config.train.num_train_epochs * self.plan.steps_per_epoch
         self.weights = TermWeights.of(config.loss, config.arm)  # `share.held` replaces the alignment's
         self.samples = samples
-        self.tokenizer = build_tokenizer(config.student, samples)
+        if self.teacher is not None and config.loss.alignment == "info_nce":
+            _ = samples.candidates  # before the loader's workers are forked
+        kept = KeptTokenizer(run.tokenizer, shards.manifest.digest)
+        self.tokenizer = build_tokenizer(config.student, samples, kept)
         torch.manual_seed(config.seed)
         self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
@@ -270,6 +290,11 @@ class _Training:
         """
         failure: DataError | None = None
         task = get_task(self.config.task, self.config.data.answer_type)
+        checked = CheckedRows(self.run.checked_rows, self._what_is_checked(task.name))
+        known = from_main(checked.read() if self.ranks.is_main else None)
+        if known is not None:
+            _warn_of_lost(*known)
+            return
         lost = []
         try:
             for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
@@ -280,13 +305,20 @@ class _Training:
         except DataError as error:
             failure = error
         bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))
-        if bad[1] > 0:
-            first = f", such as {lost[0].answer!r} of sample {lost[0].id}" if lost else ""
-            log.warning("this tokenizer changes %d answers, which can never be scored correct%s", int(bad[1]), first)
+        _warn_of_lost(int(bad[1]), f"{lost[0].answer!r} of sample {lost[0].id}" if lost else "")
         if failure is not None:
             raise failure
         if bad[0] > 0:
             raise DataError("another rank found a row that cannot be trained on", "see its message")
+        if self.ranks.is_main:
+            checked.write(int(bad[1]), f"{lost[0].answer!r} of sample {lost[0].id}" if lost else "")
+
+    def _what_is_checked(self, task: str) -> dict[str, Any]:
+        """Everything that decides whether a row can be trained on."""
+        deciding = ("layout", "student", "arm", "task", "shards", "loss")
+        settings = {key: value for key, value in self.settings.items() if key.partition(".")[0] in deciding}
+        vocabulary = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else self.tokenizer.get_vocab()
+        return {**settings, "scored": task, "base": self.base, "tokenizer": digest_of(vocabulary), "pst": __version__}
 
     def _resume(self, engine: Engine) -> RunState:
         """Load the newest valid checkpoint, or an earlier one from which a lost best student can be recreated.

@@ -7,13 +7,13 @@ times. `storage.artefact` does the same in one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.distributed.ranks import Ranks, gathered, together
-from pst_dist.storage.artefact import verify_at_once
+from pst_dist.storage.artefact import Artefact, verify_at_once
 from pst_dist.storage.manifest import Manifest, sha256_file
 
 _MOST_THREADS = 16
@@ -43,8 +43,25 @@ def digests_together(paths: Sequence[Path], ranks: Ranks) -> dict[Path, str]:
     return {path: digest for part in gathered(mine) for path, digest in part.items()}
 
 
-def verify_together(directory: Path, manifest: Manifest, ranks: Ranks, *, on_each_node: bool = False) -> None:
-    """Compare all files with the manifest, shared out over the ranks; collective.
+def verify_changed(artefact: Artefact, manifest: Manifest, ranks: Ranks) -> None:
+    """Compare the files that changed since they were compared last, on every node; collective, raises as the other."""
+    names, stamps = artefact.changed(manifest)
+    wanted = sorted({name for told in gathered(names) for name in told})
+    if wanted:
+        verify_together(artefact.directory, manifest, ranks, on_each_node=True, names=wanted)
+        if ranks.local_rank == 0:
+            artefact.were_compared(manifest, stamps)
+
+
+def verify_together(
+    directory: Path,
+    manifest: Manifest,
+    ranks: Ranks,
+    *,
+    on_each_node: bool = False,
+    names: Collection[str] | None = None,
+) -> None:
+    """Compare all files, or those with these names, with the manifest, shared out over the ranks; collective.
 
     `on_each_node` is for files that may be on each node's own disk: every node then compares all of them. Raises
     IntegrityError or EnvironmentFault on every rank when any rank finds a fault.
@@ -52,7 +69,8 @@ def verify_together(directory: Path, manifest: Manifest, ranks: Ranks, *, on_eac
     hosts = gathered(os.uname().nodename)
     near = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     group = near if on_each_node else list(range(ranks.world_size))
-    mine = parts_of(manifest.files, len(group))[group.index(ranks.rank)]
+    files = {name: entry for name, entry in manifest.files.items() if names is None or name in names}
+    mine = parts_of(files, len(group))[group.index(ranks.rank)]
     threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // len(near)))
     with together(ranks):
         verify_at_once(directory, manifest, mine, threads=threads, on_file=alive)

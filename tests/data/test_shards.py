@@ -177,7 +177,7 @@ def test_other_rows_are_refused_and_rebuilt_when_asked(tmp_path):
         make(tmp_path / "shards", other, fingerprint="two")
     assert state(tmp_path / "shards") == before
     assert list(make(tmp_path / "shards", other, fingerprint="two", rebuild=True).split("train")) == other["train"]
-    assert sorted(os.listdir(tmp_path)) == [".shards.lock", "shards"]
+    assert sorted(os.listdir(tmp_path)) == [".shards.lock", ".shards.verified.json", "shards"]
 
 
 def test_another_shard_size_is_stale_too(tmp_path):
@@ -398,7 +398,7 @@ def test_old_shards_come_back_when_a_rebuild_died_between_its_two_renames(tmp_pa
     before = make(tmp_path / "shards").manifest
     (tmp_path / "shards").rename(tmp_path / ".shards.0123abcd.replaced")
     assert make(tmp_path / "shards").manifest == before
-    assert sorted(os.listdir(tmp_path)) == [".shards.lock", "shards"]
+    assert sorted(os.listdir(tmp_path)) == [".shards.lock", ".shards.verified.json", "shards"]
 
 
 @pytest.mark.parametrize(

@@ -9,45 +9,54 @@ single rows, and `splits` has the steps on whole splits.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
+from pst_dist.data.row_store import DROPPED, RowStore, StoredRows, content_of, digest
 from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources.arrange import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    cut,
+    final_ids,
+    first_repeated_id,
+    index_questions,
+    keep_first,
+    repeats_in,
+    settle,
+    spoil_rationales,
+)
 from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.generators import GENERATOR_TASKS
-from pst_dist.data.sources.rows import Input, RawRow, Reject, RowError, excerpt
+from pst_dist.data.sources.options import Options
+from pst_dist.data.sources.rows import Input, RawRow, Reject, Rejects, RowError, excerpt
 from pst_dist.data.sources.specs import Source, read_specs
-from pst_dist.data.sources.splits import (
-    check_ids,
-    conflicting_answers,
-    cut_by_hash,
-    final_ids,
-    find_leaks,
-    first_by_hash,
-    merge_repeats,
-    read_split_file,
-    repeats,
-    with_wrong_rationales,
-    without,
-)
+from pst_dist.data.sources.splits import rank_of, read_split_file
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import ConfigError, DataError, InputError
+from pst_dist.logs import progress
 from pst_dist.storage.manifest import digest_of
 
 log = logging.getLogger(__name__)
 
 _LOOK_AT = 50
 """Number of rows from which columns are guessed."""
+_PURPOSES = ("test", "validation", "rows")
+"""What training rows are ranked for, each by another hash: the two splits that are cut, and data.max_rows."""
+_AT_ONCE = 1000
+"""Number of rows whose texts are encoded together."""
 
 Unreadable = Callable[[Sequence[ReasoningSample]], Mapping[int, str]]
 """Gives the reason for each sample that the student's tokenizer cannot encode, by position."""
@@ -57,10 +66,10 @@ Unreadable = Callable[[Sequence[ReasoningSample]], Mapping[int, str]]
 class LoadedData:
     """All rows of a run, and what happened to the rows that were left out."""
 
-    splits: dict[str, list[ReasoningSample]]
-    """`train`, `validation`, `test`; a list may be empty."""
-    rejects: list[Reject]
-    """Bad rows, in the order in which they were read."""
+    splits: Mapping[str, StoredRows]
+    """`train`, `validation`, `test`; each may be empty. The rows are on disk and parsed when they are asked for."""
+    rejects: Sequence[Reject]
+    """Bad rows, in the order in which they were found."""
     report: dict[str, Any]
     """Counts, and `columns`: the column map of each file as YAML. Contains no local paths."""
     source_digest: str
@@ -85,9 +94,12 @@ def load_data(config: Config, unreadable: Unreadable | None = None) -> LoadedDat
     return loaded
 
 
-def survey(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
-    """Like `load_data`, but without refusing bad rows, missing rationales and leaks; for `pst check`."""
-    return _Survey(config, unreadable).run()
+def survey(config: Config, unreadable: Unreadable | None = None, part: str = "") -> LoadedData:
+    """Like `load_data`, but without refusing bad rows, missing rationales and leaks; for `pst check`.
+
+    `part` is the name of a source of a mixture, which its rows then have.
+    """
+    return _Survey(config, unreadable, part).run()
 
 
 def enforce(config: Config, loaded: LoadedData) -> None:
@@ -151,7 +163,11 @@ class _Survey:
 
     config: Config
     unreadable: Unreadable | None = None
-    rejects: list[Reject] = field(default_factory=list)
+    part: str = ""
+    """In a mixture, the name of this source; its rows then name their task too."""
+    store: RowStore = field(default_factory=RowStore)
+    paths: list[str] = field(default_factory=list)
+    """Paths of the sources; a row has the position of its own."""
     digests: list[Any] = field(default_factory=list)
     inputs: list[Input] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
@@ -169,7 +185,6 @@ class _Survey:
         root = Path(data.root).expanduser() if data.root else Path()
         task = get_task(self.config.task, data.answer_type)
         sources = {split: read_specs(spec, split, root) for split, spec in specs.items()}
-        _refuse_shared_files(sources)
         teacher = read_completions(data.teacher_completions, root) if data.teacher_completions else None
         self.report["rows_read"] = 0
         columns = {
@@ -178,21 +193,28 @@ class _Survey:
             for place, source in enumerate(found)
         }
         self._compare_choices(sources, columns)
-        drafts: dict[str, list[Draft | None]] = {}
+        first = 0
         for split, found in sources.items():
-            drafts[split] = self._drafts(split, found, columns, task, teacher if split == "train" else None)
+            first += self._read(split, found, columns, task, teacher if split == "train" else None, first)
+        _refuse_shared_files(sources)
         if teacher is not None:
             self.digests += [["teacher", *digest] for digest in teacher.digests]
             self.inputs += teacher.inputs
-        for rows in drafts.values():
-            self._refuse_unreadable(rows)
-        whole = {split: [draft for draft in rows if draft is not None] for split, rows in drafts.items()}
+        for split in specs:
+            self._refuse_unreadable(SPLITS.index(split))
         if data.split_file is not None:
-            whole |= self._by_split_file(root / data.split_file, drafts["train"])
-        splits = self._arrange({split: whole.get(split, []) for split in SPLITS})
-        samples = final_ids(splits)
-        self._count(splits)
-        return LoadedData(samples, self.rejects, self.report, digest_of(self.digests), self.inputs)
+            self._by_split_file(root / data.split_file)
+        self.arrange()
+        samples = {split: self.store.rows_of(split) for split in SPLITS}
+        return LoadedData(samples, Rejects(self.store), self.report, digest_of(self.digests), self.inputs)
+
+    def arrange(self) -> None:
+        """Turn the rows that were read into finished splits."""
+        index_questions(self.store)
+        self._arrange()
+        final_ids(self.store)
+        self._count()
+        self.store.finish()
 
     def _check_config(self, specs: dict[str, Any]) -> None:
         data = self.config.data
@@ -220,58 +242,95 @@ class _Survey:
         """Infer what each file's indices count from. An ambiguous file follows the other files of its layout."""
         own: dict[tuple[str, int], Convention] = {}
         for (split, place), found in columns.items():
-            rows = []
-            for entry in sources[split][place].entries if found is not None and found.has_options else ():
-                if isinstance(entry, RawRow) and found is not None:
-                    try:
-                        fields = found.fields(entry.value)
-                    except RowError:
-                        continue
-                    if fields.options is not None:
-                        rows.append((fields.answer, fields.options))
-            own[split, place] = convention_of(rows)
+            has_options = found is not None and found.has_options
+            own[split, place] = convention_of(_answers(sources[split][place], found) if has_options and found else ())
         for where, convention in own.items():
             alike = [own[other] for other, found in columns.items() if found == columns[where]]
             self.told[where] = convention if convention.numbers else functools.reduce(operator.or_, alike, convention)
 
-    def _drafts(
+    def _read(
         self,
         split: str,
         sources: Sequence[Source],
         columns: dict[tuple[str, int], ColumnMap | None],
         task: Task,
         teacher: TeacherFile | None,
-    ) -> list[Draft | None]:
-        """One draft per row, None for a bad row, so that positions match those in the file."""
-        drafts: list[Draft | None] = []
-        rows = sum(len(source.entries) for source in sources)
+        first: int,
+    ) -> int:
+        """Put the rows of a split into the store, from place `first` on; bad rows have a place too. Their number."""
+        rows = 0
+        with progress(f"read {split}", unit="rows") as bar:
+            for number, source in enumerate(sources):
+                if source.generated and self.config.task:
+                    _refuse_other_task(source, task)
+                where = (split, number)
+                self.paths.append(source.path)
+                for entry in source.rows():
+                    made = make_draft(entry, columns[where], task, source, rows, teacher, self.told[where])
+                    if isinstance(made, Reject):
+                        self.store.reject(made.to_json())
+                    else:
+                        self._add(made, first + rows, SPLITS.index(split), task)
+                    rows += 1
+                    bar.advance()
+                self.digests.append([split, source.stem, source.sha256])
+                self.inputs += source.inputs
         if teacher is not None and teacher.whole and len(teacher.by_index) != rows:
             raise DataError(
                 f"{len(teacher.by_index)} completions for {rows} training rows",
                 "they are joined by position, so the counts must be equal",
                 path=teacher.path,
             )
-        for number, source in enumerate(sources):
-            self.digests.append([split, source.stem, source.sha256])
-            self.inputs += source.inputs
-            if source.generated and task.answer_type != GENERATOR_TASKS[source.stem].answer_type and self.config.task:
-                wanted = GENERATOR_TASKS[source.stem].name
-                raise ConfigError(
-                    f"{source.path} generates rows for task {wanted}, but task is {task.name}", f"set task={wanted}"
-                )
-            where = (split, number)
-            for entry in source.entries:
-                made = make_draft(entry, columns[where], task, source, len(drafts), teacher, self.told[where])
-                if isinstance(made, Reject):
-                    self.rejects.append(made)
-                drafts.append(None if isinstance(made, Reject) else made)
         self.report["rows_read"] += rows
         self.report[f"{split}_read"] = rows
-        check_ids([draft for draft in drafts if draft is not None])
-        return drafts
+        self._check_ids(SPLITS.index(split))
+        return rows
+
+    def _add(self, draft: Draft, place: int, split: int, task: Task) -> None:
+        sample = draft.sample
+        if self.part:
+            sample = replace(sample, part=self.part, task=task.name)
+        key = draft.question_key.encode("utf-8", "surrogatepass")
+        answer = sample.answer.encode("utf-8", "surrogatepass")
+        cuts = zip(_PURPOSES, self._cuts(), strict=True)
+        ranks = [rank_of(sample.id, purpose) if needed and split == TRAIN else None for purpose, needed in cuts]
+        self.store.add(
+            (
+                *(place, split, 0, len(self.paths) - 1, draft.line, sample.id, digest(key), digest(key, answer)),
+                *(len(sample.rationales), draft.teacher_correct, len(sample.turns), sample.synthetic, *ranks),
+            ),
+            content_of(sample),
+        )
+
+    def _cuts(self) -> tuple[bool, bool, bool]:
+        """Which of `_PURPOSES` need the ranks of the training rows."""
+        data = self.config.data
+        test = bool(data.test_size) and data.test is None and data.split_file is None
+        return test, bool(data.validation_size) and data.validation is None, data.max_rows is not None
+
+    def _check_ids(self, split: int) -> None:
+        """Raise DataError, naming both locations, if two different rows of a split have the same id."""
+        found = first_repeated_id(self.store, split)
+        if found is not None:
+            later, earlier = (self._where(place) for place in found)
+            raise DataError(
+                f"duplicate id {self.store.sample(found[0]).id!r}, first used at {earlier[0]}:{earlier[1]}",
+                "make ids unique, or remove them so that they are generated",
+                path=later[0],
+                line=later[1],
+            )
+
+    def _where(self, place: int) -> tuple[str, int]:
+        path, line = self.store.run("SELECT path, line FROM rows WHERE place=?", (place,)).fetchone()
+        return self.paths[path], line
+
+    def _reject(self, place: int, code: str, what: str) -> None:
+        """Make a bad row of a good one, which the caller then drops."""
+        path, line = self._where(place)
+        self.store.reject(Reject(path, line, code, what, excerpt(self.store.sample(place).question)).to_json())
 
     def _columns(self, source: Source, split: str) -> ColumnMap | None:
-        sampled = [entry.value for entry in source.entries if isinstance(entry, RawRow)][:_LOOK_AT]
+        sampled = source.head(_LOOK_AT)
         if not sampled:
             return None
         # A generator's rows have our own field names, whatever map the config has for other files.
@@ -282,94 +341,74 @@ class _Survey:
             self.unused[source.path] = unused_text_columns(columns, sampled)
         return columns
 
-    def _refuse_unreadable(self, drafts: list[Draft | None]) -> None:
-        """Make a bad row of each that the student's tokenizer cannot encode; changes `drafts`."""
-        places = [place for place, draft in enumerate(drafts) if draft is not None]
-        if self.unreadable is None or not places:
+    def _refuse_unreadable(self, split: int) -> None:
+        """Make a bad row of each that the student's tokenizer cannot encode."""
+        if self.unreadable is None:
             return
-        rows = [draft for draft in drafts if draft is not None]
-        for index, what in sorted(self.unreadable([draft.sample for draft in rows]).items()):
-            draft = rows[index]
-            self.rejects.append(Reject(draft.path, draft.line, "token", what, excerpt(draft.sample.question)))
-            drafts[places[index]] = None
+        rows = self.store.samples(split)
+        gone = []
+        while part := list(itertools.islice(rows, _AT_ONCE)):
+            for index, what in sorted(self.unreadable([sample for _, sample in part]).items()):
+                gone.append((part[index][0], what))
+        for place, what in gone:
+            self._reject(place, "token", what)
+        self.store.run_many("UPDATE rows SET split=? WHERE place=?", ((DROPPED, place) for place, _ in gone))
 
-    def _by_split_file(self, path: Path, drafts: list[Draft | None]) -> dict[str, list[Draft]]:
-        indices, found = read_split_file(path, len(drafts))
+    def _by_split_file(self, path: Path) -> None:
+        rows = self.report["train_read"]
+        indices, found = read_split_file(path, rows)
         self.digests.append(["split_file", path.name, found.sha256])
         self.inputs.append(found)
-        self.report["rows_unused"] = len(drafts) - sum(map(len, indices.values()))
-        return {
-            split: [draft for draft in (drafts[index] for index in rows) if draft is not None]
-            for split, rows in indices.items()
-        }
+        self.report["rows_unused"] = rows - sum(map(len, indices.values()))
+        self.store.reorder((number, index) for number, split in enumerate(SPLITS) for index in indices.get(split, ()))
 
-    def _arrange(self, splits: dict[str, list[Draft]]) -> dict[str, list[Draft]]:
-        """Cut, filter and merge the drafts; every removed row is counted."""
-        data, report = self.config.data, self.report
-        train, validation, test = (splits[name] for name in SPLITS)
+    def _arrange(self) -> None:
+        """Cut, filter and merge the rows; every removed row is counted."""
+        data, report, store = self.config.data, self.report, self.store
         if data.test is None and data.split_file is None:
-            train, test = cut_by_hash(train, data.test_size, "test")
-        train = self._with_rationale(train)
+            cut(store, data.test_size, "test", TEST)
+        self._refuse_without_rationale()
         if data.keep == "teacher_correct":
-            right = [draft for draft in train if draft.teacher_correct]
-            kept = [draft for draft in validation if draft.teacher_correct is not False]
-            report["teacher_wrong_dropped"] = len(train) - len(right) + len(validation) - len(kept)
-            train, validation = right, kept
-        report["duplicates_found"] = repeats(train)
-        for name, drafts in (("validation", validation), ("test", test)):
-            report[f"{name}_duplicates"] = repeats(drafts)
+            before = store.count(TRAIN) + store.count(VALIDATION)
+            store.run("UPDATE rows SET split=-1 WHERE split=0 AND correct IS NOT 1 OR split=1 AND correct IS 0")
+            report["teacher_wrong_dropped"] = before - store.count(TRAIN) - store.count(VALIDATION)
+        found = settle(store, merge=data.duplicates == "drop", drop_leaks=data.leaks != "keep")
+        report["duplicates_found"] = found.repeated[TRAIN]
+        report["validation_duplicates"], report["test_duplicates"] = found.repeated[VALIDATION:]
         if data.duplicates == "drop":
-            train, report["rationales_merged"], report["duplicates_dropped"] = merge_repeats(train)
-            # Scores and their standard errors count questions: a question with several rationales is one sample.
-            validation, test = merge_repeats(validation)[0], merge_repeats(test)[0]
-        train_leaks = find_leaks(train, [*validation, *test])
-        validation_leaks = find_leaks(validation, test)
-        report["leaks_found"] = len(train_leaks)
-        report["validation_leaks_found"] = len(validation_leaks)
-        if train_leaks:
-            report["first_leak"] = " and ".join(draft.sample.source for draft in train_leaks[0])
+            report["rationales_merged"], report["duplicates_dropped"] = found.merged, found.dropped
+        report["leaks_found"], report["validation_leaks_found"] = found.leaks[TRAIN], found.leaks[VALIDATION]
+        if found.first_leak is not None:
+            report["first_leak"] = " and ".join(store.sample(place).source for place in found.first_leak)
         if data.leaks != "keep":
-            train = without(train, [draft for draft, _ in train_leaks])
-            validation = without(validation, [draft for draft, _ in validation_leaks])
-            report["leaks_dropped"] = len(train_leaks)
-        conflicts = conflicting_answers(train)
-        report["conflicting_answers"] = len(conflicts)
-        if conflicts:
-            one, other = conflicts[0]
-            report["first_conflict"] = (
-                f"{one.sample.source} has {one.sample.answer}, {other.sample.source} has {other.sample.answer}"
-            )
-            log.warning("%d questions have two different answers: %s", len(conflicts), report["first_conflict"])
-        if not validation and data.validation is None and data.validation_size:
-            train, validation = cut_by_hash(train, data.validation_size, "validation")
-        if data.max_rows is not None and len(train) > data.max_rows:
-            report["rows_over_max_rows"] = len(train) - data.max_rows
-            train = first_by_hash(train, data.max_rows)
-        train, report["wrong_rationales"] = with_wrong_rationales(train, data.wrong_rationales)
-        return {"train": train, "validation": validation, "test": test}
+            report["leaks_dropped"] = found.leaks[TRAIN]
+        report["conflicting_answers"] = found.conflicts
+        if found.first_conflict is not None:
+            one, other = (store.sample(place) for place in found.first_conflict)
+            report["first_conflict"] = f"{one.source} has {one.answer}, {other.source} has {other.answer}"
+            log.warning("%d questions have two different answers: %s", found.conflicts, report["first_conflict"])
+        if data.validation is None and data.validation_size and not store.count(VALIDATION):
+            cut(store, data.validation_size, "validation", VALIDATION)
+        rows = store.count(TRAIN)
+        if data.max_rows is not None and rows > data.max_rows:
+            report["rows_over_max_rows"] = rows - data.max_rows
+            keep_first(store, data.max_rows)
+        report["wrong_rationales"] = spoil_rationales(store, data.wrong_rationales)
 
-    def _with_rationale(self, train: list[Draft]) -> list[Draft]:
+    def _refuse_without_rationale(self) -> None:
         """Refuse training rows without a rationale if other rows have one, whatever the arm.
 
         All arms then train on identical rows. `load_data` refuses an arm that needs rationales when no row has one.
         """
-        have = [draft for draft in train if draft.sample.rationales]
-        if have:
-            self.rejects += [
-                Reject(
-                    draft.path,
-                    draft.line,
-                    "missing",
-                    "rationale is missing or empty" + _unused(self.unused.get(draft.path, [])),
-                    excerpt(draft.sample.question),
-                )
-                for draft in train
-                if not draft.sample.rationales
-            ]
-        return have or train
+        lacking = "split=0 AND rationales=0"
+        if self.store.number("SELECT EXISTS(SELECT 1 FROM rows WHERE split=0 AND rationales>0)"):
+            for (place,) in self.store.run(f"SELECT place FROM rows WHERE {lacking} ORDER BY place"):
+                unused = _unused(self.unused.get(self._where(place)[0], []))
+                self._reject(place, "missing", "rationale is missing or empty" + unused)
+            self.store.run(f"UPDATE rows SET split=-1 WHERE {lacking}")
 
-    def _count(self, splits: dict[str, list[Draft]]) -> None:
-        report = self.report
+    def _count(self) -> None:
+        report, store = self.report, self.store
         for name in (
             "teacher_wrong_dropped",
             "rationales_merged",
@@ -378,15 +417,40 @@ class _Survey:
             "rows_unused",
         ):
             report.setdefault(name, 0)
-        report["bad_rows"] = len(self.rejects)
-        for split, drafts in splits.items():
+        report["bad_rows"] = store.rejected
+        for number, split in enumerate(SPLITS):
             report.setdefault(f"{split}_read", 0)
-            report[f"{split}_rows"] = len(drafts)
-            report.setdefault(f"{split}_duplicates", repeats(drafts))
-            report[f"{split}_rationales"] = sum(len(draft.sample.rationales) for draft in drafts)
-            report[f"{split}_without_rationale"] = sum(not draft.sample.rationales for draft in drafts)
+            query = "SELECT COUNT(*), SUM(rationales), SUM(rationales=0) FROM rows WHERE split=?"
+            rows, rationales, lacking = store.run(query, (number,)).fetchone()
+            report[f"{split}_rows"] = rows
+            if f"{split}_duplicates" not in report:
+                merged = self.config.data.duplicates == "drop"
+                report[f"{split}_duplicates"] = 0 if merged else repeats_in(store, number)
+            report[f"{split}_rationales"] = rationales or 0
+            report[f"{split}_without_rationale"] = lacking or 0
         report["columns"] = self.columns
         report["unused_text_columns"] = list(dict.fromkeys(name for names in self.unused.values() for name in names))
+
+
+def _answers(source: Source, columns: ColumnMap) -> Iterator[tuple[object, Options]]:
+    """Answer and options of each row of multiple choice that can be read."""
+    for entry in source.rows():
+        if isinstance(entry, RawRow):
+            try:
+                fields = columns.fields(entry.value)
+            except RowError:
+                continue
+            if fields.options is not None:
+                yield fields.answer, fields.options
+
+
+def _refuse_other_task(source: Source, task: Task) -> None:
+    """Raise ConfigError for a generator whose answers are of another type than the task's."""
+    wanted = GENERATOR_TASKS[source.stem]
+    if task.answer_type != wanted.answer_type:
+        raise ConfigError(
+            f"{source.path} generates rows for task {wanted.name}, but task is {task.name}", f"set task={wanted.name}"
+        )
 
 
 def _refuse_shared_files(sources: dict[str, list[Source]]) -> None:

@@ -7,15 +7,16 @@ splits are joined, source after source. A training question that another source 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pst_dist.config.schema import Config, RowSource
-from pst_dist.data.sample import SPLITS, ReasoningSample, normalise_question
+from pst_dist.data.row_store import RowStore, StoredRows
+from pst_dist.data.sample import SPLITS
 from pst_dist.data.sources import load
+from pst_dist.data.sources.arrange import copy_rows, drop_leaks_between_parts, final_ids_of_parts, index_questions
 from pst_dist.data.sources.load import LoadedData, Unreadable
+from pst_dist.data.sources.rows import Rejects
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.storage.manifest import digest_of
@@ -50,7 +51,7 @@ def survey(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
     if not config.data.mixture:
         return load.survey(config, unreadable)
     parts = parts_of(config)
-    return _joined(config, parts, {name: load.survey(part, unreadable) for name, part in parts.items()})
+    return _joined(config, parts, {name: load.survey(part, unreadable, name) for name, part in parts.items()})
 
 
 def enforce(config: Config, loaded: LoadedData) -> None:
@@ -90,61 +91,31 @@ def _part(config: Config, source: RowSource) -> tuple[str, Config]:
 
 
 def _joined(config: Config, parts: dict[str, Config], read: dict[str, LoadedData]) -> LoadedData:
-    splits: dict[str, list[ReasoningSample]] = {split: [] for split in SPLITS}
-    for name, loaded in read.items():
-        task = get_task(parts[name].task, parts[name].data.answer_type).name
-        for split in SPLITS:
-            splits[split] += [replace(sample, part=name, task=task) for sample in loaded.splits[split]]
-    leaks = _leaks(splits)
-    if config.data.leaks != "keep":
-        for split, gone in leaks.items():
-            splits[split] = [sample for place, sample in enumerate(splits[split]) if place not in gone]
-    _number(splits)
+    store = RowStore()
+    place = 0
+    for number, split in enumerate(SPLITS):
+        for part, loaded in enumerate(read.values()):
+            place += copy_rows(loaded.splits[split].store, store, part, number, place)
+    index_questions(store)
+    leaks = drop_leaks_between_parts(store, drop=config.data.leaks != "keep")
+    final_ids_of_parts(store, list(parts))
+    for loaded in read.values():
+        for reject in loaded.rejects:
+            store.reject(reject.to_json())
+    store.finish()
+    splits = {split: store.rows_of(split) for split in SPLITS}
     report = _report(config, parts, read, splits)
-    report["leaks_between_sources"] = len(leaks["train"])
-    rejects = [reject for loaded in read.values() for reject in loaded.rejects]
+    report["leaks_between_sources"] = leaks
     digest = digest_of([[name, loaded.source_digest] for name, loaded in read.items()])
     inputs = [one for loaded in read.values() for one in loaded.inputs]
-    return MixedData(splits, rejects, report, digest, inputs, read)
-
-
-def _leaks(splits: dict[str, list[ReasoningSample]]) -> dict[str, set[int]]:
-    """Places of the training and validation rows whose question a later split of another source has."""
-    owners: dict[str, dict[str, set[str]]] = {split: {} for split in SPLITS}
-    for split, samples in splits.items():
-        for sample in samples:
-            owners[split].setdefault(normalise_question(sample.question), set()).add(sample.part)
-    later = {"train": ("validation", "test"), "validation": ("test",)}
-    return {
-        split: {
-            place
-            for place, sample in enumerate(splits[split])
-            if any(owners[held].get(normalise_question(sample.question), set()) - {sample.part} for held in helds)
-        }
-        for split, helds in later.items()
-    }
-
-
-def _number(splits: dict[str, list[ReasoningSample]]) -> None:
-    """Give rows of different sources with the same id different ones."""
-    taken: set[str] = set()
-    for samples in splits.values():
-        for place, sample in enumerate(samples):
-            name, number = sample.id, 1
-            while name in taken:
-                number += 1
-                base = f"{sample.part}-{sample.id}"[:110]
-                name = base if number == 2 else f"{base}-{number}"
-            taken.add(name)
-            if name != sample.id:
-                samples[place] = replace(sample, id=name)
+    return MixedData(splits, Rejects(store), report, digest, inputs, read)
 
 
 def _report(
     config: Config,
     parts: dict[str, Config],
     read: dict[str, LoadedData],
-    splits: dict[str, list[ReasoningSample]],
+    splits: dict[str, StoredRows],
 ) -> dict[str, Any]:
     """The counts of all sources together, and under `parts` those of each."""
     report: dict[str, Any] = {}
@@ -161,21 +132,22 @@ def _report(
     unused = [column for loaded in read.values() for column in loaded.report["unused_text_columns"]]
     report["unused_text_columns"] = list(dict.fromkeys(unused))
     weights = {name: source.weight for name, source in zip(parts, config.data.mixture, strict=True)}
-    counts = {split: Counter(sample.part for sample in splits[split]) for split in SPLITS}
+    counts = {split: splits[split].by_part() for split in SPLITS}
     report["parts"] = {
         name: {
             "task": get_task(part.task, part.data.answer_type).name,
             "weight": weights[name],
-            **{f"{split}_rows": counts[split][name] for split in SPLITS},
+            **{f"{split}_rows": counts[split].get(number, 0) for split in SPLITS},
         }
-        for name, part in parts.items()
+        for number, (name, part) in enumerate(parts.items())
     }
     return report
 
 
-def runs_of(samples: Sequence[ReasoningSample], report: dict[str, Any]) -> list[dict[str, Any]]:
+def runs_of(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The sources in the order of the training rows, each with its rows and its weight; [] without a mixture."""
-    if "parts" not in report:
-        return []
-    counts = Counter(sample.part for sample in samples)
-    return [{"name": name, "rows": rows, "weight": report["parts"][name]["weight"]} for name, rows in counts.items()]
+    return [
+        {"name": name, "rows": part["train_rows"], "weight": part["weight"]}
+        for name, part in report.get("parts", {}).items()
+        if part["train_rows"]
+    ]

@@ -42,6 +42,8 @@ from pst_dist.storage.regular_files import open_regular
 
 _COARSEST_TIME_NS = 2 * 10**9
 """File systems give files times in steps of up to two seconds; a change within a step leaves the time alone."""
+_SNIFFED = 1 << 16
+"""Characters of a CSV file that decide which delimiter it has."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -72,9 +74,7 @@ def read_file(path: Path) -> FileRows:
 
 def stream_file(path: Path, done: Callable[[Input], None]) -> Iterator[Entry]:
     """The rows of `read_file` one after another; at the end `done` receives the file's digest and time."""
-    _refuse_other_formats(path)
-    if not os.path.lexists(path):
-        raise InputError("no such file", _neighbours(path), path=path)
+    check_file(path)
     try:
         with open_regular(path, remedy="use a file, or a folder written by save_to_disk") as stream:
             opened, before = time.time_ns(), os.fstat(stream.fileno())
@@ -92,6 +92,13 @@ def stream_file(path: Path, done: Callable[[Input], None]) -> Iterator[Entry]:
     if not found:
         raise DataError("the file has no rows", "use a file with at least one row", path=path)
     done(input_of(path, tap.digest.hexdigest(), before, opened))
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError for a file that does not exist or has an unsupported format."""
+    _refuse_other_formats(path)
+    if not os.path.lexists(path):
+        raise InputError("no such file", _neighbours(path), path=path)
 
 
 def input_of(path: Path, sha256: str, found: os.stat_result, opened: int) -> Input:
@@ -163,18 +170,46 @@ def _entries(path: Path, tap: _HashingReader, size: int) -> Iterator[Entry]:
     elif suffix == ".parquet":
         yield from _parquet(path, size)
     else:
-        yield from _delimited(path, stream.read(), "\t" if suffix == ".tsv" else ",")
+        yield from _delimited(path, stream, "\t" if suffix == ".tsv" else ",")
 
 
-def _delimited(path: Path, raw: bytes, delimiter: str) -> Iterator[Entry]:
+class _Chained(io.RawIOBase):
+    """The bytes of a head that was read already, then those of its stream."""
+
+    def __init__(self, head: bytes, stream: Readable) -> None:
+        self._head, self._stream = memoryview(head), stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any, /) -> int:
+        if not self._head:
+            self._head = memoryview(self._stream.read(len(target)))
+        count = min(len(target), len(self._head))
+        target[:count], self._head = self._head[:count], self._head[count:]
+        return count
+
+
+def _head(stream: Readable, size: int) -> bytes:
+    """The first bytes of a stream, which may return fewer at a time."""
+    found = b""
+    while len(found) < size and (piece := stream.read(size - len(found))):
+        found += piece
+    return found
+
+
+def _delimited(path: Path, stream: Readable, delimiter: str) -> Iterator[Entry]:
     """Read CSV with a header. A row may span several lines; its line number is that of the first."""
-    refuse_utf16(path, raw)
-    # Bytes that are not UTF-8 become lone surrogates here and are found cell by cell below.
-    text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    head = _head(stream, 4 * _SNIFFED)  # a character has at most four bytes
+    refuse_utf16(path, head)
+    head = head.removeprefix(codecs.BOM_UTF8)
     # Higher than our own limit, because the library would refuse the whole file.
     csv.field_size_limit(4 * MAX_CELL_CHARACTERS)
-    delimiter = _delimiter(text, delimiter)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    delimiter = _delimiter(head.decode("utf-8", "surrogateescape"), delimiter)
+    # Bytes that are not UTF-8 become lone surrogates here and are found cell by cell below.
+    buffered = io.BufferedReader(_Chained(head, stream), 1 << 20)
+    text = io.TextIOWrapper(buffered, encoding="utf-8", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     last_line = 0
     try:
@@ -205,7 +240,7 @@ def _delimiter(text: str, usual: str) -> str:
 
     In many countries spreadsheets write semicolons, because the comma is the decimal separator.
     """
-    lines = text[: 1 << 16].splitlines()
+    lines = text[:_SNIFFED].splitlines()
     first = next((line for line in lines if line.strip()), "")
     found = {}
     for delimiter in (usual, ",", ";", "\t", "|"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.row_store import RowStore, Stored
 from pst_dist.storage.manifest import canonical_json
 from pst_dist.storage.outputs import is_reject_list, write_output
 
@@ -70,6 +72,20 @@ class Input:
 
 Entry = RawRow | Reject
 """One entry of a file, good or bad."""
+
+
+class Rejects(Stored[Reject]):
+    """The bad rows in a store, in the order in which they were found."""
+
+    def __init__(self, store: RowStore) -> None:
+        self._store = store
+        super().__init__(store.rejected)
+
+    def between(self, start: int, stop: int) -> Iterator[Reject]:
+        """The bad rows from `start` to before `stop`."""
+        query = "SELECT reject FROM rejects WHERE number>=? AND number<? ORDER BY number"
+        for (text,) in self._store.run(query, (start, stop)):
+            yield Reject(**json.loads(text))
 
 
 def excerpt(text: str | bytes) -> str:

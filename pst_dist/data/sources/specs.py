@@ -6,11 +6,13 @@ bytes of a file, the fingerprint of a hub dataset, or the rows of a generator.
 
 from __future__ import annotations
 
+import functools
 import glob
+import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from typing import Any
 from pst_dist.data.sources.arrow_probe import probe
 from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
-from pst_dist.data.sources.readers import SUFFIXES, input_of, read_file, stream_file, table_row
-from pst_dist.data.sources.rows import Entry, Input
+from pst_dist.data.sources.readers import SUFFIXES, check_file, input_of, stream_file, table_row
+from pst_dist.data.sources.rows import Entry, Input, RawRow
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.manifest import digest_of, sha256_file
 from pst_dist.storage.regular_files import open_regular
@@ -27,25 +29,55 @@ from pst_dist.storage.regular_files import open_regular
 _HUB = re.compile(r"hf:(?P<name>[^:@\[\]]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?:(?P<split>.+)")
 
 
-@dataclass(frozen=True)
+Done = Callable[[str, tuple[Input, ...]], None]
+"""Receives the digest of a source and its inputs when all its rows were read."""
+
+
+@dataclass
 class Source:
-    """The rows of one file, folder, dataset or generator."""
+    """The rows of one file, folder, dataset or generator, which may be read several times."""
 
     path: str
     stem: str
     """Short name; ids that we create start with it."""
-    entries: list[Entry]
-    sha256: str
+    read: Callable[[Done], Iterator[Entry]]
+    """Reads all rows once, good and bad, in order."""
     generated: bool = False
+    is_whole: bool = False
+    """Whether it cannot be read without having all rows in memory; they are then kept from the first time on."""
+    sha256: str = ""
+    """Known, like `inputs`, when all rows were read."""
     inputs: tuple[Input, ...] = ()
     """The files that were read; for a hub dataset or a generator its spec."""
+    _kept: list[Entry] | None = None
+
+    def rows(self) -> Iterator[Entry]:
+        """The rows one after another; raises as `read_specs` does, and InputError for a source that changed."""
+        if self.is_whole and self._kept is None:
+            self._kept = list(self.read(self._done))
+        yield from self.read(self._done) if self._kept is None else self._kept
+
+    def head(self, most: int) -> list[dict[str, Any]]:
+        """The first good rows."""
+        good = (row.value for row in self.rows() if isinstance(row, RawRow))
+        return list(itertools.islice(good, most))
+
+    @functools.cached_property
+    def entries(self) -> list[Entry]:
+        """All rows, kept in memory."""
+        return list(self.rows())
+
+    def _done(self, sha256: str, inputs: tuple[Input, ...]) -> None:
+        if self.sha256 not in ("", sha256):
+            raise InputError("the file changed while it was read", "run again when it is complete", path=self.path)
+        self.sha256, self.inputs = sha256, inputs
 
 
 def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
-    """Read everything that data.train, data.validation or data.test names, in order.
+    """Everything that data.train, data.validation or data.test names, in order.
 
-    Raises InputError or DataError with the path of what cannot be read, EnvironmentFault when a hub dataset cannot be
-    fetched, and ConfigError for an invalid spec.
+    A missing file is found here, anything else while rows are read. Raises InputError or DataError with the path of
+    what cannot be read, EnvironmentFault when a hub dataset cannot be fetched, and ConfigError for an invalid spec.
     """
     sources = []
     seen: set[str] = set()
@@ -55,7 +87,7 @@ def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
             if real in seen:
                 raise InputError(f"data.{split} names the same source twice", "name it once", path=target)
             seen.add(real)
-            sources.append(_read(target, split))
+            sources.append(_source(target, split))
     if not sources:
         raise ConfigError(f"data.{split} is an empty list", "name a file, or leave the key out")
     return sources
@@ -65,12 +97,9 @@ def stream_specs(spec: str | list[str], split: str, root: Path, digests: list[st
     """The rows of `read_specs` one after another, for files larger than memory; adds the digest of each source."""
     for word in [spec] if isinstance(spec, str) else spec:
         for target in _targets(word, root):
-            if isinstance(target, Path) and not target.is_dir():
-                yield from stream_file(target, lambda one: digests.append(one.sha256))
-            else:
-                source = _read(target, split)
-                yield from source.entries
-                digests.append(source.sha256)
+            source = _source(target, split)
+            yield from source.rows()
+            digests.append(source.sha256)
 
 
 def input_names(spec: str | list[str], split: str, root: Path) -> Iterator[str]:
@@ -106,40 +135,58 @@ def _targets(word: str, root: Path) -> Iterator[Path | str]:
     yield path
 
 
-def _read(target: Path | str, split: str) -> Source:
-    if isinstance(target, Path):
-        if target.is_dir():
-            return _read_folder(target, split)
-        rows = read_file(target)
-        return Source(rows.path, data_stem(target.name), rows.entries, rows.input.sha256, inputs=(rows.input,))
-    if target.startswith("gen:"):
-        name, samples = generate(target, split)
-        generated = [
+def _source(target: Path | str, split: str) -> Source:
+    if not isinstance(target, Path):
+        return _generated(target, split) if target.startswith("gen:") else _from_hub(target)
+    if target.is_dir():
+        return _from_folder(target, split)
+    check_file(target)
+
+    def read(done: Done) -> Iterator[Entry]:
+        return stream_file(target, lambda one: done(one.sha256, (one,)))
+
+    return Source(str(target), data_stem(target.name), read, is_whole=data_suffix(target.name) == ".json")
+
+
+def _generated(spec: str, split: str) -> Source:
+    name, samples = generate(spec, split)
+
+    def read(done: Done) -> Iterator[Entry]:
+        rows = [
             {"question": one.question, "answer": one.answer, **_worded(one.rationales), "id": one.id} for one in samples
         ]
-        entries = [table_row(row, target, f"gen:{name}", number) for number, row in enumerate(generated, 1)]
-        digest = digest_of(generated)
-        return Source(target, name, entries, digest, generated=True, inputs=(Input(target, digest),))
-    return _read_hub(target)
+        for number, row in enumerate(rows, 1):
+            yield table_row(row, spec, f"gen:{name}", number)
+        digest = digest_of(rows)
+        done(digest, (Input(spec, digest),))
+
+    return Source(spec, name, read, generated=True, is_whole=True)
 
 
-def _read_folder(folder: Path, split: str) -> Source:
-    """Read a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+def _from_folder(folder: Path, split: str) -> Source:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     folder = _dataset_folder(folder, split)
     datasets = _datasets(folder)
-    opened = time.time_ns()
-    files = _files_below(folder)
-    stats = [file.stat() for file in files]
-    try:
-        arrow = [file for file in files if file.suffix == ".arrow"]
-        probe(arrow, expansion_limit(sum(file.stat().st_size for file in arrow)))
-        dataset = datasets.load_from_disk(str(folder))
-        entries = list(_dataset_rows(dataset, str(folder), folder.name))
-    except Exception as error:  # the library raises pyarrow's exceptions, OSError and its own
-        raise DataError(f"cannot read the dataset: {first_line(error, 160)}", "save it again", path=folder) from error
-    inputs = tuple(input_of(file, sha256_file(file), found, opened) for file, found in zip(files, stats, strict=True))
-    digest = digest_of([one.sha256 for one in inputs])
-    return _not_empty(Source(str(folder), folder.name, entries, digest, inputs=inputs))
+
+    def read(done: Done) -> Iterator[Entry]:
+        opened = time.time_ns()
+        files = _files_below(folder)
+        stats = [file.stat() for file in files]
+        found = False
+        try:
+            arrow = [file for file in files if file.suffix == ".arrow"]
+            probe(arrow, expansion_limit(sum(file.stat().st_size for file in arrow)))
+            for entry in _dataset_rows(datasets.load_from_disk(str(folder)), str(folder), folder.name):
+                found = True
+                yield entry
+        except Exception as error:  # the library raises pyarrow's exceptions, OSError and its own
+            what = f"cannot read the dataset: {first_line(error, 160)}"
+            raise DataError(what, "save it again", path=folder) from error
+        _refuse_empty(found, folder)
+        inputs = [input_of(file, sha256_file(file), stat, opened) for file, stat in zip(files, stats, strict=True)]
+        done(digest_of([one.sha256 for one in inputs]), tuple(inputs))
+
+    return Source(str(folder), folder.name, read)
 
 
 def _dataset_folder(folder: Path, split: str) -> Path:
@@ -175,15 +222,21 @@ def _files_in(folder: Path) -> str:
     return f"to read the files in it use '{folder.absolute()}/*{suffixes[0]}'"
 
 
-def _read_hub(spec: str) -> Source:
-    """Read `hf:NAME[@REVISION][:CONFIG]:SPLIT` through the datasets library and its cache."""
+def _from_hub(spec: str) -> Source:
+    """`hf:NAME[@REVISION][:CONFIG]:SPLIT` through the datasets library and its cache."""
     match = _hub_match(spec)
     name, split = match["name"], match["split"]
-    dataset = _hub_dataset(spec)
-    entries = list(_dataset_rows(dataset, spec, f"{name}/{split}"))
-    digest = digest_of(dataset._fingerprint)
-    stem = f"{name.rsplit('/', 1)[-1]}-{split}"
-    return _not_empty(Source(spec, stem, entries, digest, inputs=(Input(spec, digest),)))
+
+    def read(done: Done) -> Iterator[Entry]:
+        dataset, found = _hub_dataset(spec), False
+        for entry in _dataset_rows(dataset, spec, f"{name}/{split}"):
+            found = True
+            yield entry
+        _refuse_empty(found, spec)
+        digest = digest_of(dataset._fingerprint)
+        done(digest, (Input(spec, digest),))
+
+    return Source(spec, f"{name.rsplit('/', 1)[-1]}-{split}", read)
 
 
 def _hub_match(spec: str) -> re.Match[str]:
@@ -212,10 +265,9 @@ def _hub_dataset(spec: str) -> Any:
         ) from error
 
 
-def _not_empty(source: Source) -> Source:
-    if not source.entries:
-        raise DataError("the dataset has no rows", "use a dataset with at least one row", path=source.path)
-    return source
+def _refuse_empty(found: bool, path: Path | str) -> None:
+    if not found:
+        raise DataError("the dataset has no rows", "use a dataset with at least one row", path=path)
 
 
 def _datasets(path: Path | str) -> Any:

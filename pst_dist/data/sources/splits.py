@@ -1,6 +1,6 @@
-"""Assign rows to splits: cuts by hash, duplicates, leaks and ids, as pure functions over drafts.
+"""Assign rows to splits by the hash of their ids or by a split file.
 
-`drafts` turns rows into drafts; `load` calls these functions in order.
+`arrange` cuts rows that are on disk, by the same rule as `cut_by_hash` those in memory.
 """
 
 from __future__ import annotations
@@ -10,84 +10,18 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sample import SPLITS
+from pst_dist.data.sources.arrange import check_size, leaves_none
 from pst_dist.data.sources.drafts import Draft
 from pst_dist.data.sources.readers import input_of
 from pst_dist.data.sources.rows import Input
-from pst_dist.errors import ConfigError, DataError
+from pst_dist.errors import DataError
 from pst_dist.storage.regular_files import read_with_stat
 
 _MAX_SPLIT_FILE_BYTES = 1 << 30
-
-
-def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
-    """Merge rows with the same question and answer; new rationales of later rows are added to the first row.
-
-    Returns the drafts, the number of rows that added a rationale, and the number of rows that added nothing.
-    """
-    first: dict[tuple[str, str], int] = {}
-    kept: list[Draft] = []
-    merged = dropped = 0
-    for draft in drafts:
-        place = first.setdefault((draft.question_key, draft.sample.answer), len(kept))
-        if place == len(kept):
-            kept.append(draft)
-            continue
-        earlier = kept[place].sample
-        new = tuple(text for text in draft.sample.rationales if text not in earlier.rationales)
-        if new:
-            kept[place] = replace(kept[place], sample=replace(earlier, rationales=earlier.rationales + new))
-            merged += 1
-        else:
-            dropped += 1
-    return kept, merged, dropped
-
-
-def conflicting_answers(drafts: Sequence[Draft]) -> list[tuple[Draft, Draft]]:
-    """Pairs of rows with the same question and different answers, one pair per question."""
-    first: dict[str, Draft] = {}
-    found: dict[str, tuple[Draft, Draft]] = {}
-    for draft in drafts:
-        earlier = first.setdefault(draft.question_key, draft)
-        if earlier.sample.answer != draft.sample.answer:
-            found.setdefault(draft.question_key, (earlier, draft))
-    return list(found.values())
-
-
-def repeats(drafts: Sequence[Draft]) -> int:
-    """Number of rows that repeat the question and answer of an earlier row."""
-    return len(drafts) - len({(draft.question_key, draft.sample.answer) for draft in drafts})
-
-
-def find_leaks(drafts: Sequence[Draft], held_out: Sequence[Draft]) -> list[tuple[Draft, Draft]]:
-    """Rows of `drafts` whose question is also in `held_out`, each with the row it repeats."""
-    there = {draft.question_key: draft for draft in reversed(held_out)}
-    return [(draft, there[draft.question_key]) for draft in drafts if draft.question_key in there]
-
-
-def with_wrong_rationales(drafts: Sequence[Draft], share: float) -> tuple[list[Draft], int]:
-    """The same rows in order, a share of them with the rationales of another row, and the number of changed rows.
-
-    Rows are ranked by the hash of their question, and the first ones get the rationales of the next row in rank. A
-    larger share therefore changes the same rows and more. Raises DataError if there is only one row.
-    """
-    count = round(share * len(drafts))
-    if not count:
-        return list(drafts), 0
-    if len(drafts) < 2:
-        raise DataError("data.wrong_rationales needs at least two training rows, found one")
-    ranks = sorted(
-        range(len(drafts)), key=lambda k: hashlib.sha256(f"wrong/{drafts[k].question_key}".encode()).digest()
-    )
-    spoilt = list(drafts)
-    for rank, place in enumerate(ranks[:count]):
-        donor = drafts[ranks[(rank + 1) % len(ranks)]].sample
-        spoilt[place] = replace(drafts[place], sample=replace(drafts[place].sample, rationales=donor.rationales))
-    return spoilt, count
 
 
 def without(drafts: Sequence[Draft], removed: Sequence[Draft]) -> list[Draft]:
@@ -106,76 +40,27 @@ def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tup
     """
     if size == 0 or not drafts:
         return list(drafts), []
-    if size < 0 or (isinstance(size, float) and size > 1 and size != int(size)):
-        raise ConfigError(f"data.{purpose}_size={size} is neither a fraction nor a number of questions")
+    check_size(size, purpose)
     groups: dict[str, list[Draft]] = defaultdict(list)
     for draft in drafts:
         groups[draft.question_key].append(draft)
-    order = sorted(groups.values(), key=lambda group: _rank(group[0], purpose))
+    order = sorted(groups.values(), key=lambda group: rank_of(group[0].sample.id, purpose))
     if size < 1:
-        part = [draft for group in order if _rank(group[0], purpose) < size for draft in group] or list(order[0])
+        part = [draft for group in order if rank_of(group[0].sample.id, purpose) < size for draft in group] or list(
+            order[0]
+        )
     else:
         part = [draft for group in order[: int(size)] for draft in group]
     rest = without(drafts, part)
     if not rest:
-        raise ConfigError(
-            f"data.{purpose}_size={size} leaves none of the {len(groups)} questions for training", "make it smaller"
-        )
+        raise leaves_none(size, purpose, len(groups))
     return rest, without(drafts, rest)
 
 
-def first_by_hash(drafts: Sequence[Draft], count: int) -> list[Draft]:
-    """The `count` rows with the smallest hashes, in the original order. A smaller count gives a subset."""
-    chosen = sorted(drafts, key=lambda draft: _rank(draft, "rows"))[:count]
-    return without(drafts, without(drafts, chosen))
-
-
-def _rank(draft: Draft, purpose: str) -> float:
-    """A number in [0, 1) that depends only on the id and the purpose."""
-    digest = hashlib.sha256(f"{purpose}/{draft.sample.id}".encode()).digest()
+def rank_of(name: str, purpose: str) -> float:
+    """A number in [0, 1) that depends only on an id and the purpose."""
+    digest = hashlib.sha256(f"{purpose}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def check_ids(drafts: Sequence[Draft]) -> None:
-    """Raise DataError, naming both locations, if two different rows of a split have the same id."""
-    seen: dict[str, Draft] = {}
-    for draft in drafts:
-        earlier = seen.setdefault(draft.sample.id, draft)
-        if earlier is not draft and (earlier.question_key, earlier.sample.answer) != (
-            draft.question_key,
-            draft.sample.answer,
-        ):
-            raise DataError(
-                f"duplicate id {draft.sample.id!r}, first used at {earlier.where}",
-                "make ids unique, or remove them so that they are generated",
-                path=draft.path,
-                line=draft.line,
-            )
-
-
-def final_ids(splits: dict[str, list[Draft]]) -> dict[str, list[ReasoningSample]]:
-    """Samples with ids that are unique over all splits.
-
-    Ids often count from 0 in every file. An id that an earlier split uses gets the split's name as a prefix; one that
-    its own split uses gets a number as a suffix.
-    """
-    taken: set[str] = set()
-    samples: dict[str, list[ReasoningSample]] = {}
-    for split, drafts in splits.items():
-        samples[split] = []
-        here: set[str] = set()
-        for draft in drafts:
-            name = draft.sample.id
-            if name in taken and name not in here:
-                name = f"{split}-{name}"[:120]
-            base, number = name, 1
-            while name in taken:
-                number += 1
-                name = f"{base[:110]}-{number}"
-            taken.add(name)
-            here.update((name, draft.sample.id))
-            samples[split].append(draft.sample if name == draft.sample.id else replace(draft.sample, id=name))
-    return samples
 
 
 def read_split_file(path: Path, rows: int) -> tuple[dict[str, list[int]], Input]:

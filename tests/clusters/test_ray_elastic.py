@@ -50,7 +50,12 @@ if __name__ == "__main__":
 @pytest.mark.timeout(900)  # its own limits end it, on a busy machine too
 def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
     config, run, log = tmp_path / "my.yaml", tmp_path / "run", tmp_path / "log"
-    changes = {"train__deepspeed": "zero1", "train__max_steps": 100_000, "train__save_steps": 10, "train__eval_steps": 100_000}
+    changes = {
+        "train__deepspeed": "zero1",
+        "train__max_steps": 100_000,
+        "train__save_steps": 10,
+        "train__eval_steps": 100_000,
+    }
     config.write_text(dump_config(small_config(small_data, run, **changes)))
     (tmp_path / "nodes.py").write_text(NODES)
     temporary = tempfile.mkdtemp(prefix="pst-test-", dir="/tmp")  # sockets lie in it: at most 107 bytes of path
@@ -82,7 +87,16 @@ def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
         started.append(nodes)
         address, token = nodes.stdout.readline().split()
         words = [f"train.ray.address={address}", "train.ray.num_workers=2", "train.ray.min_workers=1"]
-        command = [sys.executable, "-m", "pst_dist.cli", "train", config, "on=ray", *words, "train.ray.resize_seconds=1"]
+        command = [
+            sys.executable,
+            "-m",
+            "pst_dist.cli",
+            "train",
+            config,
+            "on=ray",
+            *words,
+            "train.ray.resize_seconds=1",
+        ]
         with log.open("w") as stream:
             # The token alone, as somebody has it who copied it from the head node.
             own = environment | {"RAY_AUTH_TOKEN_PATH": token}

@@ -14,11 +14,12 @@ import pytest
 from pst_dist.cli import main, verbs
 from pst_dist.cli.words import spell_on
 from pst_dist.clusters.ray import dashboard, submit, token
+from pst_dist.clusters.ray.connect import ray_cluster
 from pst_dist.clusters.ray.room import lacking
 from pst_dist.clusters.ray.train import _on_all_nodes, check_room, train_with_ray
 from pst_dist.clusters.ray.words import read_words
 from pst_dist.config.loading import dump_config, load_config
-from pst_dist.config.schema import Config, RayTrainConfig
+from pst_dist.config.schema import Config, RayConfig, RayTrainConfig
 from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, LockedError, PeerLostError
 from pst_dist.storage.locks import directory_lock
 
@@ -315,6 +316,13 @@ def test_an_address_without_a_dashboard_is_one_line_within_seconds(monkeypatch, 
         token.find_token()
 
 
+def test_a_dashboard_is_no_cluster_to_join(monkeypatch):
+    address = "http://head:8265"
+    with pytest.raises(EnvironmentFault, match=r"head:8265 is a Ray dashboard, which only takes jobs; run `pst submit"):
+        with ray_cluster(RayConfig(address=address)):
+            pass
+
+
 def test_the_address_that_is_asked_for_wins_over_the_environment(monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # of the cluster's inner side: no dashboard
@@ -322,6 +330,10 @@ def test_the_address_that_is_asked_for_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://a:1/")
     assert dashboard.dashboard_address(None) == "http://a:1"
     assert dashboard.dashboard_address("https://b") == "https://b"
+    for address in ("auto", "ray://head:10001"):
+        assert dashboard.dashboard_address(address) == address
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert dashboard.dashboard_address(None) == "ray://head:10001"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     # Inside a job of `ray job submit`, Ray names its cluster in the environment.
     address = config.address or os.environ.get("RAY_ADDRESS")
     own = address is None
+    if address is not None and address.startswith(("http://", "https://")):
+        raise EnvironmentFault(
+            f"{address} is a Ray dashboard, which only takes jobs",
+            f"run `pst submit ray … address={address}`, or name the cluster itself: HEAD:6379, auto or ray://HEAD:10001",
+        )
     if own:
         secure_local_cluster()
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ from pst_dist.cli import main, verbs
 from pst_dist.cli.words import spell_on
 from pst_dist.clusters.ray import dashboard, submit, token
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.reports import SNAPSHOT, keep_existing
 from pst_dist.clusters.ray.room import lacking
 from pst_dist.clusters.ray.train import _on_all_nodes, check_room, train_with_ray
 from pst_dist.clusters.ray.words import read_words
@@ -252,6 +254,24 @@ def test_a_runtime_environment_that_ray_would_not_take_is_refused(project, words
     pytest.importorskip("ray", reason="needs ray")
     with pytest.raises(ConfigError, match=re.escape(says)):
         submit.check_size(job_of(*words))
+
+
+def test_rays_list_keeps_the_checkpoints_that_exist_each_once(tmp_path):
+    path, names = tmp_path / SNAPSHOT, [f"checkpoints/checkpoint-{step}" for step in (2, 4, 6, 4, 8)]
+    listed = [{"checkpoint_dir_name": name, "metrics": {"report": index}} for index, name in enumerate(names)]
+    whole = {"checkpoint_results": listed, "checkpoint_report_indices": list(range(5)), "ray_version": "2.60.0"}
+    path.write_text(json.dumps(whole | {"latest_checkpoint_result": listed[-1]}))
+    for step in (4, 6):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    keep_existing(tmp_path)
+    left = json.loads(path.read_text())
+    assert left["checkpoint_results"] == [listed[2], listed[3]] and left["checkpoint_report_indices"] == [2, 3]
+    assert left["latest_checkpoint_result"] == listed[3] and left["ray_version"] == "2.60.0"
+    for broken in ("{", "[]", "{}", json.dumps(whole | {"checkpoint_results": []})):
+        path.write_text(broken)
+        keep_existing(tmp_path)
+        assert not path.exists(), broken
+    keep_existing(tmp_path)
 
 
 def test_what_is_lacking_is_named_with_what_the_cluster_has():

@@ -54,15 +54,21 @@ SETTINGS = {
 PST = (sys.executable, "-m", "pst_dist.cli")
 WHEEL = "pst_spy-1.0-py3-none-any.whl"
 SPY = """\
-import json, os
-from ray.train.v2._internal.execution.callback import ReportCallback
+import json, os, time
+from ray.train.v2._internal.execution.callback import ReportCallback, WorkerCallback
 
-class Spy(ReportCallback):
+class Spy(ReportCallback, WorkerCallback):
     def after_report(self, training_report, metrics):
         with open(os.environ["PST_SPY"], "a") as stream:
             stream.write(json.dumps([metrics[0], len(metrics), training_report.checkpoint is not None]) + "\\n")
+
+    def after_init_train_context(self):
+        from pst_dist.training.metrics import MetricsLog
+        step = MetricsLog.step
+        MetricsLog.step = lambda *args, **kwargs: (time.sleep(0.15), step(*args, **kwargs))
 """
-"""A callback of Ray Train that a user brings along as a pip package: what Ray hears while it trains."""
+"""A callback of Ray Train that a user brings along as a pip package: it notes what Ray hears, in the controller, and
+slows the ranks down, so that there is time to kill one and to stop the job."""
 
 
 @dataclass
@@ -242,7 +248,7 @@ def test_ray_is_told_of_checkpoints_where_they_lie_and_keeps_no_copy(told):
         step = result["metrics"]["step"]
         assert result["checkpoint_dir_name"] == f"checkpoints/checkpoint-{step}"
         assert result["metrics"]["total"] == STEPS and result["metrics"]["loss"] > 0
-    assert len(results) >= 2
+    assert len(results) >= 1
     # Nothing of Ray's is left in the run directory but its list, and nothing of the checkpoints elsewhere.
     left = {path.name for path in told.run.iterdir() if path.name.startswith(("checkpoint_", ".validate"))}
     assert left == {"checkpoint_manager_snapshot.json"}
@@ -265,7 +271,9 @@ def test_ray_hears_the_metrics_of_every_logged_step_through_a_users_pip_package(
         for row in [] if with_checkpoint else [*metrics.get("earlier", []), metrics]:
             if "loss" in row:
                 logged[row["step"]] = row
-    assert sorted(logged) == list(range(1, told.steps_when_stopped + 1))
+    (resumed,) = map(int, re.findall(r"resumed step (\d+) from", told.followed))
+    # A killed rank takes what Ray had not heard yet along.
+    assert sorted(logged)[0] == 1 and set(range(resumed + 1, told.steps_when_stopped + 1)) <= logged.keys()
     losses = {row["step"]: row["loss"] for row in curve(told.run)}
     assert all(row["loss"] == pytest.approx(losses[step]) for step, row in logged.items())
     assert all(row["learning_rate"] > 0 and row["answer_nll"] > 0 for row in logged.values())

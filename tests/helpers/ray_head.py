@@ -94,7 +94,7 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(temporary),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray hears of a checkpoint when it looks, and a rank waits for that: half a second gives a test time to act.
+        # Ray hears of metrics and checkpoints when it looks.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less for each start of ranks
         "OMP_NUM_THREADS": "1",

@@ -79,7 +79,9 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
         what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
         raise EnvironmentFault(
             f"{what} ({reason[:160]})",
-            "check that it runs (`ray status`) and that RAY_AUTH_TOKEN_PATH names its token, or run without Ray",
+            "look at the machine's load and memory, or run without Ray"
+            if own
+            else "check that it runs (`ray status`) and that RAY_AUTH_TOKEN_PATH names its token, or run without Ray",
         ) from error
     try:
         yield ray

@@ -15,7 +15,8 @@ from small_run import small_config
 
 from pst_dist.cli.main import run_verb
 from pst_dist.clusters.ray import dashboard
-from pst_dist.clusters.ray.submit import read_words
+from pst_dist.clusters.ray.token import find_token
+from pst_dist.clusters.ray.words import read_words
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.distributed.hostfile import read_hostfile
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError
@@ -223,7 +224,7 @@ def test_a_control_character_reaches_no_script_url_header_or_command(tmp_path, m
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     (tmp_path / "token").write_bytes(f"abc{hidden}def".encode("utf-8", "surrogatepass"))
     with pytest.raises(ConfigError, match="contains the control character"):
-        dashboard.find_token()
+        find_token()
 
 
 def test_an_environment_variable_of_a_job_has_a_plain_name():

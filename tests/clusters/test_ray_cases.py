@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pst_dist.cli import main, verbs
 from pst_dist.cli.words import spell_on
-from pst_dist.clusters.ray import dashboard, submit
+from pst_dist.clusters.ray import dashboard, submit, token
+from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.reports import SNAPSHOT, keep_existing
+from pst_dist.clusters.ray.room import lacking
 from pst_dist.clusters.ray.train import _on_all_nodes, check_room, train_with_ray
+from pst_dist.clusters.ray.words import read_words
 from pst_dist.config.loading import dump_config, load_config
-from pst_dist.config.schema import Config, RayTrainConfig
+from pst_dist.config.schema import Config, RayConfig, RayTrainConfig
 from pst_dist.errors import ConfigError, DivergedError, EnvironmentFault, InputError, LockedError, PeerLostError
 from pst_dist.storage.locks import directory_lock
 
@@ -101,6 +108,7 @@ def test_only_what_a_new_start_can_mend_is_tried_again():
         def __init__(self):
             self.lines, self.say = [], self
             self.remote = self.lines.append
+            self.lost = SimpleNamespace(remote=lambda: None)
 
     desk = Desk()
     watch = Watch(desk, max_failures=1)
@@ -164,7 +172,7 @@ def test_a_rank_started_again_waits_for_the_lost_one_to_leave_the_directory(tmp_
 def test_the_words_of_a_job_are_told_from_those_of_the_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["address=head:8265/", "verb=train", "exclude=[big,*.bin]", "env.A=1=2", "gpus=1", "train.bf16=true"]
-    request, rest = submit.read_words(words)
+    request, rest = read_words(words)
     assert rest == ["train.bf16=true"]
     assert (request.address, request.verb, request.folder) == ("http://head:8265", "train", tmp_path)
     assert request.exclude == ("big", "*.bin") and request.environment == {"A": "1=2"} and request.gpus == 1
@@ -182,7 +190,7 @@ def test_the_words_of_a_job_are_told_from_those_of_the_config(tmp_path, monkeypa
 )
 def test_a_word_that_ray_would_not_take_is_refused(word, says):
     with pytest.raises(ConfigError, match=says):
-        submit.read_words([word])
+        read_words([word])
 
 
 @pytest.fixture
@@ -196,7 +204,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def job_of(*words: str) -> submit.RayJob:
-    request, rest = submit.read_words(words)
+    request, rest = read_words(words)
     return submit.make_job(request, "my.yaml", rest)
 
 
@@ -204,6 +212,73 @@ def test_a_job_is_the_command_that_a_person_would_type(project):
     job = job_of("train.learning_rate=1e-3", "data.train=a b.jsonl")
     assert job.command == "python -m pst_dist.cli run my.yaml train.learning_rate=1e-3 'data.train=a b.jsonl' on=ray"
     assert job.runtime_env["working_dir"] == str(project) and "/out" in job.runtime_env["excludes"]
+
+
+@pytest.mark.ray
+def test_a_runtime_environment_is_rays_own_format_with_ours_added(project):
+    pytest.importorskip("ray", reason="needs ray")
+    (project / "needs.txt").write_text("scipy\n")
+    (project / "env.yaml").write_text("excludes: [big]\nenv_vars: {A: '1', B: '2'}\npip: {packages: [scipy]}\n")
+    one = job_of("runtime_env=env.yaml", "env.B=3")
+    assert one.runtime_env["pip"] == {"packages": ["scipy"]} and one.runtime_env["working_dir"] == str(project)
+    assert one.runtime_env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120", "A": "1", "B": "3"}
+    assert "big" in one.runtime_env["excludes"] and ".git" in one.runtime_env["excludes"]
+    assert job_of("pip=[scipy>=1,'a<3,>2']").runtime_env["pip"] == ["scipy>=1", "a<3,>2"]
+    assert job_of("pip=needs.txt").runtime_env["pip"] == "needs.txt"
+    assert job_of("conda=mine").runtime_env["conda"] == "mine"
+    for word in ("runtime_env=env.yaml", "pip=needs.txt", "conda=mine"):
+        assert "my.yaml" in submit.check_size(job_of(word))
+    image = job_of("image_uri=docker.io/me/pst:1", "env.A=1")
+    assert set(image.runtime_env) == {"image_uri", "env_vars"}, "Ray takes nothing else beside an image"
+    assert f" run {project}/my.yaml on=ray" in image.command and submit.check_size(image) == {}
+    assert "image_uri docker.io/me/pst:1" in "\n".join(image.lines({}))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["pip=[a]", "conda=b"], "pip and conda would each make the job's Python environment"),
+        (["pip=[a]", 'runtime_env={"pip": ["b"]}'], "pip= is given twice"),
+        (['runtime_env={"pips": ["b"]}'], "Ray knows no pips; choose from conda, "),
+        (['runtime_env={"env_vars": {"A": 1}}'], "runtime_env: Ray refuses it"),
+        (["pip=nowhere.txt"], "runtime_env: Ray refuses it"),
+        (["runtime_env={"], "runtime_env is not valid JSON"),
+        (["runtime_env=my.yaml"], "Ray knows no arm"),
+        (['runtime_env={"working_dir": "s3://b/a.zip"}'], "archives and URLs are not supported"),
+        (["dir=.", 'runtime_env={"working_dir": "."}'], "name a directory each"),
+        (["pip=[--extra-index-url https://me:secret@host/simple]"], "runtime_env contains a password"),
+    ],
+)
+def test_a_runtime_environment_that_ray_would_not_take_is_refused(project, words, says):
+    pytest.importorskip("ray", reason="needs ray")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        submit.check_size(job_of(*words))
+
+
+def test_rays_list_keeps_the_checkpoints_that_exist_each_once(tmp_path):
+    path, names = tmp_path / SNAPSHOT, [f"checkpoints/checkpoint-{step}" for step in (2, 4, 6, 4, 8)]
+    listed = [{"checkpoint_dir_name": name, "metrics": {"report": index}} for index, name in enumerate(names)]
+    whole = {"checkpoint_results": listed, "checkpoint_report_indices": list(range(5)), "ray_version": "2.60.0"}
+    path.write_text(json.dumps(whole | {"latest_checkpoint_result": listed[-1]}))
+    for step in (4, 6):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    keep_existing(tmp_path)
+    left = json.loads(path.read_text())
+    assert left["checkpoint_results"] == [listed[2], listed[3]] and left["checkpoint_report_indices"] == [2, 3]
+    assert left["latest_checkpoint_result"] == listed[3] and left["ray_version"] == "2.60.0"
+    for broken in ("{", "[]", "{}", json.dumps(whole | {"checkpoint_results": []})):
+        path.write_text(broken)
+        keep_existing(tmp_path)
+        assert not path.exists(), broken
+    keep_existing(tmp_path)
+
+
+def test_what_is_lacking_is_named_with_what_the_cluster_has():
+    assert lacking("2 ranks", {"CPU": 64, "GPU": 0}, {"CPU": 2}, {"CPU": 2}) == "2 ranks need 64 CPU, the cluster has 2"
+    assert lacking("its driver", {"GPU": 1}, {"CPU": 2}, {"CPU": 2}) == "its driver needs 1 GPU, the cluster has 0"
+    assert lacking("1 rank", {"CPU": 2}, {"CPU": 3}, {"CPU": 1}) == "1 rank needs 2 CPU, the cluster has 3 (1 free)"
+    assert lacking("1 rank", {"CPU": 2}, {"CPU": 3}, {"CPU": 2}) is None
 
 
 def test_what_could_not_work_in_a_copy_of_the_directory_is_refused(project, tmp_path):
@@ -258,7 +333,14 @@ def test_an_address_without_a_dashboard_is_one_line_within_seconds(monkeypatch, 
         dashboard.check_dashboard("http://[broken", None)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     with pytest.raises(InputError, match="RAY_AUTH_TOKEN_PATH names it"):
-        dashboard.find_token()
+        token.find_token()
+
+
+def test_a_dashboard_is_no_cluster_to_join(monkeypatch):
+    address = "http://head:8265"
+    with pytest.raises(EnvironmentFault, match=r"head:8265 is a Ray dashboard, which only takes jobs; run `pst submit"):
+        with ray_cluster(RayConfig(address=address)):
+            pass
 
 
 def test_the_address_that_is_asked_for_wins_over_the_environment(monkeypatch):
@@ -268,6 +350,10 @@ def test_the_address_that_is_asked_for_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://a:1/")
     assert dashboard.dashboard_address(None) == "http://a:1"
     assert dashboard.dashboard_address("https://b") == "https://b"
+    for address in ("auto", "ray://head:10001"):
+        assert dashboard.dashboard_address(address) == address
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert dashboard.dashboard_address(None) == "ray://head:10001"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,23 @@ SETTINGS = {
     "train__learning_rate": "3e-3",
 }
 PST = (sys.executable, "-m", "pst_dist.cli")
+WHEEL = "pst_spy-1.0-py3-none-any.whl"
+SPY = """\
+import json, os, time
+from ray.train.v2._internal.execution.callback import ReportCallback, WorkerCallback
+
+class Spy(ReportCallback, WorkerCallback):
+    def after_report(self, training_report, metrics):
+        with open(os.environ["PST_SPY"], "a") as stream:
+            stream.write(json.dumps([metrics[0], len(metrics), training_report.checkpoint is not None]) + "\\n")
+
+    def after_init_train_context(self):
+        from pst_dist.training.metrics import MetricsLog
+        step = MetricsLog.step
+        MetricsLog.step = lambda *args, **kwargs: (time.sleep(0.15), step(*args, **kwargs))
+"""
+"""A callback of Ray Train that a user brings along as a pip package: it notes what Ray hears, in the controller, and
+slows the ranks down, so that there is time to kill one and to stop the job."""
 
 
 @dataclass
@@ -70,6 +88,10 @@ class Told:
     """Ray's own command, which went on."""
     run: Path
     data: Path
+    heard: list[tuple[dict, int, bool]]
+    """Of each report: metrics, number of ranks, whether it came with a checkpoint."""
+    waiting: str
+    """Output of the submission of a job for which there is no room."""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +110,12 @@ def project(tmp_path_factory) -> Path:
     for name in (".git/objects", "runs/old.bin", "out/keep"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("not for the cluster")
+    with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
+        info = "pst_spy-1.0.dist-info"
+        wheel.writestr("pst_spy.py", SPY)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pst-spy\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in ("pst_spy.py", f"{info}/RECORD")))
     return folder
 
 
@@ -125,12 +153,15 @@ def told(head, project, tmp_path_factory) -> Told:
     where = f"address={head.dashboard}"
     # The token is found though nobody says that there is one to be sent.
     submit = [*PST, "submit", "ray", "my.yaml", where, "name=whole"]
+    submit += [f"pip=['${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{WHEEL}']", "env.PIP_NO_INDEX=1"]
+    submit += ["env.RAY_TRAIN_CALLBACKS=pst_spy.Spy", f"env.PST_SPY={logs}/heard"]
+    roomless = [*PST, "submit", "ray", "my.yaml", where, "name=roomless", "cpus=64", f"output_dir={run}-roomless"]
     with started(submit, logs / "1", head, project) as first:
         wait_for(lambda: "Running entrypoint" in (logs / "1").read_text() or first.poll() is not None)
         first.send_signal(signal.SIGINT)
         interrupted = first.wait(120)
     again = [*PST, "submit", "ray", "--follow", "whole", where]
-    with started(again, logs / "2", head, project) as second:
+    with started(roomless, logs / "3", head, project), started(again, logs / "2", head, project) as second:
         gone = lambda: second.poll() is not None  # noqa: E731
         wait_for(lambda: (run / "checkpoints" / "checkpoint-4").is_dir() or gone())
         victims = head.processes("ray::RayTrainWorker")
@@ -141,6 +172,8 @@ def told(head, project, tmp_path_factory) -> Told:
         snapshot = read_json(run / "checkpoint_manager_snapshot.json")
         head.post("/api/jobs/whole/stop")
         ended = second.wait(240)
+        wait_for(lambda: "waiting" in (logs / "3").read_text(), 60)
+        head.post("/api/jobs/roomless/stop")
     stopped_at = max(int(path.name[11:]) for path in (run / "checkpoints").glob("checkpoint-*"))
     plain = subprocess.run(
         shlex.split(f"ray job submit --address {head.dashboard} --working-dir . -- pst run my.yaml on=ray"),
@@ -160,6 +193,8 @@ def told(head, project, tmp_path_factory) -> Told:
         plain,
         run,
         data,
+        [json.loads(line) for line in (logs / "heard").read_text().splitlines()],
+        (logs / "3").read_text(),
     )
 
 
@@ -189,7 +224,7 @@ def plain_config(data: Path, output: Path) -> Config:
 
 def test_a_submission_shows_what_it_sends_and_ctrl_c_only_ends_the_following(told):
     assert "command   python -m pst_dist.cli run my.yaml on=ray" in told.submitted
-    assert "sent      2 files" in told.submitted  # the config and .rayignore
+    assert "sent      3 files" in told.submitted  # the config, .rayignore and the wheel
     assert told.interrupted == 130 and "no longer following job whole: the job keeps running" in told.submitted
 
 
@@ -213,10 +248,53 @@ def test_ray_is_told_of_checkpoints_where_they_lie_and_keeps_no_copy(told):
         step = result["metrics"]["step"]
         assert result["checkpoint_dir_name"] == f"checkpoints/checkpoint-{step}"
         assert result["metrics"]["total"] == STEPS and result["metrics"]["loss"] > 0
-    assert len(results) >= 2
-    # Nothing of Ray's is left in the run directory, and nothing of the checkpoints elsewhere.
-    left = {path.name for path in told.run.iterdir()}
-    assert not any(name.startswith(("checkpoint_", ".validate")) for name in left)
+    assert len(results) >= 1
+    # Nothing of Ray's is left in the run directory but its list, and nothing of the checkpoints elsewhere.
+    left = {path.name for path in told.run.iterdir() if path.name.startswith(("checkpoint_", ".validate"))}
+    assert left == {"checkpoint_manager_snapshot.json"}
+
+
+def test_rays_own_result_is_the_run_directory_and_names_checkpoints_that_exist(told):
+    from ray.train import Result
+
+    result = Result.from_path(told.run)
+    assert Path(result.path) == told.run and result.metrics["step"] == STEPS
+    assert Path(result.checkpoint.path) == told.run / "checkpoints" / f"checkpoint-{STEPS}"
+    listed = {Path(checkpoint.path) for checkpoint, _ in result.best_checkpoints}
+    assert listed and all(path.is_dir() for path in listed)
+
+
+def test_ray_hears_the_metrics_of_every_logged_step_through_a_users_pip_package(told):
+    logged = {}
+    for metrics, ranks, with_checkpoint in told.heard:
+        assert ranks == 2
+        for row in [] if with_checkpoint else [*metrics.get("earlier", []), metrics]:
+            if "loss" in row:
+                logged[row["step"]] = row
+    (resumed,) = map(int, re.findall(r"resumed step (\d+) from", told.followed))
+    # A killed rank takes what Ray had not heard yet along.
+    assert sorted(logged)[0] == 1 and set(range(resumed + 1, told.steps_when_stopped + 1)) <= logged.keys()
+    losses = {row["step"]: row["loss"] for row in curve(told.run)}
+    assert all(row["loss"] == pytest.approx(losses[step]) for step, row in logged.items())
+    assert all(row["learning_rate"] > 0 and row["answer_nll"] > 0 for row in logged.values())
+    assert sum(with_checkpoint for _, _, with_checkpoint in told.heard) >= 2
+
+
+def test_a_job_without_room_says_for_what_it_waits(told):
+    assert "job roomless: waiting (its driver needs 64 CPU, the cluster has 3)" in told.waiting
+
+
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:{}"])
+def test_a_job_is_found_through_every_kind_of_address(told, head, project, address):
+    found = subprocess.run(
+        [*PST, "submit", "ray", "--status", "whole", f"address={address.format(head.client_port)}"],
+        env=head.environment,
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (found.returncode, found.stdout) == (130, "job whole: stopped, exit code 130\n"), found.stderr
 
 
 def test_a_stopped_job_saves_first(told):

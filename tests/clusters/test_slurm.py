@@ -20,8 +20,9 @@ from waiting import wait_until
 from pst_dist.cli.main import run_verb
 from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.clusters.slurm.follow import read_jobs
-from pst_dist.clusters.slurm.script import array_words, cells, read_words, render, template
-from pst_dist.clusters.slurm.submit import Partition, check_room, gpus_of
+from pst_dist.clusters.slurm.partitions import Partition, check_room, gpus_of, seconds_of
+from pst_dist.clusters.slurm.render import render, stages, template
+from pst_dist.clusters.slurm.script import array_words, cells, read_words
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.errors import ConfigError
 from pst_dist.storage.manifest import read_json
@@ -110,7 +111,7 @@ def test_the_script_carries_what_was_asked_for_and_is_valid_shell(tmp_path, monk
     last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
     assert all(line.startswith("#") for line in lines[:last]), "sbatch stops reading options at the first command"
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    for name in ("ray.sbatch", "pipeline.sh"):
+    for name in ("ray.sbatch", "stage.sbatch"):
         subprocess.run(["bash", "-n", str(template(name))], check=True)
 
 
@@ -132,24 +133,6 @@ def test_no_value_can_begin_a_line_of_its_own_in_the_script(tmp_path, capsys, pl
     assert out == "" and f"contains the control character U+{ord(hidden):04X}" in err and err.count("\n") == 1
 
 
-def test_the_pipeline_script_submits_without_the_outer_jobs_variables(tmp_path):
-    fake = tmp_path / "sbatch"  # the environment that sbatch would get is what is looked at
-    fake.write_text(f"#!/bin/sh\nenv >> {tmp_path}/seen\necho 7\n")
-    fake.chmod(0o755)
-    outer = {"SLURM_MEM_PER_CPU": "100", "SBATCH_EXPORT": "NONE", "SLURM_CONF": "/etc/c", "SBATCH_ACCOUNT": "nlp"}
-    done = subprocess.run(
-        ["bash", str(template("pipeline.sh")), "my.yaml"],
-        env=os.environ | outer | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout == "shard 7 -> embed 7 -> train 7 -> report 7\n", done.stderr
-    seen = (tmp_path / "seen").read_text()
-    assert seen.count("SLURM_CONF=/etc/c") == seen.count("SBATCH_ACCOUNT=nlp") == 4
-    assert "SLURM_MEM" not in seen and "SBATCH_EXPORT" not in seen
-
-
 def test_an_option_cannot_carry_a_command_in_its_name(capsys):
     assert run_verb(["submit", "slurm", "demo", "sbatch.x\ntouch pwned=1", "--dry-run"]) == 2
     assert "is not an option of sbatch" in capsys.readouterr().err
@@ -165,6 +148,51 @@ def test_the_script_runs_with_the_words_that_it_was_given_and_no_others(tmp_path
     done = subprocess.run(["bash"], input=head, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split("\0") == [f"{base}/slurm/config.yaml", "seeds=[0,1]", ""]
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], [("data", "", 1, "shard embed"), ("train", "", 2, ""), ("finish", "", 1, "evaluate export report")]),
+        (
+            ["gpus=a100:8"],
+            [
+                ("shard", "", 1, "shard"),
+                ("embed", "a100:1", 1, "embed"),
+                ("train", "a100:8", 2, ""),
+                ("finish", "a100:1", 1, "evaluate export report"),
+            ],
+        ),
+        (["gpus=8", "arm=answer_only"], [("data", "", 1, "shard"), ("train", "8", 2, ""), ("finish", "1", 1, None)]),
+        (["embed.backend=ray"], [("shard", "", 1, "shard"), ("embed", "", 2, "embed"), ("train", "", 2, ""), None]),
+        (["verb=train", "gpus=8"], [("train", "8", 2, "")]),
+    ],
+)
+def test_each_job_has_gpus_and_nodes_only_where_it_uses_them(tmp_path, words, expected):
+    request, rest = read_words(["nodes=2", "cpu_partition=cpu", "partition=gpu", *words])
+    config = small_config(tmp_path / "data", tmp_path / "run", **dict(word.split("=") for word in rest))
+    jobs = stages(request, config)
+    assert len(jobs) == len(expected)
+    for job, wanted in zip(jobs, expected, strict=True):
+        if wanted is None:
+            continue
+        name, gpus, nodes, verbs = wanted
+        script = render(request, config, tmp_path / "config.yaml", job)
+        assert (job.name, script.count(f"#SBATCH --gpus-per-node={gpus}\n")) == (name, int(bool(gpus)))
+        assert f"#SBATCH --nodes={nodes}\n" in script
+        part = "cpu" if request.gpus and not gpus else "gpu"
+        assert f"#SBATCH --partition={part}\n" in script
+        if verbs:
+            assert f"set -- {verbs if ' ' not in verbs else repr(verbs)} {tmp_path}/config.yaml\n" in script
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [("30", 1800), ("2:30", 150), ("04:00:00", 14400), ("1-12", 129600), ("2-1:30", 178200), ("infinite", None)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(limit, seconds):
+    assert seconds_of(limit) == seconds
 
 
 # --- what Slurm says --------------------------------------------------------------------------------------------------
@@ -279,8 +307,8 @@ def lines_until(process: subprocess.Popen, pattern: str, seen: list[str]) -> str
 
 
 def ended(process: subprocess.Popen, seen: list[str]) -> int:
-    """The exit code of a followed job, its last lines added to `seen`."""
-    rest, _ = process.communicate(timeout=180)
+    """The exit code of a followed job, its last lines added to `seen`; bounded by the test's own time limit."""
+    rest, _ = process.communicate()
     seen.append(rest)
     return process.returncode
 
@@ -296,7 +324,7 @@ def undisturbed(slurm, small_data, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_config(folder, small_data, "run", train__deepspeed="zero1")
     seen: list[str] = []
-    assert ended(start_submit(slurm, config, "nodes=2", "time=00:10:00"), seen) == 0, "".join(seen)
+    assert ended(start_submit(slurm, config, "verb=train", "nodes=2", "time=00:10:00"), seen) == 0, "".join(seen)
     return folder / "run", "".join(seen)
 
 
@@ -321,7 +349,7 @@ class TestOnARealSlurm:
     ):
         config = write_config(tmp_path, small_data, "run", train__deepspeed="zero1")
         seen: list[str] = []
-        job = start_submit(slurm, config, "nodes=2")
+        job = start_submit(slurm, config, "verb=train", "nodes=2")
         number = lines_until(job, r"job (\d+): submitted", seen)
         wait_for_step(tmp_path / "run", 5)
         slurm.ask("scancel", "--signal=USR1", "--batch", number)  # what Slurm itself does before the time limit
@@ -340,7 +368,7 @@ class TestOnARealSlurm:
         diverging = {"train__learning_rate": "1e18", "train__max_grad_norm": 0}
         config = write_config(tmp_path, small_data, "run", **diverging)
         seen: list[str] = []
-        job = start_submit(slurm, config)
+        job = start_submit(slurm, config, "verb=train")
         number = lines_until(job, r"job (\d+): submitted", seen)  # early: such a job runs for a second or two
         job.send_signal(signal.SIGINT)
         assert ended(job, seen) == 130
@@ -352,7 +380,7 @@ class TestOnARealSlurm:
     def test_a_cancelled_job_saves_and_does_not_come_back(self, slurm, small_data, tmp_path):
         config = write_config(tmp_path, small_data, "run", train__max_steps=100_000)
         seen: list[str] = []
-        job = start_submit(slurm, config)
+        job = start_submit(slurm, config, "verb=train")
         number = lines_until(job, r"job (\d+): submitted", seen)
         wait_for_step(tmp_path / "run", 5)
         slurm.ask("scancel", number)
@@ -364,7 +392,9 @@ class TestOnARealSlurm:
     def test_an_array_trains_each_arm_and_seed_in_its_own_folder(self, slurm, small_data, tmp_path):
         config = write_config(tmp_path, small_data, "run", train__max_steps=4)
         seen: list[str] = []
-        assert ended(start_submit(slurm, config, "arms=[pst,answer_only]", "seeds=[1]"), seen) == 0, "".join(seen)
+        assert ended(start_submit(slurm, config, "verb=train", "arms=[pst,answer_only]", "seeds=[1]"), seen) == 0, (
+            "".join(seen)
+        )
         for index, arm in enumerate(("pst", "answer_only")):
             saved = load_config(str(tmp_path / "run" / "seed-1" / arm))
             assert (saved.arm, saved.seed, saved.data_dir) == (arm, 1, str(small_data))
@@ -375,52 +405,51 @@ class TestOnARealSlurm:
         train(plain)
         assert losses(tmp_path / "run" / "seed-1" / "pst") == losses(tmp_path / "plain")
 
-    def test_the_pipeline_goes_from_rows_to_a_report(self, slurm, tmp_path):
-        config = write_config(tmp_path, tmp_path / "data", "run", train__max_steps=4)
-        said = self.pipeline(slurm, tmp_path, config, "evaluate.max_rows=4", "--", "--time=00:10:00")
-        jobs = re.findall(r"\d+", said)
-        assert re.fullmatch(r"shard \d+ -> embed \d+ -> train \d+ -> report \d+\n", said)
-        report = start_submit(slurm, "--follow", jobs[-1])
+    @pytest.mark.timeout(900)  # three jobs with a Python each, or five
+    def test_one_command_goes_from_rows_to_a_report(self, slurm, tmp_path):
+        config = write_config(tmp_path, tmp_path / "data", "run", train__max_steps=4, evaluate__max_rows=4)
         seen: list[str] = []
-        assert ended(report, seen) == 0, "".join(seen) + "".join(path.read_text() for path in tmp_path.glob("*.log"))
+        assert ended(start_submit(slurm, config, "time=00:10:00"), seen) == 0, "".join(seen)
+        said = "".join(seen)
+        data, train_job, finish = re.findall(r"job (\d+) \(.*\): submitted", said)
+        assert f"job {train_job} (train): submitted after {data}; log: {tmp_path}/run/slurm/{train_job}.log" in said
+        assert f"job {finish} (evaluate export report): submitted after {train_job}" in said
         assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "export").is_dir()
         assert read_json(tmp_path / "run" / "eval" / "test" / "results.json")["rows"] == 4
-        starts = [re.search(r"StartTime=(\S+)", slurm.ask("scontrol", "show", "job", job)) for job in jobs]
-        assert [found[1] for found in starts if found] == sorted(found[1] for found in starts if found)
+        order = re.findall(r"job (\d+): completed on n\d, exit code 0", said)
+        assert order == [data, train_job, finish]
+        assert "shards: " in said and "step 4/4" in said, "every log is followed"
 
-    def test_a_pipeline_whose_first_stage_fails_leaves_nothing_waiting(self, slurm, tmp_path):
+    def test_when_the_first_job_fails_nothing_is_left_waiting(self, slurm, tmp_path):
         config = write_config(tmp_path, tmp_path / "data", "run")
-        said = self.pipeline(slurm, tmp_path, config, f"data.train={tmp_path}/nothing.jsonl")
-        shard, *others = re.findall(r"\d+", said)
-        wait_until(lambda: not slurm.ask("squeue", "-h").strip(), "all jobs are gone")
-        assert "JobState=FAILED" in slurm.ask("scontrol", "show", "job", shard)
+        seen: list[str] = []
+        words = [f"data.train={tmp_path}/nothing.jsonl"]
+        assert ended(start_submit(slurm, config, *words), seen) == 2, "".join(seen)
+        data, *others = re.findall(r"job (\d+) \(.*\): submitted", "".join(seen))
+        assert f"job {data}: failed on n1, exit code 2" in "".join(seen)
         for job in others:
-            assert "JobState=CANCELLED" in slurm.ask("scontrol", "show", "job", job)
-
-    def pipeline(self, slurm: SlurmCluster, folder: Path, *words: object) -> str:
-        done = subprocess.run(
-            [str(ROOT / "cluster" / "pipeline.sh"), *map(str, words)],
-            env=slurm.environment | {"PST_PYTHON": sys.executable},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+            assert f"job {job}: cancelled, exit code 130" in "".join(seen)
 
     def test_what_cannot_start_is_refused_before_anything_is_submitted(
         self, slurm, small_data, tmp_path, monkeypatch, capsys
     ):
         monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-        config = str(write_config(tmp_path, small_data, "run"))
+        config = str(write_config(tmp_path, small_data, "run", train__deepspeed="zero1"))
         (tmp_path / "file").write_text("")
+        (tmp_path / "bad.json").write_text('{"zero_optimization": {"stage": 9}}')
         for words, code, said in [
             (["nodes=3"], 2, "error[CONFIG] nodes=3, but partition main has 2; ask for at most 2"),
-            (["nodes=2", "partition=small"], 2, "error[CONFIG] nodes=2, but partition small has 1"),
+            (["nodes=2", "partition=small", "warn=1"], 2, "error[CONFIG] nodes=2, but partition small has 1"),
             (["gpus=1"], 2, "error[CONFIG] gpus=1, but partition main has none; leave gpus= out"),
             (["partition=night"], 2, "there is no partition 'night'; give partition=, one of main, small"),
-            ([f"data_dir={tmp_path}/none"], 2, "no finished shards found"),
+            (["verb=train", f"data_dir={tmp_path}/none"], 2, "no finished shards found"),
+            (["nodes=2", "train.deepspeed=null"], 2, "2 ranks (nodes=2) need train.deepspeed, and it is not set"),
+            ([f"train.deepspeed={tmp_path}/bad.json"], 2, "zero_optimization.stage is 9; use 0, 1, 2 or 3"),
+            (["time=00:02:30"], 2, "time=00:02:30 is 2.5 min, but the signal to save comes 120 s before the end"),
+            (["time=2", "partition=small", "warn=30"], 2, "but partition small allows at most 1 min"),
+            (["partition=small"], 2, "the time limit of partition small is 1 min, but the signal to save"),
+            (["partition=small,main", f"student.model_name_or_path={tmp_path}/no"], 4, "error[ENVIRONMENT] student: "),
+            ([f"embed.encoder={tmp_path}/no"], 4, "error[ENVIRONMENT] encoder: "),
             ([f"output_dir={tmp_path}/file/run"], 4, "error[ENVIRONMENT]"),
             (["sbatch.begin=yesteryear"], 4, "error[ENVIRONMENT] sbatch failed: "),
         ]:
@@ -435,7 +464,7 @@ class TestOnARealSlurm:
     ):
         monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
         config = str(write_config(tmp_path, small_data, "run"))
-        assert run_verb(["submit", "slurm", config, "sbatch.begin=now+1hour", "--no-follow"]) == 0
+        assert run_verb(["submit", "slurm", config, "verb=train", "sbatch.begin=now+1hour", "--no-follow"]) == 0
         number = re.search(r"job (\d+): submitted", capsys.readouterr().out)
         assert number
         try:
@@ -501,7 +530,7 @@ class TestOnARealSlurm:
         outer |= {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
         output = tmp_path / "a 50%jobs"
         done = subprocess.run(
-            [*PST, "submit", "slurm", str(config), f"output_dir={output}", "sbatch.mem=1000"],
+            [*PST, "submit", "slurm", str(config), "verb=train", f"output_dir={output}", "sbatch.mem=1000"],
             env=slurm.environment | outer,
             capture_output=True,
             text=True,
@@ -533,27 +562,35 @@ class TestOnARealSlurm:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.encoder
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif("PST_TEST_RAY_ON_SLURM" not in os.environ, reason="takes minutes: set PST_TEST_RAY_ON_SLURM=1")
-def test_ray_on_slurm_embeds_on_two_hosts_and_gives_the_drivers_exit_code(small_data, tmp_path):
+def test_ray_on_slurm_embeds_and_trains_on_two_hosts_and_gives_the_drivers_exit_code(small_data, tmp_path):
     with slurm_folder() as folder:
         if not hosts_can_be_made():
             pytest.skip("needs network namespaces (root and iproute2): Ray's nodes want addresses of their own")
         data = tmp_path / "data"
         shutil.copytree(small_data / "shards", data / "shards")
-        config = write_config(tmp_path, data, "run")
-        script = f"{ROOT}/cluster/ray.sbatch {config} embed.ray.num_actors=2"
+        config = write_config(tmp_path, data, "run", train__deepspeed="zero1", train__max_steps=8)
+        script = f"{ROOT}/cluster/ray.sbatch"
         follow = "pst_dist.cli submit slurm --follow"
 
-        def embed(options: str, *words: str) -> list[str]:
-            sbatch = f"sbatch --parsable --output={tmp_path}/log {options} {script} {' '.join(words)}"
+        def job(options: str, verb: str, *words: str) -> list[str]:
+            sbatch = f"sbatch --parsable --output={tmp_path}/log {options} {script} {verb} {config} {' '.join(words)}"
             return ["bash", "-c", f"export PST_PYTHON={sys.executable}; {sys.executable} -m {follow} $({sbatch})"]
 
         # One node is enough to see that a driver's refusal is not lost on the way.
-        done = run_on_hosts(folder, embed("--nodes=2"), embed("--nodes=1", "data_dir=/nowhere"), timeout=380)
+        jobs = [
+            job("--nodes=2", "embed", "embed.ray.num_actors=2"),
+            job("--nodes=2", "train", "train.ray.num_workers=2", "train.ray.placement_strategy=STRICT_SPREAD"),
+            job("--nodes=1", "embed", "data_dir=/nowhere"),
+        ]
+        done = run_on_hosts(folder, *jobs, timeout=800)
         log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else done.stderr
-    assert re.findall(r"^exit code (\d+)", done.stdout, re.MULTILINE) == ["0", "2"], log
+    assert re.findall(r"^exit code (\d+)", done.stdout, re.MULTILINE) == ["0", "0", "2"], log
     assert "Ray actors" in log and "error[INPUT] /nowhere/shards" in log
+    assert "on 2 rank(s) of zero1" in log and read_json(tmp_path / "run" / "train.json")["steps"] == 8
+    train(small_config(data, tmp_path / "plain", train__max_steps=8, train__eval_steps=1000))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
     made = sorted(path.name for path in (data / "embeddings").iterdir() if not path.name.startswith("."))
     for name in made:
         assert (data / "embeddings" / name).read_bytes() == (small_data / "embeddings" / name).read_bytes(), name

@@ -83,6 +83,7 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PST_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    temporary = Path(tempfile.mkdtemp(prefix="pst-rt-", dir="/tmp"))  # sockets lie in it: at most 107 bytes of path
     python = _light_python(folder / "python")
     environment |= {
         "HOME": str(home),
@@ -91,20 +92,20 @@ def ray_head(folder: Path, *, cpus: int) -> Iterator[RayHead]:
         "PST_TEST_MARK": mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(temporary),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray hears of a checkpoint when it looks, and a rank waits for that: half a second gives a test time to act.
+        # Ray hears of metrics and checkpoints when it looks.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less for each start of ranks
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
     ports = free_ports(4)
-    temporary = Path(tempfile.mkdtemp(prefix="pst-rt-", dir="/tmp"))  # sockets lie in it: at most 107 bytes of path
     head = RayHead(f"http://127.0.0.1:{ports[1]}", ports[0], ports[2], mark, environment)
     command = [str(python), "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}"]
     command += [f"--ray-client-server-port={ports[2]}", f"--dashboard-agent-listen-port={ports[3]}"]
-    command += [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=100000000", f"--temp-dir={temporary}"]
+    command += [f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=100000000"]
     log = folder / "head.log"
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)

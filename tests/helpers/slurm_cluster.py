@@ -54,7 +54,7 @@ JobRequeue=1
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-PartitionName=small Nodes=n1 MaxTime=INFINITE State=UP
+PartitionName=small Nodes=n1 MaxTime=1 State=UP
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pst_dist.clusters.ray.dashboard import read_version
 from pst_dist.clusters.slurm.follow import read_jobs
-from pst_dist.clusters.slurm.submit import gpus_of, read_partitions
+from pst_dist.clusters.slurm.partitions import gpus_of, read_partitions
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import StudentConfig, TrainConfig
 from pst_dist.diagnostics.cost import zero_stage

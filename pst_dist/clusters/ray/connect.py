@@ -39,6 +39,11 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
     # Inside a job of `ray job submit`, Ray names its cluster in the environment.
     address = config.address or os.environ.get("RAY_ADDRESS")
     own = address is None
+    if address is not None and address.startswith(("http://", "https://")):
+        raise EnvironmentFault(
+            f"{address} is a Ray dashboard, which only takes jobs",
+            f"run `pst submit ray … address={address}`, or name the cluster itself: HEAD:6379, auto or ray://HEAD:10001",
+        )
     if own:
         secure_local_cluster()
     else:
@@ -74,7 +79,9 @@ def ray_cluster(config: RayConfig) -> Iterator[Any]:
         what = "cannot start a local Ray cluster" if own else f"cannot join the Ray cluster at {address}"
         raise EnvironmentFault(
             f"{what} ({reason[:160]})",
-            "check that it runs (`ray status`) and that RAY_AUTH_TOKEN_PATH names its token, or run without Ray",
+            "look at the machine's load and memory, or run without Ray"
+            if own
+            else "check that it runs (`ray status`) and that RAY_AUTH_TOKEN_PATH names its token, or run without Ray",
         ) from error
     try:
         yield ray

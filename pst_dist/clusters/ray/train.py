@@ -221,12 +221,24 @@ class _Absence:
         count = self._asked.min_workers or self._asked.num_workers
         needs = {name: amount * count for name, amount in _needs(self._asked).items()}
         what = f"{count} rank{'s' if count > 1 else ''}"
-        short = lacking(what, needs, self._ray.cluster_resources(), self._ray.available_resources())
+        total, free = self._ray.cluster_resources(), self._ray.available_resources()
+        short = None if self._are_placed(count) else lacking(what, needs, total, free)
         if short is None:
             self._short_since = None
         elif self._short_since is None:
             self._short_since = time.monotonic()
         return short or "the ranks are starting"
+
+    def _are_placed(self, least: int) -> bool:
+        """Whether Ray has reserved room for at least so many ranks like ours; then that is no longer free."""
+        each = {name: amount for name, amount in _needs(self._asked).items() if amount}
+        groups = [
+            (group["state"], len(group["bundles"]))
+            for group in self._ray.util.placement_group_table().values()
+            if all(each.items() <= bundle.items() for bundle in group["bundles"].values())
+        ]
+        waits = any(state == "PENDING" for state, _ in groups)
+        return not waits and any(state == "CREATED" and count >= least for state, count in groups)
 
 
 def _in_our_words(ray: Any, error: BaseException) -> BaseException:

@@ -76,7 +76,8 @@ class Task:
 def follow(number: str, *, say: Callable[[str], None]) -> int:
     """Report each state change and each log line until the job has ended; returns its exit code.
 
-    For an array, that is the code of the first task, by number, that failed. Raises EnvironmentFault when the
+    For an array, or several jobs (numbers with commas), that is the code of the first task or job, by number, that
+    failed. Raises EnvironmentFault when the
     controller stays unreachable or no longer knows the job; the job itself is never changed.
     """
     tasks: dict[str, Task] = {}
@@ -138,7 +139,10 @@ def _by_number(item: tuple[str, Task]) -> list[int]:
 
 def look_again(number: str) -> str:
     """How to follow a job again, or cancel it."""
-    return f"the job keeps running; follow it: pst submit slurm --follow {number}, cancel it: scancel {number}"
+    return (
+        f"the job keeps running; follow it: pst submit slurm --follow {number}, "
+        f"cancel it: scancel {number.replace(',', ' ')}"
+    )
 
 
 class _Log:
@@ -161,12 +165,16 @@ class _Log:
             say(self._prefix + line)
 
 
-def _show(number: str) -> list[Task] | None:
-    """The job's tasks; an empty list when Slurm does not know it, None when the controller did not answer."""
-    answer = run("scontrol", "show", "job", number)
-    if answer.returncode:
-        return [] if "Invalid job id" in answer.stderr + answer.stdout else None
-    return read_jobs(answer.stdout)
+def _show(numbers: str) -> list[Task] | None:
+    """The tasks of a job, or of several; without those that Slurm does not know, None when it did not answer."""
+    tasks = []
+    for number in numbers.split(","):
+        answer = run("scontrol", "show", "job", number)
+        if not answer.returncode:
+            tasks += read_jobs(answer.stdout)
+        elif "Invalid job id" not in answer.stderr + answer.stdout:
+            return None
+    return tasks
 
 
 def read_jobs(text: str) -> list[Task]:

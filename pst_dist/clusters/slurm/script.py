@@ -1,8 +1,6 @@
-"""Training as a Slurm job: the command line's options, and the batch script that they produce.
+"""The command line of `pst submit slurm`: the jobs' options, told from the keys of the config; arms and seeds as tasks.
 
-The only script is `cluster/train.sbatch`; this module fills in its `#SBATCH` lines and arguments. Inside an array, the
-script calls `python -m pst_dist.slurm` to find out which arm and seed its task trains. This module does not contact
-Slurm: `clusters.slurm.submit` and `clusters.slurm.follow` do.
+Inside an array, the scripts call `python -m pst_dist.slurm` (`main` here) to find out which arm and seed a task has.
 """
 
 from __future__ import annotations
@@ -10,18 +8,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pst_dist.arms import ARMS
-from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.config.loading import load_config
 from pst_dist.config.overrides import parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
-from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, PstError
 from pst_dist.plain import plain
 
@@ -36,17 +30,19 @@ _SBATCH_OF = {
     "name": "job-name",
 }
 """Our option -> sbatch's option. Any other option is `sbatch.OPTION=value`."""
-_OWN = ("nodes", "gpus", "ranks", "warn", "parallel", "arms", "seeds")
-_MARK = "#PST arguments"
+_OWN = ("verb", "nodes", "gpus", "ranks", "warn", "parallel", "arms", "seeds", "cpu_partition")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmRequest:
     """What a job asks for; every option comes from the command line."""
 
+    verb: str = "run"
+    """`run` for every stage, each as a job of its own; `train` for the training alone."""
     nodes: int = 1
+    """Nodes of the training."""
     gpus: str = ""
-    """GPUs per node in Slurm's notation: `8` or `a100:8`; none when empty."""
+    """GPUs per node of the training in Slurm's notation: `8` or `a100:8`; none when empty."""
     ranks: int | None = None
     """Ranks per node on nodes without GPUs; one when not given."""
     warn_seconds: int = 120
@@ -55,6 +51,8 @@ class SlurmRequest:
     """Most tasks of an array that run at the same time; no limit when not given."""
     arms: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    cpu_partition: str | None = None
+    """Partition of the jobs without GPUs, where it differs from that of the others."""
     options: dict[str, str] = field(default_factory=dict)
     """sbatch option, without dashes -> its value."""
 
@@ -62,6 +60,16 @@ class SlurmRequest:
     def gpu_count(self) -> int:
         """GPUs on each node."""
         return int(self.gpus.rpartition(":")[2] or 0)
+
+    @property
+    def one_gpu(self) -> str:
+        """One GPU of the kind that the training uses; empty without GPUs."""
+        return re.sub(r"\d+$", "1", self.gpus) if self.gpus else ""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the training over all nodes."""
+        return self.nodes * (self.gpu_count or self.ranks or 1)
 
     @property
     def tasks(self) -> int:
@@ -97,7 +105,11 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
     gpus = asked.get("gpus", "")
     if not re.fullmatch(r"([A-Za-z][\w.-]*:)?\d+|", gpus):
         raise ConfigError(f"gpus={gpus} is not a number of GPUs per node", "write gpus=8 or gpus=a100:8")
+    verb = asked.get("verb", "run")
+    if verb not in ("run", "train"):
+        raise ConfigError(f"verb={verb} is not what Slurm jobs are made for", "write verb=run or verb=train")
     request = SlurmRequest(
+        verb=verb,
         nodes=_number(asked, "nodes") or 1,
         gpus="" if gpus.rpartition(":")[2] in ("", "0") else gpus,
         ranks=_number(asked, "ranks"),
@@ -105,6 +117,7 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
         parallel=_number(asked, "parallel"),
         arms=_arms(asked),
         seeds=_seeds(asked),
+        cpu_partition=asked.get("cpu_partition"),
         options=options,
     )
     if request.ranks and request.gpus:
@@ -181,88 +194,6 @@ def array_words(words: Sequence[str], index: int) -> list[str]:
         folder = folder / arm
         own += ["arms=[]", f"arm={arm}"]
     return [*rest, *own, f"output_dir={folder}", *(f"{key}={value}" for key, value in data_settings(config).items())]
-
-
-def template(name: str = "train.sbatch") -> Path:
-    """A script of `cluster/`, which is next to the package in a checkout and inside it in a wheel."""
-    package = Path(__file__).parents[2]
-    for folder in (package / "cluster", package.parent / "cluster"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"the script {name} is missing from this installation", "reinstall pst-dist")
-
-
-def render(request: SlurmRequest, config: Config, snapshot: Path) -> str:
-    """The script of one job: the template with this request's `#SBATCH` lines and arguments.
-
-    `snapshot` is the resolved config that the job reads, so editing the original while the job waits changes nothing.
-    Every value is quoted, for Slurm or for the shell. Raises ConfigError for a value that cannot be quoted: control
-    characters anywhere, and a backslash in output_dir, because of which Slurm would not expand the name of the log.
-    """
-    base = Path(config.output_dir).absolute()
-    for what, value in (("output_dir", base), ("the working directory", Path.cwd()), ("python's path", sys.executable)):
-        plain(str(value), what)
-    if "\\" in str(snapshot):
-        raise ConfigError(f"output_dir={config.output_dir} contains a backslash", "choose a path without one for Slurm")
-    number = "%A_%a" if request.tasks else "%j"
-    options = {
-        "job-name": f"pst-{base.name}",
-        "nodes": str(request.nodes),
-        "output": f"{_no_pattern(snapshot.parent)}/{number}.log",
-        "chdir": str(Path.cwd()),
-        "comment": comment_of(base),
-        "signal": f"B:USR1@{request.warn_seconds}",
-    }
-    if request.gpus:
-        options["gpus-per-node"] = request.gpus
-    if request.tasks:
-        limit = f"%{request.parallel}" if request.parallel else ""
-        options["array"] = f"0-{request.tasks - 1}{limit}"
-    options |= request.options
-    words = [str(snapshot)]
-    if request.arms:
-        words.append(f"arms=[{','.join(request.arms)}]")
-    if request.seeds:
-        words.append(f"seeds=[{','.join(map(str, request.seeds))}]")
-    filled = [f"export PST_PYTHON={shlex.quote(sys.executable)}"]
-    filled += [f"export PST_RANKS_PER_NODE={request.ranks}"] if request.ranks else []
-    # Without GPUs, DeepSpeed would look for one on every rank and print a warning.
-    filled += [] if request.gpus else ["export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}"]
-    filled.append(f"set -- {shlex.join(words)}")
-    return _filled(template().read_text("utf-8"), options, filled)
-
-
-def _filled(text: str, options: dict[str, str], filled: list[str]) -> str:
-    """Replace the `#SBATCH` lines in `options`, add the other options below, and insert `filled` at its mark."""
-    lines, last = [], 0
-    for line in text.splitlines():
-        asked = re.match(r"#SBATCH --([\w-]+)", line)
-        if asked and asked[1] in options:
-            continue
-        lines.append(line)
-        if asked:
-            last = len(lines)
-    lines[last:last] = [f"#SBATCH --{name}={_quoted(value)}" for name, value in options.items()]
-    place = lines.index(_MARK)
-    lines[place : place + 1] = filled
-    return "\n".join(lines) + "\n"
-
-
-def _no_pattern(path: Path) -> str:
-    """A path with % escaped for Slurm's log name pattern, in which `%j` and the like are placeholders."""
-    return str(path).replace("%", "%%")
-
-
-def _quoted(value: str) -> str:
-    """Any value quoted as one word of an `#SBATCH` line; raises ConfigError for control characters.
-
-    sbatch parses these lines like a shell that knows only quotes and backslashes (src/sbatch/opt.c); plain values stay
-    unquoted, for readability.
-    """
-    plain(value, "a value for sbatch")
-    if re.fullmatch(r"[\w@%+=:,./\[\]-]+", value, re.ASCII):
-        return value
-    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def main() -> int:

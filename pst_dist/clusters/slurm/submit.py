@@ -1,7 +1,7 @@
-"""`pst submit slurm`: checks a job, then submits it.
+"""`pst submit slurm`: checks a run, then submits its jobs, each after the one before it.
 
-`script` renders the job and `follow` reports its progress. Slurm itself accepts a job that can never start and lets it
-wait forever: hence the checks.
+`render` makes the scripts, and `follow` reports the jobs' progress. Slurm itself accepts a job that can never start and
+lets it wait forever: hence the checks.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import contextlib
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pst_dist.clusters.jobs import Job, Launcher, Say, Status, Submission
 from pst_dist.clusters.slurm import follow
-from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of, unreadable, whole
-from pst_dist.clusters.slurm.script import SlurmRequest, read_words, render
+from pst_dist.clusters.slurm.checks import check_ranks, check_time, check_torch
+from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of, run
+from pst_dist.clusters.slurm.partitions import check_room, partitions
+from pst_dist.clusters.slurm.render import render, stages
+from pst_dist.clusters.slurm.script import SlurmRequest, read_words
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
@@ -28,23 +30,11 @@ from pst_dist.storage.outputs import check_output, is_batch_script, is_config, w
 _MOVE = "move it away"
 
 
-@dataclass(frozen=True)
-class Partition:
-    """One partition as `sinfo` reports it."""
-
-    name: str
-    default: bool
-    up: bool
-    nodes: int
-    gpus: int
-    """Most GPUs on any of its nodes."""
-
-
 class Slurm(Launcher):
-    """Training as a batch job, or as an array with one task per arm and seed."""
+    """A run as batch jobs, or its training alone; with an array with one task per arm and seed."""
 
-    # These check files of the config, which the nodes share with this machine; GPUs and packages differ on the nodes.
-    checks = frozenset({"deepspeed", "student"})
+    # The nodes share the config's files and this Python with this machine; GPUs, cores and memory differ.
+    checks = frozenset({"packages", "deepspeed", "student", "encoder"})
 
     def parse(self, config: str, words: Sequence[str]) -> Submission:
         """The options of `script.read_words`, and the config."""
@@ -52,23 +42,26 @@ class Slurm(Launcher):
         return Submission(load_config(config, overrides), request)
 
     def render(self, submission: Submission) -> str:
-        """The batch script."""
-        return render(submission.request, submission.config, _folder(submission.config) / "config.yaml")
+        """The batch scripts, one after the other."""
+        config, request = submission.config, submission.request
+        return "".join(
+            render(request, config, _folder(config) / "config.yaml", stage) for stage in stages(request, config)
+        )
 
     def check(self, submission: Submission) -> None:
-        """Check that Slurm answers and can ever start the job, that its data exist and its directory is not in use."""
+        """Check that Slurm answers and can ever start the jobs, that they can succeed, and that no other is at work."""
         self.render(submission)  # refuses values that cannot be quoted
         check(submission.config, submission.request)
 
     def submit(self, submission: Submission, say: Say) -> Job:
-        """Write the script and submit it."""
-        number = submit(submission.config, submission.request, say=say)
-        return Job(number, submitted=submitted(submission.config, submission.request, number))
+        """Write the scripts and submit them."""
+        numbers = submit(submission.config, submission.request, say=say)
+        return Job(",".join(numbers), submitted=submitted(submission.config, submission.request, numbers))
 
     def find(self, name: str, words: Sequence[str]) -> Job:
-        """By the job's number."""
-        if not re.fullmatch(r"\d+(_\d+)?", name):
-            raise ConfigError(f"{name!r} is not a Slurm job", "give its number, such as 1234 or 1234_0")
+        """By the job's number, or the numbers of several with commas."""
+        if not re.fullmatch(r"\d+(_\d+)?(,\d+(_\d+)?)*", name):
+            raise ConfigError(f"{name!r} is not a Slurm job", "give its number, such as 1234, 1234_0 or 1234,1235,1236")
         check_controller()
         return Job(name)
 
@@ -94,9 +87,14 @@ def _folder(config: Config) -> Path:
 
 def check(config: Config, request: SlurmRequest) -> None:
     """Raises EnvironmentFault, ConfigError, InputError or LockedError when the job could not start or succeed."""
+    check_ranks(config, request)
+    check_time(request, None)
     check_controller()
-    check_room(request, partitions())
-    _check_inputs(config.model_copy(update={"arms": list(request.arms) or config.arms}))
+    found = check_room(request, partitions())
+    check_time(request, found)
+    check_torch(request)
+    if request.verb == "train":
+        _check_inputs(config.model_copy(update={"arms": list(request.arms) or config.arms}))
     base = Path(config.output_dir).absolute()
     _check_shared(base, request)
     for number, comment in _own_jobs():
@@ -108,101 +106,60 @@ def check(config: Config, request: SlurmRequest) -> None:
             )
 
 
-def submit(config: Config, request: SlurmRequest, *, say: Say) -> str:
-    """Write config and script into `output_dir/slurm` and submit; returns the job's number.
+def submit(config: Config, request: SlurmRequest, *, say: Say) -> list[str]:
+    """Write config and scripts into `output_dir/slurm` and submit; returns the jobs' numbers, in order.
 
-    `say` gets the lines for the user. Raises EnvironmentFault when Slurm refuses, and then leaves nothing behind.
+    `say` gets the lines for the user. Raises EnvironmentFault when Slurm refuses one, and then leaves nothing behind.
     """
     folder = _folder(config)
     base = folder.parent
-    script = folder / "train.sbatch"
-    text = render(request, config, folder / "config.yaml")
-    check_output(script, is_batch_script, inside=base, remedy=_MOVE)
+    jobs = stages(request, config)
+    scripts = {
+        folder / f"{stage.name}.sbatch": render(request, config, folder / "config.yaml", stage) for stage in jobs
+    }
+    for script in scripts:
+        check_output(script, is_batch_script, inside=base, remedy=_MOVE)
     write_output(folder / "config.yaml", dump_config(config), is_config, inside=base, remedy=_MOVE)
-    write_output(script, text, is_batch_script, inside=base, remedy=_MOVE)
-    for line in script.read_text("utf-8").splitlines():
-        if line.startswith(("#SBATCH", "export PST_", "export DS_", "set -- ")):
-            say(f"  {line}")
-    say(f"script: {script}")
+    for script, text in scripts.items():
+        write_output(script, text, is_batch_script, inside=base, remedy=_MOVE)
+        for line in text.splitlines():
+            if line.startswith(("#SBATCH", "export PST_", "export DS_", "set -- ")):
+                say(f"  {line}")
+        say(f"script: {script}")
+    numbers: list[str] = []
     try:
-        number = ask("sbatch", "--parsable", str(script)).partition(";")[0].strip()
+        was_array = False
+        for script, stage in zip(scripts, jobs, strict=True):
+            after = []
+            if numbers:
+                # A task waits for the same task of the array before it. Slurm removes a job whose predecessor failed.
+                kind = "aftercorr" if was_array and stage.is_array else "afterok"
+                after = [f"--dependency={kind}:{numbers[-1]}", "--kill-on-invalid-dep=yes"]
+            numbers.append(ask("sbatch", "--parsable", *after, str(script)).partition(";")[0].strip())
+            was_array = stage.is_array
     except PstError:
-        # A refused job leaves nothing behind; the log folder of earlier ones stays.
-        script.unlink()
-        (folder / "config.yaml").unlink()
+        # A refused submission leaves nothing behind; the log folder of earlier ones stays.
+        if numbers:
+            run("scancel", *numbers)
+        for path in (*scripts, folder / "config.yaml"):
+            path.unlink()
         for place in (folder, base):
             with contextlib.suppress(OSError):
                 place.rmdir()
         raise
-    return number
+    return numbers
 
 
-def submitted(config: Config, request: SlurmRequest, number: str) -> str:
-    """The line that announces the job; the caller prints it once it is ready to handle a stop signal."""
+def submitted(config: Config, request: SlurmRequest, numbers: Sequence[str]) -> str:
+    """The lines that announce the jobs; the caller prints them once it is ready to handle a stop signal."""
     folder = _folder(config)
-    return f"job {number}: submitted; log: {folder}/{number}{'_*' if request.tasks else ''}.log"
-
-
-def check_room(request: SlurmRequest, partitions: Sequence[Partition]) -> None:
-    """Raises ConfigError when the partition can never run the job: Slurm would let it wait forever."""
-    names = ", ".join(partition.name for partition in partitions)
-    wanted = request.options.get("partition")
-    if wanted is None:
-        found = next((partition for partition in partitions if partition.default), None)
-        if found is None:
-            raise ConfigError("this cluster has no default partition", f"give partition=, one of {names}")
-    else:
-        # Of several partitions Slurm uses the first that is free; one that fits is enough.
-        choice = [partition for partition in partitions if partition.name in wanted.split(",")]
-        if not choice:
-            raise ConfigError(f"there is no partition {wanted!r}", f"give partition=, one of {names}")
-        found = max(choice, key=lambda partition: (partition.gpus >= request.gpu_count, partition.nodes))
-    if not found.up:
-        raise ConfigError(f"partition {found.name} is down", f"choose from {names}")
-    if request.nodes > found.nodes:
-        raise ConfigError(
-            f"nodes={request.nodes}, but partition {found.name} has {found.nodes}",
-            f"ask for at most {found.nodes}, or another partition of {names}",
-        )
-    if request.gpu_count > found.gpus:
-        has = f"at most {found.gpus} per node" if found.gpus else "none"
-        raise ConfigError(
-            f"gpus={request.gpus}, but partition {found.name} has {has}",
-            "leave gpus= out for CPU ranks (ranks=2), or give another partition" if not found.gpus else "ask for fewer",
-        )
-
-
-def partitions() -> list[Partition]:
-    """All partitions; raises EnvironmentFault when sinfo fails or its answer cannot be read."""
-    return read_partitions(ask("sinfo", "--noheader", "--format=%R|%P|%a|%D|%G"))
-
-
-def read_partitions(text: str) -> list[Partition]:
-    """The partitions in sinfo's answer, the rows of one added up: there is a row for each kind of node."""
-    found: dict[str, Partition] = {}
-    for line in text.splitlines():
-        if line.count("|") < 4:
-            raise unreadable("sinfo", line)
-        name, starred, state, nodes, gres = line.split("|", 4)
-        before = found.get(name)
-        found[name] = Partition(
-            name,
-            starred.endswith("*"),
-            state == "up",
-            whole(nodes, "sinfo") + (before.nodes if before else 0),
-            max(gpus_of(gres), before.gpus if before else 0),
-        )
-    return list(found.values())
-
-
-def gpus_of(gres: str) -> int:
-    """Number of GPUs in a node's generic resources: `gpu:a100:8(S:0-1),gpu:h100:4,nvme:1` -> 12."""
-    total = 0
-    for entry in gres.split(","):  # cut inside (IDX:0,2) too, whose parts are no gpu
-        kind, *parts = entry.partition("(")[0].strip().split(":")
-        if kind == "gpu" and parts and parts[-1].isdecimal():
-            total += whole(parts[-1], "sinfo")
-    return total
+    lines = []
+    for index, (number, stage) in enumerate(zip(numbers, stages(request, config), strict=True)):
+        what = "" if request.verb == "train" else f" ({' '.join(stage.verbs)})"
+        after = f" after {numbers[index - 1]}" if index else ""
+        log = f"{folder}/{number}{'_*' if stage.is_array else ''}.log"
+        lines.append(f"job {number}{what}: submitted{after}; log: {log}")
+    return "\n".join(lines)
 
 
 def _check_inputs(config: Config) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.clusters.slurm import commands
-from pst_dist.clusters.slurm.submit import partitions
+from pst_dist.clusters.slurm.partitions import partitions
 from pst_dist.config.schema import Config, EmbedConfig, TrainConfig
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
 from pst_dist.errors import PstError

@@ -25,8 +25,8 @@ def _scontrol(content: bytes, folder: Path) -> object:
 
 @parser("sinfo", "gpu|gpu*|up|4|gpu:a100:8(S:0-1),gpu:h100:4\ncpu|cpu|down|12|(null)\ngpu|gpu*|up|2|gpu:2\n")
 def _sinfo(content: bytes, folder: Path) -> object:
+    from pst_dist.clusters.slurm.partitions import check_room, read_partitions
     from pst_dist.clusters.slurm.script import SlurmRequest
-    from pst_dist.clusters.slurm.submit import check_room, read_partitions
 
     return check_room(SlurmRequest(nodes=1, gpus="8"), read_partitions(content.decode("utf-8", "replace")))
 

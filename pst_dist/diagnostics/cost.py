@@ -1,7 +1,7 @@
 """Estimates what a run will cost: steps, memory per rank, checkpoints, embeddings, and how often to save.
 
-Arithmetic on the config and the rows, without torch; every rule names its source. Speeds are not guessed: if none was
-measured, the plan says how to pass one.
+Arithmetic on the config and the rows, without torch; every rule names its source. A speed comes from
+`diagnostics.measure`, from a table of GPUs or from the user; without any the plan says how to get one.
 """
 
 # Letters in this file: P parameters (the student's and the alignment head's), N ranks
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
+from pst_dist.diagnostics.gpus import GpuName, with_table
 from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
@@ -45,6 +46,8 @@ class Machines(Section):
     """Machines."""
     gpus: int = Field(1, ge=1)
     """Ranks per machine: GPUs, or CPU ranks."""
+    gpu: GpuName | None = None
+    """The GPU, for its memory and a guess of its speed from a table."""
     gpu_memory: float | None = Field(None, gt=0)
     """Memory of one GPU in GiB; the plan then says whether a rank fits."""
     tokens_per_second: float | None = Field(None, gt=0)
@@ -157,6 +160,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
     added = adapter_parameters(config) if config.student.lora.rank else 0
     parameters = shape.parameters + added + head
     trained = added + head if added else parameters
+    machines = with_table(machines, config, parameters, trained)
     global_batch = train.global_batch_size or (
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -26,9 +26,11 @@ from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import append_line, read_lines
 from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.training.head_fit import HeadFit
+from pst_dist.training.live import Live, RankSigns
 from pst_dist.training.loss import TERMS
-from pst_dist.training.trackers import TrackedRun, Tracker, Trackers
-from pst_dist.training.validation import ValidationScore
+from pst_dist.training.prometheus import Prometheus
+from pst_dist.training.trackers import PROMETHEUS, TrackedRun, Tracker, Trackers
+from pst_dist.training.validation import SampleAnswer, ValidationScore
 
 log = logging.getLogger(__name__)
 _MOST_IDS = 8
@@ -145,10 +147,13 @@ class MetricsLog:
         own: Mapping[str, Tracker] | None = None,
     ) -> None:
         """`own` are trackers of the launcher, in addition to train.report_to."""
+        self._own = dict(own or {})
+        if config.train.metrics_port is not None:
+            self._own[PROMETHEUS] = Prometheus(config.train.metrics_port)
+        self._lengths: list[int] = []
         self.config, self.run, self.ranks = config, run, ranks
         self.first_step, self.total = first_step, total
         self.trackers: Trackers | None = None
-        self._own = own
         self._since = time.monotonic()
         self._tokens = 0
         self._warned: set[str] = set()
@@ -164,6 +169,8 @@ class MetricsLog:
         kept = [row for row in found if isinstance(row.get("step"), int) and row["step"] <= self.first_step and begun]
         write_text(self.run.metrics, "".join(json.dumps(row, sort_keys=True) + "\n" for row in kept))
         tracked = TrackedRun(self.run.path, self.run.path.name, self.first_step)
+        self._live = Live(self.run.path, self.config.arm, first_step=self.first_step, total=self.total)
+        self._live.__enter__()
         self.trackers = Trackers(self.config.train.report_to, tracked, self.config, self._own)
         self._progress = progress(f"train {self.config.arm}", total=self.total, unit="steps")
         self._bar = self._progress.__enter__()
@@ -175,17 +182,28 @@ class MetricsLog:
         if not self.ranks.is_main:
             return
         self._progress.__exit__(*details)
+        self._live.__exit__(*details)
         assert self.trackers is not None
         self.trackers.finish(failed=details[0] is not None)
 
-    def step(self, record: StepRecord, *, epoch: int) -> None:
-        """Record a step; write a row and a log line every `train.logging_steps`."""
+    def is_logged(self, step: int) -> bool:
+        """Whether a step gets a row and a log line."""
+        return step % self.config.train.logging_steps == 0 or step in (1, self.total)
+
+    def step(
+        self, record: StepRecord, *, epoch: int, signs: Sequence[RankSigns] = (), lengths: Sequence[int] = ()
+    ) -> None:
+        """Record a step; write a row and a log line every `train.logging_steps`.
+
+        `signs` are those of all ranks at a logged step; `lengths` the tokens of this rank's sequences.
+        """
         if not self.ranks.is_main:
             return
         self._tokens += record.tokens
+        self._lengths += lengths
         self._bar.advance(1)
-        every = self.config.train.logging_steps
-        if record.step % every and record.step != 1 and record.step != self.total:
+        if not self.is_logged(record.step):
+            self._live.stepped(record.step)
             return
         now = time.monotonic()
         speed = self._tokens / max(now - self._since, 1e-9)
@@ -194,6 +212,8 @@ class MetricsLog:
         if self.config.loss.alignment_share is not None and record.alignment_weight is not None:
             row["alignment_weight"] = record.alignment_weight
         append_line(self.run.metrics, row)
+        self._live.logged(row, signs)
+        self._live.stepped(record.step)
         self._report(record.step, {name: value for name, value in row.items() if name != "step"})
         terms = "  ".join(f"{_SHORT[name]} {value:.4f}" for name, value in record.raw.items())
         log.info(
@@ -279,15 +299,29 @@ class MetricsLog:
         shown = ", ".join(sample_ids[:_MOST_IDS]) + (", …" if len(sample_ids) > _MOST_IDS else "")
         log.warning("step %d/%d  %s: %s; samples %s", step, self.total, fault, outcome, shown)
 
-    def validation(self, step: int, score: ValidationScore) -> None:
-        """Record the scores of the validation rows."""
+    def validation(self, step: int, score: ValidationScore, *, seconds: float = 0.0) -> None:
+        """Record the scores of the validation rows, and the lengths of the sequences since the last validation."""
         if not self.ranks.is_main:
             return
+        if self.trackers is not None:
+            self.trackers.histogram(step, "lengths/sequence", self._lengths)
+        self._lengths = []
         values = {name: value for name, value in score.to_json().items() if value is not None}
         if not values:
             return
         append_line(self.run.metrics, {"step": step, "validation": values})
+        self._live.validated(step, values, seconds)
         self._report(step, {f"validation/{name}": value for name, value in values.items()})
         words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         log.info("step %d/%d  validation  %s", step, self.total, words)
         self._warn_about_cosine(step, score)
+
+    def answers(self, step: int, samples: Sequence[SampleAnswer]) -> None:
+        """Record sample answers to validation questions."""
+        if not self.ranks.is_main or not samples:
+            return
+        rows = [asdict(one) for one in samples]
+        self._live.answered(rows)
+        if self.trackers is not None:
+            self.trackers.text(step, "validation/answers", rows)
+            self.trackers.histogram(step, "lengths/answer", [one.tokens for one in samples])

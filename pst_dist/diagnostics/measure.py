@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SECONDS = 15.0
 """How long passes are measured, at most (the pass in progress is finished)."""
-_STEPS = 50
+_STEPS = 10
 _UPDATES = 2
 _TEXTS = 128
 
@@ -186,14 +186,16 @@ class _Measurement:
             micro_batch_size=train.per_device_train_batch_size,
             by_length=ByLength.of(self.config, self.engine.pass_tokens),
         )
-        passes = [one for _, batches in zip(range(_STEPS), steps, strict=False) for one in batches]
+        batches = list(steps)
+        passes = [one for step in batches for one in step]
         self.engine.student.train()
         self._pass(passes[0])  # memory is allocated, kernels are chosen
         trained, tokens, count = self._timed(passes, seconds, self._pass)
         updates = [self._update() for _ in range(1 + _UPDATES)][1:]
         self.engine.student.eval()
         scored, scored_tokens, _ = self._timed(passes, seconds / 4, self._score)
-        rows = len({name for one in passes for name in one.sample_ids})
+        # An arm may make several sequences of a row, in passes of their own.
+        rows = sum(len({name for one in step for name in one.sample_ids}) for step in batches)
         return Measured(
             device=torch.cuda.get_device_name(device)
             if device.type == "cuda"

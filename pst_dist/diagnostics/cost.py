@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
-from pst_dist.diagnostics.gpus import GpuName, with_table
+from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
 from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
@@ -160,7 +160,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
     added = adapter_parameters(config) if config.student.lora.rank else 0
     parameters = shape.parameters + added + head
     trained = added + head if added else parameters
-    machines = with_table(machines, config, parameters, trained)
+    machines = _with_table(machines, config, parameters, trained)
     global_batch = train.global_batch_size or (
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )
@@ -200,6 +200,17 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         save_every_seconds=interval,
         save_every_steps=None if not hours else max(1, round(interval / (hours * 3600 / steps))),
     )
+
+
+def _with_table(machines: Machines, config: Config, parameters: int, trained: int) -> Machines:
+    """The machines with memory and speed of `machines.gpu`; what was given or measured stays."""
+    if machines.gpu is None:
+        return machines
+    memory = machines.gpu_memory or GPUS[machines.gpu].memory_gib
+    if machines.tokens_per_second is not None:  # the table's speed is not used, and the page does not name it
+        return machines.model_copy(update={"gpu": None, "gpu_memory": memory})
+    speed = table_speed(machines.gpu, config, parameters, trained)
+    return machines.model_copy(update={"gpu_memory": memory, "tokens_per_second": speed})
 
 
 def forward_size(config: Config, rows: Rows, per_rank: int) -> tuple[int, int]:

@@ -7,12 +7,9 @@ reaches, and small students do not fill a large GPU. `pst plan --measure` measur
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pst_dist.config.schema import Config
-
-if TYPE_CHECKING:
-    from pst_dist.diagnostics.cost import Machines
 
 GpuName = Literal["b200", "h200", "h100", "a100-80", "a100-40", "l40s", "l4", "a10", "rtx4090", "v100", "t4"]
 UTILISATION = 0.3
@@ -47,19 +44,10 @@ GPUS: dict[str, Gpu] = {
 """NVIDIA's data sheets of each product (B200, H200, H100 and A100: SXM; RTX 4090: Ada architecture whitepaper)."""
 
 
-def with_table(machines: Machines, config: Config, parameters: int, trained: int) -> Machines:
-    """The machines with memory and speed of `machines.gpu`; what was given by hand stays."""
-    if machines.gpu is None:
-        return machines
-    gpu = GPUS[machines.gpu]
+def table_speed(name: str, config: Config, parameters: int, trained: int) -> float:
+    """Tokens per second of one GPU of the table in training."""
+    gpu = GPUS[name]
     half = config.train.bf16 is True or config.train.fp16
     # Forward 2 operations a weight and token, backward 2 to the activations and 2 to the weights that are trained.
     each = 4.0 * parameters + 2.0 * trained
-    speed = UTILISATION * 1e12 * (gpu.half if half else gpu.single) / each
-    return machines.model_copy(
-        update={
-            "gpu": machines.gpu if machines.tokens_per_second is None else None,  # its speed is not used
-            "gpu_memory": machines.gpu_memory or gpu.memory_gib,
-            "tokens_per_second": machines.tokens_per_second or speed,
-        }
-    )
+    return UTILISATION * 1e12 * (gpu.half if half else gpu.single) / each

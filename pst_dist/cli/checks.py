@@ -93,15 +93,14 @@ def plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, words)
     measured = None
     if arguments.measure:
-        from pst_dist.diagnostics.measure import measure, rows_of
+        from pst_dist.diagnostics.measure import measure
 
         measured = measure(config, machines)
         machines = measured.applied(machines)
-    plan = make_plan(config, machines)
+    plan = make_plan(config, machines, tokens_per_row=measured.tokens_per_row if measured is not None else None)
     lines = plan_lines(plan)
     if measured is not None:
-        rows = len(rows_of(config, "validation"))
-        lines[lines.index("") + 1 : lines.index("") + 1] = measured.lines(config, plan.steps, rows, plan.ranks)
+        lines[lines.index("") + 1 : lines.index("") + 1] = measured.lines(config, plan.steps, plan.ranks)
     print("\n".join(lines))
     return 0
 

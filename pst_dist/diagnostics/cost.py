@@ -146,13 +146,18 @@ def split_words(words: list[str]) -> tuple[list[str], Machines]:
     return [word for word in words if word not in ours], machines
 
 
-def make_plan(config: Config, machines: Machines) -> Plan:
-    """Compute the plan. Raises what reading the rows or the student's config raises."""
+def make_plan(config: Config, machines: Machines, *, tokens_per_row: float | None = None) -> Plan:
+    """Compute the plan, with the measured `tokens_per_row` of an epoch where given.
+
+    Raises what reading the rows or the student's config raises.
+    """
     train, ranks = config.train, machines.nodes * machines.gpus
     if ranks > 1 and train.deepspeed is None:
         raise ConfigError(f"{ranks} ranks but train.deepspeed is not set", "add train.deepspeed=zero1, zero2 or zero3")
     stage = zero_stage(train.deepspeed)
     rows = count_rows(config)
+    if tokens_per_row is not None:
+        rows = replace(rows, tokens=tokens_per_row * rows.rows, exact=True)
     shape = shape_of(config.student, max_length=config.layout.max_length)
     aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
     width = teacher_width(config) if aligned else 0

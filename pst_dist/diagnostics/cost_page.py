@@ -58,7 +58,10 @@ def _source(plan: Plan) -> str:
     """Where the speed comes from, if it is the table's."""
     if plan.machines.gpu is None or plan.machines.tokens_per_second is None:
         return ""
-    return f" at {plan.machines.tokens_per_second:,.0f} tok/s a rank ({plan.machines.gpu} at 30 % of its peak: a guess)"
+    speed = f"{plan.machines.tokens_per_second:,.0f} tok/s a rank"
+    return (
+        f" at least, a guess: {speed} is 30 % of the peak of a {plan.machines.gpu}, which small students do not reach"
+    )
 
 
 def _precision(train: TrainConfig) -> str:

@@ -46,6 +46,7 @@ class Measured:
     """Mean tokens of a row's sequences, without padding."""
     rows_per_rank: float
     """Rows of a step on one rank."""
+    validation_rows: int
     texts_per_second: float | None
     """Of the encoder of rationales; None where the run needs none."""
     peak_bytes: int | None
@@ -66,7 +67,7 @@ class Measured:
             }
         )
 
-    def lines(self, config: Config, steps: int, validation_rows: int, ranks: int) -> list[str]:
+    def lines(self, config: Config, steps: int, ranks: int) -> list[str]:
         """What was measured, in words; the time of all validations with it."""
         parts = [
             f"{self.pass_tokens_per_second:,.0f} tok/s in passes",
@@ -78,12 +79,12 @@ class Measured:
         if self.peak_bytes is not None:
             parts.append(f"{self.peak_bytes / 2**30:.2f} GiB at most")
         lines = [f"measured     {self.device}, {self.passes} pass(es): {', '.join(parts)}"]
-        if validation_rows:
+        if self.validation_rows:
             every = config.train.eval_steps or max(1, round(steps / config.train.num_train_epochs))
             times = max(1, steps // every)
-            tokens = times * validation_rows * self.tokens_per_row
+            tokens = times * self.validation_rows * self.tokens_per_row
             seconds = tokens / (self.validation_tokens_per_second * ranks)
-            lines.append(f"validation   {times} times {validation_rows:,} rows: {duration(seconds)} in all")
+            lines.append(f"validation   {times} times {self.validation_rows:,} rows: {duration(seconds)} in all")
         return lines
 
 
@@ -101,16 +102,18 @@ class _AnyVectors:
         return self._vector
 
 
-def rows_of(config: Config, split: str) -> Sequence[ReasoningSample]:
-    """The rows of a split, from the shards or from the sources if nothing is packed."""
+def rows_of(config: Config) -> tuple[Sequence[ReasoningSample], int]:
+    """The training rows and the number of validation rows, from the shards, or from the sources if none are packed."""
     from pst_dist.data.shards import ShardSet
 
     run = run_dir(config)
     if (run.shards / "manifest.json").is_file():
-        return ShardSet.open(run.shards, verify=False).split(split)
+        shards = ShardSet.open(run.shards, verify=False)
+        return shards.split("train"), len(shards.split("validation"))
     from pst_dist.data.sources import load_data
 
-    return load_data(config).splits.get(split, [])
+    splits = load_data(config).splits
+    return splits.get("train", []), len(splits.get("validation", []))
 
 
 def measure(config: Config, machines: Machines, *, seconds: float | None = None) -> Measured:
@@ -119,17 +122,19 @@ def measure(config: Config, machines: Machines, *, seconds: float | None = None)
     from pst_dist.logs import quiet_libraries
 
     quiet_libraries()
-    samples = rows_of(config, "train")
+    samples, validation_rows = rows_of(config)
     if not len(samples):
         raise InputError("there are no training rows to measure with", "set data.train")
     log.info("measuring passes of the student for about %.0f s", seconds)
-    return _Measurement(config, machines, samples).run(seconds)
+    return _Measurement(config, machines, samples, validation_rows).run(seconds)
 
 
 class _Measurement:
     """The objects of a training on rank zero, without its files."""
 
-    def __init__(self, config: Config, machines: Machines, samples: Sequence[ReasoningSample]) -> None:
+    def __init__(
+        self, config: Config, machines: Machines, samples: Sequence[ReasoningSample], validation_rows: int
+    ) -> None:
         import torch
 
         from pst_dist.distributed.ranks import Ranks
@@ -149,6 +154,7 @@ class _Measurement:
         if config.train.num_threads:
             torch.set_num_threads(config.train.num_threads)
         self.config, self.machines, self.samples = config, machines, samples
+        self.validation_rows = validation_rows
         tokenizer = build_tokenizer(config.student, samples)
         torch.manual_seed(config.seed)
         aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
@@ -191,7 +197,7 @@ class _Measurement:
         self.engine.student.train()
         self._pass(passes[0])  # memory is allocated, kernels are chosen
         trained, tokens, count = self._timed(passes, seconds, self._pass)
-        updates = [self._update() for _ in range(1 + _UPDATES)][1:]
+        updates = [self._update(passes[0]) for _ in range(1 + _UPDATES)][1:]
         self.engine.student.eval()
         scored, scored_tokens, _ = self._timed(passes, seconds / 4, self._score)
         # An arm may make several sequences of a row, in passes of their own.
@@ -206,6 +212,7 @@ class _Measurement:
             validation_tokens_per_second=scored_tokens / scored,
             tokens_per_row=sum(one.tokens for one in passes) / max(1, rows),
             rows_per_rank=batch / ranks,
+            validation_rows=self.validation_rows,
             texts_per_second=self._texts_per_second(),
             peak_bytes=int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
         )
@@ -232,7 +239,8 @@ class _Measurement:
         with torch.no_grad():
             self.engine.forward(batch.to(self.engine.device), torch.ones(3, device=self.engine.device))
 
-    def _update(self) -> float:
+    def _update(self, batch: Any) -> float:
+        self._pass(batch)  # an optimizer passes over weights without a gradient
         self._wait()
         started = time.monotonic()
         self.engine.step(0.0)

@@ -23,9 +23,9 @@ from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.engines import Engine
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.metrics import StepRecord
 from pst_dist.training.optimizer import learning_rate_at
 from pst_dist.training.state import RunState
+from pst_dist.training.step_record import StepRecord
 
 log = logging.getLogger(__name__)
 

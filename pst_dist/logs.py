@@ -78,15 +78,15 @@ class Progress:
         parts = [f"{self.name} {self.done:,}{of} {self.unit}", f"{self.rate:,.1f} {self.unit}/s"]
         left = self.seconds_left
         if final:
-            parts.append(f"in {_duration(self._clock() - self._start)}")
+            parts.append(f"in {duration(self._clock() - self._start)}")
         elif left is not None:
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         if self.note:
             parts.append(self.note)
         return "  ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s` or `2 h 07 min`."""
     whole = round(seconds)
     if whole < 60:

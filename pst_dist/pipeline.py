@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pst_dist.config.loading import RESOLVED, load_config
 from pst_dist.config.run_dir import expand_arms, fetch_data, recorded, run_dir
 from pst_dist.config.schema import Config
+from pst_dist.config.stage import tell_stage
 from pst_dist.diagnostics.artefacts import Finding
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import InputError
@@ -148,6 +149,7 @@ def compare_arms(config: Config) -> Path:
 
 def _stage(name: str, work: Callable[[], Any]) -> Any:
     started = time.monotonic()
+    tell_stage(name)
     result = work()
     log.info("stage %s: %.1f s", name, time.monotonic() - started)
     return result

@@ -76,9 +76,12 @@ def _machine_words() -> str:
 
 @verb(
     "estimate what a run will cost: memory, checkpoints, time",
-    "pst plan my.yaml nodes=4 gpus=8",
+    "pst plan my.yaml --measure",
     CONFIG,
     OVERRIDES,
+    Option(
+        "--measure", action="store_true", help="take some passes on this machine first, half a minute, to say how long"
+    ),
     more=_machine_words,
 )
 def plan(arguments: argparse.Namespace) -> int:
@@ -87,7 +90,18 @@ def plan(arguments: argparse.Namespace) -> int:
     from pst_dist.diagnostics.cost_page import plan_lines
 
     words, machines = split_words(arguments.overrides)
-    print("\n".join(plan_lines(make_plan(load_config(arguments.config, words), machines))))
+    config = load_config(arguments.config, words)
+    measured = None
+    if arguments.measure:
+        from pst_dist.diagnostics.measure import measure
+
+        measured = measure(config, machines)
+        machines = measured.applied(machines)
+    plan = make_plan(config, machines, tokens_per_row=measured.tokens_per_row if measured is not None else None)
+    lines = plan_lines(plan)
+    if measured is not None:
+        lines[lines.index("") + 1 : lines.index("") + 1] = measured.lines(config, plan.steps, plan.ranks)
+    print("\n".join(lines))
     return 0
 
 

@@ -24,6 +24,7 @@ from pst_dist.cli.probe import probe
 from pst_dist.cli.submit import submit
 from pst_dist.cli.teach import teach
 from pst_dist.cli.verb import Parser, Verb
+from pst_dist.cli.watch import watch
 from pst_dist.cli.words import gather_overrides
 from pst_dist.errors import ConfigError, PstError
 from pst_dist.redaction import RedactingFormatter, redact
@@ -56,6 +57,7 @@ _VERBS: tuple[Verb, ...] = (
         checks.plan,
         checks.doctor,
         verbs.train,
+        watch,
         submit,
     ),
     *(verbs.evaluate, export, answer, verbs.report, verbs.compare, verbs.run, verbs.demo, experiment),

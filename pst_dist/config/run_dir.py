@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pst_dist.config.loading import RESOLVED, dump_config
 from pst_dist.config.schema import Config
+from pst_dist.config.stage import STAGE, staged
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
 from pst_dist.redaction import redact, redacted_command
 from pst_dist.storage.atomic import write_text
@@ -21,7 +22,7 @@ from pst_dist.storage.manifest import MANIFEST, write_json
 from pst_dist.storage.object_store import RemoteFolder, fetch_folder, is_url
 from pst_dist.storage.outputs import check_output, is_config, refuse_link_out
 
-_RECORD = (RESOLVED, "command.txt", "environment.json")
+_RECORD = (RESOLVED, "command.txt", "environment.json", STAGE)
 _RECORD_LOCK = ".record.lock"
 _OTHER_DIRECTORY = "name another output_dir"
 _REFUSALS = (ConfigError, DataError, InputError, IntegrityError, LockedError)
@@ -227,7 +228,8 @@ def _recorded(config: Config, command: str | None) -> Iterator[None]:
     earlier = {name: (path / name).read_text("utf-8") for name in _RECORD if (path / name).is_file()}
     record_run(config, command=command)
     try:
-        yield
+        with staged(path, "starting"):
+            yield
     except _REFUSALS:
         if earlier or not any(path.rglob(MANIFEST)):
             for name in _RECORD:

@@ -157,6 +157,11 @@ class TrainConfig(Section):
     report_to: Annotated[list[str], BeforeValidator(_tracker_list), AfterValidator(_known_trackers)] = ["tensorboard"]
     """Where to write metrics in addition to metrics.jsonl: any of tensorboard, wandb, mlflow and trackio, or a tracker
     from another package (entry points in the group pst_dist.trackers). `none` writes metrics.jsonl only."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Serve the same metrics to Prometheus at http://127.0.0.1:PORT/metrics while training (extra `prometheus`). On
+    Ray they are in Ray's own exporter in any case."""
+    sample_answers: Annotated[int, Field(ge=0, le=64)] = 3
+    """Validation questions that are answered at each validation, for the trackers and `pst watch`. 0 answers none."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     """Number of processes that tokenise in advance. 0 tokenises in the training process."""
     num_threads: Positive | None = None

@@ -1,7 +1,7 @@
 """Estimates what a run will cost: steps, memory per rank, checkpoints, embeddings, and how often to save.
 
-Arithmetic on the config and the rows, without torch; every rule names its source. Speeds are not guessed: if none was
-measured, the plan says how to pass one.
+Arithmetic on the config and the rows, without torch; every rule names its source. A speed comes from
+`diagnostics.measure`, from a table of GPUs or from the user; without any the plan says how to get one.
 """
 
 # Letters in this file: P parameters (the student's and the alignment head's), N ranks
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
+from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
 from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
@@ -45,6 +46,8 @@ class Machines(Section):
     """Machines."""
     gpus: int = Field(1, ge=1)
     """Ranks per machine: GPUs, or CPU ranks."""
+    gpu: GpuName | None = None
+    """The GPU, for its memory and a guess of its speed from a table."""
     gpu_memory: float | None = Field(None, gt=0)
     """Memory of one GPU in GiB; the plan then says whether a rank fits."""
     tokens_per_second: float | None = Field(None, gt=0)
@@ -143,13 +146,18 @@ def split_words(words: list[str]) -> tuple[list[str], Machines]:
     return [word for word in words if word not in ours], machines
 
 
-def make_plan(config: Config, machines: Machines) -> Plan:
-    """Compute the plan. Raises what reading the rows or the student's config raises."""
+def make_plan(config: Config, machines: Machines, *, tokens_per_row: float | None = None) -> Plan:
+    """Compute the plan, with the measured `tokens_per_row` of an epoch where given.
+
+    Raises what reading the rows or the student's config raises.
+    """
     train, ranks = config.train, machines.nodes * machines.gpus
     if ranks > 1 and train.deepspeed is None:
         raise ConfigError(f"{ranks} ranks but train.deepspeed is not set", "add train.deepspeed=zero1, zero2 or zero3")
     stage = zero_stage(train.deepspeed)
     rows = count_rows(config)
+    if tokens_per_row is not None:
+        rows = replace(rows, tokens=tokens_per_row * rows.rows, exact=True)
     shape = shape_of(config.student, max_length=config.layout.max_length)
     aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
     width = teacher_width(config) if aligned else 0
@@ -157,6 +165,7 @@ def make_plan(config: Config, machines: Machines) -> Plan:
     added = adapter_parameters(config) if config.student.lora.rank else 0
     parameters = shape.parameters + added + head
     trained = added + head if added else parameters
+    machines = _with_table(machines, config, parameters, trained)
     global_batch = train.global_batch_size or (
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )
@@ -196,6 +205,17 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         save_every_seconds=interval,
         save_every_steps=None if not hours else max(1, round(interval / (hours * 3600 / steps))),
     )
+
+
+def _with_table(machines: Machines, config: Config, parameters: int, trained: int) -> Machines:
+    """The machines with memory and speed of `machines.gpu`; what was given or measured stays."""
+    if machines.gpu is None:
+        return machines
+    memory = machines.gpu_memory or GPUS[machines.gpu].memory_gib
+    if machines.tokens_per_second is not None:  # the table's speed is not used, and the page does not name it
+        return machines.model_copy(update={"gpu": None, "gpu_memory": memory})
+    speed = table_speed(machines.gpu, config, parameters, trained)
+    return machines.model_copy(update={"gpu_memory": memory, "tokens_per_second": speed})
 
 
 def forward_size(config: Config, rows: Rows, per_rank: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ def plan_lines(plan: Plan) -> list[str]:
         "",
         f"rows         {rows.rows:,}, {rows.tokens / max(1, rows.rows):.0f} tokens each{about}",
         f"steps        {plan.steps:,} of {plan.global_batch} rows, {plan.micro_batches} forward pass(es) per rank",
-        f"time         {_hours(plan.training_hours, 'tokens_per_second')}",
+        f"time         {_hours(plan.training_hours, 'tokens_per_second')}{_source(plan)}",
         f"embeddings   {rows.texts:,} texts, {_bytes(plan.embedding_bytes)}; "
         f"{_hours(plan.embedding_hours, 'texts_per_second')}",
         f"checkpoint   {_bytes(plan.checkpoint_bytes)}, {plan.checkpoint_seconds:.3g} s at "
@@ -54,6 +54,16 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _source(plan: Plan) -> str:
+    """Where the speed comes from, if it is the table's."""
+    if plan.machines.gpu is None or plan.machines.tokens_per_second is None:
+        return ""
+    speed = f"{plan.machines.tokens_per_second:,.0f} tok/s a rank"
+    return (
+        f" at least, a guess: {speed} is 30 % of the peak of a {plan.machines.gpu}, which small students do not reach"
+    )
+
+
 def _precision(train: TrainConfig) -> str:
     if train.fp16:
         return "fp16"
@@ -62,7 +72,7 @@ def _precision(train: TrainConfig) -> str:
 
 def _hours(hours: float | None, word: str) -> str:
     if hours is None:
-        return f"unknown: set {word}=…"
+        return f"unknown: add --measure, or set {word}=…"
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,3 +131,12 @@ def contains_answer(task: Task, text: str, gold: str) -> bool:
     if any(task.is_correct(candidate, gold) for candidate in task.candidates(text)):
         return True
     return task.answer_type == "text" and gold.casefold() in text.casefold()
+
+
+def per_correct(results: Mapping[str, Any]) -> tuple[str, str]:
+    """(mean tokens, median milliseconds) to the answer, each divided by the accuracy, as text; "" if not measured."""
+    accuracy, latency = results["accuracy"], results["milliseconds_to_answer"]
+    if not accuracy:
+        return "none correct", "none correct"
+    milliseconds = f"{latency['median'] / accuracy:.1f}" if latency else ""
+    return f"{results['tokens_to_answer']['mean'] / accuracy:.1f}", milliseconds

@@ -10,11 +10,23 @@ from typing import Any
 from pst_dist.arms import ARMS
 from pst_dist.config.schema import Config
 from pst_dist.models.locate import MINILM, PACKAGED
+from pst_dist.redaction import redact
 from pst_dist.storage.manifest import Manifest
 from pst_dist.student.layout import AnswerFormat, variant_of
 from pst_dist.student.warm_start import warm_shape
 
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
+_PLACES = {
+    "ray",
+    "backend",
+    "report_to",
+    "metrics_port",
+    "sample_answers",
+    "deepspeed",
+    "num_threads",
+    "timeout_seconds",
+}
+"""Settings of `train` that say where and how it ran, not what was learnt."""
 _MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -93,6 +105,17 @@ def _row_words(config: Config) -> str:
     """The sources of the rows, files by their names alone because their folders are private."""
     named = (source if source.startswith(("hf:", "gen:")) else Path(source).name for source in _sources(config))
     return ", ".join(f"`{name}`" for name in dict.fromkeys(named)) or "not recorded"
+
+
+def settings_text(facts: CardFacts) -> str:
+    """The settings that shape the weights as YAML, with every default; without folders and other places."""
+    import yaml
+
+    kept = facts.config.model_dump(mode="json", include={"arm", "task", "seed", "layout", "loss", "student", "train"})
+    kept["train"] = {key: value for key, value in kept["train"].items() if key not in _PLACES}
+    if kept["student"]["model_name_or_path"] is not None:
+        kept["student"]["model_name_or_path"] = facts.base_model or "a model from a local folder"
+    return redact(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)).replace("`", "'")
 
 
 def training_words(facts: CardFacts) -> str:

@@ -15,12 +15,13 @@ from pst_dist.config.loading import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
 from pst_dist.evaluation.evaluate import SPLITS_SCORED
 from pst_dist.evaluation.records import read_metrics
+from pst_dist.evaluation.scores import per_correct
 from pst_dist.evaluation.verdict import verdict
-from pst_dist.publish import html, plots
+from pst_dist.publish import html, markdown, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.redaction import redact
-from pst_dist.storage.outputs import check_output, is_page, write_output
+from pst_dist.storage.outputs import check_output, is_markdown_page, is_page, write_output
 
 _SHOWN = 12
 _ACCURACY_CAPTION = (
@@ -37,31 +38,37 @@ _CURVES_CAPTION = (
 
 
 def compare_report(runs: Sequence[Path], target: Path) -> Path:
-    """Write one self-contained page with all arms side by side to `target` and return its path.
+    """Write one self-contained page with all arms side by side to `target`, its tables beside it as `.md`; returns it.
 
     Raises InputError and StaleError as `compare` does, InputError for a target that is not ours, and EnvironmentFault
     without matplotlib or scipy.
     """
+    text = target.with_suffix(".md")
     check_output(target, is_page)
+    check_output(text, is_markdown_page)
     comparison = compare(runs)
     metrics = [read_metrics(arm.run / "metrics.jsonl") for arm in comparison.arms]
     samples, disagreements = _side_by_side(comparison)
+    values: dict[str, Any] = {
+        "comparison": comparison,
+        "verdict": verdict(comparison),
+        "arms": _arms_table(comparison),
+        "samples": samples,
+        "disagreements": disagreements,
+        "costs": _cost_table(comparison),
+        "commands": _commands(comparison, target),
+    }
     page = render(
         "compare.html",
-        comparison=comparison,
-        verdict=verdict(comparison),
         headline=_comparison_headline(comparison),
-        arms=_arms_table(comparison),
         has_cost_baseline=any(arm.times_fewer_tokens for arm in comparison.arms),
         cost_baseline=COST_BASELINE,
         chance=html.percent(comparison.arms[0].results.get("chance") or None),
         accuracy_figure=Figure(plots.accuracy_plot(comparison), _ACCURACY_CAPTION),
         curves=Figure(png, _CURVES_CAPTION) if (png := plots.curves_plot(comparison, metrics)) else None,
-        samples=samples,
-        disagreements=disagreements,
-        costs=_cost_table(comparison),
-        commands=_commands(comparison, target),
+        **values,
     )
+    write_output(text, render("compare.md", md=markdown, **values), is_markdown_page)
     write_output(target, page, is_page)
     return target
 
@@ -122,21 +129,12 @@ def _cost_table(comparison: Comparison) -> Table:
             html.duration(training["seconds"]) if training else "",
             f"{training['tokens']:,}" if training else "",
             f"{training['tokens'] / training['seconds']:,.0f}" if training.get("seconds") else "",
-            *_per_correct(arm.results),
+            *per_correct(arm.results),
             f"{arm.results.get('parameters', 0):,}",
             str(arm.results["seed"]),
         )
         rows.append([Cell(arm.label, colour=style["color"]), *(Cell(cell, "right") for cell in cells)])
     return Table(head, rows)
-
-
-def _per_correct(results: dict[str, Any]) -> tuple[str, str]:
-    """(mean tokens, median milliseconds) to the answer, each divided by the accuracy."""
-    accuracy, latency = results["accuracy"], results["milliseconds_to_answer"]
-    if not accuracy:
-        return "none correct", "none correct"
-    milliseconds = f"{latency['median'] / accuracy:.1f}" if latency else ""
-    return f"{results['tokens_to_answer']['mean'] / accuracy:.1f}", milliseconds
 
 
 def _commands(comparison: Comparison, target: Path) -> str:

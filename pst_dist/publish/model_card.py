@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.arms import ARMS
+from pst_dist.evaluation.scores import per_correct
 from pst_dist.publish.card_code import answer_code, prompt_text, rationale_code, thinking_code
-from pst_dist.publish.card_facts import CardFacts, lineage, synthetic_words, training_words
+from pst_dist.publish.card_facts import CardFacts, lineage, settings_text, synthetic_words, training_words
 from pst_dist.publish.render import render
 from pst_dist.student.chat import NEXT, SYSTEM
 from pst_dist.student.warm_start import warm_shape
@@ -43,6 +44,7 @@ def model_card(facts: CardFacts) -> str:
         # Training records validation scores; without validation rows it keeps the last step and records none.
         chosen=any(facts.student.extra.get(metric) is not None for metric in ("answer_nll", "accuracy")),
         lineage=lineage(facts),
+        settings=settings_text(facts),
         made_up=synthetic_words(facts),
         lower_case=warm_shape(facts.config.student) is not None,
     )
@@ -129,4 +131,5 @@ def _score_cells(row: dict[str, Any]) -> list[str]:
         "unknown" if row["chance"] is None else f"{100 * row['chance']:.1f} %",
         f"{row['tokens_to_answer']['mean']:.1f}",
         f"{latency['median']:.0f}" if latency else "not measured",
+        per_correct(row)[0],
     ]

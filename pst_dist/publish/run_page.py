@@ -1,7 +1,8 @@
-"""The page of one run: training curves, scores, sample answers, and what it was made from.
+"""The page of one run: training curves, scores, its worst answers, what was left out, and what it was made from.
 
-Everything shown is read from the run directory; nothing is computed here. The plots come from `plots`, the layout
-from `templates/run.html`; `compare_page` compares several arms.
+Beside `report.html` stands `report.md` with the same tables. Everything shown is read from the run directory; nothing
+is computed here. The plots come from `plots` and `cost_plots`, the layout from `templates/run.html` and `run.md`;
+`compare_page` compares several arms.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pst_dist.errors import InputError
 from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, evaluations_of
 from pst_dist.evaluation.explanations import explanation_lines
 from pst_dist.evaluation.records import check_whole, read_metrics, read_rows, read_training
-from pst_dist.publish import html, plots
+from pst_dist.evaluation.scores import per_correct
+from pst_dist.publish import cost_plots, html, markdown, plots
 from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
+from pst_dist.publish.run_details import left_out, worst_rows
 from pst_dist.redaction import redact
 from pst_dist.storage.json_files import read_object
 from pst_dist.storage.manifest import Manifest, read_manifest
-from pst_dist.storage.outputs import check_output, is_page, is_picture, write_output
+from pst_dist.storage.outputs import check_output, is_markdown_page, is_page, is_picture, write_output
 
 __all__ = ["compare_report", "report"]
 
@@ -32,13 +35,14 @@ _MOVE = "move it away"
 
 
 def report(run: Path) -> Path:
-    """Write `run/report.html` and `run/plots/*.png` from the files in the run directory; returns the page's path.
+    """Write `report.html`, `report.md` and `plots/*.png` from the files of a run directory; returns the HTML page.
 
     A run without an evaluation is shown as far as it got. Evaluations of an older student are omitted. Raises
     InputError when no training is found, and for a page or picture that was not written by pst.
     """
-    target = run / "report.html"
+    target, text = run / "report.html", run / "report.md"
     check_output(target, is_page, inside=run, remedy=_MOVE)
+    check_output(text, is_markdown_page, inside=run, remedy=_MOVE)
     metrics = read_metrics(run / "metrics.jsonl")
     training = read_training(run / "train.json", whole=True)
     if not metrics and not training:
@@ -47,21 +51,34 @@ def report(run: Path) -> Path:
     evaluations = evaluations_of(run, student)
     for results in evaluations:
         check_whole(results, run / "eval" / results["split"] / RESULTS)
-    page = render(
-        "run.html",
-        name=run.name,
-        arm=student.extra.get("arm") if student else None,
-        task=evaluations[0]["task"] if evaluations else None,
-        steps=training["steps"] if training else metrics[-1]["step"],
-        headline=_headline(evaluations, training),
-        figures=_training_figures(run, metrics, training) if metrics else [],
-        scores=_scores(evaluations) if evaluations else None,
-        samples=_samples(run, evaluations[0]["split"]) if evaluations else None,
-        digests=html.pairs_table(_digests(student, evaluations)),
+    rows = read_rows(run / "eval" / evaluations[0]["split"] / SAMPLES) if evaluations else []
+    figures = _figures(run, metrics, training, rows)
+    values: dict[str, Any] = {
+        "name": run.name,
+        "arm": student.extra.get("arm") if student else None,
+        "task": evaluations[0]["task"] if evaluations else None,
+        "steps": training["steps"] if training else metrics[-1]["step"],
+        "headline": _headline(evaluations, training),
+        "scores": _scores(evaluations) if evaluations else None,
+        "worst": worst_rows(rows),
+        "worst_words": _WORST_WORDS,
+        "samples": _samples(rows) if evaluations else None,
+        "left_out": left_out(run, metrics, evaluations),
+        "digests": html.pairs_table(_digests(student, evaluations)),
         **_record(run),
+    }
+    page = render("run.html", figures=list(figures.values()), **values)
+    plots_of_it = [(f"plots/{name}.png", figure.caption) for name, figure in figures.items()]
+    write_output(
+        text, render("run.md", md=markdown, plots=plots_of_it, **values), is_markdown_page, inside=run, remedy=_MOVE
     )
     write_output(target, page, is_page, inside=run, remedy=_MOVE)
     return target
+
+
+_WORST_WORDS = (
+    "Wrong answers: first those without a parsable answer, then those whose rationale is least like the teacher's."
+)
 
 
 def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -> list[tuple[str, str]]:
@@ -85,8 +102,12 @@ def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -
     return tiles
 
 
-def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[str, Any]) -> list[Figure]:
-    """The plots of a training, each also written to run/plots."""
+def _figures(
+    run: Path, metrics: list[dict[str, Any]], training: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> dict[str, Figure]:
+    """The plots of a training and of the scored rows by name, each also written to run/plots."""
+    if not metrics:
+        return {}
     metric = training.get("metric", "answer_nll")
     drawn = {
         "loss": (
@@ -109,11 +130,19 @@ def _training_figures(run: Path, metrics: list[dict[str, Any]], training: dict[s
     if metric != "accuracy":
         accuracy = plots.validation_plot(metrics, training.get("best_step"), "accuracy")
         drawn["validation_accuracy"] = (accuracy, "Accuracy on the validation rows during training.")
-    found = []
+    drawn["lengths"] = (
+        cost_plots.lengths_plot(rows),
+        "Tokens that the student wrote up to the end of its answer, over the scored rows.",
+    )
+    drawn["throughput"] = (
+        cost_plots.throughput_plot(metrics),
+        "Tokens of training sequences per second, and the share of the computed positions that is padding.",
+    )
+    found = {}
     for name, (png, caption) in drawn.items():
         if png is not None:
             write_output(run / "plots" / f"{name}.png", png, is_picture, inside=run, remedy=_MOVE)
-            found.append(Figure(png, caption))
+            found[name] = Figure(png, caption)
     return found
 
 
@@ -131,6 +160,7 @@ def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
         ("incomplete: no stop token", lambda r: f"{r['incomplete']} rows"),
         ("tokens to the answer: mean, median, 95th percentile", _tokens),
         ("milliseconds to the answer: median, 90th percentile", _milliseconds),
+        ("tokens, milliseconds per correct answer", _per_correct),
         ("rows per second, batched", lambda r: f"{r['rows_per_second']:.1f}"),
         ("cosine of the rationale to the teacher's", _similarity),
         ("measured on", lambda r: r["device"]),
@@ -181,6 +211,10 @@ def _milliseconds(results: dict[str, Any]) -> str:
     return f"{latency['median']:.1f}, {latency['p90']:.1f}" if latency else "not measured"
 
 
+def _per_correct(results: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(words for words in per_correct(results) if words))
+
+
 def _similarity(results: dict[str, Any]) -> str:
     likeness = results.get("rationale_similarity")
     if not likeness:
@@ -189,9 +223,9 @@ def _similarity(results: dict[str, Any]) -> str:
     return f"{own:.3f} (other rows' teachers: {others:.3f})"
 
 
-def _samples(run: Path, split: str) -> Table:
+def _samples(scored: Sequence[dict[str, Any]]) -> Table:
     """The first scored rows, with their rationales if any were generated."""
-    rows = read_rows(run / "eval" / split / SAMPLES)[:_SHOWN]
+    rows = scored[:_SHOWN]
     explained = any(row.get("rationale") for row in rows)
     head: Row = [
         "question",

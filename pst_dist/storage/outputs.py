@@ -66,6 +66,11 @@ def is_page(head: bytes) -> bool:
     return b'<meta name="generator" content="pst_dist">' in head or b":root { --ink: #1f2733; --soft: #5b6472;" in head
 
 
+def is_markdown_page(head: bytes) -> bool:
+    """A Markdown page of ours, by its first line."""
+    return head.startswith(b"<!-- generator: pst_dist -->")
+
+
 def is_node_report(head: bytes) -> bool:
     """What `pst doctor --report` writes."""
     return head.lstrip().startswith(b"{") and b'"kind": "pst doctor"' in head

@@ -70,6 +70,14 @@ class PSTBatch:
         return torch.tensor([answers, self.is_answer.numel() - answers, len(self.spans)], dtype=torch.float64)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt and target together."""
+        each = self.attention_mask.sum(1)
+        if self.encoder_attention_mask is not None:
+            each = each + self.encoder_attention_mask.sum(1)
+        return [int(length) for length in each] if self.counts.any() else []
+
+    @property
     def tokens(self) -> int:
         """Tokens of the sequences (of the decoder's, with an encoder); none in a pass without samples."""
         return int(self.attention_mask.sum()) if self.counts.any() else 0

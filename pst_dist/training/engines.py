@@ -46,6 +46,8 @@ class Engine(ABC):
 
     def __init__(self, student: Student, ranks: Ranks) -> None:
         self.student, self.ranks, self.device = student, ranks, device_of(ranks)
+        self.busy_seconds = 0.0
+        """Time of this rank's forward and backward passes so far."""
 
     @property
     @abstractmethod

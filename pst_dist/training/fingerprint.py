@@ -18,6 +18,8 @@ from pst_dist.storage.manifest import digest_of
 _FREE = {
     "logging_steps",
     "report_to",
+    "metrics_port",
+    "sample_answers",
     "num_threads",
     "dataloader_num_workers",
     "save_steps",

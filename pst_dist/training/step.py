@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,9 +23,9 @@ from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.engines import Engine
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.metrics import StepRecord
 from pst_dist.training.optimizer import learning_rate_at
 from pst_dist.training.state import RunState
+from pst_dist.training.step_record import StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def _run_passes(engine: Engine, batches: Sequence[PSTBatch], scales: Tensor, ste
     """Forward and backward passes of this rank: the [3] float64 sums of each, and the sum of the cosines."""
     # Summed on the device: reading them here would sync with it in every pass.
     cosine = torch.zeros((), dtype=torch.float64, device=engine.device)
-    passes = []
+    passes, started = [], time.monotonic()
     device_scales = scales.float().to(engine.device)
     for index, batch in enumerate(batches):
         at("forward", step)
@@ -135,6 +136,7 @@ def _run_passes(engine: Engine, batches: Sequence[PSTBatch], scales: Tensor, ste
         engine.backward(output.loss, last=index == len(batches) - 1)
         passes.append(output.sums.double())
         cosine += output.cosine.double()
+    engine.busy_seconds += time.monotonic() - started
     return passes, cosine
 
 

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pst_dist.storage.atomic import write_text
 
 log = logging.getLogger(__name__)
 _PROJECT = "pst_dist"
+PROMETHEUS = "prometheus"
 _IDS = "trackers.json"
 """File in the run directory with this run's id in each tracker, so that a resumed training continues the same run."""
 
@@ -70,6 +71,12 @@ class Tracker(abc.ABC):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Report finite numbers of an optimizer step, counted from 1; steps never decrease."""
 
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:  # noqa: B027  optional
+        """Report a distribution, such as the lengths of the sequences since the last validation."""
+
+    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027  optional
+        """Report rows of text, such as sample answers; all have the same keys."""
+
     @abc.abstractmethod
     def finish(self, failed: bool) -> None:
         """Close the run; `failed` when an error or an interrupt ended the training."""
@@ -88,6 +95,16 @@ class TensorBoard(Tracker):
         """Write one scalar per value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Write a histogram."""
+        import numpy as np
+
+        self._writer.add_histogram(name, np.asarray(values, dtype=np.float64), step)
+
+    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows as a table, which TensorBoard reads as Markdown."""
+        self._writer.add_text(name, markdown_table(rows), step)
 
     def finish(self, failed: bool) -> None:
         """Flush and close."""
@@ -118,6 +135,20 @@ class WeightsAndBiases(Tracker):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write one row of the run's history."""
         self._run.log(dict(values), step=step)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Write a histogram."""
+        import wandb
+
+        self._run.log({name: wandb.Histogram(list(values))}, step=step)
+
+    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows as a table."""
+        import wandb
+
+        columns: list[Any] = list(rows[0])
+        table = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        self._run.log({name: table}, step=step)
 
     def finish(self, failed: bool) -> None:
         """Send the buffered rows and close the run."""
@@ -196,6 +227,18 @@ class Trackio(Tracker):
             self._run.finish()
 
 
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table; line breaks and bars of a cell are spelled out."""
+    columns = list(rows[0])
+
+    def line(cells: Sequence[Any]) -> str:
+        texts = (str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
+        return f"| {' | '.join(texts)} |"
+
+    body = [line([row[column] for column in columns]) for row in rows]
+    return "\n".join([line(columns), line(["---"] * len(columns)), *body])
+
+
 TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
@@ -228,9 +271,22 @@ class Trackers:
             for name, value in values.items()
             if isinstance(value, int | float) and math.isfinite(value)
         }
+        self._each(lambda tracker: tracker.log(step, numbers))
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Report a distribution, if it has values."""
+        if values:
+            self._each(lambda tracker: tracker.histogram(step, name, values))
+
+    def text(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Report rows of text, if there are any."""
+        if rows:
+            self._each(lambda tracker: tracker.text(step, name, rows))
+
+    def _each(self, report: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._running.items()):
             try:
-                tracker.log(step, numbers)
+                report(tracker)
             except Exception as error:
                 self._give_up(name, error)
 
@@ -245,7 +301,7 @@ class Trackers:
 
     def _give_up(self, name: str, error: Exception) -> None:
         self._running.pop(name, None)
-        if isinstance(error, ModuleNotFoundError) and name in TRACKERS:
+        if isinstance(error, ModuleNotFoundError) and name in (*TRACKERS, PROMETHEUS):
             extra = "train" if name == "tensorboard" else name
             reason = f"the package {error.name} is not installed: pip install 'pst-dist[{extra}]'"
         else:

@@ -67,6 +67,7 @@ from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines import Engine, build_engine
 from pst_dist.training.fingerprint import choosing_metric, settings_digest, training_settings
 from pst_dist.training.head_fit import fit_head
+from pst_dist.training.live import RankSigns, gather_signs
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
@@ -214,6 +215,7 @@ class _Training:
             )
         self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
         self.device = device_of(ranks)
+        self._busy_before = time.monotonic(), 0.0
 
     def run_all(self) -> TrainingResult:
         with working():
@@ -382,7 +384,9 @@ class _Training:
                 state = after_good_step(advanced(state, step=state.step + 1), taken.loss, train)
                 state = after_measured(state, taken, self.config.loss)
                 loss = taken.loss
-                metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1))
+                signs = self._signs(engine) if metrics.is_logged(state.step) else []
+                lengths = [length for batch in batches for length in batch.lengths] if self.ranks.is_main else []
+                metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1), signs=signs, lengths=lengths)
             state = advanced(state, tokens=tokens, seconds=seconds, loss_scaling=engine.scaling)
             last = state.step == self.total
             if state.step % every_eval == 0 or last:
@@ -400,6 +404,13 @@ class _Training:
             at("data", state.step + 1)
         saver.settle()
         return state
+
+    def _signs(self, engine: Engine) -> list[RankSigns]:
+        """Each rank's share of the time since the last call; collective."""
+        now, busy = time.monotonic(), engine.busy_seconds
+        share = (busy - self._busy_before[1]) / max(now - self._busy_before[0], 1e-9)
+        self._busy_before = now, busy
+        return gather_signs(self.ranks, self.device, min(1.0, share))
 
     def _has_stopped_early(self, state: RunState) -> bool:
         """Whether `train.early_stopping_patience` validations in a row, the last at this step, were not the best."""
@@ -449,10 +460,13 @@ class _Training:
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows and keep the student if it is the best so far."""
         at("validation", state.step)
+        started = time.monotonic()
         value = self.validator.score(engine, held(self.weights, self.config.loss, state))
         if value.loss is not None and not math.isfinite(value.loss):
             raise diverged_validation(value.loss, state.step)
-        metrics.validation(state.step, value)
+        metrics.validation(state.step, value, seconds=time.monotonic() - started)
+        with together(self.ranks):
+            metrics.answers(state.step, self.validator.sample_answers(engine))
         metric = choosing_metric(self.config)
         chosen = value.chosen(metric)
         if chosen is not None and state.best_value is not None and not is_better(metric, chosen, state.best_value):

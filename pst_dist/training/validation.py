@@ -59,6 +59,24 @@ class ValidationScore:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class SampleAnswer:
+    """What the student answered to one validation question."""
+
+    question: str
+    gold: str
+    answer: str
+    tokens: int
+    """Tokens to the end of the answer."""
+    right: bool
+
+
+_SAMPLE_TOKENS = 64
+"""Most tokens of a sample answer: an untrained student writes on and on."""
+_SHOWN = 300
+"""Most characters of a sample's texts."""
+
+
 def is_better(metric: str, value: float, best: float) -> bool:
     """Whether `value` beats `best`: higher accuracy or lower loss. A tie keeps the later, longer-trained student."""
     return value >= best if metric == "accuracy" else value <= best
@@ -177,9 +195,7 @@ class Validator:
     def _accuracy(self, engine: Engine) -> float:
         usual = None if self.config.data.mixture else get_task(self.config.task, self.config.data.answer_type)
         mine = [self.samples[index] for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size)]
-        # Frozen matrices in bfloat16 beside float32 adapters need autocast, as in the engines' forward.
-        mixed = self.config.student.lora.frozen_dtype == "bfloat16"
-        with torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=mixed):
+        with self._decoding(engine):
             decoded = self._decoded(engine, mine)
         right = sum(
             is_right(task_of(sample, usual), self.layout.format, sample, answer)
@@ -188,7 +204,34 @@ class Validator:
         total = sums_over_ranks(torch.tensor([float(right), float(len(mine))], dtype=torch.float64))
         return float(total[0] / total[1])
 
-    def _decoded(self, engine: Engine, mine: Sequence[ReasoningSample]) -> list[Decoded]:
+    def sample_answers(self, engine: Engine) -> list[SampleAnswer]:
+        """Answers to the first validation questions, on rank zero (elsewhere none); none where ZeRO-3 cuts weights."""
+        chosen = [self.samples[k] for k in range(min(self.config.train.sample_answers, len(self.samples)))]
+        if not chosen or not self.ranks.is_main or engine.name == "zero3":
+            return []
+        task = None if self.config.data.mixture else get_task(self.config.task, self.config.data.answer_type)
+        with self._decoding(engine):
+            decoded = self._decoded(engine, chosen, min(_SAMPLE_TOKENS, self.config.evaluate.max_new_tokens))
+        fmt = self.layout.format
+        return [
+            SampleAnswer(
+                sample.question[:_SHOWN],
+                sample.answer[:_SHOWN],
+                one.answer_text.strip()[:_SHOWN],
+                one.answer_tokens,
+                is_right(task_of(sample, task), fmt, sample, one),
+            )
+            for sample, one in zip(chosen, decoded, strict=True)
+        ]
+
+    def _decoding(self, engine: Engine) -> torch.autocast:
+        # Frozen matrices in bfloat16 beside float32 adapters need autocast, as in the engines' forward.
+        mixed = self.config.student.lora.frozen_dtype == "bfloat16"
+        return torch.autocast(engine.device.type, dtype=torch.bfloat16, enabled=mixed)
+
+    def _decoded(
+        self, engine: Engine, mine: Sequence[ReasoningSample], most_tokens: int | None = None
+    ) -> list[Decoded]:
         return decode_answers(
             engine.student.model,
             self.tokenizer,
@@ -196,6 +239,6 @@ class Validator:
             [self.layout.format.asked(sample) for sample in mine],
             batch_size=self.config.evaluate.batch_size,
             batch_tokens=self.config.evaluate.batch_tokens,
-            max_new_tokens=self.config.evaluate.max_new_tokens,
+            max_new_tokens=most_tokens or self.config.evaluate.max_new_tokens,
             on_token=lambda _: alive(),
         )

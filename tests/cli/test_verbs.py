@@ -33,7 +33,7 @@ def test_the_list_of_verbs_holds_each_once_with_its_line_of_help(capsys):
     with pytest.raises(SystemExit):
         run_verb(["--help"])
     printed = capsys.readouterr().out
-    assert len(VERBS) == len(main._VERBS) == 22
+    assert len(VERBS) == len(main._VERBS) == 23
     for verb in main._VERBS:
         assert f" {verb.name} {verb.help}" in " ".join(printed.split())
 

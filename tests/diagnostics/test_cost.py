@@ -142,7 +142,7 @@ def test_the_page_names_the_chosen_stage_and_what_is_not_known(capsys):
     assert run_verb(["plan", *_demo("nodes=2", "gpus=8", "train.deepspeed=zero2", "gpu_memory=0.0001")]) == 0
     page = capsys.readouterr().out
     assert "2 x 8 ranks, zero2" in page and "does not fit in 0.0001 GiB" in page
-    assert "unknown: set tokens_per_second=…" in page
+    assert "unknown: add --measure, or set tokens_per_second=…" in page
     (chosen,) = (line for line in page.splitlines() if "<- this run" in line)
     assert chosen.startswith("  ZeRO stage 2")
 

@@ -125,8 +125,9 @@ def test_a_runs_page_shows_plots_scores_answers_and_record_and_fetches_nothing(t
     assert report(run) == run / "report.html"
     reader = checked(run / "report.html")
     drawn = {entry.name for entry in (run / "plots").iterdir()}
-    assert drawn == {"loss.png", "cosine.png", "gradient_shares.png", "validation.png", "validation_accuracy.png"}
-    assert len(reader.links) == 5
+    names = ("loss", "cosine", "gradient_shares", "validation", "validation_accuracy", "lengths")
+    assert drawn == {f"{name}.png" for name in names}
+    assert len(reader.links) == 6
     for words in ("75.00 %", "21.65 points", "4.0, 4, 4", "12.5, 14.0", "33 s", "4,567 tokens", "d" * 64, "e" * 64):
         assert words in reader.text, words
     assert EVIL in reader.text and "python: 3.12" in reader.text and "arm: pst" in reader.text

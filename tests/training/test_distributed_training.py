@@ -227,3 +227,11 @@ def test_a_stopped_zero3_run_goes_on_to_the_same_end(runs, small_data):
     assert [row["step"] for row in resumed] == list(range(1, 9))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     assert read_json(runs / "resumed" / "train.json")["steps"] == 8
+
+
+def test_each_rank_tells_its_share_of_the_time_and_its_memory(runs):
+    live = read_json(runs / "gpt2-zero2" / "live.json")
+    assert [one["rank"] for one in live["ranks"]] == [0, 1]
+    assert all(0 < one["busy"] <= 1 and one["memory_bytes"] > 50 * 2**20 for one in live["ranks"])
+    assert live["state"] == "done" and live["answers"]
+    assert read_json(runs / "gpt2-zero3" / "live.json")["answers"] == [], "no rank has whole weights"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_run import make_small_data, small_config
 
-from pst_dist.training.metrics import StepRecord
+from pst_dist.training.step_record import StepRecord
 from pst_dist.training.trainer import train
 
 

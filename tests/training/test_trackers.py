@@ -18,7 +18,8 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError
 from pst_dist.storage.manifest import read_lines
 from pst_dist.training.fingerprint import training_settings
-from pst_dist.training.metrics import MetricsLog, StepRecord
+from pst_dist.training.metrics import MetricsLog
+from pst_dist.training.step_record import StepRecord
 from pst_dist.training.trackers import TrackedRun, Tracker, Trackers
 from pst_dist.training.validation import ValidationScore
 

@@ -136,6 +136,7 @@ def work(loop_config: dict[str, Orders]) -> Any:
             f"node {os.uname().nodename} has pst_dist {__version__}, the driver has {orders.version}",
             "install the same version on all nodes",
         )
+    from pst_dist.clusters.ray.metrics import RayMetrics
     from pst_dist.distributed.preemption import StopRequest
     from pst_dist.training.trainer import train
 
@@ -152,7 +153,7 @@ def work(loop_config: dict[str, Orders]) -> Any:
             orders.config,
             rebuild=orders.rebuild and start == 1,  # a later start must keep what the lost ranks have saved
             observer=reporter.saved,
-            trackers={"ray": reporter},
+            trackers={"ray": reporter, "ray metrics": RayMetrics()},
             stop=stop,
             lock_seconds=_FIRST_LOCK_SECONDS if start == 1 else _LOCK_SECONDS,
         )

@@ -184,7 +184,7 @@ def _initialising(holding: DividedHolding) -> Iterator[None]:
 
     names = [*initialization.TORCH_INIT_FUNCTIONS, "copy_"]
     before = {name: getattr(initialization, name) for name in names}
-    PreTrainedModel._initialize_weights = initialise  # type: ignore[method-assign, assignment]
+    PreTrainedModel._initialize_weights = initialise  # type: ignore[method-assign]
     for name in names:
         setattr(initialization, name, gathering(before[name]))
     try:

@@ -30,12 +30,14 @@ from pst_dist.embedding.embed import EmbeddedShard
 from pst_dist.embedding.files import FolderFiles
 from pst_dist.logs import Progress
 
+FOLDER = sys.argv[1]
+
 class Probe:
     def __init__(self, *_): pass
     def ready(self): pass
     def embed(self, shard):
         import ray
-        Path(sys.argv[1], shard.name).write_text(json.dumps(ray.get_runtime_context().get_assigned_resources()))
+        Path(FOLDER, shard.name).write_text(json.dumps(ray.get_runtime_context().get_assigned_resources()))
         return EmbeddedShard(shard.name, 1, "", 1, 0, None, True)
 
 if __name__ == "__main__":

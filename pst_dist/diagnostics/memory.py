@@ -220,7 +220,7 @@ def host_memory(
     offloaded = (12.0 * trained / n if kept["offload_optimizer"] else 0.0) + (
         4.0 * p / n if kept["offload_param"] else 0.0
     )
-    copy = 12.0 * trained / n if config.train.save_in_background else 0.0
+    copy = (4.0 * trained + optimizer_bytes(config, shape, trained)) / n if config.train.save_in_background else 0.0
     student = 4.0 * trained if not divided else 0.0
     return HostMemory(_PROGRAM_BYTES[stage is not None], loading, copy, student, offloaded)
 

@@ -21,8 +21,10 @@ from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepsp
 
 _NF4_BYTES = 0.516
 """Bytes a weight in NF4 with double quantisation: 4.127 bits (Dettmers et al., arXiv 2305.14314, section 3)."""
-_PROGRAM_BYTES = {False: 0.55 * 2**30, True: 0.8 * 2**30}
+_PROGRAM_BYTES = {False: 0.45 * 2**30, True: 0.7 * 2**30}
 """Resident memory of a rank before its student is built, without and with DeepSpeed (torch 2.13, transformers 5.24)."""
+_GRADIENTS = 1 / 3
+"""Share of a layer's tensors whose gradients exist beside them at one moment of the backward pass."""
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """The most that a chunk of logits takes (`kernels.ops.CHUNK_BYTES`, which needs torch)."""
 
@@ -156,9 +158,8 @@ def activation_bytes(config: Config, shape: ModelShape, tokens: float, longest: 
     if config.student.gradient_checkpointing:
         # The input of each layer, and the activations of the one layer being recomputed.
         inputs = 4.0 * shape.hidden_size * (decoders * written + shape.encoder_layers * read)
-        return ends + inputs + 2 * max(layer, encoder)
-    # The gradients of one layer's tensors exist beside them for a moment.
-    return ends + decoders * layer + shape.encoder_layers * encoder + max(layer, encoder)
+        return ends + inputs + (1 + _GRADIENTS) * max(layer, encoder)
+    return ends + decoders * layer + shape.encoder_layers * encoder + _GRADIENTS * max(layer, encoder)
 
 
 def _layer_bytes(shape: ModelShape, bf16: bool) -> float:

@@ -21,7 +21,7 @@ from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepsp
 
 _NF4_BYTES = 0.516
 """Bytes a weight in NF4 with double quantisation: 4.127 bits (Dettmers et al., arXiv 2305.14314, section 3)."""
-_PROGRAM_BYTES = {False: 0.45 * 2**30, True: 0.7 * 2**30}
+_PROGRAM_BYTES = {False: 0.45 * 2**30, True: 0.6 * 2**30}
 """Resident memory of a rank before its student is built, without and with DeepSpeed (torch 2.13, transformers 5.24)."""
 _GRADIENTS = 1 / 3
 """Share of a layer's tensors whose gradients exist beside them at one moment of the backward pass."""

@@ -110,7 +110,7 @@ def plan(arguments: argparse.Namespace) -> int:
     "pst doctor my.yaml nodes=2 gpus=8",
     Option("config", nargs="?", help="config file, run directory, ready-made name, or a first report"),
     overrides(
-        "keys of the config, nodes=N, gpus=N (per node; or CPU ranks), hostfile=PATH; or more reports to compare",
+        "keys of the config, nodes=N, gpus=N (per node), hostfile=PATH; or more reports to compare",
         "word",
     ),
     Option("--report", metavar="FILE.json", help="also write the facts about this node, to compare it with others"),

@@ -126,8 +126,9 @@ class RayConfig(Section):
     """Number of encoder actors. Default: as many as the cluster can hold."""
     num_cpus_per_actor: Annotated[float, Field(gt=0)] = 1
     """CPU cores per actor; also its number of torch threads."""
-    num_gpus_per_actor: Weight = 0
-    """GPUs per actor. A fraction lets several actors share one GPU."""
+    num_gpus_per_actor: Weight | None = None
+    """GPUs per actor; 0 for the CPU. A fraction lets several actors share one GPU. Default: 1 on a cluster that has
+    GPUs, else 0."""
 
 
 class EmbedConfig(Section):

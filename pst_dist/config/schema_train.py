@@ -24,8 +24,9 @@ class RayTrainConfig(Section):
     newest checkpoint, which costs the steps since then."""
     num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPU cores per rank."""
-    num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
-    """1 gives each rank a GPU and communicates through NCCL; 0 uses CPUs and gloo."""
+    num_gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
+    """1 gives each rank a GPU and communicates through NCCL; 0 uses CPUs and gloo. Default: 1 on a cluster that has
+    GPUs, else 0."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How Ray places ranks: on few nodes (PACK) or across many (SPREAD). The STRICT_ variants wait until it is
     possible."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pst_dist.config.schema import TrainConfig
-from pst_dist.diagnostics.cost import GIB, Plan, zero_stage
+from pst_dist.diagnostics.cost import GIB, Plan
+from pst_dist.diagnostics.memory import zero_stage
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -25,16 +26,15 @@ def plan_lines(plan: Plan) -> list[str]:
         f"checkpoint   {_bytes(plan.checkpoint_bytes)}, {plan.checkpoint_seconds:.3g} s at "
         f"{machines.write_gb_per_second:g} GB/s; {train.save_total_limit + 1} of them, including the best one, take "
         f"{_bytes((train.save_total_limit + 1) * plan.checkpoint_bytes)}",
-        f"failures     {'?' if plan.failures is None else f'{plan.failures:.2g}'} expected; to lose the least work, "
-        f"save every {plan.save_every_seconds / 60:.3g} min"
-        + (f" = train.save_steps={plan.save_every_steps}" if plan.save_every_steps else "")
-        + " (Young 1974; Daly 2006: sqrt(2 x save time x time between failures))",
+        f"failures     {'?' if plan.failures is None else f'{plan.failures:.2g}'} expected; {_saves(plan)}",
         "",
         f"memory per rank  {'weights':>10} {'gradients':>10} {'optimizer':>10} {'buckets':>10} "
         f"{'activations':>12} {'loss path':>10} {'total':>10}",
     ]
     chosen = zero_stage(train.deepspeed)
     for stage, memory in plan.by_stage.items():
+        if chosen is None and stage == 0:
+            memory = plan.memory  # one process collects no gradients in buckets
         parts = (
             memory.weights,
             memory.gradients,
@@ -48,6 +48,13 @@ def plan_lines(plan: Plan) -> list[str]:
         )
         mark = "  <- this run" if stage == chosen or (chosen is None and stage == 0) else ""
         lines.append(f"  ZeRO stage {stage}   {cells} {_bytes(memory.total):>10}{mark}")
+    host = plan.host
+    lines.append(
+        f"host memory  {_bytes(host.program)} for the program, {_bytes(host.loading)} more while loading, "
+        f"{_bytes(host.copied + host.student)} while saving"
+        + (f", {_bytes(host.offloaded)} offloaded" if host.offloaded else "")
+        + f"; on CPUs the process of rank 0 needs {_bytes(host.on_cpu(plan.memory))} in all"
+    )
     if machines.gpu_memory is not None:
         verdict = "fits" if plan.memory.total < 0.9 * machines.gpu_memory * GIB else "does not fit"
         lines.append(f"  one rank {verdict} in {machines.gpu_memory:g} GiB, with a tenth reserved for the allocator")
@@ -68,6 +75,16 @@ def _precision(train: TrainConfig) -> str:
     if train.fp16:
         return "fp16"
     return {True: "bf16", False: "float32", "auto": "float32 or bf16 (counted as float32)"}[train.bf16]
+
+
+def _saves(plan: Plan) -> str:
+    """How often to save (Young 1974; Daly 2006), within the length of the training."""
+    if plan.save_every_steps is not None and plan.save_every_steps >= plan.steps:
+        return "the training is shorter than the best time between two saves, so its last save is enough"
+    rule = "(Young 1974; Daly 2006: sqrt(2 x save time x time between failures))"
+    steps = f" = train.save_steps={plan.save_every_steps}" if plan.save_every_steps else ""
+    shorter = "" if plan.save_every_steps else ", or once at the end of a shorter training"
+    return f"to lose the least work, save every {plan.save_every_seconds / 60:.3g} min{steps}{shorter} {rule}"
 
 
 def _hours(hours: float | None, word: str) -> str:

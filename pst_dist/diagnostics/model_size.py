@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
@@ -25,6 +25,26 @@ _T5_BUCKETS = 32
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """The widths inside a layer, on which its activations depend."""
+
+    family: Literal["gpt2", "llama", "t5", "bert"]
+    """GPT-2: LayerNorm, one matrix for queries, keys and values, tanh GELU. Llama: RMSNorm, rotary positions, gated
+    MLP; also stands for architectures without a rule of their own. T5: RMSNorm, gated or plain MLP. BERT: LayerNorm
+    after the sum, exact GELU."""
+    inner: int
+    """Width of the MLP."""
+    queries: int
+    """Heads times width of a head."""
+    keys: int
+    """Key-value heads times width of a head: less than `queries` with grouped-query attention."""
+    heads: int
+    gated: bool = False
+    dropout: bool = False
+    """Whether the model drops out in training, as the published GPT-2 and T5 do."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes that memory and time depend on."""
 
@@ -37,6 +57,10 @@ class ModelShape:
     """Rows of the language-model head."""
     exact: bool
     """Whether the count comes from weight files or from a formula for exactly this architecture."""
+    layer: LayerShape
+    """What a layer is made of."""
+    encoder_layers: int = 0
+    """How many of the layers read the prompt alone, in an encoder-decoder."""
 
 
 def shape_of(student: StudentConfig, *, max_length: int) -> ModelShape:
@@ -102,7 +126,8 @@ def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
     sizes: dict[str, Any]
     common = {"vocab_size": -(-words // 8) * 8, "tie_word_embeddings": fresh.tie_word_embeddings}
     if fresh.architecture == "gpt2":
-        sizes = {"n_embd": width, "n_layer": fresh.num_layers, "n_positions": max_length}
+        sizes = {"n_embd": width, "n_layer": fresh.num_layers, "n_positions": max_length, "n_head": fresh.num_heads}
+        sizes |= {"resid_pdrop": 0.0, "attn_pdrop": 0.0}
     elif fresh.architecture == "llama":
         heads = {"num_attention_heads": fresh.num_heads, "num_key_value_heads": fresh.num_heads}
         sizes = {"hidden_size": width, "num_hidden_layers": fresh.num_layers, "intermediate_size": 4 * width, **heads}
@@ -111,6 +136,7 @@ def fresh_shape(fresh: FreshConfig, *, max_length: int) -> ModelShape:
             "num_heads": fresh.num_heads,
             "d_kv": width // fresh.num_heads,
             "feed_forward_proj": "gated-gelu",
+            "dropout_rate": 0.0,
         }
         sizes = {"d_model": width, "d_ff": 4 * width, "num_layers": fresh.num_layers, **gates}
     return shape_of_config({"model_type": fresh.architecture, **common, **sizes}, None, "student.fresh")
@@ -139,13 +165,20 @@ def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str
                 size("hidden_size", halves[-1]),
             )
             layers = sum(size("num_hidden_layers", half) for half in halves)
-            return ModelShape(counted or count, width, layers, size("vocab_size", halves[-1]), True)
+            last, encoders = halves[-1], size("num_hidden_layers", halves[0]) if len(halves) > 1 else 0
+            dropout = bool(last.get("hidden_dropout_prob", 0.1))
+            inner, heads = size("intermediate_size", last), size("num_attention_heads", last)
+            layer = LayerShape("bert", inner, width, width, heads, dropout=dropout)
+            return ModelShape(counted or count, width, layers, size("vocab_size", last), True, layer, encoders)
         vocabulary = size("vocab_size")
         if kind == "gpt2":
             width, layers = size("n_embd"), size("n_layer")
             inner = _optional(settings, "n_inner", where) or 4 * width
             block = 4 * width * width + 2 * width * inner + 9 * width + inner
             count = (vocabulary + size("n_positions")) * width + layers * block + 2 * width
+            dropout = any(settings.get(key, 0.1) for key in ("resid_pdrop", "attn_pdrop"))
+            heads = _optional(settings, "n_head", where) or 12
+            layer = LayerShape("gpt2", inner, width, width, heads, dropout=dropout)
         elif kind in ("t5", "mt5"):
             return _t5_shape(settings, vocabulary, counted, where)
         else:
@@ -157,7 +190,9 @@ def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str
             pairs = _optional(settings, "num_key_value_heads", where) or heads
             each = _optional(settings, "head_dim", where) or width // heads
             attention = 2 * width * heads * each + 2 * width * pairs * each
-            block = attention + 3 * width * size("intermediate_size") + 2 * width
+            inner = size("intermediate_size")
+            block = attention + 3 * width * inner + 2 * width
+            layer = LayerShape("llama", inner, heads * each, pairs * each, heads, gated=True)
             count = vocabulary * width + layers * block + width
     except KeyError as error:
         what = f"cannot compute the size of a {str(kind)[:60]!r} without {error.args[0]}"
@@ -165,7 +200,7 @@ def shape_of_config(settings: Mapping[str, Any], counted: int | None, where: str
     if not settings.get("tie_word_embeddings", kind == "gpt2"):
         count += vocabulary * width
     exact = counted is not None or kind in ("gpt2", "llama")
-    return ModelShape(counted or count, width, layers, vocabulary, exact)
+    return ModelShape(counted or count, width, layers, vocabulary, exact, layer)
 
 
 def warm_start_shape(bert: dict[str, Any], warm: str) -> ModelShape:
@@ -211,7 +246,9 @@ def _t5_shape(settings: Mapping[str, Any], vocabulary: int, counted: int | None,
     buckets = _optional(settings, "relative_attention_num_buckets", where) or _T5_BUCKETS
     ends = 2 * (heads * buckets + width)
     count = vocabulary * width + encoder + decoder + ends
-    return ModelShape(counted or count, width, layers + decoders, vocabulary, True)
+    inner, queries = size("d_ff"), heads * size("d_kv")
+    layer = LayerShape("t5", inner, queries, queries, heads, matrices == 3, bool(settings.get("dropout_rate", 0.1)))
+    return ModelShape(counted or count, width, layers + decoders, vocabulary, True, layer, layers)
 
 
 def _optional(settings: Mapping[str, Any], key: str, where: str) -> int | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.embedding.causal import CausalReader, causal_place, check_causal, reads_causal
-from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError, first_line
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.logs import without_chatter
 from pst_dist.models.load import every_weight_loaded, load_model_config, loading_errors
 from pst_dist.models.locate import (
@@ -56,6 +56,7 @@ class TextEncoder:
 
         Raises EnvironmentFault or InputError, in one line, when it cannot be loaded or is not an encoder.
         """
+        check_device(device or config.device)
         causal = reads_causal(config)
         folder = Path(causal_place(config).target) if causal else locate_encoder(config.encoder, config.revision)
         self._batch_tokens = config.batch_tokens
@@ -260,8 +261,34 @@ def _files_of(config: EmbedConfig, folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.suffix in suffixes and path.is_file()]
 
 
+def check_device(name: str | None) -> None:
+    """Raise ConfigError for a name that is no device, EnvironmentFault for a device that this machine does not have."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"embed.device={name!r} is not a device", "use cpu, cuda, cuda:1, …, or leave it out"
+        ) from error
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= count.get(device.type, 0) and device.type != "cpu":
+        kind = "GPU" if device.type in ("cuda", "mps") else "such device"
+        raise EnvironmentFault(
+            f"embed.device={name}, but torch finds {count.get(device.type, 0) or 'no'} {kind}(s) of this type here",
+            "leave it out for the best device that there is",
+        )
+
+
 def check_encoder(config: EmbedConfig) -> None:
-    """Raise what loading the encoder would raise, as far as its config files show; fetches a hub id."""
+    """Raise what loading the encoder would raise, as far as its config files show; fetches a hub id.
+
+    Raises EnvironmentFault for a device that this machine does not have, unless the encoder runs on a Ray cluster.
+    """
+    if config.backend == "local":
+        check_device(config.device)
     if reads_causal(config):
         check_causal(config)
         return

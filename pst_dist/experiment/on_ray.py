@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.gpus import gpus_each
 from pst_dist.config.run_dir import refuse_relative
 from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
@@ -36,6 +37,8 @@ def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) ->
     with ray_cluster(jobs.cluster) as ray, stop_requests() as told:
         if len(ray.nodes()) > 1:
             refuse_relative(runs[0].config, "Ray's workers work")
+        gpus = gpus_each(jobs.num_gpus_per_run, ray.cluster_resources())
+        jobs = jobs.model_copy(update={"num_gpus_per_run": gpus})
         _check_room(jobs, ray.cluster_resources())
         task = ray.remote(num_cpus=jobs.num_cpus_per_run, num_gpus=jobs.num_gpus_per_run, max_retries=_LOSSES)(_task)
         threads = max(1, int(jobs.num_cpus_per_run))
@@ -59,7 +62,7 @@ def work_on_ray(runs: Sequence[Run], jobs: RayJobs, *, keep: str, tell: Tell) ->
 
 
 def _check_room(jobs: RayJobs, resources: dict[str, float]) -> None:
-    for name, amount in (("CPU", jobs.num_cpus_per_run), ("GPU", jobs.num_gpus_per_run)):
+    for name, amount in (("CPU", jobs.num_cpus_per_run), ("GPU", jobs.num_gpus_per_run or 0)):
         if amount > resources.get(name, 0):
             raise EnvironmentFault(
                 f"a run needs {amount:g} {name}, but the whole cluster has {resources.get(name, 0):g}",

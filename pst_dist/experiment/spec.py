@@ -47,8 +47,8 @@ class RayJobs(Section):
     """Cluster to join, as in embed.ray.address; defaults to RAY_ADDRESS, else a local cluster."""
     num_cpus_per_run: Weight = 1
     """CPU cores per run; also its number of torch threads."""
-    num_gpus_per_run: Weight = 0
-    """GPUs per run; with a fraction several runs share one."""
+    num_gpus_per_run: Weight | None = None
+    """GPUs per run; with a fraction several runs share one. Default: 1 on a cluster that has GPUs, else 0."""
 
     @property
     def cluster(self) -> RayConfig:

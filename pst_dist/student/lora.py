@@ -17,6 +17,7 @@ from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.models.adapters import need_peft
 from pst_dist.models.locate import ModelPlace
+from pst_dist.student.holding import WHOLE, Holding, shape_of_weight
 from pst_dist.student.token_rows import train_rows
 
 _ALPHA_OVER_RANK = 2.0
@@ -52,19 +53,22 @@ def adapter_settings(config: Config) -> Any:
     )
 
 
-def add_adapters(model: Any, config: Config, tokenizer: Any, *, known_rows: int) -> None:
+def add_adapters(model: Any, config: Config, tokenizer: Any, *, known_rows: int, holding: Holding = WHOLE) -> None:
     """Freeze the model and give it adapters, and trained rows for our tokens and all after the base's `known_rows`.
 
     The adapters' first matrices are drawn from the global generator. Raises what `put_adapters` and `train_rows` raise.
     """
     put_adapters(model, config)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = shape_of_weight(model.get_input_embeddings().weight)[0]
     ours = {tokenizer.convert_tokens_to_ids(token) for token in (STOP_TOKEN, SEMANTIC_TOKEN)}
-    train_rows(model, sorted({*ours, *range(known_rows, rows)}))
+    head = model.get_output_embeddings()
+    with holding.gathered([model.get_input_embeddings().weight, getattr(head, "base_layer", head).weight]):
+        train_rows(model, sorted({*ours, *range(known_rows, rows)}))
     if config.student.lora.frozen_dtype == "bfloat16":
         for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.dim() >= 2 and parameter.dtype == torch.float32:
-                parameter.data = parameter.data.to(torch.bfloat16)
+            is_matrix = len(shape_of_weight(parameter)) >= 2
+            if not parameter.requires_grad and is_matrix and parameter.dtype == torch.float32:
+                holding.cast(parameter, torch.bfloat16)
 
 
 def put_adapters(model: Any, config: Config, *, without_weights: bool = False) -> None:

@@ -15,6 +15,7 @@ import torch
 from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError
+from pst_dist.student.holding import WHOLE, Holding
 from pst_dist.student.prompt import AUTO, is_pretrained
 
 MEAN, END, NEWLINE = "mean", "eos", "newline"
@@ -70,7 +71,7 @@ def _token_of(tokenizer: Any, start: str) -> int | None:
     return None
 
 
-def start_new_tokens(model: Any, tokenizer: Any, start: str) -> None:
+def start_new_tokens(model: Any, tokenizer: Any, start: str, holding: Holding = WHOLE) -> None:
     """Copy the rows of the token that `start` names to our two tokens, in place; nothing for `mean`.
 
     Call it after the embeddings have been resized. The stop token gets the input row, the output row and the output
@@ -84,7 +85,10 @@ def start_new_tokens(model: Any, tokenizer: Any, start: str) -> None:
     source = source_id(tokenizer, start)
     stop, semantic = (tokenizer.convert_tokens_to_ids(token) for token in (STOP_TOKEN, SEMANTIC_TOKEN))
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    with torch.no_grad():
+    biases = [
+        bias for bias in (getattr(outputs, "bias", None), getattr(model, "final_logits_bias", None)) if bias is not None
+    ]
+    with torch.no_grad(), holding.gathered([inputs.weight, outputs.weight, *biases]):
         if SEMANTIC_TOKEN not in known and outputs.weight is not inputs.weight:
             inputs.weight[semantic] = inputs.weight[source]
         if STOP_TOKEN in known:
@@ -92,6 +96,5 @@ def start_new_tokens(model: Any, tokenizer: Any, start: str) -> None:
         inputs.weight[stop] = inputs.weight[source]
         if outputs.weight is not inputs.weight:
             outputs.weight[stop] = outputs.weight[source]
-        for bias in (getattr(outputs, "bias", None), getattr(model, "final_logits_bias", None)):
-            if bias is not None:
-                bias[..., stop] = bias[..., source]
+        for bias in biases:
+            bias[..., stop] = bias[..., source]

@@ -22,36 +22,40 @@ from pst_dist.models.load import (
     positions_of,
 )
 from pst_dist.models.locate import ModelPlace, locate_model
+from pst_dist.student.holding import WHOLE, Holding, shape_of_weight
 from pst_dist.student.lora import add_adapters, put_adapters, quantised_loading
 from pst_dist.student.new_tokens import start_new_tokens, token_start
 from pst_dist.student.warm_start import check_warm_start, warm_checkpoint, warm_model, warm_shape
 
 
-def build_model(config: Config, tokenizer: Any) -> Any:
+def build_model(config: Config, tokenizer: Any, holding: Holding = WHOLE) -> Any:
     """The student's Hugging Face model with its weights: from a hub id or folder, an encoder, or random ones.
 
-    Raises InputError or EnvironmentFault when it cannot be loaded, ConfigError for one that cannot write.
+    `holding` says how the ranks hold the weights; with one that divides them, this is collective. Raises InputError or
+    EnvironmentFault when it cannot be loaded, ConfigError for one that cannot write.
     """
     settings, known_rows = config.student, 0
     if settings.model_name_or_path is None:
-        model = fresh_model(
-            settings.fresh,
-            tokenizer,
-            max_length=config.layout.max_length,
-            attn_implementation=settings.attn_implementation,
+        model = holding.fresh(
+            lambda: fresh_model(
+                settings.fresh,
+                tokenizer,
+                max_length=config.layout.max_length,
+                attn_implementation=settings.attn_implementation,
+            )
         )
     elif warm_shape(settings) is not None:
-        model = warm_model(settings, tokenizer, max_length=config.layout.max_length)
+        model = holding.whole(lambda: warm_model(settings, tokenizer, max_length=config.layout.max_length))
     else:
-        model = _pretrained_model(config, settings.model_name_or_path)
-        known_rows = model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model = _pretrained_model(config, settings.model_name_or_path, holding)
+        known_rows = shape_of_weight(model.get_input_embeddings().weight)[0]
+        if len(tokenizer) > known_rows:
             # A multiple of 64 keeps the head's matrix products on the fast path of tensor cores.
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    start_new_tokens(model, tokenizer, token_start(config, tokenizer))
+            holding.resize(model, len(tokenizer), 64)
     _check_architecture(model)
+    start_new_tokens(model, tokenizer, token_start(config, tokenizer), holding)
     if settings.lora.rank:
-        add_adapters(model, config, tokenizer, known_rows=known_rows)
+        add_adapters(model, config, tokenizer, known_rows=known_rows, holding=holding)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -159,13 +163,22 @@ def pretrained_shape(name: str, revision: str | None) -> Any:
     return shape
 
 
-def _pretrained_model(config: Config, name: str) -> Any:
+def _pretrained_model(config: Config, name: str, holding: Holding) -> Any:
     settings = config.student
-    _check_positions(pretrained_shape(name, settings.revision), config.layout.max_length)
+    shape = pretrained_shape(name, settings.revision)
+    _check_positions(shape, config.layout.max_length)
     place = locate_model(name, settings.revision)
-    return load_language_model(
-        place, attn_implementation=settings.attn_implementation, quantised=quantised_loading(config, place)
-    )
+
+    def load() -> Any:
+        return load_language_model(
+            place, attn_implementation=settings.attn_implementation, quantised=quantised_loading(config, place)
+        )
+
+    if place.gguf is not None or place.adapters:
+        return holding.whole(load)
+    if holding.divides:  # where one rank alone reads the files, only that rank could refuse them
+        check_headers(language_model_without_weights(shape, place), place)
+    return holding.read(load)
 
 
 def build_without_weights(config: Config, tokenizer: Any) -> bool:

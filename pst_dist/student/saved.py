@@ -50,7 +50,7 @@ def save_student(
     """Write a student as a Hugging Face folder with its answer format and alignment head, replacing an older one.
 
     A LoRA student becomes a PEFT folder, which holds the adapter and names the base; `extra["base"]` identifies it.
-    `model` is the trained Hugging Face model. `weights` come from `Engine.full_weights()`: the model's under `model.`,
+    `model` is the trained Hugging Face model. `weights` come from `Engine.full_weights`: the model's under `model.`,
     the alignment head's as `head.weight`. Call on rank zero only. Raises DivergedError when a weight is not finite.
     """
     quiet_libraries()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks, device_of
 from pst_dist.errors import ConfigError
+from pst_dist.storage.spool import Spool
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, deepspeed_settings, import_deepspeed
 from pst_dist.training.fragments import (
@@ -152,10 +153,12 @@ class Engine(ABC):
         """Update the engine's copies of the float32 weights (such as bf16 ones); collective."""
 
     @abstractmethod
-    def full_weights(self) -> dict[str, Tensor]:
+    def full_weights(self, folder: Path) -> dict[str, Tensor]:
         """Every parameter of the student, float32 on the CPU, on rank zero (elsewhere empty); collective.
 
-        Of a LoRA student only the trained ones: the others are those of its base.
+        Of a LoRA student only the trained ones: the others are those of its base. Weights that ranks divide are mapped
+        from a nameless file below `folder`, so that rank zero never holds them all. Raises EnvironmentFault on rank
+        zero, after the last collective, when the disk is full.
         """
 
     def _kept(self) -> Iterator[tuple[str, Any]]:
@@ -236,7 +239,7 @@ class SingleProcessEngine(Engine):
     def _settle(self) -> None:
         return  # the optimizer moves the weights themselves
 
-    def full_weights(self) -> dict[str, Tensor]:
+    def full_weights(self, folder: Path) -> dict[str, Tensor]:
         return {name: value.detach().float().cpu() for name, value in self._kept()}
 
 
@@ -337,7 +340,9 @@ class DeepSpeedEngine(Engine):
         elif self.stage:
             self._zero.update_lp_params()
 
-    def full_weights(self) -> dict[str, Tensor]:
+    def full_weights(self, folder: Path) -> dict[str, Tensor]:
+        if self.stage == 3:
+            return self._spooled_weights(folder)
         from deepspeed.utils import safe_get_full_fp32_param
 
         weights = {}
@@ -346,6 +351,24 @@ class DeepSpeedEngine(Engine):
             if self.ranks.is_main:
                 weights[name] = value.detach().float().cpu().clone()
         return weights
+
+    def _spooled_weights(self, folder: Path) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        spool: Spool | None = None
+        failure: Exception | None = None
+        for name, parameter in self._kept():
+            value = safe_get_full_fp32_param(parameter)
+            if not self.ranks.is_main or failure is not None:
+                continue  # the other ranks still expect this one in each gathering
+            try:
+                spool = Spool(folder) if spool is None else spool
+                spool.add(name, value.detach().float().cpu().numpy())
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return {name: torch.from_numpy(values) for name, values in (spool.arrays() if spool else {}).items()}
 
 
 def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:

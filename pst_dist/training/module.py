@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pst_dist.config.schema import Config, LossConfig
 from pst_dist.errors import ConfigError
 from pst_dist.kernels.head import HeadOutput, combined_head, is_plain, span_tap
+from pst_dist.student.holding import WHOLE, Holding, shape_of_weight
 from pst_dist.student.lora import is_adapted
 from pst_dist.student.pretrained import build_model
 from pst_dist.student.token_rows import head_rows, rows_gradient
@@ -263,19 +264,20 @@ def vocabulary_of(head: nn.Module, model: Any) -> int:
     The rows of its weight, not `out_features`: transformers 5.0 leaves that unchanged when it resizes BART's tied head.
     """
     weight = getattr(head, "weight", None)
-    rows = getattr(weight, "ds_shape", getattr(weight, "shape", (0,)))[0]  # ZeRO-3 leaves an empty weight here
+    rows = 0 if weight is None else shape_of_weight(weight)[0]
     return rows or getattr(head, "out_features", None) or model.config.get_text_config().vocab_size
 
 
 def hidden_width(model: Any) -> int:
     """Width of the hidden state that the language-model head reads."""
-    return model.get_output_embeddings().weight.shape[-1] or model.config.hidden_size
+    return shape_of_weight(model.get_output_embeddings().weight)[-1]
 
 
-def build_student(config: Config, tokenizer: Any, teacher_width: int | None) -> Student:
-    """A student with its weights; raises what `build_model` raises.
+def build_student(config: Config, tokenizer: Any, teacher_width: int | None, holding: Holding = WHOLE) -> Student:
+    """A student with its weights, held by the ranks as `holding` says; raises what `build_model` raises.
 
-    The caller must seed the global random generator.
+    The caller must seed the global random generator, alike on all ranks.
     """
-    model = build_model(config, tokenizer)
-    return Student(model, config.loss, teacher_width)
+    student = Student(build_model(config, tokenizer, holding), config.loss, teacher_width)
+    holding.finish(student)
+    return student

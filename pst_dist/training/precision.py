@@ -26,6 +26,7 @@ from pst_dist.storage.manifest import read_json, read_manifest
 from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.batches import Collator, PSTBatch
+from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student
 
@@ -98,6 +99,9 @@ def suits_bf16(config: Config, samples: Sequence[ReasoningSample]) -> bool:
         native = torch.cuda.get_device_capability(device)[0] >= 8
         log.info("train.bf16=auto: %s (%s)", native, torch.cuda.get_device_name(device))
         return native
+    if _divides_weights(config.train):
+        log.info("train.bf16=auto: False (timing it needs the whole student in one process, which ZeRO-3 avoids)")
+        return False
     log.info("train.bf16=auto: timing forward and backward passes in float32 and bfloat16")
     timing = timed_precisions(*_problem(config, samples))
     log.info(
@@ -108,6 +112,11 @@ def suits_bf16(config: Config, samples: Sequence[ReasoningSample]) -> bool:
         timing.bfloat16,
     )
     return timing.bf16
+
+
+def _divides_weights(train: TrainConfig) -> bool:
+    world_size = Ranks.from_environment().world_size
+    return train.deepspeed is not None and deepspeed_settings(train, world_size)["zero_optimization"]["stage"] == 3
 
 
 def _problem(config: Config, samples: Sequence[ReasoningSample]) -> tuple[Student, PSTBatch]:

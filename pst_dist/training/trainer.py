@@ -64,6 +64,7 @@ from pst_dist.training.begun import record_settled
 from pst_dist.training.checked_rows import CheckedRows
 from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.dividing import holding_of
 from pst_dist.training.engines import Engine, build_engine
 from pst_dist.training.fingerprint import choosing_metric, settings_digest, training_settings
 from pst_dist.training.head_fit import fit_head
@@ -150,6 +151,7 @@ def train(
                 prepare(config, run, shards)
         with together(ranks), working():
             training = _Training(config, run, shards, ranks, told, base, observer, trackers)
+        training.make_student()
         return training.run_all()
 
 
@@ -195,8 +197,28 @@ class _Training:
             _ = samples.candidates  # before the loader's workers are forked
         kept = KeptTokenizer(run.tokenizer, shards.manifest.digest)
         self.tokenizer = build_tokenizer(config.student, samples, kept)
-        torch.manual_seed(config.seed)
-        self.student = build_student(config, self.tokenizer, self.teacher.dimension if self.teacher else None)
+        if config.train.early_stopping_patience is not None and not len(shards.split("validation")):
+            raise InputError(
+                "train.early_stopping_patience needs validation rows", "set data.validation or data.validation_size"
+            )
+        self.validation_samples = shards.split("validation")
+        self.device = device_of(ranks)
+        self._busy_before = time.monotonic(), 0.0
+
+    def make_student(self) -> None:
+        """Build the student, and what depends on its architecture; collective."""
+        holding, width = holding_of(self.config.train, self.ranks), self.teacher.dimension if self.teacher else None
+        torch.manual_seed(self.config.seed)
+        at("building the student")
+        # Where ranks divide the weights, building is full of collectives, and a rank that fails ends the others.
+        with contextlib.nullcontext() if holding.divides else together(self.ranks), working():
+            self.student = build_student(self.config, self.tokenizer, width, holding)
+        with together(self.ranks), working():
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What turns rows into batches for this student."""
+        config = self.config
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         asked = ARMS[config.arm].asked
         if any(one.thinks_first for one in asked):
@@ -209,13 +231,9 @@ class _Training:
             teacher=self.teacher,
             capacity=config.train.per_device_train_batch_size * len(asked),
         )
-        if config.train.early_stopping_patience is not None and not len(shards.split("validation")):
-            raise InputError(
-                "train.early_stopping_patience needs validation rows", "set data.validation or data.validation_size"
-            )
-        self.validator = Validator(config, shards.split("validation"), self.layout, self.collate, self.tokenizer, ranks)
-        self.device = device_of(ranks)
-        self._busy_before = time.monotonic(), 0.0
+        self.validator = Validator(
+            config, self.validation_samples, self.layout, self.collate, self.tokenizer, self.ranks
+        )
 
     def run_all(self) -> TrainingResult:
         with working():
@@ -484,8 +502,8 @@ class _Training:
     def _keep_student(self, engine: Engine, state: RunState, value: ValidationScore) -> None:
         """Write the current student as the best one; collective."""
         at("keeping the student", state.step)
-        with working():
-            weights = engine.full_weights()
+        with main_first_errors(self.ranks), working():
+            weights = engine.full_weights(self.run.path)
         with main_first_errors(self.ranks), working():
             if self.ranks.is_main:
                 save_student(

@@ -16,9 +16,9 @@ from pst_dist.diagnostics.cost import (
     checkpoint_bytes,
     forward_size,
     make_plan,
-    rank_memory,
     split_words,
 )
+from pst_dist.diagnostics.memory import rank_memory
 from pst_dist.diagnostics.model_size import fresh_shape, shape_of
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.student.pretrained import fresh_model

@@ -270,7 +270,9 @@ def test_gpus_are_judged_by_what_torch_and_the_config_want(tmp_path, monkeypatch
     assert "wastes gigabytes" in said[0] and "open files" in said[-1]
     if none.cores > 1:
         assert f"export OMP_NUM_THREADS={1}" in said[1]
-    assert "CPU ranks on" in lines(software.hardware(none, None, ranks=10**6, environment={}))[0]
+    assert "CPU ranks on" in lines(software.hardware(none, None, ranks=10**6, environment={"DS_ACCELERATOR": "cpu"}))[0]
+    said = lines(software.hardware(none, None, ranks=8, environment={}))[0]
+    assert "gpus=8, but this node has none" in said
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def mounts(tmp_path_factory):
         f"exec {sys.executable} -m pst_dist.cli doctor demo nodes=2 gpus=1 train.deepspeed=zero1 "
         f"output_dir={folder}/readonly/run data_dir={folder}/tiny/data student.fresh.hidden_size=1024"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         ["unshare", "-m", "bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
     )

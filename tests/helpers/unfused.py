@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config
+from pst_dist.data.shards import ShardSet
 from pst_dist.distributed.preemption import StopRequest
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.training.batches import PSTBatch
@@ -50,7 +51,9 @@ def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:
 
 def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, and at the end the three means over the validation rows."""
-    training = _Training(config, RunDir(output, data=Path(config.data_dir)), Ranks(), StopRequest(), None)
+    run = RunDir(output, data=Path(config.data_dir))
+    training = _Training(config, run, ShardSet.open(run.shards), Ranks(), StopRequest(), None)
+    training.make_student()
     student, train = training.student, config.train
     optimizer = torch.optim.AdamW(
         parameter_groups(student, train.weight_decay),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pst_dist import errors
 from pst_dist.answering.windows import Answerer, AnswerSettings, answer_window
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.gpus import room_for, settled_actors
 from pst_dist.config.schema import RayConfig
 from pst_dist.data.sample import Turns
 from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
@@ -47,7 +48,7 @@ class WindowActor:
             from pst_dist.student.saved import load_student
 
             torch.set_num_threads(max(1, int(self._config.num_cpus_per_actor)))
-            self._loaded = load_student(Path(self._folder), "cpu" if self._config.num_gpus_per_actor == 0 else None)
+            self._loaded = load_student(Path(self._folder), None if self._config.num_gpus_per_actor else "cpu")
         return self._loaded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -127,8 +128,9 @@ def _answered(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    config = settled_actors(config, ray.cluster_resources())
     actors = number_of_actors(config, ray.cluster_resources(), len(places))
-    log.info("answer: %d windows on %d Ray actors", len(places), actors)
+    log.info("answer: %d windows on %d Ray actors with %g GPU each", len(places), actors, config.num_gpus_per_actor)
     dataset = data.from_items(places, override_num_blocks=min(len(places), _MOST_BLOCKS)).map_batches(
         WindowActor,
         batch_size=1,
@@ -157,12 +159,5 @@ def _fault(fields: list[Any]) -> PstError:
 
 def number_of_actors(config: RayConfig, resources: dict[str, float], windows: int) -> int:
     """The number of actors to start, limited by the cluster and the windows; raises EnvironmentFault when none fits."""
-    wanted = {"CPU": config.num_cpus_per_actor, "GPU": config.num_gpus_per_actor}
-    room = min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
-    if room == 0:
-        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-        raise EnvironmentFault(
-            f"an actor needs {needs}, the cluster has {has}", "lower ray.num_cpus_per_actor or ray.num_gpus_per_actor"
-        )
+    room = room_for(config, resources, "an actor", "ray")
     return min(config.num_actors or room, room, windows)

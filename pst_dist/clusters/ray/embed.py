@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.gpus import room_for, settled_actors
 from pst_dist.config.schema import EmbedConfig, RayConfig
 from pst_dist.data.shards import ShardInfo
 from pst_dist.embedding.embed import EmbeddedShard, difference, embed_shard
@@ -54,7 +55,7 @@ class EncoderActor:
         """
         if self._loaded is None:
             # Whether a process without a reserved GPU sees the machine's GPUs depends on Ray's version and settings.
-            on_cpu = self._config.device is None and self._config.ray.num_gpus_per_actor == 0
+            on_cpu = self._config.device is None and not self._config.ray.num_gpus_per_actor
             self._loaded = TextEncoder(self._config, device="cpu" if on_cpu else None)
         if self._loaded.identity != self._identity:
             raise IntegrityError(
@@ -85,8 +86,16 @@ def embed_with_ray(
     has no room, or does not see the folders; PeerLostError when actors keep dying; and any PstError of an actor.
     """
     with ray_cluster(config.ray) as ray:
-        count = _number_of_actors(config.ray, ray.cluster_resources(), len(todo))
-        log.info("embed: %d shards on %d Ray actors", len(todo), count)
+        resources = ray.cluster_resources()
+        config = config.model_copy(update={"ray": settled_actors(config.ray, resources, device=config.device)})
+        if (config.device or "").startswith("cuda") and not config.ray.num_gpus_per_actor:
+            raise EnvironmentFault(
+                f"embed.device={config.device}, but the actors take none of {resources.get('GPU', 0):g} GPUs",
+                "leave embed.device out, or set embed.ray.num_gpus_per_actor=1 on a cluster with GPUs",
+            )
+        count = _number_of_actors(config.ray, resources, len(todo))
+        gpus = config.ray.num_gpus_per_actor
+        log.info("embed: %d shards on %d Ray actors with %g GPU each", len(todo), count, gpus)
         actor_class = ray.remote(
             num_cpus=config.ray.num_cpus_per_actor,
             num_gpus=config.ray.num_gpus_per_actor,
@@ -215,15 +224,7 @@ class Crew:
 
 def _number_of_actors(config: RayConfig, resources: dict[str, float], shards: int) -> int:
     """The number of actors to start, limited by the cluster and the shards; raises EnvironmentFault when none fits."""
-    wanted = {"CPU": config.num_cpus_per_actor, "GPU": config.num_gpus_per_actor}
-    room = min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
-    if room == 0:
-        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-        raise EnvironmentFault(
-            f"an encoder actor needs {needs}, the cluster has {has}",
-            "lower embed.ray.num_cpus_per_actor or num_gpus_per_actor",
-        )
+    room = room_for(config, resources, "an encoder actor", "embed.ray")
     if config.num_actors is not None and config.num_actors > room:
         log.warning("embed: %d actors requested, but the cluster has room for %d", config.num_actors, room)
     return min(config.num_actors or room, room, shards)

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.gpus import room_for, settled_actors
 from pst_dist.config.schema import RayConfig
-from pst_dist.errors import EnvironmentFault, PeerLostError, PstError, first_line
+from pst_dist.errors import PeerLostError, PstError, first_line
 from pst_dist.teacher.batches import Batcher
 from pst_dist.teacher.ledger import Ledger
 from pst_dist.teacher.local import LocalTeacher
@@ -48,6 +49,7 @@ class RayTeacher:
 
     def __init__(self, ray: Any, settings: TeachSettings, config: RayConfig, chat: bool) -> None:
         self.name, self.chat = settings.teacher_name, chat
+        config = settled_actors(config, ray.cluster_resources())
         count = number_of_replicas(config, ray.cluster_resources(), settings.concurrency)
         self._ray = ray
         self._lanes = [_Lane(ray, settings, config) for _ in range(count)]
@@ -105,15 +107,7 @@ class _Lane:
 
 def number_of_replicas(config: RayConfig, resources: dict[str, float], requests: int) -> int:
     """The replicas to start, limited by the cluster and the requests in flight; raises EnvironmentFault for none."""
-    wanted = {"CPU": config.num_cpus_per_actor, "GPU": config.num_gpus_per_actor}
-    room = min(int(resources.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
-    if room == 0:
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-        has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
-        raise EnvironmentFault(
-            f"a replica of the teacher needs {needs}, the cluster has {has}",
-            "lower embed.ray.num_cpus_per_actor or num_gpus_per_actor",
-        )
+    room = room_for(config, resources, "a replica of the teacher", "embed.ray")
     return min(config.num_actors or room, room, requests)
 
 

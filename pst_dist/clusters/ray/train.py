@@ -19,6 +19,7 @@ from typing import Any
 
 from pst_dist._version import __version__
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.gpus import settled_workers
 from pst_dist.clusters.ray.reports import SNAPSHOT, keep_existing
 from pst_dist.clusters.ray.room import Waiting, lacking
 from pst_dist.config.run_dir import check_lasting, data_settings, run_dir
@@ -54,7 +55,12 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # the config's relative paths refer to the current directory
     with ray_cluster(RayConfig(address=asked.address)) as ray:
-        check_room(asked, ray.cluster_resources())
+        resources = ray.cluster_resources()
+        asked = settled_workers(asked, resources)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"ray": asked})})
+        check_room(asked, resources)
+        gpus = asked.num_gpus_per_worker
+        log.info("train: %d Ray workers of %g CPU, %d GPU", asked.num_workers, asked.num_cpus_per_worker, gpus)
         try:
             from pst_dist.clusters.ray import worker
         except ImportError as error:
@@ -74,7 +80,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
 
 def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
     """Raises EnvironmentFault when the cluster has no room for the ranks and train.ray.wait_seconds is 0."""
-    needs = _needs(asked)
+    needs = _needs(settled_workers(asked, resources))
     ranks = asked.min_workers or asked.num_workers
     short = [name for name, each in needs.items() if each * ranks > resources.get(name, 0)]
     if short and not asked.wait_seconds:
@@ -82,13 +88,14 @@ def check_room(asked: RayTrainConfig, resources: dict[str, float]) -> None:
         has = ", ".join(f"{resources.get(name, 0):g} {name}" for name in needs)
         raise EnvironmentFault(
             f"{ranks} rank(s) of {wanted} each, but the cluster has {has}",
-            "lower train.ray.num_workers, or set train.ray.wait_seconds=600 on a cluster that grows",
+            "lower train.ray.num_workers, set train.ray.wait_seconds=600 on a cluster that grows"
+            + (", or train.ray.num_gpus_per_worker=0 to train on CPUs" if "GPU" in short else ""),
         )
 
 
 def _needs(asked: RayTrainConfig) -> dict[str, float]:
     """What one rank needs, by Ray's names."""
-    return {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker)}
+    return {"CPU": asked.num_cpus_per_worker, "GPU": float(asked.num_gpus_per_worker or 0)}
 
 
 def _on_all_nodes(config: Config) -> Config:
@@ -120,7 +127,7 @@ def _trainer(config: Config, orders: Any) -> Any:
 
     api: Any = ray.train  # which of its two API versions the names mean is decided at import
     asked, path = config.train.ray, run_dir(config).path
-    gpus = asked.num_gpus_per_worker
+    gpus = asked.num_gpus_per_worker or 0
     patience = int(config.train.timeout_seconds + SLOWER_THAN_THE_WATCH_SECONDS)
     ranks = asked.num_workers if asked.min_workers is None else (asked.min_workers, asked.num_workers)
     return TorchTrainer(

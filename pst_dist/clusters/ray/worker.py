@@ -127,7 +127,7 @@ def work(loop_config: dict[str, Orders]) -> Any:
     if os.environ["RANK"] != "0":  # one rank's warnings are enough
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if orders.config.train.ray.num_gpus_per_worker == 0:
+    if not orders.config.train.ray.num_gpus_per_worker:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if os.path.isdir(orders.folder):  # otherwise stay in the job's copy of it, where Ray started this process
         os.chdir(orders.folder)

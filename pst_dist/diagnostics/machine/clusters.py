@@ -187,19 +187,15 @@ def _room(config: Config | None, called: str, answer: dict[str, Any]) -> list[Fi
             findings.append(problem("ray", error.what, error.remedy))
     if config is None or config.embed.backend != "ray":
         return findings
-    actor = config.embed.ray
-    wanted = {"CPU": actor.num_cpus_per_actor, "GPU": actor.num_gpus_per_actor}
-    fit = min(int(has.get(name, 0) / amount) for name, amount in wanted.items() if amount > 0)
-    needs = f"{wanted['CPU']:g} CPU, {wanted['GPU']:g} GPU"
-    if fit == 0:
-        findings.append(
-            problem(
-                "ray",
-                f"an encoder actor needs {needs}; the cluster has {cpus:g} CPU, {gpus:g} GPU",
-                "lower embed.ray.num_cpus_per_actor or num_gpus_per_actor",
-            )
-        )
-    elif actor.num_actors is not None and fit < actor.num_actors:
+    from pst_dist.clusters.ray.gpus import room_for, settled_actors
+
+    actor = settled_actors(config.embed.ray, has, device=config.embed.device)
+    try:
+        fit = room_for(actor, has, "an encoder actor", "embed.ray")
+    except PstError as error:
+        return [*findings, problem("ray", error.what, error.remedy)]
+    if actor.num_actors is not None and fit < actor.num_actors:
+        needs = f"{actor.num_cpus_per_actor:g} CPU, {actor.num_gpus_per_actor:g} GPU"
         findings.append(warning("ray", f"embed.ray.num_actors={actor.num_actors}, but {fit} of {needs} fit"))
     return findings
 

@@ -117,7 +117,7 @@ def room(config: Config, machines: Machines, machine_memory: int, has_gpus: bool
     plan = make_plan(config, machines)
     findings = list(_space(config, plan))
     if not has_gpus:
-        held = plan.memory.total * machines.gpus
+        held = plan.host.on_cpu(plan.memory) * machines.gpus
         if held > machine_memory:
             findings.append(
                 problem(

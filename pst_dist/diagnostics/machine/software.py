@@ -140,8 +140,15 @@ def _gpus(
     torch, cuda = machine.packages.get("torch"), machine.torch_cuda
     if machine.gpu_trouble:
         yield problem("GPUs", machine.gpu_trouble, "repair the driver, or hide the GPUs with CUDA_VISIBLE_DEVICES=")
+    on_cpu = environment.get("DS_ACCELERATOR") == "cpu"
     if not machine.gpus:
-        if not machine.gpu_trouble:
+        if ranks is not None and not on_cpu:
+            yield problem(
+                "GPUs",
+                f"gpus={ranks}, but this node has none",
+                "leave gpus= out, or set DS_ACCELERATOR=cpu to check it for so many ranks on the CPU",
+            )
+        elif not machine.gpu_trouble:
             yield ok("GPUs", "none: training and encoding run on the CPU")
         if torch and cuda and not machine.gpu_trouble:
             yield warning(
@@ -186,7 +193,7 @@ def _gpus(
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and len([name for name in visible.split(",") if name.strip()]) < len(machine.gpus):
         yield warning("GPUs", f"CUDA_VISIBLE_DEVICES={visible!r} hides some of {len(machine.gpus)}")
-    if environment.get("DS_ACCELERATOR") == "cpu":
+    if on_cpu:
         yield warning("GPUs", "DS_ACCELERATOR=cpu: training would not use the GPUs", "unset DS_ACCELERATOR")
     if ranks and ranks > len(machine.gpus):
         yield problem("GPUs", f"gpus={ranks}, but this node has {len(machine.gpus)}")

@@ -44,7 +44,8 @@ _BERT = {
 )
 def _model(content: bytes, folder: Path) -> object:
     from pst_dist.config.schema import Config
-    from pst_dist.diagnostics.cost import rank_memory, teacher_width
+    from pst_dist.diagnostics.cost import teacher_width
+    from pst_dist.diagnostics.memory import rank_memory
     from pst_dist.diagnostics.model_size import shape_of
 
     put(folder, "config.json", content)

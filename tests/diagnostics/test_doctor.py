@@ -523,7 +523,7 @@ class TestARealRayCluster:
         words = ["embed.backend=ray", f"embed.ray.address={address}", "embed.ray.num_gpus_per_actor=1"]
         joined, lacking = clusters.ray(load_config(None, words), environment)
         assert joined.level == "ok" and "1 node(s), 2 CPUs, 0 GPUs" in joined.what
-        assert "needs 1 CPU, 1 GPU; the cluster has 2 CPU, 0 GPU" in lacking.what and lacking.level == "problem"
+        assert "needs 1 CPU, 1 GPU, the cluster has 2 CPU, 0 GPU" in lacking.what and lacking.level == "problem"
 
     @pytest.mark.parametrize("token", ["none", "wrong"])
     def test_a_missing_and_a_wrong_token_are_told_from_a_dead_cluster(self, head, token, tmp_path):

@@ -155,7 +155,7 @@ def check_optimizer(train: TrainConfig) -> None:
             from bitsandbytes.optim import AdamW8bit  # noqa: F401
         except ImportError as error:
             raise EnvironmentFault(
-                "train.optim=adamw_8bit needs the package bitsandbytes", "pip install 'bitsandbytes>=0.49'"
+                "train.optim=adamw_8bit needs the package bitsandbytes", "pip install 'pst-dist[bitsandbytes]'"
             ) from error
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in getattr(bitsandbytes, "supported_torch_devices", {"cuda"}) or not _has_kernel(device):

@@ -74,7 +74,7 @@ def test_what_a_fresh_resolution_would_move_is_listed(tmp_path):
 def test_the_oldest_versions_that_are_tested_are_the_floors(installed):
     """A floor that is raised without its line in constraints-oldest.txt would not be what CI tests."""
     tested = installed.read_constraints([str(PINS)]) | installed.read_constraints([str(OLDEST)])
-    extras, checked = {"", "train", "embed", "data", "ray", "report", "s3"}, set()
+    extras, checked = {"", "train", "embed", "encoder", "data", "ray", "report", "s3"}, set()
     for requirement in installed.requirements_of("pst-dist"):
         name = installed.normal(requirement.name)
         marker = requirement.marker

@@ -116,7 +116,9 @@ def quantised_loading(config: Config, place: ModelPlace) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise EnvironmentFault(f"{key} needs the package bitsandbytes", "pip install 'pst-dist[bitsandbytes]'") from error
+        raise EnvironmentFault(
+            f"{key} needs the package bitsandbytes", "pip install 'pst-dist[bitsandbytes]'"
+        ) from error
     if not torch.cuda.is_available():
         raise EnvironmentFault(f"{key} needs an NVIDIA GPU, and torch finds none here", "leave it out on this machine")
     from transformers import BitsAndBytesConfig

@@ -123,9 +123,9 @@ def build_optimizer(student: Any, train: TrainConfig, device: torch.device) -> t
         # (Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2).
         first = torch.optim.Muon(of_matrices, lr=train.learning_rate, adjust_lr_fn="match_rms_adamw")
     else:
-        import bitsandbytes
+        from bitsandbytes.optim.adamw import AdamW8bit
 
-        first = bitsandbytes.optim.AdamW8bit(of_matrices, **_adam_settings(train))
+        first = AdamW8bit(of_matrices, **_adam_settings(train))
     rest = torch.optim.AdamW(of_rest, fused=fused, **_adam_settings(train))
     both = TwoOptimizers(first, rest)
     set_learning_rate(both.param_groups, train.learning_rate)
@@ -152,7 +152,7 @@ def check_optimizer(train: TrainConfig) -> None:
     if train.optim == "adamw_8bit":
         try:
             import bitsandbytes
-            from bitsandbytes.optim import AdamW8bit  # noqa: F401
+            from bitsandbytes.optim.adamw import AdamW8bit  # noqa: F401
         except ImportError as error:
             raise EnvironmentFault(
                 "train.optim=adamw_8bit needs the package bitsandbytes", "pip install 'pst-dist[bitsandbytes]'"

@@ -286,14 +286,11 @@ def test_a_job_without_room_says_for_what_it_waits(told):
 
 @pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:{}"])
 def test_a_job_is_found_through_every_kind_of_address(told, head, project, address):
-    found = subprocess.run(
-        [*PST, "submit", "ray", "--status", "whole", f"address={address.format(head.client_port)}"],
-        env=head.environment,
-        cwd=project,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [*PST, "submit", "ray", "--status", "whole", f"address={address.format(head.client_port)}"]
+    for _ in range(3):
+        found = subprocess.run(command, env=head.environment, cwd=project, capture_output=True, text=True, timeout=240)
+        if "Initialization failure from server" not in found.stderr:  # a client's own server, late on a busy machine
+            break
     assert (found.returncode, found.stdout) == (130, "job whole: stopped, exit code 130\n"), found.stderr
 
 

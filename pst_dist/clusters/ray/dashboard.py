@@ -67,7 +67,8 @@ def reached(address: str) -> str:
         from ray.dashboard import utils
     except ImportError as error:
         raise EnvironmentFault("cannot import ray's job client", "pip install 'pst-dist[ray]'") from error
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.client_builder"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if address == "auto":
             found = str(utils.ray_address_to_api_server_url("auto"))

@@ -34,9 +34,9 @@ def _values(path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("rows.jsonl.gz", gzip.compress(_lines())),
+        ("rows.jsonl.gz", gzip.compress(_lines(), mtime=0)),
         ("rows.JSON.GZ", gzip.compress(json.dumps(ROWS).encode())),
-        ("rows.csv.gz", gzip.compress(b"question,answer\nq1,a\nq2,b\n")),
+        ("rows.csv.gz", gzip.compress(b"question,answer\nq1,a\nq2,b\n", mtime=0)),
         ("semicolons.csv", b"question;answer\nq1;a\nq2;b\n"),
         ("quoted.csv", b'"question";"answer"\n"q1";"a"\n"q2";"b"\n'),
         ("tabs.csv", b"question\tanswer\nq1\ta\nq2\tb\n"),
@@ -81,7 +81,7 @@ def test_zstandard_is_read_where_its_library_is_and_named_where_not(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("rows.jsonl.gz", gzip.compress(_lines())[:-12], "cannot decompress: "),
+        ("rows.jsonl.gz", gzip.compress(_lines(), mtime=0)[:-12], "cannot decompress: "),
         ("rows.jsonl.gz", _lines(), "cannot decompress: "),
         ("rows.jsonl.bz2", b"x", r"cannot read \.bz2; decompress it"),
         ("rows.parquet.gz", b"x", "compressed Parquet files are not supported"),
@@ -116,7 +116,7 @@ def test_rows_in_windows_1252_are_bad_rows_with_the_remedy(tmp_path):
 
 def test_a_file_may_not_expand_without_end(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(_lines(ROWS * 5000)))
+    path.write_bytes(gzip.compress(_lines(ROWS * 5000), mtime=0))
     assert len(read_file(path).entries) == 10_000
     monkeypatch.setattr(compressed, "EXPANDED_BYTES", 100_000)
     monkeypatch.setattr(compressed, "EXPANSION", 20)

@@ -35,7 +35,7 @@ def _values(path):
     ("name", "content"),
     [
         ("rows.jsonl.gz", gzip.compress(_lines(), mtime=0)),
-        ("rows.JSON.GZ", gzip.compress(json.dumps(ROWS).encode())),
+        ("rows.JSON.GZ", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("rows.csv.gz", gzip.compress(b"question,answer\nq1,a\nq2,b\n", mtime=0)),
         ("semicolons.csv", b"question;answer\nq1;a\nq2;b\n"),
         ("quoted.csv", b'"question";"answer"\n"q1";"a"\n"q2";"b"\n'),

@@ -19,6 +19,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.errors import EnvironmentFault, InputError
+from pst_dist.logs import progress
 from pst_dist.storage.manifest import MANIFEST
 from pst_dist.student.generate import Decoded, decode_rationales
 from pst_dist.student.saved import LoadedStudent
@@ -67,16 +68,19 @@ def written_after(
     config: Config, student: LoadedStudent, samples: Sequence[ReasoningSample], answers: Sequence[Decoded]
 ) -> list[str]:
     """The rationale that the student writes after each answer; "" where it writes none."""
-    return decode_rationales(
-        student.model,
-        student.tokenizer,
-        student.format,
-        [student.format.asked(sample) for sample in samples],
-        answers,
-        batch_size=config.evaluate.batch_size,
-        batch_tokens=config.evaluate.batch_tokens,
-        max_new_tokens=config.evaluate.max_new_tokens,
-    )
+    with progress(f"explain {config.arm}", total=len(samples), unit="rows") as bar:
+        return decode_rationales(
+            student.model,
+            student.tokenizer,
+            student.format,
+            [student.format.asked(sample) for sample in samples],
+            answers,
+            batch_size=config.evaluate.batch_size,
+            batch_tokens=config.evaluate.batch_tokens,
+            max_new_tokens=config.evaluate.max_new_tokens,
+            on_batch=bar.advance,
+            on_token=lambda count: bar.advance(0, f"{count} tokens of this batch"),
+        )
 
 
 def _vectors(

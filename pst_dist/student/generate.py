@@ -379,12 +379,15 @@ def decode_rationales(
     batch_size: int,
     max_new_tokens: int,
     batch_tokens: int | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
+    on_token: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """The rationale of each answer, in order; "" where the arm writes none.
 
     Answer-first arms go on after the answer (and the semantic token) until the end-of-sequence token, so an answer
     that was not complete has "" too; the prefix arm is asked anew with its own prompt; pre_thinking has written it
-    already, before the marker, and so has an adaptive student where it thought first.
+    already, before the marker, and so has an adaptive student where it thought first. `on_batch` and `on_token` are
+    those of `decode_answers`.
     """
     arm = ARMS[fmt.arm]
     if not fmt.writes_rationale or not arm.needs_rationale:
@@ -410,9 +413,10 @@ def decode_rationales(
     # The stop belongs to answers; a student whose stop began as a copy of a newline would take it for one here.
     stop = [layout.stop_id]
     size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
-    for rows, generated, _ in _generate(model, contexts, settings, size, forbidden=stop):
+    for rows, generated, _ in _generate(model, contexts, settings, size, forbidden=stop, on_token=on_token):
         for row, (ids, _) in zip(rows, generated, strict=True):
             rationales[owners[row]] = text_of(tokenizer, ids).strip()
+        on_batch(len(rows))
     return rationales
 
 

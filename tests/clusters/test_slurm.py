@@ -119,7 +119,10 @@ def test_a_dry_run_prints_the_script_and_needs_no_slurm(tmp_path, monkeypatch, c
     monkeypatch.setenv("PATH", str(tmp_path))
     words = [f"output_dir={tmp_path}/run", "nodes=2", "train.max_steps=7", "--dry-run"]
     assert run_verb(["submit", "slurm", "demo", *words]) == 0
-    assert "#SBATCH --nodes=2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "#SBATCH --nodes=2" in printed and printed.startswith("#!/usr/bin/env bash\n")
+    waits = "# ---- next job: sbatch --dependency=afterok:PREVIOUS_JOB --kill-on-invalid-dep=yes"
+    assert printed.count(waits) == 2, "the training after the data, and the rest after the training"
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from pst_dist.clusters.slurm import follow
 from pst_dist.clusters.slurm.checks import check_ranks, check_time, check_torch
 from pst_dist.clusters.slurm.commands import ask, check_controller, comment_of, run
 from pst_dist.clusters.slurm.partitions import check_room, partitions
-from pst_dist.clusters.slurm.render import render, stages
+from pst_dist.clusters.slurm.render import Stage, render, stages
 from pst_dist.clusters.slurm.script import SlurmRequest, read_words
 from pst_dist.config.loading import dump_config, load_config
 from pst_dist.config.run_dir import run_dir
@@ -42,11 +42,15 @@ class Slurm(Launcher):
         return Submission(load_config(config, overrides), request)
 
     def render(self, submission: Submission) -> str:
-        """The batch scripts, one after the other."""
+        """The batch scripts, one after the other; before each but the first, what its job waits for."""
         config, request = submission.config, submission.request
-        return "".join(
-            render(request, config, _folder(config) / "config.yaml", stage) for stage in stages(request, config)
-        )
+        texts, before = [], None
+        for stage in stages(request, config):
+            if before is not None:
+                texts.append(f"\n# ---- next job: sbatch {' '.join(_after(before, stage, 'PREVIOUS_JOB'))}\n")
+            texts.append(render(request, config, _folder(config) / "config.yaml", stage))
+            before = stage
+        return "".join(texts)
 
     def check(self, submission: Submission) -> None:
         """Check that Slurm answers and can ever start the jobs, that they can succeed, and that no other is at work."""
@@ -128,15 +132,11 @@ def submit(config: Config, request: SlurmRequest, *, say: Say) -> list[str]:
         say(f"script: {script}")
     numbers: list[str] = []
     try:
-        was_array = False
+        before = None
         for script, stage in zip(scripts, jobs, strict=True):
-            after = []
-            if numbers:
-                # A task waits for the same task of the array before it. Slurm removes a job whose predecessor failed.
-                kind = "aftercorr" if was_array and stage.is_array else "afterok"
-                after = [f"--dependency={kind}:{numbers[-1]}", "--kill-on-invalid-dep=yes"]
+            after: list[str] = [] if before is None else _after(before, stage, numbers[-1])
             numbers.append(ask("sbatch", "--parsable", *after, str(script)).partition(";")[0].strip())
-            was_array = stage.is_array
+            before = stage
     except PstError:
         # A refused submission leaves nothing behind; the log folder of earlier ones stays.
         if numbers:
@@ -148,6 +148,13 @@ def submit(config: Config, request: SlurmRequest, *, say: Say) -> list[str]:
                 place.rmdir()
         raise
     return numbers
+
+
+def _after(before: Stage, stage: Stage, job: str) -> list[str]:
+    """sbatch's options that make `stage` wait for the job of the stage before it."""
+    # A task waits for the same task of the array before it. Slurm removes a job whose predecessor failed.
+    kind = "aftercorr" if before.is_array and stage.is_array else "afterok"
+    return [f"--dependency={kind}:{job}", "--kill-on-invalid-dep=yes"]
 
 
 def submitted(config: Config, request: SlurmRequest, numbers: Sequence[str]) -> str:

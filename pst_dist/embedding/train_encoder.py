@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from pst_dist.storage.json_files import read_lines, write_json
 from pst_dist.storage.leftovers import restore_replaced
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import Manifest, digest_of
+from pst_dist.storage.outputs import refuse_foreign_folder
 
 log = logging.getLogger(__name__)
 _VERSION = 1
@@ -71,12 +73,19 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
     for package in ("accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise EnvironmentFault(f"training an encoder needs {package}", "pip install 'pst-dist[encoder]'")
+    output = Path(os.path.abspath(settings.output))  # `-o .` has a name, too
+    refuse_foreign_folder(output, "encoder")  # before the work
     splits = load_data(config).splits
     wrong = read_wrong(settings.wrong)
     made = triplets(splits["train"], wrong, negatives=settings.negatives, seed=config.seed)
     if len(made.rows) < _LEAST_ROWS:
+        without = (
+            ""
+            if not made.without_negative
+            else (f", and {made.without_negative:,} have no number, option, name, quoted word or opposite to change")
+        )
         raise DataError(
-            f"{len(made.rows)} rationales can be used; training an encoder needs at least {_LEAST_ROWS}",
+            f"{len(made.rows)} rationales can be used{without}; training an encoder needs at least {_LEAST_ROWS}",
             "add rows with rationales, or wrong rationales with --wrong",
         )
     log.info(
@@ -94,19 +103,19 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
         "seed": config.seed,
         **chosen,
     }
-    artefact, fingerprint = Artefact(settings.output, "encoder"), digest_of(facts)
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    work = settings.output.with_name(f"{settings.output.name}.training")
+    artefact, fingerprint = Artefact(output, "encoder"), digest_of(facts)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.with_name(f"{output.name}.training")
     with directory_lock(work):
-        restore_replaced(settings.output)
+        restore_replaced(output)
         done = artefact.finished()
         if done is not None and done.fingerprint == fingerprint:
-            log.info("encoder %s is complete, nothing to do", settings.output)
+            log.info("encoder %s is complete, nothing to do", output)
         elif done is not None and not rebuild:
             raise StaleError(
                 "was trained from other rows, settings or weights",
                 "use --rebuild to replace it, or name another folder",
-                path=settings.output,
+                path=output,
             )
         else:
             done = _train(
@@ -122,9 +131,8 @@ def read_wrong(files: Sequence[Path]) -> dict[str, list[str]]:
     for path in files:
         if not path.is_file():
             raise InputError("no such file", "--wrong takes dropped.jsonl of `pst teach`", path=path)
-        rows = read_lines(path)
         taken = 0
-        for row in rows:
+        for row in read_lines(path):
             if "verdict" in row and row["verdict"] not in _WRONG:
                 continue
             replies = row.get("replies")
@@ -137,7 +145,7 @@ def read_wrong(files: Sequence[Path]) -> dict[str, list[str]]:
                     taken += 1
         if not taken:
             raise InputError(
-                f"none of {len(rows):,} lines has a question with a wrong rationale",
+                "no line is a JSON object with a question and a wrong rationale",
                 "--wrong takes dropped.jsonl of `pst teach`, or lines with question and rationale",
                 path=path,
             )

@@ -132,7 +132,7 @@ def test_wrong_rationales_are_read_in_both_forms(tmp_path):
     plain.write_text(json.dumps({"question": "What is  2 and 3", "rationale": "It is 7."}) + "\n")
     assert read_wrong([taught, plain]) == {"what is 2 and 3": ["It is 6.", "It is 7."]}
     plain.write_text('{"text": "no question"}\n')
-    with pytest.raises(InputError, match="none of 1 lines has a question with a wrong rationale"):
+    with pytest.raises(InputError, match="no line is a JSON object with a question and a wrong rationale"):
         read_wrong([plain])
     with pytest.raises(InputError, match="no such file"):
         read_wrong([tmp_path / "absent.jsonl"])
@@ -164,7 +164,7 @@ def test_training_moves_a_rationale_away_from_one_with_another_end(base, tmp_pat
     assert train_encoder(config, other, rebuild=True).extra["epochs"] == 1
 
 
-def test_what_is_no_training_is_refused(base, tmp_path):
+def test_what_is_no_training_is_refused(base, tmp_path, monkeypatch):
     rows = rows_file(tmp_path, count=10)
     with pytest.raises(DataError, match="2 rationales can be used; training an encoder needs at least 8"):
         train_encoder(config_for(base, rows), EncoderTraining(output=tmp_path / "few"))
@@ -173,9 +173,21 @@ def test_what_is_no_training_is_refused(base, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
-    many = rows_file(tmp_path)
-    with pytest.raises(InputError, match=r"would be replaced, but 'thesis\.txt' in it was not written by pst"):
-        train_encoder(config_for(base, many), EncoderTraining(output=folder, epochs=1))
+    monkeypatch.chdir(folder)
+    for place in (folder, Path(".")):
+        with pytest.raises(InputError, match=r"would be replaced, but 'thesis\.txt' in it was not written by pst"):
+            train_encoder(config_for(base, rows), EncoderTraining(output=place))  # before it sees too few rows
+
+
+def test_rationales_in_which_nothing_can_be_changed_are_counted(base, tmp_path):
+    rows = tmp_path / "letters.jsonl"
+    lines = [
+        {"question": f"Join {n} of rkzux ozom", "answer": "xm", "rationale": "rkzux ends in x."} for n in range(12)
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = config_for(base, rows, **{"data.answer_type": "text", "data.validation_size": 0})
+    with pytest.raises(DataError, match="0 rationales can be used, and 12 have no number, option, name, "):
+        train_encoder(config, EncoderTraining(output=tmp_path / "none"))
 
 
 def test_a_killed_training_continues_and_ends_with_the_same_weights(base, tmp_path):

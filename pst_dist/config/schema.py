@@ -15,7 +15,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.schema_data import DataConfig, EmbedConfig, RayConfig, RowSource, ShardConfig
 from pst_dist.config.schema_student import FreshConfig, LayoutConfig, LoraConfig, LossConfig, StudentConfig
 from pst_dist.config.schema_train import RayTrainConfig, TrainConfig
-from pst_dist.config.section import Folder, Plain, Positive, Section
+from pst_dist.config.section import Folder, Place, Plain, Positive, Section
 
 __all__ = [
     "Config",
@@ -86,7 +86,7 @@ class Config(Section):
     """Several arms to train on identical rows. `pst run` trains each one in output_dir/ARM and compares them."""
     output_dir: Annotated[Folder, Field(min_length=1)] = "runs/run"
     """The run directory. All outputs are written below it."""
-    data_dir: Plain | None = None
+    data_dir: Place | None = None
     """Where shards and embeddings are stored, so that runs can share them: a folder, or object storage through fsspec
     (`s3://bucket/path`, `gs://bucket/path`). Default: output_dir/data."""
     data_cache: Folder | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -31,7 +32,9 @@ def _no_url(value: str) -> str:
     return value
 
 
-Folder = Annotated[Plain, AfterValidator(_no_url)]
+Place = Annotated[Plain, AfterValidator(os.path.expanduser)]
+"""A folder or a URL; `~/runs` is a folder of the home directory, also in quotes and in YAML."""
+Folder = Annotated[Place, AfterValidator(_no_url)]
 """A folder of this machine or a file system that it has mounted."""
 
 

@@ -123,6 +123,14 @@ def test_a_section_without_keys_means_its_defaults(tmp_path):
     assert load_config(str(write(tmp_path, "train:\nembed:\n  ray:\nseed: 3\n"))) == Config(seed=3)
 
 
+def test_a_tilde_is_the_home_directory_also_in_yaml(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = load_config(str(write(tmp_path, "output_dir: ~/runs/a\ndata_cache: ~/cache\n")), ["data_dir=~/data"])
+    folders = (config.output_dir, config.data_dir, config.data_cache)
+    assert folders == ("/home/ann/runs/a", "/home/ann/data", "/home/ann/cache")
+    assert load_config(None, ["data_dir=s3://bucket/~x"]).data_dir == "s3://bucket/~x"
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [

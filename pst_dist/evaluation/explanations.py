@@ -27,6 +27,14 @@ from pst_dist.student.saved import LoadedStudent
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _NO_CANDIDATES = ("whole_text", "math")
 """Rules by which any text is a candidate, so that only a marked conclusion can be read."""
+_NAMES = {
+    "agree": "explanations that reach the student's own answer",
+    "agree_when_right": "… where the answer is right",
+    "agree_when_wrong": "… where the answer is wrong",
+    "follows_other": "after another row's answer: the explanation argues for it",
+    "returns_to_own": "after another row's answer: the explanation reaches the student's own",
+    "teacher_agrees": "teacher's rationales in which the gold answer is read as the conclusion",
+}
 
 
 def explanations_of(
@@ -146,15 +154,17 @@ def explanation_lines(scores: dict[str, Any] | None) -> list[tuple[str, str]]:
     """(what, value) pairs for reports and cards; empty without scores."""
     if not scores:
         return []
-    names = {
-        "agree": "explanations that reach the student's own answer",
-        "agree_when_right": "… where the answer is right",
-        "agree_when_wrong": "… where it is wrong",
-        "follows_other": "after another row's answer: the explanation argues for it",
-        "returns_to_own": "after another row's answer: the explanation reaches the student's own",
-        "teacher_agrees": "teacher's rationales in which the gold answer is read as the conclusion",
-    }
-    return [(name, share_text(scores.get(key))) for key, name in names.items() if scores.get(key)]
+    return [(name, share_text(scores.get(key))) for key, name in _NAMES.items() if scores.get(key)]
+
+
+def explanation_rows(scores: Sequence[dict[str, Any] | None]) -> list[tuple[str, list[str]]]:
+    """(what, one value per evaluation) for each line that any of the evaluations has."""
+    lines = [dict(explanation_lines(one)) for one in scores]
+    return [
+        (name, [line.get(name, "not measured") for line in lines])
+        for name in _NAMES.values()
+        if any(name in line for line in lines)
+    ]
 
 
 def share_text(share: dict[str, Any] | None) -> str:

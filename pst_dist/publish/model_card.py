@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.arms import ARMS
+from pst_dist.evaluation.explanations import explanation_rows
 from pst_dist.evaluation.scores import per_correct
 from pst_dist.publish.card_code import answer_code, prompt_text, rationale_code, thinking_code
 from pst_dist.publish.card_facts import CardFacts, lineage, settings_text, synthetic_words, training_words
@@ -25,6 +26,7 @@ __all__ = ["CardFacts", "card_data", "model_card"]
 def model_card(facts: CardFacts) -> str:
     """The whole README.md."""
     fmt, arm = facts.format, ARMS[facts.format.arm]
+    explained = [row for row in facts.evaluations if row.get("explanations")]
     body = render(
         "model_card.md",
         facts=facts,
@@ -40,6 +42,8 @@ def model_card(facts: CardFacts) -> str:
         rationale_code=rationale_code(facts),
         thinking_code=thinking_code(facts),
         score_rows=[_score_cells(row) for row in _with_sources(facts.evaluations)],
+        explained=[f"{row['task']} {row['split']}" for row in explained],
+        explanation_rows=explanation_rows([row["explanations"] for row in explained]),
         devices=" and ".join(dict.fromkeys(row["device"] for row in facts.evaluations)),
         # Training records validation scores; without validation rows it keeps the last step and records none.
         chosen=any(facts.student.extra.get(metric) is not None for metric in ("answer_nll", "accuracy")),

@@ -15,7 +15,7 @@ from typing import Any
 from pst_dist.config.loading import RESOLVED
 from pst_dist.errors import InputError
 from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, evaluations_of
-from pst_dist.evaluation.explanations import explanation_lines
+from pst_dist.evaluation.explanations import explanation_rows
 from pst_dist.evaluation.records import check_whole, read_metrics, read_rows, read_training
 from pst_dist.evaluation.scores import per_correct
 from pst_dist.publish import cost_plots, html, markdown, plots
@@ -167,17 +167,13 @@ def _scores(evaluations: Sequence[dict[str, Any]]) -> Table:
     ]
     if any(results.get("source") for results in evaluations):
         rows.insert(2, ("questions also in the training rows", _in_training))
-    for name, _ in explanation_lines(next((r["explanations"] for r in evaluations if r.get("explanations")), None)):
-        rows.append((name, functools.partial(_of_explanations, name)))
     names = dict.fromkeys(name for results in evaluations for name in results.get("sources") or {})
     rows += [(f"accuracy on {name}", functools.partial(_of_source, name)) for name in names]
     head: Row = ["", *(Cell(results["split"], "right") for results in evaluations)]
     body: list[Row] = [[name, *(Cell(tell(results), "right") for results in evaluations)] for name, tell in rows]
+    for name, values in explanation_rows([results.get("explanations") for results in evaluations]):
+        body.append([name, *(Cell(value, "right") for value in values)])
     return Table(head, body)
-
-
-def _of_explanations(name: str, results: dict[str, Any]) -> str:
-    return dict(explanation_lines(results.get("explanations"))).get(name, "not measured")
 
 
 def _of_source(name: str, results: dict[str, Any]) -> str:

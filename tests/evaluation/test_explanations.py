@@ -6,10 +6,17 @@ import pytest
 
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks.registry import get_task
-from pst_dist.evaluation.explanations import conclusion, explanation_lines, explanation_scores, swapped
+from pst_dist.evaluation.explanations import (
+    conclusion,
+    explanation_lines,
+    explanation_rows,
+    explanation_scores,
+    swapped,
+)
 from pst_dist.student.generate import Decoded
 
 NUMBERS = get_task("arithmetic")
+HALF = "50.0 % ± 25.0 (4 rows)"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,15 @@ def test_agreement_and_following_are_those_counted_by_hand():
         "explanations that reach the student's own answer",
         "66.7 % ± 27.2 (3 rows)",
     )
+
+
+def test_a_line_that_one_evaluation_has_is_shown_beside_the_others():
+    share = {"rows": 4, "share": 0.5, "stderr": 0.25}
+    both, one = {"agree": share, "agree_when_right": share}, {"agree": share}
+    assert explanation_rows([one, None, both]) == [
+        ("explanations that reach the student's own answer", [HALF, "not measured", HALF]),
+        ("… where the answer is right", ["not measured", "not measured", HALF]),
+    ]
 
 
 def test_without_a_conclusion_nothing_is_claimed():

@@ -232,14 +232,14 @@ def test_a_hub_model_stands_in_the_card_as_base_model_and_a_local_folder_does_no
     assert "base_model" not in matter(str(tmp_path))
 
 
-def card(folder, *, extra=None, **changes: dict) -> str:
+def card(folder, *, extra=None, results=None, **changes: dict) -> str:
     config, path, tiny = folder
     student = load_student(path)
     values = config.model_dump()
     for section, fields in changes.items():
         values[section] = {**values[section], **fields}
     manifest = replace(student.manifest, extra={**student.manifest.extra, **(extra or {})})
-    results = json.loads((path.parent / "eval" / "test" / "results.json").read_text())
+    results = json.loads((path.parent / "eval" / "test" / "results.json").read_text()) | (results or {})
     facts = CardFacts(
         Config.model_validate(values), tiny.format, manifest, [results], None, {"shards": None}, tiny.model
     )
@@ -259,6 +259,14 @@ def test_a_card_claims_no_alignment_and_no_choice_that_did_not_happen(folder):
     assert "No rows were used to choose" in card(folder, extra={"answer_nll": None})
     assert "chosen on validation rows only" in card(folder, extra={"answer_nll": 0.5})
     assert "bytes as tokens" in card(folder)
+
+
+def test_a_card_says_whether_explanations_reach_the_answer(folder):
+    share = {"rows": 50, "share": 0.92, "stderr": 0.0384}
+    text = card(folder, results={"explanations": {"agree": share, "follows_other": None}})
+    assert "| explanations that reach the student's own answer | 92.0 % ± 3.8 (50 rows) |\n\nOnly explanations" in text
+    assert "another row's answer:" not in text
+    assert "Only explanations" not in card(folder, results={"explanations": None})
 
 
 def test_the_export_names_what_the_student_was_trained_from_not_what_lies_there_today(tmp_path):

@@ -37,6 +37,8 @@ def screen(view: View, now: float) -> RenderableType:
 def headline(view: View, now: float) -> str:
     """One line: directory, stage, for how long, where; or how it ended."""
     stage = view.stage
+    if view.is_gone:
+        return f"{view.folder}  {end_words(view)}"
     if stage is None:
         return f"{view.folder}  training"
     if stage.state == ENDED:
@@ -105,7 +107,7 @@ def step_line(arm: ArmView) -> str:
 
 
 def validation_line(arm: ArmView) -> str | None:
-    """`validation at step 100: accuracy 71.0 %  answer_nll 0.512  (best: step 80)`; None before the first."""
+    """`validation at step 100: accuracy 71.0 %  answer_nll 0.5120`; None before the first."""
     found = arm.training.validation if arm.training is not None else None
     if not found:
         return None

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pst_dist.errors import EnvironmentFault
 from pst_dist.training.trackers import TrackedRun, Tracker
 
 _HERE = "127.0.0.1"
@@ -27,12 +28,17 @@ class Prometheus(Tracker):
         self._port = port
 
     def start(self, run: TrackedRun, config: dict[str, Any]) -> None:
-        """Listen; raises OSError when the port is in use."""
+        """Listen; raises EnvironmentFault when the port cannot be had."""
         from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
         self._gauge, self._labels = Gauge, {"run": run.name, "arm": str(config["arm"])}
         self._registry, self._gauges = CollectorRegistry(), dict[str, Any]()
-        self._server, self._thread = start_http_server(self._port, addr=_HERE, registry=self._registry)
+        try:
+            self._server, self._thread = start_http_server(self._port, addr=_HERE, registry=self._registry)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"train.metrics_port={self._port}: {error.strerror}", "choose another port"
+            ) from error
         self.log(run.first_step, {})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

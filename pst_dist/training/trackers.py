@@ -23,7 +23,7 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.config.schema_train import TRACKERS_GROUP
-from pst_dist.errors import first_line
+from pst_dist.errors import PstError, first_line
 from pst_dist.redaction import redact, redact_values
 from pst_dist.storage.atomic import write_text
 
@@ -304,6 +304,8 @@ class Trackers:
         if isinstance(error, ModuleNotFoundError) and name in (*TRACKERS, PROMETHEUS):
             extra = "train" if name == "tensorboard" else name
             reason = f"the package {error.name} is not installed: pip install 'pst-dist[{extra}]'"
+        elif isinstance(error, PstError):
+            reason = first_line(error, 200)
         else:
             reason = f"{type(error).__name__}: {first_line(error, 200)}"
         log.warning("tracker %s failed and gets no more metrics; training continues (%s)", name, redact(reason))

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from ports import free_port
@@ -18,10 +20,10 @@ from pst_dist.cli.main import run_verb
 from pst_dist.config.stage import read_stage, staged, tell_stage
 from pst_dist.diagnostics.watch import view_of
 from pst_dist.diagnostics.watch_page import Told, screen, sparkline
-from pst_dist.errors import ConfigError, InputError, PreemptedError
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PreemptedError
 from pst_dist.storage.json_files import read_json, read_lines
-from pst_dist.training.prometheus import gauge_name
-from pst_dist.training.trackers import markdown_table
+from pst_dist.training.prometheus import Prometheus, gauge_name
+from pst_dist.training.trackers import TrackedRun, markdown_table
 from pst_dist.training.trainer import train
 
 
@@ -58,6 +60,7 @@ def test_a_training_is_watched_while_it_works_and_after_a_kill_and_to_its_end(sm
         process.communicate()
     gone = subprocess.run([sys.executable, "-m", "pst_dist.cli", "watch", str(run)], capture_output=True, text=True)
     assert gone.returncode == 7 and "error[PEER_LOST]" in gone.stderr and "the same command resumes" in gone.stderr
+    assert "its process is gone" in shown(view_of(run)).splitlines()[0]
     assert run_verb(["train", str(path), "-q"]) == 0
     capsys.readouterr()
     assert run_verb(["watch", str(run)]) == 0
@@ -66,6 +69,13 @@ def test_a_training_is_watched_while_it_works_and_after_a_kill_and_to_its_end(sm
     assert run_verb(["watch", str(run), "--once"]) == 0
     once = capsys.readouterr().out
     assert "validation question" in once and "loss" in once and "100 %" in once
+
+
+def test_a_taken_port_is_named_with_its_setting():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EnvironmentFault, match=f"train.metrics_port={port}: Address already in use"):
+            Prometheus(port).start(TrackedRun(Path("run"), "run", 0), {"arm": "pst"})
 
 
 @pytest.mark.encoder

@@ -222,6 +222,8 @@ def drop_noise() -> None:
     for handler in logging.getLogger("transformers").handlers:
         if not any(isinstance(found, _WithoutNoise) for found in handler.filters):
             handler.addFilter(_WithoutNoise())
+    # On CPUs with AVX-512 its import asks for a package of 4-bit kernels; here 4-bit students need a GPU anyway.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

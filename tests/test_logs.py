@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pst_dist.logs import Progress, progress, shown_by_default
+from pst_dist.logs import Progress, drop_noise, progress, shown_by_default
 
 
 class Clock:
@@ -167,3 +167,11 @@ def test_a_level_on_our_logger_silences_lines_and_bars(capsys, monkeypatch):
             logging.getLogger("pst_dist.pipeline").warning("still said")
         assert capsys.readouterr().err == "still said\n"
         assert ours.level == logging.WARNING
+
+
+def test_a_package_that_nobody_asked_for_is_not_missed(caplog):
+    """bitsandbytes' import asks for one on CPUs with AVX-512, and sentence-transformers imports bitsandbytes."""
+    drop_noise()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("pip install kernels")
+    logging.getLogger("bitsandbytes.cextension").warning("compiled without support for this GPU")
+    assert caplog.messages == ["compiled without support for this GPU"]

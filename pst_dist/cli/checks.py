@@ -43,9 +43,9 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _at_least_one(text: str) -> int:
-    """A positive number of rows, for argparse."""
+    """A positive whole number, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of rows")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 

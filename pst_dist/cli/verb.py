@@ -30,7 +30,8 @@ _QUIET = Option("-q", "--quiet", action="store_true", help="print problems only"
 
 def overrides(help: str = "override any key; +NAME: an overlay", metavar: str = "key.sub=value") -> Option:
     """The arguments `key.sub=value` and `+NAME`, which may appear anywhere among the options."""
-    return Option("overrides", nargs="*", metavar=metavar, help=help)
+    # Without a default, argparse lists it among the required arguments; with None it is still an empty list.
+    return Option("overrides", nargs="*", default=None, metavar=metavar, help=help)
 
 
 OVERRIDES = overrides()

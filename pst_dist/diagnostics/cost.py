@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
@@ -41,8 +41,9 @@ class Machines(Section):
     """Machines."""
     gpus: int = Field(1, ge=1)
     """Ranks per machine: GPUs, or CPU ranks."""
-    gpu: GpuName | None = None
-    """The GPU, for its memory and a guess of its speed from a table."""
+    gpu: GpuName | None = Field(
+        None, description=f"The GPU, for its memory and a guess of its speed from a table: {', '.join(GPUS)}."
+    )
     gpu_memory: float | None = Field(None, gt=0)
     """Memory of one GPU in GiB; the plan then says whether a rank fits."""
     tokens_per_second: float | None = Field(None, gt=0)
@@ -54,6 +55,12 @@ class Machines(Section):
     node_hours_between_failures: float = Field(6300.0, gt=0)
     """Mean time between failures of one node. 6300 h is Llama 3's pre-training: 419 unexpected interruptions in 54
     days of 2048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4)."""
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _in_lower_case(cls, value: object) -> object:
+        """`gpu=H100` is the same."""
+        return value.lower() if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

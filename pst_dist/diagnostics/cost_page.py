@@ -66,9 +66,7 @@ def _source(plan: Plan) -> str:
     if plan.machines.gpu is None or plan.machines.tokens_per_second is None:
         return ""
     speed = f"{plan.machines.tokens_per_second:,.0f} tok/s a rank"
-    return (
-        f" at least, a guess: {speed} is 30 % of the peak of a {plan.machines.gpu}, which small students do not reach"
-    )
+    return f" at least, a guess: {speed} is 30 % of the peak of {plan.machines.gpu}, which small students do not reach"
 
 
 def _precision(train: TrainConfig) -> str:

@@ -29,6 +29,14 @@ def test_the_help_of_every_verb_ends_with_an_example_that_its_parser_takes(name,
     assert program == "pst" and unknown == [] and arguments.run is VERBS[name]
 
 
+def test_only_what_is_required_is_named_as_missing(capsys):
+    with pytest.raises(SystemExit):
+        run_verb(["run"])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the following arguments are required: config")
+    arguments = main.command_parser().parse_args(["run", "demo"])
+    assert arguments.overrides == []
+
+
 def test_the_list_of_verbs_holds_each_once_with_its_line_of_help(capsys):
     with pytest.raises(SystemExit):
         run_verb(["--help"])

@@ -68,12 +68,12 @@ def test_all_validations_are_counted(tmp_path):
 def test_a_gpu_of_the_table_gives_memory_and_a_guess_of_the_hours(tmp_path):
     changes = {"arm": "answer_only", "train__bf16": True}
     config = small_config(tmp_path / "data", tmp_path / "run", **changes)
-    _, machines = split_words(["gpu=h100"])
+    _, machines = split_words(["gpu=H100"])
     plan = make_plan(config, machines)
     assert plan.machines.gpu_memory == 80
     assert plan.machines.tokens_per_second == pytest.approx(0.3 * 989e12 / (6 * plan.parameters))
     lines = "\n".join(plan_lines(plan))
-    assert "is 30 % of the peak of a h100" in lines and "one rank fits in 80 GiB" in lines
+    assert "is 30 % of the peak of h100" in lines and "one rank fits in 80 GiB" in lines
     exact = make_plan(small_config(tmp_path / "data", tmp_path / "run", arm="answer_only"), machines)
     assert exact.machines.tokens_per_second == pytest.approx(0.3 * 67e12 / (6 * plan.parameters))
     given = make_plan(config, split_words(["gpu=t4", "tokens_per_second=5"])[1])

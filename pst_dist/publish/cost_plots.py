@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pst_dist.evaluation.records import is_plottable
-from pst_dist.publish.plots import FAINT, INK, add_legend, name_axes, new_figure, series, to_png
+from pst_dist.publish.plots import FAINT, INK, add_legend, from_zero, name_axes, new_figure, series, to_png
 
 _RIGHT, _WRONG = "#18794e", "#b3261e"
 _BINS = 24
@@ -22,11 +22,11 @@ def throughput_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     figure, axes = new_figure(10.3 if padded else 5.0, 3.0, 2 if padded else 1)
     axes[0].plot(steps, speeds, color=INK, linewidth=1.6)
     name_axes(axes[0], "optimizer step", "tokens per second", "Speed, all ranks together")
-    axes[0].set_ylim(bottom=0)
+    from_zero(axes[0])
     if padded:
         axes[1].plot(padded, [100 * value for value in padding], color=FAINT, linewidth=1.6)
         name_axes(axes[1], "optimizer step", "% of the positions", "Padding")
-        axes[1].set_ylim(bottom=0)
+        from_zero(axes[1])
     return to_png(figure)
 
 

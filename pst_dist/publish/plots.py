@@ -56,6 +56,11 @@ def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
         axis.set_title(title, fontsize=10, color=INK, loc="left")
 
 
+def from_zero(axis: Any) -> None:
+    """Start the y axis at 0, with room for a dot at the top."""
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+
+
 def add_legend(axis: Any) -> None:
     """A legend without a frame, if any curve has a label."""
     if axis.get_legend_handles_labels()[0]:
@@ -105,7 +110,7 @@ def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
         _both(axes[1], metrics, "alignment", TERM_COLOURS["alignment"], "alignment")
         name_axes(axes[1], "optimizer step", "distance per sample", "Distance to the teacher")
     for axis in axes:
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
         add_legend(axis)
     return to_png(figure) if drawn else None
 
@@ -266,7 +271,7 @@ def curves_plot(comparison: Comparison, metrics: Sequence[Sequence[dict[str, Any
                 )
                 drawn = True
     for axis, title in zip(axes, ("Training batches", "Validation rows"), strict=True):
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
         name_axes(axis, "optimizer step", "answer NLL (nats per token)", title)
     add_legend(axes[0])
     return to_png(figure) if drawn else None

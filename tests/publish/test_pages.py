@@ -205,6 +205,19 @@ def test_series_take_only_rows_that_hold_a_number():
     assert plots.validation_series(rows, "loss") == ([3], [5.0])
 
 
+def test_a_dot_at_the_top_of_a_picture_is_whole():
+    from matplotlib.figure import Figure
+
+    from pst_dist.publish.plots import from_zero
+
+    axis = Figure().subplots()
+    axis.plot([20], [3.2], "o")
+    axis.plot([20], [3.4], "o")
+    from_zero(axis)
+    low, high = axis.get_ylim()
+    assert low == 0 and high > 3.4 + 0.03 * high
+
+
 def test_pictures_are_shown_at_half_their_pixels():
     png = plots.loss_plot([{"step": 1, "answer_nll": 1.0}, {"step": 2, "answer_nll": 0.5}])
     width = int.from_bytes(png[16:20], "big")

@@ -22,6 +22,8 @@ from pst_dist.evaluation.records import read_metrics
 from pst_dist.storage.json_files import read_object, typed
 from pst_dist.training.live import LIVE
 
+_RUNS_BELOW = ("*/*", "runs/*/*/seed-*", "runs/*/*/*/seed-*", "runs/*/*/*/*/seed-*")
+"""Where a Slurm array has its runs, and an experiment, with up to two keys of `vary`."""
 SILENT_SECONDS = 600.0
 """After so long without a sign from another host, the page says so."""
 
@@ -124,6 +126,9 @@ def view_of(folder: Path) -> View:
     stage = read_stage(folder)
     arms = tuple(_arm(place, name) for name, place in _places(folder))
     if stage is None and not any(arm.training or arm.history for arm in arms):
+        newest = _newest_below(folder)
+        if newest is not None:
+            raise InputError("holds several runs", f"watch one of them, such as the newest: {newest}", path=folder)
         raise InputError(
             f"nothing has begun here: neither {STAGE} nor {LIVE} nor metrics.jsonl",
             "name the output_dir of a run",
@@ -135,6 +140,12 @@ def view_of(folder: Path) -> View:
             (arm.training.host, arm.training.pid) for arm in arms if arm.training and arm.training.state == "running"
         ]
     return View(folder, stage, arms, bool(signs) and all(_is_gone(host, pid) for host, pid in signs))
+
+
+def _newest_below(folder: Path) -> Path | None:
+    """The run that gave the last sign, of an experiment or of a Slurm array with a folder per seed and arm."""
+    found = [file for pattern in _RUNS_BELOW for file in folder.glob(f"{pattern}/{LIVE}")]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
 
 
 def _places(folder: Path) -> list[tuple[str, Path]]:

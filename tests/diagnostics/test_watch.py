@@ -173,6 +173,16 @@ def test_files_of_others_are_shown_without_their_control_characters_or_not_at_al
         view_of(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("places", [("seed-0/pst", "seed-1/pst"), ("runs/svamp/a/seed-0", "runs/svamp/raw/b/seed-0")])
+def test_a_folder_of_several_runs_is_answered_with_the_newest(tmp_path, places):
+    for age, place in enumerate(places):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "live.json").write_text("{}")
+        os.utime(tmp_path / place / "live.json", (age, age))
+    with pytest.raises(InputError, match=f"holds several runs; watch one of them, such as the newest: .*/{places[1]}$"):
+        view_of(tmp_path)
+
+
 def test_small_parts():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([5.0, float("nan")]) == "" and sparkline([2.0, 2.0]) == "▁▁"

@@ -214,6 +214,15 @@ def test_a_job_is_the_command_that_a_person_would_type(project):
     assert job.runtime_env["working_dir"] == str(project) and "/out" in job.runtime_env["excludes"]
 
 
+def test_a_folder_of_this_home_directory_is_the_same_one_in_the_job(project, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    job = job_of("output_dir=~/x y")
+    assert job.config.output_dir == "/home/ann/x y"
+    assert job.command.endswith(" run my.yaml 'output_dir=~/x y' 'output_dir=/home/ann/x y' on=ray"), (
+        "the last one wins"
+    )
+
+
 @pytest.mark.ray
 def test_a_runtime_environment_is_rays_own_format_with_ours_added(project):
     pytest.importorskip("ray", reason="needs ray")

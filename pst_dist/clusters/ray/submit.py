@@ -158,8 +158,16 @@ def make_job(request: RayRequest, config_name: str, overrides: Sequence[str]) ->
     for folder in (config.output_dir, config.data_dir):
         if folder is not None and not is_url(folder) and request.folder in Path(folder).parents:
             excludes.append("/" + str(Path(folder).relative_to(request.folder)))
-    command = shlex.join(["python", "-m", "pst_dist.cli", request.verb, word, *overrides, "on=ray"])
+    own = _in_home(config)
+    words = [*(other for other in overrides if other not in own), *own]
+    command = shlex.join(["python", "-m", "pst_dist.cli", request.verb, word, *words, "on=ray"])
     return RayJob(request, config, command, tuple(excludes))
+
+
+def _in_home(config: Config) -> list[str]:
+    """The folders in this home directory, spelled out: in the job, `~` may be another directory."""
+    folders = {"output_dir": config.output_dir, "data_dir": config.data_dir, "data_cache": config.data_cache}
+    return [f"{key}={folder}" for key, folder in folders.items() if folder and Path.home() in Path(folder).parents]
 
 
 def _on_ray(verb: str) -> list[str]:

@@ -242,8 +242,6 @@ def quiet_libraries() -> None:
     drop_noise()
     for name in ("DeepSpeed", "deepspeed", "sentence_transformers", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Its import on a CPU warns of a kernel for 4-bit weights, which are refused there (`student.lora`).
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

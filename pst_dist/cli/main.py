@@ -91,7 +91,6 @@ def _set_up_logging(arguments: argparse.Namespace) -> None:
     handler.setFormatter(RedactingFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("pst_dist").setLevel(level)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see `logs.quiet_libraries`; peft imports it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -14,7 +14,7 @@ from pst_dist.cli.main import run_verb
 ROOT = Path(__file__).resolve().parents[1]
 ADDED = {"check": [], "preview": [], "plan": [], "shard": [], "run": ["--dry-run"], "submit": ["--dry-run"]}
 """Verb -> the words that keep it cheap here."""
-_ELSEWHERE = ("FOLDER", "google/", "smollm2", "on=ray", "submit ray", "rationales.jsonl", "…")
+_ELSEWHERE = ("FOLDER", "encoders/", "google/", "smollm2", "on=ray", "submit ray", "rationales.jsonl", "…")
 """Words of commands that need a model, a data set or a cluster that is not on every machine."""
 CONFIG = """
 task: last_letter_concatenation
@@ -39,7 +39,8 @@ def runnable() -> list[str]:
 def folder(tmp_path_factory) -> Path:
     """A directory with the files that the pages talk of."""
     here = tmp_path_factory.mktemp("docs")
-    (here / "my.yaml").write_text(CONFIG)
+    for name in ("my.yaml", "student.yaml"):
+        (here / name).write_text(CONFIG)
     rows = [{"question": f"{k} + {k}?", "answer": str(2 * k), "rationale": f"twice {k}"} for k in range(60)]
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = [{"question": f"{k} + {k}?", "answer": str(2 * k), "rationale": f"twice {k}"} for k in range(60, 70)]

@@ -130,7 +130,8 @@ def test_only_changed_files_are_compared_again(config, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "data" / "shards"
     hashed = []
     monkeypatch.setattr(
-        "pst_dist.storage.manifest.sha256_file", lambda path: hashed.append(path.name) or sha256_file(path)
+        "pst_dist.storage.manifest.sha256_file",
+        lambda path, **rest: hashed.append(path.name) or sha256_file(path, **rest),
     )
     assert Artefact(folder, "shards", remembers=True).verified() is not None and hashed == []
     os.utime(folder / "train-000000.tar")

@@ -95,7 +95,8 @@ def embed_with_ray(
             )
         count = _number_of_actors(config.ray, resources, len(todo))
         gpus = config.ray.num_gpus_per_actor
-        log.info("embed: %d shards on %d Ray actors with %g GPU each", len(todo), count, gpus)
+        each = f" with {gpus:g} GPU each" if gpus else ""
+        log.info("embed: %d shards on %d Ray actors%s", len(todo), count, each)
         actor_class = ray.remote(
             num_cpus=config.ray.num_cpus_per_actor,
             num_gpus=config.ray.num_gpus_per_actor,

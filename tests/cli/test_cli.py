@@ -237,7 +237,7 @@ def test_preview_wants_at_least_one_row(capsys):
     for count in ("0", "-3", "x"):
         with pytest.raises(SystemExit) as end:
             run_verb(["preview", "demo", "-n", count])
-        assert end.value.code == 2 and "positive number of rows" in capsys.readouterr().err
+        assert end.value.code == 2 and "is not a positive whole number" in capsys.readouterr().err
 
 
 def test_refused_input_leaves_no_directory_at_all(tmp_path, capsys):

@@ -518,7 +518,7 @@ class TestOnARealSlurm:
         number = done.stdout.strip()
         try:
             shown = slurm.ask("scontrol", "show", "job", number)
-            assert """JobName=a "b" 'c' #d \\e\n""" in shown
+            assert """JobName=a "b" 'c' #d \\e-train\n""" in shown
             assert f"{number}|{comment_of(base)}" in slurm.ask("squeue", "--noheader", "--format=%i|%k")
             (job,) = read_jobs(shown)
             assert str(job.output) == f"{base}/slurm/{number}.log"

@@ -46,7 +46,7 @@ def _grows_faster_than_its_input(call: Callable[[str], object], piece: str, end:
     short, long = (piece * (size // len(piece)) + end for size in (SHORT, LONG))
     for _ in range(3):  # one quiet measurement of three is enough: another process may have disturbed the rest
         after = _seconds(call, long)
-        if after < 0.02 or after < 9 * _seconds(call, short):
+        if after < 0.005 or after < 9 * _seconds(call, short):
             return False
     return True
 

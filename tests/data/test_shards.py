@@ -391,7 +391,8 @@ def test_a_writer_killed_at_any_moment_leaves_old_shards_or_new_ones(tmp_path):
             seen.add(rows[0].answer)
     assert seen
     write_shards({"train": [sample(1)]}, directory, samples_per_shard=3, fingerprint="end", extra={}, rebuild=True)
-    assert not list(tmp_path.glob(".shards.*.*"))
+    # The note on what was compared stays; temporary files do not.
+    assert {path.name for path in tmp_path.glob(".shards.*.*")} <= {".shards.verified.json"}
 
 
 def test_old_shards_come_back_when_a_rebuild_died_between_its_two_renames(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,7 +113,9 @@ def memory(config: Config, ranks: Ranks) -> dict[str, float]:
         weights = engine.full_weights(Path(folder))
         held = sum(4 * weight.numel() for weight in weights.values())
         assert held == (size if ranks.is_main else 0)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins with the size of the process that started this one.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    most = int(peak.split()[1]) * 1024
     return {"model": size, "building": building.added, "collecting": collecting.added, "process": most}
 
 

@@ -90,6 +90,14 @@ def test_changed_rows_are_refused_and_packed_anew_with_rebuild(config, tmp_path,
     assert again.digest != made.digest and make_shards(config).digest == again.digest
 
 
+def test_other_bytes_of_the_same_size_and_with_the_old_time_are_noticed(config, tmp_path):
+    make_shards(config)
+    write(tmp_path / "rows.jsonl", range(20, 50))
+    assert (tmp_path / "rows.jsonl").stat().st_mtime_ns == LONG_AGO
+    with pytest.raises(StaleError):
+        make_shards(config)
+
+
 @pytest.mark.parametrize("word", ["data.max_rows=5", "data.validation_size=3", "shards.samples_per_shard=4"])
 def test_another_setting_is_noticed(config, word):
     make_shards(config)

@@ -104,7 +104,8 @@ def check_file(path: Path) -> None:
 def input_of(path: Path, sha256: str, found: os.stat_result, opened: int) -> Input:
     """A file that was read whole; `opened` is the time in nanoseconds at which `found` was looked up."""
     settled = found.st_mtime_ns < opened - _COARSEST_TIME_NS
-    return Input(os.path.abspath(path), sha256, found.st_size, found.st_mtime_ns if settled else None)
+    times = (found.st_mtime_ns, found.st_ctime_ns) if settled else (None, None)
+    return Input(os.path.abspath(path), sha256, found.st_size, *times)
 
 
 def _refuse_other_formats(path: Path) -> None:

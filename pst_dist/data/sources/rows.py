@@ -68,6 +68,8 @@ class Input:
     bytes: int = 0
     mtime_ns: int | None = None
     """None where the time cannot tell a changed file: it changed shortly before it was read, or it is no file."""
+    ctime_ns: int | None = None
+    """The time of the last change of the file or of its times, which `touch` and `cp -p` cannot set back."""
 
 
 Entry = RawRow | Reject

@@ -1,7 +1,7 @@
 """Whether the inputs of earlier shards are what they were, without reading a row.
 
-`pst run` asks this at every start. A file with the size and the time that it had is taken as unchanged; one with
-another time is read for its digest, which costs seconds where parsing its rows costs an hour. A dataset on the hub is
+`pst run` asks this at every start. A file with the size and the times that it had is taken as unchanged; one with
+other times is read for its digest, which costs seconds where parsing its rows costs an hour. A dataset on the hub is
 told by the fingerprint of the revision that the datasets library has in its cache, a generator by its spec.
 """
 
@@ -68,6 +68,6 @@ def _now(one: Input) -> Input:
     found = path.stat()
     if found.st_size != one.bytes:
         return replace(one, sha256="")
-    if found.st_mtime_ns == one.mtime_ns:
+    if (found.st_mtime_ns, found.st_ctime_ns) == (one.mtime_ns, one.ctime_ns):
         return one
     return input_of(path, sha256_file(path), found, opened)

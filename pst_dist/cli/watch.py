@@ -32,7 +32,7 @@ def _seconds(text: str) -> float:
     Option("--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often to look (%(default)s)"),
     more=lambda: (
         "It reads files only and changes nothing: start it anywhere, as often as you like. It ends with the run, with\n"
-        "its exit code (7 when its process is gone without a word). Ctrl-C ends the watching, not the run."
+        "its exit code (7 when its process is gone). Ctrl-C ends the watching, not the run."
     ),
 )
 def watch(arguments: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ class Candidates:
 
 
 def open_candidates(path: Path, split: str, shards: str, rows: int, samples: Iterable[ReasoningSample]) -> Candidates:
-    """The table in a file of the shards with the manifest digest `shards`; made from all samples if it is not there.
+    """The table in a file of the shards with the manifest digest `shards`; made from all samples if it is missing.
 
     Where the file cannot be written the table stays in memory.
     """

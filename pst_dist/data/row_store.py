@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, overload
@@ -211,9 +212,9 @@ class Stored(Sequence[_T]):
     def __init__(self, count: int) -> None:
         self._count = count
 
+    @abstractmethod
     def between(self, start: int, stop: int) -> Iterator[_T]:
         """The values from `start` to before `stop`."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self._count

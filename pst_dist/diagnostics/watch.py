@@ -164,15 +164,19 @@ def _places(folder: Path) -> list[tuple[str, Path]]:
     return [(name, folder / name) for name in names] if names else [(folder.name, folder)]
 
 
-def _arm(folder: Path, name: str) -> ArmView:
-    training = None
+def read_live(folder: Path) -> Training | None:
+    """How the training in a directory goes; None where it has not begun or `live.json` cannot be read."""
     if (folder / LIVE).is_file():
         with contextlib.suppress(PstError):
-            training = typed(read_object(folder / LIVE), Training, folder / LIVE)
+            return typed(read_object(folder / LIVE), Training, folder / LIVE)
+    return None
+
+
+def _arm(folder: Path, name: str) -> ArmView:
     history: list[dict[str, Any]] = []
     with contextlib.suppress(IntegrityError):
         history = read_metrics(folder / "metrics.jsonl")
-    return ArmView(name, training, history, (folder / "train.json").is_file())
+    return ArmView(name, read_live(folder), history, (folder / "train.json").is_file())
 
 
 def _is_gone(host: str, pid: int) -> bool:

@@ -50,7 +50,7 @@ def headline(view: View, now: float) -> str:
 def end_words(view: View) -> str:
     """How a run ended, in a few words."""
     if view.is_gone:
-        return "its process is gone without a word; the same command resumes"
+        return "its process is gone; the same command resumes"
     code = view.exit_code
     words = _ENDS.get(code, f"ended with exit code {code}")
     error = view.stage.error if view.stage is not None and code not in _ENDS else None

@@ -24,14 +24,13 @@ def measure(encoder: TextEncoder, examples: Triplets) -> dict[str, float | int] 
         return None
     anchors_nE = encoder.encode([row.anchor for row in rows])
     firsts_nE = encoder.encode([row.negatives[0] for row in rows])
-    positives_nE = encoder.encode([row.positive for row in rows])
     paired = [k for k, row in enumerate(rows) if row.positive != row.anchor]
     result: dict[str, float | int] = {"rationales": len(rows), "to_negative": _cosine(anchors_nE, firsts_nE)}
     if len(rows) > 1:
         total = anchors_nE.astype("float64").sum(0)
         result["to_others"] = float((total @ total - len(rows)) / (len(rows) * (len(rows) - 1)))
     if paired:
-        result["to_positive"] = _cosine(anchors_nE[paired], positives_nE[paired])
+        result["to_positive"] = _cosine(anchors_nE[paired], encoder.encode([rows[k].positive for k in paired]))
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in result.items()}
 
 
@@ -40,18 +39,24 @@ def _cosine(one_nE: np.ndarray, other_nE: np.ndarray) -> float:
     return float((one_nE.astype("float64") * other_nE.astype("float64")).sum(1).mean())
 
 
+_NAMES = {
+    "to_positive": "another correct rationale of the question",
+    "to_negative": "the rationale with another end",
+    "to_others": "rationales of other questions",
+}
+
+
+def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(to what, mean cosine before, after); empty without validation rationales."""
+    before, after = report["before"] or {}, report["after"] or {}
+    return [(_NAMES[key], f"{before[key]:.3f}", f"{after[key]:.3f}") for key in _NAMES if key in before]
+
+
 def lines(report: Mapping[str, Any]) -> list[str]:
     """What changed, as a table for a terminal."""
-    before, after = report["before"], report["after"]
-    if before is None:
+    if report["before"] is None:
         return ["no validation rationales to measure on"]
-    names = {
-        "to_positive": "another correct rationale of the question",
-        "to_negative": "the rationale with another end",
-        "to_others": "rationales of other questions",
-    }
-    rows = [("mean cosine to", "before", "after")]
-    rows += [(names[key], f"{before[key]:.3f}", f"{after[key]:.3f}") for key in names if key in before]
+    rows = [("mean cosine to", "before", "after"), *_changes(report)]
     width = max(len(row[0]) for row in rows)
     return [f"{row[0]:<{width}}  {row[1]:>6}  {row[2]:>6}" for row in rows]
 
@@ -59,7 +64,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 def card(report: Mapping[str, Any], rationales: int) -> str:
     """The text of README.md in the encoder's folder."""
     table = ["| mean cosine on validation rows to | before | after |", "|---|---:|---:|"]
-    table += [f"| {line[:-16].strip()} | {line[-14:-8].strip()} | {line[-6:].strip()} |" for line in lines(report)[1:]]
+    table += [f"| {' | '.join(row)} |" for row in _changes(report)]
     base = report["base"]
     return "\n".join(
         [

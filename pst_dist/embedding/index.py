@@ -66,7 +66,7 @@ class RationaleIndex:
         raise IntegrityError("two embedding files have the same sample")
 
     def rows(self, keys: Sequence[tuple[str, int]]) -> np.ndarray:
-        """[n] int64: the rows of n rationales; -1 for one that is not there."""
+        """[n] int64: the rows of n rationales; -1 for one that is missing."""
         hashes = np.fromiter((_hash(name, self.salt) for name, _ in keys), np.uint64, len(keys))
         wanted = np.fromiter((k for _, k in keys), np.int64, len(keys))
         if not len(self.entries):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.data.sample import ReasoningSample, normalise_question
+from pst_dist.data.sample import normalise_question
 from pst_dist.data.sources import load_data
 from pst_dist.embedding.causal import reads_causal
 from pst_dist.embedding.contrast import Triplets, triplets
@@ -79,11 +79,8 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
     wrong = read_wrong(settings.wrong)
     made = triplets(splits["train"], wrong, negatives=settings.negatives, seed=config.seed)
     if len(made.rows) < _LEAST_ROWS:
-        without = (
-            ""
-            if not made.without_negative
-            else (f", and {made.without_negative:,} have no number, option, name, quoted word or opposite to change")
-        )
+        unchanged = f", and {made.without_negative:,} have no number, option, name, quoted word or opposite to change"
+        without = unchanged if made.without_negative else ""
         raise DataError(
             f"{len(made.rows)} rationales can be used{without}; training an encoder needs at least {_LEAST_ROWS}",
             "add rows with rationales, or wrong rationales with --wrong",
@@ -118,9 +115,8 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
                 path=output,
             )
         else:
-            done = _train(
-                artefact, encoder, made, _held_out(config, splits["validation"], wrong, settings), facts, work
-            )
+            held_out = triplets(splits["validation"], wrong, negatives=settings.negatives, seed=config.seed)
+            done = _train(artefact, encoder, made, held_out, facts, work)
     shutil.rmtree(work, ignore_errors=True)
     return done
 
@@ -153,13 +149,6 @@ def read_wrong(files: Sequence[Path]) -> dict[str, list[str]]:
     return found
 
 
-def _held_out(
-    config: Config, samples: Sequence[ReasoningSample], wrong: Mapping[str, Sequence[str]], settings: EncoderTraining
-) -> Triplets:
-    """Examples of the validation rows; only measured."""
-    return triplets(samples, wrong, negatives=settings.negatives, seed=config.seed)
-
-
 def _train(
     artefact: Artefact, encoder: TextEncoder, made: Triplets, held_out: Triplets, facts: dict[str, Any], work: Path
 ) -> Manifest:
@@ -188,6 +177,7 @@ def _run_trainer(encoder: TextEncoder, made: Triplets, facts: Mapping[str, Any],
     from sentence_transformers.losses import MultipleNegativesRankingLoss
     from sentence_transformers.training_args import BatchSamplers
     from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
 
     columns: dict[str, list[str]] = {
         "anchor": [row.anchor for row in made.rows],
@@ -223,15 +213,17 @@ def _run_trainer(encoder: TextEncoder, made: Triplets, facts: Mapping[str, Any],
         """Passes the trainer's steps on to a progress bar."""
 
         def __init__(self, bar: Progress) -> None:
-            self.bar = bar
+            self.bar, self.note = bar, ""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             self.bar.total = state.max_steps
             self.bar.skip(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            seen = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            self.bar.advance(note=f"loss {seen[-1]:.3f}" if seen else "")
+            self.bar.advance(note=self.note)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+            self.note = f"loss {logs['loss']:.3f}" if logs and "loss" in logs else self.note
 
     with without_chatter(), progress("train encoder", total=per_epoch * facts["epochs"], unit="steps") as bar:
         trainer = SentenceTransformerTrainer(
@@ -242,19 +234,13 @@ def _run_trainer(encoder: TextEncoder, made: Triplets, facts: Mapping[str, Any],
             callbacks=[Shown(bar)],
         )
         # The trainer prints its logs as dicts; the progress bar shows the loss instead.
-        trainer.remove_callback(_printer())
+        trainer.remove_callback(PrinterCallback)
         last = last_checkpoint(checkpoints)
         if last is not None:
             log.info("continuing from %s", last.name)
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     model.eval()
     return int(trainer.state.global_step)
-
-
-def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,24 +1,20 @@
 """Lines that say how far the runs of an experiment are, read from their own files.
 
-A run may be in another process or, on Ray, on another node; its metrics file is what they share.
+A run may be in another process or, on Ray, on another node; its `live.json` is what they share.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from pst_dist.config.run_dir import run_dir
-from pst_dist.errors import IntegrityError
+from pst_dist.diagnostics.watch import read_live
 from pst_dist.experiment.spec import Run
 from pst_dist.logs import LOG_EVERY_SECONDS
-from pst_dist.storage.json_files import parse_json
 
 log = logging.getLogger(__name__)
-_TAIL_BYTES = 8192
 _MOST_NAMED = 4
 
 
@@ -46,28 +42,9 @@ def state_of(run: Run) -> str:
     own = run_dir(run.config)
     if own.training.is_file():
         return "scoring"
-    last = _last_row(own.metrics)
-    if last is None:
+    training = read_live(own.path)
+    if training is None:
         return "starting" if own.path.is_dir() else ""
-    total = run.config.train.max_steps
-    of = f"/{total:,}" if total else ""
-    loss = last.get("loss")
-    return f"step {last.get('step', 0):,}{of}" + (f", loss {loss:.3f}" if isinstance(loss, float) else "")
-
-
-def _last_row(path: Path) -> dict[str, object] | None:
-    """The last complete line that has a step; None without one."""
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _TAIL_BYTES))
-            lines = stream.read().split(b"\n")
-    except OSError:
-        return None
-    for line in reversed(lines[:-1]):
-        try:
-            row = parse_json(line, path)
-        except IntegrityError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    return None
+    loss = training.metrics.get("loss")
+    words = f", loss {loss:.3f}" if isinstance(loss, float) else ""
+    return f"step {training.step:,}/{training.total:,}{words}"

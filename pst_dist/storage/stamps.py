@@ -1,7 +1,7 @@
 """Remembers that files were compared with their digests, so that they are read again only when they have changed.
 
 Comparing the shards and vectors of ten million rows reads hundreds of gigabytes, and every start and every rank would
-do it. So whoever compares or publishes a directory notes the stamps of its files beside it, in
+do it. So the process that compares or publishes a directory writes the stamps of its files into
 `.NAME.verified.json`. A file whose stamp is still the same is not read. Every write gives a file another stamp, by
 whatever program; damage that leaves the stamp alone (a failing disk) is found by `pst verify`, which reads everything.
 

@@ -29,7 +29,6 @@ from pst_dist.experiment.results import Pair, Results, collect
 from pst_dist.experiment.results_page import _controls, page_of, table_lines
 from pst_dist.experiment.runs import result_of
 from pst_dist.experiment.spec import Experiment, load_experiment, ready_made_experiments, runs_of
-from pst_dist.experiment.under_way import UnderWay, state_of
 
 SMALL = {
     "name": "small",
@@ -585,24 +584,3 @@ def test_the_page_says_where_a_control_proves_nothing():
     assert "pst against unaligned, +1.00 points (-3.00 to +5.00)" in said and "shuffled" not in said
     assert page(clear) == "Each of the 1 pairs of an arm and its control differs measurably."
     assert page(("pst", "post", -0.1, 0.1)) == "", "another arm is no control"
-
-
-def test_a_line_every_ten_seconds_says_how_far_each_run_is(tmp_path, caplog):
-    runs = runs_of(load_experiment(str(write(tmp_path / "e.yaml"))))[:3]
-    folders = [Path(run.config.output_dir) for run in runs]
-    for folder in folders[:2]:
-        folder.mkdir(parents=True)
-    (folders[0] / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n{"step": 1410, "loss": 0.25}\n{"step": 14')
-    now = 0.0
-    under_way = UnderWay(clock=lambda: now)
-    with caplog.at_level("INFO", logger="pst_dist"):
-        now = 9.0
-        under_way.look(runs)
-        assert not caplog.messages
-        now = 10.0
-        under_way.look(runs)
-    total = runs[0].config.train.max_steps
-    assert caplog.messages == [f"under way: {runs[0].name}: step 1,410/{total:,}, loss 0.250; {runs[1].name}: starting"]
-    (folders[0] / "train.json").write_text("{}")
-    assert state_of(runs[0]) == "scoring"
-    assert state_of(runs[2]) == ""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources.drafts import Draft
-from pst_dist.errors import ConfigError, DataError
+from pst_dist.data.sources.splits import cut_by_hash, rank_of, without
+from pst_dist.errors import DataError
 
 
 def merge_repeats(drafts: Sequence[Draft]) -> tuple[list[Draft], int, int]:
@@ -79,50 +79,10 @@ def with_wrong_rationales(drafts: Sequence[Draft], share: float) -> tuple[list[D
     return spoilt, count
 
 
-def without(drafts: Sequence[Draft], removed: Sequence[Draft]) -> list[Draft]:
-    """`drafts` without those in `removed`, compared by identity."""
-    gone = {id(draft) for draft in removed}
-    return [draft for draft in drafts if id(draft) not in gone]
-
-
-def cut_by_hash(drafts: Sequence[Draft], size: int | float, purpose: str) -> tuple[list[Draft], list[Draft]]:
-    """Cut a part off the rows: (the rest, the part), both in the original order.
-
-    `size` below 1 is a fraction: the hash of a question's first row decides, so rows added later never move other rows.
-    From 1 on it is a number of questions, those with the smallest hashes. Rows with the same question stay together, so
-    the part cannot leak. `purpose` salts the hash, so that test and validation cuts are independent. Raises ConfigError
-    if no training rows would remain.
-    """
-    if size == 0 or not drafts:
-        return list(drafts), []
-    if size < 0 or (isinstance(size, float) and size > 1 and size != int(size)):
-        raise ConfigError(f"data.{purpose}_size={size} is neither a fraction nor a number of questions")
-    groups: dict[str, list[Draft]] = defaultdict(list)
-    for draft in drafts:
-        groups[draft.question_key].append(draft)
-    order = sorted(groups.values(), key=lambda group: _rank(group[0], purpose))
-    if size < 1:
-        part = [draft for group in order if _rank(group[0], purpose) < size for draft in group] or list(order[0])
-    else:
-        part = [draft for group in order[: int(size)] for draft in group]
-    rest = without(drafts, part)
-    if not rest:
-        raise ConfigError(
-            f"data.{purpose}_size={size} leaves none of the {len(groups)} questions for training", "make it smaller"
-        )
-    return rest, without(drafts, rest)
-
-
 def first_by_hash(drafts: Sequence[Draft], count: int) -> list[Draft]:
     """The `count` rows with the smallest hashes, in the original order. A smaller count gives a subset."""
-    chosen = sorted(drafts, key=lambda draft: _rank(draft, "rows"))[:count]
+    chosen = sorted(drafts, key=lambda draft: rank_of(draft.sample.id, "rows"))[:count]
     return without(drafts, without(drafts, chosen))
-
-
-def _rank(draft: Draft, purpose: str) -> float:
-    """A number in [0, 1) that depends only on the id and the purpose."""
-    digest = hashlib.sha256(f"{purpose}/{draft.sample.id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def check_ids(drafts: Sequence[Draft]) -> None:

@@ -35,7 +35,7 @@ class Waiting:
         self.begin()
 
     def begin(self) -> None:
-        """Start counting: what is waited for is not there now."""
+        """Start counting the time since the last success."""
         self._next = time.monotonic() + _FIRST_SECONDS
         self._said, self._repeat = "", 0.0
 

@@ -26,7 +26,7 @@ from pst_dist.embedding.encoder import plan_batches
 from pst_dist.embedding.lengths import measure
 from pst_dist.embedding.store import VectorFile
 from pst_dist.embedding.vector_file import ShardVectors, read_vectors, write_vectors
-from pst_dist.errors import DataError, EnvironmentFault, InputError, IntegrityError, StaleError
+from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, IntegrityError, StaleError
 from pst_dist.models import locate
 from pst_dist.models.locate import locate_encoder
 from pst_dist.storage.manifest import Manifest, sha256_file
@@ -289,7 +289,7 @@ def _in_process(function, *arguments):
         ({"encoder": "/no/such/folder"}, InputError, "no such encoder folder"),
         ({"max_seq_length": 100_000}, InputError, "but the encoder's own limit is 256"),
         ({"truncate_dim": 1000}, InputError, "but the encoder's vectors have 384 numbers"),
-        ({"device": "abacus"}, InputError, "check embed.encoder and embed.device"),
+        ({"device": "abacus"}, ConfigError, "use cpu, cuda, cuda:1"),
     ],
 )
 def test_an_encoder_that_cannot_be_had_is_one_line(config, kind, message):

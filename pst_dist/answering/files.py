@@ -167,7 +167,7 @@ class _Rows:
         return self._student.format.put(row.text, row.turns)
 
     def _fills_all_positions(self, question: str | Turns) -> bool:
-        from pst_dist.student.generate import max_positions, without_room
+        from pst_dist.student.contexts import max_positions, without_room
 
         positions = max_positions(self._student.model)
         text = self._student.format.render(question)

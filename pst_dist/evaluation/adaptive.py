@@ -20,7 +20,7 @@ from pst_dist.config.schema import EvaluateConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import InputError
 from pst_dist.student.ask import after_thought
-from pst_dist.student.generate import Decoded
+from pst_dist.student.contexts import Decoded
 
 ALWAYS = 2.0
 """A threshold that no probability reaches."""

@@ -52,7 +52,8 @@ from pst_dist.storage.manifest import (
 )
 from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.ask import timed_answer
-from pst_dist.student.generate import Decoded, decode_answers, is_right, predict
+from pst_dist.student.contexts import Decoded
+from pst_dist.student.generate import decode_answers, is_right, predict
 from pst_dist.student.layout import variant_of
 from pst_dist.student.saved import LoadedStudent, load_student
 

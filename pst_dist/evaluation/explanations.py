@@ -21,7 +21,7 @@ from pst_dist.data.sources.replies import split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks import Task
 from pst_dist.evaluation.similarity import written_after
-from pst_dist.student.generate import Decoded
+from pst_dist.student.contexts import Decoded
 from pst_dist.student.saved import LoadedStudent
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")

@@ -16,7 +16,7 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources.options import listed_options
 from pst_dist.data.tasks import Task
 from pst_dist.errors import InputError
-from pst_dist.student.generate import Decoded
+from pst_dist.student.contexts import Decoded
 from pst_dist.student.layout import AnswerFormat
 
 

@@ -21,7 +21,8 @@ from pst_dist.data.shards import ShardSet
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.logs import progress
 from pst_dist.storage.manifest import MANIFEST
-from pst_dist.student.generate import Decoded, decode_rationales
+from pst_dist.student.contexts import Decoded
+from pst_dist.student.generate import decode_rationales
 from pst_dist.student.saved import LoadedStudent
 
 log = logging.getLogger(__name__)

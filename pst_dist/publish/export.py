@@ -33,8 +33,8 @@ from pst_dist.storage.manifest import (
     write_json,
 )
 from pst_dist.student.chat import NEXT, REPLY, SYSTEM
+from pst_dist.student.contexts import max_positions
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.student.generate import max_positions
 from pst_dist.student.layout import AnswerFormat, Layout
 from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
 

@@ -17,14 +17,9 @@ import torch
 from pst_dist.data.sample import Turns
 from pst_dist.errors import InputError
 from pst_dist.student.answer import Answer
+from pst_dist.student.contexts import Decoded, max_positions, without_room
 from pst_dist.student.explain import decode_explained
-from pst_dist.student.generate import (
-    Decoded,
-    decode_answers,
-    decode_rationales,
-    max_positions,
-    without_room,
-)
+from pst_dist.student.generate import decode_answers, decode_rationales
 from pst_dist.student.stream import AnswerStreamer
 
 if TYPE_CHECKING:

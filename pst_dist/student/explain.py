@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from pst_dist.arms import ARMS, Segment
+from pst_dist.student.contexts import Decoded, max_positions
 from pst_dist.student.generate import (
-    Decoded,
     FinishedBatch,
     Greedy,
     decode_answers,
     decode_rationales,
     evaluation_mode,
-    max_positions,
     text_of,
     until_end,
 )

@@ -1,7 +1,7 @@
 """Greedy decoding that ends where the answer ends, and the rationale on request.
 
-Prompts come from `Layout`, so training, evaluation and the exported model phrase a question identically. Generation
-uses transformers' `generate` with the settings saved in the export. `data.tasks` decides whether an answer is correct;
+`contexts` has what the student continues and how questions are cut into batches. Generation uses transformers'
+`generate` with the settings saved in the export. `data.tasks` decides whether an answer is correct;
 `evaluation.evaluate` computes the scores.
 """
 
@@ -18,38 +18,25 @@ from typing import Any
 
 import torch
 
-from pst_dist.arms import ARMS, Segment
+from pst_dist.arms import ARMS
 from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.data.tasks import Task
-from pst_dist.models.load import positions_of
-from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.contexts import (
+    BatchSize,
+    Context,
+    Decoded,
+    answer_contexts,
+    batches_of,
+    given_thoughts,
+    layout_of,
+    max_positions,
+    rationale_contexts,
+    room,
+)
+from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import answer_generation_config
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What a student gave for one question."""
-
-    text: str
-    """All that was generated, special tokens left out; with a given rationale that stands before it."""
-    answer_text: str
-    """The answer's raw text: what stands before the stop token; for pre_thinking what stands between the format's
-    answer marker and it, and "" when the marker never came."""
-    answer_tokens: int
-    """Tokens generated up to and including the stop token; all of them when it never came."""
-    complete: bool
-    """Whether the stop token came."""
-    token_ids: list[int]
-    """The generated tokens, the one that ended the generation included."""
-    probability: float
-    """What the student gives these tokens together, each after those before it; 1 when none was generated."""
-    thought_first: bool = False
-    """Whether a rationale stands before the answer in `text`."""
-    log_probabilities: tuple[float, ...] = ()
-    """Natural logarithm of the probability of each token of the answer, its stop included; without the rationale before
-    it and its marker."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +81,9 @@ def decode_answers(
     of a batch's questions, their answers and the finished batch. `streamer` is transformers' and takes a single
     question. The model is decoded in evaluation mode and left in the mode it had.
     """
-    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
-    asked = ARMS[fmt.arm].asked[-1 if other else 0]
-    before = fmt.semantic_before and Segment.SEMANTIC in asked.order
-    semantic = [layout.semantic_id] * (fmt.semantic_tokens if before else 0)
-    thoughts = [[]] * len(questions) if given is None or not asked.thinks_first else _thoughts(layout, given)
-    contexts = [
-        _context(model, layout.prompt_ids(question, other=other), [*semantic, *thought])
-        for question, thought in zip(questions, thoughts, strict=True)
-    ]
+    layout, asked = layout_of(model, tokenizer, fmt), ARMS[fmt.arm].asked[-1 if other else 0]
+    contexts = answer_contexts(model, tokenizer, fmt, questions, given=given, other=other)
+    thoughts = given_thoughts(layout, questions, given if asked.thinks_first else None)
     settings = answer_generation_config(model, tokenizer, fmt)
     decoded: list[Decoded | None] = [None] * len(questions)
     marker = fmt.answer_marker.strip()
@@ -111,7 +92,7 @@ def decode_answers(
     def before_marker(generated: list[int]) -> bool:
         return marker not in text_of(tokenizer, generated)
 
-    size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
+    size = BatchSize(batch_size, batch_tokens, max_new_tokens)
     extra: dict[str, Any] = {"on_token": on_token, "keep": go_on is not None, "streamer": streamer}
     made = _generate(model, contexts, settings, size, forbidden=early, is_open=before_marker, **extra)
     for rows, generated, finished in made:
@@ -138,69 +119,16 @@ def decode_answers(
     return [answer for answer in decoded if answer is not None]
 
 
-def without_room(model: Any, tokenizer: Any, fmt: AnswerFormat, questions: Sequence[str | Turns]) -> list[int]:
-    """Places of the questions that fill the model's positions, so that no answer token can be generated."""
-    if max_positions(model) is None:
-        return []
-    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
-    asked = ARMS[fmt.arm].asked[0]
-    before = fmt.semantic_before and Segment.SEMANTIC in asked.order
-    semantic = [layout.semantic_id] * (fmt.semantic_tokens if before else 0)
-    contexts = (_context(model, layout.prompt_ids(question), semantic) for question in questions)
-    return [place for place, context in enumerate(contexts) if _room(model, context) < 1]
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What stands before the first generated token."""
-
-    prompt: list[int]
-    """What a causal model continues, or what an encoder reads."""
-    decoder: list[int]
-    """What a decoder continues, its start token first; empty for a causal model."""
-
-
-def _context(model: Any, prompt: list[int], produced: list[int]) -> _Context:
-    """A prompt and what the student is taken to have produced already."""
-    if model.config.is_encoder_decoder:
-        return _Context(prompt, [model.config.decoder_start_token_id, *produced])
-    return _Context([*prompt, *produced], [])
-
-
-def _thoughts(layout: Layout, rationales: Sequence[str]) -> list[list[int]]:
-    """Tokens of each rationale and the marker; cut to half of max_length, so that an answer has room."""
-    marker = layout.text_ids.text(layout.format.answer_marker)
-    bodies = [layout.first_ids(text) for text in rationales]
-    return [[*body[: layout.format.max_length // 2], *marker] for body in bodies]
-
-
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     """Tokens as text, special tokens left out and no space moved."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-@dataclass(frozen=True)
-class _BatchSize:
-    """What a batch may hold."""
-
-    questions: int
-    tokens: int | None
-    """Questions times the longest context and `new_tokens` together; None for no limit."""
-    new_tokens: int
-    """Most tokens generated per question."""
-
-    def holds(self, count: int, longest: int) -> bool:
-        """Whether so many questions fit, of which the longest context has `longest` tokens; one always fits."""
-        if count > self.questions:
-            return False
-        return count == 1 or self.tokens is None or count * (longest + self.new_tokens) <= self.tokens
-
-
 def _generate(
     model: Any,
-    contexts: Sequence[_Context],
+    contexts: Sequence[Context],
     settings: Any,
-    size: _BatchSize,
+    size: BatchSize,
     *,
     forbidden: Sequence[int] = (),
     is_open: Callable[[list[int]], bool] = lambda generated: True,
@@ -214,13 +142,14 @@ def _generate(
     has generated.
     """
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    rooms = [_room(model, context) for context in contexts]
-    full = [row for row, room in enumerate(rooms) if room < 1]
+    positions = max_positions(model)
+    rooms = [room(context, positions) for context in contexts]
+    full = [row for row, tokens in enumerate(rooms) if tokens < 1]
     if full:
-        log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), max_positions(model))
+        log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), positions)
         yield full, [([], []) for _ in full], None
     with evaluation_mode(model, settings):
-        for rows in _batches(contexts, [row for row, room in enumerate(rooms) if room >= 1], size):
+        for rows in batches_of(contexts, size, positions):
             most = min(size.new_tokens, *(rooms[row] for row in rows))
             batch = [contexts[row] for row in rows]
             start = len(batch[0].decoder) or max(len(context.prompt) for context in batch)
@@ -231,38 +160,6 @@ def _generate(
             cut = [until_end(ids, ends) for ids in output]
             pairs = zip(cut, log_probabilities, strict=True)
             yield rows, [(ids, own[: len(ids)]) for ids, own in pairs], finished
-
-
-def _batches(contexts: Sequence[_Context], rows: Sequence[int], size: _BatchSize) -> Iterator[list[int]]:
-    """The rows sorted by length and cut; decoders that start with different lengths never share a batch.
-
-    So a decoder needs no padding on its left, which not every encoder-decoder takes.
-    """
-    batch: list[int] = []
-    for row in sorted(rows, key=lambda row: (len(contexts[row].decoder), len(contexts[row].prompt))):
-        context = contexts[row]
-        fits = size.holds(len(batch) + 1, len(context.prompt) + len(context.decoder))
-        if batch and not (fits and len(context.decoder) == len(contexts[batch[0]].decoder)):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def max_positions(model: Any) -> int | None:
-    """Tokens that a model has positions for; None when its positions are relative, as T5's are."""
-    return positions_of(model.config)
-
-
-def _room(model: Any, context: _Context) -> int:
-    """Tokens that can be generated after a context; under 1 when it fills the model's positions."""
-    positions = max_positions(model)
-    if positions is None:
-        return 2**31
-    if context.decoder and len(context.prompt) <= positions:
-        return positions - len(context.decoder)
-    return positions - len(context.prompt)
 
 
 class Greedy:
@@ -301,7 +198,7 @@ class Greedy:
 
 def _generate_batch(
     model: Any,
-    batch: Sequence[_Context],
+    batch: Sequence[Context],
     pad: int,
     most: int,
     greedy: Greedy,
@@ -389,33 +286,19 @@ def decode_rationales(
     already, before the marker, and so has an adaptive student where it thought first. `on_batch` and `on_token` are
     those of `decode_answers`.
     """
-    arm = ARMS[fmt.arm]
-    if not fmt.writes_rationale or not arm.needs_rationale:
+    if not fmt.writes_rationale or not ARMS[fmt.arm].needs_rationale:
         return [""] * len(questions)
     marker = fmt.answer_marker.strip()
     rationales = [answer.text.partition(marker)[0].strip() if answer.thought_first else "" for answer in answers]
-    layout = Layout(tokenizer, fmt, is_encoder_decoder=bool(model.config.is_encoder_decoder))
-    contexts, owners = [], []
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        if answer.thought_first:
-            continue
-        if arm.name == "prefix":
-            contexts.append(_context(model, layout.prompt_ids(question, other=True), []))
-        elif answer.complete:
-            semantic = [layout.semantic_id] * (fmt.semantic_tokens if arm.aligned else 0)
-            before, after = (semantic, []) if fmt.semantic_before else ([], semantic)
-            contexts.append(_context(model, layout.prompt_ids(question), [*before, *answer.token_ids, *after]))
-        else:
-            continue
-        owners.append(row)
+    places, contexts = rationale_contexts(model, tokenizer, fmt, questions, answers)
     settings = answer_generation_config(model, tokenizer, fmt)
     settings.eos_token_id = tokenizer.eos_token_id
     # The stop belongs to answers; a student whose stop began as a copy of a newline would take it for one here.
-    stop = [layout.stop_id]
-    size = _BatchSize(batch_size, batch_tokens, max_new_tokens)
+    stop = [tokenizer.convert_tokens_to_ids(fmt.stop_token)]
+    size = BatchSize(batch_size, batch_tokens, max_new_tokens)
     for rows, generated, _ in _generate(model, contexts, settings, size, forbidden=stop, on_token=on_token):
         for row, (ids, _) in zip(rows, generated, strict=True):
-            rationales[owners[row]] = text_of(tokenizer, ids).strip()
+            rationales[places[row]] = text_of(tokenizer, ids).strip()
         on_batch(len(rows))
     return rationales
 

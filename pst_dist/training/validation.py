@@ -17,7 +17,8 @@ from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
 from pst_dist.errors import ConfigError
-from pst_dist.student.generate import Decoded, decode_answers, is_right
+from pst_dist.student.contexts import Decoded
+from pst_dist.student.generate import decode_answers, is_right
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.batches import Collator

@@ -31,7 +31,8 @@ from pst_dist.storage.manifest import (
     write_json,
     write_manifest,
 )
-from pst_dist.student.generate import Decoded, predict
+from pst_dist.student.contexts import Decoded
+from pst_dist.student.generate import predict
 from pst_dist.student.layout import AnswerFormat, variant_of
 
 

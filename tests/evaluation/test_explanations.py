@@ -13,7 +13,7 @@ from pst_dist.evaluation.explanations import (
     explanation_scores,
     swapped,
 )
-from pst_dist.student.generate import Decoded
+from pst_dist.student.contexts import Decoded
 
 NUMBERS = get_task("arithmetic")
 HALF = "50.0 % ± 25.0 (4 rows)"

@@ -10,7 +10,8 @@ from pst_dist.errors import InputError, IntegrityError
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.ask import answer_question, timed_answer
-from pst_dist.student.generate import Decoded, decode_answers, decode_rationales, max_positions
+from pst_dist.student.contexts import Decoded, max_positions
+from pst_dist.student.generate import decode_answers, decode_rationales
 from pst_dist.student.saved import load_student
 
 QUESTIONS = [row.question for row in ROWS]

@@ -32,7 +32,7 @@ from pst_dist.publish.render import render
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import digest_of
-from pst_dist.student.generate import max_positions
+from pst_dist.student.contexts import max_positions
 from pst_dist.student.saved import LoadedStudent, load_student
 
 log = logging.getLogger(__name__)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on one machine with several GPUs: data stages in one process, training on every GPU, then the report.
+# The whole pipeline on one machine with several GPUs: data stages in one process, training and evaluation on every GPU, then the report.
 #   launchers/deepspeed.sh my.yaml train.deepspeed=zero2
 # SIGTERM, SIGUSR1 and Ctrl-C reach every rank: they save at the next step, and the same command resumes.
 # HOSTFILE=hosts starts ranks on the machines of that file, after checking it with `pst doctor`.
@@ -41,12 +41,16 @@ run() {
 [[ -z ${HOSTFILE:-} ]] || run pst doctor "$config" "$@" "hostfile=$HOSTFILE" --quiet
 run pst shard "$config" "$@"
 run pst embed "$config" "$@"
-port=${MASTER_PORT:-}
-if [ -z "$port" ] && [ -z "${HOSTFILE:-}" ]; then
-  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-fi
-[ -n "${HOSTFILE:-}" ] || launching=1
-run deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} ${port:+--master_port "$port"} \
-  --module pst_dist.train "$config" "$@"
-launching=''
+on_every_rank() {
+  local port=${MASTER_PORT:-}
+  if [ -z "$port" ] && [ -z "${HOSTFILE:-}" ]; then
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  fi
+  [ -n "${HOSTFILE:-}" ] || launching=1
+  run deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
+    ${port:+--master_port "$port"} --module "$@"
+  launching=''
+}
+on_every_rank pst_dist.train "$config" "$@"
+on_every_rank pst_dist evaluate "$config" "$@"
 run pst run "$config" "$@"

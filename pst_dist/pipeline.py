@@ -33,7 +33,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["compare_arms", "finish_arm", "make_embeddings", "make_shards", "make_student", "repair", "run_all"]
+__all__ = [
+    "compare_arms",
+    "finish_arm",
+    "make_embeddings",
+    "make_scores",
+    "make_shards",
+    "make_student",
+    "repair",
+    "run_all",
+]
 
 
 def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:
@@ -101,6 +110,28 @@ def make_student(config: Config, *, rebuild: bool = False) -> Any:
     return train(config, rebuild=rebuild)
 
 
+def make_scores(config: Config, *, rebuild: bool = False, other_rows: bool = False) -> dict[str, Any] | None:
+    """Score one trained arm in this process, on all ranks of its process group, or on Ray.
+
+    `other_rows` scores the rows of data.test instead of the run's own. None on all ranks but zero.
+    """
+    import torch
+
+    from pst_dist.distributed.ranks import Ranks
+    from pst_dist.evaluation.evaluate import evaluate
+    from pst_dist.evaluation.on_ranks import evaluate_on_ranks
+    from pst_dist.evaluation.other_rows import evaluate_rows
+
+    score = functools.partial(evaluate_rows if other_rows else evaluate, config, rebuild=rebuild)
+    if config.evaluate.backend == "ray":
+        from pst_dist.clusters.ray.evaluate import OnRay
+
+        with OnRay(config) as executor:
+            return score(executor=executor)
+    ranks = Ranks.from_environment() if torch.distributed.is_initialized() else Ranks()
+    return evaluate_on_ranks(ranks, config, lambda executor: score(executor=executor))
+
+
 def run_all(config: Config, *, rebuild: bool = False, command: str | None = None) -> list[Path]:
     """Every stage for every arm, then the report and, for several arms, the comparison; returns the pages written.
 
@@ -131,11 +162,10 @@ def run_all(config: Config, *, rebuild: bool = False, command: str | None = None
 
 def finish_arm(config: Config, *, rebuild: bool = False) -> Path:
     """Evaluate, export and report one trained arm."""
-    from pst_dist.evaluation.evaluate import evaluate
     from pst_dist.publish.export import export
     from pst_dist.publish.run_page import report
 
-    _stage(f"evaluate {config.arm}", lambda: evaluate(config, rebuild=rebuild))
+    _stage(f"evaluate {config.arm}", lambda: make_scores(config, rebuild=rebuild))
     _stage(f"export {config.arm}", lambda: export(config, rebuild=rebuild))
     return _stage(f"report {config.arm}", lambda: report(run_dir(config).path))
 

@@ -9,11 +9,10 @@ checkpoint.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
-from pst_dist.cli.main import run_verb
+from pst_dist.cli.main import run_as_rank, run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +21,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    if "WORLD_SIZE" in os.environ:
-        from pst_dist.distributed.ranks import leave
-
-        leave(exit_code)
-    sys.exit(exit_code)
+    run_as_rank(["train", *sys.argv[1:]])

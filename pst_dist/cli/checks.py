@@ -115,7 +115,7 @@ def plan(arguments: argparse.Namespace) -> int:
     ),
     Option("--report", metavar="FILE.json", help="also write the facts about this node, to compare it with others"),
     Option("--compare", action="store_true", help="show how the nodes of several reports differ"),
-    on=("embed.backend", "train.backend"),
+    on=("embed.backend", "train.backend", "evaluate.backend"),
 )
 def doctor(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import load_config

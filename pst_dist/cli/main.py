@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pst_dist._version import __version__
 from pst_dist.cli import checks, verbs
@@ -131,6 +132,16 @@ def run_verb(words: Sequence[str]) -> int:
             raise
         print(f"pst: {found}", file=sys.stderr)
         return found.exit_code
+
+
+def run_as_rank(words: Sequence[str]) -> NoReturn:
+    """Run one command line and end this process, also where a launcher started it as a rank."""
+    exit_code = run_verb(words)
+    if "WORLD_SIZE" in os.environ:
+        from pst_dist.distributed.ranks import leave
+
+        leave(exit_code)
+    sys.exit(exit_code)
 
 
 def main() -> None:

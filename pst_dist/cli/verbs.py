@@ -111,8 +111,12 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _other_rows_help() -> str:
+def _evaluate_help() -> str:
     return (
+        "On every GPU of a machine:  deepspeed --num_gpus 8 --module pst_dist evaluate RUN\n"
+        "                            torchrun --standalone --nproc_per_node 8 -m pst_dist evaluate RUN\n"
+        "On a Ray cluster:           pst evaluate RUN on=ray evaluate.ray.num_actors=8\n"
+        "The results are those of one process. The same command continues an evaluation that was killed.\n\n"
         "data.test=FILE scores other rows than the run's own, in RUN/eval/NAME-DIGEST: pst evaluate RUN\n"
         "data.test=other.jsonl [task=svamp] [data.answer_type=number] [data.columns=...]. Name these folders to\n"
         "`pst compare`."
@@ -125,17 +129,24 @@ def _other_rows_help() -> str:
     CONFIG,
     OVERRIDES,
     REBUILD,
-    more=_other_rows_help,
+    # The deepspeed launcher adds it; the rank comes from LOCAL_RANK.
+    Option("--local_rank", type=int, help=argparse.SUPPRESS),
+    more=_evaluate_help,
+    on=("evaluate.backend",),
 )
 def evaluate(arguments: argparse.Namespace) -> int:
     from pst_dist.config.effect import given_keys, names_other_rows
-    from pst_dist.evaluation.evaluate import evaluate
-    from pst_dist.evaluation.other_rows import evaluate_rows
+    from pst_dist.distributed.ranks import Ranks, process_group
+    from pst_dist.pipeline import make_scores
 
     whole = finished_config_of(arguments, "evaluate")
-    score = evaluate_rows if names_other_rows(whole, given_keys(arguments.overrides)) else evaluate
-    for config in _arms_of(whole):
-        print(_score_line(config, score(config, rebuild=arguments.rebuild)))
+    others = names_other_rows(whole, given_keys(arguments.overrides))
+    ranks = Ranks.from_environment() if whole.evaluate.backend == "local" else Ranks()
+    with process_group(ranks, with_deepspeed=False, timeout_seconds=whole.train.timeout_seconds):
+        for config in _arms_of(whole):
+            results = make_scores(config, rebuild=arguments.rebuild, other_rows=others)
+            if results is not None:
+                print(_score_line(config, results))
     return 0
 
 
@@ -222,7 +233,7 @@ def _print_comparison(runs: list[Path]) -> None:
     OVERRIDES,
     REBUILD,
     Option("--dry-run", action="store_true", help="only make all checks that are possible before the first stage"),
-    on=("embed.backend", "train.backend"),
+    on=("embed.backend", "train.backend", "evaluate.backend"),
 )
 def run(arguments: argparse.Namespace) -> int:
     from pst_dist.config.run_dir import expand_arms
@@ -252,7 +263,7 @@ def run(arguments: argparse.Namespace) -> int:
     "pst demo",
     OVERRIDES,
     REBUILD,
-    on=("embed.backend", "train.backend"),
+    on=("embed.backend", "train.backend", "evaluate.backend"),
 )
 def demo(arguments: argparse.Namespace) -> int:
     arguments.config = "demo"

@@ -69,6 +69,11 @@ class EvaluateConfig(Section):
     """Stop this measurement after so many seconds; the results say how many questions were measured."""
     explain_rows: Annotated[int, Field(ge=0)] = 50
     """Number of questions for which the rationale is also generated and compared with the teacher's."""
+    backend: Literal["local", "ray"] = "local"
+    """`local`: this process, or all ranks of a launcher (`torchrun … -m pst_dist evaluate`); `ray`: actors on a Ray
+    cluster, all of whose machines see the run directory."""
+    ray: RayConfig = RayConfig()
+    """Actors for backend ray. Where no address is given, that of train.ray."""
 
 
 class Config(Section):

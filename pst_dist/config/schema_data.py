@@ -117,13 +117,13 @@ class ShardConfig(Section):
 
 
 class RayConfig(Section):
-    """Where the encoder actors run."""
+    """Where actors run, and what each takes."""
 
     address: Plain | None = None
     """Ray cluster to connect to (`auto`, `ray://host:10001`). Default: RAY_ADDRESS from the environment, which is set
     inside a `ray job submit` job; otherwise a local cluster is started for the duration of the work."""
     num_actors: Positive | None = None
-    """Number of encoder actors. Default: as many as the cluster can hold."""
+    """Number of actors. Default: as many as the cluster can hold."""
     num_cpus_per_actor: Annotated[float, Field(gt=0)] = 1
     """CPU cores per actor; also its number of torch threads."""
     num_gpus_per_actor: Weight | None = None

@@ -20,9 +20,8 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources.replies import split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.tasks import Task
-from pst_dist.evaluation.similarity import written_after
+from pst_dist.evaluation.decoder import Decoder
 from pst_dist.student.contexts import Decoded
-from pst_dist.student.saved import LoadedStudent
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _NO_CANDIDATES = ("whole_text", "math")
@@ -39,7 +38,7 @@ _NAMES = {
 
 def explanations_of(
     config: Config,
-    student: LoadedStudent,
+    decoder: Decoder,
     samples: Sequence[ReasoningSample],
     decoded: Sequence[Decoded],
     rows: Sequence[dict[str, Any]],
@@ -47,12 +46,16 @@ def explanations_of(
 ) -> dict[str, Any] | None:
     """How the generated rationales relate to the answers before them; None for arms that explain nothing afterwards."""
     count = min(config.evaluate.explain_rows, len(samples))
-    if not count or not student.format.writes_rationale or any(answer.thought_first for answer in decoded[:count]):
+    if (
+        not count
+        or not decoder.student.format.writes_rationale
+        or any(answer.thought_first for answer in decoded[:count])
+    ):
         return None
     own = [row["prediction"] for row in rows[:count]]
     donors = swapped(decoded[:count], own)
     chosen = [k for k, donor in enumerate(donors) if donor is not None]
-    texts = written_after(config, student, [samples[k] for k in chosen], [decoded[donors[k] or 0] for k in chosen])
+    texts = decoder.rationales([samples[k] for k in chosen], [decoded[donors[k] or 0] for k in chosen])
     forced: list[tuple[str | None, str]] = [(None, "")] * count
     for k, text in zip(chosen, texts, strict=True):
         forced[k] = (own[donors[k] or 0], text)

@@ -6,6 +6,7 @@ name has the digest of the rows and the task. The run's own scores, shards and s
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -22,15 +23,16 @@ from pst_dist.data.sources.compressed import data_stem
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, DataError, InputError
 from pst_dist.evaluation.adaptive import chosen_threshold
+from pst_dist.evaluation.decoder import Executor, InProcess
 from pst_dist.evaluation.evaluate import (
     VERSION,
     check_lineage,
+    decoder_of,
     evaluations_of,
-    finished_evaluation,
+    finished,
     publish_evaluation,
     score_samples,
     scoring_settings,
-    set_precision,
 )
 from pst_dist.evaluation.scores import rows_to_score, score_of
 from pst_dist.storage.manifest import MANIFEST, digest_of, read_manifest
@@ -41,7 +43,7 @@ from pst_dist.student.unreadable import unreadable_rows
 log = logging.getLogger(__name__)
 
 
-def evaluate_rows(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
+def evaluate_rows(config: Config, *, rebuild: bool = False, executor: Executor | None = None) -> dict[str, Any]:
     """Decode and score the rows of `config.data.test` with a run's student; returns the results.
 
     Besides what `evaluate` returns they have `source`: where the rows came from, their digest, what was left out, and
@@ -61,24 +63,24 @@ def evaluate_rows(config: Config, *, rebuild: bool = False) -> dict[str, Any]:
     samples = rows_to_score(loaded.splits["test"], config.evaluate.max_rows)
     if not samples:
         raise DataError("none of the rows can be scored", "run `pst check` on them", path=_first_spec(config))
-    student = load_student(run.best)
+    executor = executor or InProcess()
+    student = load_student(run.best, executor.device)
     shards = _shards_of(config, run)
     check_lineage(config, student, shards)
     digest = digest_of({"task": task.name, "rows": [sample.to_json() for sample in loaded.splits["test"]]})
     name = f"{_stem(config)}-{digest[:8]}"
     directory = run.evaluation(name)
-    fingerprint = _fingerprint(config, run, student, shards, [digest, _left_out(loaded)])
-    if not rebuild and (done := finished_evaluation(directory, fingerprint)) is not None:
-        log.info("evaluation %s is complete, nothing to do", directory)
+    left_out = _left_out(loaded)
+    fingerprint = functools.partial(_fingerprint, config, run, student, shards, [digest, left_out])
+    if not rebuild and (done := finished(config, student, executor, directory, fingerprint)) is not None:
         return done
     refuse_foreign_folder(directory, "evaluation")
-    set_precision(config, student)
-    results, rows = score_samples(
-        _with_threshold(config, run, student), run, student, samples, task, split=name, shards=shards, in_shards=False
-    )
-    results["source"] = {"rows": _specs(config), "digest": digest, **_left_out(loaded)}
+    config = _with_threshold(config, run, student)
+    decoder = decoder_of(config, student, executor, directory, fingerprint, rebuild=rebuild)
+    results, rows = score_samples(config, run, decoder, samples, task, split=name, shards=shards, in_shards=False)
+    results["source"] = {"rows": _specs(config), "digest": digest, **left_out}
     results["source"] |= _overlap(samples, rows, shards)
-    publish_evaluation(directory, fingerprint, results, rows)
+    publish_evaluation(directory, decoder, results, rows)
     return results
 
 
@@ -118,7 +120,9 @@ def _shards_of(config: Config, run: RunDir) -> ShardSet | None:
     return ShardSet.open(run.shards)
 
 
-def _fingerprint(config: Config, run: RunDir, student: LoadedStudent, shards: ShardSet | None, rows: Any) -> str:
+def _fingerprint(
+    config: Config, run: RunDir, student: LoadedStudent, shards: ShardSet | None, rows: Any, bf16: bool
+) -> str:
     compared = shards is not None and student.format.writes_rationale
     embeddings = read_manifest(run.embeddings, "embeddings") if compared else None
     return digest_of(
@@ -128,7 +132,7 @@ def _fingerprint(config: Config, run: RunDir, student: LoadedStudent, shards: Sh
             "shards": shards.manifest.digest if shards else None,
             "embeddings": embeddings.digest if embeddings else None,
             "rows": rows,
-            "settings": scoring_settings(config, student),
+            "settings": scoring_settings(config, bf16=bf16),
         }
     )
 

@@ -19,11 +19,9 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.errors import EnvironmentFault, InputError
-from pst_dist.logs import progress
+from pst_dist.evaluation.decoder import Decoder
 from pst_dist.storage.manifest import MANIFEST
 from pst_dist.student.contexts import Decoded
-from pst_dist.student.generate import decode_rationales
-from pst_dist.student.saved import LoadedStudent
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 def compare_rationales(
     config: Config,
     run: RunDir,
-    student: LoadedStudent,
+    decoder: Decoder,
     shards: ShardSet | None,
     samples: Sequence[ReasoningSample],
     decoded: Sequence[Decoded],
@@ -47,9 +45,9 @@ def compare_rationales(
     embeddings do not belong to `shards`.
     """
     count = config.evaluate.explain_rows
-    if not student.format.writes_rationale or not count:
+    if not decoder.student.format.writes_rationale or not count:
         return None
-    written = written_after(config, student, samples[:count], decoded[:count])
+    written = decoder.rationales(samples[:count], decoded[:count])
     for row, sample, rationale in zip(rows, samples, written, strict=False):
         row["rationale"] = rationale
         row["teacher_rationale"] = sample.rationales[0] if sample.rationales else None
@@ -63,25 +61,6 @@ def compare_rationales(
     for k, value in zip(compared, own.tolist(), strict=True):
         rows[k]["similarity"] = value
     return {"mean": float(own.mean()), "shuffled_mean": others, "rows": len(compared)}
-
-
-def written_after(
-    config: Config, student: LoadedStudent, samples: Sequence[ReasoningSample], answers: Sequence[Decoded]
-) -> list[str]:
-    """The rationale that the student writes after each answer; "" where it writes none."""
-    with progress(f"explain {config.arm}", total=len(samples), unit="rows") as bar:
-        return decode_rationales(
-            student.model,
-            student.tokenizer,
-            student.format,
-            [student.format.asked(sample) for sample in samples],
-            answers,
-            batch_size=config.evaluate.batch_size,
-            batch_tokens=config.evaluate.batch_tokens,
-            max_new_tokens=config.evaluate.max_new_tokens,
-            on_batch=bar.advance,
-            on_token=lambda count: bar.advance(0, f"{count} tokens of this batch"),
-        )
 
 
 def _vectors(

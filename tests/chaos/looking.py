@@ -18,7 +18,8 @@ from pst_dist.embedding.vector_file import STATISTICS, read_tensor, read_vectors
 from pst_dist.errors import InputError, PstError
 from pst_dist.storage.manifest import MANIFEST, digest_of, sha256_file
 
-_OF_THE_START = ("environment.json", "command.txt")
+_OF_THE_COMMAND = ("environment.json", "command.txt", "stage.json", "live.json")
+"""What the last command says of itself."""
 _CLOCKED = ("plots/", "report.html", "export/README.md", "export/manifest.json")
 """What shows milliseconds, or digests of what does."""
 _TIMES = ("second", "time", "milliseconds", "training")
@@ -32,7 +33,8 @@ def content(run: Path, *, clocked: bool = True) -> dict[str, str]:
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
-        if not path.is_file() or path.name.startswith(".") or path.name in _OF_THE_START:
+        hidden = any(part.startswith(".") for part in path.relative_to(run).parts)
+        if not path.is_file() or hidden or path.name in _OF_THE_COMMAND:
             continue
         if name.startswith("tensorboard/") or (clocked and name.startswith(_CLOCKED)):
             continue

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import zoo
+from evaluated import make_run
 from tiny import ROWS, fitted
 
 from pst_dist.answering.files import AnswerJob, answer_file
 from pst_dist.answering.windows import AnswerSettings
 from pst_dist.clusters.ray.answer import number_of_actors, on_ray
 from pst_dist.clusters.ray.connect import ray_cluster
+from pst_dist.clusters.ray.crew import Crew
 from pst_dist.clusters.ray.teach import number_of_replicas, ray_teacher
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import RayConfig
 from pst_dist.errors import EnvironmentFault, PstError
+from pst_dist.evaluation.evaluate import evaluate
+from pst_dist.pipeline import make_scores
 from pst_dist.storage.json_files import read_lines
 from pst_dist.student.saved import load_student
 from pst_dist.teacher.settings import TeachSettings
@@ -58,6 +62,34 @@ def test_actors_write_the_bytes_of_one_process_and_their_errors_are_ours(tmp_pat
         answer_file(AnswerJob(str(questions), str(tmp_path / "c.jsonl"), settings=SETTINGS), student, answerer=broken)
     assert "\n" not in str(caught.value) and "no_student" in str(caught.value)
     assert not (tmp_path / "c.jsonl.questions").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_actors_score_as_one_process_does_and_a_lost_one_is_replaced(tmp_path, cluster, monkeypatch):
+    settings = {"batch_size": 1, "latency_rows": 2, "backend": "ray", "ray": {"num_actors": 2}}
+    here, there = make_run(tmp_path / "here", **settings), make_run(tmp_path / "there", **settings)
+    alone, told = evaluate(here), []
+    decode = Crew.work
+
+    def kill_the_first(crew, todo, tell, bar):
+        def tell_and_kill(item, result):
+            if not told:
+                crew._ray.kill(next(iter(crew._members)).handle)
+            told.append(item)
+            tell(item, result)
+
+        decode(crew, todo, tell_and_kill, bar)
+
+    monkeypatch.setattr(Crew, "work", kill_the_first)
+    results = make_scores(there)
+    assert len(told) == 6 + 6 + 6 and results["milliseconds_to_answer"]["rows"] == 2
+    own = [Path(run.output_dir, "eval", "test", "samples.jsonl").read_bytes() for run in (here, there)]
+    assert own[0] == own[1]
+    timed = {"milliseconds_to_answer", "rows_per_second"}
+    assert {k: v for k, v in results.items() if k not in timed} == {k: v for k, v in alone.items() if k not in timed}
+    told.clear()
+    assert make_scores(there) == results and not told, "a finished evaluation starts no actor"
 
 
 def test_a_cluster_without_room_says_what_it_lacks():

@@ -23,7 +23,7 @@ import pytest
 
 import pst_dist
 from pst_dist.clusters.ray import connect, embed
-from pst_dist.clusters.ray.embed import _number_of_actors
+from pst_dist.clusters.ray.crew import Crew, number_of_actors
 from pst_dist.config.schema import EmbedConfig, RayConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, write_shards
@@ -367,7 +367,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_and_no_file(shards, tmp_path
     ],
 )
 def test_there_are_as_many_actors_as_fit(config, resources, shards, expected):
-    assert _number_of_actors(config, resources, shards) == expected
+    assert number_of_actors(config, resources, shards, embed._WORDS, "embed.ray") == expected
 
 
 @pytest.mark.parametrize(("device", "gpus", "expected"), [(None, 0, "cpu"), (None, 0.5, None), ("cuda:1", 0, None)])
@@ -433,7 +433,14 @@ def one_done() -> EmbeddedShard:
 
 
 def work(cluster: OneActor, shards: list, told: list) -> None:
-    crew = embed.Crew(cluster, cluster.hire, 1)
+    crew = Crew(
+        cluster,
+        cluster.hire,
+        1,
+        embed._WORDS,
+        call=lambda handle, shard: handle.embed.remote(shard),
+        name_of=lambda shard: shard.name,
+    )
     crew.work(shards, lambda shard, result: told.append(shard.name), Progress("embed", 3, "texts"))
 
 
@@ -465,4 +472,4 @@ def test_a_silent_cluster_is_an_error_before_the_start_and_named_in_the_log_late
 
 def test_a_cluster_without_room_says_what_it_lacks():
     with pytest.raises(EnvironmentFault, match="needs 1 CPU, 1 GPU, the cluster has 2 CPU, 0 GPU"):
-        _number_of_actors(RayConfig(num_gpus_per_actor=1), {"CPU": 2.0}, 5)
+        number_of_actors(RayConfig(num_gpus_per_actor=1), {"CPU": 2.0}, 5, embed._WORDS, "embed.ray")

@@ -171,7 +171,7 @@ def _in_home(config: Config) -> list[str]:
 
 
 def _on_ray(verb: str) -> list[str]:
-    return [f"{stage}.backend=ray" for stage in ("embed", "train") if verb in (stage, "run")]
+    return [f"{stage}.backend=ray" for stage in ("embed", "train", "evaluate") if verb in (stage, "run")]
 
 
 def check_size(job: RayJob) -> dict[str, int]:

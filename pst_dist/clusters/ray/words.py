@@ -23,7 +23,7 @@ class RayRequest:
     address: str
     """`http://host:8265` of the dashboard, `auto` for the cluster on this machine, or `ray://host:10001`."""
     verb: str = "run"
-    """`run` for the whole pipeline, `train` or `embed` for that stage alone."""
+    """`run` for the whole pipeline; `embed`, `train` or `evaluate` for that stage alone."""
     folder: Path = field(default_factory=Path.cwd)
     """The directory that the job gets a copy of."""
     exclude: tuple[str, ...] = ()
@@ -58,8 +58,8 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
         else:
             rest.append(word)
     verb = asked.get("verb", "run")
-    if verb not in ("run", "train", "embed"):
-        raise ConfigError(f"verb={verb} is not a stage that runs on Ray", "write verb=run, verb=train or verb=embed")
+    if verb not in ("run", "embed", "train", "evaluate"):
+        raise ConfigError(f"verb={verb} is not a stage that runs on Ray", "use run, embed, train or evaluate")
     own = read_runtime_env(asked)
     folder = _folder(asked, own.pop("working_dir", None))
     excludes, variables = own.pop("excludes", []), own.pop("env_vars", {})

@@ -21,7 +21,7 @@ from typing import Any
 
 from pst_dist.clusters.slurm import commands
 from pst_dist.clusters.slurm.partitions import partitions
-from pst_dist.config.schema import Config, EmbedConfig, TrainConfig
+from pst_dist.config.schema import Config, EmbedConfig, EvaluateConfig, TrainConfig
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
 from pst_dist.errors import PstError
 
@@ -42,9 +42,9 @@ except BaseException as error:
 
 def ray(config: Config | None, environment: Mapping[str, str]) -> list[Finding]:
     """The Ray clusters named by the config or RAY_ADDRESS; nothing if none is named."""
-    stages: dict[str, EmbedConfig | TrainConfig] = {}
+    stages: dict[str, EmbedConfig | TrainConfig | EvaluateConfig] = {}
     if config is not None:
-        stages = {"embed": config.embed, "train": config.train}
+        stages = {"embed": config.embed, "train": config.train, "evaluate": config.evaluate}
     asked = {f"{name}.ray.address": stage.ray.address for name, stage in stages.items() if stage.backend == "ray"}
     if not asked:
         return _named(None, "RAY_ADDRESS", environment.get("RAY_ADDRESS"), environment)

@@ -102,7 +102,7 @@ def _needed(config: Config | None) -> set[str]:
     needed = {"torch", "transformers", "tokenizers"}
     needed |= {"deepspeed"} if config.train.deepspeed else set()
     needed |= {"peft"} if config.student.lora.rank else set()
-    needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend) else set()
+    needed |= {"ray"} if "ray" in (config.embed.backend, config.train.backend, config.evaluate.backend) else set()
     needed |= set() if config.embed.backend == "ray" or reads_causal(config.embed) else {"sentence-transformers"}
     # Other trackers are extras, and training continues without them.
     return needed | ({"tensorboard"} & set(config.train.report_to))
@@ -229,7 +229,7 @@ def _memory(machine: Machine, config: Config | None) -> Iterator[Finding]:
             f"{have}: NCCL, Ray and data workers keep their buffers there",
             "in a container, use --shm-size=8g or a memory volume at /dev/shm",
         )
-    wants_many = config is not None and "ray" in (config.embed.backend, config.train.backend)
+    wants_many = config is not None and "ray" in (config.embed.backend, config.train.backend, config.evaluate.backend)
     least = 4096 if wants_many else 1024
     if machine.open_files < least:
         can = (

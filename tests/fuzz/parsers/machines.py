@@ -23,7 +23,10 @@ def _scontrol(content: bytes, folder: Path) -> object:
     return [task.line for task in sorted(tasks, key=lambda task: _by_number((task.number, task)))], ended
 
 
-@parser("sinfo", "gpu|gpu*|up|4|gpu:a100:8(S:0-1),gpu:h100:4\ncpu|cpu|down|12|(null)\ngpu|gpu*|up|2|gpu:2\n")
+@parser(
+    "sinfo",
+    "gpu|gpu*|up|4|2-00:00:00|n/a|gpu:a100:8(S:0-1),gpu:h100:4\ncpu|cpu|down|12|infinite|1:00|(null)\ngpu|gpu*|up|2|30|5:00|gpu:2\n",
+)
 def _sinfo(content: bytes, folder: Path) -> object:
     from pst_dist.clusters.slurm.partitions import check_room, read_partitions
     from pst_dist.clusters.slurm.script import SlurmRequest

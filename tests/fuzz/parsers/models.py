@@ -27,6 +27,7 @@ _BERT = {
     "model_type": "bert-generation",
     "hidden_size": 8,
     "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "intermediate_size": 16,
     "vocab_size": 99,
     "max_position_embeddings": 32,

@@ -68,7 +68,7 @@ _DEEPSPEED = {
     "deepspeed", _DEEPSPEED, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}
 )
 def _deepspeed(content: bytes, folder: Path) -> object:
-    from pst_dist.diagnostics.cost import _bucket_elements, zero_stage
+    from pst_dist.diagnostics.memory import _bucket_elements, zero_stage
     from pst_dist.training.deepspeed_config import deepspeed_settings
 
     path = str(put(folder, "ds.json", content))
@@ -85,7 +85,8 @@ def _hostfile(content: bytes, folder: Path) -> object:
 
 @parser("slurm words", "nodes=2 gpus=a100:8 time=04:00:00 arms=[pst] seeds=[0,1] sbatch.comment=x train.bf16=true")
 def _slurm_words(content: bytes, folder: Path) -> object:
-    from pst_dist.clusters.slurm.script import read_words, render
+    from pst_dist.clusters.slurm.render import render
+    from pst_dist.clusters.slurm.script import read_words
     from pst_dist.config.loading import load_config
 
     request, rest = read_words(as_arguments(content).split(" "))

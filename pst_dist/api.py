@@ -139,9 +139,8 @@ def evaluate(source: Source, *overrides: str, rebuild: bool = False, **keys: Any
     data.answer_type, columns, root, max_bad and duplicates then apply to them. The run's own scores stay.
 
     It uses the settings of `evaluate` (`evaluate={"split": "validation"}`, or `{"backend": "ray"}` for a cluster),
-    `embed`, the task and the directories. Any
-    other given setting that differs from the run's own has no effect and raises ConfigError; so do student, layout and
-    loss of a given `Config` that differ, and a config with several arms.
+    `embed`, the task and the directories. Any other given setting that differs from the run's own has no effect and
+    raises ConfigError; so do student, layout and loss of a given `Config` that differ, and a config with several arms.
     """
     from pst_dist.pipeline import make_scores
 

@@ -1,18 +1,21 @@
 """Many cheap rows from their file to the first training step and to the next start: peak memory and time of each stage.
 
-    python benchmarks/scale.py [--rows 200000] [--rationales 1] [--negatives 4096] [--folder DIR] [--output FILE]
+    python benchmarks/scale.py [--rows 200000] [--rationales 1] [--negatives 4096] [--workers N] [--folder DIR]
+                               [--output FILE] [--only STAGE ...]
 
 Everything is the real control path but the encoder, which hashes words and takes no time. Each stage runs in a process
-of its own, whose peak resident memory, CPU seconds and wall seconds are read when it ends; `base` is a process that
-only imports what training imports. `again` repeats a stage whose inputs have not changed. `start` makes one training
-step of a tiny student, `resume` starts again from its checkpoint and makes one more. `negatives` is the time that
-InfoNCE's further rows add to preparing a step. Compare the lines of two versions measured on one machine:
+of its own, whose peak resident memory, CPU seconds and wall seconds are read when it ends. `all MiB` is the largest sum
+over it and the processes that it starts, looked up every fifth of a second; CPU seconds are of all of them. `base` is a
+process that only imports what training imports. `again` repeats a stage whose inputs have not changed. `start` makes
+one training step of a tiny student, `resume` starts again from its checkpoint and makes one more. `negatives` is the
+time that InfoNCE's further rows add to preparing a step. Compare the lines of two versions measured on one machine:
 `PYTHONPATH=OTHER/CHECKOUT python benchmarks/scale.py`. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import resource
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 STAGES = ("base", "check", "shard", "shard again", "embed", "embed again", "start", "resume", "negatives")
 _WIDTH = 64
@@ -62,7 +66,7 @@ def write_rows(path: Path, rows: int, rationales: int) -> None:
             stream.write(json.dumps(value) + "\n")
 
 
-def config_of(folder: Path, **changes: Any) -> Any:
+def config_of(folder: Path, workers: int | None = None, **changes: Any) -> Any:
     """The run that is measured."""
     from pst_dist.config.schema import Config
 
@@ -72,6 +76,7 @@ def config_of(folder: Path, **changes: Any) -> Any:
             "arm": "pst",
             "output_dir": str(folder / "run"),
             "data": {"train": str(folder / "rows.jsonl"), "answer_type": "number", "validation_size": 200},
+            "shards": {"workers": workers},
             "embed": {"encoder": "bench/hashing", "device": "cpu"},
             "student": {"fresh": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "tokenizer": "bpe"}},
             "train": {**train, "num_threads": 1, "bf16": False, **changes.get("train", {})},
@@ -80,7 +85,7 @@ def config_of(folder: Path, **changes: Any) -> Any:
     )
 
 
-def run_stage(name: str, folder: Path, negatives: int) -> dict[str, float]:
+def run_stage(name: str, folder: Path, negatives: int, workers: int | None = None) -> dict[str, float]:
     """Run one stage in this process; what it measured itself, beside memory and time."""
     import pst_dist.embedding.embed as embed
     import pst_dist.training.trainer as trainer
@@ -89,9 +94,9 @@ def run_stage(name: str, folder: Path, negatives: int) -> dict[str, float]:
 
     embed.TextEncoder = HashingEncoder  # type: ignore[misc,assignment]
     if name == "check":
-        assert check(config_of(folder)).ok
+        assert check(config_of(folder, workers)).lines()[-1] == "ok"
     elif name.startswith("shard"):
-        pipeline.make_shards(config_of(folder))
+        pipeline.make_shards(config_of(folder, workers))
     elif name.startswith("embed"):
         pipeline.make_embeddings(config_of(folder))
     elif name == "start":
@@ -132,12 +137,31 @@ def _negatives(folder: Path, count: int) -> float:
     return statistics.median(spent[count][2:]) - statistics.median(spent[0][2:])
 
 
-def measure(name: str, folder: Path, negatives: int) -> dict[str, Any]:
+def measure(name: str, folder: Path, negatives: int, workers: int | None) -> dict[str, Any]:
     """One stage in a process of its own."""
     command = [sys.executable, __file__, "--stage", name, "--folder", str(folder), "--negatives", str(negatives)]
-    begun = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {"stage": name, "wall": time.perf_counter() - begun, **json.loads(done.stdout.splitlines()[-1])}
+    command += ["--workers", str(workers)] if workers else []
+    begun, most = time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stage:
+        while stage.poll() is None:
+            most = max(most, _resident(stage.pid))
+            time.sleep(0.2)
+        assert stage.stdout is not None
+        text = stage.stdout.read()
+    assert stage.returncode == 0, name
+    wall = time.perf_counter() - begun
+    return {"stage": name, "wall": wall, "all_mib": most / 2**20, **json.loads(text.splitlines()[-1])}
+
+
+def _resident(process: int) -> int:
+    """Bytes of memory of a process and of all that it started; pages that they share are counted for each."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(process)
+        for one in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += one.memory_info().rss
+    return total
 
 
 def main() -> None:
@@ -146,15 +170,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--rationales", type=int, default=1)
     parser.add_argument("--negatives", type=int, default=4096)
+    parser.add_argument("--workers", type=int)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.stage:
-        found: dict[str, float] = run_stage(given.stage, given.folder, given.negatives)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        print(json.dumps({"cpu": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024, **found}))
+        found: dict[str, float] = run_stage(given.stage, given.folder, given.negatives, given.workers)
+        used, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = sum(one.ru_utime + one.ru_stime for one in (used, others))
+        print(json.dumps({"cpu": cpu, "peak_mib": used.ru_maxrss / 1024, **found}))
         return
     with tempfile.TemporaryDirectory(prefix="pst-scale-") as temporary:
         folder = given.folder or Path(temporary)
@@ -162,13 +188,14 @@ def main() -> None:
         if not (folder / "rows.jsonl").is_file():
             write_rows(folder / "rows.jsonl", given.rows, given.rationales)
         print(f"{given.rows:,} rows with {given.rationales} rationales each")
-        print("| stage | peak MiB | CPU s | wall s | seconds a step |\n|---|---:|---:|---:|---:|")
+        print("| stage | peak MiB | all MiB | CPU s | wall s | seconds a step |\n|---|---:|---:|---:|---:|---:|")
         lines = []
         for name in given.only:
-            line = measure(name, folder, given.negatives)
+            line = measure(name, folder, given.negatives, given.workers)
             lines.append(line)
             step = f"{line['seconds a step']:.3f}" if "seconds a step" in line else ""
-            print(f"| {name} | {line['peak_mib']:,.0f} | {line['cpu']:.1f} | {line['wall']:.1f} | {step} |", flush=True)
+            memory = f"{line['peak_mib']:,.0f} | {line['all_mib']:,.0f}"
+            print(f"| {name} | {memory} | {line['cpu']:.1f} | {line['wall']:.1f} | {step} |", flush=True)
     if given.output:
         given.output.write_text(json.dumps({"rows": given.rows, "stages": lines}, indent=2) + "\n")
 

@@ -94,6 +94,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             run.shards,
             samples_per_shard=config.shards.samples_per_shard,
             fingerprint=fingerprint,
+            workers=config.shards.workers,
             extra={"report": loaded.report, "task": config.task, "source_digest": loaded.source_digest, **mixture},
             rebuild=rebuild,
         )
@@ -146,7 +147,7 @@ def _settings(config: Config) -> str:
             "data": data,
             "task": config.task,
             "arms": config.arms or [config.arm],
-            "shards": config.shards.model_dump(mode="json"),
+            "shards": config.shards.model_dump(mode="json", exclude={"workers"}),
             "student": config.student.model_dump(mode="json"),
             "layout": config.layout.model_dump(mode="json"),
             "tokenizer": _tokenizer_stamps(config),

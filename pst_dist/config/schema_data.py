@@ -114,6 +114,9 @@ class ShardConfig(Section):
 
     samples_per_shard: Positive = 1000
     """Samples per tar file. One shard is the unit of embedding work and of retries."""
+    workers: Positive | None = None
+    """Processes that read and pack the rows, in `pst check` too; 1 does all in one process. The shards are the same to
+    the byte. Default: one for each CPU core that the command may use, at most eight, once there are 20,000 rows."""
 
 
 class RayConfig(Section):

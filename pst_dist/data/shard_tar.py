@@ -7,6 +7,8 @@ directories, manifests and random access.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import itertools
 import json
@@ -24,6 +26,8 @@ from pst_dist.storage.regular_files import open_regular
 
 REMAKE = "run `pst shard --rebuild`"
 _BLOCK = tarfile.BLOCKSIZE
+_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
+"""Two fields of a tar header."""
 
 
 @dataclass(frozen=True)
@@ -68,37 +72,76 @@ def members_of(samples: Iterable[ReasoningSample]) -> Iterator[Member]:
         yield sample.id, content, len(sample.rationales)
 
 
-def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> ShardIndex:
+def write_shard(path: Path, samples: Sequence[ReasoningSample]) -> WrittenShard:
     """`write_members` of samples."""
     return write_members(path, members_of(samples))
 
 
-def write_members(path: Path, members: Iterable[Member]) -> ShardIndex:
-    """Write samples as one tar and read it back strictly. The bytes do not depend on time, user or machine.
+@dataclass(frozen=True)
+class WrittenShard:
+    """A tar that was written: what its index and the lists of shards say about it."""
+
+    index: ShardIndex
+    bytes: int
+    sha256: str
+    md5: str
+
+
+def write_members(path: Path, members: Iterable[Member]) -> WrittenShard:
+    """Write samples as one tar. The bytes do not depend on time, user or machine.
 
     The caller provides a private path (in a temporary directory) and is responsible for fsync. Raises DataError for
-    text that cannot be stored.
+    text that cannot be stored, and for two samples of one name.
     """
-    from webdataset import TarWriter
+    index, seen, offset = ShardIndex([], [], [], []), set[str](), 0
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with path.open("wb") as stream:
 
-    ids, rationales = [], []
-    with (
-        path.open("wb") as stream,
-        TarWriter(stream, user="pst", group="pst", mode=0o444, mtime=0, encoder=False) as tar,
-    ):
+        def write(piece: bytes) -> None:
+            stream.write(piece)
+            sha256.update(piece)
+            md5.update(piece)
+
         for name, content, count in members:
             _refuse_surrogates(name, content)
-            tar.write({"__key__": name, "json": content})
-            ids.append(name)
-            rationales.append(count)
-    with path.open("rb") as written:
-        places = [(offset, len(content)) for _, offset, content in tar_members(written, path)]
-    return ShardIndex(
-        ids=ids,
-        offsets=[offset for offset, _ in places],
-        sizes=[size for _, size in places],
-        rationales=rationales,
-    )
+            if name in seen:
+                raise DataError(f"two samples have the id {name!r}", "give each row a unique id, or none")
+            seen.add(name)
+            header, padding = _header(f"{name}.json", len(content)), bytes(-len(content) % _BLOCK)
+            write(b"".join((header, content, padding)))
+            index.ids.append(name)
+            index.offsets.append(offset + len(header))
+            index.sizes.append(len(content))
+            index.rationales.append(count)
+            offset += len(header) + len(content) + len(padding)
+        end = bytes(2 * _BLOCK + -(offset + 2 * _BLOCK) % tarfile.RECORDSIZE)
+        write(end)
+    return WrittenShard(index, offset + len(end), sha256.hexdigest(), md5.hexdigest())
+
+
+@functools.cache
+def _blank_header() -> tuple[bytes, int]:
+    """A header without name, size and checksum, and the checksum of its other bytes."""
+    blank = tarfile.TarInfo()
+    blank.mode, blank.mtime, blank.uname, blank.gname = 0o444, 0, "pst", "pst"
+    made = bytearray(blank.tobuf(tarfile.PAX_FORMAT))
+    made[_SIZE] = bytes(12)
+    made[_CHECKSUM] = b" " * 8  # a checksum counts itself as spaces
+    return bytes(made), sum(made)
+
+
+def _header(name: str, size: int) -> bytes:
+    """The header of a member, with the bytes that `tarfile` gives it, in a tenth of the time."""
+    encoded = name.encode()
+    if len(encoded) > 100 or size >= 8**11:
+        member = tarfile.TarInfo(name)
+        member.size, member.mode, member.mtime, member.uname, member.gname = size, 0o444, 0, "pst", "pst"
+        return member.tobuf(tarfile.PAX_FORMAT)
+    blank, rest = _blank_header()
+    octal = b"%011o\0" % size
+    checksum = b"%06o\0 " % (rest + sum(encoded) + sum(octal))
+    name_field = encoded.ljust(100, b"\0")
+    return b"".join((name_field, blank[100:124], octal, blank[136:148], checksum, blank[156:]))
 
 
 def _refuse_surrogates(name: str, content: bytes) -> None:

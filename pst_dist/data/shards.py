@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import glob
-import hashlib
 import itertools
 import json
 import logging
@@ -26,6 +25,8 @@ from typing import Any, overload
 import numpy as np
 
 from pst_dist.data.candidates import Candidates, open_candidates
+from pst_dist.data.pack_work import PackedShard, pack_jobs
+from pst_dist.data.processes import Processes, default_workers
 from pst_dist.data.row_store import StoredRows
 from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
 from pst_dist.data.shard_tar import (
@@ -36,16 +37,15 @@ from pst_dist.data.shard_tar import (
     members_of,
     parse_sample,
     read_shard,
-    write_members,
 )
 from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
 from pst_dist.logs import progress
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
-from pst_dist.storage.json_files import canonical_json, read_json, typed
+from pst_dist.storage.json_files import read_json, typed
 from pst_dist.storage.leftovers import remove_leftovers, restore_replaced
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import MANIFEST, Manifest, sha256_file
+from pst_dist.storage.manifest import MANIFEST, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ __all__ = [
     "write_shards",
 ]
 
+_ALONE = 20
+"""Shards that are packed before processes are started."""
 _MOST_INDEXES = 64
 """An index of a thousand samples takes some 200 kB."""
 _SPLIT = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -75,8 +77,11 @@ def write_shards(
     fingerprint: str,
     extra: dict[str, Any],
     rebuild: bool = False,
+    workers: int | None = 1,
 ) -> Manifest:
     """Write all splits as shards and return the manifest; does nothing when they already exist.
+
+    `workers` is the number of processes; None chooses it.
 
     `fingerprint` identifies everything that determines the content. Existing shards with a different fingerprint raise
     StaleError unless `rebuild`; damaged shards with the same fingerprint are rewritten. Raises DataError for a
@@ -98,22 +103,19 @@ def write_shards(
         with (
             Artefact(directory, "shards", remembers=True).publish(fingerprint, extra) as draft,
             progress("pack", total=rows, unit="rows") as bar,
+            Processes(workers or default_workers(), alone=0 if workers else _ALONE) as processes,
         ):
             partial = draft.path
             table: list[ShardInfo] = []
             for split in sorted(splits):
-                infos = []
-                members = _members(splits[split])
-                for number in range(-(-len(splits[split]) // samples_per_shard)):
-                    path = partial / f"{split}-{number:06d}.tar"
-                    index = write_members(path, itertools.islice(members, samples_per_shard))
-                    bar.advance(len(index.ids))
-                    write_text(path.with_suffix(".index.json"), canonical_json(asdict(index)) + "\n")
-                    size, digest, texts = path.stat().st_size, sha256_file(path), sum(index.rationales)
-                    infos.append(ShardInfo(path.name, split, len(index.ids), size, digest, texts))
-                table.extend(infos)
-                if infos:
-                    _write_wids(partial, split, infos)
+                packed = []
+                jobs = pack_jobs(_members(splits[split]), len(splits[split]), samples_per_shard, partial, split)
+                for one in processes.map(jobs):
+                    packed.append(one)
+                    bar.advance(one.info.samples)
+                table.extend(one.info for one in packed)
+                if packed:
+                    _write_wids(partial, split, packed)
             draft.extra |= {
                 "schema_version": SCHEMA_VERSION,
                 "samples_per_shard": samples_per_shard,
@@ -197,16 +199,16 @@ def reusable_shards(directory: Path, fingerprint: str, samples_per_shard: int) -
     return artefact.finished(fingerprint)
 
 
-def _write_wids(directory: Path, split: str, infos: list[ShardInfo]) -> None:
+def _write_wids(directory: Path, split: str, packed: list[PackedShard]) -> None:
     """The list of shards in the format of webdataset's indexed reader (wids)."""
     shardlist = [
         {
-            "url": info.name,
-            "nsamples": info.samples,
-            "filesize": info.bytes,
-            "md5sum": hashlib.md5((directory / info.name).read_bytes(), usedforsecurity=False).hexdigest(),
+            "url": one.info.name,
+            "nsamples": one.info.samples,
+            "filesize": one.info.bytes,
+            "md5sum": one.md5,
         }
-        for info in infos
+        for one in packed
     ]
     listing = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": split, "shardlist": shardlist}
     write_text(directory / f"{split}.wids.json", json.dumps(listing, indent=2) + "\n")

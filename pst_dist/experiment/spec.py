@@ -258,7 +258,7 @@ def _config(
     rows = {
         "task": config.task,
         "data": config.data.model_dump(mode="json"),
-        "shards": config.shards.model_dump(mode="json"),
+        "shards": config.shards.model_dump(mode="json", exclude={"workers"}),
         "embed": config.embed.model_dump(mode="json", include=vectors),
     }
     data = experiment.path / "data" / f"{_slug(task)}-{digest_of(rows)[:8]}"

@@ -146,7 +146,7 @@ def _read(config: Config, sources: Sequence[Source], task: Task, rejects: list[R
             if isinstance(entry, RawRow) and _lacks_answer(entry, columns):
                 draft = _without_answer(entry, columns, source, place)
             else:
-                draft = make_draft(entry, columns, task, source, place, None, told)
+                draft = make_draft(entry, columns, task, source.stem, place, None, told)
             if isinstance(draft, Reject):
                 rejects.append(draft)
                 rows.append(None)

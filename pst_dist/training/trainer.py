@@ -19,6 +19,7 @@ from pst_dist._version import __version__
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
+from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.peer_watch import alive, at, watched, working
@@ -35,11 +36,12 @@ from pst_dist.distributed.ranks import (
 )
 from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import DataError, DivergedError, InputError
-from pst_dist.logs import quiet_libraries
+from pst_dist.logs import progress, quiet_libraries
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import digest_of, write_json
 from pst_dist.storage.outputs import refuse_link_out
+from pst_dist.student.fitting import AT_ONCE, check_rows
 from pst_dist.student.layout import layout_for
 from pst_dist.student.lora import trained_count
 from pst_dist.student.saved import save_student
@@ -48,7 +50,6 @@ from pst_dist.student.tokenizer import (
     build_tokenizer,
     check_marker,
     check_prompt_ending,
-    unwritable_answers,
 )
 from pst_dist.training.bad_steps import (
     Answer,
@@ -315,13 +316,15 @@ class _Training:
         if known is not None:
             _warn_of_lost(*known)
             return
-        lost = []
+        lost: list[ReasoningSample] = []
+        own = range(self.ranks.rank, len(self.samples), self.ranks.world_size)
         try:
-            for index in range(self.ranks.rank, len(self.samples), self.ranks.world_size):
-                alive()
-                sample = self.samples[index]
-                self.layout.sequences(sample)
-                lost += unwritable_answers(self.layout.text_ids, [sample], task_of(sample, task))
+            with progress("check rows", total=len(own), unit="rows", show=self.ranks.is_main) as bar:
+                for start in range(0, len(own), AT_ONCE):
+                    alive()
+                    part = [self.samples[index] for index in own[start : start + AT_ONCE]]
+                    lost += check_rows(self.layout, part, lambda sample: task_of(sample, task))
+                    bar.advance(len(part))
         except DataError as error:
             failure = error
         bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))

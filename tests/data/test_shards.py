@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 import pst_dist
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shard_tar import write_shard
+from pst_dist.data.shard_tar import write_members, write_shard
 from pst_dist.data.shards import ShardSet, read_shard, write_shards
 from pst_dist.errors import DataError, InputError, IntegrityError, LockedError, StaleError
 from pst_dist.storage.locks import directory_lock
@@ -307,6 +308,35 @@ def test_extension_headers_are_refused_but_for_a_long_name(tmp_path):
     long = [sample(1, id="x" * 120)]
     write_shard(tmp_path / "long.tar", long)
     assert read_shard(tmp_path / "long.tar") == long
+
+
+def test_a_tar_has_the_bytes_that_webdataset_writes(tmp_path):
+    """Names of up to 100 bytes are in the header, longer ones in a record before it; contents around one block."""
+    from webdataset import TarWriter
+
+    names = [1, 90, 95, 96, 110, 120]
+    sizes = [1, 511, 512, 513, 3000]
+    for count in (0, 1, 9, 30):
+        members = [(f"{k}-".ljust(names[k % 6], "x"), b"y" * sizes[k % 5], k) for k in range(count)]
+        with (
+            (tmp_path / "theirs.tar").open("wb") as stream,
+            TarWriter(stream, user="pst", group="pst", mode=0o444, mtime=0, encoder=False) as tar,
+        ):
+            for name, content, _ in members:
+                tar.write({"__key__": name, "json": content})
+        written = write_members(tmp_path / "ours.tar", members)
+        ours = (tmp_path / "ours.tar").read_bytes()
+        assert ours == (tmp_path / "theirs.tar").read_bytes()
+        assert (written.bytes, written.sha256) == (len(ours), sha256_file(tmp_path / "ours.tar"))
+        assert written.md5 == hashlib.md5(ours).hexdigest()
+        places = zip(written.index.offsets, written.index.sizes, strict=True)
+        assert [ours[start : start + size] for start, size in places] == [content for _, content, _ in members]
+        assert written.index.rationales == list(range(count))
+
+
+def test_two_samples_of_one_name_are_refused_while_they_are_written(tmp_path):
+    with pytest.raises(DataError, match="two samples have the id 'row-1'"):
+        write_shard(tmp_path / "t.tar", [sample(1), sample(2), sample(1)])
 
 
 @pytest.mark.parametrize(

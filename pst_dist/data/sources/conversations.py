@@ -24,6 +24,7 @@ HISTORY_COLUMNS = ("history",)
 """Columns with earlier turns: question-reply pairs, or turns with roles."""
 ATTACHED_COLUMNS = ("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls")
 """Columns that a text prompt cannot represent. A row is refused if one of them is not empty."""
+_CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn with its reasoning, separate from its content."""
 
@@ -154,8 +155,8 @@ def with_context(
 
 def unread_parts(row: Mapping[str, Any], read: str) -> list[str]:
     """Context columns of a row that are not blank and do not occur in the paths `read`."""
-    columns = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
-    return [column for column in columns if not is_blank(row.get(column)) and column not in read]
+    present = (column for column in _CONTEXT_COLUMNS if row.get(column) is not None)
+    return [column for column in present if not is_blank(row[column]) and column not in read]
 
 
 def _turn(turn: Mapping[str, Any], where: str) -> _Turn:

@@ -18,7 +18,6 @@ from pst_dist.data.sources.choices import Convention, gold_answer
 from pst_dist.data.sources.columns import ColumnMap, Fields
 from pst_dist.data.sources.completions import Completion, TeacherFile
 from pst_dist.data.sources.rows import Entry, Reject, RowError
-from pst_dist.data.sources.specs import Source
 from pst_dist.data.tasks import Task
 
 _ID = re.compile(r"[A-Za-z0-9_\-]{1,120}")
@@ -49,12 +48,15 @@ def make_draft(
     entry: Entry,
     columns: ColumnMap | None,
     task: Task,
-    source: Source,
+    stem: str,
     place: int,
     teacher: TeacherFile | None,
     told: Convention,
 ) -> Draft | Reject:
-    """One row as a draft, or a reject; `told` is the convention of its file for multiple-choice answers."""
+    """One row as a draft, or a reject.
+
+    `stem` is the short name of its file, `told` the convention of the file for multiple-choice answers.
+    """
     if isinstance(entry, Reject) or columns is None:
         assert isinstance(entry, Reject)
         return entry
@@ -74,7 +76,7 @@ def make_draft(
     known = teacher is not None or found.teacher_answer is not None
     named = found.id is not None and _ID.fullmatch(found.id) is not None
     sample = ReasoningSample(
-        id=found.id if named and found.id else sample_id(source.stem, found.question, place),
+        id=found.id if named and found.id else sample_id(stem, found.question, place),
         question=found.question,
         answer=answer,
         rationales=tuple(dict.fromkeys(rationales)),

@@ -14,12 +14,13 @@ import logging
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.data.row_store import DROPPED, RowStore, StoredRows, content_of, digest
+from pst_dist.data.processes import Processes, default_workers
+from pst_dist.data.row_store import DROPPED, RowStore, StoredRows
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources.arrange import (
     TEST,
@@ -38,12 +39,12 @@ from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
-from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.generators import GENERATOR_TASKS
 from pst_dist.data.sources.options import Options
+from pst_dist.data.sources.row_work import RowWork, jobs_of
 from pst_dist.data.sources.rows import Input, RawRow, Reject, Rejects, RowError, excerpt
 from pst_dist.data.sources.specs import Source, read_specs
-from pst_dist.data.sources.splits import rank_of, read_split_file
+from pst_dist.data.sources.splits import read_split_file
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import ConfigError, DataError, InputError
 from pst_dist.logs import progress
@@ -53,8 +54,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_AT = 50
 """Number of rows from which columns are guessed."""
-_PURPOSES = ("test", "validation", "rows")
-"""What training rows are ranked for, each by another hash: the two splits that are cut, and data.max_rows."""
+_ALONE = 40
+"""Jobs that are done before processes are started: about 20,000 lines, half a second."""
 _AT_ONCE = 1000
 """Number of rows whose texts are encoded together."""
 
@@ -193,9 +194,11 @@ class _Survey:
             for place, source in enumerate(found)
         }
         self._compare_choices(sources, columns)
-        first = 0
-        for split, found in sources.items():
-            first += self._read(split, found, columns, task, teacher if split == "train" else None, first)
+        first, workers = 0, self.config.shards.workers
+        with Processes(workers or default_workers(), alone=0 if workers else _ALONE) as processes:
+            for split, found in sources.items():
+                own = teacher if split == "train" else None
+                first += self._read(split, found, columns, task, own, first, processes)
         _refuse_shared_files(sources)
         if teacher is not None:
             self.digests += [["teacher", *digest] for digest in teacher.digests]
@@ -256,6 +259,7 @@ class _Survey:
         task: Task,
         teacher: TeacherFile | None,
         first: int,
+        processes: Processes,
     ) -> int:
         """Put the rows of a split into the store, from place `first` on; bad rows have a place too. Their number."""
         rows = 0
@@ -265,14 +269,24 @@ class _Survey:
                     _refuse_other_task(source, task)
                 where = (split, number)
                 self.paths.append(source.path)
-                for entry in source.rows():
-                    made = make_draft(entry, columns[where], task, source, rows, teacher, self.told[where])
-                    if isinstance(made, Reject):
-                        self.store.reject(made.to_json())
-                    else:
-                        self._add(made, first + rows, SPLITS.index(split), task)
-                    rows += 1
-                    bar.advance()
+                work = RowWork.of(
+                    columns[where],
+                    task=task,
+                    told=self.told[where],
+                    stem=source.stem,
+                    split=SPLITS.index(split),
+                    path=len(self.paths) - 1,
+                    part=self.part,
+                    ranked=self._cuts(),
+                )
+                for made in processes.map(jobs_of(source.items(), work, rows, first + rows, teacher)):
+                    for one in made:
+                        if isinstance(one, dict):
+                            self.store.reject(one)
+                        else:
+                            self.store.add(*one)
+                    rows += len(made)
+                    bar.advance(len(made))
                 self.digests.append([split, source.stem, source.sha256])
                 self.inputs += source.inputs
         if teacher is not None and teacher.whole and len(teacher.by_index) != rows:
@@ -286,24 +300,8 @@ class _Survey:
         self._check_ids(SPLITS.index(split))
         return rows
 
-    def _add(self, draft: Draft, place: int, split: int, task: Task) -> None:
-        sample = draft.sample
-        if self.part:
-            sample = replace(sample, part=self.part, task=task.name)
-        key = draft.question_key.encode("utf-8", "surrogatepass")
-        answer = sample.answer.encode("utf-8", "surrogatepass")
-        cuts = zip(_PURPOSES, self._cuts(), strict=True)
-        ranks = [rank_of(sample.id, purpose) if needed and split == TRAIN else None for purpose, needed in cuts]
-        self.store.add(
-            (
-                *(place, split, 0, len(self.paths) - 1, draft.line, sample.id, digest(key), digest(key, answer)),
-                *(len(sample.rationales), draft.teacher_correct, len(sample.turns), sample.synthetic, *ranks),
-            ),
-            content_of(sample),
-        )
-
     def _cuts(self) -> tuple[bool, bool, bool]:
-        """Which of `_PURPOSES` need the ranks of the training rows."""
+        """Which of `PURPOSES` need the ranks of the training rows."""
         data = self.config.data
         test = bool(data.test_size) and data.test is None and data.split_file is None
         return test, bool(data.validation_size) and data.validation is None, data.max_rows is not None

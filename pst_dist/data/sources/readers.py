@@ -32,10 +32,11 @@ from pst_dist.data.sources.strict_json import (
     LONG_CELL,
     MAX_CELL_CHARACTERS,
     NOT_UTF8,
+    Line,
     fault_in,
     json_document,
-    json_lines,
     refuse_utf16,
+    unparsed_lines,
 )
 from pst_dist.errors import DataError, EnvironmentFault, InputError
 from pst_dist.storage.regular_files import open_regular
@@ -68,12 +69,15 @@ def read_file(path: Path) -> FileRows:
     DataError for one that has no rows or is corrupt as a whole.
     """
     inputs: list[Input] = []
-    entries = list(stream_file(path, inputs.append))
+    entries = [parsed(item) for item in stream_file(path, inputs.append)]
     return FileRows(str(path), entries, inputs[0])
 
 
-def stream_file(path: Path, done: Callable[[Input], None]) -> Iterator[Entry]:
-    """The rows of `read_file` one after another; at the end `done` receives the file's digest and time."""
+def stream_file(path: Path, done: Callable[[Input], None]) -> Iterator[Line | Entry]:
+    """The rows of `read_file` one after another, those of JSON Lines as lines that are not parsed yet.
+
+    At the end `done` receives the file's digest and time.
+    """
     check_file(path)
     try:
         with open_regular(path, remedy="use a file, or a folder written by save_to_disk") as stream:
@@ -92,6 +96,11 @@ def stream_file(path: Path, done: Callable[[Input], None]) -> Iterator[Entry]:
     if not found:
         raise DataError("the file has no rows", "use a file with at least one row", path=path)
     done(input_of(path, tap.digest.hexdigest(), before, opened))
+
+
+def parsed(item: Line | Entry) -> Entry:
+    """An entry of a file, parsed if it is not yet."""
+    return item.entry() if isinstance(item, Line) else item
 
 
 def check_file(path: Path) -> None:
@@ -161,11 +170,11 @@ class _HashingReader:
             pass
 
 
-def _entries(path: Path, tap: _HashingReader, size: int) -> Iterator[Entry]:
+def _entries(path: Path, tap: _HashingReader, size: int) -> Iterator[Line | Entry]:
     suffix = data_suffix(path.name)
     stream: Readable = decompressed(path, tap, size) if path.suffix.lower() in COMPRESSED else tap
     if suffix in (".jsonl", ".ndjson"):
-        yield from json_lines(path, stream.readline)
+        yield from unparsed_lines(path, stream.readline)
     elif suffix == ".json":
         yield from json_document(path, stream.read())
     elif suffix == ".parquet":

@@ -20,8 +20,9 @@ from typing import Any
 from pst_dist.data.sources.arrow_probe import probe
 from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
-from pst_dist.data.sources.readers import SUFFIXES, check_file, input_of, stream_file, table_row
+from pst_dist.data.sources.readers import SUFFIXES, check_file, input_of, parsed, stream_file, table_row
 from pst_dist.data.sources.rows import Entry, Input, RawRow
+from pst_dist.data.sources.strict_json import Line
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.manifest import digest_of, sha256_file
 from pst_dist.storage.regular_files import open_regular
@@ -40,7 +41,7 @@ class Source:
     path: str
     stem: str
     """Short name; ids that we create start with it."""
-    read: Callable[[Done], Iterator[Entry]]
+    read: Callable[[Done], Iterator[Line | Entry]]
     """Reads all rows once, good and bad, in order."""
     generated: bool = False
     is_whole: bool = False
@@ -49,10 +50,14 @@ class Source:
     """Known, like `inputs`, when all rows were read."""
     inputs: tuple[Input, ...] = ()
     """The files that were read; for a hub dataset or a generator its spec."""
-    _kept: list[Entry] | None = None
+    _kept: list[Line | Entry] | None = None
 
     def rows(self) -> Iterator[Entry]:
         """The rows one after another; raises as `read_specs` does, and InputError for a source that changed."""
+        return map(parsed, self.items())
+
+    def items(self) -> Iterator[Line | Entry]:
+        """The rows, those of JSON Lines as lines that are not parsed yet; raises as `rows`."""
         if self.is_whole and self._kept is None:
             self._kept = list(self.read(self._done))
         yield from self.read(self._done) if self._kept is None else self._kept
@@ -142,7 +147,7 @@ def _source(target: Path | str, split: str) -> Source:
         return _from_folder(target, split)
     check_file(target)
 
-    def read(done: Done) -> Iterator[Entry]:
+    def read(done: Done) -> Iterator[Line | Entry]:
         return stream_file(target, lambda one: done(one.sha256, (one,)))
 
     return Source(str(target), data_stem(target.name), read, is_whole=data_suffix(target.name) == ".json")

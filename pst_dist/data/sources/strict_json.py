@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pst_dist.data.sources.json_tables import is_table, table_rows
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
@@ -93,6 +93,19 @@ def fault_in(value: Any) -> _Fault | None:
     return None
 
 
+class Line(NamedTuple):
+    """A line of JSON Lines that nobody has parsed yet, so that another process can do it."""
+
+    path: str
+    number: int
+    """Counted from 1."""
+    raw: bytes
+
+    def entry(self) -> Entry:
+        """The row in it, or why there is none."""
+        return _json_line(Path(self.path), self.number, self.raw)
+
+
 def _row_or_reject(value: Any, path: Path, line: int, text: str | bytes) -> Entry:
     fault = fault_in(value)
     if fault is not None:
@@ -103,7 +116,14 @@ def _row_or_reject(value: Any, path: Path, line: int, text: str | bytes) -> Entr
 
 
 def json_lines(path: Path, readline: Callable[[int], bytes]) -> Iterator[Entry]:
-    number = 0
+    """The rows of JSON Lines."""
+    for line in unparsed_lines(path, readline):
+        yield line.entry() if isinstance(line, Line) else line
+
+
+def unparsed_lines(path: Path, readline: Callable[[int], bytes]) -> Iterator[Line | Reject]:
+    """Lines that are not blank, and a reject for each that is too long."""
+    number, name = 0, str(path)
     while raw := readline(MAX_LINE_BYTES + 1):
         number += 1
         if number == 1:
@@ -117,7 +137,7 @@ def json_lines(path: Path, readline: Callable[[int], bytes]) -> Iterator[Entry]:
                 str(path), number, "too_long", f"line is longer than {MAX_LINE_BYTES >> 20} MiB", excerpt(start)
             )
         elif raw.strip():
-            yield _json_line(path, number, raw)
+            yield Line(name, number, raw)
 
 
 def _json_line(path: Path, number: int, raw: bytes) -> Entry:

@@ -25,6 +25,7 @@ THOUGHT_TAGS = (
 )
 """Opening and closing tags of a thought, in any case. The opening tag is often missing: it was part of the prompt."""
 _TAGS = tuple(tuple(re.compile(re.escape(tag), re.IGNORECASE) for tag in pair) for pair in THOUGHT_TAGS)
+_STARTS = tuple(sorted({tag[0] for pair in THOUGHT_TAGS for tag in pair}))
 _WRAPPERS = (
     *("<|begin_of_solution|>", "<|end_of_solution|>", "<|start|>assistant", "<|start|>"),
     *("<|end|>", "<|return|>"),
@@ -65,4 +66,5 @@ def without_wrappers(text: str) -> str:
 
 def has_thought_tag(text: str) -> bool:
     """Whether a text contains an opening or closing tag of a thought."""
-    return any(tag.search(text) is not None for tags in _TAGS for tag in tags)
+    # Most texts have none of the characters with which tags begin, which is found out in a tenth of the time.
+    return any(start in text for start in _STARTS) and any(tag.search(text) for tags in _TAGS for tag in tags)

@@ -11,8 +11,10 @@ from in_memory_splits import arranged, check_ids, final_ids
 from pst_dist.config.schema import Config
 from pst_dist.data.row_store import RowStore
 from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources.choices import Convention
 from pst_dist.data.sources.drafts import Draft
 from pst_dist.data.sources.load import _Survey
+from pst_dist.data.sources.row_work import RowWork, row_of
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, DataError
 
@@ -60,8 +62,10 @@ def on_disk(config: Config, drafts: dict[str, list[Draft]]):
     task, place = get_task(None, None), 0
     for number, split in enumerate(SPLITS):
         survey.paths.append(str(Path(f"{split}.jsonl")))
+        told, cuts = Convention(), survey._cuts()
+        work = RowWork(task, None, told, split, split=number, path=number, part="", ranked=cuts)
         for draft in drafts[split]:
-            survey._add(draft, place, number, task)
+            survey.store.add(*row_of(draft, place, work))
             place += 1
         survey._check_ids(number)
     survey.arrange()

@@ -26,6 +26,7 @@ import numpy as np
 
 from pst_dist.data.candidates import Candidates, open_candidates
 from pst_dist.data.pack_work import PackedShard, pack_jobs
+from pst_dist.data.places import FROM_ROWS, PLACE, open_places
 from pst_dist.data.processes import Processes, default_workers
 from pst_dist.data.row_store import StoredRows
 from pst_dist.data.sample import SCHEMA_VERSION, ReasoningSample
@@ -326,10 +327,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-_PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("check", "<u4")])
-"""Where a sample is in its tar, and a checksum of its id."""
-
-
 class SplitReader(Sequence[ReasoningSample]):
     """Random access to the samples of one split. Each access is one positioned read and safe after a fork.
 
@@ -345,14 +342,29 @@ class SplitReader(Sequence[ReasoningSample]):
         self._paths = [shards.directory / info.name for info in self._infos]
         self._stamps = [shards.stamps[info.name] for info in self._infos]
         self._starts = [0, *itertools.accumulate(info.samples for info in self._infos)]
-        # 16 bytes a sample; the lists of an index take 200.
-        self._places = np.zeros(self._starts[-1], _PLACE)
-        for info, start in zip(self._infos, self._starts, strict=False):
-            index, own = shards.index(info), self._places[start : start + info.samples]
-            own["offset"], own["size"] = index.offsets, index.sizes
-            own["check"] = [zlib.crc32(key.encode()) for key in index.ids]
+        self._known_places: np.ndarray | None = None
+        _ = self._places  # a damaged index is an error at opening
         self._open: dict[int, int] = {}
         self._candidates: Candidates | None = None
+
+    @property
+    def _places(self) -> np.ndarray:
+        """[samples] of `PLACE`."""
+        if self._known_places is None:
+            folder = self._shards.directory
+            path = folder.with_name(f".{folder.name}.{self._name}.places")
+            self._known_places = open_places(path, self._shards.manifest.digest, len(self), self._indexed_places)
+        return self._known_places
+
+    def _indexed_places(self) -> np.ndarray:
+        places = np.zeros(len(self), PLACE)  # 16 bytes a sample; the lists of an index take 200
+        with progress(f"index {self._name}", total=len(self), unit="rows", show=len(self) >= FROM_ROWS) as bar:
+            for info, start in zip(self._infos, self._starts, strict=False):
+                index, own = self._shards.index(info), places[start : start + info.samples]
+                own["offset"], own["size"] = index.offsets, index.sizes
+                own["check"] = [zlib.crc32(key.encode()) for key in index.ids]
+                bar.advance(info.samples)
+        return places
 
     @property
     def ids(self) -> list[str]:
@@ -413,7 +425,7 @@ class SplitReader(Sequence[ReasoningSample]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A map would be sent as its whole content, and file descriptors are not valid in another process.
-        return {**self.__dict__, "_open": {}, "_candidates": None}
+        return {**self.__dict__, "_open": {}, "_candidates": None, "_known_places": None}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():

@@ -13,14 +13,19 @@ from pst_dist.data.sample import ReasoningSample
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """[samples] int64: the permutation of one epoch, from a counter-based generator keyed by (seed, epoch)."""
+    """[samples] int32, or int64 for 2^31 and more: the permutation of one epoch, by (seed, epoch).
+
+    The generator is counter-based. Every rank has the orders of two epochs in memory, hence the narrow type.
+    """
     generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), epoch]))
-    return generator.permutation(samples)
+    return generator.permutation(samples).astype(_kind_for(samples))
 
 
 @functools.lru_cache(maxsize=2)
 def mixed_epoch(parts: tuple[tuple[int, float], ...], *, seed: int, epoch: int) -> np.ndarray:
-    """[slots] int64: the samples of one epoch of a mixture, source after source; `parts` are (rows, weight) of each.
+    """[slots] int32 or int64: the samples of one epoch of a mixture, source after source.
+
+    `parts` are (rows, weight) of each.
 
     A source has round(weight * rows) slots, at least one. Over the epochs it walks through one permutation of its rows
     after another, so no row is used more than once more than any other of its source, whatever the weight.
@@ -28,16 +33,17 @@ def mixed_epoch(parts: tuple[tuple[int, float], ...], *, seed: int, epoch: int) 
     chosen, first = [], 0
     for number, (rows, weight) in enumerate(parts):
         slots = slots_of(rows, weight)
-        walked = np.arange(epoch * slots, (epoch + 1) * slots)
-        rounds = {}
-        for turn in range(int(walked[0]) // rows, int(walked[-1]) // rows + 1):
+        start, stop = epoch * slots, (epoch + 1) * slots
+        for turn in range(start // rows, (stop - 1) // rows + 1):
             generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), (number + 1 << 40) + turn]))
-            rounds[turn] = generator.permutation(rows)
-        chosen.append(
-            first + np.array([rounds[place // rows][place % rows] for place in walked.tolist()], dtype=np.int64)
-        )
+            begun = turn * rows
+            chosen.append(first + generator.permutation(rows)[max(0, start - begun) : stop - begun])
         first += rows
-    return np.concatenate(chosen)
+    return np.concatenate(chosen).astype(_kind_for(first))
+
+
+def _kind_for(samples: int) -> type:
+    return np.int32 if samples < 2**31 else np.int64
 
 
 def slots_of(rows: int, weight: float) -> int:
@@ -74,8 +80,8 @@ class OrderPlan:
         within = step % self.steps_per_epoch
         epoch = self.epoch_of(step)
         order = epoch_order(self.slots, seed=self.seed, epoch=epoch)
-        batch = order[within * self.global_batch_size : (within + 1) * self.global_batch_size]
-        return mixed_epoch(self.parts, seed=self.seed, epoch=epoch)[batch] if self.parts else batch
+        batch = order[within * self.global_batch_size : (within + 1) * self.global_batch_size].astype(np.int64)
+        return mixed_epoch(self.parts, seed=self.seed, epoch=epoch)[batch].astype(np.int64) if self.parts else batch
 
     def others(self, step: int, count: int) -> np.ndarray:
         """Up to `count` sample indices outside a step's global batch, drawn anew each step."""

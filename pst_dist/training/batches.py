@@ -308,16 +308,19 @@ class _Steps(Dataset[list[PSTBatch]]):
         if self.collate.teacher is None or loss.alignment != "info_nce":
             return [], []
         further = self.plan.others(step, loss.negatives).tolist() if loss.negatives else []
-        known = [self._known(index) for index in indices + further]
-        keys = [(name, turn_of(name, count, seed=self.plan.seed, epoch=epoch)) for name, count, _ in known]
-        return keys, [group for _, _, group in known]
+        names, counts, groups = self._known(indices + further)
+        turns = (
+            turn_of(name, count, seed=self.plan.seed, epoch=epoch) for name, count in zip(names, counts, strict=True)
+        )
+        return list(zip(names, turns, strict=True)), groups
 
-    def _known(self, index: int) -> tuple[str, int, int]:
-        """(id, number of rationales, question group) of a row; those of shards need not be read for it."""
+    def _known(self, indices: list[int]) -> tuple[list[str], list[int], list[int]]:
+        """(ids, numbers of rationales, question groups) of some rows; those of shards need not be read for it."""
         if isinstance(self.samples, SplitReader):
-            return self.samples.candidates.of(index)
-        sample = self.samples[index]
-        return sample.id, len(sample.rationales), question_group(sample.question)
+            return self.samples.candidates.many(indices)
+        found = [self.samples[index] for index in indices]
+        groups = [question_group(sample.question) for sample in found]
+        return [sample.id for sample in found], [len(sample.rationales) for sample in found], groups
 
 
 def step_batches(

@@ -12,7 +12,7 @@ from pst_dist.config.run_dir import run_dir
 from pst_dist.data.sample import question_group
 from pst_dist.data.shards import ShardSet
 from pst_dist.embedding import store as store_module
-from pst_dist.embedding.index import RationaleIndex
+from pst_dist.embedding.index import RationaleIndex, _first_not_less
 from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.errors import IntegrityError
 from pst_dist.student.tokenizer import KeptTokenizer, build_tokenizer
@@ -130,3 +130,12 @@ def test_rows_are_checked_once_for_each_student_and_layout(tmp_path):
     assert CheckedRows(path, {"layout.max_length": 10}).read() is None
     path.write_text("[]")
     assert CheckedRows(path, {"layout.max_length": 9}).read() is None
+
+
+def test_a_column_is_searched_as_numpy_searches_an_array():
+    chance = np.random.default_rng(0)
+    for size in (1, 2, 3, 7, 8, 9, 100):
+        table = np.zeros(size, [("hash", "<u8"), ("other", "<u8")])
+        table["hash"] = np.sort(chance.integers(0, 60, size).astype(np.uint64))
+        wanted = np.concatenate([table["hash"], table["hash"] + 1, np.array([0, 2**64 - 1], np.uint64)])
+        assert (_first_not_less(table["hash"], wanted) == np.searchsorted(table["hash"], wanted)).all()

@@ -29,7 +29,7 @@ class Candidates:
     def __init__(self, entries: np.ndarray, ids: np.ndarray) -> None:
         """`entries` [rows], and [bytes] uint8 of all ids, one after another."""
         # As plain arrays: the class of a map makes each access several times slower.
-        self._entries, self._bytes = np.asarray(entries), memoryview(np.asarray(ids))
+        self._entries, self._bytes = np.asarray(entries), np.asarray(ids).data
 
     def __len__(self) -> int:
         return len(self._entries)

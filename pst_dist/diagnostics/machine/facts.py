@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from pst_dist._version import __version__
+from pst_dist.data.processes import usable_cores
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, warning
 from pst_dist.errors import InputError
 from pst_dist.storage.foreign_json import foreign_object
@@ -107,7 +108,7 @@ def collect() -> Machine:
         gpus=gpus,
         driver=driver,
         gpu_trouble=trouble,
-        cores=_cores(),
+        cores=usable_cores(),
         memory=memory,
         memory_free=free,
         shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
@@ -181,15 +182,6 @@ def _code_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def _cores() -> int:
-    affinity = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return affinity if quota == "max" else max(1, min(affinity, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return affinity
 
 
 def _memory() -> tuple[int, int]:

@@ -7,6 +7,7 @@ a `Reject` with its line, and reading continues with the next row. Lines end onl
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -103,7 +104,11 @@ class Line(NamedTuple):
 
     def entry(self) -> Entry:
         """The row in it, or why there is none."""
-        return _json_line(Path(self.path), self.number, self.raw)
+        return _json_line(_path(self.path), self.number, self.raw)
+
+
+_path = functools.lru_cache(maxsize=8)(Path)
+"""All lines of a file have the same."""
 
 
 def _row_or_reject(value: Any, path: Path, line: int, text: str | bytes) -> Entry:

@@ -132,9 +132,12 @@ def _traced(model: Any, names: tuple[str, ...], constants: Mapping[str, Any]) ->
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """Hide the tracer's warnings of values that it takes for constants, and those of attributes that it looks at."""
-    chatter = logging.getLogger("sentence_transformers")
-    level = chatter.level
+    """Hide the tracer's warnings of values that it takes for constants, and those of attributes that it looks at.
+
+    The converter also sets up the root logger for itself, so that our lines would be lost.
+    """
+    chatter, root = logging.getLogger("sentence_transformers"), logging.getLogger()
+    level, kept = chatter.level, (root.level, root.handlers[:], root.disabled, root.filters[:])
     chatter.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -142,6 +145,8 @@ def _without_noise() -> Iterator[None]:
             yield
     finally:
         chatter.setLevel(level)
+        root.setLevel(kept[0])
+        root.handlers, root.disabled, root.filters = kept[1:]
 
 
 def _with_int8_weights(converted: Any) -> Any:

@@ -153,6 +153,6 @@ def _with_int8_weights(converted: Any) -> Any:
     """Weights in int8, one scale a row; activations are quantised as they come, so no texts are needed to calibrate."""
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars and tables
         return nncf.compress_weights(converted, mode=nncf.CompressWeightsMode.INT8_SYM)

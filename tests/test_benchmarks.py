@@ -284,12 +284,45 @@ def test_the_zero_benchmark_compares_equal_steps_on_two_ranks(tmp_path):
     printed = run("zero_overhead.py", *sizes, "--output", output)
     report = json.loads(output.read_text())
     losses = {name: loss for name, (loss, _) in report["loss_and_norm"].items()}
-    assert set(losses) == {"ddp", "zero0", "zero1", "zero2", "zero3"} and losses["ddp"] > 1
+    assert set(losses) == {"ddp", "zero0", "zero1", "zero2", "zero3", "zero3_modules"} and losses["ddp"] > 1
     assert losses == pytest.approx(dict.fromkeys(losses, losses["ddp"]), abs=1e-5)
     assert all(
         result[clock]["seconds_median"] > 0 for result in report["results"].values() for clock in ("cpu", "wall")
     )
     assert report["results"]["ddp"]["cpu"]["over_ddp"] == 1 and all(name in printed for name in losses)
+
+
+@pytest.mark.encoder
+def test_the_embedding_benchmark_compares_equal_vectors_on_equal_texts(tmp_path):
+    output = tmp_path / "result.json"
+    printed = run("embed_throughput.py", "--texts", 12, "--rounds", 2, "--output", output)
+    results = json.loads(output.read_text())["results"]
+    assert results["distinct"]["distinct_texts"] == 12 > results["repeats"]["distinct_texts"]
+    for found in (results["distinct"]["results"], results["repeats"]["results"]):
+        assert found["torch, float32"]["cosine_mean_min"] == pytest.approx([1, 1], abs=1e-5)
+        assert 0.999 < found["torch, bfloat16"]["cosine_mean_min"][1] < 0.99999
+        assert ("openvino, int8" in found) == ("left out" not in printed)
+
+
+def test_the_sharding_benchmark_writes_the_same_samples(tmp_path):
+    output = tmp_path / "result.json"
+    run("shard_throughput.py", "--rows", 30, "--per-shard", 8, "--rounds", 2, "--output", output)
+    results = json.loads(output.read_text())["results"]
+    assert set(results) == {"pst_dist", "bare", "digests"} and results["pst_dist"]["over_ours"] == 1
+
+
+@pytest.mark.encoder
+def test_the_wait_for_batches_is_measured_in_real_trainings(tmp_path):
+    output = tmp_path / "result.json"
+    sizes = (
+        "data.train=gen:last_letters?rows=40&seed=0&words=2",
+        "data.validation_size=8",
+        "train.global_batch_size=4",
+    )
+    small = ",".join(("demo", *sizes, "train.per_device_train_batch_size=4"))
+    run("loader_wait.py", small, "--steps", 4, "--rounds", 1, "--workers", 0, "--output", output)
+    row = json.loads(output.read_text())["results"][small]["0"]
+    assert 0 < row["step_min_max"][0] <= row["share"] <= row["step_min_max"][1] < 1
 
 
 def test_the_price_of_a_checkpoint_is_worked_out_within_rounds(tmp_path):

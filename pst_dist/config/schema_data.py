@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pst_dist.config.section import Fraction, Plain, Positive, Section, Weight
 
@@ -160,11 +160,20 @@ class EmbedConfig(Section):
     batch_tokens: Positive = 2048
     """Maximum tokens per encoder batch, padding included. Rationales are sorted by length within a shard. 2048 fits the
     caches of a CPU core; use about ten times as much on a GPU."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision of the encoder. Vectors are always stored as float32."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Compute precision of the encoder; `int8` only with engine=openvino. Vectors are always stored as float32."""
+    engine: Literal["torch", "openvino"] = "torch"
+    """What computes the vectors. `openvino` runs sentence encoders on CPUs two to four times as fast as torch; it
+    reports how close its vectors are to torch's in float32. Its vectors never mix with torch's."""
     device: str | None = None
     """`cpu`, `cuda`…. Default: the best device available."""
     backend: Literal["local", "ray"] = "local"
     """`local` uses one process on this machine, `ray` uses actors on a Ray cluster. The files are byte-identical."""
     ray: RayConfig = RayConfig()
     """Settings of the Ray backend."""
+
+    @model_validator(mode="after")
+    def _precision_exists(self) -> EmbedConfig:
+        if self.dtype == "int8" and self.engine == "torch":
+            raise ValueError("embed.dtype=int8 needs embed.engine=openvino")
+        return self

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ __all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embe
 # Shapes in this file: n rationales of a shard, E encoder width
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
 _FRACTION_BITS = 36
+_COMPARED = 64
+"""Rationales on which another engine than torch is compared with it."""
 _VISIBLE_SECONDS = 60.0
 """How long another machine's new file may take to appear: NFS clients cache a folder's listing for up to a minute."""
 
@@ -72,8 +75,7 @@ def embed_shard(
     finite. `advance` receives the number of texts as they are encoded; nothing when the file existed.
     """
     path = shards_directory / shard.name
-    if not path.is_file() or sha256_file(path) != shard.sha256:
-        raise IntegrityError("shard is missing or differs from its manifest", "run `pst shard`", path=path)
+    _check_shard(path, shard)
     samples = read_shard(path)
     keys = [(sample.id, k) for sample in samples for k in range(len(sample.rationales))]
     content = _current(target, encoder.identity, shard, keys)
@@ -89,6 +91,11 @@ def embed_shard(
     content = ShardVectors(keys, vectors, encoder.identity, shard.sha256, encoder.count_truncated(texts))
     write_vectors(target, content)
     return _summary(target, content, encoded=True)
+
+
+def _check_shard(path: Path, shard: ShardInfo) -> None:
+    if not path.is_file() or sha256_file(path) != shard.sha256:
+        raise IntegrityError("shard is missing or differs from its manifest", "run `pst shard`", path=path)
 
 
 def _current(
@@ -169,6 +176,7 @@ def embed_all(
         # From here to the end there is no manifest, which marks the directory as unfinished.
         files.remove(MANIFEST)
         files.remove_leftovers()
+        closeness = None if config.engine == "torch" else _closeness(encoder, config, shards, remote)
         present = _remove_others(files, [] if rebuild else map(file_name, shards.shards()))
         # Finished files come first: checking them is quick, so the speed shown later is that of encoding.
         # The rest is in descending order of size, so that the last ones to finish are small.
@@ -185,7 +193,7 @@ def embed_all(
                     if not result.encoded:
                         bar.skip(result.rows)
                     tally.add(shard, result)
-        return _finish(files, shards, identity, tally, fingerprint)
+        return _finish(files, shards, identity, tally, fingerprint, closeness)
 
 
 def _check_encoder(files: Files, identity: dict[str, Any]) -> None:
@@ -247,7 +255,40 @@ class _Tally:
         return np.array([int(total) / whole for total in self._sums], dtype="<f4")  # int / int rounds once
 
 
-def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Tally, fingerprint: str) -> Manifest:
+def _closeness(
+    encoder: TextEncoder, config: EmbedConfig, shards: ShardSet, remote: RemoteFolder | None
+) -> dict[str, Any]:
+    """How close another engine's vectors are to torch's in float32, on some rationales of a shard."""
+    shard = next(shard for shard in shards.shards() if shards.rationale_count(shard))
+    with tempfile.TemporaryDirectory(prefix="pst-embed-") as folder:
+        path = shards.directory / shard.name
+        if not path.is_file() and remote is not None:
+            path = Path(folder) / shard.name
+            remote.child("shards").fetch(shard.name, path, shard.sha256)
+        _check_shard(path, shard)
+        texts = [text for one in read_shard(path) for text in one.rationales]
+    chosen = texts[:: -(-len(texts) // _COMPARED)]
+    cosines = encoder.cosines_to_torch(chosen)
+    found = {
+        "mean": round(float(cosines.mean()), 6),
+        "lowest": round(float(cosines.min()), 6),
+        "rationales": len(chosen),
+    }
+    log.info(
+        "embed: cosine of %s in %s to torch in float32: %.5f on average, at least %.5f, on %d rationales",
+        *(config.engine, config.dtype, found["mean"], found["lowest"], len(chosen)),
+    )
+    return found
+
+
+def _finish(
+    files: Files,
+    shards: ShardSet,
+    identity: dict[str, Any],
+    tally: _Tally,
+    fingerprint: str,
+    closeness: dict[str, Any] | None,
+) -> Manifest:
     """Write the mean and, once every file is visible here, the manifest."""
     table = [tally.rows[shard.name] for shard in shards.shards()]
     _wait_for(files, set(tally.files))
@@ -272,6 +313,7 @@ def _finish(files: Files, shards: ShardSet, identity: dict[str, Any], tally: _Ta
             "train_rows": tally.train_rows,
             # How nearly parallel the vectors are; 1 means that all are equal.
             "mean_length": round(float(np.linalg.norm(mean.astype(np.float64))), 6),
+            **({} if closeness is None else {"cosine_to_torch_float32": closeness}),
             **synthetic_of(shards.manifest),
         },
     )

@@ -1,7 +1,8 @@
 """The frozen sentence encoder: teacher rationales in, unit vectors out, with every setting that affects their bits.
 
 The models come from sentence-transformers; the batching is ours: each distinct text once, sorted by length, split by a
-token budget. `embedding.embed` decides what is encoded and where the vectors are kept.
+token budget. `embedding.openvino_engine` can compute in torch's place; `embedding.embed` decides what is encoded and
+where the vectors are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.embedding.causal import CausalReader, causal_place, check_causal, reads_causal
+from pst_dist.embedding.openvino_engine import PROBES, OpenVinoEngine, check_conversion, check_engine
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.logs import without_chatter
 from pst_dist.models.load import every_weight_loaded, load_model_config, loading_errors
@@ -58,6 +60,8 @@ class TextEncoder:
         """
         check_device(device or config.device)
         causal = reads_causal(config)
+        check_engine(config, causal=causal)
+        self._engine: OpenVinoEngine | None = None
         folder = Path(causal_place(config).target) if causal else locate_encoder(config.encoder, config.revision)
         self._batch_tokens = config.batch_tokens
         self._model = _load_model(folder, config, device)
@@ -68,6 +72,8 @@ class TextEncoder:
         self._max_length: int | None = self._model.max_seq_length
         self._prompt_tokens = 0 if causal else self._tokens_left_out()
         self._width: int | None = config.truncate_dim or getattr(self._model, "truncate_dim", None)
+        if config.engine == "openvino":
+            self._engine = self._converted(config.dtype)
         self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
         digests = {str(path.relative_to(folder)): sha256_file(path) for path in _files_of(config, folder)}
         self.identity = {
@@ -97,6 +103,35 @@ class TextEncoder:
             self.identity["truncate_dim"] = self._width
         if self._prompt_tokens:
             self.identity["prompt_tokens_left_out"] = self._prompt_tokens
+        if config.engine != "torch":
+            self.identity["engine"] = config.engine
+
+    def _converted(self, dtype: str) -> OpenVinoEngine:
+        """The loaded model in OpenVINO, tried on a few texts."""
+        rows = self._tokenise(PROBES)
+        constants = {name: value for name, value in self._features(rows).items() if isinstance(value, str | int)}
+        example = {name: value for name, value in self._features(rows).items() if name not in constants}
+        engine = OpenVinoEngine(self._model, example, constants, dtype)
+        # Each alone, without padding, and then all together.
+        batches = [[row] for row in rows] + [rows]
+        ours, plain = (
+            np.concatenate([self._run(batch, with_engine) for batch in batches]) for with_engine in (engine, None)
+        )
+        check_conversion(_unit_rows(ours, PROBES * 2), _unit_rows(plain, PROBES * 2), dtype)
+        return engine
+
+    def cosines_to_torch(self, texts: Sequence[str]) -> np.ndarray:
+        """[n] cosine of each text's vector to the one that torch computes in float32; all 1 where torch computes."""
+        rows = self._tokenise(texts)
+        batches = list(plan_batches([len(row["input_ids"]) for row in rows], self._batch_tokens))
+        cosines = np.ones(len(texts))
+        for batch in batches if self._engine is not None else ():
+            found, wanted = (
+                _unit_rows(self._run([rows[i] for i in batch], engine), [texts[i] for i in batch])
+                for engine in (self._engine, None)
+            )
+            cosines[batch] = (found.astype(np.float64) * wanted).sum(1)
+        return cosines
 
     def _tokens_left_out(self) -> int:
         """How many of the prefix's tokens the pooling leaves out, as encoders made for instructions ask it to."""
@@ -165,6 +200,21 @@ class TextEncoder:
 
     def _encode_rows(self, rows: Sequence[dict[str, torch.Tensor]]) -> np.ndarray:
         """One forward pass over a batch -> raw vectors [B, E] float32."""
+        return self._run(rows, self._engine)
+
+    def _run(self, rows: Sequence[dict[str, torch.Tensor]], engine: OpenVinoEngine | None) -> np.ndarray:
+        """The same by this engine; None is torch."""
+        features = self._features(rows)
+        if engine is not None:
+            return engine(features)[:, : self._width]
+        import torch
+
+        with torch.inference_mode():
+            vectors: torch.Tensor = self._model(features)["sentence_embedding"]
+            return vectors[:, : self._width].float().cpu().numpy()
+
+    def _features(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """What the model takes: the rows padded to [B, T], and how to read them."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -180,9 +230,7 @@ class TextEncoder:
         features["modality"] = "text"
         if self._prompt_tokens:
             features["prompt_length"] = self._prompt_tokens
-        with torch.inference_mode():
-            vectors: torch.Tensor = self._model(features)["sentence_embedding"]
-            return vectors[:, : self._width].float().cpu().numpy()
+        return features
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -224,10 +272,11 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Any:
         try:
             model = SentenceTransformer(
                 str(folder),
-                device=device or config.device,
+                device="cpu" if config.engine == "openvino" else device or config.device,
                 local_files_only=True,
                 trust_remote_code=False,
-                model_kwargs={"dtype": getattr(torch, config.dtype)},
+                # OpenVINO converts the float32 model.
+                model_kwargs={"dtype": getattr(torch, config.dtype) if config.engine == "torch" else torch.float32},
             )
         except PstError:
             raise
@@ -249,7 +298,11 @@ def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Any:
         if limit is not None and config.max_seq_length > limit:
             raise InputError(f"embed.max_seq_length is {config.max_seq_length}, but the encoder's own limit is {limit}")
         model.max_seq_length = config.max_seq_length
-    log.info("encoder: %s on %s, %s, at most %s tokens", folder.name, model.device, config.dtype, model.max_seq_length)
+    engine = "" if config.engine == "torch" else f" by {config.engine}"
+    log.info(
+        "encoder: %s on %s%s, %s, at most %s tokens",
+        *(folder.name, model.device, engine, config.dtype, model.max_seq_length),
+    )
     return model
 
 
@@ -289,6 +342,7 @@ def check_encoder(config: EmbedConfig) -> None:
     """
     if config.backend == "local":
         check_device(config.device)
+    check_engine(config, causal=reads_causal(config))
     if reads_causal(config):
         check_causal(config)
         return

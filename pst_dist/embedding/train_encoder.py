@@ -24,7 +24,7 @@ from pst_dist.embedding.causal import reads_causal
 from pst_dist.embedding.contrast import Triplets, triplets
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.encoder_card import card, measure
-from pst_dist.errors import DataError, EnvironmentFault, InputError, StaleError
+from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, StaleError
 from pst_dist.logs import Progress, progress, quiet_libraries, without_chatter
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
@@ -69,6 +69,10 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
         raise InputError(
             f"embed.encoder={config.embed.encoder} is a causal language model, which is used as it is",
             "name a sentence-transformers model, such as embed.encoder=minilm",
+        )
+    if config.embed.engine != "torch":
+        raise ConfigError(
+            f"embed.engine={config.embed.engine} cannot train", "add embed.engine=torch embed.dtype=float32"
         )
     for package in ("accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:

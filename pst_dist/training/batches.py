@@ -265,16 +265,18 @@ class _Steps(Dataset[list[PSTBatch]]):
         self.rank, self.world_size, self.size, self.by_length = rank, world_size, size, by_length
         # Tokenising anew each epoch costs a small student a tenth of its step; this cache takes up to about 100 MB.
         self._sequences = functools.lru_cache(maxsize=20_000)(self._tokenise)
+        # A row's rationale is chosen from the sample, which is then laid out: it is read from its shard once.
+        self._sample = functools.lru_cache(maxsize=1)(samples.__getitem__)
 
     def _tokenise(self, index: int, rationale: int) -> list[TokenSequence]:
-        return self.layout.sequences(self.samples[index], rationale)
+        return self.layout.sequences(self._sample(index), rationale)
 
     def __getitem__(self, step: int) -> list[PSTBatch]:
         epoch, indices = self.plan.epoch_of(step), self.plan.global_batch(step).tolist()
         keys, groups = self._candidates(step, indices, epoch)
 
         def laid_out(index: int) -> list[TokenSequence]:
-            return self._sequences(index, rationale_of(self.samples[index], seed=self.plan.seed, epoch=epoch))
+            return self._sequences(index, rationale_of(self._sample(index), seed=self.plan.seed, epoch=epoch))
 
         passes = self._drawn_passes(step, indices, laid_out)
         if self.by_length is not None:

@@ -254,6 +254,8 @@ class DeepSpeedEngine(Engine):
         elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for _, parameter in trainable(student))
         # DeepSpeed's default is 500 million elements: gigabytes of buffer that a small student never fills.
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(MOST_BUCKET_ELEMENTS, max(1, elements)))
+        if self.stage == 3 and "leaf_module" not in settings["zero_optimization"]:
+            gather_by_block(student)
         self.max_grad_norm = train.max_grad_norm
         # torch's optimizer needs no compiler; DeepSpeed's CPU optimizer builds a C++ extension for minutes.
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -369,6 +371,19 @@ class DeepSpeedEngine(Engine):
         if failure is not None:
             raise failure
         return {name: torch.from_numpy(values) for name, values in (spool.arrays() if spool else {}).items()}
+
+
+def gather_by_block(student: nn.Module) -> None:
+    """Let stage 3 gather and free the weights of a transformer block at once.
+
+    DeepSpeed otherwise runs hooks around each of a block's dozen modules, in every forward and backward pass.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    names = {name for module in student.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    blocks = sorted({type(module) for module in student.modules() if type(module).__name__ in names}, key=repr)
+    if blocks:
+        set_z3_leaf_modules(student, blocks)
 
 
 def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:

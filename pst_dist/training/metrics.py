@@ -58,6 +58,7 @@ class MetricsLog:
         self.trackers: Trackers | None = None
         self._since = time.monotonic()
         self._tokens = 0
+        self._waited = self._took = 0.0
         self._warnings = TermWarnings(config, total)
 
     def __enter__(self) -> MetricsLog:
@@ -92,15 +93,23 @@ class MetricsLog:
         return step % self.config.train.logging_steps == 0 or step in (1, self.total)
 
     def step(
-        self, record: StepRecord, *, epoch: int, signs: Sequence[RankSigns] = (), lengths: Sequence[int] = ()
+        self,
+        record: StepRecord,
+        *,
+        epoch: int,
+        waited_and_took: tuple[float, float] = (0.0, 0.0),
+        signs: Sequence[RankSigns] = (),
+        lengths: Sequence[int] = (),
     ) -> None:
         """Record a step; write a row and a log line every `train.logging_steps`.
 
+        `waited_and_took` are the seconds for which this rank waited for its batches, and those of the step itself.
         `signs` are those of all ranks at a logged step; `lengths` the tokens of this rank's sequences.
         """
         if not self.ranks.is_main:
             return
         self._tokens += record.tokens
+        self._waited, self._took = self._waited + waited_and_took[0], self._took + waited_and_took[1]
         self._lengths += lengths[: max(0, _MOST_LENGTHS - len(self._lengths))]
         self._bar.advance(1)
         if not self.is_logged(record.step):
@@ -108,8 +117,10 @@ class MetricsLog:
             return
         now = time.monotonic()
         speed = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
         row = record.row() | {"epoch": epoch, "tokens_per_second": speed}
+        if self._took:
+            row["data_wait"] = self._waited / (self._waited + self._took)
+        self._since, self._tokens, self._waited, self._took = now, 0, 0.0, 0.0
         if self.config.loss.alignment_share is not None and record.alignment_weight is not None:
             row["alignment_weight"] = record.alignment_weight
         append_line(self.run.metrics, row)

@@ -371,8 +371,10 @@ class _Training:
         at("data", state.step + 1)
         if self._has_stopped_early(state):  # killed after that save
             return state
+        asked = time.monotonic()
         for batches in self._batches(state.step, engine.pass_tokens):
             started = time.monotonic()
+            waited = started - asked
             at("counting", state.step + 1)
             totals = totals_over_ranks(batches, self.stop.signal, busy=saver.busy)
             if totals.told:
@@ -395,7 +397,8 @@ class _Training:
                 total=self.total,
                 watch=watch,
             )
-            tokens, seconds = state.tokens + totals.tokens, state.seconds + time.monotonic() - started
+            took = time.monotonic() - started
+            tokens, seconds = state.tokens + totals.tokens, state.seconds + took
             went_back = False
             if isinstance(taken, BadStep):
                 before = len(state.rollbacks)
@@ -407,7 +410,8 @@ class _Training:
                 loss = taken.loss
                 signs = self._signs(engine) if metrics.is_logged(state.step) else []
                 lengths = [length for batch in batches for length in batch.lengths] if self.ranks.is_main else []
-                metrics.step(taken, epoch=self.plan.epoch_of(state.step - 1), signs=signs, lengths=lengths)
+                epoch, share = self.plan.epoch_of(state.step - 1), (waited, took)
+                metrics.step(taken, epoch=epoch, waited_and_took=share, signs=signs, lengths=lengths)
             state = advanced(state, tokens=tokens, seconds=seconds, loss_scaling=engine.scaling)
             last = state.step == self.total
             if state.step % every_eval == 0 or last:
@@ -423,6 +427,7 @@ class _Training:
                 )
                 break
             at("data", state.step + 1)
+            asked = time.monotonic()
         saver.settle()
         return state
 

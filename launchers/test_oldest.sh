@@ -27,4 +27,4 @@ tests=(
 )
 [ $# -eq 0 ] || tests=("$@")
 # The golden losses hold for constraints.txt: with other releases of transformers, a fresh student's losses differ from step 1.
-"$venv/bin/python" -m pytest -q -n "${PST_TEST_PROCESSES:-2}" --dist loadgroup -m "not slow and not data" -k "not golden and not attention_of_a_fresh_student" "${tests[@]}"
+"$venv/bin/python" -m pytest -q -n "${PST_TEST_PROCESSES:-2}" --dist loadfile -m "not slow and not data" -k "not golden and not attention_of_a_fresh_student" "${tests[@]}"

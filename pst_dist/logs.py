@@ -37,6 +37,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name, self.total, self.unit, self.done, self.note = name, total, unit, 0, ""
+        self._passing = False
         self._emit, self._every, self._clock = emit, every_seconds, clock
         self._start = self._last = clock()
         self._done_before = 0
@@ -47,9 +48,13 @@ class Progress:
         self._done_before = self.done
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add `count` units; `note` replaces the text at the end of the line ("loss 1.83")."""
+        """Add `count` units; `note` replaces the text at the end of the line ("loss 1.83").
+
+        A note without a unit says what goes on within one, and disappears with the next unit.
+        """
         self.done += count
-        self.note = note or self.note
+        if note or (count and self._passing):
+            self.note, self._passing = note, count == 0
         if self._emit is not None and self._clock() - self._last >= self._every:
             self._last = self._clock()
             self._emit(self.line())
@@ -81,7 +86,7 @@ class Progress:
             parts.append(f"in {duration(self._clock() - self._start)}")
         elif left is not None:
             parts.append(f"{duration(left)} left")
-        if self.note:
+        if self.note and not (final and self._passing):
             parts.append(self.note)
         return "  ".join(parts)
 

@@ -41,6 +41,17 @@ def test_long_times_are_said_in_minutes_and_hours(left, said):
     assert said in bar.line()
 
 
+def test_a_note_within_a_unit_goes_with_it():
+    bar = Progress("evaluate", 3, "rows")
+    bar.advance(1, "loss 1.8")
+    bar.advance(0, "4 tokens of this batch")
+    assert bar.line().endswith("4 tokens of this batch") and "tokens" not in bar.line(final=True)
+    bar.advance(1)
+    assert "tokens" not in bar.line()
+    bar.advance(1, "loss 1.7")
+    assert bar.line(final=True).endswith("loss 1.7")
+
+
 def test_without_a_total_no_time_left_is_guessed():
     clock = Clock()
     bar = Progress("read", None, "rows", clock=clock)

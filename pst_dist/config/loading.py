@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pst_dist.arms import ARMS
 from pst_dist.config.moved import at_its_place
 from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.config.schema import Config
@@ -128,6 +129,10 @@ def locate_config(name: str) -> Path:
     if name in ready_made_configs():
         return Path(str(resources.files("pst_dist") / "config" / "presets" / f"{name}.yaml"))
     near = difflib.get_close_matches(name, ready_made_configs(), n=1)
+    beside = [f"{name}{suffix}" for suffix in (".yaml", ".yml") if Path(f"{name}{suffix}").is_file()]
+    near = [*beside, *near]
+    if path.name in ARMS and path.parent.is_dir():
+        raise InputError("no trained student here", "run `pst train` first", path=path)
     hint = f"did you mean {near[0]}?" if near else "ready-made configs: " + ", ".join(ready_made_configs())
     raise InputError("no such config file, run directory or ready-made config", hint, path=name)
 
@@ -286,12 +291,32 @@ def explain(
     return ConfigError(f"{dotted}: {message[:1].lower()}{message[1:]}{got}", **place)
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("lr", "rate", "learningrate"), "train.learning_rate"),
+    **dict.fromkeys(("epochs", "epoch", "num_epochs", "max_epochs", "n_epochs"), "train.num_train_epochs"),
+    **dict.fromkeys(("batch_size", "bs", "batchsize", "train_batch_size"), "train.global_batch_size"),
+    **dict.fromkeys(("micro_batch_size", "per_device_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("model", "model_name", "base_model", "model_path", "student"), "student.model_name_or_path"),
+    **dict.fromkeys(("steps", "num_steps", "total_steps"), "train.max_steps"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "seq_len", "cutoff_len", "sequence_len"), "layout.max_length"),
+    **dict.fromkeys(("question", "answer", "rationale", "prompt_column", "label"), "data.columns"),
+    **dict.fromkeys(("output", "out", "save_dir", "run_dir"), "output_dir"),
+    **dict.fromkeys(("zero", "zero_stage", "deepspeed_config"), "train.deepspeed"),
+    **dict.fromkeys(("optimizer", "optimiser"), "train.optim"),
+    **dict.fromkeys(("warmup", "warmup_step"), "train.warmup_steps"),
+}
+"""What other programs call our keys."""
+
+
 def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:
     """A hint with the known key that is closest to a mistyped one, by its whole path or by its last part."""
     dotted = ".".join(location)
     if dotted in keys:  # command-line syntax used in a file
         section, _, key = dotted.rpartition(".")
         return f"in a file write {key} on a line of its own below {section}:"
+    known = _OTHER_NAMES.get(dotted.rsplit(".", 1)[-1].replace("-", "_").lower())
+    if known is not None and known in keys:
+        return f"did you mean {known!r}?"
     near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
     if not near or near[0] == dotted.rpartition(".")[0]:  # suggesting its own section would not help
         last = dotted.rsplit(".", 1)[-1]

@@ -24,6 +24,10 @@ def preflight(config: Config) -> None:
     cannot be loaded, DataError if the split to score has no rows.
     """
     check_split(config)
+    if config.train.deepspeed is not None:
+        from pst_dist.training.deepspeed_config import find_deepspeed_json
+
+        find_deepspeed_json(config.train.deepspeed)
     if config.train.backend != "ray":
         from pst_dist.distributed.ranks import Ranks, check_meeting_place
 

@@ -257,7 +257,7 @@ def _split_lines(loaded: LoadedData) -> list[str]:
             text.append(f"  {name}: {rows:,} rows of task {part['task']}{weight}")
         without = report[f"{split}_without_rationale"]
         if without:
-            text.append(f"  {without:,} rows without rationale")
+            text.append(f"  {without:,} row{'s' * (without != 1)} without rationale")
     return text
 
 

@@ -28,6 +28,35 @@ def test_an_unknown_key_names_its_line_and_the_nearest_key(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("train.lr", "train.learning_rate"),
+        ("lr", "train.learning_rate"),
+        ("epochs", "train.num_train_epochs"),
+        ("train.epochs", "train.num_train_epochs"),
+        ("batch_size", "train.global_batch_size"),
+        ("train.bs", "train.global_batch_size"),
+        ("student.model", "student.model_name_or_path"),
+        ("max_seq_length", "layout.max_length"),
+        ("data.question", "data.columns"),
+        ("train.optimizer", "train.optim"),
+    ],
+)
+def test_other_programs_names_lead_to_our_keys(word, key):
+    with pytest.raises(ConfigError, match=rf"unknown key '{word}'; did you mean '{key}'"):
+        load_config(None, [f"{word}=1"])
+
+
+def test_a_config_beside_a_name_and_an_arm_that_is_not_trained_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "seed: 1\n").rename(tmp_path / "mine.yaml")
+    with pytest.raises(InputError, match=r"did you mean mine\.yaml\?"):
+        load_config("mine")
+    with pytest.raises(InputError, match="no trained student here; run `pst train` first"):
+        load_config(str(tmp_path / "pst"))
+
+
 def test_a_key_without_its_section_is_traced_to_the_section(tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean 'train\.learning_rate'"):
         load_config(None, ["learning_rate=1"])

@@ -114,7 +114,7 @@ def test_duplicates_conflicts_leaks_and_missing_rationales_are_counted(tmp_path)
     assert "1 questions have two answers, first: train.jsonl:3 has 3, train.jsonl:13 has 99" in lines
     assert "1 training questions are also held out, first: train.jsonl:5 and test.jsonl:1" in lines
     assert "test: 1 rows read, 1 kept; answers: text 1" in lines
-    assert "  1 rows without rationale" in lines
+    assert "  1 row without rationale" in lines
     assert "set data.leaks=drop" in lines[-1]
 
 

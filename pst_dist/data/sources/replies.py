@@ -29,6 +29,7 @@ _ABBREVIATION = re.compile(r"(?:^|[\s.(])(?:[A-Z]|St|Mr|Mrs|Ms|Dr|Jr|Sr|No|Mt|vs
 _CONNECTIVE = re.compile(
     r"(?:^|(?<=[.!?\n])|(?<=[.!?,]\s))[ \t]{0,4}(?:therefore|so|thus|hence|and so),?\s{0,4}$", re.IGNORECASE
 )
+_MARK_ALONE = re.compile(r"#{3,}|-{2,}>")
 _BARE_WORDS = 4
 """A reply without any mark counts as an answer only if it is one line of at most this many words."""
 
@@ -55,7 +56,7 @@ def split_reply(reply: str, thought: str | None = None) -> Split:
     found = _marked(visible)
     if found is None:
         _refuse_unmarked(visible, bool(thoughts))
-        working, answer = "", _bare(visible)
+        working, answer = "", "" if _MARK_ALONE.fullmatch(visible.strip()) else _bare(visible)
     else:
         working, answer = found
     if not answer:

@@ -129,10 +129,15 @@ def _refuse_other_formats(path: Path) -> None:
         raise InputError(f"cannot read {kind}", f"use {', '.join(SUFFIXES)}, or these as .gz or .zst", path=path)
 
 
+_PUBLIC = {"reasoning_teacher", "teacher_completions_davinci002", "gsm8k", "aqua", "aqua_human", "csqa_palm"}
+"""Folders of public files that the ready-made configs name."""
+
+
 def _neighbours(path: Path) -> str:
     """A hint: a file in the same folder whose name differs by a typing error, or what to check."""
     if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist either: check data.root"
+        where = "; docs/data.md says where the twelve tasks' files come from" if _PUBLIC & set(path.parts) else ""
+        return f"the folder {path.parent} does not exist either: check data.root{where}"
     # Compared without suffixes, and not if only the digits differ: n1.jsonl and n7.jsonl are different files.
     wanted = path.name.partition(".")[0]
     stems = {entry.name.partition(".")[0]: entry.name for entry in path.parent.iterdir() if entry.name[:1] != "."}

@@ -168,6 +168,10 @@ def test_what_is_no_file_is_refused_with_a_hint(tmp_path):
         read_file(tmp_path / "pipe.jsonl")
     with pytest.raises(InputError, match=r"the folder .* does not exist either"):
         read_file(tmp_path / "absent" / "rows.jsonl")
+    with pytest.raises(
+        InputError, match=r"check data\.root; docs/data\.md says where the twelve tasks' files come from"
+    ):
+        read_file(tmp_path / "gsm8k" / "train.jsonl")
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):

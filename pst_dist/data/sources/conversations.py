@@ -14,6 +14,7 @@ from typing import Any
 
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.thoughts import has_thought_tag, split_thought
 from pst_dist.data.tasks.scoring import kind_of
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
@@ -210,7 +211,14 @@ def _history(value: Any, column: str) -> list[tuple[str, Any]]:
 def _text(value: Any, role: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RowError("context", f"an earlier {role} turn is {kind_of(value)} or empty, expected text")
-    return value.strip()
+    text = value.strip()
+    if role != "assistant" or not has_thought_tag(text):
+        return text
+    # The student's own history has no thoughts, and chat templates leave them out too.
+    visible = split_thought(text)[1]
+    if not visible:
+        raise RowError("context", "an earlier assistant turn has a thought and no reply after it")
+    return visible
 
 
 def is_blank(value: Any) -> bool:

@@ -14,6 +14,7 @@ from pst_dist.data.sources.rows import RowError
 USER = {"role": "user", "content": "And twice that?"}
 REPLY = {"role": "assistant", "content": "<think>Twice 3.</think>6"}
 KEPT = "You count.\n\nUser: What is 3?\nAssistant: 3\nUser: And twice that?"
+THOUGHTFUL = "<think>Three is 3.\n</think>\n\n3"
 EARLIER = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "3"}]
 
 
@@ -23,6 +24,8 @@ EARLIER = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "con
         {"messages": [{"role": "system", "content": "You count."}, *EARLIER, USER, REPLY]},
         {"messages": [{"role": "developer", "content": "You count."}, *EARLIER, USER, REPLY]},
         {"system": "You count.", "messages": [*EARLIER, USER, REPLY]},
+        {"system": "You count.", "messages": [EARLIER[0], {**EARLIER[1], "content": THOUGHTFUL}, USER, REPLY]},
+        {"system": "You count.", "history": [["What is 3?", THOUGHTFUL]], "messages": [USER, REPLY]},
         {"system": "You count.", "history": [["What is 3?", "3"]], "messages": [USER, REPLY]},
         {
             "instruction": "And twice that?",
@@ -54,6 +57,20 @@ def test_system_text_and_earlier_turns_are_written_into_the_question(row):
     assert (found.question, found.answer, found.rationales) == (KEPT, "6", ("Twice 3.",))
     asked = (("user", "What is 3?"), ("assistant", "3"), ("user", "And twice that?"))
     assert found.turns == (("system", "You count."), *asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "what"),
+    [
+        ("<think>Three", "cut", "a thought is cut off"),
+        ("<think>Three</think>", "context", "an earlier assistant turn has a thought and no reply after it"),
+    ],
+)
+def test_an_earlier_thought_without_its_reply_is_a_bad_row(text, code, what):
+    row = {"messages": [EARLIER[0], {"role": "assistant", "content": text}, USER, REPLY]}
+    with pytest.raises(RowError, match=what) as caught:
+        guess_columns([row], "f").fields(row)
+    assert caught.value.code == code
 
 
 def test_system_text_alone_precedes_the_question_without_roles():

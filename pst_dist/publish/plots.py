@@ -122,7 +122,7 @@ def cosine_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
         return None
     axis.axhline(0, color=FAINT, linewidth=0.8)
     axis.set_ylim(top=1)
-    name_axes(axis, "optimizer step", "mean cosine")
+    name_axes(axis, "optimizer step", "mean cosine", "Cosine to the teacher")
     add_legend(axis)
     return to_png(figure)
 
@@ -137,7 +137,7 @@ def gradient_plot(metrics: Sequence[dict[str, Any]]) -> bytes | None:
     for term, (steps, values) in shown.items():
         axis.plot(steps, [100 * value for value in values], color=TERM_COLOURS[term], linewidth=1.6, label=term)
     axis.set_ylim(0, 100)
-    name_axes(axis, "optimizer step", "share of the gradient (%)")
+    name_axes(axis, "optimizer step", "share of the gradient (%)", "Shares of the gradient")
     add_legend(axis)
     return to_png(figure)
 
@@ -162,7 +162,7 @@ def validation_plot(metrics: Sequence[dict[str, Any]], best_step: int | None, me
         axis.plot(
             [best_step], [at], "o", color=TERM_COLOURS["alignment"], markersize=7, label=f"chosen: step {best_step}"
         )
-    name_axes(axis, "optimizer step", "accuracy (%)" if metric == "accuracy" else "nats per token")
+    name_axes(axis, "optimizer step", "accuracy (%)" if metric == "accuracy" else "nats per token", "Validation")
     add_legend(axis)
     return to_png(figure)
 

@@ -43,7 +43,8 @@ def worst_rows(rows: Sequence[dict[str, Any]]) -> Table | None:
         cells: Row = [html.shortened(row["question"]), row["gold"], html.answer_cell(row)]
         cells.append(Cell(str(row.get("answer_tokens", "")), "right"))
         if explained:
-            cells += [html.shortened(row.get("rationale") or ""), html.shortened(row.get("teacher_rationale") or "")]
+            written = row["rationale"] if "rationale" in row else "not generated"
+            cells += [html.shortened(written or ""), html.shortened(row.get("teacher_rationale") or "")]
         body.append(cells)
     return Table(head, body)
 

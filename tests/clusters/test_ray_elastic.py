@@ -47,8 +47,23 @@ if __name__ == "__main__":
 @pytest.mark.encoder
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(900)  # its own limits end it, on a busy machine too
+@pytest.mark.timeout(1800)  # its own limits end it, on a busy machine too
 def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
+    # All nodes are on this machine, and Ray connects the driver to any of them. Where that is the one that gets lost,
+    # the driver rightly ends, and the test has to begin anew: with a chance of a third each time.
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        if follows_the_nodes(small_data, tmp_path / str(number)):
+            return
+    pytest.fail("the driver was on the lost node every time")
+
+
+class _DriverLost(Exception):
+    pass
+
+
+def follows_the_nodes(small_data, tmp_path) -> bool:
+    """Whether the driver was on another node than the one that got lost; asserts all else."""
     config, run, log = tmp_path / "my.yaml", tmp_path / "run", tmp_path / "log"
     changes = {
         "train__deepspeed": "zero1",
@@ -66,6 +81,7 @@ def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
     environment |= {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "PYTHONWARNINGS": "ignore"}
     environment |= {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     started: list[subprocess.Popen] = []
+    lost = False
 
     def order(word: str) -> None:
         nodes.stdin.write(f"{word}\n")
@@ -74,6 +90,8 @@ def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
 
     def wait_for(pattern: str, times: int = 1) -> None:
         def found() -> bool:
+            if job.poll() == 7 and lost and "the Ray cluster is gone" in log.read_text():
+                raise _DriverLost
             assert job.poll() is None, log.read_text()[-3000:]
             return len(re.findall(pattern, log.read_text())) >= times
 
@@ -105,6 +123,7 @@ def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
         wait_for(r"on 2 rank\(s\)")
         wait_until(lambda: (run / "checkpoints" / "checkpoint-10").is_dir(), "a checkpoint", seconds=120)
         order("lose")
+        lost = True
         wait_for(r"on 1 rank\(s\)")
         wait_for(r"on 1 rank\(s\)(.*\n)+?step \d+/")
         order("gain")
@@ -112,6 +131,8 @@ def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
         wait_for(r"on 2 rank\(s\)[\s\S]*on 2 rank\(s\)(.*\n)+?step \d+/")
         job.send_signal(signal.SIGTERM)
         assert job.wait(120) == 75, log.read_text()[-3000:]
+    except _DriverLost:
+        return False
     finally:
         for process in reversed(started):
             if process.poll() is None:
@@ -125,3 +146,4 @@ def test_ranks_follow_the_nodes_of_the_cluster(small_data, tmp_path):
     assert len(re.findall(r"resumed step \d+ from", said)) == 2 and "told to stop: saved after step" in said
     steps = [row["step"] for row in curve(run)]
     assert steps == list(range(1, len(steps) + 1)), "each step once"
+    return True

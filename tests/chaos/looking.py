@@ -22,7 +22,7 @@ _OF_THE_COMMAND = ("environment.json", "command.txt", "stage.json", "live.json")
 """What the last command says of itself."""
 _CLOCKED = ("plots/", "report.html", "report.md", "export/README.md", "export/manifest.json")
 """What shows milliseconds, or digests of what does."""
-_TIMES = ("second", "time", "milliseconds", "training")
+_TIMES = ("second", "time", "milliseconds", "training", "data_wait")
 
 
 def content(run: Path, *, clocked: bool = True) -> dict[str, str]:

@@ -128,11 +128,10 @@ def locate_config(name: str) -> Path:
         return path
     if name in ready_made_configs():
         return Path(str(resources.files("pst_dist") / "config" / "presets" / f"{name}.yaml"))
-    near = difflib.get_close_matches(name, ready_made_configs(), n=1)
-    beside = [f"{name}{suffix}" for suffix in (".yaml", ".yml") if Path(f"{name}{suffix}").is_file()]
-    near = [*beside, *near]
     if path.name in ARMS and path.parent.is_dir():
         raise InputError("no trained student here", "run `pst train` first", path=path)
+    near = [f"{name}{suffix}" for suffix in (".yaml", ".yml") if Path(f"{name}{suffix}").is_file()]
+    near += difflib.get_close_matches(name, ready_made_configs(), n=1)
     hint = f"did you mean {near[0]}?" if near else "ready-made configs: " + ", ".join(ready_made_configs())
     raise InputError("no such config file, run directory or ready-made config", hint, path=name)
 
@@ -303,7 +302,6 @@ _OTHER_NAMES = {
     **dict.fromkeys(("output", "out", "save_dir", "run_dir"), "output_dir"),
     **dict.fromkeys(("zero", "zero_stage", "deepspeed_config"), "train.deepspeed"),
     **dict.fromkeys(("optimizer", "optimiser"), "train.optim"),
-    **dict.fromkeys(("warmup", "warmup_step"), "train.warmup_steps"),
 }
 """What other programs call our keys."""
 

@@ -1,8 +1,7 @@
 """Batches of generation: what one process, a rank or an actor does, and the files that remember what is done.
 
-A batch holds all that its result depends on besides the student, so its digest names the result. The same batches are
-cut whoever decodes them; so several processes give the answers of one, and a killed evaluation continues with the
-batches that it lacks, on any number of processes.
+A batch holds all that its result depends on besides the student, so its digest names the result. Batches do not depend
+on the number of processes: several give the same answers as one, and any number can continue a killed evaluation.
 """
 
 from __future__ import annotations

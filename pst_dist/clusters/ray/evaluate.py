@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -104,13 +103,13 @@ class OnRay:
         Raises EnvironmentFault when the cluster has no room, PeerLostError when actors keep dying, and any PstError of
         an actor.
         """
-        found: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+        found: list[tuple[int, Outcome]] = []
 
         def tell(k: int, outcome: Outcome) -> None:
             if done is not None:
                 done.put(todo[k], outcome)
             bar.advance(len(todo[k].questions))
-            found.put((k, outcome))
+            found.append((k, outcome))
 
         crew, self._todo = self._started(), todo
         count = number_of_actors(self._settings, self._ray.cluster_resources(), len(todo), _WORDS, "evaluate.ray")
@@ -119,8 +118,7 @@ class OnRay:
         log.info("evaluate: %d batches on %d Ray actors%s", len(todo), count, each)
         crew.grow(count)
         crew.work(range(len(todo)), tell, bar)
-        while not found.empty():
-            yield found.get()
+        yield from found
 
     def times(
         self, config: Config, student: LoadedStudent, questions: Sequence[str | Turns], think_below: float

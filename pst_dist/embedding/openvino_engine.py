@@ -136,15 +136,18 @@ def _without_noise() -> Iterator[None]:
 
     The converter also sets up the root logger for itself, so that our lines would be lost.
     """
-    chatter, root = logging.getLogger("sentence_transformers"), logging.getLogger()
-    level, kept = chatter.level, (root.level, root.handlers[:], root.disabled, root.filters[:])
-    chatter.setLevel(logging.ERROR)
+    chatters = [logging.getLogger(name) for name in ("sentence_transformers", "transformers")]
+    root = logging.getLogger()
+    levels, kept = [one.level for one in chatters], (root.level, root.handlers[:], root.disabled, root.filters[:])
+    for one in chatters:
+        one.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        chatter.setLevel(level)
+        for one, level in zip(chatters, levels, strict=True):
+            one.setLevel(level)
         root.setLevel(kept[0])
         root.handlers, root.disabled, root.filters = kept[1:]
 

@@ -73,7 +73,10 @@ class TrainConfig(Section):
     """Peak learning rate."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge;
-    learning_rate times 1 when not given. It follows the same schedule."""
+    learning_rate when not given. It follows the same schedule."""
+    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the input and output embeddings; with LoRA, of the added tokens' embeddings, the only ones
+    that are trained. learning_rate when not given. It follows the same schedule."""
     weight_decay: Weight = 0.01
     """Decoupled weight decay. Not applied to biases and norm weights."""
     adam_beta1: Fraction = 0.9

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from pst_dist.errors import ConfigError
 
-_PARAMETER, _STATE = "trained_rows", "_trained_rows_state"
+TRAINED_ROWS = "trained_rows"
+"""End of the name of the parameter that such rows are."""
+_STATE = "_trained_rows_state"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def row_parameters(model: Any) -> dict[str, tuple[str, list[int]]]:
     found = {}
     for name, _ in model.named_parameters():
         path, _, last = name.rpartition(".")
-        if last == _PARAMETER:
+        if last == TRAINED_ROWS:
             found[name] = (path.removesuffix(".base_layer"), model.get_submodule(path).__dict__[_STATE].ids_K.tolist())
     return found
 
@@ -73,7 +75,7 @@ def head_rows(head: nn.Module) -> nn.Parameter | None:
 
     For code that reads the matrix instead of calling the module. Under ZeRO-3 call it inside the head's forward.
     """
-    rows = getattr(head, _PARAMETER, None)
+    rows = getattr(head, TRAINED_ROWS, None)
     if rows is not None:
         _write(head)
     return rows
@@ -106,7 +108,7 @@ def _base_of(module: Any) -> Any:
 
 
 def _attach(module: Any, ids: list[int], rows: nn.Parameter, scale: float, forward: Any) -> None:
-    module.register_parameter(_PARAMETER, rows)
+    module.register_parameter(TRAINED_ROWS, rows)
     # Not a buffer: a model's buffers are part of what is saved of it.
     module.__dict__[_STATE] = _State(torch.tensor(ids, device=rows.device), scale)
     module.forward = functools.partial(forward, module)

@@ -49,6 +49,7 @@ _IMPLIED: dict[str, Any] = {
     "train.optim": "adamw",
     "train.fp16": False,
     "train.head_learning_rate": None,
+    "train.embedding_learning_rate": None,
     "train.early_stopping_patience": None,
     "train.min_lr_ratio": 0.1,
     "train.decay_ratio": 0.2,
@@ -63,6 +64,7 @@ _ADJUSTABLE = {
     *(
         "train.learning_rate",
         "train.head_learning_rate",
+        "train.embedding_learning_rate",
         "train.weight_decay",
         "train.adam_beta1",
         "train.adam_beta2",

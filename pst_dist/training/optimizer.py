@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault
+from pst_dist.student.token_rows import TRAINED_ROWS
 
 RATE_FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate over `train.learning_rate`, at every step of the schedule."""
@@ -22,18 +23,24 @@ HEAD = "head."
 """Beginning of the alignment head's parameter names in `Student`."""
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, *, head_factor: float = 1.0) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay, biases and norms do not; `head_factor` scales the alignment head's learning rate.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, *, head_factor: float = 1.0, embedding_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay, biases and norms do not.
 
-    The head has groups of its own only where its factor is not 1.
+    The factors scale the learning rates of the alignment head and of the embeddings. Parameters with equal factors
+    share their groups.
     """
+    factors = dict.fromkeys((1.0, head_factor, embedding_factor))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {
-        (factor, decays): [] for factor in dict.fromkeys((1.0, head_factor)) for decays in (True, False)
+        (factor, decays): [] for factor in factors for decays in (True, False)
     }
+    embeddings = embedding_parameters(module)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-            groups[head_factor if name.startswith(HEAD) else 1.0, decays].append(parameter)
+            factor = embedding_factor if parameter in embeddings else 1.0
+            groups[head_factor if name.startswith(HEAD) else factor, decays].append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0, RATE_FACTOR: factor}
         for (factor, decays), parameters in groups.items()
@@ -49,8 +56,23 @@ def adamw(student: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def _groups(student: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
-    factor = (train.head_learning_rate or train.learning_rate) / train.learning_rate
-    return parameter_groups(student, train.weight_decay, head_factor=factor)
+    rate = train.learning_rate
+    return parameter_groups(
+        student,
+        train.weight_decay,
+        head_factor=(train.head_learning_rate or rate) / rate,
+        embedding_factor=(train.embedding_learning_rate or rate) / rate,
+    )
+
+
+def embedding_parameters(student: Any) -> set[nn.Parameter]:
+    """The matrices of a student's input and output embeddings, and the rows of added tokens that LoRA trains."""
+    model: Any = getattr(student, "model", None)
+    if not hasattr(model, "get_input_embeddings"):
+        return set()
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {module.weight for module in modules if module is not None}
+    return found | {parameter for name, parameter in model.named_parameters() if name.endswith(TRAINED_ROWS)}
 
 
 def _adam_settings(train: TrainConfig) -> dict[str, Any]:

@@ -1,20 +1,24 @@
-"""The alignment head's own learning rate: which parameters get it, alone and on two ranks of each ZeRO stage."""
+"""Own learning rates of the alignment head and of embeddings, in one process and on two ranks of each ZeRO stage."""
 
 from pathlib import Path
 
 import pytest
 import torch
+import zoo
+from adapted import family
 from ranks import launch
 from small_run import small_config
 from tiny import Tiny
 
-from pst_dist.config.schema import TrainConfig
+from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.storage.json_files import read_lines
+from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.training.module import build_student
 from pst_dist.training.optimizer import adamw, set_learning_rate
 from pst_dist.training.trainer import train
 
 STAGES = ("zero1", "zero2", "zero3")
-HALVES = {"train__save_steps": 4, "train__head_learning_rate": "5e-2"}
+HALVES = {"train__save_steps": 4, "train__head_learning_rate": "5e-2", "train__embedding_learning_rate": "2e-3"}
 
 
 def test_only_the_head_gets_its_rate_and_both_follow_the_schedule():
@@ -26,6 +30,44 @@ def test_only_the_head_gets_its_rate_and_both_follow_the_schedule():
         assert rates[id(parameter)] == pytest.approx(4e-3 if name == "head.weight" else 1e-3), name
     set_learning_rate(optimizer.param_groups, 5e-4)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([5e-4, 2e-3])
+
+
+def whole(name: str, folder: Path) -> torch.nn.Module:
+    """A student of a family, all of whose weights are trained, with an alignment head."""
+    student = {"model_name_or_path": str(zoo.make(name, folder / "base"))}
+    config = Config.model_validate({"student": student, "layout": {"max_length": 96}})
+    return build_student(config, build_tokenizer(config.student, []), 8)
+
+
+def rates_of(student: torch.nn.Module, **rates: float) -> dict[str, float]:
+    """Parameter name -> its learning rate."""
+    optimizer = adamw(student, TrainConfig(learning_rate=1e-3, **rates))
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: found[id(p)] for name, p in student.named_parameters() if id(p) in found}
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_input_and_output_embeddings_get_their_rate_in_every_family(name, tmp_path):
+    student = whole(name, tmp_path)
+    rates = rates_of(student, embedding_learning_rate=5e-4, head_learning_rate=4e-3)
+    assert len(rates) == len(list(student.parameters()))
+    vocabulary = student.model.get_input_embeddings().weight.shape[0]
+    for key, parameter in student.named_parameters():
+        expected = 4e-3 if key == "head.weight" else 5e-4 if parameter.shape[0] == vocabulary else 1e-3
+        if parameter.ndim == 2:
+            assert rates[key] == pytest.approx(expected), key
+        else:
+            assert rates[key] == pytest.approx(1e-3), key
+    assert sum(rate == pytest.approx(5e-4) for rate in rates.values()) >= 1
+
+
+def test_with_lora_the_added_tokens_get_the_rate_of_embeddings(tmp_path):
+    pytest.importorskip("peft")
+    rates = rates_of(family("llama3", tmp_path).student, embedding_learning_rate=5e-4)
+    rows = {key: rate for key, rate in rates.items() if key.endswith(".trained_rows")}
+    assert rows and all(rate == pytest.approx(5e-4) for rate in rows.values())
+    others = [rate for key, rate in rates.items() if key not in rows]
+    assert any("lora_" in key for key in rates) and all(rate == pytest.approx(1e-3) for rate in others)
 
 
 def test_without_a_rate_of_its_own_the_head_shares_the_groups_of_the_body():

@@ -178,7 +178,7 @@ def export(
 
     kind = "q8_0" if gguf is True else gguf
     if kind and kind not in TYPES:
-        raise ConfigError(f"gguf={gguf!r} is no type of a GGUF file", f"use one of {', '.join(TYPES)}")
+        raise ConfigError(f"gguf={gguf!r} is not a type of GGUF file", f"use one of {', '.join(TYPES)}")
     if adapter and (kind or licence):
         raise ConfigError(f"{'gguf' if kind else 'licence'} has no effect on an adapter alone", "leave out one of them")
     with _our_errors(), shown_by_default():
@@ -357,7 +357,7 @@ class Student:
         if questions and all(isinstance(one, Mapping) for one in questions):
             raise InputError("questions is one conversation", "give a list of them, or use `ask`")
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}", "give a whole number from 1")
+            raise InputError(f"batch_size is {batch_size!r}", "give a whole number of at least 1")
         return self._ask(questions, explain, think_below, max_new_tokens, batch_size)
 
     def _ask(
@@ -372,7 +372,7 @@ class Student:
         from pst_dist.student.ask import answer_question, answer_questions
 
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens!r}", "give a whole number from 1")
+            raise InputError(f"max_new_tokens is {max_new_tokens!r}", "give a whole number of at least 1")
         fmt, count = self._loaded.format, len(questions)
         with self._turn, _our_errors(), shown_by_default():
             asked = [

@@ -492,7 +492,7 @@ def test_export_returns_the_gguf_file_that_it_writes(talking_run):
     file = pst_dist.export(talking_run, gguf="f16", licence="mit")
     assert file.parent == root / "gguf" / "f16" and file.suffix == ".gguf"
     assert "license: mit" in (file.parent / "README.md").read_text()
-    with pytest.raises(ConfigError, match="gguf='q3' is no type of a GGUF file; use one of f32, f16, q8_0, q4_k_m"):
+    with pytest.raises(ConfigError, match="gguf='q3' is not a type of GGUF file; use one of f32, f16, q8_0, q4_k_m"):
         pst_dist.export(talking_run, gguf="q3")
     with pytest.raises(ConfigError, match="gguf has no effect on an adapter alone"):
         pst_dist.export(talking_run, gguf=True, adapter=True)
@@ -503,7 +503,7 @@ def test_export_returns_the_gguf_file_that_it_writes(talking_run):
     [
         (["2 + 3?", " "], "question 2 of 2 is empty"),
         (["2 + 3?", None], "question 2 of 2 is NoneType"),
-        (["2 + 3?", "x" * 300], "question 2 of 2 fills all 96 positions"),
+        (["2 + 3?", "x" * 300], "question 2 of 2 is too long: it fills all 96 positions"),
         ([""], "the question is empty"),
         ("2 + 3?", "questions is one string"),
     ],

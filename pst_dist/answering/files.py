@@ -248,7 +248,7 @@ def _write(
     write_output(manifest, json_text(record), is_answer_manifest)
     grown.cut(size)
     if done:
-        log.info("answers: %d of %d are there, going on", done, survey.rows)
+        log.info("answers: %d of %d exist already, continuing", done, survey.rows)
     for lines in _answered(job, rows, survey, answerer, done):
         grown.append("".join(lines).encode("utf-8"))
     record |= {"sha256": sha256_file(grown.partial), "bytes": grown.partial.stat().st_size}

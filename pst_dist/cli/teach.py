@@ -119,7 +119,7 @@ def teach(arguments: argparse.Namespace) -> int:
     print("\n".join(report_lines(outcome.report)))
     print(f"{settings.output}: {len(outcome.rows):,} rows; report and dropped replies in {settings.folder}")
     if outcome.cap is not None:
-        raise PreemptedError(f"stopped by {outcome.cap}", "raise it, and the same command goes on")
+        raise PreemptedError(f"stopped by {outcome.cap}", "raise it and run the same command again to continue")
     return 0
 
 

@@ -153,7 +153,7 @@ class Config(Section):
         if self.loss.alignment_share is not None and self.loss.alignment_weight != 1:
             raise ValueError(
                 f"loss.alignment_share sets the weight itself, so loss.alignment_weight={self.loss.alignment_weight:g} "
-                "has no place: remove one of them (loss.alignment_share=null)"
+                "cannot be set too: remove one of them (loss.alignment_share=null)"
             )
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("arms names an arm twice")

@@ -16,7 +16,7 @@ def _turn_texts(value: dict[str, str]) -> dict[str, str]:
     if ("reply" in value) is not ("next" in value):
         raise ValueError("needs both reply and next, or neither")
     if value.get("system", "{system}").count("{system}") != 1:
-        raise ValueError("system must hold {system} exactly once")
+        raise ValueError("system must contain {system} exactly once")
     return value
 
 

@@ -61,7 +61,7 @@ class ReasoningSample:
                 raise DataError(f"{name} is empty", path=self.source or None)
         known = all(role in ("system", "user", "assistant") and text.strip() for role, text in self.turns)
         if self.turns and not (known and self.turns[-1][0] == "user"):
-            raise DataError("turns are no conversation that ends with a question", path=self.source or None)
+            raise DataError("turns are not a conversation that ends with a question", path=self.source or None)
         if any(not rationale.strip() for rationale in self.rationales):
             raise DataError("a rationale is empty", path=self.source or None)
 

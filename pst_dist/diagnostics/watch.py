@@ -122,15 +122,15 @@ class View:
 def view_of(folder: Path) -> View:
     """Read a run directory; raises InputError when it is none, or nothing has begun there."""
     if not folder.is_dir():
-        raise InputError("no such run directory", "name the output_dir of a run that has begun", path=folder)
+        raise InputError("no such run directory", "name the output_dir of a run that has started", path=folder)
     stage = read_stage(folder)
     arms = tuple(_arm(place, name) for name, place in _places(folder))
     if stage is None and not any(arm.training or arm.history for arm in arms):
         newest = _newest_below(folder)
         if newest is not None:
-            raise InputError("holds several runs", f"watch one of them, such as the newest: {newest}", path=folder)
+            raise InputError("contains several runs", f"watch one of them, such as the newest: {newest}", path=folder)
         raise InputError(
-            f"nothing has begun here: neither {STAGE} nor {LIVE} nor metrics.jsonl",
+            f"no run has started here: neither {STAGE} nor {LIVE} nor metrics.jsonl",
             "name the output_dir of a run",
             path=folder,
         )

@@ -52,7 +52,7 @@ def end_as_told(number: int, what: str) -> NoReturn:
     """Raise what a signal asks for: KeyboardInterrupt for SIGINT, else PreemptedError saying `what` was done."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise PreemptedError(f"told to stop: {what}", "run the same command again to resume")
+    raise PreemptedError(f"stopped by a signal: {what}", "run the same command again to resume")
 
 
 @contextlib.contextmanager

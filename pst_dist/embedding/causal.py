@@ -61,7 +61,7 @@ def check_causal(config: EmbedConfig) -> Any:
     is_causal = place.gguf is not None or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
     if shape.is_encoder_decoder or not is_causal:
         raise ConfigError(
-            f"is no causal language model ({', '.join(names) or shape.model_type})",
+            f"is not a causal language model ({', '.join(names) or shape.model_type})",
             "remove embed.layer and embed.pooling, or name a causal language model",
             path=config.encoder,
         )

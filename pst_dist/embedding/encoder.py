@@ -331,7 +331,7 @@ def check_device(name: str | None) -> None:
         kind = "GPU" if device.type in ("cuda", "mps") else "such device"
         raise EnvironmentFault(
             f"embed.device={name}, but torch finds {count.get(device.type, 0) or 'no'} {kind}(s) of this type here",
-            "leave it out for the best device that there is",
+            "leave it out to use the best available device",
         )
 
 

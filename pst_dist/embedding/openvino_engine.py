@@ -111,7 +111,7 @@ def check_conversion(ours_nE: np.ndarray, torch_nE: np.ndarray, dtype: str) -> N
     lowest = float((ours_nE * torch_nE).sum(1).min())
     if not lowest >= _LEAST_COSINE[dtype]:
         raise InputError(
-            f"OpenVINO computes other vectors than torch in {dtype} (cosine {lowest:.4f})", "use embed.engine=torch"
+            f"OpenVINO's vectors differ from torch's in {dtype} (cosine {lowest:.4f})", "use embed.engine=torch"
         )
 
 

@@ -67,7 +67,7 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
     """
     if reads_causal(config.embed):
         raise InputError(
-            f"embed.encoder={config.embed.encoder} is a causal language model, which is used as it is",
+            f"embed.encoder={config.embed.encoder} is a causal language model, which this command cannot train",
             "name a sentence-transformers model, such as embed.encoder=minilm",
         )
     if config.embed.engine != "torch":

@@ -23,7 +23,7 @@ def student_folder(path: Path) -> Path:
         return path / "best"
     arms = sorted(child.parent.name for child in path.glob("*/best"))
     if arms and not (path / FORMAT_FILE).is_file():
-        raise InputError("this directory holds several arms", f"name one: {', '.join(arms)}", path=path)
+        raise InputError("this directory contains several arms", f"name one: {', '.join(arms)}", path=path)
     return path
 
 

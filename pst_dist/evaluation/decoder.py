@@ -202,7 +202,7 @@ class Decoder:
         started = time.perf_counter()
         with progress(f"{name} {self.config.arm}", total=total, unit="rows") as bar:
             if kept:
-                log.info("%s: %d of %d rows were decoded before, going on", name, kept, total)
+                log.info("%s: %d of %d rows were decoded earlier, continuing", name, kept, total)
                 bar.skip(kept)
             if todo:
                 waiting = [batches[k] for k in todo]

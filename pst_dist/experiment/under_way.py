@@ -34,7 +34,7 @@ class UnderWay:
         states = [f"{run.name}: {state}" for run in runs if (state := state_of(run))]
         more = f"; {len(states) - _MOST_NAMED} more" if len(states) > _MOST_NAMED else ""
         if states:
-            log.info("under way: %s%s", "; ".join(states[:_MOST_NAMED]), more)
+            log.info("in progress: %s%s", "; ".join(states[:_MOST_NAMED]), more)
 
 
 def state_of(run: Run) -> str:

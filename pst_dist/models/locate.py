@@ -85,7 +85,9 @@ def _below_adapter(folder: Path, seen: list[Path]) -> ModelPlace:
     below = Path(base)
     if below.is_dir() and is_adapter(below):
         if below.resolve() in seen:
-            raise InputError("is an adapter whose base is, in the end, itself", "name a whole model", path=folder)
+            raise InputError(
+                "is an adapter whose chain of bases leads back to itself", "name a whole model", path=folder
+            )
         place = _below_adapter(below, [*seen, below.resolve()])
     else:
         place = locate_model(base, revision)

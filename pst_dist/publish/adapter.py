@@ -37,14 +37,16 @@ def export_adapter(config: Config, *, rebuild: bool = False) -> Path:
     run = run_dir(config)
     if run.best.is_dir() and not adapters.is_adapter(run.best):
         raise InputError(
-            "was trained whole (student.lora.rank=0), so there is no adapter to export",
+            "was trained without LoRA (student.lora.rank=0), so there is no adapter to export",
             "run `pst export` without --adapter",
             path=run.best,
         )
     student = load_student(run.best, device="cpu")
     if len(locate_model(str(run.best)).adapters) > 1:
         raise InputError(
-            "its base is an adapter too, and peft loads one only", "run `pst export` without --adapter", path=run.best
+            "its base is an adapter too, and peft can load only one",
+            "run `pst export` without --adapter",
+            path=run.best,
         )
     with safe_open(run.best / adapters.WEIGHTS, "pt") as stored:
         both = adapters.rows_inside_adapters(stored.keys())

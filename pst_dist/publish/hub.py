@@ -115,7 +115,7 @@ def push(planned: PushPlan) -> str:
             api.create_repo(planned.repo, private=planned.private)
             private_there = planned.private
         if planned.private and not private_there:
-            raise InputError(f"{planned.repo} exists and is public", "say --public, or name another repository")
+            raise InputError(f"{planned.repo} exists and is public", "add --public, or name another repository")
         log.info("uploading %.1f MiB to %s", planned.bytes / 2**20, planned.repo)
         operations = [CommitOperationAdd(name, str(path)) for name, path in planned.files.items()]
         return str(api.create_commit(planned.repo, operations, commit_message=planned.message).commit_url)
@@ -124,6 +124,6 @@ def push(planned: PushPlan) -> str:
     except Exception as error:  # httpx, hub and OS errors all have the same remedies
         reason = first_line(error, 200).replace(token, "***")
         raise EnvironmentFault(
-            f"the hub did not take {planned.repo}: {reason}",
+            f"the hub refused {planned.repo}: {reason}",
             f"check the network, {TOKEN}'s write access and the name, then run the same command again",
         ) from None

@@ -63,7 +63,7 @@ def write_lm_eval_task(config: Config) -> Path:
     task = get_task(config.task, config.data.answer_type)
     if task.rule == "math":
         raise ConfigError(
-            "mathematical answers need math-verify, which the harness's task has not", "use `pst evaluate`"
+            "mathematical answers need math-verify, which the harness's task does not have", "use `pst evaluate`"
         )
     folder = run.path / "lm_eval"
     refuse_foreign_folder(folder, "lm_eval")

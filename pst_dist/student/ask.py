@@ -189,7 +189,8 @@ def _checked(student: LoadedStudent, questions: Sequence[str | Turns]) -> list[s
     if full:
         which = f"question {full[0] + 1} of {len(questions)}" if many else "the question"
         raise InputError(
-            f"{which} fills all {max_positions(student.model)} positions of the student", "ask a shorter question"
+            f"{which} is too long: it fills all {max_positions(student.model)} positions of the student",
+            "ask a shorter question",
         )
     return stripped
 

@@ -56,14 +56,14 @@ def chat_prompt(tokenizer: Any, system: str | None) -> Prompt | None:
     except Exception as error:  # templates raise what they like, for a system role for one
         if system is not None:
             raise ConfigError(
-                f"this student's chat template takes no layout.system: {first_line(error)}",
+                f"this student's chat template does not accept layout.system: {first_line(error)}",
                 "leave layout.system out, or give layout.prompt yourself",
             ) from error
         log.warning("the student's chat template cannot be used (%s): using the plain prompt", first_line(error))
         return None
     if system is not None and system.strip() not in rendered:
         raise ConfigError(
-            "this student's chat template leaves layout.system out",
+            "this student's chat template ignores layout.system",
             "remove layout.system, or give layout.prompt yourself",
         )
     for added in (("", ""), _added(tokenizer)):

@@ -131,7 +131,7 @@ def _generate(
     rooms = [room(context, positions) for context in contexts]
     full = [row for row, tokens in enumerate(rooms) if tokens < 1]
     if full:
-        log.warning("%d question(s) fill all %s positions of the student: no answer", len(full), positions)
+        log.warning("%d question(s) fill all %s positions of the student and get no answer", len(full), positions)
         yield full, [([], []) for _ in full], None
     with evaluation_mode(model, settings):
         for rows in batches_of(contexts, size, positions):

@@ -52,7 +52,9 @@ class AnswerFormat:
         texts = {"prompt": asked.template, "separator": asked.separator, "answer_marker": layout.answer_marker}
         for key, text in texts.items():
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ConfigError(f"layout.{key}: {text!r} holds half of a character", "write the character itself")
+                raise ConfigError(
+                    f"layout.{key}: {text!r} contains half of a surrogate pair", "write the character itself"
+                )
         if not layout.answer_marker.strip():
             raise ConfigError("layout.answer_marker is blank: the answer after a rationale could not be found")
         return cls(
@@ -234,7 +236,7 @@ class Layout:
             raise DataError(
                 f"sample {sample.id}: question and answer take {max(taken, len(prompt))} tokens, layout.max_length "
                 f"is {self.format.max_length}",
-                "raise layout.max_length or leave the row out",
+                "raise layout.max_length, or leave the row out",
                 path=where,
             )
         if with_rationale:

@@ -95,7 +95,7 @@ def put_adapters(model: Any, config: Config, *, without_weights: bool = False) -
     # `base_layer` is what an adapter keeps of the module it is put around.
     if hasattr(inputs, "base_layer") or (hasattr(head, "base_layer") and head.base_layer.weight is inputs.weight):
         raise ConfigError(
-            f"student.lora.target_modules={targets} takes in the embeddings"
+            f"student.lora.target_modules={targets} includes the embeddings"
             + ("" if hasattr(inputs, "base_layer") else ", which are also the language-model head"),
             f"leave them out, as {ALL_LINEAR} does; the added tokens' embeddings are trained anyway",
         )

@@ -45,7 +45,7 @@ def prompt_of(config: Config, tokenizer: Any | None) -> Prompt:
             template = PLAIN_PROMPT
     if made is None:
         if template.count("{question}") != 1:
-            raise ConfigError(f"layout.prompt: {template!r} must hold {{question}} exactly once")
+            raise ConfigError(f"layout.prompt: {template!r} must contain {{question}} exactly once")
         made = Prompt(template, separator_after(template, tokenizer), layout.turns)
     if layout.separator != AUTO:
         made = replace(made, separator=layout.separator)

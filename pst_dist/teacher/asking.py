@@ -140,7 +140,9 @@ class Asking:
         if self.journal.full is not None:
             raise self.journal.full
         if self._signals:
-            raise PreemptedError("told to stop; every reply so far is kept", "the same command goes on from there")
+            raise PreemptedError(
+                "stopped by a signal; every reply so far is kept", "run the same command again to continue"
+            )
 
     async def _work(self, queue: Iterator[Work], bar: Progress) -> None:
         for work in queue:

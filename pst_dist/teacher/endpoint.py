@@ -228,7 +228,7 @@ class Endpoint:
     def _given_up(self, last: Again, tries: int) -> PstError:
         self._ledger.failed(last.reason)
         wait = f" and asks to wait {last.seconds:.0f} s" if last.seconds is not None else ""
-        remedy = "what is answered is kept: the same command goes on from there"
+        remedy = "what is answered is kept: run the same command again to continue"
         if not self._answered and not last.reached:
             remedy = "check --endpoint, and that the server runs"
         elif last.reason == "429":

@@ -101,7 +101,7 @@ def _check_gold(questions: Questions, prompts: Sequence[Prompt], settings: Teach
         )
     if bare and settings.samples * len(asking) < 2:
         raise ConfigError(
-            f"{bare} rows have no answer, so their samples must agree, and there is one",
+            f"{bare} rows have no answer, so their samples must agree, but only one is asked for",
             "use --samples 3 or more",
         )
 

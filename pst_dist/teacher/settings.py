@@ -156,7 +156,7 @@ def _check_numbers(settings: TeachSettings) -> None:
     for name, least in at_least.items():
         value = getattr(settings, name)
         if not isinstance(value, int) or value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be a whole number from {least}, got {value!r}")
+            raise ConfigError(f"--{name.replace('_', '-')} must be a whole number of at least {least}, got {value!r}")
     above_zero = ("limit", "requests_per_minute", "tokens_per_minute", "timeout_seconds", "max_cost", "max_tokens")
     for name in above_zero:
         value = getattr(settings, name)
@@ -165,7 +165,7 @@ def _check_numbers(settings: TeachSettings) -> None:
     for name in ("price_in", "price_out"):
         value = getattr(settings, name)
         if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-            raise ConfigError(f"--{name.replace('_', '-')} must be a number from 0, got {value!r}")
+            raise ConfigError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value!r}")
     if not (isinstance(settings.heat, int | float) and 0 <= settings.heat <= 2):
         raise ConfigError(f"--temperature must be between 0 and 2, got {settings.temperature}")
     if not 0 <= settings.agree < 1:

@@ -109,7 +109,7 @@ def diverged(fault: str, state: RunState, train: TrainConfig) -> DivergedError:
         done.append(f"earlier rollbacks: {len(state.rollbacks)}")
     so_far = f" ({', '.join(done)})" if done else ""
     options = "" if train.skip_bad_steps or train.max_rollbacks else ", train.skip_bad_steps or train.max_rollbacks"
-    return DivergedError(f"step {state.step + 1}: {fault}; no weight was moved{so_far}", f"{LOWER_THE_RATE}{options}")
+    return DivergedError(f"step {state.step + 1}: {fault}; no weight was changed{so_far}", f"{LOWER_THE_RATE}{options}")
 
 
 def diverged_validation(loss: float, step: int) -> DivergedError:

@@ -79,7 +79,9 @@ def fit_head(
             "choose another model, train.bf16=false, or loss.head_init=random",
         )
     if rows < 2 * FOLDS:
-        log.warning("loss.head_init=ridge needs %d rows, there are %d: the head starts at random", 2 * FOLDS, rows)
+        log.warning(
+            "loss.head_init=ridge needs %d rows, there are %d: the head starts from random weights", 2 * FOLDS, rows
+        )
         return None
     found = []
     for strength in STRENGTHS:

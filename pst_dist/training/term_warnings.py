@@ -60,7 +60,7 @@ class TermWarnings:
             self._warned.add("alignment")
             log.warning(
                 "step %d: the alignment term stays under %.0f %% of the gradient at the hidden state (%.2f %% now), so "
-                "it hardly acts; set loss.alignment_share (such as 0.2) and loss.head_init=ridge",
+                "it has almost no effect; set loss.alignment_share (such as 0.2) and loss.head_init=ridge",
                 record.step,
                 100 * _INERT,
                 100 * share,
@@ -75,8 +75,8 @@ class TermWarnings:
         if cosine - other < 2 * stderr and "cosine" not in self._warned:
             self._warned.add("cosine")
             log.warning(
-                "step %d: on validation rows the cosine to a row's own target is %.3f +- %.3f, to those of other rows "
-                "%.3f: the semantic term has learnt nothing of a row, as its shuffled control would; see "
+                "step %d: on validation rows the cosine to a row's own target is %.3f +- %.3f, and to those of other "
+                "rows %.3f: the semantic term has learnt nothing specific to a row, like its shuffled control; see "
                 "loss.alignment_share, loss.head_init, loss.layer and embed.encoder",
                 step,
                 cosine,

@@ -143,7 +143,7 @@ def follows_the_nodes(small_data, tmp_path) -> bool:
     assert [int(count) for count in re.findall(r"on (\d) rank\(s\)", said)] == [2, 1, 2]
     # Ray may also see that the node is gone before the rank is missed, and then only starts the ranks anew.
     assert len(re.findall(r"lost rank", said)) <= 1, "growing is no failure"
-    assert len(re.findall(r"resumed step \d+ from", said)) == 2 and "told to stop: saved after step" in said
+    assert len(re.findall(r"resumed step \d+ from", said)) == 2 and "stopped by a signal: saved after step" in said
     steps = [row["step"] for row in curve(run)]
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     return True

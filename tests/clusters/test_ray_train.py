@@ -295,7 +295,7 @@ def test_a_job_is_found_through_every_kind_of_address(told, head, project, addre
 
 
 def test_a_stopped_job_saves_first(told):
-    assert "error[PREEMPTED] told to stop: saved after step" in told.followed
+    assert "error[PREEMPTED] stopped by a signal: saved after step" in told.followed
     (saved,) = re.findall(r"saved after step (\d+) of", told.followed)
     assert int(saved) == told.steps_when_stopped < STEPS
     assert told.ended == 130 and told.followed.splitlines()[-1] == "job whole: stopped, exit code 130"
@@ -347,7 +347,7 @@ def test_a_diverged_training_is_not_tried_again_and_its_exit_code_comes_through(
     assert done.returncode == 6, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(re.findall(r"(?m)^arm pst: ", done.stdout)) == 1
     (refusal,) = re.findall(r"(?m)^pst: .*$", done.stdout)
-    assert re.match(r"pst: error\[DIVERGED\] step \d+: .* loss is not finite; no weight was moved", refusal)
+    assert re.match(r"pst: error\[DIVERGED\] step \d+: .* loss is not finite; no weight was changed", refusal)
     assert "Traceback" not in done.stdout
 
 

@@ -356,7 +356,7 @@ class TestOnARealSlurm:
         number = lines_until(job, r"job (\d+): submitted", seen)
         wait_for_step(tmp_path / "run", 5)
         slurm.ask("scancel", "--signal=USR1", "--batch", number)  # what Slurm itself does before the time limit
-        step = lines_until(job, r"told to stop: saved after step (\d+) of", seen)
+        step = lines_until(job, r"stopped by a signal: saved after step (\d+) of", seen)
         lines_until(job, r"pending, start 2", seen)
         slurm.start_again_now(number)
         assert ended(job, seen) == 0, "".join(seen) + slurm.last_words()
@@ -388,7 +388,7 @@ class TestOnARealSlurm:
         wait_for_step(tmp_path / "run", 5)
         slurm.ask("scancel", number)
         assert ended(job, seen) == 130, "".join(seen)
-        assert "told to stop: saved after step" in "".join(seen)
+        assert "stopped by a signal: saved after step" in "".join(seen)
         shown = slurm.ask("scontrol", "show", "job", number)
         assert "JobState=CANCELLED" in shown and "Restarts=0" in shown
 

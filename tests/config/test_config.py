@@ -164,7 +164,7 @@ def test_a_tilde_is_the_home_directory_also_in_yaml(tmp_path, monkeypatch):
     ("turns", "message"),
     [
         ("{reply: a}", "needs both reply and next"),
-        ("{system: told}", r"system must hold \{system\} exactly once"),
+        ("{system: told}", r"system must contain \{system\} exactly once"),
         ("{reply: a, next: b, then: c}", "has the unknown key 'then'"),
     ],
 )

@@ -167,7 +167,7 @@ def test_files_of_others_are_shown_without_their_control_characters_or_not_at_al
     assert "\u001b" not in text and "[red]x[/red]" in text and "no sign for" in text
     for wrong in ('{"step": []}', "[1]", "{", '{"step": 1e999}'):
         (tmp_path / "live.json").write_text(wrong)
-        with pytest.raises(InputError, match="nothing has begun here"):
+        with pytest.raises(InputError, match="no run has started here"):
             view_of(tmp_path)
     with pytest.raises(InputError, match="no such run directory"):
         view_of(tmp_path / "nowhere")
@@ -179,7 +179,9 @@ def test_a_folder_of_several_runs_is_answered_with_the_newest(tmp_path, places):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "live.json").write_text("{}")
         os.utime(tmp_path / place / "live.json", (age, age))
-    with pytest.raises(InputError, match=f"holds several runs; watch one of them, such as the newest: .*/{places[1]}$"):
+    with pytest.raises(
+        InputError, match=f"contains several runs; watch one of them, such as the newest: .*/{places[1]}$"
+    ):
         view_of(tmp_path)
 
 

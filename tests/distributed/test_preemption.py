@@ -47,7 +47,7 @@ def test_a_told_run_saves_where_it_stands_and_goes_on_from_there(small_data, tmp
     assert 3 <= step < STEPS, "no step was waited for beyond the running one"
     if number == signal.SIGINT:  # the same checkpoint, so going on from it is looked at once
         return
-    assert f"told to stop: saved after step {step} of {STEPS}; run the same command again to resume" in said
+    assert f"stopped by a signal: saved after step {step} of {STEPS}; run the same command again to resume" in said
     again = started(path)
     _, said = again.communicate(timeout=120)
     assert again.returncode == 0, said
@@ -68,7 +68,7 @@ def test_all_ranks_stop_together_when_one_is_told(small_data, tmp_path):
     assert process.returncode != 0
     # torchrun makes 1 of any code; what the ranks ended with stands in its report.
     assert "exitcode  : 75" in said or "exitcode: 75" in said, said[-3000:]
-    assert said.count("told to stop: saved after step") >= 1
+    assert said.count("stopped by a signal: saved after step") >= 1
     assert len(list((run / "checkpoints").glob("checkpoint-*"))) == 1
 
 

@@ -121,13 +121,13 @@ def test_a_gguf_file_is_the_model_that_it_was_made_from(tmp_path):
 def test_what_cannot_be_read_so_is_refused_before_any_work(tmp_path):
     with pytest.raises(ConfigError, match=r"embed.layer=3: the encoder has layers 1 to 2"):
         check_encoder(EmbedConfig(encoder=str(zoo.make("gpt2", tmp_path / "gpt2")), layer=3))
-    with pytest.raises(ConfigError, match=r"is no causal language model \(T5ForConditionalGeneration\)"):
+    with pytest.raises(ConfigError, match=r"is not a causal language model \(T5ForConditionalGeneration\)"):
         check_encoder(EmbedConfig(encoder=str(zoo.make("t5", tmp_path / "t5")), layer=1))
     with pytest.raises(ConfigError, match=r"a sentence-transformers model, which has a pooling of its own"):
         check_encoder(EmbedConfig(pooling="last"))
     bert = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=60)
     transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ConfigError, match=r"is no causal language model \(BertModel\)"):
+    with pytest.raises(ConfigError, match=r"is not a causal language model \(BertModel\)"):
         check_encoder(EmbedConfig(encoder=str(tmp_path / "bert"), layer=1))
     lacking = zoo.make("qwen", tmp_path / "lacking")
     from safetensors.torch import load_file, save_file

@@ -168,7 +168,7 @@ def test_what_is_no_training_is_refused(base, tmp_path, monkeypatch):
     rows = rows_file(tmp_path, count=10)
     with pytest.raises(DataError, match="2 rationales can be used; training an encoder needs at least 8"):
         train_encoder(config_for(base, rows), EncoderTraining(output=tmp_path / "few"))
-    with pytest.raises(InputError, match="is a causal language model, which is used as it is"):
+    with pytest.raises(InputError, match="is a causal language model, which this command cannot train"):
         train_encoder(config_for(base, rows, **{"embed.layer": 1}), EncoderTraining(output=tmp_path / "causal"))
     folder = tmp_path / "mine"
     folder.mkdir()

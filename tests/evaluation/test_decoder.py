@@ -114,7 +114,7 @@ def test_two_ranks_write_what_one_process_writes(whole, tmp_path):
     done = launched(["evaluate", str(tmp_path / "config.yaml")])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("accuracy 66.67 %") == 1, "rank zero alone reports"
-    assert "2 of 6 rows were decoded before, going on" in done.stderr and "2 batches on 2 ranks" in done.stderr
+    assert "2 of 6 rows were decoded earlier, continuing" in done.stderr and "2 batches on 2 ranks" in done.stderr
     assert samples_of(config) == samples_of(whole) and not (tmp_path / DECODING).exists()
 
 

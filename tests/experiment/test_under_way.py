@@ -33,7 +33,9 @@ def test_a_line_every_ten_seconds_says_how_far_each_run_is(tmp_path, caplog):
         assert not caplog.messages
         now = 10.0
         under_way.look(runs)
-    assert caplog.messages == [f"under way: {runs[0].name}: step 1,410/{total:,}, loss 0.250; {runs[1].name}: starting"]
+    assert caplog.messages == [
+        f"in progress: {runs[0].name}: step 1,410/{total:,}, loss 0.250; {runs[1].name}: starting"
+    ]
     (folders[0] / "train.json").write_text("{}")
     assert state_of(runs[0]) == "scoring"
     assert state_of(runs[2]) == ""

@@ -84,7 +84,7 @@ def test_a_gguf_file_goes_with_the_export(hub, run):
 def test_a_public_repository_is_not_filled_by_mistake(hub, run):
     hub.repos[REPO], hub.private[REPO] = {}, False
     refused = pst(hub, run, "--license", "mit", "--push-to-hub", REPO, "--yes")
-    assert refused.returncode == 2 and f"{REPO} exists and is public; say --public" in refused.stderr
+    assert refused.returncode == 2 and f"{REPO} exists and is public; add --public" in refused.stderr
     assert hub.repos[REPO] == {}
 
 
@@ -94,7 +94,7 @@ def test_refusals_are_one_line_without_the_token(hub, run):
     hub.fail = 403
     refused = pst(hub, run, "--push-to-hub", REPO, "--yes")
     (line,) = (line for line in refused.stderr.splitlines() if line.startswith("pst:"))
-    assert refused.returncode == 4 and f"the hub did not take {REPO}" in line and "403" in line
+    assert refused.returncode == 4 and f"the hub refused {REPO}" in line and "403" in line
     assert SECRET not in refused.stderr + refused.stdout and "Traceback" not in refused.stderr
 
 

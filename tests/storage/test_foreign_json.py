@@ -77,10 +77,10 @@ def test_an_override_that_cannot_be_read_names_its_key(word, words):
 
 def test_answers_of_slurm_and_ray_in_another_form_are_one_line():
     for text in ("", "slurm_load_jobs error", "JobId=1", "JobId=1 JobState=FAILED ExitCode=x:y", "JobState=RUNNING"):
-        with pytest.raises(EnvironmentFault, match="cannot read what scontrol"):
+        with pytest.raises(EnvironmentFault, match="cannot read the output of scontrol"):
             read_jobs(text)
     for text in ("gpu|up", "gpu|gpu*|up|many|x", "gpu|gpu*|up|" + "9" * 5_000 + "|x"):
-        with pytest.raises(EnvironmentFault, match="cannot read what sinfo"):
+        with pytest.raises(EnvironmentFault, match="cannot read the output of sinfo"):
             read_partitions(text)
     assert gpus_of("gpu:a100:8(S:0-1),gpu:h100:4,nvme:1") == 12
     for body in (b"[]", b"{}", b"[" * 100_000, b'{"ray_version": 2}', b'"ray_version"'):

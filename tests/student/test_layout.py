@@ -111,7 +111,7 @@ def test_a_row_that_spells_our_special_token_is_read_as_text():
 
 
 def test_a_prompt_template_without_the_question_is_refused():
-    with pytest.raises(ConfigError, match=r"must hold \{question\} exactly once"):
+    with pytest.raises(ConfigError, match=r"must contain \{question\} exactly once"):
         AnswerFormat.of(Config.model_validate({"layout": {"prompt": "Q:"}}))
 
 

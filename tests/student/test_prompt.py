@@ -76,7 +76,7 @@ def test_without_a_chat_template_the_prompt_is_the_plain_one(folders, name):
 
 
 def test_a_system_text_without_a_place_is_refused(folders):
-    with pytest.raises(ConfigError, match=r"takes no layout\.system"):
+    with pytest.raises(ConfigError, match=r"does not accept layout\.system"):
         prompt_of(*parts(folders, "gpt2", USERS_ONLY, system="Be brief."))
     assert text_of(*parts(folders, "gpt2", USERS_ONLY)) == "[user] {question}\n[assistant]"
     with pytest.raises(ConfigError, match=r"layout\.system contains the control token <\|endoftext\|>"):

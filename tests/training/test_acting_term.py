@@ -173,11 +173,11 @@ def test_an_inert_term_is_warned_about_once(small_data, tmp_path, caplog):
 
 def test_targets_that_say_nothing_of_their_row_are_warned_about_but_not_in_the_control(small_data, tmp_path, caplog):
     train(small_config(small_data, tmp_path / "control", loss__control="shuffle_embeddings"))
-    assert "has learnt nothing of a row" not in caplog.text
+    assert "has learnt nothing specific to a row" not in caplog.text
     # A head that never moves, over a body that never moves, tells no rows apart.
     still = {"train__learning_rate": "1e-12", "train__head_learning_rate": "1e-12"}
     train(small_config(small_data, tmp_path / "still", **still))
-    assert caplog.text.count("has learnt nothing of a row") == 1
+    assert caplog.text.count("has learnt nothing specific to a row") == 1
 
 
 def test_the_share_and_a_fixed_weight_exclude_each_other(small_data, tmp_path):
@@ -239,5 +239,5 @@ def test_too_few_rows_leave_the_head_as_it_was_and_say_so(small_data, tmp_path, 
     monkeypatch.setattr(head_fit, "MOST_ROWS", 9)
     train(small_config(small_data, tmp_path / "few", train__max_steps=2, loss__head_init="ridge"))
     train(small_config(small_data, tmp_path / "random", train__max_steps=2))
-    assert "needs 10 rows, there are 9: the head starts at random" in caplog.text
+    assert "needs 10 rows, there are 9: the head starts from random weights" in caplog.text
     assert [row["loss"] for row in rows(tmp_path / "few")] == [row["loss"] for row in rows(tmp_path / "random")]

@@ -82,7 +82,7 @@ def embed_with_ray(
         config = config.model_copy(update={"ray": settled_actors(config.ray, resources, device=config.device)})
         if (config.device or "").startswith("cuda") and not config.ray.num_gpus_per_actor:
             raise EnvironmentFault(
-                f"embed.device={config.device}, but the actors take none of {resources.get('GPU', 0):g} GPUs",
+                f"embed.device={config.device}, but the actors use none of the {resources.get('GPU', 0):g} GPUs",
                 "leave embed.device out, or set embed.ray.num_gpus_per_actor=1 on a cluster with GPUs",
             )
         count = number_of_actors(config.ray, resources, len(todo), _WORDS, "embed.ray")

@@ -65,7 +65,7 @@ def train_with_ray(config: Config, *, rebuild: bool = False) -> Any:
             from pst_dist.clusters.ray import worker
         except ImportError as error:
             raise EnvironmentFault(
-                f"ray {ray.__version__} cannot train for us ({error})", "pip install 'ray[default,train]>=2.60'"
+                f"ray {ray.__version__} cannot run this training ({error})", "pip install 'ray[default,train]>=2.60'"
             ) from error
         desk = worker.desk_here()
         orders = worker.Orders(config, rebuild, __version__, os.getcwd(), log.getEffectiveLevel(), desk)

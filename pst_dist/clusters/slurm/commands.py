@@ -48,7 +48,7 @@ _TEXT: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
 def unreadable(command: str, said: str) -> EnvironmentFault:
     """The error for an answer of Slurm that is not in the form its manual gives."""
     return EnvironmentFault(
-        f"cannot read what {command} says: {said[:80]!a}", "look at its output; this is known with Slurm 20 to 25"
+        f"cannot read the output of {command}: {said[:80]!a}", "pst reads the output of Slurm 20 to 25"
     )
 
 

@@ -48,7 +48,9 @@ def stages(request: SlurmRequest, config: Config) -> list[Stage]:
         "train", "ray.sbatch" if on_ray else "train.sbatch", ("train",), request.nodes, request.gpus, is_array
     )
     if on_ray and is_array:
-        raise ConfigError("train.backend=ray has no array of arms and seeds", "submit each, or leave out on=ray")
+        raise ConfigError(
+            "train.backend=ray does not support an array of arms and seeds", "submit each, or leave out on=ray"
+        )
     if request.verb == "train":
         return [train]
     finish = Stage("finish", "stage.sbatch", _FINISH, 1, request.one_gpu, is_array)

@@ -107,7 +107,7 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
         raise ConfigError(f"gpus={gpus} is not a number of GPUs per node", "write gpus=8 or gpus=a100:8")
     verb = asked.get("verb", "run")
     if verb not in ("run", "train"):
-        raise ConfigError(f"verb={verb} is not what Slurm jobs are made for", "write verb=run or verb=train")
+        raise ConfigError(f"verb={verb} is not a verb for Slurm jobs", "write verb=run or verb=train")
     request = SlurmRequest(
         verb=verb,
         nodes=_number(asked, "nodes") or 1,

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def _more() -> str:
     return (
         "Many questions: pst answer RUN --input questions.jsonl --output answers.jsonl [--explain] [--confidence]\n"
-        "A row's question is a text, or a list of turns that end with it (columns question, prompt, messages, turns).\n"
-        "Each line of the output has the columns of its row, student_answer, student_complete and student_tokens.\n"
-        "The same command resumes. on=ray answers on a Ray cluster; ray.num_actors=N, ray.address=... and\n"
-        "ray.num_gpus_per_actor=N are the settings of embed.ray."
+        "A row's question is a text or a list of turns that ends with it (columns question, prompt, messages, turns).\n"
+        "Each output line has the columns of its row, and student_answer, student_complete and student_tokens.\n"
+        "If it is interrupted, run the same command again to resume. on=ray answers on a Ray cluster;\n"
+        "ray.num_actors=N, ray.address=... and ray.num_gpus_per_actor=N mean the same as in embed.ray."
     )
 
 
@@ -34,7 +34,7 @@ def _positive(text: str) -> int:
 
 
 @verb(
-    "ask a trained student, one question or a file of them",
+    "ask a trained student one question, or a file of questions",
     'pst answer runs/demo/pst "question" --explain',
     Option("config", metavar="RUN", help="run directory, or an exported model"),
     Option(
@@ -44,20 +44,22 @@ def _positive(text: str) -> int:
         metavar="question",
         help="the question, or - to read one per line from standard input",
     ),
-    Option("--input", metavar="ROWS", help="rows with questions, as in data.test; - reads JSON lines"),
-    Option("--output", metavar="FILE.jsonl", help="where their answers go; - writes to standard output"),
-    Option("--question", metavar="COLUMN", help="column, path or template of the question (default: guessed)"),
+    Option(
+        "--input", metavar="ROWS", help="rows with questions, as in data.test; - reads JSON Lines from standard input"
+    ),
+    Option("--output", metavar="FILE.jsonl", help="where to write the answers; - writes to standard output"),
+    Option("--question", metavar="COLUMN", help="column, nested path or template of the question (default: guessed)"),
     Option("--skip-bad", action="store_true", help="leave out rows without a usable question"),
     Option("--explain", action="store_true", help="also write the rationale"),
-    Option("--confidence", action="store_true", help="also write how probable the student finds its answer"),
+    Option("--confidence", action="store_true", help="also write the probability that the student gives its answer"),
     Option("--batch-size", type=_positive, default=64, metavar="N", help="questions per batch (%(default)s)"),
     Option("--max-new-tokens", type=_positive, default=256, metavar="N", help="tokens per answer (%(default)s)"),
     Option(
         "--think-below",
         type=float,
         metavar="P",
-        help="an adaptive student thinks first when the probability of its answer is below this (0 never, 2 always); "
-        "defaults to the threshold that `pst evaluate` chose",
+        help="for the arm adaptive: think first when the probability of the immediate answer is below this (0 never, 2 "
+        "always; default: the threshold that `pst evaluate` chose)",
     ),
     REBUILD,
     more=_more,

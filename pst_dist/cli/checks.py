@@ -18,10 +18,11 @@ from pst_dist.errors import ConfigError
     "read the rows and report problems in them",
     "pst check rows.jsonl",
     Option(
-        "config", help="config file, run directory, ready-made name, or the rows themselves (a file, hf:… or gen:…)"
+        "config",
+        help="the rows themselves (a file, hf:… or gen:…), or a config file, run directory or ready-made config",
     ),
     OVERRIDES,
-    Option("--rejects", metavar="FILE", default="rejects.jsonl", help="where bad rows are listed (%(default)s)"),
+    Option("--rejects", metavar="FILE", default="rejects.jsonl", help="where to list bad rows (default %(default)s)"),
 )
 def check(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import is_rows, load_config
@@ -50,7 +51,7 @@ def _at_least_one(text: str) -> int:
 
 
 @verb(
-    "show the tokens of some rows and which loss each one carries",
+    "show the tokens of some rows and the loss that applies to each token",
     "pst preview my.yaml -n 2",
     CONFIG,
     OVERRIDES,
@@ -80,7 +81,7 @@ def _machine_words() -> str:
     CONFIG,
     OVERRIDES,
     Option(
-        "--measure", action="store_true", help="take some passes on this machine first, half a minute, to say how long"
+        "--measure", action="store_true", help="also estimate the time, by measuring for half a minute on this machine"
     ),
     more=_machine_words,
 )
@@ -106,15 +107,15 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "find what on this machine would stop a run, with remedies",
+    "find problems on this machine that would stop a run, with remedies",
     "pst doctor my.yaml nodes=2 gpus=8",
     Option("config", nargs="?", help="config file, run directory, ready-made name, or a first report"),
     overrides(
         "keys of the config, nodes=N, gpus=N (per node), hostfile=PATH; or more reports to compare",
         "word",
     ),
-    Option("--report", metavar="FILE.json", help="also write the facts about this node, to compare it with others"),
-    Option("--compare", action="store_true", help="show how the nodes of several reports differ"),
+    Option("--report", metavar="FILE.json", help="also write facts about this node to a file, to compare nodes"),
+    Option("--compare", action="store_true", help="compare the nodes of several reports"),
     on=("embed.backend", "train.backend", "evaluate.backend"),
 )
 def doctor(arguments: argparse.Namespace) -> int:
@@ -144,10 +145,10 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "compare every file of a run with its digest",
+    "check every file of a run against its digest",
     "pst verify runs/demo",
-    Option("directory", metavar="DIR", help="a run, data or model directory, or one of several runs"),
-    Option("--rebuild", action="store_true", help="remove what is damaged, and recreate it if possible"),
+    Option("directory", metavar="DIR", help="a run, data or model directory, or a directory with several runs"),
+    Option("--rebuild", action="store_true", help="remove damaged files, and recreate them if possible"),
 )
 def verify(arguments: argparse.Namespace) -> int:
     from pst_dist.diagnostics.artefacts import verify

@@ -19,28 +19,29 @@ def _rate(text: str) -> float:
 
 def _more() -> str:
     return """\
-The base is embed.encoder, and only training rows are used. A positive is another correct rationale of the same
-question. Hard negatives end elsewhere: wrong samples of the teacher (--wrong dropped.jsonl, written by `pst teach`), or
-correct rationales with a number, a name or a word changed. Type the same command again to continue a stopped training.
+Training starts from embed.encoder and uses only training rows. A positive is another correct rationale of the same
+question. Hard negatives are rationales with another conclusion: the teacher's wrong ones (--wrong dropped.jsonl,
+written by `pst teach`), or correct ones with a number, a name or a word changed. If training is interrupted, run the
+same command again to resume.
 
-Then:  pst probe my.yaml --encoder FOLDER --split validation     what its vectors know of the answer
-       pst run my.yaml embed.encoder=FOLDER                      a student aligned with them"""
+Then:  pst probe my.yaml --encoder FOLDER --split validation     how much its vectors tell about the answer
+       pst run my.yaml embed.encoder=FOLDER                      train a student aligned with them"""
 
 
 @verb(
     "train a sentence encoder on the rationales",
     "pst encoder train my.yaml -o encoders/mine --wrong rationales.teach/dropped.jsonl",
-    Option("action", choices=("train",), help="train the encoder that embed.encoder names"),
+    Option("action", choices=("train",), help="train the encoder named by embed.encoder"),
     CONFIG,
     OVERRIDES,
-    Option("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the trained encoder goes"),
+    Option("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where to write the trained encoder"),
     Option(
         "--wrong",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="wrong rationales, as hard negatives (may be repeated)",
+        help="wrong rationales to use as hard negatives (may be repeated)",
     ),
     Option("--epochs", type=_at_least_one, default=3, help="passes over the rationales (default %(default)s)"),
     Option("--batch-size", type=_at_least_one, default=32, help="rationales per step (default %(default)s)"),

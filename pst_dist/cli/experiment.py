@@ -12,7 +12,7 @@ from pst_dist.cli.words import spell_on
 from pst_dist.errors import ConfigError
 
 EXPERIMENT_WORDS = """\
-An experiment names tasks, variants (arms, or arms with some keys changed), seeds and, for a sweep, values:
+An experiment lists tasks, variants (arms, possibly with changed keys), seeds and, for a sweep, values of keys:
 
   name: mine
   tasks:    {svamp: {config: svamp, data.root: FOLDER}}
@@ -20,22 +20,24 @@ An experiment names tasks, variants (arms, or arms with some keys changed), seed
   vary:     {data.max_rows: [100, 400]}
   seeds:    [0, 1, 2]
 
-Each combination has a run directory in runs/experiments/NAME. Finished runs are kept, stopped ones resume. Arguments:
+Each combination has its own run directory in runs/experiments/NAME. Finished runs are kept, and interrupted runs
+resume. Arguments:
   seeds=[0]  jobs=2  keep=results   keys of the experiment    train.max_steps=50   a key of every run
   on=ray                            runs are tasks of a Ray cluster (ray.address=, ray.num_gpus_per_run=)
 
-Machines without a shared disk can split the seeds: seeds=[0] on one, seeds=[1] on another. Then one combines them:
-  pst experiment mine.yaml seeds=[0,1] --with FOLDER   the other's runs/experiments/NAME, or just its outcomes.jsonl"""
+Machines without a shared disk can split the seeds: seeds=[0] on one, seeds=[1] on another. To combine the results,
+copy the other machine's runs/experiments/NAME, or just its outcomes.jsonl, to FOLDER:
+  pst experiment mine.yaml seeds=[0,1] --with FOLDER"""
 
 
 @verb(
-    "run tasks x variants x seeds on identical rows, and write a page of results",
+    "run every task x variant x seed on identical rows, and write a results page",
     "pst experiment letters seeds=[0] jobs=2",
     Option("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)"),
-    overrides("keys of the experiment, or of all its runs"),
+    overrides("keys of the experiment, or config keys of all its runs"),
     Option("--list", action="store_true", help="list the ready-made experiments and the questions they answer"),
     Option("--dry-run", action="store_true", help="list the runs and which of them are finished, without running any"),
-    Option("--collect", action="store_true", help="train nothing, only write the results of finished runs"),
+    Option("--collect", action="store_true", help="do not train; only write the results of finished runs"),
     Option("--page", metavar="FOLDER", help="also write the page and its plots to this folder"),
     Option(
         "--with",
@@ -43,7 +45,7 @@ Machines without a shared disk can split the seeds: seeds=[0] on one, seeds=[1] 
         action="append",
         default=[],
         metavar="FOLDER",
-        help="reuse the runs that another machine or an earlier call finished there; may be repeated",
+        help="reuse finished runs of another machine or an earlier call from this folder (may be repeated)",
     ),
     on=("backend",),
     more=lambda: EXPERIMENT_WORDS,

@@ -16,14 +16,14 @@ _TYPES = ("f32", "f16", "q8_0", "q4_k_m")
 
 def _more() -> str:
     return (
-        "With --gguf the export is also written as RUN/gguf/TYPE: a file for llama.cpp, a Modelfile for Ollama and\n"
-        "a card. f32 keeps the weights as they are, f16 halves the file, q8_0 (the default) takes a quarter, q4_k_m\n"
-        "about a sixth. The file is loaded in llama.cpp and asked the rows of `pst evaluate`; the output says what\n"
-        "share it answers differently.\n\n"
+        "--gguf also writes RUN/gguf/TYPE: a file for llama.cpp, a Modelfile for Ollama and a card. f32 keeps the\n"
+        "weights as they are; the file of f16 has half that size, q8_0 (the default) a quarter, q4_k_m about a\n"
+        "sixth. llama.cpp then answers test rows with the file; the output says how many answers differ from those\n"
+        "of transformers.\n\n"
         "serve the export:    transformers serve RUN/export\n"
         "serve the GGUF file: llama-server -m RUN/gguf/q8_0/NAME.gguf\n"
         "                     ollama create NAME -f RUN/gguf/q8_0/Modelfile\n"
-        "publish it:          pst export RUN --license apache-2.0 --push-to-hub NAME/REPO   (shows what would go)\n"
+        "publish it:          pst export RUN --license apache-2.0 --push-to-hub NAME/REPO   (sends nothing yet)\n"
         "                     HF_TOKEN=… pst export RUN --push-to-hub NAME/REPO --yes"
     )
 
@@ -46,17 +46,17 @@ def _more() -> str:
         type=int,
         default=200,
         metavar="N",
-        help="how many test rows --gguf compares at most (default %(default)s)",
+        help="maximum number of test rows that --gguf compares (default %(default)s)",
     ),
     Option(
         "--adapter",
         action="store_true",
-        help="write the adapter of a LoRA student alone, as a PEFT folder (RUN/adapter)",
+        help="write only the adapter of a LoRA student, as a PEFT folder (RUN/adapter)",
     ),
-    Option("--license", metavar="ID", help="the licence that the card names, for example apache-2.0"),
+    Option("--license", metavar="ID", help="the licence to name in the model card, for example apache-2.0"),
     Option("--push-to-hub", metavar="NAME/REPO", help="show what would be uploaded; with --yes, upload it"),
     Option("--yes", action="store_true", help="really upload, with the token in HF_TOKEN"),
-    Option("--public", action="store_true", help="the repository may be public; a new one is private without this"),
+    Option("--public", action="store_true", help="allow a public repository; without this, a new one is private"),
     Option(
         "--lm-eval",
         action="store_true",

@@ -33,16 +33,18 @@ from pst_dist.redaction import RedactingFormatter, redact
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).
 Any key can be overridden: `pst run my.yaml arm=post_thinking train.learning_rate=1e-3`. `+NAME` applies an overlay, a
-set of keys: `+paper_t5` trains with the published recipe, `+minilm` starts the student from the encoder's weights.
+ready-made set of keys: `+paper_t5` uses the published recipe, `+minilm` starts the student from the encoder's weights.
 
 Stages of a run:     check -> preview -> run  (= shard, embed, train, evaluate, export, report)
-A first look:        pst demo
+First try:           pst demo
+
 Your own rows:       pst check rows.jsonl;  pst run my.yaml
 Use the student:     pst answer runs/demo/pst "question" --explain
                      pst answer runs/demo/pst --input questions.jsonl --output answers.jsonl
 Serve the student:   transformers serve runs/demo/pst/export;  pst export runs/demo/pst --gguf
 
-Exit codes: 0 done, 2 input or config, 3 integrity, 4 environment, 5 in use, 6 diverged, 7 peer lost, 75 run again.
+Exit codes: 0 done, 2 bad input or config, 3 damaged or stale files, 4 problem on this machine, 5 directory in use,
+            6 training diverged, 7 rank lost, 75 stopped (run the same command again).
 """
 
 

@@ -12,7 +12,7 @@ from pst_dist.cli.words import config_of
 
 
 @verb(
-    "predict whether the semantic term can help: what the embeddings know of the answer",
+    "predict whether the alignment loss can help: test how well embeddings predict the answer",
     "pst probe my.yaml --encoder smollm2,layer=15",
     CONFIG,
     OVERRIDES,
@@ -23,11 +23,11 @@ from pst_dist.cli.words import config_of
         default=[],
         help="also probe this encoder, with its settings: NAME,layer=15,pooling=last (may be repeated)",
     ),
-    Option("-n", "--rows", type=_at_least_one, default=1000, help="rows at most (default %(default)s)"),
+    Option("-n", "--rows", type=_at_least_one, default=1000, help="maximum number of rows (default %(default)s)"),
     Option(
         "--split",
         choices=("train", "validation"),
-        help="rows of this split only: validation for an encoder trained on the training rows (default: both)",
+        help="use only this split; use validation for an encoder that was trained on the training rows (default: both)",
     ),
     Option("--json", action="store_true", help="print the numbers as JSON"),
 )

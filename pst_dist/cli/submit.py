@@ -22,7 +22,7 @@ def job_words() -> str:
     """The arguments of each launcher, for `pst submit --help`."""
     from pst_dist.clusters.jobs import words_of_folders
 
-    return f"{words_of_folders()}\nothers: packages with an entry point of the group pst_dist.launchers"
+    return f"{words_of_folders()}\nothers: packages with an entry point in the group pst_dist.launchers"
 
 
 def check_machine(launcher: Launcher, submission: Submission) -> None:
@@ -68,7 +68,7 @@ def _say(line: str) -> None:
 @verb(
     "submit a run to a cluster and follow it",
     "pst submit slurm my.yaml nodes=2 gpus=8",
-    Option("where", metavar="LAUNCHER", help="which kind of cluster: slurm, ray, or another launcher"),
+    Option("where", metavar="LAUNCHER", help="the kind of cluster: slurm, ray, or another launcher"),
     MAYBE_CONFIG,
     overrides("keys of the config, and arguments of the job (see below)"),
     Option("--dry-run", action="store_true", help="print what would be submitted, without submitting it"),

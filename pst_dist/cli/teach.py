@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 def _more() -> str:
     return """\
-What it does: every question is asked --samples times with every --prompt. A reply is kept if the task's own scoring
-finds the teacher's answer right; rows without an answer take the one on which their samples agree. The output has one
-row per question and goes into `pst check`, `pst run data.train=...` as it is.
+What it does: every question is asked --samples times with every --prompt. A reply is kept if its answer is right by the
+task's own scoring. Rows without an answer get the answer on which their samples agree. The output has one row per
+question and can be passed directly to `pst check` and `pst run data.train=...`.
 
 prompts:
   zero_shot  "Let's think step by step", then "Therefore, the answer is" (two requests; Fine-tune-CoT's)
-  few_shot   worked examples first: ours for the 12 tasks, --examples FILE, or --examples rows
-  explain    tells the gold answer and asks why it is right; suits students that answer first
-  FILE       your own: a .txt with {question}, or a .yaml with prompt, system, answer_prompt; {answer} is the gold one
+  few_shot   worked examples first: built-in ones for the 12 tasks, --examples FILE, or --examples rows
+  explain    gives the gold answer and asks why it is right; suits students that answer first
+  FILE       your own: a .txt with {question}, or a .yaml with prompt, system, answer_prompt; {answer}: the gold answer
 
 files: OUTPUT.jsonl, and in OUTPUT.teach/ the journal (every reply), report.json, cut.jsonl (replies that the length
-limit ended), dropped.jsonl (the others that were not kept).
+limit cut off) and dropped.jsonl (other replies that were not kept).
 
-Kill it at any time and type the same command again: no reply in the journal is paid for twice. Requests that were in
-flight, at most --concurrency of them, are asked again. Try with --dry-run, then --limit 20, then without.
+You can stop it at any time and run the same command again: no reply in the journal is requested twice. After a kill,
+requests that were in flight (at most --concurrency) are sent again. Start with --dry-run, then --limit 20, then all.
 
 on=ray runs replicas of --teacher-model on a Ray cluster, with the settings embed.ray.* (address, num_actors, CPUs and
-GPUs of each); --concurrency counts the rows in flight on all of them.
+GPUs of each); --concurrency is the number of rows in flight on all replicas together.
 
 The key is read from the environment variable OPENAI_API_KEY, or the one that --key-env names, and is never written."""
 
@@ -56,42 +56,83 @@ def _words(text: str) -> list[str]:
 _OPTIONS = (
     Option("config", metavar="ROWS", help="the rows (a file, hf:... or gen:...), a config, or a ready-made name"),
     OVERRIDES,
-    Option("-o", "--output", required=True, metavar="FILE.jsonl", help="where the rows with rationales go"),
+    Option("-o", "--output", required=True, metavar="FILE.jsonl", help="where to write the rows with rationales"),
     Option("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1"),
-    Option("--model", metavar="NAME", help="the model's name at the endpoint"),
-    Option("--teacher-model", metavar="MODEL", help="instead: a folder, hub id, .gguf or smollm2, in this process"),
-    Option("--api", choices=("chat", "completions"), help="the endpoint's interface (chat)"),
-    Option("--key-env", metavar="NAME", help="environment variable with the key (OPENAI_API_KEY)"),
-    Option("--prompt", metavar="NAMES", type=_words, dest="prompts", help="one or more, with commas (zero_shot)"),
-    Option("--examples", metavar="FILE", help="few_shot: rows with rationales, or `rows` for the given ones"),
-    Option("--shots", type=int, metavar="N", help="few_shot: examples in a prompt (3)"),
-    Option("--samples", type=int, metavar="K", help="replies for each question and prompt (1)"),
-    Option("--temperature", type=float, metavar="T", help="0 for one sample, 0.7 for several, unless given"),
-    Option("--seed", type=int, metavar="N", help="each request gets a seed of its own from it (0)"),
-    Option("--reply-tokens", type=int, metavar="N", help="length limit of a reply (512)"),
-    Option("--omit", type=_words, metavar="FIELDS", help="fields that the server does not know: seed, max_tokens, ..."),
-    Option("--extra", type=_pairs, metavar="JSON", help="further fields of the request"),
-    Option("--limit", type=int, metavar="N", help="ask the first N questions only"),
-    Option("--thoughts", choices=("drop", "keep"), help="a reasoning model's thought in the rationale (drop)"),
-    Option("--agree", type=float, metavar="SHARE", help="more than this share of samples must agree (0.5)"),
+    Option("--model", metavar="NAME", help="name of the model at the endpoint"),
+    Option(
+        "--teacher-model",
+        metavar="MODEL",
+        help="instead of an endpoint: a folder, hub id, .gguf file or smollm2, run in this process",
+    ),
+    Option("--api", choices=("chat", "completions"), help="the endpoint's API (default chat)"),
+    Option("--key-env", metavar="NAME", help="environment variable with the API key (default OPENAI_API_KEY)"),
+    Option(
+        "--prompt",
+        metavar="NAMES",
+        type=_words,
+        dest="prompts",
+        help="one or more prompts, separated by commas (default zero_shot)",
+    ),
+    Option(
+        "--examples", metavar="FILE", help="for few_shot: a file of rows with rationales, or `rows` for the given rows"
+    ),
+    Option("--shots", type=int, metavar="N", help="for few_shot: examples per prompt (default 3)"),
+    Option("--samples", type=int, metavar="K", help="replies per question and prompt (default 1)"),
+    Option("--temperature", type=float, metavar="T", help="default: 0 for one sample, 0.7 for several"),
+    Option("--seed", type=int, metavar="N", help="from which each request derives its own seed (default 0)"),
+    Option("--reply-tokens", type=int, metavar="N", help="maximum length of a reply (default 512)"),
+    Option(
+        "--omit",
+        type=_words,
+        metavar="FIELDS",
+        help="request fields to leave out because the server does not know them: seed, max_tokens, ...",
+    ),
+    Option("--extra", type=_pairs, metavar="JSON", help="additional fields of the request"),
+    Option("--limit", type=int, metavar="N", help="ask only the first N questions"),
+    Option(
+        "--thoughts",
+        choices=("drop", "keep"),
+        help="keep a reasoning model's thought in the rationale, or drop it (default)",
+    ),
+    Option("--agree", type=float, metavar="SHARE", help="more than this share of samples must agree (default 0.5)"),
     Option("--new-questions", type=int, metavar="K", help="also ask for K new questions like each one"),
-    Option("--avoid", action="append", metavar="FILE", help="test rows that no new question may be close to"),
-    Option("--near", type=float, metavar="SIMILARITY", help="from which two questions count as the same (0.7)"),
-    Option("--concurrency", type=int, metavar="N", help="requests at the same time, or rows in a batch (8)"),
+    Option(
+        "--avoid", action="append", metavar="FILE", help="test rows; new questions that are close to one are dropped"
+    ),
+    Option(
+        "--near",
+        type=float,
+        metavar="SIMILARITY",
+        help="similarity from which two questions count as close (default 0.7)",
+    ),
+    Option("--concurrency", type=int, metavar="N", help="requests at the same time, or rows per batch (default 8)"),
     Option("--requests-per-minute", type=float, metavar="N", help="rate limit"),
-    Option("--tokens-per-minute", type=float, metavar="N", help="rate limit, prompts and replies together"),
-    Option("--timeout", type=float, metavar="S", dest="timeout_seconds", help="seconds that a request may take (120)"),
-    Option("--retries", type=int, metavar="N", help="repetitions after a failure that may pass (6)"),
-    Option("--price-in", type=float, metavar="P", help="price of a million prompt tokens"),
-    Option("--price-out", type=float, metavar="P", help="price of a million generated tokens"),
-    Option("--max-cost", type=float, metavar="C", help="stop before more is spent, over all starts"),
-    Option("--max-tokens", type=int, metavar="N", help="stop before more tokens are used, over all starts"),
-    Option("--dry-run", action="store_true", help="estimate requests, tokens and cost; ask nothing"),
+    Option("--tokens-per-minute", type=float, metavar="N", help="rate limit for prompts and replies together"),
+    Option(
+        "--timeout",
+        type=float,
+        metavar="S",
+        dest="timeout_seconds",
+        help="time limit of a request in seconds (default 120)",
+    ),
+    Option("--retries", type=int, metavar="N", help="retries after a temporary failure (default 6)"),
+    Option("--price-in", type=float, metavar="P", help="price per million prompt tokens"),
+    Option("--price-out", type=float, metavar="P", help="price per million generated tokens"),
+    Option(
+        "--max-cost",
+        type=float,
+        metavar="C",
+        help="stop before more than this is spent, over all starts of the command",
+    ),
+    Option(
+        "--max-tokens", type=int, metavar="N", help="stop before more than this many tokens are used, over all starts"
+    ),
+    Option("--dry-run", action="store_true", help="estimate requests, tokens and cost; send nothing"),
 )
 
 
 @verb(
-    "ask a teacher for rationales, and for new questions",
+    "ask a teacher model for rationales, and for new questions",
     "pst teach rows.jsonl -o rationales.jsonl --endpoint http://localhost:8000/v1 --model NAME --prompt few_shot",
     *_OPTIONS,
     more=_more,

@@ -21,14 +21,16 @@ class Option:
         self.names, self.settings = names, settings
 
 
-CONFIG = Option("config", help="config file, run directory, or ready-made name")
-MAYBE_CONFIG = Option("config", nargs="?", help="config file, run directory, or ready-made name")
-REBUILD = Option("--rebuild", action="store_true", help="replace what was made from other inputs")
+CONFIG = Option("config", help="config file, run directory, or name of a ready-made config")
+MAYBE_CONFIG = Option("config", nargs="?", help="config file, run directory, or name of a ready-made config")
+REBUILD = Option("--rebuild", action="store_true", help="replace outputs that were made from other inputs")
 _VERBOSE = Option("-v", "--verbose", action="store_true", help="print more")
-_QUIET = Option("-q", "--quiet", action="store_true", help="print problems only")
+_QUIET = Option("-q", "--quiet", action="store_true", help="print only problems")
 
 
-def overrides(help: str = "override any key; +NAME: an overlay", metavar: str = "key.sub=value") -> Option:
+def overrides(
+    help: str = "override any config key; +NAME applies an overlay", metavar: str = "key.sub=value"
+) -> Option:
     """The arguments `key.sub=value` and `+NAME`, which may appear anywhere among the options."""
     # Without a default, argparse lists it among the required arguments; with None it is still an empty list.
     return Option("overrides", nargs="*", default=None, metavar=metavar, help=help)

@@ -33,7 +33,7 @@ def _arms_of(config: Config) -> list[Config]:
     Option(
         "--to",
         choices=("messages", "parquet"),
-        help="also write the shards' rows next to them for other programs: chat messages, with the answer first in the "
+        help="also write the rows in a format for other programs: chat messages with the answer first in the "
         "assistant's turn (TRL, axolotl, LLaMA-Factory, ms-swift), or Parquet with every field",
     ),
 )
@@ -56,7 +56,7 @@ def shard(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "encode the teacher's rationales",
+    "compute embeddings of the teacher's rationales",
     "pst embed my.yaml embed.backend=ray",
     CONFIG,
     OVERRIDES,
@@ -116,16 +116,16 @@ def _evaluate_help() -> str:
         "On every GPU of a machine:  deepspeed --num_gpus 8 --module pst_dist evaluate RUN\n"
         "                            torchrun --standalone --nproc_per_node 8 -m pst_dist evaluate RUN\n"
         "On a Ray cluster:           pst evaluate RUN on=ray evaluate.ray.num_actors=8\n"
-        "The results are those of one process. The same command continues an evaluation that was killed; with\n"
-        "--rebuild it starts anew.\n\n"
-        "data.test=FILE scores other rows than the run's own, in RUN/eval/NAME-DIGEST: pst evaluate RUN\n"
-        "data.test=other.jsonl [task=svamp] [data.answer_type=number] [data.columns=...]. Name these folders to\n"
-        "`pst compare`."
+        "The results are the same as with one process. The same command resumes an evaluation that was killed;\n"
+        "--rebuild starts it again from the beginning.\n\n"
+        "To score other rows than the run's own: pst evaluate RUN data.test=other.jsonl [task=svamp]\n"
+        "[data.answer_type=number] [data.columns=...]. The scores go to RUN/eval/NAME-DIGEST; pass such folders to\n"
+        "`pst compare` to compare them."
     )
 
 
 @verb(
-    "decode and score the test rows, or any others",
+    "generate answers for the test rows, or any other rows, and score them",
     "pst evaluate runs/demo/pst",
     CONFIG,
     OVERRIDES,
@@ -167,7 +167,7 @@ def _score_line(config: Config, results: dict[str, Any]) -> str:
     )
 
 
-@verb("write the plots and the page of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
+@verb("write the plots and the report of a run", "pst report runs/demo/pst", CONFIG, OVERRIDES)
 def report(arguments: argparse.Namespace) -> int:
     from pst_dist.config.effect import given_keys, refuse_without_effect
     from pst_dist.pipeline import compare_arms
@@ -189,7 +189,7 @@ def report(arguments: argparse.Namespace) -> int:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="run directories scored on the same rows, or folders of scores of other rows, RUN/eval/NAME",
+        help="run directories that were scored on the same rows, or score folders RUN/eval/NAME-DIGEST",
     ),
     Option("-o", "--output", metavar="PAGE.html", help="also write an HTML page"),
 )
@@ -228,12 +228,12 @@ def _print_comparison(runs: list[Path]) -> None:
 
 
 @verb(
-    "do all stages, skipping completed ones",
+    "run all stages, skipping completed ones",
     "pst run my.yaml arms=[pst,answer_only]",
     CONFIG,
     OVERRIDES,
     REBUILD,
-    Option("--dry-run", action="store_true", help="only make all checks that are possible before the first stage"),
+    Option("--dry-run", action="store_true", help="only run the checks that are possible before the first stage"),
     on=("embed.backend", "train.backend", "evaluate.backend"),
 )
 def run(arguments: argparse.Namespace) -> int:
@@ -260,7 +260,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @verb(
-    "do all stages on a built-in task; needs no data",
+    "run all stages on a built-in task; needs no data",
     "pst demo",
     OVERRIDES,
     REBUILD,

@@ -25,14 +25,14 @@ def _seconds(text: str) -> float:
 
 
 @verb(
-    "watch a run while it works: losses, validation, speed, time left, ranks, warnings",
+    "watch a run in progress: losses, validation, speed, time left, ranks, warnings",
     "pst watch runs/demo",
     Option("directory", metavar="RUN", help="the output_dir of a run, or of several arms, here or on a shared disk"),
-    Option("--once", action="store_true", help="print the state and end"),
-    Option("--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often to look (%(default)s)"),
+    Option("--once", action="store_true", help="print the state and exit"),
+    Option("--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often to refresh (default %(default)s)"),
     more=lambda: (
-        "It reads files only and changes nothing: start it anywhere, as often as you like. It ends with the run, with\n"
-        "its exit code (7 when its process is gone). Ctrl-C ends the watching, not the run."
+        "It only reads files, so you can start it anywhere, as often as you like. It ends when the run ends, with the\n"
+        "run's exit code (7 if the run's process has disappeared). Ctrl-C stops watching, not the run."
     ),
 )
 def watch(arguments: argparse.Namespace) -> int:

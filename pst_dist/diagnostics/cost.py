@@ -38,23 +38,23 @@ class Machines(Section):
     """The machines for the run: the arguments of `pst plan` that are not keys of the config."""
 
     nodes: int = Field(1, ge=1)
-    """Machines."""
+    """Number of machines."""
     gpus: int = Field(1, ge=1)
-    """Ranks per machine: GPUs, or CPU ranks."""
+    """Ranks per machine: one per GPU, or CPU ranks."""
     gpu: GpuName | None = Field(
-        None, description=f"The GPU, for its memory and a guess of its speed from a table: {', '.join(GPUS)}."
+        None, description=f"The GPU model, to look up its memory and estimate its speed: {', '.join(GPUS)}."
     )
     gpu_memory: float | None = Field(None, gt=0)
-    """Memory of one GPU in GiB; the plan then says whether a rank fits."""
+    """Memory of one GPU in GiB; with it, the plan says whether a rank fits."""
     tokens_per_second: float | None = Field(None, gt=0)
     """Training speed of one rank, from the log of a short run."""
     texts_per_second: float | None = Field(None, gt=0)
-    """Speed of one encoder, from `pst embed` or benchmarks/embed_throughput.py."""
+    """Speed of one encoder process, from `pst embed` or benchmarks/embed_throughput.py."""
     write_gb_per_second: float = Field(1.0, gt=0)
     """Write speed of the shared file system for all ranks together, in GB/s."""
     node_hours_between_failures: float = Field(6300.0, gt=0)
-    """Mean time between failures of one node. 6300 h is Llama 3's pre-training: 419 unexpected interruptions in 54
-    days of 2048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4)."""
+    """Mean time between failures of one node. The default is that of Llama 3's pre-training: 419 unexpected
+    interruptions in 54 days on 2048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4)."""
 
     @field_validator("gpu", mode="before")
     @classmethod

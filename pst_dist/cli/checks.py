@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, verb
@@ -70,9 +71,12 @@ def _machine_words() -> str:
     from pst_dist.diagnostics.cost import Machines
 
     fields = Machines.model_fields.items()
-    return "machines:\n" + "\n".join(
-        f"  {field} (default {info.default}): {' '.join((info.description or '').split())}" for field, info in fields
-    )
+    lines = []
+    for field, info in fields:
+        default = "" if info.default is None else f" (default {info.default:g})"
+        text = f"{field}{default}: {info.description}"
+        lines.append(textwrap.fill(" ".join(text.split()), 110, initial_indent="  ", subsequent_indent="      "))
+    return "machines:\n" + "\n".join(lines)
 
 
 @verb(

@@ -3,11 +3,11 @@
     python benchmarks/shard_throughput.py [--rows 50000] [--rationales 1] [--rounds 5] [--output FILE]
 
 This is the part of `pst shard` after its rows are read. The bare writer gets the same content as a dict, with the same
-rows per shard, and writes tars and nothing else. Ours also refuses duplicate ids and text that cannot be stored, writes
-tars whose bytes depend on the samples alone, reads each tar back strictly, writes an index, a sha256 and a manifest,
-syncs the files to the disk and publishes them all at once. `digests` is the bare writer and a sha256 of each tar, the
-least that a manifest needs. Contenders take turns within a round, and ratios are taken within a round. Fails if a
-sample read from the bare writer's tars differs from ours.
+rows per shard, and writes only tars. pst_dist also refuses duplicate ids and text that cannot be stored, writes tars
+whose bytes depend only on the samples, writes an index, a sha256 and a manifest, syncs the files to the disk and
+publishes them all at once. `digests` is the bare writer and a sha256 of each tar, the least that a manifest needs.
+Contenders take turns within a round, and ratios are taken within a round. Fails if a sample read from the bare writer's
+tars differs from that of pst_dist.
 """
 
 from __future__ import annotations

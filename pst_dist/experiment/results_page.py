@@ -177,7 +177,7 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
 def _state(results: Results) -> str:
     done = sum(len(group.seeds) for group in results.groups)
     total = done + len(results.missing)
-    return f"{done} of {total} runs are finished; the tables leave out the others." if results.missing else ""
+    return f"{done} of {total} runs are finished; the tables show only these." if results.missing else ""
 
 
 def _chance(group: Group) -> str:
@@ -239,8 +239,8 @@ def _controls(results: Results) -> list[str]:
     named = [", ".join([pair.task, *point_words(pair.point)]) + f": {_against(pair)}" for pair in same]
     return [
         f"In {len(same)} of the {len(pairs)} pairs of an arm and its control, the two do not differ measurably (the "
-        "interval includes zero). Such a comparison proves nothing: neither that what the control lacks acts, nor that "
-        "it does not.",
+        "interval includes zero). Such a comparison is inconclusive: it shows neither that the removed part helps nor "
+        "that it does not.",
         "\n".join(f"- {name}" for name in named),
     ]
 
@@ -262,7 +262,7 @@ def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:
     if len(rows) == 1:
         return []
     words = (
-        "Each is one student that learnt both orders. It thinks first when the probability of its immediate answer is "
+        "Each is one student that has learnt both orders. It thinks first when the probability of its immediate answer is "
         "below a threshold, which is chosen on validation rows unless evaluate.think_below is set. When it thinks, "
         "tokens include both answers."
     )

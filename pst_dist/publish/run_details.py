@@ -87,7 +87,7 @@ def _of_training(metrics: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, 
 def _of_evaluations(evaluations: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
     for results in evaluations:
         split = f"evaluation, {results['split']}"
-        yield split, "answers without their end within evaluate.max_new_tokens, cut", _count(results.get("incomplete"))
+        yield split, "answers cut off at evaluate.max_new_tokens", _count(results.get("incomplete"))
         yield split, "answers that could not be parsed, counted as wrong", _count(results.get("unparsed"))
         timed = (results.get("milliseconds_to_answer") or {}).get("rows")
         if timed is not None and timed < results["rows"]:

@@ -262,8 +262,8 @@ def _adaptive(panels: Sequence[tuple[str, list[Group]]]) -> list[str]:
     if len(rows) == 1:
         return []
     words = (
-        "Each is one student that has learnt both orders. It thinks first when the probability of its immediate answer is "
-        "below a threshold, which is chosen on validation rows unless evaluate.think_below is set. When it thinks, "
+        "Each is one student that has learnt both orders. It thinks first when the probability of its immediate answer "
+        "is below a threshold, which is chosen on validation rows unless evaluate.think_below is set. When it thinks, "
         "tokens include both answers."
     )
     return ["## Answering at once or thinking first", words, _markdown(rows, text=3)]

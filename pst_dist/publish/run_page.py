@@ -121,7 +121,7 @@ def _figures(
         ),
         "gradient_shares": (
             plots.gradient_plot(metrics),
-            "Each term's share of the gradient at the hidden state. If one is near 0 or 100 %, consider another weight.",
+            "Each term's share of the gradient at the hidden state. Near 0 or 100 %: consider another weight.",
         ),
         "validation": (
             plots.validation_plot(metrics, training.get("best_step"), metric),

@@ -190,7 +190,7 @@ def resume(
         engine.load(path)
     log.info("resumed step %d from %s", state.step, path)
     if (state.engine, state.world_size) != (fresh.engine, fresh.world_size):
-        log.info("the checkpoint was saved by %d rank(s) of %s", state.world_size, state.engine)
+        log.info("the checkpoint was saved by %d rank(s), engine %s", state.world_size, state.engine)
     return replace(
         state,
         fingerprint=fresh.fingerprint,

@@ -256,7 +256,7 @@ class _Training:
         fits = state.step == 0 and self.teacher is not None and self.config.loss.head_init == "ridge"
         fitted = fit_head(engine, self.samples, self.layout, self.collate, self.config) if fits else None
         log.info(
-            "arm %s: %s parameters%s, %d rows, %d steps of %d samples on %d rank(s) of %s, %s",
+            "arm %s: %s parameters%s, %d rows, %d steps of %d samples on %d rank(s), engine %s, %s",
             self.config.arm,
             f"{sum(getattr(p, 'ds_numel', p.numel()) for p in self.student.model.parameters()):,}",
             f" ({trained_count(self.student.model):,} trained)" if self.student.is_adapted else "",

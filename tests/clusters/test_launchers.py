@@ -62,7 +62,7 @@ def test_the_deepspeed_script_goes_from_rows_to_a_report_on_two_ranks(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "on 2 rank(s) of zero2" in done.stderr
+    assert "on 2 rank(s), engine zero2" in done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
     assert read_json(tmp_path / "run" / "eval" / "test" / "results.json")["rows"] == 12
     assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == list(range(1, 9))

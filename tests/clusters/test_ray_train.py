@@ -231,7 +231,7 @@ def test_a_submission_shows_what_it_sends_and_ctrl_c_only_ends_the_following(tol
 def test_the_job_embeds_on_actors_and_trains_on_workers_and_its_lines_arrive_as_they_are(told):
     lines = told.followed.splitlines()
     assert any(re.fullmatch(r"embed: 4 shards on 1 Ray actors?", line) for line in lines)
-    assert any(line.startswith("arm pst: ") and "on 2 rank(s) of zero2, cpu" in line for line in lines)
+    assert any(line.startswith("arm pst: ") and "on 2 rank(s), engine zero2, cpu" in line for line in lines)
     assert any(re.match(rf"step \d+/{STEPS}  loss \d", line) for line in lines)
 
 

@@ -342,7 +342,7 @@ class TestOnARealSlurm:
         # Rounding differs between one process and two, and forty steps of Adam carry it on.
         assert losses(run)[:8] == pytest.approx(losses(tmp_path / "plain")[:8], abs=1e-5)
         assert losses(run) == pytest.approx(losses(tmp_path / "plain"), abs=1e-3) and len(losses(run)) == STEPS
-        assert "on 2 rank(s) of zero1" in said
+        assert "on 2 rank(s), engine zero1" in said
         for line in ("#SBATCH --nodes=2", "#SBATCH --time=00:10:00", "script: ", "submitted; log: "):
             assert line in said
         assert re.search(r"job \d+: running on n\[1-2\]\n(.*\n)*job \d+: completed on n\[1-2\], exit code 0\n$", said)
@@ -591,7 +591,7 @@ def test_ray_on_slurm_embeds_and_trains_on_two_hosts_and_gives_the_drivers_exit_
         log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else done.stderr
     assert re.findall(r"^exit code (\d+)", done.stdout, re.MULTILINE) == ["0", "0", "2"], log
     assert "Ray actors" in log and "error[INPUT] /nowhere/shards" in log
-    assert "on 2 rank(s) of zero1" in log and read_json(tmp_path / "run" / "train.json")["steps"] == 8
+    assert "on 2 rank(s), engine zero1" in log and read_json(tmp_path / "run" / "train.json")["steps"] == 8
     train(small_config(data, tmp_path / "plain", train__max_steps=8, train__eval_steps=1000))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
     made = sorted(path.name for path in (data / "embeddings").iterdir() if not path.name.startswith("."))

@@ -66,7 +66,7 @@ def test_a_host_without_power_and_one_without_cable_are_named_and_the_next_launc
         assert re.search(rf"{lost} {place} \(no answer for \d+ s: its machine or the network is gone\);", line), line
 
     assert [results[f"deepspeed-{node}"]["code"] for node in (0, 1)] == [0, 0], said["deepspeed-0"]
-    assert "resumed step 4" in said["deepspeed-0"] and "on 2 rank(s) of zero2" in said["deepspeed-0"]
+    assert "resumed step 4" in said["deepspeed-0"] and "on 2 rank(s), engine zero2" in said["deepspeed-0"]
     assert losses(tmp_path / "run") == pytest.approx(one_process, abs=1e-5)
 
 

@@ -199,10 +199,10 @@ def export(
 def as_dataset(source: Source, split: str | None = None, *, streaming: bool = False) -> Any:
     """The rows of finished shards as a Hugging Face dataset; all splits as a `DatasetDict` without `split`.
 
-    `source` is a shard directory, a data or run directory, or a config. Columns: id, question, answer,
-    rationales, answer_type, choices, turns (`{"role", "content"}`, ending with the question); a row without rationales,
-    choices or earlier turns has None there. With `streaming` rows are read
-    from the shards as they are needed. Raises InputError when there are no finished shards.
+    `source` is a shard directory, a data or run directory, or a config. Columns: id, question, answer, rationales,
+    answer_type, choices, turns (`{"role", "content"}`, ending with the question); None for a row without rationales,
+    choices or earlier turns. With `streaming`, rows are read from the shards as they are needed. Raises InputError when
+    there are no finished shards.
     """
     from pst_dist.data.interchange import dataset_of
     from pst_dist.data.shards import ShardSet
@@ -237,10 +237,10 @@ def teach(rows: Any, output: str | Path, *overrides: str, config: Source = None,
     `rows` is what data.train takes (paths, or the rows themselves), or None for the training rows of `config`.
     `overrides` are words as in `load_config` ("task=gsm8k"). `settings` are those of the command, with underscores:
     `endpoint=..., model=..., prompts=["few_shot"], samples=4, max_cost=5.0`; see `teacher.settings.TeachSettings`.
-    The same call goes on where an interrupted one stopped, and pays for no reply twice.
+    The same call resumes an interrupted one, and pays for no reply twice.
 
     Raises ConfigError for a wrong setting, EnvironmentFault when the teacher does not answer, and StaleError when the
-    journal beside `output` belongs to other settings. A cap that is reached is no error: see `TeachResult.cap`.
+    journal beside `output` belongs to other settings. Reaching a cap is not an error: see `TeachResult.cap`.
     """
     from pst_dist.teacher.settings import TeachSettings
     from pst_dist.teacher.teach import teach
@@ -330,7 +330,7 @@ class Student:
     ) -> Answer:
         """Answer one question greedily; with `explain` the student also writes its rationale.
 
-        A conversation is asked as it is in training: as turns of the student's chat template, else as one text.
+        A conversation is passed to the student as in training: as turns of its chat template, or else as one text.
         An adaptive student thinks first when the probability of its answer is below `think_below` (0 never, 2 always;
         defaults to the threshold that the evaluation chose). Raises InputError for a question that is empty or too
         long for the model, for turns that the student cannot be asked, and for `think_below` with a student of another

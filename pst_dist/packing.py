@@ -1,7 +1,7 @@
 """The first stage of a run: rows from their sources become shards, unless the same rows are packed already.
 
 Whether they are is decided without reading a row: beside the shards, `.shards.inputs.json` lists the files that they
-were made from, with size, time and sha256, and a digest of everything else that decides the rows. The list is no part
+were made from, with size, time and sha256, and a digest of everything else that decides the rows. The list is not part
 of the shards: it has paths and times of this machine, and equal rows give equal shards.
 """
 

@@ -1,4 +1,4 @@
-"""Put many questions to a trained student: read them, answer them by windows, and write one line for each.
+"""Ask a trained student many questions: read them, answer them in windows, and write one line for each.
 
 `files` runs the whole task; `windows` cuts the questions and answers them in this process. `clusters.ray.answer`
 answers the same windows on a Ray cluster.

@@ -1,8 +1,8 @@
-"""Answer every question of a file into a JSON Lines file; the same command resumes, and ends at once when it is done.
+"""Answer every question of a file into a JSON Lines file. The same command resumes, and does nothing when it is done.
 
 First all rows are read and checked, without keeping them. Then they are read again and answered window by window. The
-answers grow in `OUTPUT.partial` and get the name OUTPUT when the last one is there; `OUTPUT.manifest.json` says from
-what they were made, and is written before the first answer.
+answers are appended to `OUTPUT.partial`, which is renamed to OUTPUT when it is complete. `OUTPUT.manifest.json` is
+written before the first answer and says from what the answers are made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Questions cut into windows, the unit of resuming and of distributing, and a window answered in this process.
 
-Batches are formed by length within a window. So the answers to a window depend on its questions, the student and the
-settings only, not on where they are computed or what was done before.
+Batches are formed by length within a window. So the answers of a window depend only on its questions, the student and
+the settings, not on where or in which order windows are computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verb `probe`: what the targets of the alignment term know about the answer, before anything is trained."""
+"""The verb `probe`: how well the targets of the alignment term predict the answer, before anything is trained."""
 
 from __future__ import annotations
 

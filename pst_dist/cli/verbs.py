@@ -1,5 +1,6 @@
-"""The verbs that do a run, stage by stage or as a whole, and those that use one. Each reads its config, calls the
-stage, and prints the result.
+"""The verbs that carry out a run, stage by stage or as a whole, and those that use a finished run.
+
+Each reads its config, calls the stage, and prints the result.
 
 Each verb imports what it needs when it runs, so that `pst --help` stays fast.
 """

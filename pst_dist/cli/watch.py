@@ -1,4 +1,4 @@
-"""The verb `pst watch`: one screen of a run while it works, or plain lines where standard output is no terminal."""
+"""The verb `pst watch`: one screen about a run in progress, or plain lines if standard output is not a terminal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Id, number of rationales and question group of every row of a split, in one file that is opened through a memory map.
 
 InfoNCE draws thousands of further rows at every step and needs no more of them than this. The file is made once, by
-reading all rows, and lies beside the shards; it is no part of them and can be deleted.
+reading all rows. It is next to the shards but not part of them, and can be deleted.
 """
 
 from __future__ import annotations

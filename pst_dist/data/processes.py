@@ -190,7 +190,7 @@ def serve() -> None:
     """The main function of a worker: run jobs until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent then ends this process
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # What a library prints is no answer, and what it reads is no job.
+    # Keep what libraries print and read away from the pipe that carries jobs and answers.
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)

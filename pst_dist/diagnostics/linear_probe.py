@@ -1,8 +1,8 @@
-"""Linear probes: how well ridge regression reads a label out of vectors, on rows that it was not fitted to.
+"""Linear probes: how well ridge regression predicts a label from vectors, on rows that it was not fitted to.
 
 Five folds; the regularisation of each fit is chosen on its own training rows, by their leave-one-out predictions, which
 ridge regression has in closed form. So no row takes part in any choice that it is scored with. Only numpy is used.
-`diagnostics.probe` decides which vectors and labels are worth asking about.
+`diagnostics.probe` chooses the vectors and labels.
 """
 
 # Shapes in this file: n rows, D width, C columns of a target

@@ -1,9 +1,10 @@
-"""`pst probe`: what do the teacher's embeddings know about the answer? Asked before training, with standard errors.
+"""`pst probe`: how well do the teacher's embeddings predict the answer? Measured before training, with standard errors.
 
-The alignment term teaches a student what its target knows. If the target knows no more of the answer than the question
-itself does, `pst` can hardly beat its control with shuffled embeddings. So a linear probe reads the gold answer out of
-the question's embedding, out of the rationale's, and out of what remains of the rationale's when the part that the
-question predicts is removed. A linear probe on a few hundred rows finds a part of what there is: it is a prediction.
+The alignment term can only teach a student what its target contains. If the target says no more about the answer than
+the question does, `pst` can hardly beat its control with shuffled embeddings. So a linear probe predicts the gold
+answer from the question's embedding, from the rationale's, and from the remainder: the rationale's embedding without
+the part that the question's embedding predicts. A linear probe on a few hundred rows finds only part of the
+information, so its result is a prediction.
 `diagnostics.linear_probe` has the regressions.
 """
 

@@ -1,4 +1,4 @@
-"""What `pst watch` knows of a run: read from the files of its directory, so it works over ssh and beside any launcher.
+"""What `pst watch` knows about a run: read from the files of its directory, so it works over ssh and with any launcher.
 
 `stage.json` says which stage runs and how it ended, `live.json` how the training goes, `metrics.jsonl` how it went.
 Nothing here is written, and no file has to exist. `diagnostics.watch_page` turns it into text.

@@ -1,4 +1,4 @@
-"""The screen of `pst watch`, and its plain lines for a terminal that is none; `diagnostics.watch` reads the files."""
+"""The screen of `pst watch`, and its plain lines if there is no terminal; `diagnostics.watch` reads the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where this rank is, and the signs that it gets on: what its watcher reports to the others.
+"""Where this rank is, and signs that it makes progress: what its watcher reports to the other ranks.
 
 `at` and `alive` are called by the code that trains, also between the rows or files of a long section. Native code that
 reports nothing (reading weights, training a tokenizer, building an engine) runs inside `working`, where the CPU time

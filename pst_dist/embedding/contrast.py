@@ -1,8 +1,8 @@
-"""Training examples for an encoder that tells a rationale from one that reasons to another end.
+"""Training examples for an encoder that distinguishes rationales with different conclusions.
 
 A positive is another correct rationale of the same question. A hard negative is a rationale of the same question that
-ends elsewhere: a wrong sample of the teacher, or a correct rationale with a number, a name or a negation changed.
-`embedding.train_encoder` trains on them.
+has another conclusion: a wrong sample of the teacher, or a correct rationale with a number, a name or a negation
+changed. `embedding.train_encoder` trains on them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Triplet:
     """Another correct rationale of the same question; the anchor itself where there is none. The encoder's dropout then
     makes the two views differ (SimCSE, arXiv 2104.08821)."""
     negatives: tuple[str, ...]
-    """Rationales that end elsewhere, all different and different from anchor and positive."""
+    """Rationales with another conclusion, all different and different from anchor and positive."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _cosine(one_nE: np.ndarray, other_nE: np.ndarray) -> float:
 
 _NAMES = {
     "to_positive": "another correct rationale of the question",
-    "to_negative": "the rationale with another end",
+    "to_negative": "the rationale with another conclusion",
     "to_others": "rationales of other questions",
 }
 
@@ -81,8 +81,8 @@ def card(report: Mapping[str, Any], rationales: int) -> str:
             "",
             *(table if report["before"] is not None else ["There were no validation rows to measure on."]),
             "",
-            "A lower cosine to a rationale with another end does not show that a student learns more from it.",
-            "`pst probe` asks what the vectors know of the answer; a run against its shuffled control decides.",
+            "A lower cosine to a rationale with another conclusion does not show that a student learns more from it.",
+            "`pst probe` measures how well the vectors predict the answer. Proof needs a run and its control.",
             "",
             f"Digest of the examples: `{report['examples']}`.",
             "",

@@ -3,7 +3,8 @@
 A dict of (id, rationale) tuples takes 307 bytes of each rank's memory for every rationale. The array takes 16 bytes for
 each sample, however many rationales it has, and all processes of a machine share its pages. It is made when all
 embedding files have been compared with their digests and their shards, and is stored beside them together with their
-stamps: while these stay the same, no file needs to be read again. It is no part of the embeddings and can be deleted.
+stamps: while these stay the same, no file needs to be read again. It does not belong to the embeddings and can be
+deleted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Trains a sentence encoder to tell a rationale from one that reasons to another end: `pst encoder train`.
+"""Trains a sentence encoder to distinguish rationales with different conclusions: `pst encoder train`.
 
 The training itself is sentence-transformers' own trainer with its multiple-negatives ranking loss (InfoNCE over the
-batch, with hard negatives). The result is a folder with a manifest and a card, which `embed.encoder` accepts. A killed
-run continues from its last checkpoint when the same command is typed again. `embedding.contrast` makes the examples.
+batch, with hard negatives). The result is a folder with a manifest and a card, which `embed.encoder` accepts. After an
+interruption, the same command continues from the last checkpoint. `embedding.contrast` makes the examples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which student in a directory answers questions, and below which probability an adaptive one thinks first."""
+"""Finds the student in a directory, and the probability below which an adaptive student thinks first."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Done:
         return outcome if found is not None and len(found) == len(batch.questions) else None
 
     def put(self, batch: Batch, outcome: Outcome) -> None:
-        """Keep the outcome of a batch; one with a probability that is no number is not kept."""
+        """Keep the outcome of a batch; an outcome whose probability is not a number is not kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(ValueError):
             write_text(self._path(batch), canonical_json(asdict(outcome)))

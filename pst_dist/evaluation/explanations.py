@@ -1,9 +1,9 @@
-"""Is the explanation the reason? What a rationale written after the answer concludes, compared with that answer.
+"""Does the explanation cause the answer? Compares the conclusion of a rationale after the answer with that answer.
 
 An answer that comes first cannot depend on the words after it. So two things are measured on the rows whose rationales
 are generated. Agreement: does the rationale reach the student's own answer, where that is right and where it is wrong?
 Following: when another row's answer is put before the rationale, does the rationale argue for that answer (it justifies
-whatever stands there) or reach the student's own answer again (it computes)? The same reading of the teacher's
+whatever precedes it) or reach the student's own answer again (it computes)? The same reading of the teacher's
 rationales shows how often a conclusion can be read at all. Compare "post-hoc reasoning" in Lanham et al.,
 arXiv 2307.13702.
 """

@@ -1,4 +1,4 @@
-"""What a comparison says, in sentences: who answers how much at how many tokens, and whether that proves anything.
+"""The result of a comparison in sentences: accuracy and tokens of each arm, and whether the difference is conclusive.
 
 A difference counts when the 95 % interval of its paired bootstrap excludes zero. The sentences are the first thing on
 the page of a comparison and the last thing that `pst compare` and `pst run` print.

@@ -1,4 +1,4 @@
-"""Runs an experiment from its file to its page, resuming from whatever is finished."""
+"""Runs an experiment from its file to its page; finished runs are kept, and interrupted ones resume."""
 
 from __future__ import annotations
 

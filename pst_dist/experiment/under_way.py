@@ -1,4 +1,4 @@
-"""Lines that say how far the runs of an experiment are, read from their own files.
+"""Log lines about the progress of an experiment's runs, read from the files of the runs.
 
 A run may be in another process or, on Ray, on another node; its `live.json` is what they share.
 """

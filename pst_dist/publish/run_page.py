@@ -1,6 +1,6 @@
 """The page of one run: training curves, scores, its worst answers, what was left out, and what it was made from.
 
-Beside `report.html` stands `report.md` with the same tables. Everything shown is read from the run directory; nothing
+`report.md`, next to `report.html`, has the same tables. Everything shown is read from the run directory; nothing
 is computed here. The plots come from `plots` and `cost_plots`, the layout from `templates/run.html` and `run.md`;
 `compare_page` compares several arms.
 """

@@ -1,4 +1,4 @@
-"""JSON that other programs or people wrote, read so that whatever is in it ends in a value or in one line.
+"""Reads JSON that other programs or people wrote: any content gives a value or a one-line error.
 
 Files of our own are read by `json_files`, rows by `data.sources.strict_json`.
 """

@@ -1,4 +1,4 @@
-"""A reply's thought and what it shows: `reasoning_content`, `<think>` and similar tags are separated from the text."""
+"""Splits a reply into its thought (`reasoning_content`, `<think>` and similar tags) and its visible text."""
 
 from __future__ import annotations
 

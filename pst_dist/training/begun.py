@@ -1,6 +1,7 @@
-"""Settings that are `auto` in a config, and what they stand for in one run.
+"""Settings that are `auto` in a config, and their values in one run.
 
-A run keeps what it began with: the same command typed again, after an upgrade with other defaults too, resumes it.
+A run keeps the values that it started with, so the same command resumes it, even after an upgrade that changed
+defaults.
 """
 
 from __future__ import annotations

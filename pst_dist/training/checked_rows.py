@@ -1,6 +1,7 @@
-"""Remembers that all rows of some shards were laid out for a student, so that the next training need not do it again.
+"""Remembers that all rows of some shards fit a student, so that the next training need not tokenise them to check this.
 
-Five seeds of one arm lay out the same rows in the same way. The note lies beside the shards and can be deleted.
+For example, five seeds of one arm tokenise the same rows in the same way. The note is a file next to the shards, and
+can be deleted.
 """
 
 from __future__ import annotations

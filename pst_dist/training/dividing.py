@@ -1,10 +1,10 @@
-"""Builds a student for ZeRO-3 with every weight divided among the ranks from the start.
+"""Builds a student for ZeRO-3 with every weight split over the ranks from the start.
 
 deepspeed.zero.Init divides a module's weights when the module has been created, so the most that a rank holds is its
 share and one layer. Weights of a folder or hub id are read by transformers' own ZeRO-3 path: rank zero maps the files
 into memory and the others receive one layer at a time. Random weights are drawn in the order of a whole model, so a
-student starts with the same values at every stage. What can only be made whole (a GGUF file, a merged adapter, a warm
-start) is made in rank zero's host memory and divided from there.
+student starts with the same values at every stage. Students that can only be built whole (from a GGUF file, a
+merged adapter or a warm start) are built in rank zero's host memory and split from there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The training's progress for other programs: `live.json`, which rank zero replaces at most every few seconds.
 
-`pst watch` shows it. It holds the last row of metrics.jsonl, the last validation, the speed and time left of this
+`pst watch` shows it. It contains the last row of metrics.jsonl, the last validation, the speed and time left of this
 start, each rank's share of the last steps, the latest warnings and some sample answers. A training never reads it.
 """
 

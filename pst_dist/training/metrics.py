@@ -1,7 +1,7 @@
 """Where the metrics of a training go: metrics.jsonl, `live.json`, the trackers and a log line.
 
 Each term is logged raw and weighted, with the norm of its gradient at the hidden state (`training.step_record`).
-`training.term_warnings` says when a term does nothing or everything.
+`training.term_warnings` warns when a term has no effect or dominates.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The optimizer: AdamW with its parameter groups, what `train.optim` puts in its place, and each step's learning rate.
+"""The optimizer: AdamW with its parameter groups, the alternatives of `train.optim`, and each step's learning rate.
 
-Muon and 8-bit AdamW move the hidden matrices alone. Embeddings, the language-model head, norms, biases and the
+Muon and 8-bit AdamW update only the hidden matrices. Embeddings, the language-model head, norms, biases and the
 alignment head stay with AdamW: Muon is defined for hidden matrices only, and 8-bit moments make embeddings unstable.
 """
 

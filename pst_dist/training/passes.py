@@ -1,7 +1,7 @@
-"""Cuts the sequences of a global batch into forward passes of like length: equally many passes on every rank.
+"""Cuts the sequences of a global batch into forward passes of similar length, the same number on every rank.
 
-A pass is padded to its longest sequence, so sequences of like length share one. Which rows belong to a global batch is
-decided in `order`, and the gradient is that of the whole batch, so a cut changes time and memory only: a resumed run
+A pass is padded to its longest sequence, so sequences of similar length share one. Which rows belong to a global batch
+is decided in `order`, and the gradient is that of the whole batch, so a cut changes time and memory only: a resumed run
 may have another cut, with another number of ranks or another budget. With dropout it also draws other masks, because
 each pass takes the next numbers of the step's generator.
 """

@@ -1,9 +1,9 @@
-"""The weight of the alignment term from the share of the gradient that it is to have (`loss.alignment_share`).
+"""Computes the alignment term's weight from the share of the gradient that it should have (`loss.alignment_share`).
 
 A term of weight w whose gradient has norm w * a at the hidden state, beside others of norm o together, has the share
 w * a / (w * a + o). The weight that gives it the share s is s / (1 - s) * o / a. The ratio o / a is a moving average
 over the last steps, of its logarithm, because it can change by orders of magnitude in the first steps. The average is
-part of the run's state, so a resumed run and any number of ranks hold the same weight.
+part of the run's state, so the weight is the same after a resume and on any number of ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training does before it builds its student: checks its folders, settles its config, identifies its base."""
+"""The steps of a training before it builds its student: check folders, fix `auto` settings, identify the base model."""
 
 from __future__ import annotations
 

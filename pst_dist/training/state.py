@@ -1,4 +1,4 @@
-"""The state of a training run: what a checkpoint holds besides weights and moments."""
+"""The state of a training run: what a checkpoint contains besides weights and moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step over a global batch: sum counts over ranks, run the passes, move the weights.
+"""One optimizer step over a global batch: sum counts over ranks, run the passes, update the weights.
 
 Counts are summed over ranks and micro-batches before the first backward pass, so every gradient is that of the global
 batch's loss. A bad step leaves weights and moments unchanged and returns a `BadStep`; `training.bad_steps` decides

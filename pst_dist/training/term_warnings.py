@@ -1,9 +1,10 @@
-"""Warnings about loss terms that do nothing or everything, each once in a training.
+"""Warnings about loss terms that have no effect or dominate, each at most once per training.
 
-A term that contributes under 1 % or over 99 % of the gradient gets one, because its weight then does nothing or
-everything. A term that is already learnt gets none: its gradient is small whatever its weight. The alignment term also
-gets one when it stays under 5 %, and when validation finds the students' vectors no nearer to their own targets than to
-those of other rows: a run whose term does not act proves nothing about it.
+There is a warning when a term contributes under 1 % or over 99 % of the gradient, because its weight is then too small
+or too large; but not for a term that is already learnt, because its gradient is small whatever its weight. For the
+alignment term there is also a warning when it stays under 5 %, and when validation finds the student's vectors no
+nearer to their own targets than to those of other rows: a run in which the term has no effect proves nothing about the
+term.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def test_a_killed_training_continues_and_ends_with_the_same_weights(base, tmp_pa
 
     ended = subprocess.run([sys.executable, "-m", "pst_dist", *words], capture_output=True, text=True, check=True)
     assert f"continuing from {newest.name}" in ended.stderr
-    assert "the rationale with another end" in ended.stdout
+    assert "the rationale with another conclusion" in ended.stdout
     weights = [sha256_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     assert Artefact(tmp_path / "cut", "encoder").is_intact()

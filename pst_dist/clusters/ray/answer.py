@@ -1,8 +1,9 @@
 """Answer windows of questions on a Ray cluster: `ray.data` with one student per actor.
 
-The driver writes the questions to a file beside the output; an item of the dataset is only the place of a window in it.
-So questions, output and student must be on a disk that all machines share, and millions of questions take little
-memory. Ray places the actors, restarts lost ones and repeats their windows. The answers are those of one process.
+The driver writes the questions to a file next to the output; an item of the dataset is only the position of a window in
+that file, so millions of questions take little memory. Questions, output and student must be on a disk that all
+machines share. Ray places the actors, restarts lost ones and repeats their windows. The answers are those of one
+process.
 """
 
 from __future__ import annotations

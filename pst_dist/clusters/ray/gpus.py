@@ -1,6 +1,6 @@
-"""The CPUs and GPUs that a worker takes, and how many of them a cluster has room for.
+"""The CPUs and GPUs that a worker uses, and how many workers fit on a cluster.
 
-On a cluster with GPUs a worker takes one unless the config says otherwise: Ray hides the GPUs from a worker that asks
+On a cluster with GPUs, a worker uses one unless the config says otherwise: Ray hides the GPUs from a worker that asks
 for none, so it would silently work on the CPU.
 """
 

@@ -1,8 +1,8 @@
-"""What Ray Train hears of a training: the metrics of every logged step, and each checkpoint by its path.
+"""Reports to Ray Train: the metrics of every logged step, and each checkpoint by its path.
 
-Ray takes one report from a rank each time it looks (every two seconds, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S), and a report
-is a barrier of all ranks. So a thread of each rank reports, and no step waits. Rank zero says what; the other ranks
-join every report that it makes.
+Ray accepts one report per rank each time it polls (every two seconds, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S), and a report
+is a barrier of all ranks. So each rank reports from a thread, and no step waits. Rank zero decides what is reported;
+the other ranks join every report that it makes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Reporter(Tracker):
 
 
 def _report(metrics: dict[str, Any], checkpoint: Any) -> bool:
-    """Report to Ray, which registers the checkpoint in place and copies nothing; whether it was there to hear it."""
+    """Report to Ray, which registers the checkpoint in place and copies nothing; whether Ray accepted the report."""
     from ray.train import CheckpointUploadMode, report
 
     try:

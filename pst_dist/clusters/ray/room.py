@@ -1,4 +1,4 @@
-"""What a cluster lacks: one line that says for what a job, a rank or an actor waits."""
+"""One line that says which resources a job, a rank or an actor is waiting for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Ray's runtime environment of a job: read from the command line, and checked with Ray's own rules before it is sent.
 
 `runtime_env=` takes what `ray job submit --runtime-env` takes; `pip=`, `conda=` and `image_uri=` are its commonest
-keys. What a node does with them is Ray's work: pip and conda make an environment there, image_uri starts a container.
+keys. Ray applies them on each node: pip and conda create an environment there, image_uri starts a container.
 """
 
 from __future__ import annotations

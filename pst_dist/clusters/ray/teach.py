@@ -1,7 +1,7 @@
-"""A teacher on many replicas: Ray actors that each hold the model, `teacher.local` in a process of its own.
+"""A teacher with many replicas: each Ray actor has its own copy of the model and runs `teacher.local`.
 
 Each actor answers one batch at a time. The journal stays with the driver, so nothing here is kept on disk. A lost actor
-is replaced, and its batch is asked again; a sample depends on its seed only, so it is the one that was lost.
+is replaced, and its batch is asked again. A sample depends only on its seed, so the result is the same.
 """
 
 from __future__ import annotations

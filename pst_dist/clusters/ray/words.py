@@ -1,4 +1,4 @@
-"""The command line of `pst submit ray`: the job's options, told from the keys of the config."""
+"""The command line of `pst submit ray`: separates the job's options from the keys of the config."""
 
 from __future__ import annotations
 

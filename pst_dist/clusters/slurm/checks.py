@@ -1,4 +1,4 @@
-"""What would end a Slurm job minutes or hours after its submission, found before it: ranks, time limit, torch's build.
+"""Finds, before submission, what would end a Slurm job minutes or hours later: ranks, time limit, torch's build.
 
 `pst doctor` finds the rest (packages, the DeepSpeed JSON, student, encoder); `clusters.slurm.submit` says which of its
 checks hold for the nodes too.

@@ -1,4 +1,4 @@
-"""The command line of `pst submit slurm`: the jobs' options, told from the keys of the config; arms and seeds as tasks.
+"""The command line of `pst submit slurm`: separates job options from config keys; arms and seeds as array tasks.
 
 Inside an array, the scripts call `python -m pst_dist.slurm` (`main` here) to find out which arm and seed a task has.
 """

@@ -1,8 +1,8 @@
-"""Whether the inputs of earlier shards are what they were, without reading a row.
+"""Whether the inputs of earlier shards have changed, without parsing rows.
 
-`pst run` asks this at every start. A file with the size and the times that it had is taken as unchanged; one with
-other times is read for its digest, which costs seconds where parsing its rows costs an hour. A dataset on the hub is
-told by the fingerprint of the revision that the datasets library has in its cache, a generator by its spec.
+`pst run` checks this at every start. A file with the same size and times counts as unchanged. A file with other times
+is hashed, which takes seconds where parsing its rows takes an hour. A dataset on the hub is identified by the
+fingerprint of the revision in the datasets library's cache, and a generator by its spec.
 """
 
 from __future__ import annotations

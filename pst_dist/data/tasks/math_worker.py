@@ -14,7 +14,7 @@ _MOST_CHARACTERS = 2000
 
 
 def _expressions(text: str) -> list[object]:
-    """What the whole text means; empty when it is no expression."""
+    """What the whole text means; empty when it is not an expression."""
     from math_verify import LatexExtractionConfig, parse
 
     if len(text) > _MOST_CHARACTERS or "$" in text:

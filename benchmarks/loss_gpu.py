@@ -117,7 +117,7 @@ def alignment(ledger: Ledger, watch: Stopwatch, case: Case) -> None:
 
 def head(ledger: Ledger, watch: Stopwatch, case: Case, others: Sequence[str], *, ours: bool) -> None:
     """The whole loss path, forward and backward, and its peak; ours and some others."""
-    shape, metric = case.shape, "combined head, fwd + bwd"
+    shape, metric = case.shape, "fused head, fwd + bwd"
     if ours:
         limit = HEAD_MS.get(shape.name)
         goal = Goal(limit) if limit else None
@@ -127,7 +127,7 @@ def head(ledger: Ledger, watch: Stopwatch, case: Case, others: Sequence[str], *,
             return Found(shape.head_flop / ledger.figure(metric, shape.name, "pst_dist") / 1e9, "TFLOP/s")
 
         goal = Goal(650, at_least=True) if shape.name == "C" else None
-        ledger.measure("combined head, on compacted rows", shape.name, "pst_dist", speed, goal)
+        ledger.measure("fused head, on compacted rows", shape.name, "pst_dist", speed, goal)
         _peak(ledger, case, "pst_dist", case.combined)
         _error(ledger, case, "pst_dist", case.combined)
     for who in others:
@@ -143,7 +143,7 @@ def _peak(ledger: Ledger, case: Case, who: str, make: Callable[[], Callable[[int
     def peak() -> Found:
         return Found(peak_megabytes(make(), case.device, case.forget), "MiB")
 
-    ledger.measure("combined head, peak", case.shape.name, who, peak)
+    ledger.measure("fused head, peak", case.shape.name, who, peak)
 
 
 def _error(ledger: Ledger, case: Case, who: str, make: Callable[[], Callable[[int], torch.Tensor]]) -> None:
@@ -161,7 +161,7 @@ def compiled(ledger: Ledger, watch: Stopwatch, case: Case, backend: str) -> None
     name, metric = case.shape.name, "alignment, marginal"
     ledger.measure(metric, name, "compile", lambda: watch.found(case.eager_aligned("naive", backend)))
     ledger.gain(metric, name, "compile", "pst_dist", Goal(2.8, at_least=True) if name != "A" else None)
-    metric = "combined head, fwd + bwd"
+    metric = "fused head, fwd + bwd"
     ledger.measure(metric, name, "compile", lambda: watch.found(case.other("trainer", backend)))
     ledger.gain(metric, name, "compile", "pst_dist")
 

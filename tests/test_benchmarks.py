@@ -185,7 +185,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_claims_nothing(tmp_path):
     assert not any("goal" in row for row in report["rows"])
     found = {(row["metric"], row["who"]): row["value"] for row in report["rows"] if "value" in row}
     for who in ("pst_dist", *others):
-        assert found["combined head, fwd + bwd", who] > 0
+        assert found["fused head, fwd + bwd", who] > 0
         # bfloat16 inputs, and torch's chunked loss also adds up in bfloat16.
         assert found["loss, error to float64", who] < (1e-2 if who == "torch_chunked" else 1e-3)
     assert found["spans that packing changes", "pst_dist"] == found["graph breaks of the loss path", "pst_dist"] == 0

@@ -1,7 +1,7 @@
 """`pst run --dry-run`: every check that can be made before the first stage, in seconds, without writing anything.
 
-It reads the rows, lays them out for every arm, and asks `preflight` and `doctor` the questions that this run depends
-on. All problems are reported, not only the first.
+It reads the rows, tokenises them for every arm, and runs the checks of `preflight` and `doctor` that concern this run.
+All problems are reported, not only the first.
 """
 
 from __future__ import annotations

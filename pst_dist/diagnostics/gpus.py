@@ -1,7 +1,7 @@
 """GPUs by name: memory and peak rates from their makers' data sheets, and the training speed that follows.
 
-A speed from this table is a guess before a measurement: it assumes a share of the peak rate that well-filled training
-reaches, and small students do not fill a large GPU. `pst plan --measure` measures instead.
+A speed from this table is only an estimate: it assumes the share of the peak rate that training reaches with a fully
+used GPU, and small students do not use a large GPU fully. `pst plan --measure` measures instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Calibrates a plan on this machine: some real passes and updates of the student, and some texts of the encoder.
 
-The student, its rows, the cut into passes and the optimizer are those of the training; the teacher's vectors are made
-up, which costs the same. Nothing is written. DeepSpeed and other ranks are left out, so communication is not counted.
+The student, its rows, the cut into passes and the optimizer are those of the training; the teacher's vectors are
+placeholders, which cost the same. Nothing is written. DeepSpeed and other ranks are left out, so communication is not
+counted.
 """
 
 from __future__ import annotations

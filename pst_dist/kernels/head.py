@@ -1,4 +1,4 @@
-"""The combined head: cross-entropy on supervised rows and pooled spans of one hidden state, gradients in the forward.
+"""The fused head: cross-entropy on supervised rows and pooled spans of one hidden state, gradients in the forward pass.
 
 The language-model head processes only supervised rows, chunk by chunk, and computes loss and gradients together. The
 backward pass scales the gradients and writes that of the hidden state once, including the pooled spans' part. The
@@ -27,7 +27,7 @@ from pst_dist.kernels.spans import Spans, Supervised
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Output of the combined head."""
+    """Output of the fused head."""
 
     loss: Tensor
     """[] float32 (float64 for float64) with gradient: sum over N of weight * nll."""

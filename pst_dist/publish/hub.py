@@ -1,6 +1,6 @@
 """Uploads an export, and its GGUF files if wanted, to a model repository of the Hugging Face hub.
 
-Nothing is sent before the caller says so: `plan` says what would go where, `push` sends it as one commit. A new
+`plan` only says what would be uploaded and where; `push` uploads it as one commit. A new
 repository is private unless the caller says otherwise. The token comes from HF_TOKEN alone and never reaches the disk.
 """
 

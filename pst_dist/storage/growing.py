@@ -1,7 +1,7 @@
-"""A file that grows by chunks under a temporary name, survives a kill, and gets its own name when it is complete.
+"""A file that grows by chunks under a temporary name, survives a kill, and gets its final name when it is complete.
 
 Each chunk is synced before `append` returns. After a kill or a power cut the next process reads the complete lines,
-cuts the file where it wants to go on, and appends.
+truncates the file after those it keeps, and appends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One batch through transformers' `generate`: greedy, with the probability of each token, and without finished rows.
 
-A batch runs until its last row has ended. Where at most half of the rows are still being generated, the others are
-dropped and generation goes on from the keys and values of those that are left, again and again.
+A batch runs until its last row has ended. Whenever at most half of the rows are still being generated, the finished
+rows are dropped, and generation continues from the keys and values of the remaining ones.
 """
 
 # Shapes in this file: B questions of one batch, T tokens of the longest, P tokens of the longest prompt

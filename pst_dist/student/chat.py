@@ -2,7 +2,7 @@
 
 Fixed texts make training, decoding, the export and the model card render a conversation in one way, on any day and in
 any program. They are taken from the template by rendering it, and used only where they give exactly the token ids of
-the tokenizer's own `apply_chat_template`. A conversation that they cannot hold is refused by name.
+the tokenizer's own `apply_chat_template`. A conversation that they cannot represent is refused.
 """
 
 from __future__ import annotations

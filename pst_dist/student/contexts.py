@@ -1,4 +1,4 @@
-"""What a student continues: the token sequence of each question, and how questions are cut into batches.
+"""The token sequence of each question, which the student continues, and how questions are cut into batches.
 
 `generate` generates from these contexts. A batch depends only on the questions and the settings, so several processes
 that each decode some of the batches give the same answers as one.

@@ -1,8 +1,8 @@
-"""Answers and their rationales in one go: the rationale continues from the answer's keys and values.
+"""Answers and their rationales in one pass: the rationale continues from the answer's keys and values.
 
-`generate.decode_rationales` computes prompt and answer a second time; here each batch goes on where its answers ended.
-That holds for causal students that write the rationale after the answer, with attention over all earlier tokens. For
-all other students `decode_explained` does the same work in two passes.
+`generate.decode_rationales` computes prompt and answer a second time; here each batch continues where its answers
+ended. This is for causal students that write the rationale after the answer, with attention over all earlier tokens.
+For all other students `decode_explained` does the same work in two passes.
 """
 
 # Shapes in this file: B questions of one batch, T tokens of the longest, P tokens of the longest prompt

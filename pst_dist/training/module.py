@@ -179,7 +179,7 @@ class Student(nn.Module):
 class _HeadCall:
     """Replaces the language-model head's forward during one training pass and keeps its output.
 
-    A model that returns its head's logits unchanged gets the combined head; its logits are then dummies. A model that
+    A model that returns its head's logits unchanged gets the fused head; its logits are then dummies. A model that
     changes them afterwards (caps, scales, masks) runs its own head on the supervised rows.
     """
 

@@ -1,4 +1,4 @@
-"""The combined head against plain autograd in float64: values, gradients, and all that a caller may do to them."""
+"""The fused head against plain autograd in float64: values, gradients, and all that a caller may do to them."""
 
 import pytest
 import torch

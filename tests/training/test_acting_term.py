@@ -181,7 +181,7 @@ def test_targets_that_say_nothing_of_their_row_are_warned_about_but_not_in_the_c
 
 
 def test_the_share_and_a_fixed_weight_exclude_each_other(small_data, tmp_path):
-    with pytest.raises(ConfigError, match=r"loss.alignment_weight=0.5 has no place"):
+    with pytest.raises(ConfigError, match=r"loss.alignment_weight=0.5 cannot be set too"):
         small_config(small_data, tmp_path, loss__alignment_share=0.2, loss__alignment_weight=0.5)
 
 

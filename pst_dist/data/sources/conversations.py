@@ -1,7 +1,7 @@
 """Turn a conversation into a question and a reply, keeping everything that the question depends on.
 
 A sample's question is one text, so its context is written into it: first the system text, then earlier turns as `User:`
-and `Assistant:` lines. The turns are kept beside it, for prompts that hold a conversation. Content that text cannot
+and `Assistant:` lines. The turns are kept too, for prompts that can represent a conversation. Content that text cannot
 represent (tool calls and results, images, unknown roles) is refused with a RowError that names it, because without it
 the same question could have different answers.
 """

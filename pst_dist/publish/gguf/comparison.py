@@ -1,4 +1,4 @@
-"""The same questions to a GGUF file in llama.cpp and to transformers: what share is answered differently.
+"""Asks a GGUF file in llama.cpp and transformers the same questions, and counts how many answers differ.
 
 transformers' answers are those of `pst evaluate`, in the precision of the student's weights (float32). llama.cpp is
 asked with the plain prompt, greedily, several at a time.

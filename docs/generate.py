@@ -122,7 +122,7 @@ def commands() -> str:
 
 def _exit_codes() -> Iterator[str]:
     yield "## Exit codes\n"
-    yield "Some launchers end with a code of their own: see [operations](operations.md#signals-and-failures).\n"
+    yield "Some launchers replace the exit code: see [operations](operations.md#signals-and-failures).\n"
     yield "| code | class | meaning |\n|---:|---|---|"
     yield "| 0 | | done |"
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PstError)]

@@ -161,7 +161,7 @@ def _tell(arguments: argparse.Namespace, student: LoadedStudent, question: str, 
     if arguments.explain:
         print(f"because: {answer.rationale or _silent(student, answer)}")
     if arguments.confidence:
-        print(f"confidence: {answer.confidence:.3f} a token, {answer.probability:.3f} in all")
+        print(f"confidence: {answer.confidence:.3f} per token, {answer.probability:.3f} for the whole answer")
     logging.getLogger("pst_dist").info(
         "%d tokens, %.1f ms to the answer%s",
         answer.tokens,

@@ -132,7 +132,7 @@ class ProbeReport:
 
     def _verdict_lines(self) -> list[str]:
         if self.skipped:
-            return ["verdict: none, because nothing could be read from the answers"]
+            return ["verdict: none, because the answers could not be probed"]
         text = []
         for one in self.probed:
             text.append(f"verdict for {one.encoder}: {_VERDICTS[one.verdict]}")
@@ -145,16 +145,16 @@ class ProbeReport:
 
 
 _VERDICTS = {
-    "yes": "the targets know more of the answer than the question does; pst should beat its shuffled control",
-    "unclear": "the targets may know a little more of the answer than the question does; pst may or may not beat its "
-    "shuffled control",
-    "no": "the targets know no more of the answer than the question does; do not expect pst to beat its shuffled "
-    "control, and try another encoder",
+    "yes": "the targets predict the answer better than the question does; pst should beat its shuffled control",
+    "unclear": "the targets may predict the answer a little better than the question does; pst may or may not beat "
+    "its shuffled control",
+    "no": "the targets do not predict the answer better than the question does; do not expect pst to beat its "
+    "shuffled control, and try another encoder",
 }
 
 
 def _encoder_lines(one: Probed) -> list[str]:
-    header = ["read from", "majority", "question", "rationale", "remainder", "rationale - question", ""]
+    header = ["predicted", "majority", "question", "rationale", "remainder", "rationale - question", ""]
     rows = [header]
     for reading in one.readings:
         shares = (reading.majority, reading.question, reading.rationale, reading.remainder)

@@ -209,7 +209,7 @@ def slurm(environment: Mapping[str, str], nodes: int, gpus: int | None) -> list[
             return [problem("slurm", "there is a slurm.conf, but no sinfo on PATH", "add Slurm's bin folder to PATH")]
         return []
     if not configured:
-        return [ok("slurm", "its commands are installed, but there is no slurm.conf: this machine submits no jobs")]
+        return [ok("slurm", "its commands are installed, but there is no slurm.conf: this machine cannot submit jobs")]
     commands.check_controller()
     found = partitions()
     findings = [

@@ -146,7 +146,7 @@ def _gpus(
             yield problem(
                 "GPUs",
                 f"gpus={ranks}, but this node has none",
-                "leave gpus= out, or set DS_ACCELERATOR=cpu to check it for so many ranks on the CPU",
+                "leave gpus= out, or set DS_ACCELERATOR=cpu to check for this many ranks on the CPU",
             )
         elif not machine.gpu_trouble:
             yield ok("GPUs", "none: training and encoding run on the CPU")

@@ -90,8 +90,8 @@ def _block(config: Config, layout: Layout, sequence: Sequence, escape: Callable[
     supervised = sum(1 for token in tokens if "answer" in token.loss or "rationale" in token.loss)
     cut = ", rationale cut" if sequence.truncated else ""
     head = (
-        f"[bold]{config.arm}[/] {escape(sequence.sample_id)}: {len(tokens)} tokens, {supervised} with a cross-entropy loss"
-        f" ({100 * supervised / len(tokens):.0f} %){cut}"
+        f"[bold]{config.arm}[/] {escape(sequence.sample_id)}: {len(tokens)} tokens, {supervised} with a cross-entropy "
+        f"loss ({100 * supervised / len(tokens):.0f} %){cut}"
     )
     return "\n".join([head, *pieces])
 

@@ -61,7 +61,7 @@ def watched(ranks: Ranks, timeout_seconds: float, stacks: Path | None = None) ->
     link = None if ranks.is_main else peer_link.call(meeting, ranks.rank)
     if server is None and link is None:
         log.warning(
-            "rank %d cannot reach %s port %d: a lost rank will be noticed late and not named",
+            "rank %d cannot reach %s port %d: a lost rank will be detected late and not named",
             ranks.rank,
             " or ".join(meeting.addresses),
             meeting.port,

@@ -168,7 +168,7 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
         if all(_renders(student, template, conversation) for conversation in _conversations(student)):
             tokenizer.chat_template = template
             return
-    log.warning("no chat template gives this tokenizer's trained prompt: exported without one")
+    log.warning("no chat template can reproduce the trained prompt with this tokenizer: exported without one")
 
 
 def _conversations(student: LoadedStudent) -> list[Turns]:

@@ -190,7 +190,7 @@ class Asking:
             self._signals, self._stopping = self._signals + 1, True
             self._ended.set()
             loop.remove_signal_handler(number)
-            log.warning("stopping: waiting for the requests in flight, which are paid for")
+            log.warning("stopping: waiting for the requests in flight, which are charged anyway")
 
         taken = []
         for number in (signal.SIGINT, signal.SIGTERM):

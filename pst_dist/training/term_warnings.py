@@ -41,8 +41,8 @@ class TermWarnings:
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "step %d: the %s term makes %.2f %% of the gradient at the hidden state; consider another value of "
-                    "loss.%s_weight",
+                    "step %d: the %s term contributes %.2f %% of the gradient at the hidden state; consider another "
+                    "value of loss.%s_weight",
                     record.step,
                     name,
                     100 * share,

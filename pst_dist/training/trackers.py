@@ -308,7 +308,7 @@ class Trackers:
             reason = first_line(error, 200)
         else:
             reason = f"{type(error).__name__}: {first_line(error, 200)}"
-        log.warning("tracker %s failed and gets no more metrics; training continues (%s)", name, redact(reason))
+        log.warning("tracker %s failed and receives no more metrics; training continues (%s)", name, redact(reason))
 
 
 def _load(name: str) -> Tracker:

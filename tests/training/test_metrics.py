@@ -50,7 +50,7 @@ def test_a_weight_that_does_everything_is_warned_about_once(tmp_path, caplog):
     data = make_small_data(tmp_path / "data")
     train(small_config(data, tmp_path / "run", loss__rationale_weight=10_000))
     said = [record.getMessage() for record in caplog.records if "of the gradient at the hidden state" in record.msg]
-    assert sum("rationale term makes 99.9" in line for line in said) == 1
+    assert sum("rationale term contributes 99.9" in line for line in said) == 1
     assert len(said) == len({line.split(":")[1] for line in said}), "each term once"
 
 

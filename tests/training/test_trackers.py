@@ -178,7 +178,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_metrics_file_is_complete(
         metrics.validation(3, ValidationScore(answer_nll=1.5, loss=1.5))
     said = [message for message in caplog.messages if "tracker" in message]
     assert said == [
-        "tracker fails failed and gets no more metrics; training continues (RuntimeError: no server at http://***@host)"
+        "tracker fails failed and receives no more metrics; training continues (RuntimeError: no server at http://***@host)"
     ]
     assert [row["step"] for row in read_lines(run.metrics)] == [1, 2, 3, 3]
     assert list((run.path / "tensorboard").iterdir()), "the other tracker is not touched"

@@ -176,9 +176,8 @@ def test_both_launchers_of_ours_implement_the_interface_and_their_words_are_in_t
     with pytest.raises(SystemExit):
         run_verb(["submit", "--help"])
     out = capsys.readouterr().out
-    assert re.search(r"^slurm: +verb=run .*nodes=2", out, re.MULTILINE) and re.search(
-        r"^ray: +address=", out, re.MULTILINE
-    )
+    assert re.search(r"^slurm:\n +verb=run .*\n +nodes=2", out, re.MULTILINE)
+    assert re.search(r"^ray:\n +address=", out, re.MULTILINE)
 
 
 def test_the_names_of_earlier_jobs_are_checked_before_a_cluster_is_asked(capsys):

@@ -24,7 +24,7 @@ question. Hard negatives are rationales with another conclusion: the teacher's w
 written by `pst teach`), or correct ones with a number, a name or a word changed. If training is interrupted, run the
 same command again to resume.
 
-Then:  pst probe my.yaml --encoder FOLDER --split validation     how much its vectors tell about the answer
+Then:  pst probe my.yaml --encoder FOLDER --split validation     how well its vectors predict the answer
        pst run my.yaml embed.encoder=FOLDER                      train a student aligned with them"""
 
 

@@ -61,7 +61,7 @@ class Launcher(abc.ABC):
     """One kind of cluster. The methods are called in this order, and only `submit` changes anything."""
 
     checks: frozenset[str] = frozenset()
-    """The checks of `pst doctor`, by subject, whose result on this machine also holds where the job will run."""
+    """The checks of `pst doctor`, by subject, whose result on this machine is also valid where the job will run."""
 
     @abc.abstractmethod
     def parse(self, config: str, words: Sequence[str]) -> Submission:

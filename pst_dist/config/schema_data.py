@@ -48,7 +48,7 @@ class RowSource(Section):
 
 
 class DataConfig(Section):
-    """Which rows to read, and which of their columns hold the question, answer and rationale."""
+    """Which rows to read, and which of their columns contain the question, answer and rationale."""
 
     root: Plain | None = None
     """Folder that the relative paths below start from. Default: the working directory."""

@@ -83,7 +83,7 @@ def _outcome(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED, "interrupted"
-    return _BUG, type(error).__name__  # its text may hold anything
+    return _BUG, type(error).__name__  # its text may contain anything
 
 
 def _end(folder: Path, code: int, error: str | None) -> None:

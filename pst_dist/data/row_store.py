@@ -5,7 +5,7 @@ question, which its sorted indexes do out of core with a fixed cache, and mergin
 no out-of-core grouping without a further engine, and sorted runs of our own would be one more engine to maintain.
 
 The database has no name: SQLite creates it in TMPDIR (else /var/tmp) and unlinks it at once, so a killed process leaves
-nothing behind. Each row is there as the bytes that its shard will hold, beside the few columns by which rows are
+nothing behind. Each row is stored as the bytes that its shard will contain, with the few columns by which rows are
 compared. `sources.arrange` decides which rows go where.
 """
 

@@ -1,7 +1,8 @@
 """Batches of generation: what one process, a rank or an actor does, and the files that remember what is done.
 
-A batch holds all that its result depends on besides the student, so its digest names the result. Batches do not depend
-on the number of processes: several give the same answers as one, and any number can continue a killed evaluation.
+A batch contains everything that its result depends on except the student, so its digest identifies the result. Batches
+do not depend on the number of processes: several give the same answers as one, and any number can continue a killed
+evaluation.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def decode_batch(
     batch: Batch,
     on_token: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
-    """Generate one batch; `on_token` is told after each token how many each question has."""
+    """Generate one batch; after each token, `on_token` is called with the number of tokens of each question."""
     parts = (student.model, student.tokenizer, student.format, batch.questions)
     sizes: dict[str, Any] = {
         "batch_size": settings.batch_size,

@@ -120,7 +120,7 @@ def _ended(crew: Sequence[_Worker]) -> Iterator[tuple[int, _Worker]]:
 
 @contextlib.contextmanager
 def _dismissed(crew: list[_Worker]) -> Iterator[None]:
-    """Ends all workers when the block ends; those with a run are told to save first."""
+    """Ends all workers when the block ends; those with a run are asked to save first."""
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ def need_peft(what: str) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter; raises InputError when it holds a whole model too.
+    """Whether a folder contains an adapter; raises InputError when it contains a whole model too.
 
     transformers would load both and put the one into the other, or ignore one, depending on what is installed.
     """
@@ -94,7 +94,7 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrapped = PeftModel(model, settings)
     own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    # An adapter saved after a resize holds the whole embeddings as well.
+    # An adapter saved after a resize contains the whole embeddings as well.
     wanted = {*own, *(key for key in stored if _is_embedding(model, key))}
     missing, unknown = sorted(wanted - stored.keys()), sorted(stored.keys() - wanted)
     for names, words in ((missing, "are missing from it"), (unknown, "fit nothing in its base model")):

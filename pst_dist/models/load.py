@@ -1,6 +1,6 @@
 """Loads a causal or encoder-decoder model and its tokenizer from a hub id, a folder or a GGUF file.
 
-Three rules hold for everything that is loaded here. Code in a model's folder is never run. Every weight of the model
+Three rules apply to everything that is loaded here. Code in a model's folder is never run. Every weight of the model
 must come from the files; a missing one would silently stay random. Every error of a library becomes one line that names
 the model and what to do.
 """

@@ -47,7 +47,7 @@ class CardFacts:
     has_chat_template: bool = True
     """Whether the exported tokenizer has one."""
     is_adapter: bool = False
-    """Whether the folder holds a LoRA adapter without its base."""
+    """Whether the folder contains a LoRA adapter without its base."""
     licence: str | None = None
     """Identifier of the licence that the exporting person stated, such as `apache-2.0`; None when they stated none."""
 

@@ -118,8 +118,8 @@ def _licence_of(folder: Path) -> str | None:
 def chain_of(run: RunDir, student: Manifest) -> tuple[dict[str, str | None], dict[str, Any] | None]:
     """(digests of the shards and embeddings that the student was trained from, identity of their encoder).
 
-    Taken from the training record, because the data directory may hold newer artefacts by now. A digest is None if it
-    was not recorded; the encoder is None if the embeddings in the data directory are not the recorded ones.
+    Taken from the training record, because the data directory may contain newer artefacts by now. A digest is None if
+    it was not recorded; the encoder is None if the embeddings in the data directory are not the recorded ones.
     """
     record = read_training(run.training)
     if record.get("fingerprint") != student.fingerprint:
@@ -172,7 +172,7 @@ def prepare_tokenizer(student: LoadedStudent) -> None:
 
 
 def _conversations(student: LoadedStudent) -> list[Turns]:
-    """What the template is tried on: questions, behind everything else that the student's prompt can hold."""
+    """Inputs for trying the template: questions, after everything else that the student's prompt can contain."""
     asked: list[Turns] = [(("user", probe),) for probe in _PROBES]
     turns = student.format.turns or {}
     if NEXT in turns:
@@ -207,7 +207,7 @@ def expected_prompt(student: LoadedStudent, question: str | Turns) -> list[int]:
 def chat_template(student: LoadedStudent, *, spaced: bool = False) -> str:
     """Jinja that renders a conversation into the prompt, with the special tokens that the tokenizer adds.
 
-    Where the student's prompt holds no turns, the last user message is the question and the others are left out.
+    If the student's prompt has no turns, the last user message is the question and the others are left out.
     `spaced` puts a space between the special tokens and a prompt that does not begin with one.
     """
     tokenizer, fmt = student.tokenizer, student.format

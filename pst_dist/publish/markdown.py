@@ -32,7 +32,7 @@ def tiles(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def fenced(text: str) -> str:
-    """A block of text, fenced by more backticks than it holds in a row."""
+    """A block of text, fenced by more backticks than it contains in a row."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

@@ -51,7 +51,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A directory that should hold one kind of artefact."""
+    """A directory for one kind of artefact."""
 
     directory: Path
     kind: str
@@ -103,7 +103,8 @@ class Artefact:
     def publish(self, fingerprint: str, extra: dict[str, Any] | None = None) -> Iterator[Draft]:
         """Write it: the block fills `draft.path`; after it, the manifest is written and any older version is replaced.
 
-        When the block raises, nothing changes. Raises InputError when the directory holds anything that is not ours.
+        When the block raises, nothing changes. Raises InputError when the directory contains anything that pst did not
+        write.
         """
         refuse_foreign_folder(self.directory, self.kind)
         with atomic_directory(self.directory) as partial:

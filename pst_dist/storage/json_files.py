@@ -52,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """`read_json` of a file that holds an object; raises IntegrityError for any other value."""
+    """`read_json` of a file that contains an object; raises IntegrityError for any other value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise IntegrityError("is not a JSON object", _DELETE, path=path)

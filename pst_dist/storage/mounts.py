@@ -9,7 +9,7 @@ OF_ONE_MACHINE = ("tmpfs", "ramfs", "overlay", "devtmpfs")
 
 
 def filesystem_of(folder: Path, mounts: str) -> str:
-    """The type of the file system that holds a folder; `mounts` is the text of /proc/self/mounts."""
+    """The type of the file system that a folder is on; `mounts` is the text of /proc/self/mounts."""
     parts = folder.absolute().parts
     best, kind = -1, ""
     for line in mounts.splitlines():

@@ -1,6 +1,6 @@
 """Files in object storage, through fsspec: `s3://bucket/path`, `gs://…`, `file://…`.
 
-An object store makes a PUT atomic, as `storage.atomic` does with a rename; so the same rules hold: files first, the
+An object store makes a PUT atomic, as `storage.atomic` does with a rename; so the same rules apply: files first, the
 manifest last, and nobody reads a folder without one. It has no locks: two writers of one folder are not kept apart.
 Their files have the same bytes, because a stage's output is a function of its inputs, and the last writer wins. Every
 error is one line with the URL, raised within `_SECONDS` of the first contact.

@@ -28,7 +28,7 @@ _REMEDY = "name another file"
 _RUN_CONFIG = "config.resolved.yaml"
 _MANIFEST = "manifest.json"
 _MARKS = {"student": "pst.json", "export": "pst.json", "encoder": "pst_encoder.json"}
-"""Kind -> a file that only a directory of ours has; such a directory may hold any file of a Hugging Face model."""
+"""Kind -> a file that only a directory of ours has; such a directory may contain any file of a Hugging Face model."""
 _SHARD = r"[a-z][a-z0-9_]*-\d{6}"
 _NAMES = {
     "shards": re.compile(rf"{_SHARD}\.(tar|index\.json)|[a-z][a-z0-9_]*\.wids\.json"),

@@ -5,8 +5,8 @@ do it. So the process that compares or publishes a directory writes the stamps o
 `.NAME.verified.json`. A file whose stamp is still the same is not read. Every write gives a file another stamp, by
 whatever program; damage that leaves the stamp alone (a failing disk) is found by `pst verify`, which reads everything.
 
-The note is not part of the artefact: it holds times and inode numbers, which differ between machines. Without it, or on
-another machine, all files are compared.
+The note is not part of the artefact: it contains times and inode numbers, which differ between machines. Without it, or
+on another machine, all files are compared.
 """
 
 from __future__ import annotations

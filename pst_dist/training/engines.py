@@ -37,7 +37,7 @@ from pst_dist.training.module import Student
 from pst_dist.training.optimizer import adamw, build_optimizer, set_learning_rate
 
 STATE_FILES = "state"
-"""Name prefix of the files that hold an engine's state in a checkpoint."""
+"""Name prefix of the files that contain an engine's state in a checkpoint."""
 CPU_PASS_TOKENS = 64
 """What one more pass costs on a CPU, in tokens (benchmarks/padding.py)."""
 
@@ -99,7 +99,7 @@ class Engine(ABC):
 
     @property
     def state_file(self) -> str:
-        """Name of the file that holds this rank's part of weights and optimizer in a checkpoint."""
+        """Name of the file that contains this rank's part of weights and optimizer in a checkpoint."""
         return f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
 
     def state(self) -> tuple[list[Fragment], int]:

@@ -31,7 +31,7 @@ _FREE = {
     "backend",
     "ray",
 }
-# The batch of a step stands in the settings as one number, however it is cut.
+# The settings contain the batch of a step as one number, however it is cut.
 _BATCH = {
     "global_batch_size",
     "per_device_train_batch_size",
@@ -40,7 +40,7 @@ _BATCH = {
 }
 _CHOOSES = "train.metric_for_best_model"
 BASE = "student.base"
-"""Digest or commit of the base of a LoRA student, whose checkpoints do not hold its weights."""
+"""Digest or commit of the base of a LoRA student, whose checkpoints do not contain its weights."""
 _IMPLIED: dict[str, Any] = {
     "student.new_token_init": "mean",
     "layout.system": None,
@@ -145,6 +145,6 @@ def _values(keys: list[str], settings: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value on a line: digests are told apart by their beginning."""
+    """A value on one line; digests are shortened to their beginning."""
     text = "null" if value is None else str(value)
     return text[:12] if len(text) == 64 else text[:60]

@@ -94,7 +94,7 @@ def _cheapest_ends(longest_G2: np.ndarray, cut: ByLength, rows: int) -> list[int
     begins = np.zeros(count + 1, dtype=np.int64)
     for end in range(1, count + 1):
         least = max(0, end - rows)
-        # Entry k: the pass holds the last k + 1 groups before `end`.
+        # Entry k: the pass contains the last k + 1 groups before `end`.
         widest = np.maximum.accumulate(longest_G2[least:end][::-1], axis=0).sum(1)
         padded = widest * np.arange(1, end - least + 1)
         if cut.tokens is not None:

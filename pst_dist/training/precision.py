@@ -1,7 +1,7 @@
 """What `train.bf16: auto` means: on a CPU, forward and backward passes of the student are timed in both precisions.
 
 Which is faster depends on the processor's instructions (AMX, avx512_bf16), the student's shapes and its attention, and
-no rule that was tried holds for all. So the choice is measured once, when a training begins. Its checkpoints and its
+no rule that was tried is right for all. So the choice is measured once, when a training begins. Its checkpoints and its
 student record it, and a training that resumes keeps it.
 """
 

@@ -56,7 +56,8 @@ def prepare(config: Config, run: RunDir, shards: ShardSet) -> None:
 
 
 def refuse_foreign_folders(run: RunDir) -> None:
-    """Raises InputError, before hours of training, when a folder that it replaces holds what pst did not write."""
+    """Raises InputError, before hours of training, when a folder that it replaces contains files that pst did not
+    write."""
     refuse_foreign_folder(run.checkpoints, "checkpoints")
     refuse_foreign_folder(run.best, "student")
 

@@ -38,7 +38,7 @@ class Totals:
     """[3] float64: answer tokens, rationale tokens, aligned spans."""
     tokens: int
     padding: float
-    """The share of the positions that the student computes which hold no token, 0 … 1."""
+    """The share of the computed positions that are padding, 0 … 1."""
     told: int
     """The signal that asked some rank to stop, or 0."""
     busy: int

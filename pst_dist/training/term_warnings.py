@@ -68,7 +68,7 @@ class TermWarnings:
             )
 
     def after_validation(self, step: int, score: ValidationScore) -> None:
-        """Warn once, from the middle of the training on, when validation rows are not told apart by their targets."""
+        """Warn once, in the second half of the training, when validation rows are not nearer to their own targets."""
         cosine, other, stderr = score.cosine, score.cosine_other, score.cosine_stderr
         is_control = self._config.loss.control == "shuffle_embeddings"
         if cosine is None or other is None or stderr is None or is_control or 2 * step < self._total:

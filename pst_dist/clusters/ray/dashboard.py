@@ -35,7 +35,7 @@ _POLL_SECONDS = 1.0
 _DEFAULT = "http://127.0.0.1:8265"
 _CLIENT = "ray://"
 NEEDS = {"CPU": "pst_cpus", "GPU": "pst_gpus"}
-"""Resource -> key of a job's metadata with what its driver reserves; Ray's API does not tell."""
+"""Resource -> key of a job's metadata with what its driver reserves; Ray's API does not report it."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

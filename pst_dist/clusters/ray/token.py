@@ -1,4 +1,4 @@
-"""The token of a Ray cluster: looked up where Ray looks for it, and Ray told to send it."""
+"""The token of a Ray cluster: finds it where Ray looks for it, and makes Ray send it."""
 
 from __future__ import annotations
 

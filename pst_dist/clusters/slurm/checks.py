@@ -1,7 +1,7 @@
 """Finds, before submission, what would end a Slurm job minutes or hours later: ranks, time limit, torch's build.
 
 `pst doctor` finds the rest (packages, the DeepSpeed JSON, student, encoder); `clusters.slurm.submit` says which of its
-checks hold for the nodes too.
+checks are valid for the nodes too.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 _TEXT: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
-"""A job's name or comment may hold any bytes."""
+"""A job's name or comment may contain any bytes."""
 
 
 def unreadable(command: str, said: str) -> EnvironmentFault:

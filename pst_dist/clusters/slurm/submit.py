@@ -188,7 +188,7 @@ def _check_inputs(config: Config) -> None:
 def _check_shared(folder: Path, request: SlurmRequest) -> None:
     """Raises EnvironmentFault when a folder is on an in-memory file system of this machine and jobs run elsewhere.
 
-    Other local disks may be exported to the nodes; only the nodes can tell, and the script checks there.
+    Other local disks may be exported to the nodes; only the nodes can know this, so the script checks there.
     """
     here = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
     partition = request.options.get("partition")

@@ -83,7 +83,7 @@ def jobs_of(
     items: Iterable[Line | Entry], work: RowWork, first: int, place: int, teacher: TeacherFile | None
 ) -> Iterator[RowJob]:
     """Jobs for all items of a source, whose first one has this position in its split and this place in the store."""
-    # An answer in mathematics may take five seconds, and progress is told after each job.
+    # An answer in mathematics may take five seconds, and progress is reported after each job.
     most = 1 if work.task.rule == "math" else MOST_LINES
     entries: list[Line | Entry] = []
     size = 0

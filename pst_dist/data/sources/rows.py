@@ -67,7 +67,7 @@ class Input:
     """Of a file's bytes; for a hub dataset the digest of its fingerprint, for a generator that of its rows."""
     bytes: int = 0
     mtime_ns: int | None = None
-    """None where the time cannot tell a changed file: it changed shortly before it was read, or it is no file."""
+    """None where the time cannot show a change: the file changed shortly before it was read, or it is not a file."""
     ctime_ns: int | None = None
     """The time of the last change of the file or of its times, which `touch` and `cp -p` cannot set back."""
 

@@ -60,7 +60,8 @@ def _mixed(name: str, *, layers: int, tied: bool) -> str:
 def stored(value: np.ndarray, kind: str) -> np.ndarray:
     """A float32 array as ggml stores it in this type: float32, float16, or bytes [rows, bytes per row].
 
-    Raises EnvironmentFault where ggml is needed and not installed, and ConfigError for a weight that f16 cannot hold.
+    Raises EnvironmentFault where ggml is needed and not installed, and ConfigError for a weight that f16 cannot
+    represent.
     """
     import gguf
 

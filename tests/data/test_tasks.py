@@ -100,10 +100,18 @@ def test_with_no_marker_asked_for_the_first_candidate_counts():
         ("date", "on 2021-4-30", "04/30/2021"),
         ("date", "1/2/1999", "01/02/1999"),
         ("date", "13/13/1999", None),
+        ("date", "02/30/1999", None),
     ],
 )
 def test_generic_tasks_serve_rows_of_no_named_task(answer_type, text, expected):
     assert get_task(None, answer_type).cleanse(text) == expected
+
+
+def test_a_gold_date_is_a_date_and_no_moment_of_it():
+    task = get_task(None, "date")
+    assert task.gold("2021-04-30T00:00:00") == task.gold("2021-04-30") == "04/30/2021"
+    with pytest.raises(ValueError, match="contains more than a date"):
+        task.gold("2021-04-30 10:00")
 
 
 def test_without_name_and_type_the_answer_is_free_text_compared_without_case():

@@ -256,6 +256,8 @@ def as_answer(value: Any) -> object:
         # A value that a float cannot represent exactly stays text, with every digit.
         plain = int(value) if value == value.to_integral_value() else float(value)
         return plain if Decimal(repr(plain)) == value else format(value, "f")
+    if isinstance(value, datetime.datetime) and value.time() != datetime.time():
+        return value.isoformat(" ")
     if isinstance(value, datetime.date):
         return value.strftime("%Y-%m-%d")
     if isinstance(value, bool) or (isinstance(value, int | float) and value == value):

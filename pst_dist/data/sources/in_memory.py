@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.sources.arrow_values import shortest
 from pst_dist.data.sources.specs import dataset_rows
 from pst_dist.data.sources.strict_json import MAX_DEPTH
 from pst_dist.errors import DataError
@@ -118,7 +119,10 @@ def _frame_rows(frame: Any, place: str) -> Iterator[dict[str, Any]]:
             present = column.dropna()
             if len(present) and (present % 1 == 0).all():
                 column = column.astype("Int64")
-        columns.append(column.tolist())
+        cells, bits = column.tolist(), 8 * getattr(column.dtype, "itemsize", 8)
+        if getattr(column.dtype, "kind", "") == "f" and bits < 64:
+            cells = [shortest(value, bits) if isinstance(value, float) else value for value in cells]
+        columns.append(cells)
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
 
@@ -176,7 +180,8 @@ def _from_numpy(value: Any, numpy: Any, where: str, key: str, depth: int) -> Any
     if kind == "M":  # `item` would turn nanoseconds into an integer
         return None if numpy.isnat(value) else str(value)
     if kind == "f":
-        return _number(float(value), where, key)
+        narrow = value.dtype.itemsize < 8
+        return _number(shortest(float(value), 8 * value.dtype.itemsize) if narrow else float(value), where, key)
     if kind in "biu":
         return value.item()
     raise DataError(f"{key} is NumPy {value.dtype}, which JSON cannot represent", _REMEDY, path=where)

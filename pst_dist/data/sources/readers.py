@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pst_dist.data.sources.arrow_probe import Unreadable, probe
+from pst_dist.data.sources.arrow_values import ArrowValues
 from pst_dist.data.sources.compressed import (
     COMPRESSED,
     OTHER_ARCHIVES,
@@ -289,12 +290,12 @@ def _parquet(path: Path, size: int) -> Iterator[Entry]:
     try:
         probe([path], expansion_limit(size))
         with parquet.ParquetFile(path) as table:
-            number = 0
+            number, values = 0, ArrowValues.of(table.schema_arrow)
             # Few rows at a time: one cell may have 16 MiB and occur in every row of the file.
             for batch in table.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
                     number += 1
-                    yield table_row(row, str(path), path.name, number)
+                    yield table_row(values.corrected(row), str(path), path.name, number)
     except (pyarrow.ArrowException, UnicodeDecodeError, Unreadable) as error:
         what = f"not a readable Parquet file: {str(error).splitlines()[0][:160]}"
         raise DataError(what, "copy or create the file again", path=path) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.data.sources.arrow_probe import probe
+from pst_dist.data.sources.arrow_values import ArrowValues
 from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
 from pst_dist.data.sources.readers import SUFFIXES, check_file, input_of, parsed, stream_file, table_row
@@ -291,14 +292,13 @@ def _dataset_rows(dataset: Any, path: str, name: str) -> Iterator[Entry]:
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a `datasets.Dataset` as plain values. Class labels become their names, as their numbers are arbitrary."""
-    features = dataset.features or {}  # a streamed dataset may not know them
-    labels = {column: feature for column, feature in features.items() if hasattr(feature, "int2str")}
+    """Rows of a `datasets.Dataset` as plain values, with the names of class labels."""
+    values, features = ArrowValues({}, {}), dataset.features
+    if features:  # a streamed dataset may not know them
+        labels = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
+        values = ArrowValues.of(features.arrow_schema, labels)
     for row in dataset.with_format(None):
-        for column, feature in labels.items():
-            if isinstance(row[column], int) and row[column] >= 0:
-                row[column] = feature.int2str(row[column])
-        yield row
+        yield values.corrected(row)
 
 
 def _worded(rationales: tuple[str, ...]) -> dict[str, Any]:

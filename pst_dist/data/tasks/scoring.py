@@ -8,6 +8,8 @@ strictly for every task. `registry` assigns rules to tasks; `numbers` parses num
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import math
 import re
 import unicodedata
@@ -205,16 +207,19 @@ def _folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".")
 
 
+_DATE = re.compile(r"(?<!\d)(?:(\d{4}-\d{1,2}-\d{1,2})|(\d{1,2}/\d{1,2}/\d{4}))(?!\d)")
+
+
 def _dates(text: str) -> list[str]:
     """Dates written 2021-04-30 or 4/30/2021, as MM/DD/YYYY."""
     found = []
-    for iso, slashed in re.findall(r"(?<!\d)(?:(\d{4}-\d{1,2}-\d{1,2})|(\d{1,2}/\d{1,2}/\d{4}))(?!\d)", text):
+    for iso, slashed in _DATE.findall(text):
         if iso:
             year, month, day = iso.split("-")
         else:
             month, day, year = slashed.split("/")
-        if 1 <= int(month) <= 12 and 1 <= int(day) <= 31:
-            found.append(f"{int(month):02d}/{int(day):02d}/{year}")
+        with contextlib.suppress(ValueError):  # 30 February is no date
+            found.append(datetime.date(int(year), int(month), int(day)).strftime("%m/%d/") + year)
     return found
 
 
@@ -247,6 +252,8 @@ def _gold(task: Task, value: object) -> str:
         raise ValueError(f"{snippet(value)} is not {wanted}")
     if len(found) > 1:
         raise ValueError(f"{snippet(value)} contains several: {', '.join(found[:3])}; expected {wanted}")
+    if task.rule == "dates" and re.search(r"[1-9]", _DATE.sub("", value)):
+        raise ValueError(f"{snippet(value)} contains more than {wanted}")
     return found[0]
 
 

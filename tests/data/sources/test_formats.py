@@ -14,10 +14,12 @@ from pst_dist.cli.main import run_verb
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import compressed, readers, strict_json, survey
 from pst_dist.data.sources.arrow_probe import Unreadable, probe
+from pst_dist.data.sources.arrow_values import ArrowValues
 from pst_dist.data.sources.column_guess import guess_columns
 from pst_dist.data.sources.columns import RowError, as_answer
 from pst_dist.data.sources.readers import read_file
 from pst_dist.data.sources.rows import RawRow
+from pst_dist.data.sources.specs import read_specs
 from pst_dist.errors import DataError, EnvironmentFault, InputError
 
 ROWS = [{"question": "q1", "answer": "a"}, {"question": "q2", "answer": "b"}]
@@ -201,13 +203,52 @@ def test_a_reader_that_is_ended_by_a_signal_is_told_from_the_child(tmp_path, mon
         (Decimal("12.5"), 12.5),
         (Decimal("0.12345678901234567890123"), "0.12345678901234567890123"),
         (datetime.date(2021, 4, 30), "2021-04-30"),
-        (datetime.datetime(2021, 4, 30, 12), "2021-04-30"),
+        (datetime.datetime(2021, 4, 30), "2021-04-30"),
+        (datetime.datetime(2021, 4, 30, 12, 5), "2021-04-30 12:05:00"),
         (True, True),
     ],
 )
 def test_answers_of_tables_are_read_as_what_they_are(value, expected):
     assert as_answer(value) == expected
     assert type(as_answer(value)) is type(expected)
+
+
+def test_narrow_floats_of_a_table_keep_the_decimals_that_were_written(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pair = pa.struct([("x", pa.float32()), ("n", pa.int64())])
+    table = {
+        "single": pa.array([0.1, None, 1e10], pa.float32()),
+        "half": pa.array([0.1, 2.7, float("inf")], pa.float32()).cast(pa.float16()),
+        "list": pa.array([[0.3, None], None, []], pa.list_(pa.float32())),
+        "pair": pa.array([{"x": 2.7, "n": 3}, None, {"x": None, "n": 4}], pair),
+        "double": pa.array([0.1, 1 / 3, 2.5]),
+    }
+    parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
+    assert _values(tmp_path / "rows.parquet") == [
+        {"single": 0.1, "half": 0.1, "list": [0.3, None], "pair": {"x": 2.7, "n": 3}, "double": 0.1},
+        {"single": None, "half": 2.7, "list": None, "pair": None, "double": 1 / 3},
+        {"single": 1e10, "half": float("inf"), "list": [], "pair": {"x": None, "n": 4}, "double": 2.5},
+    ]
+
+
+def test_class_labels_of_a_parquet_file_are_names_as_in_the_folder_it_came_from(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = {"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["neither", "follows"])}
+    rows = {"question": ["q1", "q2", "q3"], "answer": [1, 0, -1]}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    dataset.save_to_disk(str(tmp_path / "folder"))
+    (folder,) = read_specs(str(tmp_path / "folder"), "train", tmp_path)
+    assert [row["answer"] for row in _values(tmp_path / "rows.parquet")] == ["follows", "neither", -1]
+    assert [row.value["answer"] for row in folder.rows()] == ["follows", "neither", -1]
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, {b"huggingface": b"{"}, {b"huggingface": b"[]"}, {b"huggingface": b'{"info": {"features": 3}}'}]
+)
+def test_metadata_of_another_program_names_no_labels(metadata):
+    pa = pytest.importorskip("pyarrow")
+    assert ArrowValues.of(pa.schema([("a", pa.int64())], metadata=metadata)).corrected({"a": 1}) == {"a": 1}
 
 
 def test_several_answers_are_refused_with_a_way_to_choose():

@@ -91,6 +91,14 @@ def test_numpy_dates_and_decimals_become_plain_values():
     ]
 
 
+def test_narrow_floats_keep_the_decimals_that_were_written():
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    assert lines([{"a": np.float32(0.1), "b": np.array([2.7], np.float16)}]) == [{"a": 0.1, "b": [2.7]}]
+    assert lines(pandas.DataFrame({"a": np.array([0.1, np.nan], np.float32)})) == [{"a": 0.1}, {"a": None}]
+    features = datasets.Features({"a": datasets.Value("float32"), "b": datasets.Sequence(datasets.Value("float32"))})
+    assert lines(datasets.Dataset.from_dict({"a": [0.1], "b": [[0.3]]}, features=features)) == [{"a": 0.1, "b": [0.3]}]
+
+
 def test_class_labels_are_names_and_a_named_index_is_a_column():
     pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
     features = datasets.Features({"q": datasets.Value("string"), "a": datasets.ClassLabel(names=["no", "yes"])})

@@ -17,7 +17,7 @@ from typing import Any
 
 from pst_dist.data.sources.columns import GUESSED, TURNS, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS
-from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns, plain_name
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
@@ -139,7 +139,7 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
                 continue
             return layout
     columns = _columns(rows)
-    plain = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in reversed(columns)}
+    plain = {plain_name(column): column for column in reversed(columns)}
     found: dict[str, str] = {}
     if {"Body", "Question"} <= set(columns):
         found["question"] = "{Body} {Question}"  # SVAMP's original format
@@ -197,13 +197,18 @@ def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A template that puts a system text or passage before the question if every row has one."""
+    """A template that puts a system text or passage before the question if every row has one, and an input after an
+    instruction."""
     if "{" in question or any(not isinstance(row.get(question), str | None) for row in rows):
         return question
+    extra = next((column for column in columns if plain_name(column) == "input"), None)
+    if plain_name(question) == "instruction" and extra and all(isinstance(row.get(extra), str) for row in rows):
+        return f"{{{question}}}\n{{{extra}}}"
+    wanted = {plain_name(name) for name in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)}
     before = [
         column
         for column in columns
-        if column.lower() in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)
+        if plain_name(column) in wanted
         and column != question
         and all(isinstance(row.get(column), str) and row[column].strip() for row in rows)
     ]
@@ -275,7 +280,7 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Raise DataError if a column has the right name but a value of the wrong type."""
     for column in _columns(rows):
-        if re.sub(r"[^a-z0-9]", "", column.lower()) == field:
+        if plain_name(column) == field:
             values = [row[column] for row in rows if row.get(column) is not None]
             held = kind_of(values[0]) if values else "no value"
             what = f"column {column!r} cannot be the {field}: it contains {held}"

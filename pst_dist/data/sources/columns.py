@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +17,14 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from pst_dist.data.sample import Turns
-from pst_dist.data.sources.conversations import Question, is_blank, is_turns, read_question, unread_parts
+from pst_dist.data.sources.conversations import (
+    ADD_COLUMN,
+    Question,
+    is_blank,
+    is_turns,
+    read_question,
+    refuse_unread,
+)
 from pst_dist.data.sources.options import Options, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
@@ -133,7 +141,7 @@ def asked_at(
     paths: Mapping[str, str],
     *,
     guessed: bool,
-    remedy: str = "add it to data.columns.question, or set data.columns without it",
+    remedy: str = ADD_COLUMN,
 ) -> tuple[Question, Options | None]:
     """(the question with its turns and options, those options) at the paths `question`, `turns` and `choices`.
 
@@ -141,10 +149,6 @@ def asked_at(
     RowError for turns that end with another question and, with `remedy`, for a context column that a guessed map would
     leave out.
     """
-    unread = unread_parts(row, " ".join(paths.values())) if guessed else []
-    if unread:
-        what = f"column {unread[0]!r} would not be read, but the question may depend on it"
-        raise RowError("context", f"{what}; {remedy}")
     place = paths.get(TURNS, TURNS if guessed and is_turns(row.get(TURNS)) else None)
     value, turns = look_up(row, paths["question"]), None if place is None else look_up(row, place)
     asked = read_question(value, "question", {}) if is_turns(value) else Question(as_text(value, "question"))
@@ -154,6 +158,8 @@ def asked_at(
         if asked.text not in (whole.text, last):
             raise RowError("context", f"{TURNS} end with another question than the column of the question has")
         asked = whole
+    if guessed:
+        refuse_unread(row, _columns_in(tuple(paths.values())), asked.text, remedy)
     if "choices" not in paths:
         return asked, None
     options = read_options(options_at(row, paths["choices"]))
@@ -185,6 +191,13 @@ def field_map(paths: Mapping[str, str]) -> FieldMap:
     if answers != ["answer"] and "choices" not in paths:
         raise ConfigError(f"data.columns has {answers[0]}, but no choices", "add `choices: COLUMN`")
     return FieldMap(dict(paths))
+
+
+@functools.lru_cache(maxsize=64)
+def _columns_in(paths: tuple[str, ...]) -> frozenset[str]:
+    """The columns that paths, templates and lists of columns name."""
+    names = [name.strip() for path in paths for name in re.findall(r"\{([^{}]+)\}", path) or [path, *path.split(",")]]
+    return frozenset((*names, *(re.split(r"[.\[]", name)[0] for name in names)))
 
 
 def options_at(row: Mapping[str, Any], path: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
-from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, read_conversation, with_context
+from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, read_conversation, with_context, with_passage
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
@@ -82,16 +82,21 @@ def _prompt_completion(row: Mapping[str, Any]) -> Fields:
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation([*prompt, *completion], "prompt and completion", row)
     question = as_text(prompt, "question").removesuffix("###").rstrip()  # the end of Fine-tune-CoT's prompts
+    question = with_passage(question, row, ("prompt", "completion"))
     return _from_reply(with_context(question, row), completion, row=row, name="completion", thought=_row_thought(row))
 
 
 def _alpaca(row: Mapping[str, Any]) -> Fields:
-    instruction = as_text(row.get("instruction"), "question")
-    extra = row.get("input")
-    question = f"{instruction}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else instruction
+    question = with_passage(_instruction(row), row, ("instruction", "input", "output"))
     return _from_reply(
         with_context(question, row), row.get("output"), row=row, name="output", thought=_row_thought(row)
     )
+
+
+def _instruction(row: Mapping[str, Any]) -> str:
+    """An instruction, and below it its input, which may be empty."""
+    instruction, extra = as_text(row.get("instruction"), "question"), row.get("input")
+    return f"{instruction}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else instruction
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Fields:
@@ -99,7 +104,8 @@ def _gsm8k(row: Mapping[str, Any]) -> Fields:
     text = re.sub(r"<<[^<>\n]{0,200}>>", "", as_text(row.get("answer"), "answer"))
     if "####" not in text:
         raise RowError("answer", "answer has no ####")
-    return _from_reply(with_context(as_text(row.get("question"), "question"), row), text, row=row, name="answer")
+    question = with_passage(as_text(row.get("question"), "question"), row, ("question", "answer"))
+    return _from_reply(with_context(question, row), text, row=row, name="answer")
 
 
 def _generations(row: Mapping[str, Any]) -> Fields:
@@ -113,7 +119,7 @@ def _generations(row: Mapping[str, Any]) -> Fields:
     keep = _usable_generations(row, len(texts))
     # A generation that was cut off in its thought is skipped, like an incomplete one.
     rationales = [rationale_of(as_text(text, "a generation")) for text, good in zip(texts, keep, strict=True) if good]
-    question = with_context(row[prompt], row)
+    question = with_context(with_passage(row[prompt], row, (prompt, "generations")), row)
     return Fields(
         question=as_text(question.text, "question"),
         turns=question.turns,
@@ -169,7 +175,11 @@ def _think(row: Mapping[str, Any]) -> Fields:
         raise RowError("missing", f"question is missing: none of {', '.join(_PROMPTS)} contains text")
     if reply is None:
         raise RowError("missing", f"answer is missing: none of {', '.join(_REPLIES)} contains text")
-    return _from_reply(with_context(row[prompt], row), row[reply], row=row, name=reply, thought=_row_thought(row))
+    question, read = row[prompt], [prompt, reply]
+    if prompt == "instruction" and reply != "input":
+        question, read = _instruction(row), [*read, "input"]
+    question = with_passage(question, row, read)
+    return _from_reply(with_context(question, row), row[reply], row=row, name=reply, thought=_row_thought(row))
 
 
 def _texts(*names: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -8,7 +8,9 @@ the same question could have different answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +27,17 @@ HISTORY_COLUMNS = ("history",)
 """Columns with earlier turns: question-reply pairs, or turns with roles."""
 ATTACHED_COLUMNS = ("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls")
 """Columns that a text prompt cannot represent. A row is refused if one of them is not empty."""
+_MAYBE_CONTEXT = (
+    *("input", "text", "prompt", "instruction", "premise", "hypothesis", "sentence", "table", "dialogue", "dialog"),
+    *("hint", "lecture", "scenario", "situation", "contexts", "documents"),
+)
+"""Columns with a text that a question beside them may depend on, unless it contains the question or is part of it."""
 _CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn with its reasoning, separate from its content."""
+
+ADD_COLUMN = "add it to data.columns.question, or set data.columns without it"
+"""What to do about a column that is not read."""
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -132,12 +142,12 @@ def with_context(
 
     Raises RowError for a part of the row that text cannot represent.
     """
-    for column in ATTACHED_COLUMNS:
-        if not is_blank(row.get(column)):
-            raise RowError("context", f"{column} is not empty, but a text prompt cannot contain it")
-    texts = [row[column] for column in SYSTEM_COLUMNS if not is_blank(row.get(column))]
+    for column in columns_named(row, ATTACHED_COLUMNS):
+        raise RowError("context", f"{column} is not empty, but a text prompt cannot contain it")
+    texts = [row[column] for column in columns_named(row, SYSTEM_COLUMNS)]
     texts += [text for text in systems if not is_blank(text)]
-    turns = [turn for column in HISTORY_COLUMNS for turn in _history(row.get(column), column)] + list(earlier)
+    past = [turn for column in columns_named(row, HISTORY_COLUMNS) for turn in _history(row[column], column)]
+    turns = [*past, *earlier]
     if not texts and not turns:
         return Question(question)
     if not isinstance(question, str) or not question.strip():
@@ -154,10 +164,56 @@ def with_context(
     return Question(text, (*told, *read, ("user", question.strip())))
 
 
-def unread_parts(row: Mapping[str, Any], read: str) -> list[str]:
-    """Context columns of a row that are not blank and do not occur in the paths `read`."""
-    present = (column for column in _CONTEXT_COLUMNS if row.get(column) is not None)
-    return [column for column in present if not is_blank(row[column]) and column not in read]
+def with_passage(question: Any, row: Mapping[str, Any], read: Collection[str]) -> Any:
+    """The question preceded by the passages of the row that it does not contain yet; `read` are the columns that were
+    read already.
+
+    Raises RowError for another column on which the question may depend.
+    """
+    if not isinstance(question, str):
+        return question  # as_text reports the error
+    told = [row[column] for column in columns_named(row, PASSAGE_COLUMNS) if column not in read]
+    passages = [text.strip() for text in told if isinstance(text, str) and text.strip() not in question]
+    known = {*read, *columns_named(row, (*SYSTEM_COLUMNS, *HISTORY_COLUMNS))}
+    if any(not isinstance(text, str) for text in told) or not passages:
+        refuse_unread(row, known, question)
+    else:
+        refuse_unread(row, {*known, *columns_named(row, PASSAGE_COLUMNS)}, question)
+    return "\n\n".join([*passages, question.strip()])
+
+
+def refuse_unread(row: Mapping[str, Any], read: Collection[str], question: object, remedy: str = ADD_COLUMN) -> None:
+    """Raise RowError for a column that is not `read` although the question may depend on it."""
+    unread = [column for column in columns_named(row, _CONTEXT_COLUMNS) if column not in read]
+    for column in columns_named(row, (*PASSAGE_COLUMNS, *_MAYBE_CONTEXT)):
+        value = row[column]
+        if isinstance(value, int | float):  # the number of a document
+            unread = [name for name in unread if name != column]
+        if column in read or not isinstance(value, str) or not isinstance(question, str):
+            continue
+        text = value.strip()
+        if text in question or question.strip() in text:
+            unread = [name for name in unread if name != column]
+        elif len(text.split()) > 2 and column not in unread:  # not a name such as "zero_shot"
+            unread.append(column)
+    if unread:
+        what = f"column {unread[0]!r} would not be read, but the question may depend on it"
+        raise RowError("context", f"{what}; {remedy}")
+
+
+def columns_named(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The columns of a row that are not blank and have one of the names, in the order of the names.
+
+    Neither case nor separators count: `System Prompt` is `system_prompt`.
+    """
+    found = {plain_name(column): column for column in reversed(list(row)) if not is_blank(row[column])}
+    return [found[plain] for plain in map(plain_name, names) if plain in found]
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_name(column: str) -> str:
+    """The name of a column in lower case without separators."""
+    return re.sub(r"[^a-z0-9]", "", str(column).lower())
 
 
 def _turn(turn: Mapping[str, Any], where: str) -> _Turn:

@@ -107,6 +107,39 @@ def test_what_a_text_prompt_cannot_hold_is_refused_by_name(row, code, what):
     assert what in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"Passage": "It rains.", "Question": "Where?", "Answer": "here"}, "It rains.\n\nWhere?"),
+        ({"question": "Where?", "Context": "It rains.", "response": "The answer is here."}, "It rains.\n\nWhere?"),
+        ({"question": "Where?", "context": "It rains.", "answer": "x\n#### 3"}, "It rains.\n\nWhere?"),
+        ({"instruction": "Add up.", "input": "2 and 3", "answer": "5"}, "Add up.\n2 and 3"),
+        ({"instruction": "Add up.", "input": "2 and 3", "response": "The answer is 5."}, "Add up.\n2 and 3"),
+        ({"instruction": "Say x.", "input": "", "answer": "x"}, "Say x."),
+        ({"question": "Where is it?", "text": "Q: Where is it? A: here", "answer": "here"}, "Where is it?"),
+        ({"question": "Where is it?", "prompt": "zero_shot", "answer": "here"}, "Where is it?"),
+        ({"question": "Where is it?", "document": 17, "answer": "here"}, "Where is it?"),
+    ],
+)
+def test_what_a_question_depends_on_is_read_in_every_layout(row, question):
+    assert guess_columns([row], "f").fields(row).question == question
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"System Prompt": "You are a pirate.", "question": "Who?", "answer": "me"}, "System Prompt"),
+        ({"text": "It rains in Spain.", "question": "Where?", "answer": "there"}, "text"),
+        ({"premise": "A man is asleep.", "question": "Is he up?", "answer": "no"}, "premise"),
+        ({"Context": ["It rains."], "question": "Where?", "response": "The answer is here."}, "Context"),
+    ],
+)
+def test_a_column_that_the_question_may_depend_on_is_not_left_out(row, column):
+    columns = guess_columns([row, {"question": "Who?", **{name: row[name] for name in row if name != column}}], "f")
+    with pytest.raises(RowError, match=f"column '{column}' would not be read"):
+        columns.fields(row)
+
+
 def test_guessed_columns_put_a_passage_before_the_question_and_never_leave_one_out(tmp_path):
     rows = [{"context": f"There are {n}.", "question": "How many?", "answer": str(n), "rationale": "r"} for n in (3, 4)]
     columns = guess_columns(rows, "f")

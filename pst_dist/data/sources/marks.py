@@ -44,15 +44,22 @@ class Mark:
     kind: str
 
 
+_OPEN_TAG = re.compile(r"<(final[_ ]?)?answer>", re.IGNORECASE)
+_CLOSE_TAG = re.compile(r"</(final[_ ]?)?answer>", re.IGNORECASE)
+
+
 def last_mark(text: str) -> Mark | None:
-    """The mark that starts last. Scans the text once per kind of mark."""
+    """The mark that starts last; a tag around it counts instead. Scans the text once per kind of mark."""
     marks: list[Mark] = []
     for pattern in (PHRASE, LABEL, HEADING):
         match = last_match(pattern, text)
         if match is not None:
             marks.append(Mark(match.start(), match.end(), None, "phrase"))
-    marks += [mark for mark in (_last_box(text), _answer_tag(text), _closing_line(text)) if mark is not None]
-    return max(marks, key=lambda mark: mark.start, default=None)
+    tag = _answer_tag(text)
+    marks += [mark for mark in (_last_box(text), tag, _closing_line(text)) if mark is not None]
+    last = max(marks, key=lambda mark: mark.start, default=None)
+    within = last is not None and tag is not None and tag.end is not None and last.start < tag.end
+    return tag if within else last
 
 
 def last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -89,13 +96,13 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 
 def _answer_tag(text: str) -> Mark | None:
-    folded = text if "<answer>" in text else text.replace("<Answer>", "<answer>").replace("</Answer>", "</answer>")
-    start = folded.rfind("<answer>")
-    if start < 0:
+    opening = last_match(_OPEN_TAG, text)
+    if opening is None:
         return None
-    content = start + len("<answer>")
-    end = folded.find("</answer>", content)
-    return Mark(start, content, end, "tag") if end >= 0 else Mark(start, content, None, "open answer")
+    closing = _CLOSE_TAG.search(text, opening.end())
+    if closing is None:
+        return Mark(opening.start(), opening.end(), None, "open answer")
+    return Mark(opening.start(), opening.end(), closing.start(), "tag")
 
 
 def _closing_line(text: str) -> Mark | None:

@@ -10,11 +10,10 @@ the text a fixed number of times.
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import NamedTuple
 
-from pst_dist.data.sources.marks import BOX, HEADING, LABEL, PHRASE, Mark, closing_brace, last_mark
+from pst_dist.data.sources.marks import BOX, HEADING, LABEL, PHRASE, Mark, closing_brace, last_mark, last_match
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, split_thought, without_wrappers
 from pst_dist.data.tasks.scoring import snippet
@@ -28,6 +27,11 @@ _DOUBTS = re.compile(
 _ABBREVIATION = re.compile(r"(?:^|[\s.(])(?:[A-Z]|St|Mr|Mrs|Ms|Dr|Jr|Sr|No|Mt|vs|approx)$")
 _CONNECTIVE = re.compile(
     r"(?:^|(?<=[.!?\n])|(?<=[.!?,]\s))[ \t]{0,4}(?:therefore|so|thus|hence|and so),?\s{0,4}$", re.IGNORECASE
+)
+# Between two boxes of one answer: part labels, names of variables, "and".
+_BETWEEN_BOXES = re.compile(r"[\W\d_]{0,60}(?:(?:and|or|part|[a-z]{1,3})[\W\d_]{1,40}){0,4}", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t#*]{0,8}(?:Q|Question|Problem|Human|User|Instruction|Input)[ \t]{0,2}\d{0,3}[*]{0,2}:"
 )
 _MARK_ALONE = re.compile(r"#{3,}|-{2,}>")
 _BARE_WORDS = 4
@@ -85,6 +89,7 @@ def _marked(text: str) -> tuple[str, str] | None:
         content, end = text[last.content : last.end], last.end
     if _DOUBTS.search(text, end):
         raise RowError("answer", f"the reply doubts its last answer {snippet(content.strip())} afterwards")
+    _refuse_next_question(text, last)
     if last.kind == "box":
         _refuse_two_boxes(text, last)
     inner = _marked(content) if last.kind == "tag" else None
@@ -92,6 +97,13 @@ def _marked(text: str) -> tuple[str, str] | None:
     if re.match(r"not\b", answer, re.IGNORECASE):
         raise RowError("answer", f"the last mark says what the answer is not: {snippet(answer)}")
     return _working(text, last, answer), answer
+
+
+def _refuse_next_question(text: str, last: Mark) -> None:
+    """Refuse a reply that answers and goes on with another question, as base models do; raises RowError."""
+    asked = last_match(_NEXT_QUESTION, text[: last.start])
+    if asked is not None and last_mark(text[: asked.start()]) is not None:
+        raise RowError("answer", "the reply goes on with another question after its answer")
 
 
 def _line_content(text: str, mark: Mark) -> tuple[str, int]:
@@ -102,7 +114,7 @@ def _line_content(text: str, mark: Mark) -> tuple[str, int]:
         start += len(text[start:]) - len(text[start:].lstrip())
         line = _line_at(text, start)
     end = _sentence_end(line)
-    content = line[:end].split(" because ")[0]
+    content = line[:end].split(" because ")[0].rstrip(" ,;\u2013\u2014-(")
     return content, start + end
 
 
@@ -141,8 +153,6 @@ def _without_introduction(text: str) -> tuple[str, bool]:
     introduced = False
     for _ in range(4):
         text = _without_opening(text)
-        if text.endswith("<answer>"):
-            text, introduced = _without_opening(text.removesuffix("<answer>")), True
         tail = max(0, len(text) - 120)
         found = [
             match
@@ -175,19 +185,25 @@ def _without_opening(text: str) -> str:
 
 
 def _refuse_two_boxes(text: str, last: Mark) -> None:
-    """Refuse "x = \\boxed{3} or x = \\boxed{5}", which has no single answer; raises RowError."""
-    line = text.rfind("\n", 0, last.start) + 1
-    contents = []
-    # The first few are enough; each search for a closing brace may scan the whole text.
-    for match in itertools.islice(BOX.finditer(text, line, last.start), 8):
-        end = closing_brace(text, match.end()) if text[match.end() : match.end() + 1] == "{" else None
-        if end is not None and end < last.start:
-            contents.append(text[match.end() + 1 : end].strip())
+    """Refuse "x = \\boxed{3} or x = \\boxed{5}", also on two lines, which has no single answer; raises RowError."""
+    contents, end = [], None
+    before = text[: last.start]
+    start = before.rfind("\n") + 1
+    # Boxes on the lines above belong to it if no sentence separates them: "(a) \\boxed{3}", "(b) \\boxed{5}".
+    boxes = list(BOX.finditer(before))[-8:]
+    for match in reversed(boxes):
+        close = closing_brace(text, match.end()) if text[match.end() : match.end() + 1] == "{" else None
+        if close is None or close >= last.start:
+            continue
+        if close < start and not _BETWEEN_BOXES.fullmatch(text[close + 1 : last.start if end is None else end]):
+            break
+        contents.append(text[match.end() + 1 : close].strip())
+        end = match.start()
     assert last.end is not None
     answer = text[last.content : last.end].strip()
     other = next((content for content in contents if content != answer), None)
     if other is not None:
-        raise RowError("answer", f"the last line has several boxed answers: {snippet(other)} and {snippet(answer)}")
+        raise RowError("answer", f"the reply ends with several boxed answers: {snippet(other)} and {snippet(answer)}")
 
 
 def _refuse_unmarked(text: str, thought: bool) -> None:

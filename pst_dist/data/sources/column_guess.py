@@ -21,73 +21,36 @@ from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS,
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
-from pst_dist.data.tasks.scoring import kind_of
+from pst_dist.data.tasks.number_markup import NotANumber
+from pst_dist.data.tasks.numbers import read_number
+from pst_dist.data.tasks.scoring import kind_of, snippet
 from pst_dist.errors import ConfigError, DataError
 
 READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
 """Every map that `data.columns` may name, the most specific ones first."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "question": (
-        *("question", "q", "problem", "query", "questiontext", "questionstem", "stem"),
-        *("prompt", "instruction", "input", "inputs", "text"),
-    ),
-    "answer": (
-        *(
-            "answer",
-            "finalanswer",
-            "goldanswer",
-            "gold",
-            "expectedanswer",
-            "answerkey",
-            "correct",
-            "correctanswer",
-            "finalans",
+    field: tuple(names.split())
+    for field, names in {
+        "question": (
+            "question q problem query questiontext qtext questionstem stem problemstatement "
+            "prompt instruction input inputs text"
         ),
-        *("label", "target", "targets", "groundtruth", "output", "response", "completion"),
-        *(
-            "answerindex",
-            "answeridx",
-            "correctindex",
-            "correctidx",
-            "correctoption",
-            "correctchoice",
-            "cop",
-            "gt",
-            "ans",
+        "answer": (
+            "answer finalanswer goldanswer gold expectedanswer answerkey correct correctanswer finalans label "
+            "goldlabel target targets groundtruth answertext answervalue result finalresult output response completion "
+            "answerindex answeridx correctindex correctidx correctoption correctchoice cop gt ans qans"
         ),
-    ),
-    "rationale": (
-        *(
-            "rationale",
-            "rationales",
-            "reasoning",
-            "reasoningcontent",
-            "explanation",
-            "chainofthought",
-            "cot",
-            "thought",
+        "rationale": (
+            "rationale rationales reasoning reasoningcontent explanation chainofthought cot cotcontent thought "
+            "thoughts thinking chain thinkingtrajectories thinkingtrajectory deepseekthinkingtrajectory "
+            "deepseekreasoning reasoningtrace reasoningsteps steps solution workedsolution reasoningcompletion "
+            "abstractiveexplanation generations exp"
         ),
-        *(
-            "thoughts",
-            "thinking",
-            "chain",
-            "thinkingtrajectories",
-            "thinkingtrajectory",
-            "deepseekthinkingtrajectory",
-            "deepseekreasoning",
-            "reasoningtrace",
-            "steps",
-            "solution",
-            "workedsolution",
-            "reasoningcompletion",
-            "abstractiveexplanation",
-            "generations",
-        ),
-    ),
-    "choices": ("choices", "options", "answerchoices", "endings", "candidates", "alternatives", "mcoptions"),
-    "id": ("id", "uid", "qid", "questionid", "sampleid"),
-    TURNS: (TURNS,),
+        "choices": "choices options answerchoices endings candidates alternatives mcoptions",
+        "id": "id uid qid questionid sampleid",
+        TURNS: TURNS,
+    }.items()
 }
 """Common names for our fields, most likely first. Compared in lower case, without separators between words."""
 
@@ -127,6 +90,7 @@ def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Column
         if name not in found:
             _refuse_unusable(name, rows, path)
             raise no_column(name, name, rows, path)
+    _refuse_two_answers(found, rows, path)
     return FieldMap(found, GUESSED)
 
 
@@ -146,18 +110,16 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     if rows and all(_holds_stem(row.get("question")) for row in rows):
         found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA's original format
     for field, synonyms in SYNONYMS.items():
-        for synonym in synonyms:
-            column = plain.get(synonym)
-            if (
-                field not in found
-                and column is not None
-                and column not in found.values()
-                and _usable(field, column, rows)
-            ):
-                found[field] = column
+        named = [plain[synonym] for synonym in synonyms if synonym in plain]
+        usable = [column for column in named if column not in found.values() and _usable(field, column, rows)]
+        if usable and field not in found:
+            # Whether a model was right is no answer, if another column can be one.
+            found[field] = min(usable, key=lambda column: field == "answer" and _holds_verdicts(column, rows))
     if "choices" not in found and (options := option_columns(columns)):
         found["choices"] = options
-    if "rationale" not in found and "answer" in found and _fits(LAYOUTS["reply"], rows):
+    # MATH's rows have no answer but the boxed one of the solution.
+    only_reply = "answer" not in found and found.get("rationale") == "solution" and "question" in found
+    if (only_reply or ("rationale" not in found and "answer" in found)) and _fits(LAYOUTS["reply"], rows):
         return LAYOUTS["reply"]
     if "question" in found:
         found["question"] = _with_context_columns(found["question"], columns, rows)
@@ -267,6 +229,42 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     if field == "choices" and any(isinstance(value, str) and value.strip() for value in values):
         return True
     return any(isinstance(value, kinds[field]) for value in values)
+
+
+def _holds_verdicts(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a column `correct` or `result` says of each row that something is right or wrong."""
+    values = {str(row[column]).strip().lower() for row in rows if row.get(column) is not None}
+    return plain_name(column) in ("correct", "result", "finalresult") and values <= _VERDICTS
+
+
+_VERDICTS = {"true", "false", "correct", "incorrect", "right", "wrong", "pass", "fail", "passed", "failed"}
+_GOLD = ("answer", "finalanswer", "goldanswer", "gold", "expectedanswer", "correctanswer", "finalans", "groundtruth")
+
+
+def _refuse_two_answers(found: Mapping[str, str], rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Raise DataError if another column may have the gold answer too, and has another one."""
+    column = found["answer"]
+    if "choices" in found or plain_name(column) not in _GOLD:
+        return
+    for row in rows:
+        for other in row:
+            values = [row.get(name) for name in (column, other)]
+            if other == column or plain_name(other) not in _GOLD or not all(isinstance(v, _SCALARS) for v in values):
+                continue
+            one, another = (str(value).strip() for value in values)
+            if one and another and _value(one) != _value(another):
+                what = f"columns {column!r} and {other!r} have different answers, {snippet(one)} and {snippet(another)}"
+                raise DataError(what, "set data.columns and say which one is right", path=path)
+
+
+_SCALARS = (str, int, float)
+
+
+def _value(text: str) -> object:
+    try:
+        return read_number(text)
+    except NotANumber:
+        return text.casefold().rstrip(".")
 
 
 def _holds_stem(question: Any) -> bool:

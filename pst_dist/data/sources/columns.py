@@ -25,7 +25,7 @@ from pst_dist.data.sources.conversations import (
     read_question,
     refuse_unread,
 )
-from pst_dist.data.sources.options import Options, read_options, with_choices
+from pst_dist.data.sources.options import Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
@@ -245,6 +245,11 @@ def _fill(row: Mapping[str, Any], template: str) -> str | None:
     return None if missing else text
 
 
+NO_VALUE = ("nan", "NaN", "NaT", "<NA>", "#N/A")
+"""What programs write for a missing value in a table of texts."""
+_NO_RATIONALE = (*NO_VALUE, "None", "none", "null", "NULL", "NA", "N/A", "n/a", "-")
+
+
 def as_text(value: Any, name: str) -> str:
     """A non-empty text without leading and trailing white space; raises RowError."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -255,6 +260,8 @@ def as_text(value: Any, name: str) -> str:
         raise RowError("nul", f"{name} contains a NUL character")
     if not value.strip():
         raise RowError("empty", f"{name} is empty")
+    if value.strip() in NO_VALUE:
+        raise RowError("missing", f"{name} is {value.strip()!r}, which stands for a missing value")
     return value.strip()
 
 
@@ -279,14 +286,26 @@ def as_answer(value: Any) -> object:
 
 
 def as_rationales(value: Any) -> tuple[str, ...]:
-    """The rationales in a text or a list of texts, without thought tags. Blank and missing ones are skipped."""
+    """The rationales in a text, a list of texts or a list printed as text, without thought tags. Blank and missing ones
+    are skipped."""
+    if isinstance(value, str) and _PRINTED_LIST.fullmatch(value.strip()):
+        value = printed_texts(value)
+        if not value:
+            raise RowError("type", "rationale looks like a printed list, but cannot be read as one")
     values = value if isinstance(value, list) else [value]
-    present = [item for item in values if item is not None and not (isinstance(item, str) and not item.strip())]
+    present = [item for item in values if item is not None and not (isinstance(item, str) and _is_nothing(item))]
     texts = [as_text(item, "rationale") for item in present]
     whole = [rationale_of(text) if has_thought_tag(text) else text for text in texts]
     if None in whole:
         raise RowError("cut", "rationale is cut off: a thought has no closing tag")
     return tuple(text for text in whole if text)
+
+
+_PRINTED_LIST = re.compile(r"\[\s*['\"].*\]", re.DOTALL)
+
+
+def _is_nothing(text: str) -> bool:
+    return not text.strip() or text.strip() in _NO_RATIONALE
 
 
 def as_id(value: Any) -> str | None:

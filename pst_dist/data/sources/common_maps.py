@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
-from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, read_conversation, with_context, with_passage
+from pst_dist.data.sources.conversations import (
+    THOUGHT_KEYS,
+    Question,
+    is_turns,
+    read_conversation,
+    with_context,
+    with_passage,
+)
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
@@ -75,6 +82,10 @@ def _messages(row: Mapping[str, Any]) -> Fields:
 
 def _sharegpt(row: Mapping[str, Any]) -> Fields:
     return _conversation(row.get("conversations"), "conversations", row)
+
+
+def _one_conversation(row: Mapping[str, Any]) -> Fields:
+    return _conversation(row.get("conversation"), "conversation", row)
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Fields:
@@ -215,6 +226,12 @@ LAYOUTS: dict[str, Layout] = {
         Layout("think", _think, (), _has_think, by_marks=True),
         Layout("messages", _messages, ("messages",), lambda row: isinstance(row.get("messages"), list)),
         Layout("sharegpt", _sharegpt, ("conversations",), lambda row: isinstance(row.get("conversations"), list)),
+        Layout(
+            "conversation",
+            _one_conversation,
+            ("conversation",),
+            lambda row: is_turns(row.get("conversation")) and "question" not in row,
+        ),
         Layout("prompt_completion", _prompt_completion, ("prompt", "completion"), _fits_prompt_completion),
         Layout("alpaca", _alpaca, ("instruction", "output"), _texts("instruction", "output")),
         Layout("reply", _think, (), _has_marked_reply, by_marks=True),

@@ -61,6 +61,8 @@ def read_options(value: Any) -> Options:
 
 def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
     """(names, values) of the options. A plain list has no names."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _object_in(value)
     if isinstance(value, str) and (listed := options_in_text(value)):
         return [], listed
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
@@ -84,6 +86,15 @@ def _named_options(value: Any) -> tuple[list[Any], list[Any]]:
             raise RowError("choices", "choices is a list of objects without a text")
         return [item[label] for item in value] if label else [], [item[text] for item in value]
     return [], value
+
+
+def _object_in(text: str) -> Any:
+    """The object in a JSON text; the text itself if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def _is_missing(value: Any) -> bool:
@@ -175,19 +186,30 @@ def _marks(text: str, mark: str) -> list[re.Match[str]]:
 
 
 def options_in_text(text: str) -> list[str]:
-    """Options listed in one text, as a JSON list, as a list that Python printed (`['a', 'b']`, numpy's `['a' 'b']`) or
-    as `a ) 38 , b ) 27`; empty if that is not certain."""
+    """Options listed in one text, as a JSON list, as a list that Python printed (`['a', 'b']`, numpy's `['a' 'b']`),
+    as lines `A. cat` or as `a ) 38 , b ) 27`; empty if that is not certain."""
     if text.lstrip().startswith("["):
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = _printed_list(text)
-        return value if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value) else []
+        found = printed_texts(text)
+        return found if len(found) > 1 else []
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1:
+        marked = [(LETTER_MARK.match(line), line) for line in lines]
+        if [mark and mark[1].upper() for mark, _ in marked] == list(LETTERS[: len(lines)]):
+            return [line[mark.end() :] for mark, line in marked if mark]
     marks = _marks(text.upper(), r"(?:^|(?<=[\s,;(])){} ?\)") if len(text.upper()) == len(text) else []
     if len(marks) < 2 or text[: marks[0].start()].strip(" ("):
         return []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return [text[mark.end() : end].strip(" ,;(\n\t") for mark, end in zip(marks, ends, strict=True)]
+
+
+def printed_texts(text: str) -> list[str]:
+    """The texts of a list in JSON or as Python or numpy prints it; empty if the text is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = _printed_list(text.strip())
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
 
 
 _PRINTED = re.compile(r"""[\s,]*(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"(?=[\s,\]]))""", re.DOTALL)

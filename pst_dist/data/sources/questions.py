@@ -23,7 +23,7 @@ from pst_dist.errors import DataError
 
 _LOOK_AT = 50
 """Number of rows from which the column is guessed."""
-_CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations"}
+_CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations", "conversation": "conversation"}
 """Known layouts of turns, and their column: here a conversation may end with its question."""
 
 

@@ -62,6 +62,9 @@ def _loaded(folder, rows, **data):
         ("a ) 38 , b ) 27.675 , c ) none of these", ("38", "27.675", "none of these")),
         ("(A) x, (B) y", ("x", "y")),
         ('["x", "y"]', ("x", "y")),
+        ('{"A": "x", "B": "y"}', ("x", "y")),
+        ("A. x\nB. y, z\n", ("x", "y, z")),
+        ("(a) x\n\n(b) y", ("x", "y")),
     ],
 )
 def test_options_are_read_from_every_common_layout(value, texts):

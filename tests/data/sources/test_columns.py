@@ -97,6 +97,9 @@ LAYOUT_ROWS = {
         ]
     },
     "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "I add.\n#### 4"}]},
+    "conversation": {
+        "conversation": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "I add.\n#### 4"}]
+    },
     "prompt_completion": {"prompt": "2+2?\n\n###\n\n", "completion": " I add. --> 4 END"},
     "alpaca": {"instruction": "2+2?", "input": "", "output": "I add. The answer is 4."},
     "gsm8k": {"question": "2+2?", "answer": "I add<<2+2=4>>.\n#### 4"},
@@ -185,12 +188,56 @@ def test_an_ending_without_answer_is_refused():
             {"question": "q", "answer": "a", "rationales": ["r", "s"]},
             {"question": "question", "answer": "answer", "rationales": "rationales"},
         ),
+        (
+            {"Question": "q", "Result": 5, "Explanation": "r"},
+            {"question": "Question", "answer": "Result", "rationale": "Explanation"},
+        ),
+        ({"question": "q", "correct": True, "output": "5"}, {"question": "question", "answer": "output"}),
+        ({"question": "q", "Correct": "False", "output": "5"}, {"question": "question", "answer": "output"}),
+        ({"question": "q", "correct": "B", "output": "5"}, {"question": "question", "answer": "correct"}),
+        ({"statement": "s", "question": "q", "correct": True}, {"question": "question", "answer": "correct"}),
     ],
 )
 def test_unknown_files_are_mapped_by_names_that_mean_the_same_and_the_yaml_gives_the_map_back(row, expected):
     columns = guess_columns([row], "file.csv")
     assert columns.paths == expected
     assert yaml.safe_load(as_yaml(columns)) == {"columns": expected}
+
+
+def test_two_columns_with_different_gold_answers_are_refused():
+    rows = [{"question": "q", "answer": 5, "final_answer": "5.0"}, {"question": "p", "answer": "Yes", "gold": "yes."}]
+    assert guess_columns(rows, "f").paths == {"question": "question", "answer": "answer"}
+    rows.append({"question": "o", "answer": "He has 5 because 2 + 3 = 5.", "final_answer": "5"})
+    with pytest.raises(DataError, match="columns 'answer' and 'final_answer' have different answers, 'He has 5"):
+        guess_columns(rows, "f")
+    options = [{"question": "q", "choices": ["cat", "dog"], "answer": "dog", "gold": "B"}]
+    assert guess_columns(options, "f").paths["answer"] == "answer"
+
+
+def test_solutions_that_box_their_answer_need_no_column_for_it():
+    row = {"problem": "2+2?", "level": "Level 1", "solution": "I add. So $\\boxed{4}$."}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add. 4",), "4")
+
+
+@pytest.mark.parametrize("cell", ["['I add.', \"It's 4.\"]", '["I add.", "It\'s 4."]', "['I add.'\n \"It's 4.\"]"])
+def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
+    row = {"question": "2+2?", "answer": "4", "rationales": cell}
+    assert guess_columns([row], "f").fields(row).rationales == ("I add.", "It's 4.")
+    with pytest.raises(RowError, match="looks like a printed list"):
+        guess_columns([row], "f").fields({**row, "rationales": "['I add.', np.str_('4')]"})
+
+
+def test_what_stands_for_a_missing_value_in_a_table_of_texts_is_one():
+    row = {"question": "2+2?", "answer": "4", "rationale": "I add."}
+    columns = guess_columns([row], "f")
+    for word in ("nan", "NaN", "<NA>"):
+        for name in ("question", "answer"):
+            with pytest.raises(RowError, match="stands for a missing value"):
+                columns.fields({**row, name: word})
+    for word in ("nan", "None", "N/A", "null"):
+        assert columns.fields({**row, "rationale": word}).rationales == ()
+    assert columns.fields({**row, "answer": "None"}).answer == "None"
 
 
 def test_a_missing_column_is_named_with_those_that_exist_and_the_nearest():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from pst_dist.data.row_store import DROPPED, RowStore
 from pst_dist.data.sample import SPLITS, normalise_question
 from pst_dist.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
@@ -57,10 +60,30 @@ def cut(store: RowStore, size: int | float, purpose: str, into: int) -> None:
     if not store.number("SELECT EXISTS(SELECT 1 FROM part)"):
         most = max(1, int(size))
         store.run(f"INSERT INTO part SELECT key FROM ({groups}) ORDER BY rank, place LIMIT ?", (most,))
+    part = store.number("SELECT COUNT(*) FROM part")
     store.run("UPDATE rows SET split=? WHERE split=0 AND key IN (SELECT key FROM part)", (into,))
     if not store.count(TRAIN):
-        raise leaves_none(size, purpose, store.number("SELECT COUNT(*) FROM part"))
+        raise leaves_none(size, purpose, part)
     store.run("DROP TABLE part")
+    if size < 1:
+        _warn_of_uneven(size, purpose, part, part + store.number("SELECT COUNT(DISTINCT key) FROM rows WHERE split=0"))
+
+
+def _warn_of_uneven(size: float, purpose: str, part: int, questions: int) -> None:
+    """Warn when the hashes of few questions gave a part far from the share that was asked for."""
+    wanted = max(1, round(size * questions))
+    if abs(part - wanted) >= 2 and 2 * abs(part - wanted) > wanted:
+        log.warning(
+            "data.%s_size=%s took %d of %d questions instead of about %d, as the hashes of few ids are uneven; "
+            "data.%s_size=%d takes that many",
+            purpose,
+            size,
+            part,
+            questions,
+            wanted,
+            purpose,
+            wanted,
+        )
 
 
 def check_size(size: int | float, purpose: str) -> None:

@@ -1,8 +1,8 @@
 """Rows in a JSON object instead of a list, as written by pandas and similar tools.
 
 `{"0": {...}, "1": {...}}` has one row per key, `{"question": [...], "answer": [...]}` and
-`{"question": {"0": ...}, ...}` have one list or object per column, and `{"columns": [...], "data": [[...]]}` is a
-table.
+`{"question": {"0": ...}, ...}` have one list or object per column, `{"columns": [...], "data": [[...]]}` is a table,
+and `{"data": [{...}]}` or `{"examples": [{...}]}` have a list of rows beside other things.
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ def is_table(value: Mapping[str, Any]) -> bool:
     if len(cells) > 1 and all(isinstance(cell, list) for cell in cells):
         return not any(isinstance(item, Mapping) for cell in cells for item in cell)  # those are conversation turns
     return bool(cells) and all(isinstance(cell, Mapping) for cell in cells)
+
+
+def wrapped_in(value: Mapping[str, Any]) -> str | None:
+    """The key of an object under which all rows are, as `data` or BIG-bench's `examples`; None if there is none."""
+    lists = [key for key, cell in value.items() if isinstance(cell, list) and any(isinstance(c, Mapping) for c in cell)]
+    if "data" in value and isinstance(value["data"], list) and "columns" not in value:
+        return "data"
+    alone = len(lists) == 1 and not _OF_A_ROW & set(value)
+    return lists[0] if alone and lists[0] in ("examples", "rows", "questions", "instances", "problems") else None
+
+
+_OF_A_ROW = {"question", "answer", "prompt", "problem", "input", "instruction", "messages", "conversations"}
+"""Keys of a single row, which may have a list of examples too."""
 
 
 def table_rows(path: Path, value: Any) -> list[dict[str, Any]]:

@@ -239,6 +239,9 @@ def _delimited(path: Path, stream: Readable, delimiter: str) -> Iterator[Entry]:
             if len(cells) != len(header):
                 what = f"{len(cells)} cells, but the header has {len(header)}"
                 yield Reject(str(path), line, "csv", what, excerpt(delimiter.join(cells)))
+            elif delimiter == "\t" and any(_holds_rows(cell, len(header)) for cell in cells):
+                what = f"a quote opens a cell that goes on to line {last_line}, over whole rows"
+                yield Reject(str(path), line, "csv", what, excerpt(delimiter.join(cells)))
             elif any(map(_has_foreign_bytes, cells)):
                 what = f"bytes that are not UTF-8{NOT_UTF8}"
                 yield Reject(str(path), line, "encoding", what, excerpt(delimiter.join(cells)))
@@ -275,6 +278,11 @@ def _header(path: Path, line: int, cells: list[str]) -> list[str]:
     if any(map(_has_foreign_bytes, cells)):
         raise DataError(f"the header contains bytes that are not UTF-8{NOT_UTF8}", path=path, line=line)
     return header
+
+
+def _holds_rows(cell: str, columns: int) -> bool:
+    """Whether a cell has line breaks and tabs enough for another row: programs write TSV without quoting quotes."""
+    return "\n" in cell and cell.count("\t") >= columns - 1 > 0
 
 
 def _has_foreign_bytes(cell: str) -> bool:

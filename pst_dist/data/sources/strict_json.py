@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pst_dist.data.sources.json_tables import is_table, table_rows
+from pst_dist.data.sources.json_tables import is_table, table_rows, wrapped_in
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import DataError, InputError
@@ -194,7 +194,8 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
             "if this is a Fine-tune-CoT completion file, set it as data.teacher_completions",
             path=path,
         )
-    if not isinstance(rows, list) or "columns" in value:
+    key = wrapped_in(value) if isinstance(value, dict) else None
+    if key is None:
         for number, row in enumerate(table_rows(path, value), 1):
             fault = fault_in(row)
             if fault is not None:
@@ -202,9 +203,9 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
             else:
                 yield RawRow(row, str(path), number, f"{path.name}#{number}")
         return
-    # Compare the content, because the word "data" may also occur elsewhere in the object.
-    for match in re.finditer(r'"data"\s*:\s*(?=\[)', text):
-        if _DECODER.raw_decode(text, match.end())[0] == rows:
+    # Compare the content, because the key may also occur elsewhere in the object.
+    for match in re.finditer(rf'"{key}"\s*:\s*(?=\[)', text):
+        if _DECODER.raw_decode(text, match.end())[0] == value[key]:
             yield from _json_list(path, text, match.end())
             return
 
@@ -218,8 +219,19 @@ def _is_lines(raw: bytes) -> bool:
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            return len(lines) > 1 or not (isinstance(value.get("data"), list | dict) or is_table(value))
+            if len(lines) > 1:
+                return not _is_one_value(raw)
+            return not (wrapped_in(value) or isinstance(value.get("data"), list | dict) or is_table(value))
     return False
+
+
+def _is_one_value(raw: bytes) -> bool:
+    """Whether the whole text is one JSON value; in JSON Lines the second object ends the parser early."""
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _text(path: Path, raw: bytes) -> str:

@@ -1,4 +1,5 @@
-"""Layouts of individual public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's.
+"""Layouts of individual public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's,
+BIG-bench.
 
 All produce questions in Fine-tune-CoT's form, followed by `Answer choices: (A) …, (B) ….`
 """
@@ -85,6 +86,27 @@ def _csqa_palm(row: Mapping[str, Any]) -> Fields:
     )
 
 
+def _big_bench(row: Mapping[str, Any]) -> Fields:
+    """BIG-bench's examples: an input, and a score for each option."""
+    scores = row.get("target_scores")
+    assert isinstance(scores, Mapping)
+    options = read_options(list(scores))
+    best = [place for place, score in enumerate(scores.values()) if score == max(scores.values())]
+    if len(best) != 1:
+        raise RowError("answer", f"{len(best)} options have the best of the target_scores")
+    return Fields(
+        question=with_choices(as_text(row.get("input"), "question"), options.texts),
+        answer=LETTERS[best[0]],
+        options=options,
+        id=as_id(row.get("id")),
+    )
+
+
+def _has_scores(row: Mapping[str, Any]) -> bool:
+    scores = row.get("target_scores")
+    return isinstance(scores, Mapping) and all(isinstance(score, int | float) for score in scores.values())
+
+
 def _is_aqua_human(row: Mapping[str, Any]) -> bool:
     return all(isinstance(row.get(name), str) for name in ("instruction", "output")) and (
         "Answer Choices:" in row["instruction"] and _PREAMBLE.match(row["output"]) is not None
@@ -109,6 +131,7 @@ TASK_LAYOUTS: dict[str, Layout] = {
             lambda row: "abstractive_explanation" in row and isinstance(row.get("choices"), list),
             has_options=True,
         ),
+        Layout("big_bench", _big_bench, ("input", "target_scores"), _has_scores, has_options=True),
     )
 }
 """Layouts by name. Guessing tries them before the general layouts, because they are more specific."""

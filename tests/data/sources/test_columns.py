@@ -240,6 +240,16 @@ def test_what_stands_for_a_missing_value_in_a_table_of_texts_is_one():
     assert columns.fields({**row, "answer": "None"}).answer == "None"
 
 
+def test_big_bench_gives_the_option_with_the_best_score():
+    row = {"input": "What is the date?", "target_scores": {"01/02/2021": 0, "05/01/2021": 1}}
+    columns = guess_columns([row], "task.json")
+    found = columns.fields(row)
+    assert found.question == "What is the date? Answer choices: (A) 01/02/2021, (B) 05/01/2021."
+    assert (found.answer, found.options.texts) == ("B", ("01/02/2021", "05/01/2021"))
+    with pytest.raises(RowError, match="2 options have the best"):
+        columns.fields({**row, "target_scores": {"a": 1, "b": 1}})
+
+
 def test_a_missing_column_is_named_with_those_that_exist_and_the_nearest():
     rows = [{"quesiton": "q", "answer": "a"}]
     with pytest.raises(DataError) as caught:

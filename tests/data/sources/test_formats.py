@@ -49,12 +49,29 @@ def _values(path):
         ("named.json", json.dumps({"first": ROWS[0], "second": ROWS[1]}).encode()),
         ("columns.json", json.dumps({"question": ["q1", "q2"], "answer": ["a", "b"]}).encode()),
         ("columns.json", json.dumps({"question": {"0": "q1", "1": "q2"}, "answer": {"0": "a", "1": "b"}}).encode()),
+        ("wrapped.json", json.dumps({"name": "n", "metrics": ["m"], "examples": ROWS}).encode()),
+        ("wrapped.json", json.dumps({"name": "n", "questions": ROWS}, indent=1).encode()),
+        ("lines.json", b'{"name": "n",\n"rows": [\n' + b",\n".join(map(str.encode, map(json.dumps, ROWS))) + b"\n]}"),
         ("split.json", json.dumps({"columns": ["question", "answer"], "data": [["q1", "a"], ["q2", "b"]]}).encode()),
     ],
 )
 def test_the_same_rows_are_read_from_many_forms(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert _values(tmp_path / name) == ROWS
+
+
+def test_a_single_row_with_a_list_of_examples_is_a_row(tmp_path):
+    row = {"question": "q1", "answer": "a", "examples": [{"input": "q2"}]}
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    assert _values(tmp_path / "row.json") == [row]
+
+
+def test_a_quote_of_a_text_does_not_swallow_rows_of_a_tsv(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text('question\tanswer\nq1\t"a\nq2\tb"\nq3\t"c\nd"\n')
+    bad, good = read_file(path).entries
+    assert (bad.line, bad.what) == (2, "a quote opens a cell that goes on to line 3, over whole rows")
+    assert good.value == {"question": "q3", "answer": "c\nd"}
 
 
 def test_zstandard_is_read_where_its_library_is_and_named_where_not(tmp_path):

@@ -13,6 +13,7 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import normalise_question
 from pst_dist.data.sources import load_data
+from pst_dist.data.sources.splits import rank_of
 from pst_dist.errors import ConfigError, DataError, InputError
 from pst_dist.storage.manifest import digest_of
 
@@ -317,6 +318,24 @@ def test_a_cut_is_stable_when_rows_are_added_and_never_parts_one_question(tmp_pa
     assert 20 <= len(held) <= 60
     assert held == {q for q in _questions(everything, "validation") if q in set(_questions(few, "train")) | held}
     assert not set(_questions(everything, "train")) & set(_questions(everything, "validation"))
+
+
+def test_a_share_of_few_questions_that_comes_out_uneven_is_said(tmp_path, caplog):
+    def rows(near: int, far: int):
+        names = [f"id{n}" for n in range(1000)]
+        low = [name for name in names if rank_of(name, "validation") < 0.1][:near]
+        high = [name for name in names if rank_of(name, "validation") >= 0.1][:far]
+        return [_row(n, id=name) for n, name in enumerate(low + high)]
+
+    for near, said in ((7, True), (3, False), (4, False), (0, True)):
+        caplog.clear()
+        _write(tmp_path / "rows.jsonl", rows(near, 30 - near))
+        loaded = _load(tmp_path, train="rows.jsonl", validation_size=0.1)
+        assert len(loaded.splits["validation"]) == (near or 1)
+        assert [record.getMessage().startswith("data.validation_size=0.1 took") for record in caplog.records] == [
+            True
+        ] * said
+    assert "took 1 of 30 questions instead of about 3" in caplog.text and "validation_size=3 takes" in caplog.text
 
 
 def test_cuts_by_number_are_exact_and_test_and_validation_are_apart(tmp_path):

@@ -114,6 +114,19 @@ def test_a_gold_date_is_a_date_and_no_moment_of_it():
         task.gold("2021-04-30 10:00")
 
 
+def test_a_gold_yes_or_no_says_so_and_does_not_begin_a_sentence():
+    task = get_task(None, "bool")
+    assert [task.gold(text) for text in ("Yes.", "No, it cannot.", " no - never", '"yes"')] == [
+        "yes",
+        "no",
+        "no",
+        "yes",
+    ]
+    for text in ("No one knows", "not yes", "It is no secret"):
+        with pytest.raises(ValueError, match="contains more than yes or no"):
+            task.gold(text)
+
+
 def test_without_name_and_type_the_answer_is_free_text_compared_without_case():
     task = get_task(None)
     assert task.answer_type == "text"

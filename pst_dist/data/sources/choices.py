@@ -196,6 +196,8 @@ def gold_answer(
                 "answer", f"answer is option {LETTERS[place]}, but task {task.name} has only {task.choice_letters}"
             )
         return LETTERS[place]
+    if task.answer_type == "bool":
+        return task.gold(options.texts[place])
     if reading != "text":
         what = f"answer {snippet(str(answer))} names option {LETTERS[place]} by {reading.split()[0]}"
         raise RowError("answer", f"{what}, expected {task.answer_type} (set data.answer_type=choice if all answers do)")

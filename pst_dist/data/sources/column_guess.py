@@ -11,12 +11,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from pst_dist.data.sources.columns import GUESSED, TURNS, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
-from pst_dist.data.sources.common_maps import LAYOUTS
+from pst_dist.data.sources.common_maps import LAYOUTS, has_options
 from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns, plain_name
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError
@@ -64,10 +65,12 @@ def choose_columns(
     used), or None to guess. Raises ConfigError for an unknown name, and DataError, listing the existing columns and the
     closest one, when the map does not fit the file.
     """
-    if isinstance(setting, str):
-        return _named(setting, rows, path)
-    if setting is None:
-        return guess_columns(rows, path)
+    if isinstance(setting, str | None):
+        found = _named(setting, rows, path) if setting is not None else guess_columns(rows, path)
+        if isinstance(found, Layout) and found.name in LAYOUTS:
+            # A file whose rows have no options need not be read twice to find out how its answers name them.
+            return replace(found, has_options=any(map(has_options, rows)))
+        return found
     chosen = field_map(setting)
     absent = [
         name
@@ -115,7 +118,7 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
         if usable and field not in found:
             # Whether a model was right is no answer, if another column can be one.
             found[field] = min(usable, key=lambda column: field == "answer" and _holds_verdicts(column, rows))
-    if "choices" not in found and (options := option_columns(columns)):
+    if "choices" not in found and (options := option_columns(tuple(columns))):
         found["choices"] = options
     # MATH's rows have no answer but the boxed one of the solution.
     only_reply = "answer" not in found and found.get("rationale") == "solution" and "question" in found

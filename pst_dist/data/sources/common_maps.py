@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
+from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text, options_at
 from pst_dist.data.sources.conversations import (
     THOUGHT_KEYS,
     Question,
+    columns_named,
     is_turns,
     read_conversation,
     with_context,
     with_passage,
 )
+from pst_dist.data.sources.options import Options, option_columns, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
@@ -218,8 +221,44 @@ def _fits_prompt_completion(row: Mapping[str, Any]) -> bool:
     return _texts("prompt", "completion")(row) or all(isinstance(row.get(n), list) for n in ("prompt", "completion"))
 
 
+_OPTIONS = ("choices", "options", "answer_choices", "endings")
+
+
+def _with_options(read: Callable[[Mapping[str, Any]], Fields]) -> Callable[[Mapping[str, Any]], Fields]:
+    """A reader that also reads the options of a row, and appends them to its question if it does not list them."""
+
+    def fields(row: Mapping[str, Any]) -> Fields:
+        found, options = read(row), _options_of(row)
+        if options is None:
+            return found
+        turns = found.turns
+        if turns:
+            turns = (*turns[:-1], (turns[-1][0], with_choices(turns[-1][1], options.texts)))
+        return replace(found, question=with_choices(found.question, options.texts), turns=turns, options=options)
+
+    return fields
+
+
+def has_options(row: Mapping[str, Any]) -> bool:
+    """Whether a row has columns that may hold options."""
+    return bool(columns_named(row, _OPTIONS) or option_columns(tuple(row)))
+
+
+def _options_of(row: Mapping[str, Any]) -> Options | None:
+    named = columns_named(row, _OPTIONS)
+    if not named:
+        path = option_columns(tuple(row))
+        return read_options(options_at(row, path)) if path and options_at(row, path) is not None else None
+    try:
+        return read_options(row[named[0]])
+    except RowError:
+        if isinstance(row[named[0]], Mapping):
+            return None  # the options of a program
+        raise
+
+
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
+    layout.name: replace(layout, read=_with_options(layout.read), has_options=True)
     for layout in (
         Layout("gsm8k", _gsm8k, ("question", "answer"), _marked_answer, by_marks=True),
         Layout("generations", _generations, ("answer", "generations"), _has_generations),

@@ -67,7 +67,8 @@ def make_draft(
             completion = _completion(teacher, place, found)
             rationales = (completion.rationale,) if completion.rationale else ()
             teacher_answer = completion.answer
-        truth = _as_truth(found.answer) if task.answer_type == "bool" else found.answer
+        # Beside options, 0 and 1 are the places of options.
+        truth = _as_truth(found.answer) if task.answer_type == "bool" and not found.options else found.answer
         answer = gold_answer(task, found.question, truth, found.options, told, found.counts_from)
     except RowError as error:
         return entry.reject(error.code, error.what)

@@ -5,10 +5,11 @@ Options are lettered A, B, C… in the order of the row. `choices` finds out whi
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,9 @@ def option_name(name: str) -> tuple[str, str]:
     return (found.group(1), found.group(2)) if found else ("", "")
 
 
-def option_columns(columns: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
+def option_columns(columns: tuple[str, ...]) -> str:
     """Columns with one option each, as a path for data.columns.choices: `A, B, C, D`; "" if there are none.
 
     They share a stem, as option_a and option_b do, and run from A, 0 or 1 without a gap.

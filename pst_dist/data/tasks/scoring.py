@@ -207,6 +207,8 @@ def _folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".")
 
 
+# "No, because ..." says no; "No one knows" and "not yes" do not say either.
+_YES_NO = re.compile(r"\W*(?:yes|no)(?:\W*$|\s?[^\w\s])", re.IGNORECASE)
 _DATE = re.compile(r"(?<!\d)(?:(\d{4}-\d{1,2}-\d{1,2})|(\d{1,2}/\d{1,2}/\d{4}))(?!\d)")
 
 
@@ -252,6 +254,8 @@ def _gold(task: Task, value: object) -> str:
         raise ValueError(f"{snippet(value)} is not {wanted}")
     if len(found) > 1:
         raise ValueError(f"{snippet(value)} contains several: {', '.join(found[:3])}; expected {wanted}")
+    if task.rule == "yes_no" and not _YES_NO.match(value):
+        raise ValueError(f"{snippet(value)} contains more than {wanted}")
     if task.rule == "dates" and re.search(r"[1-9]", _DATE.sub("", value)):
         raise ValueError(f"{snippet(value)} contains more than {wanted}")
     return found[0]

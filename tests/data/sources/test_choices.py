@@ -305,11 +305,55 @@ def test_check_proposes_a_map_with_which_each_layout_gives_one_letter(name, tmp_
 
 
 def test_columns_of_one_option_each_are_recognised():
-    assert option_columns(["question", "B", "A", "C", "answer"]) == "A, B, C"
-    assert option_columns(["opa", "opb", "cop"]) == "opa, opb"
-    assert option_columns(["q", "a"]) == ""
-    assert option_columns(["A", "C"]) == ""
-    assert option_columns(["1", "2"]) == ""
+    assert (
+        option_columns(
+            (
+                "question",
+                "B",
+                "A",
+                "C",
+                "answer",
+            )
+        )
+        == "A, B, C"
+    )
+    assert (
+        option_columns(
+            (
+                "opa",
+                "opb",
+                "cop",
+            )
+        )
+        == "opa, opb"
+    )
+    assert (
+        option_columns(
+            (
+                "q",
+                "a",
+            )
+        )
+        == ""
+    )
+    assert (
+        option_columns(
+            (
+                "A",
+                "C",
+            )
+        )
+        == ""
+    )
+    assert (
+        option_columns(
+            (
+                "1",
+                "2",
+            )
+        )
+        == ""
+    )
     assert guess_columns([{"question": "q", "a": "x", "b": "y", "label": "a"}], "f").paths["choices"] == "a, b"
 
 
@@ -387,3 +431,50 @@ def test_chance_of_the_twelve_tasks_counts_the_options_in_their_questions(shared
             for k in split
         ]
         assert round(100 * chance_of(get_task(name), samples), 2) == chance
+
+
+MARKED = {
+    "reply": {"question": "Which?", "response": "It barks. The answer is B."},
+    "think": {"question": "Which?", "response": "<think>It barks.</think>dog"},
+    "gsm8k": {"question": "Which?", "answer": "It barks.\n#### dog"},
+    "alpaca": {"instruction": "Which?", "input": "", "output": "It barks. The answer is (B) dog."},
+    "prompt_completion": {"prompt": "Which?", "completion": "It barks. The answer is B."},
+    "generations": {"problem": "Which?", "answer": "dog", "generations": ["<think>It barks.</think>"]},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Choose."},
+            {"role": "user", "content": "Which?"},
+            {"role": "assistant", "content": "It barks. The answer is B."},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("options", [{"Options": ["cat", "dog"]}, {"A": "cat", "B": "dog"}])
+def test_options_beside_a_reply_belong_to_the_question_in_every_layout(tmp_path, name, options):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**MARKED[name], **options}) + "\n")
+    data = {"train": str(tmp_path / "rows.jsonl"), "validation_size": 0, "answer_type": "choice"}
+    loaded = survey(Config.model_validate({"data": data}))
+    assert not list(loaded.rejects)
+    (sample,) = loaded.splits["train"]
+    assert loaded.report["columns"] == {"train: rows": f"columns: {name}"}
+    assert sample.question.endswith("Which? Answer choices: (A) cat, (B) dog.")
+    assert (sample.answer, sample.choices, sample.rationales) == ("B", ("cat", "dog"), ("It barks.",))
+    if sample.turns:
+        assert sample.turns[-1] == ("user", "Which? Answer choices: (A) cat, (B) dog.")
+
+
+def test_options_of_a_program_are_no_options():
+    row = {**MARKED["reply"], "options": {"temperature": 0.7}}
+    assert guess_columns([row], "f").fields(row).options is None
+    with pytest.raises(RowError, match="no options are recognised"):
+        guess_columns([row], "f").fields({**row, "options": "cat or dog"})
+
+
+def test_a_truth_value_beside_options_is_the_place_of_one(tmp_path):
+    rows = [{"question": f"q{n}", "choices": ["yes", "no"], "answer": n} for n in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "rows.jsonl"), "validation_size": 0, "answer_type": "bool"}
+    loaded = survey(Config.model_validate({"data": data}))
+    assert [sample.answer for sample in loaded.splits["train"]] == ["yes", "no"]

@@ -129,7 +129,10 @@ class _Worker:
         # One thread of linear algebra: it multiplies nothing, and idle threads take memory.
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **os.environ}
         command = [sys.executable, "-c", _PROGRAM, json.dumps([str(place) for place in sys.path])]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        # In a session of its own Ctrl-C does not reach it, not even while it starts; the parent then ends it.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
 
     def ask(self, job: Callable[[], _R]) -> _R:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -188,7 +191,6 @@ def _receive(stream: BinaryIO | Any) -> bytes | None:
 
 def serve() -> None:
     """The main function of a worker: run jobs until the parent closes the pipe or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent then ends this process
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # Keep what libraries print and read away from the pipe that carries jobs and answers.
     with open(os.devnull, "rb") as nothing:

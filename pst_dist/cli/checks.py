@@ -91,21 +91,25 @@ def _machine_words() -> str:
 )
 def plan(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import load_config
-    from pst_dist.diagnostics.cost import make_plan, split_words
-    from pst_dist.diagnostics.cost_page import plan_lines
+    from pst_dist.config.run_dir import expand_arms
+    from pst_dist.diagnostics.cost import make_plan, rows_once, split_words
+    from pst_dist.diagnostics.cost_page import arm_lines, plan_lines
 
     words, machines = split_words(arguments.overrides)
-    config = load_config(arguments.config, words)
+    config, *others = expand_arms(load_config(arguments.config, words))
     measured = None
     if arguments.measure:
         from pst_dist.diagnostics.measure import measure
 
         measured = measure(config, machines)
         machines = measured.applied(machines)
-    plan = make_plan(config, machines, tokens_per_row=measured.tokens_per_row if measured is not None else None)
+    read = rows_once(config)
+    tokens_per_row = measured.tokens_per_row if measured is not None else None
+    plan = make_plan(config, machines, tokens_per_row=tokens_per_row, read=read)
     lines = plan_lines(plan)
     if measured is not None:
         lines[lines.index("") + 1 : lines.index("") + 1] = measured.lines(config, plan.steps, plan.ranks)
+    lines += arm_lines([plan, *(make_plan(other, machines, read=read) for other in others)])
     print("\n".join(lines))
     return 0
 

@@ -8,8 +8,10 @@ Arithmetic on the config and the rows, without torch; every rule names its sourc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,8 +133,10 @@ def split_words(words: list[str]) -> tuple[list[str], Machines]:
     return [word for word in words if word not in ours], machines
 
 
-def make_plan(config: Config, machines: Machines, *, tokens_per_row: float | None = None) -> Plan:
-    """Compute the plan, with the measured `tokens_per_row` of an epoch where given.
+def make_plan(
+    config: Config, machines: Machines, *, tokens_per_row: float | None = None, read: ReadRows | None = None
+) -> Plan:
+    """Compute the plan, with the measured `tokens_per_row` of an epoch where given; `read` gives the rows.
 
     Raises what reading the rows or the student's config raises.
     """
@@ -140,7 +144,7 @@ def make_plan(config: Config, machines: Machines, *, tokens_per_row: float | Non
     if ranks > 1 and train.deepspeed is None:
         raise ConfigError(f"{ranks} ranks but train.deepspeed is not set", "add train.deepspeed=zero1, zero2 or zero3")
     stage = zero_stage(train.deepspeed)
-    rows = count_rows(config)
+    rows = count_rows(config, read)
     if tokens_per_row is not None:
         rows = replace(rows, tokens=tokens_per_row * rows.rows, exact=True)
     shape = shape_of(config.student, max_length=config.layout.max_length)
@@ -258,21 +262,36 @@ def checkpoint_bytes(parameters: int, optimizer: float | None = None) -> float:
     return 4 * parameters + (8 * parameters if optimizer is None else optimizer)
 
 
-def count_rows(config: Config) -> Rows:
-    """Count the training rows in the shards, or in the sources if nothing is packed; raises what those raise."""
-    from pst_dist.data.shards import ShardSet
-    from pst_dist.data.sources.mixture import parts_of
+TrainingRows = tuple[Any, int]
+"""The training rows, and the bytes of their shards; 0 if nothing is packed."""
 
+
+ReadRows = Callable[[], TrainingRows]
+
+
+def rows_once(config: Config) -> ReadRows:
+    """Reads the rows of a config when it is called first, for the plans of its arms."""
+    return functools.cache(lambda: read_rows(config))
+
+
+def read_rows(config: Config) -> TrainingRows:
+    """The training rows in the shards, or in the sources if nothing is packed; raises what those raise."""
     run = run_dir(config)
     if (run.shards / "manifest.json").is_file():
-        shards = ShardSet.open(run.shards, verify=False)
-        samples: Any = shards.split("train")
-        size = sum(shard.bytes for shard in shards.shards())
-    else:
-        from pst_dist.data.sources import load_data
+        from pst_dist.data.shards import ShardSet
 
-        samples = load_data(config).splits.get("train", [])
-        size = 0
+        shards = ShardSet.open(run.shards, verify=False)
+        return shards.split("train"), sum(shard.bytes for shard in shards.shards())
+    from pst_dist.data.sources import load_data
+
+    return load_data(config).splits.get("train", []), 0
+
+
+def count_rows(config: Config, read: ReadRows | None = None) -> Rows:
+    """Count what the arm of a config makes of its training rows; raises as `read_rows`."""
+    from pst_dist.data.sources.mixture import parts_of
+
+    samples, size = read_rows(config) if read is None else read()
     arm = ARMS[config.arm]
     reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and arm.aligned)
     exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"

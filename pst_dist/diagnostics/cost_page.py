@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pst_dist.config.schema import TrainConfig
 from pst_dist.diagnostics.cost import GIB, Plan
 from pst_dist.diagnostics.memory import zero_stage
@@ -58,6 +60,22 @@ def plan_lines(plan: Plan) -> list[str]:
     if machines.gpu_memory is not None:
         verdict = "fits" if plan.memory.total < 0.9 * machines.gpu_memory * GIB else "does not fit"
         lines.append(f"  one rank {verdict} in {machines.gpu_memory:g} GiB, with a tenth reserved for the allocator")
+    return lines
+
+
+def arm_lines(plans: Sequence[Plan]) -> list[str]:
+    """What the other arms of a run cost, which are trained one after the other; empty for one arm."""
+    if len(plans) < 2:
+        return []
+    lines = ["", f"the run trains {len(plans)} arms one after the other; above is {plans[0].config.arm}, and"]
+    width = max(len(plan.config.arm) for plan in plans)
+    for plan in plans[1:]:
+        each = plan.rows.tokens / max(1, plan.rows.rows)
+        time = "" if plan.training_hours is None else f", {_hours(plan.training_hours, '')}"
+        lines.append(f"  {plan.config.arm:<{width}}  {each:.0f} tokens a row, {_bytes(plan.memory.total)} a rank{time}")
+    hours = [plan.training_hours for plan in plans if plan.training_hours is not None]
+    if len(hours) == len(plans):
+        lines.append(f"  {'together':<{width}}  {_hours(sum(hours), '')}")
     return lines
 
 

@@ -75,6 +75,24 @@ def test_states_of_a_rank_follow_the_zero_paper():
     assert rank_memory(config, shape, parameters, 0, 64, micro_tokens=1).states / 1e9 == pytest.approx(120)
 
 
+def test_a_plan_of_several_arms_says_what_each_costs_and_all_together(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("output_dir: runs/my\n")
+    words = ["plan", str(tmp_path / "my.yaml"), *GEN]
+    assert run_verb([*words, "arms=[answer_only,pre_thinking]", "tokens_per_second=100"]) == 0
+    said = capsys.readouterr().out
+    alone = [
+        make_plan(load_config(None, [*GEN, f"arm={arm}"]), Machines(tokens_per_second=100))
+        for arm in ("answer_only", "pre_thinking")
+    ]
+    assert said.startswith(f"answer_only: {alone[0].parameters:,} parameters")
+    first, second, both = said.splitlines()[-3:]
+    assert first == "the run trains 2 arms one after the other; above is answer_only, and"
+    assert second.startswith(f"  pre_thinking  {alone[1].rows.tokens / 64:.0f} tokens a row, ")
+    assert both.split() == ["together", f"{60 * sum(plan.training_hours for plan in alone):.1f}", "min"]
+    assert run_verb([*words, "arm=answer_only"]) == 0
+    assert "arms" not in capsys.readouterr().out
+
+
 def test_an_arm_of_two_kinds_of_sequences_counts_each_with_what_it_writes():
     rows = {
         arm: make_plan(load_config(None, [*GEN, f"arm={arm}"]), Machines()).rows.tokens

@@ -245,9 +245,9 @@ def _fill(row: Mapping[str, Any], template: str) -> str | None:
     return None if missing else text
 
 
-NO_VALUE = ("nan", "NaN", "NaT", "<NA>", "#N/A")
-"""What programs write for a missing value in a table of texts."""
-_NO_RATIONALE = (*NO_VALUE, "None", "none", "null", "NULL", "NA", "N/A", "n/a", "-")
+NO_VALUE = ("NaN", "NaT", "<NA>", "#N/A")
+"""What programs write for a missing value in a table of texts, if it can be no word: last letters may be `nan`."""
+_NO_RATIONALE = (*NO_VALUE, "nan", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "-")
 
 
 def as_text(value: Any, name: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pst_dist.config.run_dir import expand_arms, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.diagnostics.cost import Machines, Plan, make_plan
+from pst_dist.diagnostics.cost import Machines, Plan, make_plan, rows_once
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
 from pst_dist.errors import IntegrityError, PstError
 from pst_dist.storage.atomic import disk_errors, nearest_existing, write_text
@@ -114,7 +114,9 @@ def room(config: Config, machines: Machines, machine_memory: int, has_gpus: bool
 
     Raises what planning raises, for example for rows or a student that cannot be read.
     """
-    plan = make_plan(config, machines)
+    read = rows_once(config)
+    plans = [make_plan(arm, machines, read=read) for arm in expand_arms(config)]
+    plan = max(plans, key=lambda plan: plan.memory.total)
     findings = list(_space(config, plan))
     if not has_gpus:
         held = plan.host.on_cpu(plan.memory) * machines.gpus

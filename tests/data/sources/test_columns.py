@@ -231,13 +231,14 @@ def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
 def test_what_stands_for_a_missing_value_in_a_table_of_texts_is_one():
     row = {"question": "2+2?", "answer": "4", "rationale": "I add."}
     columns = guess_columns([row], "f")
-    for word in ("nan", "NaN", "<NA>"):
+    for word in ("NaN", "#N/A", "<NA>"):
         for name in ("question", "answer"):
             with pytest.raises(RowError, match="stands for a missing value"):
                 columns.fields({**row, name: word})
     for word in ("nan", "None", "N/A", "null"):
         assert columns.fields({**row, "rationale": word}).rationales == ()
-    assert columns.fields({**row, "answer": "None"}).answer == "None"
+    for word in ("None", "nan"):  # "nan" are the last letters of "Hasan Maria Jan"
+        assert columns.fields({**row, "answer": word}).answer == word
 
 
 def test_big_bench_gives_the_option_with_the_best_score():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ def exit_code_of(rank_code: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun in this process; it does not forward SIGTERM when SIGTERM was ignored at its start.
 
-    Returns 4, after printing one line, when the nodes did not find each other in time.
+    Returns 4, after printing one line, when the nodes did not find each other in time. One line also names the rank
+    that failed first, if it ended without one of its own.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -42,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except ChildFailedError as error:
-        return exit_code_of(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode not in _TOLD:
+            where = options.log_dir if options.redirects != "0" and options.log_dir else "its lines above"
+            print(f"pst: {_ended(rank, failure.pid, failure.exitcode, where)}", file=sys.stderr)  # noqa: T201
+        return exit_code_of(failure.exitcode)
     except SignalException as error:
         return 128 + int(error.sigval)
     except (RendezvousError, DistError) as error:
@@ -50,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pst: {_not_met(options.nnodes, options.rdzv_endpoint, reason)}", file=sys.stderr)  # noqa: T201
         return EnvironmentFault.exit_code
     return 0
+
+
+_TOLD = {error.exit_code for error in PstError.__subclasses__()} | {130}
+"""Exit codes of ranks that have said in one line what was wrong, or were interrupted."""
+
+
+def _ended(rank: int, process: int, code: int, where: str) -> str:
+    """What to say of the rank that failed first, which says nothing itself when a signal ends it."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        memory = ", which is mostly the kernel when memory runs out: see dmesg" if name == "SIGKILL" else ""
+        how = f"was ended by {name}{memory}"
+    else:
+        how = f"ended with exit code {code}"
+    who = f"rank {rank} (process {process} on {socket.gethostname()})"
+    return f"{who} {how}; see {where}. torchrun ended the other ranks; the same command resumes"
 
 
 def _not_met(nodes: str, endpoint: str, reason: str) -> PstError:

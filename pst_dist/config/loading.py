@@ -9,6 +9,7 @@ import difflib
 import errno
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -87,12 +88,19 @@ def locate_overlay(word: str) -> Path:
 def is_rows(name: str) -> bool:
     """Whether a name refers to rows: a data file, compressed or not, a glob, a save_to_disk folder, `hf:…`, `gen:…`."""
     path = Path(name)
+    if _is_setting(name):
+        return False
     if path.is_dir():
         return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if path.suffix.lower() in (".gz", ".zst", ".zstd"):
         path = Path(path.stem)
     pattern = glob.has_magic(name) and path.suffix.lower() not in (".yaml", ".yml") and not os.path.lexists(name)
     return name.startswith(("hf:", "gen:")) or path.suffix.lower() in DATA_SUFFIXES or pattern
+
+
+def _is_setting(name: str) -> bool:
+    """Whether a name is a setting such as `data.train=rows.jsonl`, and no file."""
+    return re.match(r"[a-z_]+(\.[a-z_]+)*=", name) is not None and not os.path.lexists(name)
 
 
 def check_name(name: str) -> None:
@@ -117,6 +125,8 @@ def locate_config(name: str) -> Path:
         if not resolved.is_file():
             raise InputError(f"no {RESOLVED} here", "use a config file, or a directory made by `pst run`", path=path)
         return resolved
+    if _is_setting(name):
+        raise InputError(f"{name!r} is a setting, not a config", "name the config first: pst VERB my.yaml KEY=VALUE")
     if is_rows(name):
         raise InputError(
             "these are rows, not a config",

@@ -150,6 +150,12 @@ def test_rows_given_for_a_config_are_recognised(tmp_path, capsys):
     assert code == 2 and "these are rows, not a config" in err and "pst check" in err
 
 
+def test_a_setting_given_for_a_config_is_recognised(tmp_path, capsys):
+    for verb in ("run", "check", "plan"):
+        code, _, err = run(capsys, verb, f"data.train={rows_file(tmp_path, GOOD)}")
+        assert code == 2 and "is a setting, not a config; name the config first" in err
+
+
 def test_a_machine_without_torch_can_check_and_shard_and_is_told_what_training_needs(tmp_path):
     path = rows_file(tmp_path, GOOD)
     words = rows_config(path, tmp_path / "run")

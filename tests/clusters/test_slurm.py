@@ -265,13 +265,25 @@ def test_without_slurm_there_is_one_line_and_exit_code_4(tmp_path, monkeypatch, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("script, code", [("sys.exit(75)", 75), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(0)", 0)])
-def test_torchrun_ends_with_the_exit_code_of_its_ranks(script, code):
+@pytest.mark.parametrize(
+    "script, code, said",
+    [
+        ("sys.exit(75)", 75, None),
+        ("sys.exit(2)", 2, None),
+        ("sys.exit(0)", 0, None),
+        ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL, which is mostly the kernel when memory runs out"),
+        ("raise RuntimeError('broken')", 1, "ended with exit code 1; see its lines above"),
+    ],
+)
+def test_torchrun_ends_with_the_exit_code_of_its_ranks_and_names_the_one_that_said_nothing(script, code, said):
     torchrun = [sys.executable, "-m", "pst_dist.torchrun", "--standalone", "--nproc-per-node=1", "--no-python"]
     done = subprocess.run(
         [*torchrun, sys.executable, "-c", f"import os, sys; {script}"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pst: ")]
+    assert len(lines) == (said is not None), done.stderr
+    assert all(line.startswith("pst: rank 0 (process ") and said in line for line in lines)
 
 
 # --- jobs that run ----------------------------------------------------------------------------------------------------

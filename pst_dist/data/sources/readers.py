@@ -231,7 +231,7 @@ def _delimited(path: Path, stream: Readable, delimiter: str) -> Iterator[Entry]:
     try:
         for cells in reader:
             line, last_line = last_line + 1, reader.line_num
-            if not cells:
+            if not cells or (header is None and cells == ["sep=", ""]):
                 continue
             if header is None:
                 header = _header(path, line, cells)
@@ -261,6 +261,8 @@ def _delimiter(text: str, usual: str) -> str:
     """
     lines = text[:_SNIFFED].splitlines()
     first = next((line for line in lines if line.strip()), "")
+    if len(first) == 5 and first.startswith("sep="):  # Excel's own line about it
+        return first[4]
     found = {}
     for delimiter in (usual, ",", ";", "\t", "|"):
         try:

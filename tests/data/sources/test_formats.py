@@ -40,6 +40,7 @@ def _values(path):
         ("rows.JSON.GZ", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("rows.csv.gz", gzip.compress(b"question,answer\nq1,a\nq2,b\n", mtime=0)),
         ("semicolons.csv", b"question;answer\nq1;a\nq2;b\n"),
+        ("excel.csv", b"sep=;\r\nquestion;answer\r\nq1;a\r\nq2;b\r\n"),
         ("quoted.csv", b'"question";"answer"\n"q1";"a"\n"q2";"b"\n'),
         ("tabs.csv", b"question\tanswer\nq1\ta\nq2\tb\n"),
         ("rows.tsv", b"\xef\xbb\xbfquestion\tanswer\r\nq1\ta\r\nq2\tb\r\n"),

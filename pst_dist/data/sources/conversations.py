@@ -206,8 +206,14 @@ def columns_named(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
     Neither case nor separators count: `System Prompt` is `system_prompt`.
     """
-    found = {plain_name(column): column for column in reversed(list(row)) if not is_blank(row[column])}
-    return [found[plain] for plain in map(plain_name, names) if plain in found]
+    return [column for column in _with_names(tuple(row), tuple(names)) if not is_blank(row[column])]
+
+
+@functools.lru_cache(maxsize=256)
+def _with_names(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns with one of the names; the rows of a file mostly have the same columns."""
+    plain = [plain_name(name) for name in names]
+    return tuple(column for name in plain for column in columns if plain_name(column) == name)
 
 
 @functools.lru_cache(maxsize=4096)

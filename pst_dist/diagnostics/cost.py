@@ -20,15 +20,15 @@ from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
-from pst_dist.diagnostics.memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
-from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
-from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.load import load_model_config
 from pst_dist.models.locate import is_gguf, locate_model
 from pst_dist.storage.foreign_json import foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
 from pst_dist.student.prompt import AUTO, FRESH_PROMPT
+from pst_dist.training.memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
+from pst_dist.training.model_size import ModelShape, adapter_parameters, shape_of
+from pst_dist.training.optimizer_memory import optimizer_bytes
 
 GIB = 2**30
 _CHARACTERS_A_TOKEN = 4.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.diagnostics.cost import GIB, Plan
-from pst_dist.diagnostics.memory import zero_stage
+from pst_dist.training.memory import zero_stage
 
 
 def plan_lines(plan: Plan) -> list[str]:

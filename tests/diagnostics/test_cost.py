@@ -19,10 +19,10 @@ from pst_dist.diagnostics.cost import (
     split_words,
 )
 from pst_dist.diagnostics.cost_page import plan_lines
-from pst_dist.diagnostics.memory import rank_memory
-from pst_dist.diagnostics.model_size import fresh_shape, shape_of
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.student.pretrained import fresh_model
+from pst_dist.training.memory import rank_memory
+from pst_dist.training.model_size import fresh_shape, shape_of
 
 GEN = ["data.train=gen:last_letters?rows=64&seed=0", "data.validation_size=0", "train.global_batch_size=8"]
 

@@ -1,7 +1,7 @@
 """The memory that training needs: what a rank holds on its device, and what its process holds in host memory.
 
 Arithmetic on shapes, without torch. The activations of a layer are counted tensor by tensor, as autograd saves them in
-transformers' implementations; `tests/diagnostics/test_memory.py` compares them with the tensors that are really saved.
+transformers' implementations; `tests/training/test_memory.py` compares them with the tensors that are really saved.
 """
 
 # Letters in this file: P parameters (the student's and the alignment head's), N ranks, D width, T tokens of a row
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.diagnostics.model_size import ModelShape
-from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.locate import is_gguf
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object
 from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json, is_stage, shown
+from pst_dist.training.model_size import ModelShape
+from pst_dist.training.optimizer_memory import optimizer_bytes
 
 _NF4_BYTES = 0.516
 """Bytes a weight in NF4 with double quantisation: 4.127 bits (Dettmers et al., arXiv 2305.14314, section 3)."""

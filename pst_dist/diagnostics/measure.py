@@ -174,9 +174,10 @@ class _Measurement:
 
         from pst_dist.training.batches import step_batches
         from pst_dist.training.order import OrderPlan
-        from pst_dist.training.passes import ByLength
+        from pst_dist.training.pass_size import PassSize
 
         train, device = self.config.train, self.engine.device
+        size = PassSize.of(self.config, self.engine)
         ranks = self.machines.nodes * self.machines.gpus
         batch = train.global_batch_size or (
             train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
@@ -190,8 +191,8 @@ class _Measurement:
             last_step=_STEPS,
             rank=0,
             world_size=ranks,
-            micro_batch_size=train.per_device_train_batch_size,
-            by_length=ByLength.of(self.config, self.engine.pass_tokens),
+            micro_batch_size=size.rows,
+            by_length=size.by_length,
         )
         batches = list(steps)
         passes = [one for step in batches for one in step]

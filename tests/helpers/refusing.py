@@ -30,9 +30,20 @@ class Refusing:
         model.get_output_embeddings().register_forward_pre_hook(self._at_the_head)
         return model
 
+    def watch_encoder(self, model: Any) -> None:
+        """Attach to the model of a SentenceTransformer, which calls its `forward` past all hooks."""
+        model.get_input_embeddings().register_forward_pre_hook(lambda module, args: self._judge(args[0].numel()))
+
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        parts = [kwargs.get("attention_mask"), kwargs.get("decoder_input_ids")]
-        positions = sum(one.numel() for one in parts if one is not None)
+        ids, mask, target = (kwargs.get(name) for name in ("input_ids", "attention_mask", "decoder_input_ids"))
+        cache = kwargs.get("cache") or kwargs.get("past_key_values")  # transformers renamed it in version 5
+        if mask is None and ids is not None:  # `generate` leaves out a mask of ones
+            positions = ids.numel() + len(ids) * (int(cache.get_seq_length()) if cache is not None else 0)
+        else:
+            positions = sum(one.numel() for one in (mask, target) if one is not None)
+        self._judge(positions)
+
+    def _judge(self, positions: int) -> None:
         self.seen.append(positions)
         self._too_large = positions > self.tokens and len(self.seen) > self.after
         if self._too_large and not self.backward:

@@ -251,12 +251,12 @@ def gpu(gib: float) -> DeviceMemory:
 @pytest.mark.encoder
 def test_auto_takes_the_limit_of_the_device_and_says_why(small_data, tmp_path, monkeypatch, caplog):
     """Four rows of 390 tokens take some MiB; the device has so little that they must be cut."""
-    monkeypatch.setattr(device_memory, "read_memory", lambda device: gpu(0.006))
+    monkeypatch.setattr(device_memory, "read_memory", lambda device: gpu(0.004))
     with caplog.at_level(logging.INFO, logger="pst_dist"):
         seen = trained(small_config(small_data, tmp_path / "auto"))
     (line,) = (record.message for record in caplog.records if "train.micro_batch_tokens=auto" in record.message)
     limit = int(line.partition("at most ")[2].partition(" tokens")[0].replace(",", ""))
-    assert 100 < limit < 390 and "(a GPU for a test: 80% of 0.006 GiB, less 0.00" in line, line
+    assert 100 < limit < 390 and "(a GPU for a test: 80% of 0.004 GiB, less 0.00" in line, line
     of_steps = [positions for positions in seen.seen if positions > 64]
     assert max(of_steps) <= limit
     whole = trained(small_config(small_data, tmp_path / "whole", train__micro_batch_tokens=NO_LIMIT))
@@ -265,7 +265,7 @@ def test_auto_takes_the_limit_of_the_device_and_says_why(small_data, tmp_path, m
 
 
 def test_a_limit_that_was_set_and_rows_as_drawn_stay_as_they_are(small_data, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(device_memory, "read_memory", lambda device: gpu(0.006))
+    monkeypatch.setattr(device_memory, "read_memory", lambda device: gpu(0.004))
     with caplog.at_level(logging.INFO, logger="pst_dist"):
         for value in ("300", "null"):
             trained(small_config(small_data, tmp_path / value, train__max_steps=1, train__micro_batch_tokens=value))

@@ -118,7 +118,10 @@ def rows_of(config: Config) -> tuple[Sequence[ReasoningSample], int]:
 
 
 def measure(config: Config, machines: Machines, *, seconds: float | None = None) -> Measured:
-    """Measure the student of a config on this machine for about `seconds` (SECONDS); raises what building it raises."""
+    """Measure the student of a config on this machine for about `seconds` (SECONDS); raises what building it raises.
+
+    Raises EnvironmentFault when memory runs out.
+    """
     seconds = SECONDS if seconds is None else seconds
     from pst_dist.logs import quiet_libraries
 
@@ -127,7 +130,10 @@ def measure(config: Config, machines: Machines, *, seconds: float | None = None)
     if not len(samples):
         raise InputError("there are no training rows to measure with", "set data.train")
     log.info("measuring passes of the student for about %.0f s", seconds)
-    return _Measurement(config, machines, samples, validation_rows).run(seconds)
+    from pst_dist.training.pass_size import memory_errors
+
+    with memory_errors(config):
+        return _Measurement(config, machines, samples, validation_rows).run(seconds)
 
 
 class _Measurement:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pst_dist.errors import PstError
+from pst_dist.errors import PstError, first_line
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -40,12 +40,16 @@ class DeviceMemory:
 
 
 def read_memory(device: Any) -> DeviceMemory | None:
-    """The memory of a `torch.device` now; None for a CPU, which shares its memory with everything else."""
+    """The memory of a `torch.device` now; None for a CPU, which shares its memory, and where CUDA does not tell."""
     if device.type != "cuda":
         return None
     import torch
 
-    unheld, _ = torch.cuda.mem_get_info(device)
+    try:
+        unheld, _ = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        log.warning("cannot read the memory of %s: %s", device, first_line(error, 200))
+        return None
     reserved, held = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     return DeviceMemory(torch.cuda.get_device_name(device), unheld + reserved - held, held)
 

@@ -148,20 +148,22 @@ def limit_here(config: Config, student: Student, memory: DeviceMemory, ranks: Ra
 
 @contextlib.contextmanager
 def memory_errors(config: Config) -> Iterator[None]:
-    """Turn an out-of-memory error outside of a step's passes, such as the optimizer's, into EnvironmentFault."""
+    """Turn an out-of-memory error outside of the passes, such as one of the optimizer, into EnvironmentFault."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         said = first_line(error, 200)
-        raise EnvironmentFault(f"memory ran out in {place()} ({said})", _less(config)) from error
+        remedy = _less(config, "a lower train.per_device_train_batch_size")
+        raise EnvironmentFault(f"memory ran out in {place()} ({said})", remedy) from error
 
 
-def _less(config: Config) -> str:
-    """What makes a student need less memory, of what the config does not do yet."""
+def _less(config: Config, first: str = "") -> str:
+    """What makes a training need less memory, of what the config does not do yet."""
     train, student = config.train, config.student
     named: list[tuple[str, Any]] = [
+        (first, first),
         ("a lower layout.max_length", True),
         ("student.gradient_checkpointing=true", not student.gradient_checkpointing),
         ("train.bf16=true", train.bf16 is not True and not train.fp16),

@@ -12,6 +12,7 @@ from rank_group import RankGroup
 from refusing import SAID, Refusing, refusing_students
 from run_files import curve, losses, state
 from small_run import small_config
+from tiny import ROWS
 from waiting import wait_until
 
 from pst_dist.cli.main import run_verb
@@ -19,11 +20,15 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.distributed import device_memory
 from pst_dist.distributed.device_memory import GIB, DeviceMemory, in_halves, is_out_of_memory
+from pst_dist.distributed.ranks import Ranks, device_of
 from pst_dist.errors import EnvironmentFault
 from pst_dist.storage.manifest import read_lines
+from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.memory import activation_bytes, rank_memory
-from pst_dist.training.model_size import fresh_shape
+from pst_dist.training.model_size import fresh_shape, shape_of
+from pst_dist.training.module import build_student
 from pst_dist.training.pass_limit import SHARE, pass_limit
+from pst_dist.training.pass_size import limit_here
 from pst_dist.training.trainer import train
 
 NO_LIMIT = 10**9
@@ -147,7 +152,7 @@ def test_memory_that_runs_out_elsewhere_is_one_line_too(small_data, tmp_path, mo
         raise torch.OutOfMemoryError(SAID)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", refuse)
-    with pytest.raises(EnvironmentFault, match=r"memory ran out in optimizer of step 1 \(CUDA out of.*try a"):
+    with pytest.raises(EnvironmentFault, match=r"memory ran out in optimizer of step 1 \(CUDA out.*try a"):
         trained(small_config(small_data, tmp_path))
 
 
@@ -244,6 +249,30 @@ def test_no_more_is_looked_for_than_passes_can_have_and_no_less_than_a_token():
     assert nothing.tokens == 1 and nothing.standing > 2**20
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["student.fresh.architecture=gpt2"],
+        ["student.fresh.architecture=llama"],
+        ["student.fresh.architecture=t5"],
+        pytest.param(["student.warm_start=causal"], marks=pytest.mark.encoder),
+        pytest.param(["student.warm_start=encoder_decoder"], marks=pytest.mark.encoder),
+    ],
+)
+def test_a_student_in_memory_has_the_shape_that_the_plan_reads_from_files(words):
+    """Rows of added tokens are in its vocabulary, and its parameters are counted."""
+    if "warm_start" in words[0]:
+        words = [*words, "student.model_name_or_path=minilm", "student.new_token_init=mean"]
+    config = load_config(None, [*words, "train.per_device_train_batch_size=64"])
+    tokenizer = build_tokenizer(config.student, ROWS)
+    student = build_student(config, tokenizer, 16)
+    shape = shape_of(config.student, max_length=config.layout.max_length)
+    count = sum(one.numel() for one in student.parameters())
+    wanted = pass_limit(config, shape, count, trained=count, stage=None, ranks=1, memory=gpu(2).own)
+    assert limit_here(config, student, gpu(2), Ranks()) == wanted
+    assert 1 < wanted.tokens < 64 * 512
+
+
 def gpu(gib: float) -> DeviceMemory:
     return DeviceMemory("a GPU for a test", free=round(0.75 * gib * GIB), held=round(0.25 * gib * GIB))
 
@@ -302,8 +331,6 @@ def test_what_is_no_lack_of_memory_is_raised_and_what_is_goes_on_in_halves():
 @pytest.mark.encoder
 def test_a_gpu_gets_a_limit_and_keeps_to_its_memory(small_data, tmp_path, caplog):
     """A tenth of the GPU is left to the process, so that the limit binds; then passes are really too large."""
-    from pst_dist.distributed.ranks import Ranks, device_of
-
     device = device_of(Ranks())
     whole = {"student__fresh__hidden_size": 512, "student__fresh__num_layers": 8, "train__max_steps": 2}
     rows = {"train__global_batch_size": 32, "train__per_device_train_batch_size": 32}

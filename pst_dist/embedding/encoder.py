@@ -253,7 +253,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
 
 def _tell_of_halves(rows: Sequence[dict[str, torch.Tensor]]) -> None:
     log.warning(
-        "a batch of %d texts, of up to %d tokens, does not fit in memory: going on with half (embed.batch_tokens)",
+        "a batch of %d texts, of up to %d tokens, does not fit in memory: continuing in halves (embed.batch_tokens)",
         *(len(rows), max(len(row["input_ids"]) for row in rows)),
     )
 

@@ -1,8 +1,8 @@
 """Batches of generation that fit in memory: a part is halved when a GPU would not hold it, or does not.
 
 Which questions are decoded together is planned without a device, so that any number of processes plans the same
-batches; a part is cut here, where it is decoded, and its answers differ from those of the whole batch by rounding only.
-The estimate was not tried on a GPU; hence `SHARE`, and the halving of what runs out of memory all the same.
+batches. A batch is cut here, where it is decoded; its answers then differ only by rounding. The estimate was compared
+with the peak of processes on a CPU, but not run on a GPU. Hence `SHARE`, and the halving of what does run out.
 """
 
 # Letters in this file: B rows, P tokens of the longest prompt, T tokens in all, V vocabulary
@@ -61,7 +61,7 @@ def in_parts(
     def told(part: Sequence[int]) -> None:
         _learnt[model] = tokens(part) // 2
         log.warning(
-            "a batch of %d questions of up to %d tokens, and %d generated, does not fit in memory: going on with half",
+            "%d questions of up to %d tokens, and %d generated, do not fit in memory together: continuing in halves",
             *(len(part), sum(sizes(part)), new),
         )
 

@@ -87,7 +87,7 @@ class PassSize:
         else:
             self.rows = value
         give_back()
-        log.warning("%s: %s does not fit in memory; doing it again with %s=%s", where, found, key, f"{value:,}")
+        log.warning("%s: %s does not fit in memory; repeating with %s=%s", where, found, key, f"{value:,}")
 
     def _smaller(self, found: TooLarge, keeps_rows: bool) -> tuple[str | None, int | None]:
         """(the key that limits passes, half the size of this pass in its unit).

@@ -148,7 +148,7 @@ def test_a_batch_that_does_not_fit_in_memory_is_encoded_in_halves(encoder, caplo
         found = halved.encode(TEXTS[:4] + TEXTS[6:])
     assert refusing.refused == 2, "three texts of up to 74 tokens, then two"
     assert np.abs(found - wanted[[0, 1, 2, 3, 6]]).max() < 1e-6
-    assert caplog.text.count("does not fit in memory: going on with half (embed.batch_tokens)") == 2
+    assert caplog.text.count("does not fit in memory: continuing in halves (embed.batch_tokens)") == 2
     with pytest.raises(EnvironmentFault, match=r"a text of 256 tokens does not fit in the memory.*embed\.max_seq"):
         halved.encode(TEXTS[5:6])
 

@@ -42,7 +42,7 @@ def trained(config: Config, refusing: Refusing | None = None, dropout: float = 0
 
 
 def halvings(caplog) -> list[str]:
-    return [record.message for record in caplog.records if "doing it again with" in record.message]
+    return [record.message for record in caplog.records if "repeating with" in record.message]
 
 
 @pytest.mark.encoder
@@ -301,7 +301,7 @@ def test_a_limit_that_was_set_and_rows_as_drawn_stay_as_they_are(small_data, tmp
     assert "train.micro_batch_tokens=auto" not in caplog.text
 
 
-def test_what_is_no_lack_of_memory_is_raised_and_what_is_goes_on_in_halves():
+def test_what_is_no_lack_of_memory_is_raised_and_what_is_continues_in_halves():
     with pytest.raises(RuntimeError, match="can't allocate memory") as raised:
         torch.empty(2**50)
     assert is_out_of_memory(raised.value) and not is_out_of_memory(RuntimeError("a bug"))

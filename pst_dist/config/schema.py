@@ -52,7 +52,9 @@ class EvaluateConfig(Section):
     """Questions per decoding batch."""
     batch_tokens: Positive | None = None
     """Maximum tokens per decoding batch: number of questions times (longest prompt + max_new_tokens). This limits the
-    memory that long prompts need; questions are sorted by length. null limits only the number of questions."""
+    memory that long prompts need; questions are sorted by length. null limits only the number of questions, and on a
+    GPU a batch is halved until it fits in 70 % of the free memory (an estimate, not run on a GPU). A batch that runs
+    out of memory is decoded in halves; answers differ only by rounding."""
     max_new_tokens: Positive = 256
     """Maximum number of tokens generated per question."""
     bf16: bool | Literal["auto"] = "auto"

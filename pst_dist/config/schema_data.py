@@ -160,7 +160,7 @@ class EmbedConfig(Section):
     own setting."""
     batch_tokens: Positive = 2048
     """Maximum tokens per encoder batch, padding included. Rationales are sorted by length within a shard. 2048 fits the
-    caches of a CPU core; use about ten times as much on a GPU."""
+    caches of a CPU core; use about ten times as much on a GPU. A batch that runs out of memory is encoded in halves."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Compute precision of the encoder; `int8` only with engine=openvino. Vectors are always stored as float32."""
     engine: Literal["torch", "openvino"] = "torch"

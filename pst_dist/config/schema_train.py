@@ -95,10 +95,12 @@ class TrainConfig(Section):
     """Maximum samples per forward pass on one rank. Affects memory, not the gradient."""
     micro_batch_tokens: Positive | Literal["auto"] | None = "auto"
     """Maximum tokens per forward pass on one rank, padding included. The rows of a step are sorted by length and cut
-    into passes so that padding is smallest; a row that exceeds the limit gets its own pass. `auto` limits only the
-    number of samples. null keeps the rows in the order in which they were drawn. Affects memory and time, not the
-    gradient. One process on a CPU makes extra passes when that saves padding; on GPUs and with DeepSpeed there are only
-    as many passes as the limits require, so set a limit there to reduce padding."""
+    into passes so that padding is smallest; a row that exceeds the limit gets its own pass. `auto`: on GPUs, the
+    number of tokens that fit in 80 % of the memory of the rank with the least memory, estimated as in `pst plan` (not
+    run on a GPU); on CPUs, only the number of samples is limited. null keeps the rows in the order in which they were
+    drawn. A single process also halves a pass that runs out of memory. Affects memory and time, not the gradient. One
+    process on a CPU makes extra passes when that saves padding; on GPUs and with DeepSpeed there are only as many
+    passes as the limits require, so set a lower limit there to reduce padding."""
     gradient_accumulation_steps: Positive | None = None
     """Forward passes per optimizer step. Set it only with global_batch_size=null; otherwise it is computed from the two
     sizes above."""

@@ -22,15 +22,16 @@ from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
-from pst_dist.diagnostics.memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
-from pst_dist.diagnostics.model_size import ModelShape, adapter_parameters, shape_of
-from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.load import load_model_config
 from pst_dist.models.locate import is_gguf, locate_model
 from pst_dist.storage.foreign_json import foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
 from pst_dist.student.prompt import AUTO, FRESH_PROMPT
+from pst_dist.training.memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
+from pst_dist.training.model_size import ModelShape, adapter_parameters, shape_of
+from pst_dist.training.optimizer_memory import optimizer_bytes
+from pst_dist.training.pass_limit import PassLimit, cuts_by_memory, pass_limit
 
 GIB = 2**30
 _CHARACTERS_A_TOKEN = 4.0
@@ -100,6 +101,8 @@ class Plan:
     global_batch: int
     micro_batches: int
     """Forward passes per rank in one step. One process on a CPU may make more, to save padding."""
+    pass_limit: PassLimit | None
+    """What `train.micro_batch_tokens=auto` stands for on this GPU; None without one, or where the config says more."""
     memory: RankMemory
     by_stage: dict[int, RankMemory]
     host: HostMemory
@@ -159,7 +162,12 @@ def make_plan(
         train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
     )
     steps = train.max_steps or train.num_train_epochs * math.ceil((rows.slots or rows.rows) / global_batch)
-    micro_tokens, passes = forward_size(config, rows, math.ceil(global_batch / ranks))
+    limit = None
+    if machines.gpu_memory is not None and cuts_by_memory(config):
+        most = machines.gpu_memory * GIB
+        limit = pass_limit(config, shape, parameters, trained=trained, stage=stage, ranks=ranks, memory=most)
+    limit_tokens = limit.tokens if limit is not None else None
+    micro_tokens, passes = forward_size(config, rows, math.ceil(global_batch / ranks), limit_tokens)
     sizes: dict[str, Any] = {
         "trained": trained,
         "longest": longest_row(config, rows),
@@ -197,6 +205,7 @@ def make_plan(
         steps=steps,
         global_batch=global_batch,
         micro_batches=passes,
+        pass_limit=limit,
         memory=memory,
         by_stage=memories,
         host=host_memory(config, shape, parameters, trained, stage, ranks),
@@ -224,17 +233,18 @@ def _with_table(machines: Machines, config: Config, parameters: int, trained: in
     return machines.model_copy(update={"gpu_memory": memory, "tokens_per_second": speed})
 
 
-def forward_size(config: Config, rows: Rows, per_rank: int) -> tuple[int, int]:
+def forward_size(config: Config, rows: Rows, per_rank: int, auto: int | None = None) -> tuple[int, int]:
     """(most tokens of a forward pass on one rank, passes of a step), for `per_rank` rows of a step.
 
-    Every row of a pass is padded to the longest one.
+    Every row of a pass is padded to the longest one. `auto` is the limit that `auto` stands for.
     """
     train = config.train
     mean, longest = rows.tokens / max(1, rows.rows), longest_row(config, rows)
     size = min(train.per_device_train_batch_size, per_rank)
     tokens, passes = size * longest, math.ceil(per_rank / size) * len(forward_passes(ARMS[config.arm], []))
-    if isinstance(train.micro_batch_tokens, int):
-        limit = max(train.micro_batch_tokens, longest)  # a longer row has a pass of its own
+    asked = auto if train.micro_batch_tokens == "auto" else train.micro_batch_tokens
+    if asked is not None:
+        limit = max(asked, longest)  # a longer row has a pass of its own
         tokens, passes = min(tokens, limit), max(passes, math.ceil(per_rank * mean / limit))
     return tokens, passes
 

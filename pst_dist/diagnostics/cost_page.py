@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.diagnostics.cost import GIB, Plan
-from pst_dist.diagnostics.memory import zero_stage
+from pst_dist.training.memory import zero_stage
+from pst_dist.training.pass_limit import SHARE, PassLimit
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -57,6 +58,8 @@ def plan_lines(plan: Plan) -> list[str]:
         + (f", {_bytes(host.offloaded)} offloaded" if host.offloaded else "")
         + f"; on CPUs the process of rank 0 needs {_bytes(host.on_cpu(plan.memory))} in all"
     )
+    if plan.pass_limit is not None:
+        lines.append(f"pass limit   train.micro_batch_tokens=auto would set {_limit(plan, plan.pass_limit)}")
     if machines.gpu_memory is not None:
         verdict = "fits" if plan.memory.total < 0.9 * machines.gpu_memory * GIB else "does not fit"
         lines.append(f"  one rank {verdict} in {machines.gpu_memory:g} GiB, with a tenth reserved for the allocator")
@@ -77,6 +80,18 @@ def arm_lines(plans: Sequence[Plan]) -> list[str]:
     if len(hours) == len(plans):
         lines.append(f"  {'together':<{width}}  {_hours(sum(hours), '')}")
     return lines
+
+
+def _limit(plan: Plan, limit: PassLimit) -> str:
+    """The limit that a GPU of this memory would get; it depends on what is free there."""
+    why = f"{SHARE:.0%} of {plan.machines.gpu_memory:g} GiB, less {_bytes(limit.standing)}"
+    if limit.standing > SHARE * limit.memory:
+        return f"one row a pass: {why} for weights, gradients and optimizer leaves nothing"
+    rows = plan.config.train.per_device_train_batch_size
+    most = plan.config.layout.max_length * (2 if plan.shape.encoder_layers else 1)
+    if limit.tokens >= rows * most:
+        return f"none: {rows} rows of {most} tokens fit ({why}; not tried on a GPU)"
+    return f"at most {limit.tokens:,} tokens a pass ({why}; not tried on a GPU)"
 
 
 def _source(plan: Plan) -> str:

@@ -118,7 +118,10 @@ def rows_of(config: Config) -> tuple[Sequence[ReasoningSample], int]:
 
 
 def measure(config: Config, machines: Machines, *, seconds: float | None = None) -> Measured:
-    """Measure the student of a config on this machine for about `seconds` (SECONDS); raises what building it raises."""
+    """Measure the student of a config on this machine for about `seconds` (SECONDS); raises what building it raises.
+
+    Raises EnvironmentFault when memory runs out.
+    """
     seconds = SECONDS if seconds is None else seconds
     from pst_dist.logs import quiet_libraries
 
@@ -127,7 +130,10 @@ def measure(config: Config, machines: Machines, *, seconds: float | None = None)
     if not len(samples):
         raise InputError("there are no training rows to measure with", "set data.train")
     log.info("measuring passes of the student for about %.0f s", seconds)
-    return _Measurement(config, machines, samples, validation_rows).run(seconds)
+    from pst_dist.training.pass_size import memory_errors
+
+    with memory_errors(config):
+        return _Measurement(config, machines, samples, validation_rows).run(seconds)
 
 
 class _Measurement:
@@ -174,9 +180,10 @@ class _Measurement:
 
         from pst_dist.training.batches import step_batches
         from pst_dist.training.order import OrderPlan
-        from pst_dist.training.passes import ByLength
+        from pst_dist.training.pass_size import PassSize
 
         train, device = self.config.train, self.engine.device
+        size = PassSize.of(self.config, self.engine)
         ranks = self.machines.nodes * self.machines.gpus
         batch = train.global_batch_size or (
             train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
@@ -190,8 +197,8 @@ class _Measurement:
             last_step=_STEPS,
             rank=0,
             world_size=ranks,
-            micro_batch_size=train.per_device_train_batch_size,
-            by_length=ByLength.of(self.config, self.engine.pass_tokens),
+            micro_batch_size=size.rows,
+            by_length=size.by_length,
         )
         batches = list(steps)
         passes = [one for step in batches for one in step]

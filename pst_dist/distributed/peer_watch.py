@@ -41,6 +41,8 @@ _GRACE_SECONDS = 1.0
 """How long the training thread has to end by itself once a rank is lost."""
 _VERDICT_SECONDS = 8.0
 """How long the training thread waits for the verdict when a collective failed before the watcher noticed."""
+_MOST_SAID = 400
+"""Characters of a rank's error that the other ranks repeat."""
 _NONSENSE = "it does not speak our protocol"
 
 
@@ -83,7 +85,8 @@ def watched(ranks: Ranks, timeout_seconds: float, stacks: Path | None = None) ->
 
 
 def _name_of(error: BaseException) -> str:
-    return f"error[{error.code}]" if isinstance(error, PstError) else type(error).__name__
+    """What the other ranks say of it: their users may read only one rank's output."""
+    return str(error)[:_MOST_SAID] if isinstance(error, PstError) else type(error).__name__
 
 
 def _is_broken_connection(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
+from pst_dist.distributed.device_memory import in_halves
 from pst_dist.embedding.causal import CausalReader, causal_place, check_causal, reads_causal
 from pst_dist.embedding.openvino_engine import PROBES, OpenVinoEngine, check_conversion, check_engine
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, PstError, first_line
@@ -145,9 +146,9 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> np.ndarray:
         """Unit vectors [n, E] float32 in the order of `texts`; equal texts are encoded once.
 
-        Batches depend only on the set of texts, so the same texts give the same bits. `advance` receives the number of
-        texts finished by each batch. Raises IntegrityError when the encoder returns a vector that is zero or not
-        finite.
+        Batches depend only on the set of texts, so the same texts give the same bits, unless one does not fit in memory
+        and is computed in halves. `advance` receives the number of texts finished by each batch. Raises IntegrityError
+        when the encoder returns a vector that is zero or not finite.
         """
         unique = sorted(set(texts))
         rows_of: dict[str, list[int]] = {text: [] for text in unique}
@@ -199,8 +200,12 @@ class TextEncoder:
         return rows
 
     def _encode_rows(self, rows: Sequence[dict[str, torch.Tensor]]) -> np.ndarray:
-        """One forward pass over a batch -> raw vectors [B, E] float32."""
-        return self._run(rows, self._engine)
+        """One forward pass over a batch -> raw vectors [B, E] float32; in halves where it does not fit in memory.
+
+        Raises EnvironmentFault for a text that does not fit by itself.
+        """
+        parts = in_halves(rows, lambda part: self._run(part, self._engine), _too_long, told=_tell_of_halves)
+        return np.concatenate([vectors for _, vectors in parts])
 
     def _run(self, rows: Sequence[dict[str, torch.Tensor]], engine: OpenVinoEngine | None) -> np.ndarray:
         """The same by this engine; None is torch."""
@@ -244,6 +249,20 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
         count = max(1, batch_tokens // max(1, lengths[order[start]]))
         yield order[start : start + count]
         start += count
+
+
+def _tell_of_halves(rows: Sequence[dict[str, torch.Tensor]]) -> None:
+    log.warning(
+        "a batch of %d texts, of up to %d tokens, does not fit in memory: continuing in halves (embed.batch_tokens)",
+        *(len(rows), max(len(row["input_ids"]) for row in rows)),
+    )
+
+
+def _too_long(row: dict[str, torch.Tensor]) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"a text of {len(row['input_ids'])} tokens does not fit in the memory of the encoder's device",
+        "lower embed.max_seq_length, or set embed.dtype=bfloat16 or embed.device=cpu",
+    )
 
 
 def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:

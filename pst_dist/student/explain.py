@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pst_dist.arms import ARMS, Segment
+from pst_dist.distributed.device_memory import give_back, is_out_of_memory
 from pst_dist.student.batch_generation import (
     FinishedBatch,
     Greedy,
@@ -45,7 +46,8 @@ def decode_explained(
     """(answer, rationale or "") of every question, as `decode_answers` and then `decode_rationales` give them.
 
     `on_answers` is told how many questions of a batch have their answers, before their rationales are written, and
-    `on_batch` how many are done. `reuse=False` computes prompts and answers again for the rationales.
+    `on_batch` how many are done. A rationale whose continuation runs out of memory is written anew. `reuse=False`
+    computes prompts and answers again for the rationales.
     """
     parts = (model, tokenizer, fmt)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -61,7 +63,17 @@ def decode_explained(
 
     def write(rows: list[int], answers: list[Decoded], finished: FinishedBatch) -> None:
         on_answers(len(rows))
-        for row, text in zip(rows, _continued(*parts, answers, finished, max_new_tokens), strict=True):
+        texts: list[str] | None = None
+        try:
+            texts = _continued(*parts, answers, finished, max_new_tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if texts is None:  # computed again, which is done in halves where that does not fit either
+            finished.cache.clear()
+            give_back()
+            texts = decode_rationales(*parts, [questions[row] for row in rows], answers, **settings)
+        for row, text in zip(rows, texts, strict=True):
             rationales[row] = text
 
     answers = decode_answers(*parts, questions, on_batch=on_batch, go_on=write, streamer=streamer, **settings)

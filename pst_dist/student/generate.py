@@ -1,8 +1,8 @@
 """Greedy decoding that ends where the answer ends, and the rationale on request.
 
-`contexts` has what the student continues and how questions are cut into batches, `batch_generation` generates one batch
-with transformers' `generate` and the settings saved in the export. `data.tasks` decides whether an answer is correct;
-`evaluation.evaluate` computes the scores.
+`contexts` has what the student continues and how questions are cut into batches, `decode_memory` halves a batch that
+does not fit in memory, and `batch_generation` generates one with transformers' `generate` and the settings saved in the
+export. `data.tasks` decides whether an answer is correct; `evaluation.evaluate` computes the scores.
 """
 
 # Shapes in this file: B questions of one batch, T tokens of the longest
@@ -30,6 +30,7 @@ from pst_dist.student.contexts import (
     rationale_contexts,
     room,
 )
+from pst_dist.student.decode_memory import in_parts
 from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import answer_generation_config
 
@@ -56,15 +57,17 @@ def decode_answers(
 
     Questions of like length are decoded together, each until its stop token, its end-of-sequence token or
     max_new_tokens. A batch has at most `batch_size` questions and, with `batch_tokens`, at most so many tokens: its
-    questions times the longest prompt and max_new_tokens together; at least one question. A model with a fixed number
-    of positions generates no further than they reach: in a batch the longest prompt sets the limit, and a question that
-    fills them all is left unanswered. `given` are rationales that pre_thinking is taken to have written, one a
-    question; arms that answer first have not come to theirs yet when the answer is there. Where the rationale comes
-    first, neither the stop nor the end-of-sequence token is taken before the answer's marker: it would leave the
-    question without an answer. `other` has an adaptive student think first. `on_batch` is told how many questions each
-    batch has finished, `on_token` after each token how many each question of the batch has. `go_on` receives the places
-    of a batch's questions, their answers and the finished batch. `streamer` is transformers' and takes a single
-    question. The model is decoded in evaluation mode and left in the mode it had.
+    questions times the longest prompt and max_new_tokens together; at least one question. Without `batch_tokens`, what
+    a GPU would not hold is decoded in halves, and so is any batch that runs out of memory; EnvironmentFault is raised
+    for a question that does so by itself. A model with a fixed number of positions generates no further than they
+    reach: in a batch the longest prompt sets the limit, and a question that fills them all is left unanswered. `given`
+    are rationales that pre_thinking is taken to have written, one a question; arms that answer first have not come to
+    theirs yet when the answer is there. Where the rationale comes first, neither the stop nor the end-of-sequence token
+    is taken before the answer's marker: it would leave the question without an answer. `other` has an adaptive student
+    think first. `on_batch` is told how many questions each batch has finished, `on_token` after each token how many
+    each question of the batch has. `go_on` receives the places of a batch's questions, their answers and the finished
+    batch. `streamer` is transformers' and takes a single question. The model is decoded in evaluation mode and left in
+    the mode it had.
     """
     layout, asked = layout_of(model, tokenizer, fmt), ARMS[fmt.arm].asked[-1 if other else 0]
     contexts = answer_contexts(model, tokenizer, fmt, questions, given=given, other=other)
@@ -98,7 +101,8 @@ def decode_answers(
                 log_probabilities=tuple(log_probabilities[first:]),
             )
         if go_on is not None and finished is not None:
-            go_on(rows, [answer for row in rows if (answer := decoded[row]) is not None], finished)
+            go_on(list(rows), [answer for row in rows if (answer := decoded[row]) is not None], finished)
+            finished.cache.clear()  # before the next batch makes its own
         if on_batch is not None:
             on_batch(len(rows))
     return [answer for answer in decoded if answer is not None]
@@ -120,7 +124,7 @@ def _generate(
     on_token: Callable[[int], None] = lambda count: None,
     keep: bool = False,
     streamer: Any = None,
-) -> Iterator[tuple[list[int], list[tuple[list[int], list[float]]], FinishedBatch | None]]:
+) -> Iterator[tuple[Sequence[int], list[tuple[list[int], list[float]]], FinishedBatch | None]]:
     """Batches of (row indices, generated ids and their log probabilities of each, the finished batch with `keep`).
 
     `forbidden`, `is_open` and `on_token` are those of `Steering`.
@@ -136,11 +140,14 @@ def _generate(
     with evaluation_mode(model, settings):
         for rows in batches_of(contexts, size, positions):
             most = min(size.new_tokens, *(rooms[row] for row in rows))
-            batch = [contexts[row] for row in rows]
-            made, finished = generate_batch(
-                model, batch, settings.pad_token_id, most, steering, keep=keep, streamer=streamer
-            )
-            yield rows, made, finished
+
+            def generate(part: Sequence[int], most: int = most) -> tuple[Any, FinishedBatch | None]:
+                batch = [contexts[row] for row in part]
+                return generate_batch(model, batch, settings.pad_token_id, most, steering, keep=keep, streamer=streamer)
+
+            new = 2 * most if keep else most  # what is kept goes on
+            for part, (made, finished) in in_parts(model, rows, contexts, new, generate, estimate=size.tokens is None):
+                yield part, made, finished
 
 
 def decode_rationales(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from pst_dist.errors import InputError
+from pst_dist.distributed.device_memory import in_halves
+from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.models.load import load_language_model, load_tokenizer, positions_of
 from pst_dist.models.locate import locate_model
 from pst_dist.teacher.batches import Batcher
@@ -55,7 +57,10 @@ class LocalTeacher:
         self._model = None
 
     def answer(self, requests: list[Request]) -> list[Reply]:
-        """The replies to some requests, computed as one batch. A prompt that is too long for the model is refused."""
+        """The replies to some requests, computed as one batch, or in halves where that does not fit in memory.
+
+        A prompt that is too long for the model is refused. Raises EnvironmentFault for one that does not fit by itself.
+        """
         prompts = [self._ids(request) for request in requests]
         replies: list[Reply | None] = [None] * len(requests)
         fits = []
@@ -67,7 +72,8 @@ class LocalTeacher:
             else:
                 fits.append((place, request, ids, min(room, request.most_tokens)))
         if fits:
-            written = self._generate([(request, ids, most) for _, request, ids, most in fits])
+            parts = in_halves([(request, ids, most) for _, request, ids, most in fits], self._generate, _too_long)
+            written = [out for _, part in parts for out in part]
             for (place, _, ids, most), out in zip(fits, written, strict=True):
                 replies[place] = self._reply(ids, out, most)
         return [reply for reply in replies if reply is not None]
@@ -90,7 +96,7 @@ class LocalTeacher:
             ) from error
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _generate(self, batch: list[tuple[Request, list[int], int]]) -> list[list[int]]:
+    def _generate(self, batch: Sequence[tuple[Request, list[int], int]]) -> list[list[int]]:
         """New token ids of each request, up to and with its end token."""
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -132,6 +138,14 @@ class LocalTeacher:
         if not self.chat and (stop := text.find("\nQ:")) >= 0:  # as the completions of an endpoint stop
             text, finish = text[:stop], "stop"
         return Reply(text=text, finish=finish, usage=Usage(prompt=len(prompt), completion=len(ids)))
+
+
+def _too_long(one: tuple[Request, list[int], int]) -> EnvironmentFault:
+    _, ids, most = one
+    return EnvironmentFault(
+        f"a prompt of {len(ids)} tokens, and up to {most} generated, does not fit in memory",
+        "generate fewer tokens, or use a smaller teacher",
+    )
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:

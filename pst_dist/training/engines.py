@@ -98,6 +98,11 @@ class Engine(ABC):
         return None
 
     @property
+    def repeats(self) -> bool:
+        """Whether a step whose pass ran out of memory can be taken again: with DeepSpeed, other ranks would wait."""
+        return False
+
+    @property
     def state_file(self) -> str:
         """Name of the file that contains this rank's part of weights and optimizer in a checkpoint."""
         return f"{STATE_FILES}-{self.ranks.rank:05d}.safetensors"
@@ -229,6 +234,10 @@ class SingleProcessEngine(Engine):
     @property
     def pass_tokens(self) -> int | None:
         return CPU_PASS_TOKENS if self.device.type == "cpu" else None
+
+    @property
+    def repeats(self) -> bool:
+        return True
 
     def _places(self) -> list[Tensor]:
         return [parameter for _, parameter in trainable(self.student)]

@@ -37,12 +37,15 @@ class ByLength:
     more passes than the limits require."""
 
     @classmethod
-    def of(cls, config: Config, pass_tokens: int | None) -> ByLength | None:
-        """What `train.micro_batch_tokens` asks for; None for passes of rows in the order in which they are drawn."""
+    def of(cls, config: Config, pass_tokens: int | None, limit: int | None = None) -> ByLength | None:
+        """What `train.micro_batch_tokens` asks for; None for passes of rows in the order in which they are drawn.
+
+        `limit` is what `auto` stands for on this device.
+        """
         asked = config.train.micro_batch_tokens
         if asked is None or config.loss.symmetric:  # there the rows of a pass are one another's candidates
             return None
-        return cls(asked if isinstance(asked, int) else None, pass_tokens)
+        return cls(asked if isinstance(asked, int) else limit, pass_tokens)
 
 
 def length_passes(

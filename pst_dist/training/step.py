@@ -2,7 +2,8 @@
 
 Counts are summed over ranks and micro-batches before the first backward pass, so every gradient is that of the global
 batch's loss. A bad step leaves weights and moments unchanged and returns a `BadStep`; `training.bad_steps` decides
-what follows.
+what follows. So does a step with a pass that ran out of memory, which returns `TooLarge`; the caller cuts its rows
+anew and takes it again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pst_dist.config.schema import TrainConfig
+from pst_dist.distributed.device_memory import is_out_of_memory
 from pst_dist.distributed.peer_watch import at
 from pst_dist.distributed.ranks import gathered, sums_over_ranks
 from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
@@ -24,6 +26,7 @@ from pst_dist.training.batches import PSTBatch
 from pst_dist.training.engines import Engine
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.optimizer import learning_rate_at
+from pst_dist.training.pass_size import TooLarge
 from pst_dist.training.state import RunState
 from pst_dist.training.step_record import StepRecord
 
@@ -78,10 +81,11 @@ def take_step(
     seed: int,
     total: int,
     watch: bool,
-) -> StepRecord | BadStep:
+) -> StepRecord | BadStep | TooLarge:
     """Take the step after `state.step`, of `total`, over this rank's micro-batches; collective.
 
-    With `watch` the record contains the norm of each term's gradient at the hidden state.
+    With `watch` the record contains the norm of each term's gradient at the hidden state. A rank whose pass ran out of
+    memory returns before the others; only a single process may then take the step again (`Engine.repeats`).
     """
     step, student = state.step, engine.student
     student.train()
@@ -92,7 +96,12 @@ def take_step(
         torch.manual_seed((seed * 1_000_003 + step) * 65_537 + engine.ranks.rank)
         student.squared_gradients.zero_()
         loss_scale = engine.loss_scale  # moving the weights may change it
-        passes, cosine = _run_passes(engine, batches, scales, step + 1)
+        ran = _run_passes(engine, batches, scales, step + 1)
+        if isinstance(ran, TooLarge):
+            if engine.repeats:
+                engine.discard()
+            return ran
+        passes, cosine = ran
         local = torch.stack(passes).sum(0)
         everything = sums_over_ranks(torch.cat([local.cpu(), cosine.cpu()[None], student.squared_gradients]))
         sums, cosine, squares = everything[:3], everything[3], everything[4:]
@@ -123,17 +132,24 @@ def take_step(
     )
 
 
-def _run_passes(engine: Engine, batches: Sequence[PSTBatch], scales: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
+def _run_passes(
+    engine: Engine, batches: Sequence[PSTBatch], scales: Tensor, step: int
+) -> tuple[list[Tensor], Tensor] | TooLarge:
     """Forward and backward passes of this rank: the [3] float64 sums of each, and the sum of the cosines."""
     # Summed on the device: reading them here would sync with it in every pass.
     cosine = torch.zeros((), dtype=torch.float64, device=engine.device)
     passes, started = [], time.monotonic()
     device_scales = scales.float().to(engine.device)
     for index, batch in enumerate(batches):
-        at("forward", step)
-        output = engine.forward(batch.to(engine.device), device_scales)
-        at("backward", step)
-        engine.backward(output.loss, last=index == len(batches) - 1)
+        try:
+            at("forward", step)
+            output = engine.forward(batch.to(engine.device), device_scales)
+            at("backward", step)
+            engine.backward(output.loss, last=index == len(batches) - 1)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return TooLarge.of(batch, error)
         passes.append(output.sums.double())
         cosine += output.cosine.double()
     engine.busy_seconds += time.monotonic() - started

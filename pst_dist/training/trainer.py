@@ -75,7 +75,7 @@ from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
 from pst_dist.training.optimizer import check_optimizer
 from pst_dist.training.order import OrderPlan
-from pst_dist.training.passes import ByLength
+from pst_dist.training.pass_size import PassSize, TooLarge, memory_errors
 from pst_dist.training.precision import check_fp16
 from pst_dist.training.result import TrainingResult, finished_training, global_batch_size
 from pst_dist.training.saver import Saved, Saver
@@ -108,8 +108,9 @@ def train(
     directory.
     Raises ConfigError, InputError, StaleError or IntegrityError before the first step. Raises DivergedError on all
     ranks, with the weights from before the step, when a step is bad and `train.skip_bad_steps` and
-    `train.max_rollbacks` are used up. After SIGTERM or SIGUSR1 on any rank, all ranks write a checkpoint at the next
-    step boundary and raise PreemptedError; after SIGINT, KeyboardInterrupt.
+    `train.max_rollbacks` are used up. Raises EnvironmentFault when memory runs out and smaller passes do not help.
+    After SIGTERM or SIGUSR1 on any rank, all ranks write a checkpoint at the next step boundary and raise
+    PreemptedError; after SIGINT, KeyboardInterrupt.
     """
     quiet_libraries()
     ranks = Ranks.from_environment()
@@ -152,8 +153,9 @@ def train(
                 prepare(config, run, shards)
         with together(ranks), working():
             training = _Training(config, run, shards, ranks, told, base, observer, trackers)
-        training.make_student()
-        return training.run_all()
+        with memory_errors(config):
+            training.make_student()
+            return training.run_all()
 
 
 def _warn_of_lost(count: int, example: str) -> None:
@@ -247,6 +249,7 @@ class _Training:
         at("building the engine")
         with working():
             engine = build_engine(self.student, self.config.train, self.ranks)
+        self.size = PassSize.of(self.config, engine)
         at("resuming")
         state = self._resume(engine)
         engine.scaling = state.loss_scaling
@@ -359,7 +362,7 @@ class _Training:
         log.warning("the best student (step %d) is missing or damaged; recreating it", best_step)
         state = resume(engine, root, fresh, at_most=best_step, accept_changes=accept)
         if state.step == best_step:
-            self._keep_student(engine, state, self.validator.score(engine, held(self.weights, self.config.loss, state)))
+            self._keep_student(engine, state, self._score(engine, state))
             return resume(engine, root, fresh, accept_changes=accept)
         return state
 
@@ -372,7 +375,8 @@ class _Training:
         if self._has_stopped_early(state):  # killed after that save
             return state
         asked = time.monotonic()
-        for batches in self._batches(state.step, engine.pass_tokens):
+        steps = self._batches(state.step)
+        while (batches := next(steps, None)) is not None:
             started = time.monotonic()
             waited = started - asked
             at("counting", state.step + 1)
@@ -397,6 +401,10 @@ class _Training:
                 total=self.total,
                 watch=watch,
             )
+            if isinstance(taken, TooLarge):
+                self.size.halve(taken, f"step {state.step + 1}")
+                steps, asked = self._batches(state.step), time.monotonic()
+                continue
             took = time.monotonic() - started
             tokens, seconds = state.tokens + totals.tokens, state.seconds + took
             went_back = False
@@ -468,7 +476,8 @@ class _Training:
             engine.load(path)
         return after_rollback(state, checkpoint)
 
-    def _batches(self, first_step: int, pass_tokens: int | None) -> Iterator[list[Any]]:
+    def _batches(self, first_step: int) -> Iterator[list[Any]]:
+        """The passes of each step from `first_step` on, of the size that passes have now."""
         return step_batches(
             self.plan,
             self.samples,
@@ -478,16 +487,19 @@ class _Training:
             last_step=self.total,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            micro_batch_size=self.config.train.per_device_train_batch_size,
-            by_length=ByLength.of(self.config, pass_tokens),
+            micro_batch_size=self.size.rows,
+            by_length=self.size.by_length,
             workers=self.config.train.dataloader_num_workers,
         )
+
+    def _score(self, engine: Engine, state: RunState) -> ValidationScore:
+        return self.validator.score(engine, held(self.weights, self.config.loss, state), self.size)
 
     def _validate(self, engine: Engine, state: RunState, metrics: MetricsLog) -> RunState:
         """Score the validation rows and keep the student if it is the best so far."""
         at("validation", state.step)
         started = time.monotonic()
-        value = self.validator.score(engine, held(self.weights, self.config.loss, state))
+        value = self._score(engine, state)
         if value.loss is not None and not math.isfinite(value.loss):
             raise diverged_validation(value.loss, state.step)
         metrics.validation(state.step, value, seconds=time.monotonic() - started)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import get_task, task_of
+from pst_dist.distributed.device_memory import is_out_of_memory
 from pst_dist.distributed.peer_watch import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
 from pst_dist.errors import ConfigError
@@ -25,6 +26,7 @@ from pst_dist.training.batches import Collator
 from pst_dist.training.engines import Engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.loss import TermWeights
+from pst_dist.training.pass_size import PassSize, TooLarge
 from pst_dist.training.passes import ByLength, Place, length_passes
 
 
@@ -114,7 +116,7 @@ class Validator:
         self.tokenizer, self.ranks = tokenizer, ranks
         # As many as training keeps (`batches._Steps`).
         self._sequences = functools.lru_cache(maxsize=20_000)(lambda index: layout.sequences(samples[index]))
-        self._cut: list[list[list[Place]]] | None = None
+        self._cut: tuple[ByLength, list[list[list[Place]]]] | None = None
         self.decodes = config.train.metric_for_best_model == "accuracy"
         if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
             raise ConfigError(
@@ -122,25 +124,17 @@ class Validator:
                 "set it to answer_nll, or train.deepspeed to zero2",
             )
 
-    def score(self, engine: Engine, weights: TermWeights) -> ValidationScore:
-        """Means over all validation rows, the same on every rank; collective."""
+    def score(self, engine: Engine, weights: TermWeights, size: PassSize) -> ValidationScore:
+        """Means over all validation rows, the same on every rank; collective.
+
+        A pass that does not fit in memory halves `size`, and the rows are scored again.
+        """
         if not len(self.samples):
             return ValidationScore()
         engine.student.eval()
         engine.student.watch_gradients = False
-        width = engine.student.widths[1]
-        totals = torch.zeros(7 + 1 + 2 * width, dtype=torch.float64)
-        unscaled = torch.ones(3, device=engine.device)
-        with torch.no_grad():
-            for sequences, muted in self._passes(engine.pass_tokens):
-                # When scoring, InfoNCE's candidates are the rows of the pass.
-                keys = list(dict.fromkeys((sequence.sample_id, sequence.rationale) for sequence in sequences))
-                batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
-                alive()
-                output = engine.forward(batch.to(engine.device), unscaled)
-                totals[:7] += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
-                if output.spread.numel():
-                    totals[7:] += torch.cat([output.spread.cpu(), batch.teacher_emb.double().sum(0)])
+        while isinstance(totals := self._totals(engine, size), TooLarge):
+            size.halve(totals, "validation", keeps_rows=self._compares_rows)
         totals = sums_over_ranks(totals)
         sums, cosine, counts = totals[:3], float(totals[3]), totals[4:7]
         stderr, other = compared_cosines(int(counts[2]), cosine, totals[7:])
@@ -158,15 +152,45 @@ class Validator:
             accuracy=self._accuracy(engine) if self.decodes else None,
         )
 
-    def _passes(self, pass_tokens: int | None) -> Iterator[tuple[list[TokenSequence], bool]]:
+    def _totals(self, engine: Engine, size: PassSize) -> Tensor | TooLarge:
+        """[8 + 2E] float64: this rank's sums of the terms and of the cosines, its counts, and `PSTLossOutput.spread`
+        with the sum of the teachers; or the pass that did not fit.
+        """
+        width = engine.student.widths[1]
+        totals = torch.zeros(7 + 1 + 2 * width, dtype=torch.float64)
+        unscaled = torch.ones(3, device=engine.device)
+        with torch.no_grad():
+            for sequences, muted in self._passes(size):
+                # When scoring, InfoNCE's candidates are the rows of the pass.
+                keys = list(dict.fromkeys((sequence.sample_id, sequence.rationale) for sequence in sequences))
+                batch = self.collate(sequences, keys=keys, key_groups=range(len(keys)), muted=muted)
+                alive()
+                try:
+                    output = engine.forward(batch.to(engine.device), unscaled)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return TooLarge.of(batch, error)
+                totals[:7] += torch.cat([output.sums.double().cpu(), output.cosine.double().cpu()[None], batch.counts])
+                if output.spread.numel():
+                    totals[7:] += torch.cat([output.spread.cpu(), batch.teacher_emb.double().sum(0)])
+        return totals
+
+    @property
+    def _compares_rows(self) -> bool:
+        """Whether the rows of a pass are one another's candidates, so that its value depends on them."""
+        return self.collate.teacher is not None and self.config.loss.alignment == "info_nce"
+
+    def _passes(self, size: PassSize) -> Iterator[tuple[list[TokenSequence], bool]]:
         """This rank's forward passes as (sequences, muted); every rank gets the same number."""
-        cut = ByLength.of(self.config, pass_tokens)
-        if cut is None or (self.collate.teacher is not None and self.config.loss.alignment == "info_nce"):
-            yield from self._drawn_passes()
+        by_length = size.by_length
+        if by_length is None or self._compares_rows:
+            rows = self.config.train.per_device_train_batch_size if self._compares_rows else size.rows
+            yield from self._drawn_passes(rows)
             return
-        if self._cut is None:
-            self._cut = self._length_passes(cut)
-        for ranks in self._cut:
+        if self._cut is None or self._cut[0] != by_length:
+            self._cut = by_length, self._length_passes(by_length)
+        for ranks in self._cut[1]:
             mine = ranks[self.ranks.rank]
             chosen = mine or [max(ranks, key=len)[-1]]
             yield [self._sequences(sample)[place] for sample, place in chosen], not mine
@@ -180,9 +204,9 @@ class Validator:
         size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
         return list(length_passes(self.layout.arm, sizes, cut, world_size=world, rows=size))
 
-    def _drawn_passes(self) -> Iterator[tuple[list[TokenSequence], bool]]:
+    def _drawn_passes(self, size: int) -> Iterator[tuple[list[TokenSequence], bool]]:
         """The same in the order of the rows. InfoNCE's candidates are those of a pass, so its value depends on them."""
-        size, world = self.config.train.per_device_train_batch_size, self.ranks.world_size
+        world = self.ranks.world_size
         most = math.ceil(len(self.samples) / world)
         passes = math.ceil(most / size)
         mine = range(self.ranks.rank, len(self.samples), world)

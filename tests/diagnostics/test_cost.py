@@ -19,10 +19,11 @@ from pst_dist.diagnostics.cost import (
     split_words,
 )
 from pst_dist.diagnostics.cost_page import plan_lines
-from pst_dist.diagnostics.memory import rank_memory
-from pst_dist.diagnostics.model_size import fresh_shape, shape_of
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.student.pretrained import fresh_model
+from pst_dist.training.memory import rank_memory
+from pst_dist.training.model_size import fresh_shape, shape_of
+from pst_dist.training.pass_limit import SHARE, pass_limit
 
 GEN = ["data.train=gen:last_letters?rows=64&seed=0", "data.validation_size=0", "train.global_batch_size=8"]
 
@@ -121,6 +122,35 @@ def test_a_smaller_pass_takes_less_memory_for_activations():
         for limit in ("auto", "256")
     )
     assert cut.memory.activations < whole.memory.activations / 2 and cut.micro_batches > whole.micro_batches == 1
+
+
+def test_a_gpu_limits_the_tokens_of_a_pass_as_a_training_on_it_would():
+    words = ["student.fresh.hidden_size=1024", "student.fresh.num_layers=24", "student.fresh.num_heads=16"]
+    words += ["layout.max_length=640", "train.global_batch_size=64", "train.per_device_train_batch_size=64"]
+    words += ["data.train=gen:last_letters?rows=64&words=12", "data.validation_size=0"]
+    overrides, machines = split_words([*words, "gpu=a100-40"])
+    config = load_config(None, overrides)
+    plan = make_plan(config, machines)
+    whole = make_plan(config, Machines())
+    sizes = {"trained": plan.trained, "stage": None, "ranks": 1, "memory": 40 * 2**30}
+    assert plan.pass_limit == pass_limit(config, plan.shape, plan.parameters, **sizes)
+    assert 640 < plan.pass_limit.tokens < 64 * plan.rows.longest
+    assert whole.pass_limit is None and whole.micro_batches == 1 < plan.micro_batches
+    # The rows are a little shorter than max_length, for which the limit was computed.
+    assert 0.6 * SHARE < plan.memory.total / (40 * 2**30) <= SHARE < whole.memory.total / (40 * 2**30)
+    page = "\n".join(plan_lines(plan))
+    assert f"would set at most {plan.pass_limit.tokens:,} tokens a pass (80% of 40 GiB, less 4.5" in page
+    assert "one rank fits in 40 GiB" in page and "not tried on a GPU" in page
+
+    def said(*more: str) -> str:
+        overrides, machines = split_words([*words, *more])
+        (line,) = (line for line in plan_lines(make_plan(load_config(None, overrides), machines)) if "auto" in line)
+        return line
+
+    assert "would set one row a pass: 80% of 4 GiB, less 4.5" in said("gpu_memory=4")
+    assert "would set none: 1 rows of 640 tokens fit" in said("gpu=h200", "train.per_device_train_batch_size=1")
+    overrides, machines = split_words([*words, "gpu=t4", "train.micro_batch_tokens=4096"])
+    assert make_plan(load_config(None, overrides), machines).pass_limit is None
 
 
 def test_steps_checkpoints_and_the_interval_between_saves():

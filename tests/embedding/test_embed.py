@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusing import Refusing
 from safetensors.numpy import load_file, save
 
 from pst_dist.config.schema import EmbedConfig
@@ -134,6 +135,22 @@ def test_equal_texts_are_encoded_once_and_their_order_changes_no_bit(encoder, mo
     order = [3, 5, 0, 6, 2, 1, 4]
     assert encoder.encode([TEXTS[i] for i in order]).tobytes() == vectors[order].tobytes()
     assert encoder.encode([]).shape == (0, 384)
+
+
+@needs_encoder
+def test_a_batch_that_does_not_fit_in_memory_is_encoded_in_halves(encoder, caplog):
+    """Only the padding of the halves differs, and so the rounding."""
+    refusing = Refusing(100)
+    wanted = encoder.encode(TEXTS)
+    halved = TextEncoder(CPU)
+    refusing.watch_encoder(halved.model[0].model)
+    with caplog.at_level("WARNING", logger="pst_dist"):
+        found = halved.encode(TEXTS[:4] + TEXTS[6:])
+    assert refusing.refused == 2, "three texts of up to 74 tokens, then two"
+    assert np.abs(found - wanted[[0, 1, 2, 3, 6]]).max() < 1e-6
+    assert caplog.text.count("does not fit in memory: continuing in halves (embed.batch_tokens)") == 2
+    with pytest.raises(EnvironmentFault, match=r"a text of 256 tokens does not fit in the memory.*embed\.max_seq"):
+        halved.encode(TEXTS[5:6])
 
 
 @needs_encoder

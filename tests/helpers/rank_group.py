@@ -69,6 +69,8 @@ class RankGroup:
     hosts: tuple[str, ...] = ()
     """The host of each rank (see `hosts`); this machine when not given."""
     master: str = "127.0.0.1"
+    refuses: dict[int, int] = field(default_factory=dict)
+    """Rank -> most tokens of a pass that its student takes (see `refusing`)."""
     processes: list[BaseProcess] = field(default_factory=list)
     lost_at: float | None = None
     """When a rank was killed or stopped; set by the test that did."""
@@ -83,7 +85,8 @@ class RankGroup:
             host = self.hosts[rank] if self.hosts else ""
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world_size}
             place |= {"MASTER_ADDR": self.master, "MASTER_PORT": port}
-            arguments = (self.folder, self.words, {k: str(v) for k, v in place.items()}, self.stuck, host)
+            place_words = {k: str(v) for k, v in place.items()}
+            arguments = (self.folder, self.words, place_words, self.stuck, host, self.refuses.get(rank))
             self.processes.append(_CONTEXT.Process(target=_run_rank, args=arguments))
             self.processes[-1].start()
         return self
@@ -125,7 +128,9 @@ class RankGroup:
             process.join()
 
 
-def _run_rank(folder: Path, words: list[str], place: dict[str, str], stuck: Stuck | None, host: str) -> None:
+def _run_rank(
+    folder: Path, words: list[str], place: dict[str, str], stuck: Stuck | None, host: str, refuses: int | None
+) -> None:
     """In the child: become a rank, and end as `python -m pst_dist.train` does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with open(folder / f"rank-{place['RANK']}.log", "ab", buffering=0) as stream:
@@ -143,6 +148,11 @@ def _run_rank(folder: Path, words: list[str], place: dict[str, str], stuck: Stuc
         leave(laps(float(words[1]), folder / "stacks", *words[2:]))
     from pst_dist.train import main
 
+    if refuses is not None:
+        from refusing import Refusing, refusing_students
+
+        with refusing_students(Refusing(refuses)):
+            leave(main(words))
     leave(main(words))
 
 

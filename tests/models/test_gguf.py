@@ -14,7 +14,6 @@ from tiny import ROWS
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.diagnostics.machine.models import student as examined
-from pst_dist.diagnostics.model_size import shape_of
 from pst_dist.diagnostics.preflight import check_student
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.models import fetch as fetching
@@ -25,6 +24,7 @@ from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.pretrained import base_of, build_model
 from pst_dist.student.saved import load_student, save_student
 from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.training.model_size import shape_of
 
 pytest.importorskip("gguf", reason="needs the package gguf")
 from tiny_gguf import write_gguf

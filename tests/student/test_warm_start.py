@@ -11,7 +11,6 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import get_task
 from pst_dist.diagnostics.machine import models
-from pst_dist.diagnostics.model_size import shape_of
 from pst_dist.diagnostics.tokens import preview
 from pst_dist.errors import ConfigError
 from pst_dist.models.locate import locate_encoder
@@ -21,6 +20,7 @@ from pst_dist.student.text_ids import TextIds
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.training.batches import Collator
 from pst_dist.training.loss import TermWeights
+from pst_dist.training.model_size import shape_of
 from pst_dist.training.module import build_student
 
 pytestmark = pytest.mark.encoder

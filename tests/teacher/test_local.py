@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from refusing import Refusing
 
 import pst_dist
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError
 from pst_dist.models.load import load_language_model, load_tokenizer
 from pst_dist.models.locate import locate_model
 from pst_dist.teacher.local import LocalTeacher
@@ -59,6 +60,19 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(folder):
     assert asked.answer([one])[0] == alone
     texts = {asked.answer([request("a", "2 + 2?", temperature=1.0, seed=seed)])[0].text for seed in range(5)}
     assert len(texts) == 5
+
+
+def test_requests_that_do_not_fit_in_memory_together_are_answered_in_halves(folder):
+    requests = [request(f"{n}", "a longer question " * n, temperature=1.0, seed=n) for n in range(1, 5)]
+    asked, refusing = teacher(folder), Refusing(10**9)
+    refusing.watch(asked._model)
+    wanted = asked.answer(requests)
+    refusing.tokens = max(refusing.seen) // 2
+    assert [reply.text for reply in asked.answer(requests)] == [reply.text for reply in wanted]
+    assert refusing.refused >= 1
+    refusing.tokens = 5
+    with pytest.raises(EnvironmentFault, match=r"a prompt of \d+ tokens, and up to 12 generated, does not fit"):
+        asked.answer(requests)
 
 
 def test_sampling_has_the_models_probabilities(folder):

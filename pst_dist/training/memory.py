@@ -1,7 +1,7 @@
 """The memory that training needs: what a rank holds on its device, and what its process holds in host memory.
 
 Arithmetic on shapes, without torch. The activations of a layer are counted tensor by tensor, as autograd saves them in
-transformers' implementations; `tests/diagnostics/test_memory.py` compares them with the tensors that are really saved.
+transformers' implementations; `tests/training/test_memory.py` compares them with the tensors that are really saved.
 """
 
 # Letters in this file: P parameters (the student's and the alignment head's), N ranks, D width, T tokens of a row
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.diagnostics.model_size import ModelShape
-from pst_dist.diagnostics.optimizer_memory import optimizer_bytes
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.locate import is_gguf
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object
 from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json, is_stage, shown
+from pst_dist.training.model_size import ModelShape
+from pst_dist.training.optimizer_memory import optimizer_bytes
 
 _NF4_BYTES = 0.516
 """Bytes a weight in NF4 with double quantisation: 4.127 bits (Dettmers et al., arXiv 2305.14314, section 3)."""
@@ -26,7 +26,7 @@ _PROGRAM_BYTES = {False: 0.45 * 2**30, True: 0.6 * 2**30}
 _GRADIENTS = 1 / 3
 """Share of a layer's tensors whose gradients exist beside them at one moment of the backward pass."""
 _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""The most that a chunk of logits takes (`kernels.ops.CHUNK_BYTES`, which needs torch)."""
+"""The most that a chunk of logits takes, on a GPU at least (`kernels.ops.chunk_rows`, which needs torch)."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def rank_memory(
 
     float32 training needs 4 bytes each for weights and gradients; DeepSpeed's stages 1 to 3 keep a float32 copy of
     their share in addition to Adam's two moments. bf16 at stage 1 and above halves weights and gradients; below it,
-    autocast keeps a second copy of the weights from the forward to the backward pass. Only `trained` parameters (all by
-    default) have gradients and optimizer state. A pass has `micro_tokens` tokens in rows of at most `longest`; an
+    autocast keeps a second copy of the weights from the forward to the backward pass. What DeepSpeed offloads does not
+    count on a GPU, but for the weights of a layer. Only `trained` parameters (all by default) have gradients and
+    optimizer state. A pass has `micro_tokens` tokens in rows of at most `longest`; an
     encoder reads `prompt_share` of them.
     """
     bf16 = config.train.bf16 is True
@@ -125,13 +126,19 @@ def rank_memory(
     frozen = _frozen_bytes(config, shape, parameters - trained, each)
     # The head's gradient in float32, and a chunk of logits in float32 with its gradient; LoRA has none of the head.
     gradient = 0.0 if config.student.lora.rank else 4.0 * shape.vocabulary * shape.hidden_size
-    chunk = min(_CHUNK_BYTES["cuda" if on_gpu else "cpu"], 4.0 * micro_tokens * shape.vocabulary)
+    room = (
+        max(float(_CHUNK_BYTES["cuda"]), 4.0 * shape.vocabulary * shape.hidden_size) if on_gpu else _CHUNK_BYTES["cpu"]
+    )
+    chunk = min(room, 4.0 * micro_tokens * shape.vocabulary)
     activations = activation_bytes(config, shape, micro_tokens, longest or micro_tokens, prompt_share)
     copies = 2.0 * parameters if autocast else 0.0
+    weights = (each * p + frozen) / (n if stage == 3 else 1)
+    optimizer = optimizer_bytes(config, shape, trained) if stage == 0 else 12.0 * p / n
+    kept = _in_host_memory(config.train.deepspeed, stage) if on_gpu else set()
     return RankMemory(
-        weights=(each * p + frozen) / (n if stage == 3 else 1),
+        weights=weights / max(1, shape.layers) if "offload_param" in kept else weights,
         gradients=each * p / (n if stage >= 2 else 1),
-        optimizer=optimizer_bytes(config, shape, trained) if stage == 0 else 12.0 * p / n,
+        optimizer=0.0 if "offload_optimizer" in kept else optimizer,
         activations=activations + copies,
         loss_path=gradient + 2 * chunk,
         buffers=each * _bucket_elements(config.train.deepspeed, trained, stage),
@@ -216,14 +223,19 @@ def host_memory(
     loading = 4.0 * p if from_gguf else 0.0
     if divided:
         loading = 8.0 * p if from_gguf else 4.0 * shape.vocabulary * shape.hidden_size + 4.0 * p / max(1, shape.layers)
-    zero = _zero_section(config.train.deepspeed)
-    kept = {key: (zero.get(key) or {}).get("device") == "cpu" for key in ("offload_optimizer", "offload_param")}
-    offloaded = (12.0 * trained / n if kept["offload_optimizer"] else 0.0) + (
-        4.0 * p / n if kept["offload_param"] else 0.0
+    kept = _in_host_memory(config.train.deepspeed, stage)
+    offloaded = (12.0 * trained / n if "offload_optimizer" in kept else 0.0) + (
+        4.0 * p / n if "offload_param" in kept else 0.0
     )
     copy = (4.0 * trained + optimizer_bytes(config, shape, trained)) / n if config.train.save_in_background else 0.0
     student = 4.0 * trained if not divided else 0.0
     return HostMemory(_PROGRAM_BYTES[stage is not None], loading, copy, student, offloaded)
+
+
+def _in_host_memory(deepspeed: str | None, stage: int | None) -> set[str]:
+    """Which of `offload_optimizer` and `offload_param` a profile or JSON of this stage asks for."""
+    zero = _zero_section(deepspeed) if deepspeed is not None and zero_stage(deepspeed) == stage else {}
+    return {key for key in ("offload_optimizer", "offload_param") if (zero.get(key) or {}).get("device") == "cpu"}
 
 
 def _frozen_bytes(config: Config, shape: ModelShape, frozen: int, each: float) -> float:

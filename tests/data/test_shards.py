@@ -454,7 +454,7 @@ def test_turns_are_read_back_and_a_conversation_without_a_question_is_refused(tm
     assert list(ShardSet.open(tmp_path / "s").split("train")) == [told, plain]
     assert "turns" not in plain.to_json(), "as older versions wrote it"
     for odd in (turns[:-1], (("tool", "x"), *turns), (("user", " "),)):
-        with pytest.raises(DataError, match="no conversation that ends with a question"):
+        with pytest.raises(DataError, match="not a conversation that ends with a question"):
             ReasoningSample(id="a", question="q", answer="9", turns=odd)
     with pytest.raises(DataError, match="not a valid sample"):
         ReasoningSample.from_json({**told.to_json(), "turns": [["user"]]})

@@ -212,7 +212,7 @@ def test_every_logged_step_holds_raw_and_weighted_terms_and_gradient_shares(smal
 
 def test_a_weight_that_does_nothing_is_warned_about(small_data, tmp_path, caplog):
     train(small_config(small_data, tmp_path, loss__alignment_weight="1e-6"))
-    assert "the alignment term makes" in caplog.text and "loss.alignment_weight" in caplog.text
+    assert "the alignment term contributes" in caplog.text and "loss.alignment_weight" in caplog.text
 
 
 def test_the_learning_rate_rises_and_falls_as_its_schedule_says():

@@ -84,8 +84,8 @@ def arm_lines(plans: Sequence[Plan]) -> list[str]:
 
 def _limit(plan: Plan, limit: PassLimit) -> str:
     """The limit that a GPU of this memory would get; it depends on what is free there."""
-    why = f"{SHARE:.0%} of {plan.machines.gpu_memory:g} GiB, less {_bytes(limit.standing)}"
-    if limit.standing > SHARE * limit.memory:
+    why = f"{SHARE:.0%} of {plan.machines.gpu_memory:g} GiB, less {_bytes(limit.fixed)}"
+    if limit.fixed > SHARE * limit.memory:
         return f"one row a pass: {why} for weights, gradients and optimizer leaves nothing"
     rows = plan.config.train.per_device_train_batch_size
     most = plan.config.layout.max_length * (2 if plan.shape.encoder_layers else 1)

@@ -78,15 +78,15 @@ def give_back() -> None:
 def in_halves(
     items: Sequence[_T],
     run: Callable[[Sequence[_T]], _R],
-    alone: Callable[[_T], PstError],
+    error_for: Callable[[_T], PstError],
     *,
     fits: Callable[[Sequence[_T]], bool] = lambda part: True,
-    told: Callable[[Sequence[_T]], None] = lambda part: None,
+    on_halving: Callable[[Sequence[_T]], None] = lambda part: None,
 ) -> Iterator[tuple[Sequence[_T], _R]]:
-    """(part, what `run` returns for it) of consecutive parts of `items`: all of them, or halves of what does not fit.
+    """Yield (part, `run(part)`) for consecutive parts of `items`: all of them, or halves where memory runs out.
 
-    A part that does not fit by the estimate `fits` is halved before it is tried, and one that runs out of memory is
-    halved after `told` has heard of it. Raises `alone(item)` for an item that runs out of memory by itself.
+    A part that does not fit by the estimate `fits` is halved before it is tried. After a part has run out of memory,
+    `on_halving(part)` is called and the part is halved. Raises `error_for(item)` if a single item runs out of memory.
     """
     waiting = [items]
     while waiting:
@@ -103,10 +103,10 @@ def in_halves(
             if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
-                raise alone(part[0]) from error
+                raise error_for(part[0]) from error
         if made:
             yield part, made[0]
             continue
         give_back()
-        told(part)
+        on_halving(part)
         waiting += halves

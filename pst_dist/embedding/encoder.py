@@ -204,7 +204,7 @@ class TextEncoder:
 
         Raises EnvironmentFault for a text that does not fit by itself.
         """
-        parts = in_halves(rows, lambda part: self._run(part, self._engine), _too_long, told=_tell_of_halves)
+        parts = in_halves(rows, lambda part: self._run(part, self._engine), _too_long, on_halving=_warn_of_halving)
         return np.concatenate([vectors for _, vectors in parts])
 
     def _run(self, rows: Sequence[dict[str, torch.Tensor]], engine: OpenVinoEngine | None) -> np.ndarray:
@@ -251,7 +251,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int
         start += count
 
 
-def _tell_of_halves(rows: Sequence[dict[str, torch.Tensor]]) -> None:
+def _warn_of_halving(rows: Sequence[dict[str, torch.Tensor]]) -> None:
     log.warning(
         "a batch of %d texts, of up to %d tokens, does not fit in memory: continuing in halves (embed.batch_tokens)",
         *(len(rows), max(len(row["input_ids"]) for row in rows)),

@@ -37,7 +37,7 @@ def in_parts(
     *,
     estimate: bool,
 ) -> Iterator[tuple[Sequence[int], _R]]:
-    """(rows, what `run` makes of them) of consecutive parts of a batch, each of which fits in memory.
+    """Yield (rows, `run(rows)`) for consecutive parts of a batch, each of which fits in memory.
 
     `rows` are places of `contexts`, `new` is the number of tokens generated for each. Without `estimate` only what
     really runs out of memory is halved. Raises EnvironmentFault for a question that does so by itself.
@@ -58,21 +58,21 @@ def in_parts(
         a_row = None if room is None else row_bytes(model, *sizes(part), new)
         return room is None or a_row is None or len(part) * a_row <= room
 
-    def told(part: Sequence[int]) -> None:
+    def warn(part: Sequence[int]) -> None:
         _learnt[model] = tokens(part) // 2
         log.warning(
             "%d questions of up to %d tokens, and %d generated, do not fit in memory together: continuing in halves",
             *(len(part), sum(sizes(part)), new),
         )
 
-    def alone(row: int) -> EnvironmentFault:
+    def error_for(row: int) -> EnvironmentFault:
         free = f" of {device} ({memory.free / GIB:.3g} GiB free)" if memory is not None else ""
         return EnvironmentFault(
             f"a question of {sum(sizes([row]))} tokens, and up to {new} generated, does not fit in the memory{free}",
             "generate fewer tokens (evaluate.max_new_tokens), or decode in bfloat16 (evaluate.bf16=true)",
         )
 
-    return in_halves(rows, run, alone, fits=fits, told=told)
+    return in_halves(rows, run, error_for, fits=fits, on_halving=warn)
 
 
 def row_bytes(model: Any, prompt: int, decoder: int, new: int) -> float | None:

@@ -31,7 +31,7 @@ class PassLimit:
     """Most tokens of a forward pass, padding included; at least 1."""
     memory: float
     """Bytes that the rank can have on its device."""
-    standing: float
+    fixed: float
     """Bytes of them that weights, gradients, optimizer and buffers take, whatever the passes are."""
 
 

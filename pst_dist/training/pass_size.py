@@ -114,7 +114,7 @@ def _limit_of_all(config: Config, engine: Engine) -> int | None:
     if engine.ranks.is_main:
         which = f" of rank {rank}" if engine.ranks.world_size > 1 else ""
         log.info("train.micro_batch_tokens=auto: %s", reason_of(limit, name + which))
-        if limit.standing > SHARE * limit.memory:
+        if limit.fixed > SHARE * limit.memory:
             log.warning("that leaves no memory for passes, so each has one row; %s", _less(config))
     return limit.tokens
 
@@ -123,7 +123,7 @@ def reason_of(limit: PassLimit, where: str) -> str:
     """The limit and where it comes from, in words."""
     return (
         f"at most {limit.tokens:,} tokens a pass ({where}: {SHARE:.0%} of {limit.memory / GIB:.3g} GiB, less "
-        f"{limit.standing / GIB:.3g} GiB for weights, gradients and optimizer)"
+        f"{limit.fixed / GIB:.3g} GiB for weights, gradients and optimizer)"
     )
 
 

@@ -200,7 +200,7 @@ def test_the_limit_of_a_llama_is_what_its_memory_holds_worked_out_by_hand():
     head = 4 * shape.vocabulary * d
     by_hand = math.floor((SHARE * 2 * GIB - standing - head) / (a_token + logits))
     assert found.tokens == pytest.approx(by_hand, abs=1) and found.tokens > 50_000
-    assert found.standing == standing
+    assert found.fixed == standing
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
@@ -239,14 +239,14 @@ def test_more_memory_and_cheaper_passes_raise_the_limit():
     assert limit_of([*big, "student.gradient_checkpointing=true"], H100)[2].tokens > 3 * plain
     assert limit_of([*big, "train.deepspeed=zero3"], H100, ranks=8, stage=3)[2].tokens > plain
     offload = limit_of([*big, "train.deepspeed=zero3_offload"], H100, stage=3)[2]
-    assert offload.standing < limit_of([*big, "train.deepspeed=zero3"], H100, stage=3)[2].standing / 3
+    assert offload.fixed < limit_of([*big, "train.deepspeed=zero3"], H100, stage=3)[2].fixed / 3
 
 
 def test_no_more_is_looked_for_than_passes_can_have_and_no_less_than_a_token():
     assert limit_of(["train.per_device_train_batch_size=4"], H100)[2].tokens == 2 * 4 * 512
     assert limit_of(["student.fresh.architecture=t5"], H100)[2].tokens == 2 * 32 * 2 * 512
     nothing = limit_of([], 2**20)[2]
-    assert nothing.tokens == 1 and nothing.standing > 2**20
+    assert nothing.tokens == 1 and nothing.fixed > 2**20
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,6 @@ def option_name(name: str) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-@functools.lru_cache(maxsize=64)
 def option_columns(columns: tuple[str, ...]) -> str:
     """Columns with one option each, as a path for data.columns.choices: `A, B, C, D`; "" if there are none.
 

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
-from pst_dist._version import __version__
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, synthetic_of
-from pst_dist.data.tasks import get_task, task_of
+from pst_dist.data.tasks import get_task
 from pst_dist.distributed.peer_watch import alive, at, watched, working
 from pst_dist.distributed.preemption import StopRequest, end_as_told, stop_requests
 from pst_dist.distributed.ranks import (
@@ -31,17 +29,15 @@ from pst_dist.distributed.ranks import (
     from_main,
     main_first_errors,
     process_group,
-    sums_over_ranks,
     together,
 )
 from pst_dist.embedding.targets import open_teacher
-from pst_dist.errors import DataError, DivergedError, InputError
-from pst_dist.logs import progress, quiet_libraries
+from pst_dist.errors import DivergedError, InputError
+from pst_dist.logs import quiet_libraries
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import digest_of, write_json
+from pst_dist.storage.manifest import write_json
 from pst_dist.storage.outputs import refuse_link_out
-from pst_dist.student.fitting import AT_ONCE, check_rows
 from pst_dist.student.layout import layout_for
 from pst_dist.student.lora import trained_count
 from pst_dist.student.saved import save_student
@@ -62,7 +58,7 @@ from pst_dist.training.bad_steps import (
 )
 from pst_dist.training.batches import Collator, step_batches
 from pst_dist.training.begun import record_settled
-from pst_dist.training.checked_rows import CheckedRows
+from pst_dist.training.checked_rows import CheckedRows, check_all_rows, what_decides
 from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
 from pst_dist.training.dividing import holding_of
@@ -158,12 +154,6 @@ def train(
             return training.run_all()
 
 
-def _warn_of_lost(count: int, example: str) -> None:
-    if count:
-        first = f", such as {example}" if example else ""
-        log.warning("this tokenizer changes %d answers, which can never be scored correct%s", count, first)
-
-
 class _Training:
     """One call of `train`: the objects built once, and the loop over steps."""
 
@@ -255,7 +245,10 @@ class _Training:
         engine.scaling = state.loss_scaling
         if state.step == 0:
             at("checking rows")
-            self._check_rows()
+            task = get_task(self.config.task, self.config.data.answer_type)
+            deciding = what_decides(self.settings, self.tokenizer, scored=task.name, base=self.base)
+            known = CheckedRows(self.run.checked_rows, deciding)
+            check_all_rows(self.samples, self.layout, task, known, self.ranks)
         fits = state.step == 0 and self.teacher is not None and self.config.loss.head_init == "ridge"
         fitted = fit_head(engine, self.samples, self.layout, self.collate, self.config) if fits else None
         log.info(
@@ -306,45 +299,6 @@ class _Training:
                 refuse_link_out(self.run.training, self.run.path)
                 write_json(self.run.training, vars(result))
         return result
-
-    def _check_rows(self) -> None:
-        """Lay out every row once, a stride on each rank, to refuse a row that does not fit before the first step.
-
-        Raises DataError on every rank; the rank that found the row names it.
-        """
-        failure: DataError | None = None
-        task = get_task(self.config.task, self.config.data.answer_type)
-        checked = CheckedRows(self.run.checked_rows, self._what_is_checked(task.name))
-        known = from_main(checked.read() if self.ranks.is_main else None)
-        if known is not None:
-            _warn_of_lost(*known)
-            return
-        lost: list[ReasoningSample] = []
-        own = range(self.ranks.rank, len(self.samples), self.ranks.world_size)
-        try:
-            with progress("check rows", total=len(own), unit="rows", show=self.ranks.is_main) as bar:
-                for start in range(0, len(own), AT_ONCE):
-                    alive()
-                    part = [self.samples[index] for index in own[start : start + AT_ONCE]]
-                    lost += check_rows(self.layout, part, lambda sample: task_of(sample, task))
-                    bar.advance(len(part))
-        except DataError as error:
-            failure = error
-        bad = sums_over_ranks(torch.tensor([float(failure is not None), float(len(lost))], dtype=torch.float64))
-        _warn_of_lost(int(bad[1]), f"{lost[0].answer!r} of sample {lost[0].id}" if lost else "")
-        if failure is not None:
-            raise failure
-        if bad[0] > 0:
-            raise DataError("another rank found a row that cannot be trained on", "see its message")
-        if self.ranks.is_main:
-            checked.write(int(bad[1]), f"{lost[0].answer!r} of sample {lost[0].id}" if lost else "")
-
-    def _what_is_checked(self, task: str) -> dict[str, Any]:
-        """Everything that decides whether a row can be trained on."""
-        deciding = ("layout", "student", "arm", "task", "shards", "loss")
-        settings = {key: value for key, value in self.settings.items() if key.partition(".")[0] in deciding}
-        vocabulary = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else self.tokenizer.get_vocab()
-        return {**settings, "scored": task, "base": self.base, "tokenizer": digest_of(vocabulary), "pst": __version__}
 
     def _resume(self, engine: Engine) -> RunState:
         """Load the newest valid checkpoint, or an earlier one from which a lost best student can be recreated.

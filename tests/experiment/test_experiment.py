@@ -430,7 +430,7 @@ def test_a_warning_of_one_of_many_runs_says_which(tmp_path):
     variants = {"all words": {"arm": "post_thinking", "loss.rationale_weight": 10_000, "train.logging_steps": 2}}
     done = pst(str(write(tmp_path / "e.yaml", variants=variants, seeds=[0])), "jobs=1")
     assert done.returncode == 0, done.stderr
-    assert "letters / all words / seed 0: step 2: the rationale term makes" in done.stderr
+    assert "letters / all words / seed 0: step 2: the rationale term contributes" in done.stderr
 
 
 def test_runs_that_train_the_same_are_trained_once(tmp_path):

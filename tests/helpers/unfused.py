@@ -18,6 +18,7 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.module import Student
 from pst_dist.training.optimizer import learning_rate_at, parameter_groups
+from pst_dist.training.pass_size import PassSize
 from pst_dist.training.trainer import _Training
 
 
@@ -61,7 +62,8 @@ def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
         eps=train.adam_epsilon,
     )
     curve = []
-    for step, batches in enumerate(training._batches(0, None)):
+    training.size = PassSize(config, pass_tokens=None, repeats=True)
+    for step, batches in enumerate(training._batches(0)):
         student.train()
         scales = training.weights.scales(sum(batch.counts for batch in batches)).float()
         total = sum((unfused_sums(student, batch) * scales).sum() for batch in batches)

@@ -69,7 +69,7 @@ def test_a_killed_evaluation_decodes_only_what_is_missing(whole, tmp_path, stop,
     (tmp_path / DECODING / "validation").mkdir()
     evaluate(config)
     assert [path.name for path in (tmp_path / DECODING).iterdir()] == ["validation"], "what a kill left is removed"
-    assert f"{min(2 * stop, 6)} of 6 rows were decoded before" in caplog.text
+    assert f"{min(2 * stop, 6)} of 6 rows were decoded earlier" in caplog.text
 
 
 def test_a_damaged_batch_and_those_of_other_settings_are_decoded_again(whole, tmp_path):

@@ -235,7 +235,8 @@ def _controls(results: Results) -> list[str]:
         return []
     same = [pair for pair in pairs if not pair.is_clear]
     if not same:
-        return [f"Each of the {len(pairs)} pairs of an arm and its control differs measurably."]
+        those = "The arm and its control differ" if len(pairs) == 1 else "Each arm differs from its control"
+        return [f"{those} measurably."]
     named = [", ".join([pair.task, *point_words(pair.point)]) + f": {_against(pair)}" for pair in same]
     return [
         f"In {len(same)} of the {len(pairs)} pairs of an arm and its control, the two do not differ measurably (the "

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pst_dist.cli.verb import REBUILD, Option, verb
+from pst_dist.cli.verb import REBUILD, Option, positive_whole, verb
 from pst_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,12 +25,6 @@ def _more() -> str:
         "If it is interrupted, run the same command again to resume. on=ray answers on a Ray cluster;\n"
         "ray.num_actors=N, ray.address=... and ray.num_gpus_per_actor=N mean the same as in embed.ray."
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 @verb(
@@ -52,8 +46,8 @@ def _positive(text: str) -> int:
     Option("--skip-bad", action="store_true", help="leave out rows without a usable question"),
     Option("--explain", action="store_true", help="also write the rationale"),
     Option("--confidence", action="store_true", help="also write the probability that the student gives its answer"),
-    Option("--batch-size", type=_positive, default=64, metavar="N", help="questions per batch (%(default)s)"),
-    Option("--max-new-tokens", type=_positive, default=256, metavar="N", help="tokens per answer (%(default)s)"),
+    Option("--batch-size", type=positive_whole, default=64, metavar="N", help="questions per batch (%(default)s)"),
+    Option("--max-new-tokens", type=positive_whole, default=256, metavar="N", help="tokens per answer (%(default)s)"),
     Option(
         "--think-below",
         type=float,

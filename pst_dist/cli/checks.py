@@ -10,7 +10,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, verb
+from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, positive_whole, verb
 from pst_dist.cli.words import config_of, spell_on
 from pst_dist.errors import ConfigError
 
@@ -44,19 +44,12 @@ def check(arguments: argparse.Namespace) -> int:
     return result.problem.exit_code if result.problem else 0
 
 
-def _at_least_one(text: str) -> int:
-    """A positive whole number, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 @verb(
     "show the tokens of some rows and the loss that applies to each token",
     "pst preview my.yaml -n 2",
     CONFIG,
     OVERRIDES,
-    Option("-n", "--rows", type=_at_least_one, default=2, help="training rows to show (default %(default)s)"),
+    Option("-n", "--rows", type=positive_whole, default=2, help="training rows to show (default %(default)s)"),
 )
 def preview(arguments: argparse.Namespace) -> int:
     from rich.console import Console

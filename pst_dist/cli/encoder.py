@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pst_dist.cli.checks import _at_least_one
-from pst_dist.cli.verb import CONFIG, OVERRIDES, REBUILD, Option, verb
+from pst_dist.cli.verb import CONFIG, OVERRIDES, REBUILD, Option, positive_whole, verb
 from pst_dist.cli.words import config_of
 
 
@@ -43,10 +42,10 @@ Then:  pst probe my.yaml --encoder FOLDER --split validation     how well its ve
         metavar="FILE",
         help="wrong rationales to use as hard negatives (may be repeated)",
     ),
-    Option("--epochs", type=_at_least_one, default=3, help="passes over the rationales (default %(default)s)"),
-    Option("--batch-size", type=_at_least_one, default=32, help="rationales per step (default %(default)s)"),
+    Option("--epochs", type=positive_whole, default=3, help="passes over the rationales (default %(default)s)"),
+    Option("--batch-size", type=positive_whole, default=32, help="rationales per step (default %(default)s)"),
     Option("--learning-rate", type=_rate, default=2e-5, help="peak learning rate (default %(default)s)"),
-    Option("--negatives", type=_at_least_one, default=2, help="hard negatives per rationale (default %(default)s)"),
+    Option("--negatives", type=positive_whole, default=2, help="hard negatives per rationale (default %(default)s)"),
     REBUILD,
     more=_more,
 )

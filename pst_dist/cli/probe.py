@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pst_dist.cli.checks import _at_least_one
-from pst_dist.cli.verb import CONFIG, OVERRIDES, Option, verb
+from pst_dist.cli.verb import CONFIG, OVERRIDES, Option, positive_whole, verb
 from pst_dist.cli.words import config_of
 
 
@@ -23,7 +22,7 @@ from pst_dist.cli.words import config_of
         default=[],
         help="also probe this encoder, with its settings: NAME,layer=15,pooling=last (may be repeated)",
     ),
-    Option("-n", "--rows", type=_at_least_one, default=1000, help="maximum number of rows (default %(default)s)"),
+    Option("-n", "--rows", type=positive_whole, default=1000, help="maximum number of rows (default %(default)s)"),
     Option(
         "--split",
         choices=("train", "validation"),

@@ -88,6 +88,13 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
+def positive_whole(text: str) -> int:
+    """The type of an option that takes a positive whole number; raises argparse's error for any other text."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def verb(
     help: str,
     example: str,

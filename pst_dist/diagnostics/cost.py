@@ -22,6 +22,7 @@ from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config, Section
 from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
+from pst_dist.distributed.device_memory import GIB
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.load import load_model_config
 from pst_dist.models.locate import is_gguf, locate_model
@@ -33,7 +34,6 @@ from pst_dist.training.model_size import ModelShape, adapter_parameters, shape_o
 from pst_dist.training.optimizer_memory import optimizer_bytes
 from pst_dist.training.pass_limit import PassLimit, cuts_by_memory, pass_limit
 
-GIB = 2**30
 _CHARACTERS_A_TOKEN = 4.0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pst_dist.config.schema import TrainConfig
-from pst_dist.diagnostics.cost import GIB, Plan
+from pst_dist.diagnostics.cost import Plan
+from pst_dist.distributed.device_memory import GIB
 from pst_dist.training.memory import zero_stage
 from pst_dist.training.pass_limit import SHARE, PassLimit
 

@@ -1,7 +1,7 @@
 """The memory of a device: how much of it this process can have, and what to do with work that does not fit.
 
-Every out-of-memory error of torch is recognised here. Whoever computes rows that do not depend on one another
-(decoding, embedding) does it through `in_halves`; training cuts its steps anew (`training.pass_size`).
+This module recognises torch's out-of-memory errors. Code that computes independent rows (decoding, embedding) runs them
+through `in_halves`; training cuts a step into smaller passes (`training.pass_size`).
 """
 
 from __future__ import annotations
@@ -96,17 +96,14 @@ def in_halves(
         if len(part) > 1 and not fits(part):
             waiting += halves
             continue
-        made: list[_R] = []
         try:
-            made.append(run(part))
+            yield part, run(part)
+            continue
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
                 raise error_for(part[0]) from error
-        if made:
-            yield part, made[0]
-            continue
         give_back()
         on_halving(part)
         waiting += halves

@@ -18,9 +18,9 @@ from typing import Any
 
 from pst_dist.data.sources.columns import GUESSED, TURNS, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS, has_options
-from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns, plain_name
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns
 from pst_dist.data.sources.options import option_columns
-from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.data.tasks.number_markup import NotANumber
 from pst_dist.data.tasks.numbers import read_number

@@ -9,13 +9,12 @@ the same question could have different answers.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pst_dist.data.sample import Turns
-from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, split_thought
 from pst_dist.data.tasks.scoring import kind_of
 
@@ -214,12 +213,6 @@ def _with_names(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, 
     """The columns with one of the names; the rows of a file mostly have the same columns."""
     plain = [plain_name(name) for name in names]
     return tuple(column for name in plain for column in columns if plain_name(column) == name)
-
-
-@functools.lru_cache(maxsize=4096)
-def plain_name(column: str) -> str:
-    """The name of a column in lower case without separators."""
-    return re.sub(r"[^a-z0-9]", "", str(column).lower())
 
 
 def _turn(turn: Mapping[str, Any], where: str) -> _Turn:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.tasks.scoring import kind_of, snippet
 
 LETTERS = string.ascii_uppercase
@@ -127,8 +127,9 @@ def _by_label(names: list[str], texts: list[str]) -> Options:
 
 def option_name(name: str) -> tuple[str, str]:
     """Stem and letter or number of a column or key that names an option: `option_a` -> (option, a); else ("", "")."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    found = re.fullmatch(r"(|option|opt|op|choice|answer|ans|ending|sol|solution|candidate)([a-z]|\d{1,2})", plain)
+    found = re.fullmatch(
+        r"(|option|opt|op|choice|answer|ans|ending|sol|solution|candidate)([a-z]|\d{1,2})", plain_name(name)
+    )
     return (found.group(1), found.group(2)) if found else ("", "")
 
 

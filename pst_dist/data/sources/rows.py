@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +90,12 @@ class Rejects(Stored[Reject]):
         query = "SELECT reject FROM rejects WHERE number>=? AND number<? ORDER BY number"
         for (text,) in self._store.run(query, (start, stop)):
             yield Reject(**json.loads(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_name(column: str) -> str:
+    """The name of a column in lower case without separators."""
+    return re.sub(r"[^a-z0-9]", "", str(column).lower())
 
 
 def excerpt(text: str | bytes) -> str:

@@ -120,6 +120,13 @@ class Config(Section):
     """Decoding and scoring."""
 
     @model_validator(mode="after")
+    def _rate_follows_student(self) -> Config:
+        if "learning_rate" not in self.train.model_fields_set:
+            chosen = self.train.model_copy(update={"learning_rate": self.student.learning_rate})
+            object.__setattr__(self, "train", chosen)  # sections are frozen for everyone but their validators
+        return self
+
+    @model_validator(mode="after")
     def _mixture_agrees(self) -> Config:
         for key in ("validation", "test", "split_file", "teacher_completions") if self.data.mixture else ():
             if getattr(self.data, key) is not None:

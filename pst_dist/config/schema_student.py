@@ -118,6 +118,19 @@ class StudentConfig(Section):
     attn_implementation: str | None = None
     """Attention implementation in transformers: sdpa, flash_attention_2, eager…"""
 
+    @property
+    def learning_rate(self) -> float:
+        """Default peak learning rate for this kind of student.
+
+        The rates of pretrained students are those with the lowest validation loss for SmolLM2 in `benchmarks/README.md`
+        (section "Learning rates"); the others are the rates of the ready-made configs.
+        """
+        if self.model_name_or_path is None:
+            return 1e-3
+        if self.lora.rank or self.warm_start is not None or self.model_name_or_path == "minilm":
+            return 5e-4
+        return 1e-4
+
 
 class LossConfig(Section):
     """L = answer_weight * CE(answer) + rationale_weight * CE(rationale) + alignment_weight * D(student, teacher)."""

@@ -70,8 +70,10 @@ class TrainConfig(Section):
     """Optimizer of the hidden matrices; all other parameters always use AdamW. `muon` orthogonalises each update (torch
     2.9 or newer) and keeps one moment instead of two; its updates are as large as AdamW's, so learning rates stay
     comparable. `adamw_8bit` stores each of the two moments in one byte (bitsandbytes). Neither runs with DeepSpeed."""
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate. The default follows the kind of student: 1e-3 for random weights, 1e-4 for all weights of a
+    pretrained model, 5e-4 for LoRA and for an encoder turned into a student (warm_start). These suit models of about
+    100 million parameters; larger ones usually need less."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the alignment head, which starts from random weights unless loss.head_init is ridge. It
     follows the same schedule. Default: learning_rate."""

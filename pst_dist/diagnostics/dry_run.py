@@ -74,6 +74,7 @@ def dry_run(config: Config) -> DryRun:
     if usable and loaded:
         for arm in expand_arms(config):
             found.look("lengths", lambda arm=arm: _lengths(arm, loaded[0].splits["train"]))  # type: ignore[misc]
+    found.look("rate", lambda: _rate(config))
     machine_findings = examine.examine(
         config, examine.Request(Machines.model_validate({}), None, None), only=_OF_DOCTOR
     )[1]
@@ -123,6 +124,14 @@ def _lengths(config: Config, samples: Sequence[ReasoningSample]) -> Iterator[Fin
         yield warning("lengths", f"{text}; {cut} rationales ({share:.1f} %) lose their end", "raise layout.max_length")
     else:
         yield ok("lengths", f"{text}; nothing is cut")
+
+
+def _rate(config: Config) -> Iterator[Finding]:
+    """Whether the learning rate fits a pretrained student."""
+    from pst_dist.training.optimizer import high_rate
+
+    if high := high_rate(config):
+        yield warning("rate", high, f"train.learning_rate={config.student.learning_rate:g}")
 
 
 def _stages(config: Config) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_dist.config.schema import TrainConfig
+from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.student.token_rows import TRAINED_ROWS
 
@@ -161,6 +161,19 @@ def hidden_matrices(student: Any) -> set[Tensor]:
     layers = (module for module in student.model.modules() if isinstance(module, nn.Linear | Conv1D))
     weights = (layer.weight for layer in layers if layer is not head)
     return {weight for weight in weights if weight.requires_grad and weight.ndim == 2 and weight not in embeddings}
+
+
+def high_rate(config: Config) -> str | None:
+    """A warning about a learning rate four times the default for this kind of pretrained student, or None.
+
+    A rate found for random weights is often more than ten times too high for pretrained ones, which then forget what
+    they knew. `demo` has such a rate, for its own student.
+    """
+    student, rate = config.student, config.train.learning_rate
+    if student.model_name_or_path is None or rate <= 4 * student.learning_rate:
+        return None
+    kind = "LoRA" if student.lora.rank else "a pretrained student"
+    return f"train.learning_rate={rate:g} is high for {kind}: the default would be {student.learning_rate:g}"
 
 
 def check_optimizer(train: TrainConfig) -> None:

@@ -69,7 +69,7 @@ from pst_dist.training.live import RankSigns, gather_signs
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.module import build_student
-from pst_dist.training.optimizer import check_optimizer
+from pst_dist.training.optimizer import check_optimizer, high_rate
 from pst_dist.training.order import OrderPlan
 from pst_dist.training.pass_size import PassSize, TooLarge, memory_errors
 from pst_dist.training.precision import check_fp16
@@ -116,6 +116,8 @@ def train(
     if config.train.deepspeed is not None:
         deepspeed_settings(config.train, ranks.world_size)  # refuse before ranks connect and weights load
     check_optimizer(config.train)
+    if ranks.is_main and (high := high_rate(config)):
+        log.warning("%s", high)
     check_fp16(config.train, device_of(ranks))
     lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
     patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import zoo
 from small_run import small_config
 
 from pst_dist.diagnostics.dry_run import dry_run
@@ -36,6 +37,13 @@ def test_all_problems_are_told_at_once(tmp_path, small_data):
 def test_rationales_that_lose_their_end_are_counted(small_data, tmp_path):
     (warned,) = [line for line in lines(small_config(small_data, tmp_path / "run", layout__max_length=60), "warning")]
     assert "lose their end; raise layout.max_length" in warned
+
+
+def test_a_rate_for_random_weights_is_a_warning_for_a_pretrained_student(small_data, tmp_path):
+    base = str(zoo.make("llama", tmp_path / "base"))
+    keys = {"student__model_name_or_path": base, "train__learning_rate": "2e-3", "embed__encoder": "minilm"}
+    (warned,) = lines(small_config(small_data, tmp_path / "run", **keys), "warning")
+    assert "train.learning_rate=0.002 is high" in warned and warned.endswith("train.learning_rate=0.0001")
 
 
 def test_a_finished_run_is_recognised(small_data, tmp_path):

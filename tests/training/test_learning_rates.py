@@ -1,5 +1,6 @@
 """Own learning rates of the alignment head and of embeddings, in one process and on two ranks of each ZeRO stage."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from ranks import launch
 from small_run import small_config
 from tiny import Tiny
 
+from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.storage.json_files import read_lines
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.module import build_student
-from pst_dist.training.optimizer import adamw, set_learning_rate
+from pst_dist.training.optimizer import adamw, high_rate, set_learning_rate
 from pst_dist.training.trainer import train
 
 STAGES = ("zero1", "zero2", "zero3")
@@ -30,6 +32,42 @@ def test_only_the_head_gets_its_rate_and_both_follow_the_schedule():
         assert rates[id(parameter)] == pytest.approx(4e-3 if name == "head.weight" else 1e-3), name
     set_learning_rate(optimizer.param_groups, 5e-4)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([5e-4, 2e-3])
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ("svamp", 1e-3),
+        ("svamp student.model_name_or_path=some/model", 1e-4),
+        ("svamp student.model_name_or_path=some/model student.lora.rank=8", 5e-4),
+        ("svamp student.model_name_or_path=minilm", 5e-4),
+        ("svamp student.model_name_or_path=some/bert student.warm_start=encoder_decoder", 5e-4),
+        ("svamp +smollm2", 1e-4),
+        ("svamp +smollm2 +lora", 5e-4),
+        ("svamp student.model_name_or_path=some/model train.learning_rate=2e-5", 2e-5),
+        ("demo student.model_name_or_path=some/model", 2e-3),
+    ],
+)
+def test_the_default_rate_follows_the_kind_of_student(words, rate):
+    name, *overrides = words.split()
+    config = load_config(name, overrides)
+    assert config.train.learning_rate == rate
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        ("", None),
+        ("student.model_name_or_path=m", "=0.002 is high for a pretrained student: the default would be 0.0001"),
+        ("student.model_name_or_path=m student.lora.rank=8 train.learning_rate=3e-3", "0.003 is high for LoRA"),
+        ("student.model_name_or_path=m student.lora.rank=8", None),
+        ("student.model_name_or_path=m train.learning_rate=4e-4", None),
+    ],
+)
+def test_a_rate_for_random_weights_is_questioned_for_a_pretrained_student(words, warning):
+    said = high_rate(load_config("demo", words.split()))
+    assert said is None if warning is None else re.search(warning, said)
 
 
 def whole(name: str, folder: Path) -> torch.nn.Module:

@@ -112,7 +112,7 @@ def test_mlflow_keeps_one_run_with_every_step_and_the_config(tmp_path, monkeypat
     (run,) = client.search_runs([experiment.experiment_id])
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(1, 2.5), (2, 2.0), (2, 2.25), (3, 1.5)]
-    assert run.data.params["seed"] == "7" and run.data.params["train.learning_rate"] == "0.0003"
+    assert run.data.params["seed"] == "7" and run.data.params["train.learning_rate"] == "0.001"
     assert run.data.params["data_dir"] == "sftp://***@host/data"
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "nothing beside the run directory"

@@ -237,8 +237,8 @@ def test_the_learning_rate_rises_and_falls_as_its_schedule_says():
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, the config has False"),
         ({"optimizer": {"type": "Lion"}}, "optimizer is 'lion', the config has AdamW"),
         (
-            {"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}},
-            "optimizer.params.lr is 0.001, the config has 0.0003",
+            {"optimizer": {"type": "Adam", "params": {"lr": 3e-4}}},
+            "optimizer.params.lr is 0.0003, the config has 0.001",
         ),
         ({"optimizer": {"type": "Adam", "params": {"momentum": 1}}}, "optimizer.params.momentum is unknown"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "the config has cosine"),
@@ -307,7 +307,7 @@ def test_keys_of_ours_that_agree_are_accepted_and_all_that_do_not_are_named_toge
 
     path = tmp_path / "mine.json"
     same = {"train_batch_size": 32, "gradient_clipping": 1, "fp16": {"enabled": False}, "steps_per_print": 5}
-    same |= {"optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "torch_adam": True}}}
+    same |= {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "torch_adam": True}}}
     path.write_text(json.dumps(same | {"tensorboard": {"enabled": False}, "train_micro_batch_size_per_gpu": 32}))
     settings = deepspeed_settings(TrainConfig(deepspeed=str(path)), world_size=2)
     assert not {"optimizer", "fp16", "tensorboard"} & settings.keys() and settings["train_batch_size"] == 64

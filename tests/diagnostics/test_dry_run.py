@@ -40,7 +40,7 @@ def test_rationales_that_lose_their_end_are_counted(small_data, tmp_path):
 
 
 def test_a_rate_for_random_weights_is_a_warning_for_a_pretrained_student(small_data, tmp_path):
-    base = str(zoo.make("llama", tmp_path / "base"))
+    base = str(zoo.make("gpt2", tmp_path / "base"))
     keys = {"student__model_name_or_path": base, "train__learning_rate": "2e-3", "embed__encoder": "minilm"}
     (warned,) = lines(small_config(small_data, tmp_path / "run", **keys), "warning")
     assert "train.learning_rate=0.002 is high" in warned and warned.endswith("train.learning_rate=0.0001")

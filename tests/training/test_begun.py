@@ -24,7 +24,8 @@ LATER = {"layout.separator": " ", "layout.turns": None}
 
 
 def settings(*overrides: str) -> dict:
-    config = load_config(None, ["arm=answer_only", "student.model_name_or_path=some/model", *overrides])
+    words = ["arm=answer_only", "student.model_name_or_path=some/model", "train.learning_rate=3e-4", *overrides]
+    config = load_config(None, words)
     return training_settings(settled(config, OLD, lambda: None), "s" * 64, None, 32)
 
 

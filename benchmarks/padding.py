@@ -1,11 +1,12 @@
 """What padding costs a training step, with the rows of a step as they are drawn and cut by length.
 
     python benchmarks/padding.py gsm8k arm=post_thinking data.root=FOLDER [--steps 4] [--rounds 5] [--threads 1]
-                                 [--pass-tokens 0 64] [--limits 1024] [--output FILE]
+                                 [--pass-tokens 0 64] [--limits 1024] [--padding-free 1024] [--output FILE]
 
 Every contender takes the same optimizer steps over the same rows of the config, with the batches that training makes.
 `drawn` is train.micro_batch_tokens=null; `pass P` adds passes as long as each saves more than P tokens of padding, and
-64 is what `auto` does on a CPU; `limit L` is train.micro_batch_tokens=L where no further pass is added, as on a GPU.
+64 is what `auto` does on a CPU; `limit L` is train.micro_batch_tokens=L where no further pass is added, as on a GPU;
+`free L` is the same with train.padding_free=true.
 Given are medians over rounds of CPU milliseconds per token and of the ratio to `drawn`, the share of padding, passes
 per step, and the first loss, which says that all compute the same.
 """
@@ -61,6 +62,7 @@ class Steps:
 
     def batches(self, cut: ByLength | None) -> list[list[PSTBatch]]:
         """Of each step its forward passes."""
+        self._source[-1].padding_free = cut is not None and cut.padding_free
         size = self.config.train.per_device_train_batch_size
         place = {"first_step": 0, "last_step": self.steps, "rank": 0, "world_size": 1}
         return list(step_batches(*self._source, **place, micro_batch_size=size, by_length=cut))
@@ -89,6 +91,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--pass-tokens", nargs="*", type=int, default=[64])
     parser.add_argument("--limits", nargs="*", type=int, default=[])
+    parser.add_argument("--padding-free", nargs="*", type=int, default=[])
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     quiet_libraries()
@@ -99,6 +102,7 @@ def main() -> None:
     cuts: dict[str, ByLength | None] = {_DRAWN: None}
     cuts |= {f"pass {price}": ByLength(None, price) for price in args.pass_tokens}
     cuts |= {f"limit {most}": ByLength(most, None) for most in args.limits}
+    cuts |= {f"free {most}": ByLength(most, None, padding_free=True) for most in args.padding_free}
     report = measured(Steps(config, args.steps), cuts, args.rounds)
     print(f"{'':12} CPU ms a token   over {_DRAWN}            padding   passes a step   first loss")
     for name, row in report.items():

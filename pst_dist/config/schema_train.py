@@ -103,6 +103,11 @@ class TrainConfig(Section):
     drawn. A single process also halves a pass that runs out of memory. Affects memory and time, not the gradient. One
     process on a CPU makes extra passes when that saves padding; on GPUs and with DeepSpeed there are only as many
     passes as the limits require, so set a lower limit there to reduce padding."""
+    padding_free: bool = False
+    """Concatenate the rows of a forward pass instead of padding them; position ids keep the rows apart. This saves time
+    with student.attn_implementation=flash_attention_2 (not run here: it needs a GPU). Other implementations compute the
+    same, but attention over all rows of the pass. Only for causal models that support it, which is tested before the
+    first step. Affects memory and time, not the gradient."""
     gradient_accumulation_steps: Positive | None = None
     """Forward passes per optimizer step. Set it only with global_batch_size=null; otherwise it is computed from the two
     sizes above."""

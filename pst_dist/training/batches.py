@@ -10,6 +10,7 @@ world size never changes what is trained on.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -62,6 +63,9 @@ class PSTBatch:
     """Most spans that any rank's batch may hold in this pass."""
     sample_ids: tuple[str, ...]
     """Ids in row order."""
+    position_ids: Tensor | None = None
+    """[1, T] int64, which begin at 0 in each sequence: the sequences are concatenated, so B is 1 and nothing is padding
+    (`train.padding_free`). None for padded sequences."""
 
     @property
     def counts(self) -> Tensor:
@@ -72,10 +76,15 @@ class PSTBatch:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence, prompt and target together."""
+        if not self.counts.any():
+            return []
+        if self.position_ids is not None:
+            begins = [*(self.position_ids[0] == 0).nonzero().flatten().tolist(), self.position_ids.shape[1]]
+            return [end - begin for begin, end in itertools.pairwise(begins)]
         each = self.attention_mask.sum(1)
         if self.encoder_attention_mask is not None:
             each = each + self.encoder_attention_mask.sum(1)
-        return [int(length) for length in each] if self.counts.any() else []
+        return [int(length) for length in each]
 
     @property
     def tokens(self) -> int:
@@ -126,11 +135,14 @@ class Collator:
         decoder_start_id: int | None = None,
         teacher: TeacherVectors | None = None,
         capacity: int = 0,
+        padding_free: bool = False,
     ) -> None:
         """`decoder_start_id` is for encoder-decoders; None for a causal student.
 
-        `capacity` is the largest number of rows in a forward pass; 0 takes the number of rows given.
+        `capacity` is the largest number of rows in a forward pass; 0 takes the number of rows given. `padding_free`
+        concatenates the sequences of a pass instead of padding them; causal students only.
         """
+        self.padding_free = padding_free
         self.capacity = capacity
         self.loss, self.pad_id = loss, pad_id
         self.decoder_start_id, self.teacher = decoder_start_id, teacher
@@ -169,16 +181,18 @@ class Collator:
             if span is not None:
                 spans.append((index, len(head) + span[0], span[1]))
                 owners.append((sequence.sample_id, sequence.rationale))
-        length = max(len(head) + len(sequence.target_ids) for head, sequence in streams)
-        input_ids = torch.full((len(streams), length), self.pad_id, dtype=torch.int64)
+        place = _Places.of([len(head) + len(sequence.target_ids) for head, sequence in streams], self.padding_free)
+        input_ids = torch.full(place.shape, self.pad_id, dtype=torch.int64)
         segment_ids = torch.zeros_like(input_ids)
-        for index, (head, sequence) in enumerate(streams):
+        begins = [place.of_sequence(index) for index in range(len(streams))]
+        for (row, begin), (head, sequence) in zip(begins, streams, strict=True):
             ids = torch.tensor([*head, *sequence.target_ids])
-            input_ids[index, : len(ids)] = ids
+            input_ids[row, begin : begin + len(ids)] = ids
             owner = torch.tensor([Segment.PROMPT] * len(head) + list(sequence.segments))
-            segment_ids[index, : len(ids)] = owner
+            segment_ids[row, begin : begin + len(ids)] = owner
         encoder = _pad(prompts, self.pad_id) if prompts else (None, None)
         teacher, key_matrix, key_index = self._teacher_tensors(owners, keys)
+        batch, length = place.shape
         return PSTBatch(
             input_ids=input_ids,
             attention_mask=(segment_ids != Segment.PAD).long(),
@@ -186,16 +200,23 @@ class Collator:
             encoder_input_ids=encoder[0],
             encoder_attention_mask=encoder[1],
             supervised=Supervised.of(
-                [row * length + position for row, position in rows], targets, positions=input_ids.numel()
+                [begins[index][0] * length + begins[index][1] + position for index, position in rows],
+                targets,
+                positions=input_ids.numel(),
             ),
             is_answer=torch.tensor(is_answer, dtype=torch.bool),
-            spans=Spans.of(spans, batch=len(streams), length=length),
+            spans=Spans.of(
+                [(begins[index][0], begins[index][1] + first, count) for index, first, count in spans],
+                batch=batch,
+                length=length,
+            ),
             teacher_emb=teacher,
             keys=key_matrix,
             key_groups=torch.tensor(list(key_groups) if len(key_matrix) else [], dtype=torch.int64),
             key_index=key_index,
             capacity=self.capacity or len(streams),
             sample_ids=tuple(sequence.sample_id for sequence in sequences),
+            position_ids=place.position_ids,
         )
 
     def size_of(self, sequence: TokenSequence) -> tuple[int, int]:
@@ -236,6 +257,37 @@ class Collator:
         many = getattr(self.teacher, "vectors", None)
         found = many(owners) if many else np.stack([self.teacher.vector(name, index) for name, index in owners])
         return torch.from_numpy(found).float()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the sequences of a pass lie in its [B, T] batch: one per row, or one after another in a single row."""
+
+    lengths: list[int]
+    begins: list[int]
+    """First position of each sequence in its row."""
+    concatenated: bool
+
+    @classmethod
+    def of(cls, lengths: list[int], concatenated: bool) -> _Places:
+        begins = [*itertools.accumulate(lengths[:-1], initial=0)] if concatenated else [0] * len(lengths)
+        return cls(lengths, begins, concatenated)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return (1, sum(self.lengths)) if self.concatenated else (len(self.lengths), max(self.lengths))
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """[1, T] int64 for concatenated sequences."""
+        if not self.concatenated:
+            return None
+        return torch.cat([torch.arange(length) for length in self.lengths])[None]
+
+    def of_sequence(self, index: int) -> tuple[int, int]:
+        """(row, first position) of a sequence."""
+        return (0, self.begins[index]) if self.concatenated else (index, 0)
 
 
 def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ _FREE = {
     "metrics_port",
     "sample_answers",
     "num_threads",
+    "padding_free",
     "dataloader_num_workers",
     "save_steps",
     "save_total_limit",

@@ -27,6 +27,7 @@ from pst_dist.student.lora import is_adapted
 from pst_dist.student.pretrained import build_model
 from pst_dist.student.token_rows import head_rows, rows_gradient
 from pst_dist.training.batches import PSTBatch
+from pst_dist.training.kept_apart import check_kept_apart
 from pst_dist.training.loss import PSTLossOutput, alignment_distance, spread_of, token_nll
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Student(nn.Module):
         self.observer: Callable[[Tensor], object] | None = None
         """Called with the [A, D] hidden states that the alignment head reads, in each pass, while it is set."""
         self._fusible: bool | None = None
+        self._keeps_apart = False
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -71,6 +73,9 @@ class Student(nn.Module):
         `scales` [3] float32 multiply the terms' sums: weights over counts of the whole global batch
         (`TermWeights.scales`). They are needed here because the head computes its gradients in the forward pass.
         """
+        if batch.position_ids is not None and not self._keeps_apart:
+            check_kept_apart(self, batch.input_ids)
+            self._keeps_apart = True
         if self._fusible is None:
             self._fusible = self._returns_the_heads_logits(batch)
         weights_N = torch.where(batch.is_answer, scales[0], scales[1])
@@ -99,6 +104,7 @@ class Student(nn.Module):
             attention_mask=torch.ones_like(batch.attention_mask[:1, :1]),
             encoder_input_ids=None if batch.encoder_input_ids is None else batch.encoder_input_ids[:1, :1],
             encoder_attention_mask=None if batch.encoder_input_ids is None else batch.attention_mask[:1, :1] * 0 + 1,
+            position_ids=None,
         )
         given: list[Tensor] = []
 
@@ -145,6 +151,9 @@ class Student(nn.Module):
                 use_cache=False,
                 **more,
             )
+        if batch.position_ids is not None:
+            # Without a mask, models keep apart the sequences whose positions begin anew.
+            return self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **more)
         return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **more)
 
     def _alignment(self, pooled_AD: Tensor, batch: PSTBatch) -> tuple[Tensor, Tensor, Tensor]:

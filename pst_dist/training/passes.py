@@ -35,6 +35,8 @@ class ByLength:
     pass_tokens: int | None
     """The cost of one more pass, in tokens: passes are added as long as they save more padding than that. None for no
     more passes than the limits require."""
+    padding_free: bool = False
+    """Whether sequences are concatenated, so that a pass has as many tokens as its sequences."""
 
     @classmethod
     def of(cls, config: Config, pass_tokens: int | None, limit: int | None = None) -> ByLength | None:
@@ -45,7 +47,7 @@ class ByLength:
         asked = config.train.micro_batch_tokens
         if asked is None or config.loss.symmetric:  # there the rows of a pass are one another's candidates
             return None
-        return cls(asked if isinstance(asked, int) else limit, pass_tokens)
+        return cls(asked if isinstance(asked, int) else limit, pass_tokens, config.train.padding_free)
 
 
 def length_passes(
@@ -98,8 +100,11 @@ def _cheapest_ends(longest_G2: np.ndarray, cut: ByLength, rows: int) -> list[int
     for end in range(1, count + 1):
         least = max(0, end - rows)
         # Entry k: the pass contains the last k + 1 groups before `end`.
-        widest = np.maximum.accumulate(longest_G2[least:end][::-1], axis=0).sum(1)
-        padded = widest * np.arange(1, end - least + 1)
+        lengths_K2 = longest_G2[least:end][::-1]
+        if cut.padding_free:
+            padded = np.cumsum(lengths_K2.sum(1))
+        else:
+            padded = np.maximum.accumulate(lengths_K2, axis=0).sum(1) * np.arange(1, end - least + 1)
         if cut.tokens is not None:
             fits = padded <= cut.tokens
             fits[0] = True

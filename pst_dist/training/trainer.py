@@ -65,6 +65,7 @@ from pst_dist.training.dividing import holding_of
 from pst_dist.training.engines import Engine, build_engine
 from pst_dist.training.fingerprint import choosing_metric, settings_digest, training_settings
 from pst_dist.training.head_fit import fit_head
+from pst_dist.training.kept_apart import check_padding_free
 from pst_dist.training.live import RankSigns, gather_signs
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.metrics import MetricsLog
@@ -214,6 +215,8 @@ class _Training:
     def _lay_out(self) -> None:
         """What turns rows into batches for this student."""
         config = self.config
+        if config.train.padding_free:
+            check_padding_free(self.student, warn=self.ranks.is_main)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         asked = ARMS[config.arm].asked
         if any(one.thinks_first for one in asked):
@@ -225,6 +228,7 @@ class _Training:
             decoder_start_id=self.student.decoder_start_id,
             teacher=self.teacher,
             capacity=config.train.per_device_train_batch_size * len(asked),
+            padding_free=config.train.padding_free,
         )
         self.validator = Validator(
             config, self.validation_samples, self.layout, self.collate, self.tokenizer, self.ranks

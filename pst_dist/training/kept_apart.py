@@ -7,15 +7,12 @@ kind of memory, such as a convolution or a state, may not: its rows would read o
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pst_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pst_dist.training.module import Student
 
 log = logging.getLogger(__name__)
 _LONGEST = 16
@@ -25,12 +22,12 @@ _TOLERANCE = 0.05
 what other positions change."""
 
 
-def check_padding_free(student: Student, *, warn: bool) -> None:
+def check_padding_free(model: Any, *, warn: bool) -> None:
     """Raise ConfigError for an encoder-decoder; `warn` when attention is not computed for each row of its own."""
-    if student.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         what = "train.padding_free is for causal students, and this is an encoder-decoder"
         raise ConfigError(what, "set it to false")
-    if warn and "flash" not in (getattr(student.model.config, "_attn_implementation", None) or ""):
+    if warn and "flash" not in (getattr(model.config, "_attn_implementation", None) or ""):
         log.warning(
             "train.padding_free without flash attention: each token attends to all tokens of its pass, which takes "
             "longer than padding; set student.attn_implementation=flash_attention_2 on a GPU"
@@ -38,27 +35,25 @@ def check_padding_free(student: Student, *, warn: bool) -> None:
 
 
 @torch.no_grad()
-def check_kept_apart(student: Student, input_ids_1T: Tensor) -> None:
+def check_kept_apart(model: Any, input_ids_1T: Tensor) -> None:
     """Run the model on two rows of a batch's first tokens, concatenated.
 
     Other tokens in the first row must leave the states of the second row as they are, to the bit, and two equal rows
     must have the same states. Raises ConfigError otherwise.
     """
     row_1L = input_ids_1T[:, : min(_LONGEST, max(1, input_ids_1T.shape[1] // 2))]
-    length, vocabulary = row_1L.shape[1], student.model.config.get_text_config().vocab_size
+    length, vocabulary = row_1L.shape[1], model.config.get_text_config().vocab_size
     other_1L = (row_1L + 1) % vocabulary
     positions = torch.arange(length, device=row_1L.device).repeat(2)[None]
-    was_training = student.training
-    student.eval()
-    equal, changed = (
-        _states(student.model, torch.cat([first, row_1L], 1), positions)[0] for first in (row_1L, other_1L)
-    )
-    student.train(was_training)
+    was_training = model.training
+    model.eval()
+    equal, changed = (_states(model, torch.cat([first, row_1L], 1), positions)[0] for first in (row_1L, other_1L))
+    model.train(was_training)
     first, second = equal[:length].float(), equal[length:].float()
     same = (first - second).abs().max() <= _TOLERANCE * first.abs().max()
     if not torch.equal(equal[length:], changed[length:]) or not same:
         raise ConfigError(
-            f"{type(student.model).__name__} does not keep concatenated rows apart, which train.padding_free needs",
+            f"{type(model).__name__} does not keep concatenated rows apart, which train.padding_free needs",
             "set train.padding_free=false",
         )
 

@@ -74,7 +74,7 @@ class Student(nn.Module):
         (`TermWeights.scales`). They are needed here because the head computes its gradients in the forward pass.
         """
         if batch.position_ids is not None and not self._keeps_apart:
-            check_kept_apart(self, batch.input_ids)
+            check_kept_apart(self.model, batch.input_ids)
             self._keeps_apart = True
         if self._fusible is None:
             self._fusible = self._returns_the_heads_logits(batch)

@@ -216,7 +216,7 @@ class _Training:
         """What turns rows into batches for this student."""
         config = self.config
         if config.train.padding_free:
-            check_padding_free(self.student, warn=self.ranks.is_main)
+            check_padding_free(self.student.model, warn=self.ranks.is_main)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         asked = ARMS[config.arm].asked
         if any(one.thinks_first for one in asked):

@@ -118,8 +118,10 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
         if usable and field not in found:
             # Whether a model was right is no answer, if another column can be one.
             found[field] = min(usable, key=lambda column: field == "answer" and _holds_verdicts(column, rows))
-    if "choices" not in found and (options := option_columns(tuple(columns))):
+    if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options
+    if "question" not in found and (other := _other_question(found, plain, rows)):
+        found["question"] = other
     # MATH's rows have no answer but the boxed one of the solution.
     only_reply = "answer" not in found and found.get("rationale") == "solution" and "question" in found
     if (only_reply or ("rationale" not in found and "answer" in found)) and _fits(LAYOUTS["reply"], rows):
@@ -129,6 +131,34 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
     if "rationale" in found and any(isinstance(row.get(found["rationale"]), list) for row in rows):
         found["rationales"] = found.pop("rationale")
     return found
+
+
+def _other_question(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """A column that is the question only in the company of certain others: HellaSwag's `ctx`, PIQA's `goal` and
+    WinoGrande's `sentence` with options, CoT Collection's `source` with a `target` (elsewhere, where a row is from)."""
+    names = ("ctx", "goal", "sentence") if "choices" in found and "answer" in found else ()
+    if plain_name(found.get("answer", "")) in ("target", "targets"):
+        names = (*names, "source")
+    fitting = (plain[name] for name in names if name in plain)
+    return next((column for column in fitting if all(isinstance(row.get(column), str) for row in rows)), None)
+
+
+def _answers_to_choose(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """A column `answers` whose texts are the options, because another column chooses one by number or letter
+    (ReClor)."""
+    column, chosen = plain.get("answers"), found.get("answer")
+    if column is None or chosen in (None, column):
+        return None
+    for row in rows:
+        texts, choice = row.get(column), row.get(chosen)
+        listed = isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts)
+        if not listed or not re.fullmatch(r"\d|[A-Za-z]", str(choice).strip()):
+            return None
+    return column
 
 
 def unused_text_columns(columns: ColumnMap, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -295,7 +325,7 @@ def no_column(
     """The error for a missing column, with the columns that exist; `setting` names what selects one."""
     columns = _columns(rows)
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
-    near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.6)
     nearest = next((column for column in columns if near and column.lower() == near[0]), None)
     hint = f"the closest is {nearest!r}: " if nearest else ""
     example = f"data.columns.{field}={nearest or 'COLUMN'}" if field in ("question", "answer") else "data.columns"

@@ -128,7 +128,7 @@ def _by_label(names: list[str], texts: list[str]) -> Options:
 def option_name(name: str) -> tuple[str, str]:
     """Stem and letter or number of a column or key that names an option: `option_a` -> (option, a); else ("", "")."""
     found = re.fullmatch(
-        r"(|option|opt|op|choice|answer|ans|ending|sol|solution|candidate)([a-z]|\d{1,2})", plain_name(name)
+        r"(|option|opt|op|qop|choice|answer|ans|ending|sol|solution|candidate)([a-z]|\d{1,2})", plain_name(name)
     )
     return (found.group(1), found.group(2)) if found else ("", "")
 

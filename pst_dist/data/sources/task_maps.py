@@ -1,5 +1,5 @@
 """Layouts of individual public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's,
-BIG-bench.
+s1K, BIG-bench.
 
 All produce questions in Fine-tune-CoT's form, followed by `Answer choices: (A) …, (B) ….`
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
 from pst_dist.data.sources.options import LETTERS, read_options, with_choices
+from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
@@ -102,6 +103,50 @@ def _big_bench(row: Mapping[str, Any]) -> Fields:
     )
 
 
+def _s1k(row: Mapping[str, Any]) -> Fields:
+    """s1K: a thought and an attempt of Gemini, in s1K-1.1 also of DeepSeek R1, which is then preferred.
+
+    A short `solution` is the gold answer. Otherwise the attempt's is, unless a grade says that the attempt is wrong.
+    (https://huggingface.co/datasets/simplescaling/s1K-1.1)
+    """
+    thought, attempt, grade = next(names for names in _ATTEMPTS if row.get(names[1]) is not None)
+    reply = as_text(row[attempt], "answer")
+    rationale, replied = split_reply(reply, _joined(row.get(thought)))
+    solution = row.get("solution")
+    gold = solution.strip() if isinstance(solution, str) and _is_short_answer(solution) else None
+    if gold is None and str(row.get(grade)).strip().lower() == "no":
+        raise RowError("answer", f"{grade} says that the attempt is wrong, and solution is not an answer alone")
+    return Fields(
+        question=as_text(row.get("question"), "question"),
+        answer=as_text(replied, "answer") if gold is None else gold,
+        rationales=as_rationales(rationale),
+        id=as_id(row.get("id")),
+        teacher_answer=None if gold is None else replied,
+    )
+
+
+_ATTEMPTS = (
+    ("deepseek_thinking_trajectory", "deepseek_attempt", "deepseek_grade"),
+    ("gemini_thinking_trajectory", "gemini_attempt", "gemini_grade"),
+    ("thinking_trajectories", "attempt", "grade"),
+)
+
+
+def _joined(thought: Any) -> str:
+    """A thought in one text, or in several that continue each other."""
+    parts = thought if isinstance(thought, list) else [thought]
+    return "\n\n".join(as_text(part, "rationale").strip() for part in parts)
+
+
+def _is_short_answer(text: str) -> bool:
+    return 0 < len(text.split()) <= 5 and "\n" not in text.strip() and not has_mark(text)
+
+
+def _is_s1k(row: Mapping[str, Any]) -> bool:
+    pairs = [isinstance(row.get(reply), str) and isinstance(row.get(kept), str | list) for kept, reply, _ in _ATTEMPTS]
+    return isinstance(row.get("question"), str) and any(pairs)
+
+
 def _has_scores(row: Mapping[str, Any]) -> bool:
     scores = row.get("target_scores")
     return isinstance(scores, Mapping) and all(isinstance(score, int | float) for score in scores.values())
@@ -131,6 +176,7 @@ TASK_LAYOUTS: dict[str, Layout] = {
             lambda row: "abstractive_explanation" in row and isinstance(row.get("choices"), list),
             has_options=True,
         ),
+        Layout("s1k", _s1k, ("question",), _is_s1k),
         Layout("big_bench", _big_bench, ("input", "target_scores"), _has_scores, has_options=True),
     )
 }

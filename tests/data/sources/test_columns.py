@@ -251,6 +251,97 @@ def test_big_bench_gives_the_option_with_the_best_score():
         columns.fields({**row, "target_scores": {"a": 1, "b": 1}})
 
 
+@pytest.mark.parametrize(
+    ("row", "question", "answer", "options"),
+    [
+        (
+            {
+                "ctx_a": "He wipes",
+                "ctx_b": "then",
+                "ctx": "He wipes, then",
+                "endings": ["stops.", "sings."],
+                "label": "1",
+            },
+            "He wipes, then Answer choices: (A) stops., (B) sings..",
+            "1",
+            ("stops.", "sings."),
+        ),
+        (
+            {"goal": "Cut bread", "sol1": "a knife", "sol2": "a spoon", "label": 0},
+            "Cut bread Answer choices: (A) a knife, (B) a spoon.",
+            "0",
+            ("a knife", "a spoon"),
+        ),
+        (
+            {"sentence": "Ian ate as _ was hungry.", "option1": "Ian", "option2": "Dennis", "answer": "1"},
+            "Ian ate as _ was hungry. Answer choices: (A) Ian, (B) Dennis.",
+            "1",
+            ("Ian", "Dennis"),
+        ),
+        (
+            {"context": "Some X.", "question": "Which?", "answers": ["one", "two"], "label": 1, "id_string": "t"},
+            "Some X.\n\nWhich? Answer choices: (A) one, (B) two.",
+            "1",
+            ("one", "two"),
+        ),
+        (
+            {"q_text": "Where?", "q_op1": "here", "q_op2": "there", "q_ans": "there", "taskB": "So it is."},
+            "Where? Answer choices: (A) here, (B) there.",
+            "there",
+            ("here", "there"),
+        ),
+    ],
+    ids=["hellaswag", "piqa", "winogrande", "reclor", "ecqa"],
+)
+def test_public_choice_layouts_have_their_options_in_the_question(row, question, answer, options):
+    found = guess_columns([row], "f").fields(row)
+    assert (found.question, str(found.answer), found.options.texts) == (question, answer, options)
+
+
+def test_a_source_is_the_question_only_beside_a_target():
+    row = {"source": "2+2? OPTIONS: 3, 4", "target": "4", "rationale": "I add.", "task": "sums"}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.question, found.answer, found.rationales) == ("2+2? OPTIONS: 3, 4", "4", ("I add.",))
+    with pytest.raises(DataError, match="no column 'question'"):
+        guess_columns([{"source": "cn_k12", "answer": "4"}], "f")
+
+
+def test_several_answers_are_options_only_if_another_column_chooses_one():
+    row = {"question": "Which?", "answers": ["one", "two"], "label": "it depends"}
+    assert guess_columns([row], "f").fields(row).options is None
+
+
+S1K = {"question": "2+2?", "cot_type": "math", "thinking_trajectories": ["I add.", "It is 4."], "attempt": "\\boxed{4}"}
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "rationale", "teacher"),
+    [
+        (S1K | {"solution": "Let x = 2.\nThen 4."}, "4", "I add.\n\nIt is 4.", None),
+        (S1K | {"solution": "4"}, "4", "I add.\n\nIt is 4.", "4"),
+        (
+            S1K
+            | {"solution": "5", "deepseek_thinking_trajectory": "Two more.", "deepseek_attempt": "It is \\boxed{4}."}
+            | {"gemini_thinking_trajectory": "No.", "gemini_attempt": "\\boxed{3}", "deepseek_grade": "No"},
+            "5",
+            "Two more.",
+            "4",
+        ),
+    ],
+)
+def test_s1k_rows_are_read_with_their_thought(row, answer, rationale, teacher):
+    found = guess_columns([row], "f").fields(row)
+    assert (found.answer, found.teacher_answer) == (answer, teacher)
+    assert found.rationales[0].startswith(rationale)
+
+
+def test_an_attempt_that_is_graded_wrong_is_no_gold_answer():
+    row = S1K | {"solution": "A proof.\nQ.E.D.", "gemini_thinking_trajectory": "t", "gemini_attempt": "\\boxed{3}"}
+    with pytest.raises(RowError, match="gemini_grade says that the attempt is wrong"):
+        guess_columns([row], "f").fields(row | {"gemini_grade": "No"})
+    assert guess_columns([row], "f").fields(row | {"gemini_grade": "Yes"}).answer == "3"
+
+
 def test_a_missing_column_is_named_with_those_that_exist_and_the_nearest():
     rows = [{"quesiton": "q", "answer": "a"}]
     with pytest.raises(DataError) as caught:

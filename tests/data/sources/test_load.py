@@ -591,5 +591,6 @@ def test_every_task_has_a_ready_made_config_that_names_itself(name):
     assert config.task == name
     assert config.output_dir == f"runs/{name}"
     written = yaml.safe_load((Path(__file__).parents[3] / f"pst_dist/config/presets/{name}.yaml").read_text())
-    assert {"learning_rate", "global_batch_size"} <= set(written["train"])
+    assert "global_batch_size" in written["train"]
+    assert config.train.learning_rate == 1e-3 and "learning_rate" not in written["train"], "it follows the student"
     assert not Path(config.data.train).is_absolute()

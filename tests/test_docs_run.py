@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def runnable() -> list[str]:
 def folder(tmp_path_factory) -> Path:
     """A directory with the files that the pages talk of."""
     here = tmp_path_factory.mktemp("docs")
-    for name in ("my.yaml", "student.yaml"):
+    for name in ("my.yaml", "my_data.yaml", "student.yaml"):
         (here / name).write_text(CONFIG)
     rows = [{"question": f"{k} + {k}?", "answer": str(2 * k), "rationale": f"twice {k}"} for k in range(60)]
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,9 +58,12 @@ def test_there_are_commands_of_every_kind():
 
 @pytest.mark.encoder
 @pytest.mark.parametrize("command", runnable())
-def test_a_command_of_the_pages_does_here_what_it_says(command, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
+def test_a_command_of_the_pages_does_here_what_it_says(command, folder, monkeypatch, capsys, tmp_path):
     _, verb, *words = shlex.split(command)
+    if "--write" in words:  # it writes a new file; the other commands need the one that is there
+        shutil.copy(folder / "rows.jsonl", tmp_path)
+        folder = tmp_path
+    monkeypatch.chdir(folder)
     added = [word for word in ADDED[verb] if word not in words]
     assert run_verb([verb, *words, *added]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip()

@@ -24,10 +24,18 @@ from pst_dist.errors import ConfigError
     ),
     OVERRIDES,
     Option("--rejects", metavar="FILE", default="rejects.jsonl", help="where to list bad rows (default %(default)s)"),
+    Option("--write", metavar="FILE", help="write a config for these rows, with the proposed columns: --write my.yaml"),
 )
 def check(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import is_rows, load_config
     from pst_dist.diagnostics.rows import check
+    from pst_dist.diagnostics.starter import check_target, write_starter
+
+    target = Path(arguments.write) if arguments.write else None
+    if target is not None:
+        check_target(target)
+        if not is_rows(arguments.config):
+            raise ConfigError("--write makes a config from rows, and this is a config", "name a file of rows")
 
     if is_rows(arguments.config):
         # A shell may have expanded a pattern into several files. JSON quotes them, because YAML reads `*` as an alias.
@@ -39,8 +47,13 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         config = config_of(arguments)
     result = check(config, Path(arguments.rejects))
+    if target is not None:
+        result = write_starter(target, files, rest, result, Path(arguments.rejects))
+        print(f"wrote {target}; with it:")
     for line in result.lines():
         print(line)
+    if target is not None and result.ok:
+        print(f"next: pst run {target}")
     return result.problem.exit_code if result.problem else 0
 
 

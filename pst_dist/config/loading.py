@@ -130,7 +130,7 @@ def locate_config(name: str) -> Path:
     if is_rows(name):
         raise InputError(
             "these are rows, not a config",
-            f"inspect them with `pst check {name}` and set data.train to them in a config",
+            f"`pst check {name} --write my.yaml` makes a config from them",
             path=path,
         )
     if os.path.lexists(path):

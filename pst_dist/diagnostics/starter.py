@@ -1,0 +1,82 @@
+"""A config to begin with, from rows: `pst check rows.jsonl --write my.yaml`.
+
+It has what the rows say: their file, the column map and type of answer that `pst check` proposes, a test split, and the
+arms that they can train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pst_dist.config.loading import load_config
+from pst_dist.config.overrides import parse_override, set_key
+from pst_dist.diagnostics.rows import CheckReport, check
+from pst_dist.errors import ConfigError, InputError
+from pst_dist.storage.atomic import write_text
+
+_PLACEHOLDER = "COLUMN"
+_SUFFIXES = (".yaml", ".yml")
+
+
+def check_target(path: Path) -> None:
+    """Raises InputError for a file that exists already, and ConfigError for a name that is not a YAML file's."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"--write {path}: a config is a YAML file", "for example --write my.yaml")
+    if path.exists() or path.is_symlink():
+        raise InputError("exists and will not be overwritten", "give --write another name", path=path)
+
+
+def write_starter(
+    path: Path, files: Sequence[str], overrides: Sequence[str], report: CheckReport, rejects: Path | None = None
+) -> CheckReport:
+    """Write the config for these files, given the report on them; returns the report on the config.
+
+    `overrides` are words like those of `pst check`. Raises DataError, the report's own error, when there is no column
+    for the question or the answer.
+    """
+    proposed = (yaml.safe_load(report.proposal) or {}).get("data", {}) if report.proposal else {}
+    columns = proposed.get("columns", {})
+    if report.problem is not None and isinstance(columns, dict) and _PLACEHOLDER in columns.values():
+        raise report.problem
+    data = {"train": files[0] if len(files) == 1 else list(files), "test_size": 0.1, **proposed}
+    explained = _maps_rationale(columns, overrides)
+    write_text(path, _text(path, data, overrides, explained))
+    found = check(load_config(str(path)), rejects)
+    if explained and found.loaded is not None:
+        kept = len(found.loaded.splits["train"])
+        if 0 < kept == found.loaded.report["train_without_rationale"]:  # the column is empty
+            write_text(path, _text(path, data, overrides, False))
+            found = check(load_config(str(path)), rejects)
+    return found
+
+
+def _maps_rationale(columns: Any, overrides: Sequence[str]) -> bool:
+    """Whether a map has a rationale. Ready-made maps split replies or have one."""
+    named = any(word.removeprefix("--").startswith("data.columns") and "rationale" in word for word in overrides)
+    return named or not isinstance(columns, dict) or not columns or bool({"rationale", "rationales"} & columns.keys())
+
+
+def _text(path: Path, data: dict[str, Any], overrides: Sequence[str], explained: bool) -> str:
+    arms = {"arms": ["pst", "answer_only"]} if explained else {"arm": "answer_only"}
+    tree: dict[str, Any] = {"output_dir": f"runs/{path.stem}", **arms, "data": data}
+    for word in overrides:
+        set_key(tree, *parse_override(word))
+    about_arms = (
+        "# pst learns from the rationales too; answer_only is the baseline that shows whether they help."
+        if explained
+        else "# The rows have no rationales, so only answers can be trained. `pst teach` asks a teacher for rationales."
+    )
+    return "\n".join(
+        [
+            f"# pst run {path}",
+            "# All keys: pst config --schema. Resumes when the same command is run again.",
+            about_arms,
+            "# The student is a small new model; a pretrained one needs one more line, for example",
+            "# student: {model_name_or_path: google/flan-t5-base}",
+            yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000),
+        ]
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pst_dist.redaction import redact
+from pst_dist.text.redaction import redact
 
 
 class PstError(Exception):

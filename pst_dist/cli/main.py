@@ -28,7 +28,7 @@ from pst_dist.cli.verb import Parser, Verb
 from pst_dist.cli.watch import watch
 from pst_dist.cli.words import gather_overrides
 from pst_dist.errors import ConfigError, PstError
-from pst_dist.redaction import RedactingFormatter, redact
+from pst_dist.text.redaction import RedactingFormatter, redact
 
 _EPILOGUE = """\
 A config is a YAML file, a run directory (its saved config), or the name of a ready-made one (`pst config --list`).

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pst_dist.cli.verb import MAYBE_CONFIG, Option, overrides, verb
 from pst_dist.errors import ConfigError, EnvironmentFault
-from pst_dist.redaction import redact
+from pst_dist.text.redaction import redact
 
 if TYPE_CHECKING:
     from pst_dist.clusters.jobs import Job, Launcher, Submission
@@ -40,7 +40,7 @@ def check_machine(launcher: Launcher, submission: Submission) -> None:
 def _refuse_secrets(submission: Submission) -> None:
     """Raises ConfigError for a password in the config, because others can read job scripts and commands."""
     from pst_dist.config.loading import flat_keys
-    from pst_dist.redaction import has_secret
+    from pst_dist.text.redaction import has_secret
 
     for key, value in flat_keys(submission.config.model_dump(mode="json")).items():
         if isinstance(value, str) and "://" in value and has_secret(value):

@@ -24,8 +24,8 @@ from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.config.schema import Config
 from pst_dist.config.yaml_text import read_yaml
 from pst_dist.errors import ConfigError, InputError
-from pst_dist.redaction import is_redacted, redact_values
 from pst_dist.storage.regular_files import open_regular
+from pst_dist.text.redaction import is_redacted, redact_values
 
 RESOLVED = "config.resolved.yaml"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")

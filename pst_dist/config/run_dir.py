@@ -15,12 +15,12 @@ from pst_dist.config.loading import RESOLVED, dump_config
 from pst_dist.config.schema import Config
 from pst_dist.config.stage import STAGE, staged
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError
-from pst_dist.redaction import redact, redacted_command
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import MANIFEST, write_json
 from pst_dist.storage.object_store import RemoteFolder, fetch_folder, is_url
 from pst_dist.storage.outputs import check_output, is_config, refuse_link_out
+from pst_dist.text.redaction import redact, redacted_command
 
 _RECORD = (RESOLVED, "command.txt", "environment.json", STAGE)
 _RECORD_LOCK = ".record.lock"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pst_dist.errors import ConfigError
-from pst_dist.plain import has_scheme, hidden_character
+from pst_dist.text.characters import hidden_character
+from pst_dist.text.urls import has_scheme
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]

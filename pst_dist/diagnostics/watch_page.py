@@ -16,7 +16,7 @@ from pst_dist.config.stage import ENDED
 from pst_dist.diagnostics.watch import SILENT_SECONDS, ArmView, Training, View
 from pst_dist.errors import PeerLostError
 from pst_dist.logs import duration
-from pst_dist.plain import hidden_character
+from pst_dist.text.characters import hidden_character
 
 _TERMS = {"answer_nll": "answer", "rationale_nll": "rationale", "alignment": "alignment"}
 _BARS = "▁▂▃▄▅▆▇█"

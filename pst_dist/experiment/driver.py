@@ -16,10 +16,10 @@ from pst_dist.experiment.results_page import RESOLVED_EXPERIMENT, check_page_fol
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
 from pst_dist.experiment.workers import Tell
-from pst_dist.redaction import redact_values
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.outputs import refuse_link_out
+from pst_dist.text.redaction import redact_values
 
 log = logging.getLogger(__name__)
 _PAGE_SECONDS = 30.0

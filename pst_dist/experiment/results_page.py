@@ -19,9 +19,9 @@ from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Group, Pair, Results
 from pst_dist.experiment.spec import point_words
-from pst_dist.redaction import redacted_command
 from pst_dist.storage.json_files import json_text
 from pst_dist.storage.outputs import IsOurs, check_output, is_experiment_page, is_picture, write_output
+from pst_dist.text.redaction import redacted_command
 
 _HOW = (
     "Accuracy is the mean over seeds; s.e. combines the errors over seeds and over rows. Differences are paired: same "

@@ -24,7 +24,7 @@ from pst_dist.distributed.preemption import end_as_told, stop_requests
 from pst_dist.errors import PeerLostError, PreemptedError, PstError
 from pst_dist.experiment.spec import Run
 from pst_dist.experiment.under_way import UnderWay
-from pst_dist.redaction import RedactingFormatter
+from pst_dist.text.redaction import RedactingFormatter
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Run, BaseException | None], None]

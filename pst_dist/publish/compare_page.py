@@ -20,8 +20,8 @@ from pst_dist.evaluation.verdict import verdict
 from pst_dist.publish import html, markdown, plots
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
-from pst_dist.redaction import redact
 from pst_dist.storage.outputs import check_output, is_markdown_page, is_page, write_output
+from pst_dist.text.redaction import redact
 
 _SHOWN = 12
 _ACCURACY_CAPTION = (

@@ -23,10 +23,10 @@ from pst_dist.publish.compare_page import compare_report
 from pst_dist.publish.html import Cell, Figure, Row, Table
 from pst_dist.publish.render import render
 from pst_dist.publish.run_details import left_out, worst_rows
-from pst_dist.redaction import redact
 from pst_dist.storage.json_files import read_object
 from pst_dist.storage.manifest import Manifest, read_manifest
 from pst_dist.storage.outputs import check_output, is_markdown_page, is_page, is_picture, write_output
+from pst_dist.text.redaction import redact
 
 __all__ = ["compare_report", "report"]
 

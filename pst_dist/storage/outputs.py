@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pst_dist.errors import InputError, PstError
-from pst_dist.plain import has_scheme
 from pst_dist.storage.atomic import atomic_path, disk_errors
 from pst_dist.storage.leftovers import final_name
 from pst_dist.storage.regular_files import open_regular
+from pst_dist.text.urls import has_scheme
 
 IsOurs = Callable[[bytes], bool]
 """Whether a file that begins with these bytes (64 KiB at most) was written by pst."""

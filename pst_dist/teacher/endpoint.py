@@ -17,13 +17,13 @@ from dataclasses import replace
 from typing import Any
 
 from pst_dist.errors import EnvironmentFault, InputError, PstError, first_line
-from pst_dist.redaction import MARK, redact
-from pst_dist.redirects import origin
 from pst_dist.teacher.ledger import Ledger, estimated_usage
 from pst_dist.teacher.limits import Pace
 from pst_dist.teacher.messages import Reply, Request, Usage, as_text
 from pst_dist.teacher.settings import TeachSettings
 from pst_dist.teacher.wire import cause_of, key_of, make_client, message_of, retry_after
+from pst_dist.text.redaction import MARK, redact
+from pst_dist.text.urls import origin
 
 log = logging.getLogger(__name__)
 

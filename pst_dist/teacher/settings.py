@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pst_dist.errors import ConfigError
-from pst_dist.redaction import has_secret, redact
+from pst_dist.text.redaction import has_secret, redact
 
 PROMPTS = ("zero_shot", "few_shot", "explain")
 """The prompts of this package; a path is a template of the user's."""

@@ -10,9 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.errors import ConfigError, first_line
-from pst_dist.plain import hidden_character
-from pst_dist.redirects import origin
 from pst_dist.teacher.settings import KEY_ENV, TeachSettings
+from pst_dist.text.characters import hidden_character
+from pst_dist.text.urls import origin
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

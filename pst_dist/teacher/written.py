@@ -12,7 +12,6 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sources.conversations import as_messages
 from pst_dist.data.sources.rows import write_rejects
 from pst_dist.errors import ConfigError
-from pst_dist.plain import has_scheme
 from pst_dist.storage.json_files import canonical_json, json_text
 from pst_dist.storage.outputs import check_output, write_output
 from pst_dist.teacher.asking import Sampling, is_whole
@@ -23,6 +22,7 @@ from pst_dist.teacher.messages import Reply
 from pst_dist.teacher.new_questions import Proposals, judge_proposal
 from pst_dist.teacher.report import quality
 from pst_dist.teacher.settings import TeachSettings
+from pst_dist.text.urls import has_scheme
 
 REPORT, CUT, DROPPED, REJECTS = "report.json", "cut.jsonl", "dropped.jsonl", "rejects.jsonl"
 

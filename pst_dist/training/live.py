@@ -21,9 +21,9 @@ import torch
 
 from pst_dist.distributed.ranks import Ranks, gathered
 from pst_dist.errors import PstError
-from pst_dist.redaction import redact
 from pst_dist.storage.json_files import write_json
 from pst_dist.storage.outputs import refuse_link_out
+from pst_dist.text.redaction import redact
 
 LIVE = "live.json"
 EVERY_SECONDS = 3.0

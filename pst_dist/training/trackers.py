@@ -24,8 +24,8 @@ from typing import Any
 from pst_dist.config.schema import Config
 from pst_dist.config.schema_train import TRACKERS_GROUP
 from pst_dist.errors import PstError, first_line
-from pst_dist.redaction import redact, redact_values
 from pst_dist.storage.atomic import write_text
+from pst_dist.text.redaction import redact, redact_values
 
 log = logging.getLogger(__name__)
 _PROJECT = "pst_dist"

@@ -48,6 +48,14 @@ def test_a_line_that_is_wrong_is_named(write, text, said):
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["-oProxyCommand=x", "a;touch", "$(touch)", "a`b`", "a\x1bb", "a|b", "user'"])
+def test_a_host_name_is_no_option_and_no_command(write, name):
+    with pytest.raises(InputError, match="is not a host"):
+        read_hostfile(write(f"{name} slots=2\n"))
+    hosts = read_hostfile(write("node-1.example.org slots=2\n10.0.0.1 slots=1\nfe80::1 slots=1\n"))
+    assert [host.slots for host in hosts] == [2, 1, 1]
+
+
 def test_a_hostfile_that_is_not_there_is_refused_where_the_launcher_would_train_on_one_machine(tmp_path):
     with pytest.raises(InputError, match="there is no such hostfile"):
         read_hostfile(tmp_path / "nowhere")

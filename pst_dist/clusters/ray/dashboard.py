@@ -21,12 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pst_dist.clusters.jobs import Status
+from pst_dist.clusters.plain import plain
 from pst_dist.clusters.ray.connect import probe
 from pst_dist.clusters.ray.room import Waiting, lacking
 from pst_dist.clusters.ray.token import find_token, prepare_token
 from pst_dist.errors import EnvironmentFault, InputError, first_line
-from pst_dist.plain import plain
-from pst_dist.redirects import SameOriginToken
+from pst_dist.text.urls import SameOriginToken
 
 _ANSWER_SECONDS = 10.0
 _AWAY_SECONDS = 300.0

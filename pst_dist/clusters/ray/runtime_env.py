@@ -13,7 +13,7 @@ from typing import Any
 
 from pst_dist.config.overrides import parse_override
 from pst_dist.errors import ConfigError, InputError, first_line
-from pst_dist.redaction import has_secret
+from pst_dist.text.redaction import has_secret
 
 WORDS = ("runtime_env", "pip", "conda", "image_uri")
 """The options of the command line that this module reads."""

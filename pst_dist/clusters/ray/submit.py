@@ -26,8 +26,8 @@ from pst_dist.config.loading import load_config, locate_config, ready_made_confi
 from pst_dist.config.run_dir import refuse_relative
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, LockedError
-from pst_dist.redaction import redact
 from pst_dist.storage.object_store import is_url
+from pst_dist.text.redaction import redact
 
 EXCLUDES = (
     ".git",

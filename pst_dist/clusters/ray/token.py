@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pst_dist.clusters.plain import plain
 from pst_dist.errors import InputError
-from pst_dist.plain import plain
 
 
 def find_token() -> str | None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pst_dist.clusters.plain import plain
 from pst_dist.clusters.ray.dashboard import dashboard_address
 from pst_dist.clusters.ray.runtime_env import WORDS, read_runtime_env
 from pst_dist.errors import ConfigError
-from pst_dist.plain import plain
 
 _OWN = ("address", "verb", "dir", "exclude", "name", "cpus", "gpus", *WORDS)
 

@@ -23,7 +23,7 @@ from pst_dist._version import __version__
 from pst_dist.clusters.ray.reports import Reporter
 from pst_dist.config.schema import Config
 from pst_dist.errors import EnvironmentFault, PeerLostError, PreemptedError, PstError
-from pst_dist.redaction import redact
+from pst_dist.text.redaction import redact
 
 _FIRST_LOCK_SECONDS = 5.0
 _LOCK_SECONDS = 120.0

@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pst_dist.clusters.plain import plain
 from pst_dist.clusters.slurm.commands import comment_of
 from pst_dist.clusters.slurm.script import SlurmRequest
 from pst_dist.config.schema import Config
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import ConfigError
-from pst_dist.plain import plain
 
 _MARK = "#PST arguments"
 _FINISH = ("evaluate", "export", "report")

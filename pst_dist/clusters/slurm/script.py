@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pst_dist.arms import ARMS
+from pst_dist.clusters.plain import plain
 from pst_dist.config.loading import load_config
 from pst_dist.config.overrides import parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
 from pst_dist.errors import ConfigError, PstError
-from pst_dist.plain import plain
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2}|UNLIMITED)", re.IGNORECASE)
 _SBATCH_OF = {

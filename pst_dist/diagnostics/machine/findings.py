@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pst_dist.errors import PstError
-from pst_dist.redaction import redact
+from pst_dist.text.redaction import redact
 
 Level = Literal["ok", "warning", "problem"]
 

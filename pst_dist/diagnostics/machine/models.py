@@ -17,8 +17,8 @@ from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import PstError
 from pst_dist.models.adapters import is_adapter
 from pst_dist.models.locate import MINILM, is_gguf, locate_encoder, locate_model
-from pst_dist.redirects import SameOriginToken
 from pst_dist.student.warm_start import warm_checkpoint
+from pst_dist.text.urls import SameOriginToken
 
 _HUB_SECONDS = 5.0
 

@@ -1,27 +1,18 @@
-"""Secrets stay out of everything that is written or printed, and control characters out of scripts and headers."""
+"""Secrets stay out of everything that is written or printed."""
 
 import logging
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from small_run import small_config
 
 from pst_dist.cli.main import run_verb
-from pst_dist.clusters.ray import dashboard
-from pst_dist.clusters.ray.token import find_token
-from pst_dist.clusters.ray.words import read_words
 from pst_dist.config.loading import dump_config, load_config
-from pst_dist.distributed.hostfile import read_hostfile
-from pst_dist.errors import ConfigError, EnvironmentFault, InputError
-from pst_dist.plain import plain
-from pst_dist.redaction import RedactingFormatter, has_secret, is_redacted, redact, redacted_command
+from pst_dist.errors import ConfigError, EnvironmentFault
+from pst_dist.text.redaction import RedactingFormatter, has_secret, is_redacted, redact, redacted_command
 
 CANARY = "canary-3f9a71"
 
@@ -144,101 +135,6 @@ def test_the_listing_of_a_ray_job_shows_no_password(tmp_path, monkeypatch, capsy
     assert run_verb(["submit", "ray", "my.yaml", *words]) == 0
     out, err = capsys.readouterr()
     assert "http://***@head:8265" in out and CANARY not in out + err
-
-
-# --- redirects --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def server(answer) -> Iterator[tuple[str, list[str | None]]]:
-    """A web server on loopback; yields its address and the Authorization header of each request that it gets."""
-    seen: list[str | None] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            seen.append(self.headers.get("Authorization"))
-            status, headers, body = answer(self.path)
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    found = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{found.server_port}", seen
-    finally:
-        found.shutdown()
-        found.server_close()
-        thread.join()
-
-
-VERSION = b'{"ray_version": "2.60.0"}'
-
-
-def test_a_redirect_to_another_origin_does_not_get_the_token():
-    with (
-        server(lambda path: (200, {}, VERSION)) as (other, seen_there),
-        server(lambda path: (302, {"Location": f"{other}/version"}, b"")) as (head, seen),
-    ):
-        assert dashboard.check_dashboard(head, CANARY) == "2.60.0"
-        assert seen == [f"Bearer {CANARY}"] and seen_there == [None]
-
-
-def test_a_redirect_on_the_same_origin_keeps_the_token():
-    def answer(path):
-        return (302, {"Location": "/v2"}, b"") if path == "/api/version" else (200, {}, VERSION)
-
-    with server(answer) as (head, seen):
-        assert dashboard.check_dashboard(head, CANARY) == "2.60.0"
-        assert seen == [f"Bearer {CANARY}"] * 2
-
-
-# --- one visible line -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hidden", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\u202e", "\ud800"])
-def test_a_control_character_reaches_no_script_url_header_or_command(tmp_path, monkeypatch, hidden):
-    assert plain("a plain value: é ü 50% #1", "it") == "a plain value: é ü 50% #1"
-    with pytest.raises(ConfigError, match=r"it contains the control character U\+"):
-        plain(f"a{hidden}b", "it")
-    keys = {
-        "data_dir": "s3://b/{}",
-        "output_dir": "run{}",
-        "student.model_name_or_path": "org/{}",
-        "embed.encoder": "{}",
-    }
-    for key, value in keys.items():
-        section, _, name = key.rpartition(".")
-        tree = {name: value.format(hidden)}
-        with pytest.raises(ValueError, match="contains the control character"):
-            type(small_config(tmp_path, tmp_path)).model_validate({section: tree} if section else tree)
-    for word in (f"address=head:8265{hidden}", f"env.A={hidden}", f"dir={tmp_path}{hidden}"):
-        with pytest.raises(ConfigError, match="contains the control character"):
-            read_words([word])
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    (tmp_path / "token").write_bytes(f"abc{hidden}def".encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError, match="contains the control character"):
-        find_token()
-
-
-def test_an_environment_variable_of_a_job_has_a_plain_name():
-    with pytest.raises(ConfigError, match="is not a valid environment variable"):
-        read_words(["env.A;touch x=1"])
-
-
-@pytest.mark.parametrize("name", ["-oProxyCommand=x", "a;touch", "$(touch)", "a`b`", "a\x1bb", "a|b", "user'"])
-def test_a_host_name_is_no_option_and_no_command(tmp_path, name):
-    (tmp_path / "hostfile").write_text(f"{name} slots=2\n")
-    with pytest.raises(InputError, match="is not a host"):
-        read_hostfile(tmp_path / "hostfile")
-    (tmp_path / "hostfile").write_text("node-1.example.org slots=2\n10.0.0.1 slots=1\nfe80::1 slots=1\n")
-    assert [host.slots for host in read_hostfile(tmp_path / "hostfile")] == [2, 1, 1]
 
 
 def test_an_error_shows_no_password():

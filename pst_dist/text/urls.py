@@ -1,10 +1,16 @@
-"""Requests that carry a token and follow redirects: the token is sent only to its original origin."""
+"""What a URL is, and requests that carry a token: after a redirect, the token is sent to its original origin only."""
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 import urllib.request
 from typing import Any
+
+
+def has_scheme(value: str) -> bool:
+    """Whether a text is a URL, such as s3://bucket/runs, also after `pathlib` has made s3:/bucket/runs of it."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", value) is not None
 
 
 class SameOriginToken(urllib.request.HTTPRedirectHandler):

@@ -23,7 +23,6 @@ from pst_dist.config.stage import tell_stage
 from pst_dist.diagnostics.artefacts import Finding
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import InputError
-from pst_dist.packing import make_shards
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import Manifest
 from pst_dist.storage.object_store import RemoteFolder
@@ -33,16 +32,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = [
-    "compare_arms",
-    "finish_arm",
-    "make_embeddings",
-    "make_scores",
-    "make_shards",
-    "make_student",
-    "repair",
-    "run_all",
-]
+
+def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
+    """Read the sources and pack them into shards; does nothing when the same rows are already packed.
+
+    Raises StaleError when different rows are packed there and `rebuild` is false.
+    """
+    from pst_dist.data.packing import pack_rows
+    from pst_dist.student.row_rules import student_rules
+
+    return pack_rows(config, student_rules(config), rebuild=rebuild)
 
 
 def make_embeddings(config: Config, *, rebuild: bool = False) -> Manifest:

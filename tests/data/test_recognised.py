@@ -12,7 +12,7 @@ import pytest
 import pst_dist.data.sources
 from pst_dist.config.loading import load_config
 from pst_dist.errors import IntegrityError, StaleError
-from pst_dist.packing import make_shards
+from pst_dist.pipeline import make_shards
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.manifest import sha256_file
 

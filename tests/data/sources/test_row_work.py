@@ -20,7 +20,7 @@ from pst_dist.data.shards import ShardSet
 from pst_dist.data.sources import load_data
 from pst_dist.data.sources.row_work import MOST_LINES
 from pst_dist.errors import DataError, InputError
-from pst_dist.packing import make_shards
+from pst_dist.pipeline import make_shards
 
 ROWS = MOST_LINES + 90
 

@@ -2,7 +2,8 @@
 
 Whether they are is decided without reading a row: beside the shards, `.shards.inputs.json` lists the files that they
 were made from, with size, time and sha256, and a digest of everything else that decides the rows. The list is not part
-of the shards: it has paths and times of this machine, and equal rows give equal shards.
+of the shards: it has paths and times of this machine, and equal rows give equal shards. What the student decides about
+its rows is handed in (`StudentRules`), since no module of this package knows students.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import importlib.metadata
 import logging
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,24 +23,34 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import SCHEMA_VERSION
 from pst_dist.data.sources.rows import Input
 from pst_dist.errors import PstError
-from pst_dist.models.locate import WEIGHT_SUFFIXES, locate_model
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
 from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import Manifest, canonical_json, digest_of, write_json
 from pst_dist.storage.object_store import fetch_folder, publish_folder
-from pst_dist.storage.stamps import stamp_of
-from pst_dist.student.prompt import keeps_turns
 
 if TYPE_CHECKING:
     from pst_dist.data.row_store import StoredRows
     from pst_dist.data.sources import LoadedData
+    from pst_dist.data.sources.load import Unreadable
 
 log = logging.getLogger(__name__)
 _RECORD = ".shards.inputs.json"
 _READERS = ("pst_dist", "pyarrow", "datasets", "math-verify", "transformers", "tokenizers")
 """Packages that decide what is in a row. After an upgrade the rows are read once more."""
+
+
+@dataclass(frozen=True)
+class StudentRules:
+    """What the student that will be trained decides about the rows."""
+
+    unreadable: Callable[[], Unreadable | None]
+    """Gives the check for rows that it cannot be asked. It loads a tokenizer, so it is called only to read rows."""
+    tokenizer: Any
+    """Stamps of the files on this machine that decide what that check says; None when there are none."""
+    keeps_turns: bool
+    """Whether its prompt may hold a row's system text and earlier turns as turns."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class _Made:
     inputs: list[Input]
 
 
-def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
+def pack_rows(config: Config, rules: StudentRules, *, rebuild: bool = False) -> Manifest:
     """Read the sources and pack them into shards; does nothing when the same rows are already packed.
 
     Raises StaleError when different rows are packed there and `rebuild` is false.
@@ -62,18 +73,17 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
     from pst_dist.data.sources import load_data
     from pst_dist.data.sources.mixture import runs_of
     from pst_dist.data.sources.rows import write_rejects
-    from pst_dist.student.unreadable import unreadable_rows
 
     run = run_dir(config)
-    settings = _settings(config)
+    settings = _settings(config, rules)
     if not rebuild and (found := _recognised(config, run, settings)) is not None:
         log.info("shards: %s is complete and its sources have not changed, nothing to do", run.shards)
         return found
     # Read before writing anything, so that bad rows leave nothing on disk, not even a lock.
-    loaded = load_data(config, unreadable_rows(config))
+    loaded = load_data(config, rules.unreadable())
     parts = runs_of(loaded.report)
     mixture = {"parts": parts} if parts else {}
-    splits, fingerprint = _as_packed(config, loaded, mixture, None if rebuild else run.shards)
+    splits, fingerprint = _as_packed(config, rules, loaded, mixture, None if rebuild else run.shards)
     if run.remote is None and not rebuild:
         # Without a lock, which requires write permission: a colleague may own the directory.
         found = reusable_shards(run.shards, fingerprint, config.shards.samples_per_shard)
@@ -88,7 +98,7 @@ def make_shards(config: Config, *, rebuild: bool = False) -> Manifest:
             remove_leftovers(run.shards, locked=True)
         elif run.remote is not None:  # the remote shards decide what is kept or refused
             fetch_folder(run.remote.child("shards"), run.shards, "shards")
-            splits, fingerprint = _as_packed(config, loaded, mixture, run.shards)
+            splits, fingerprint = _as_packed(config, rules, loaded, mixture, run.shards)
         manifest = write_shards(
             splits,
             run.shards,
@@ -138,7 +148,7 @@ def _record(run: RunDir, made: _Made) -> None:
         write_json(run.data / _RECORD, asdict(made))
 
 
-def _settings(config: Config) -> str:
+def _settings(config: Config, rules: StudentRules) -> str:
     """Digest of everything but the inputs that decides which rows are packed, and how."""
     data = config.data.model_dump(mode="json", exclude={"root"})  # the inputs' absolute paths stand for it
     return digest_of(
@@ -150,25 +160,11 @@ def _settings(config: Config) -> str:
             "shards": config.shards.model_dump(mode="json", exclude={"workers"}),
             "student": config.student.model_dump(mode="json"),
             "layout": config.layout.model_dump(mode="json"),
-            "tokenizer": _tokenizer_stamps(config),
+            "tokenizer": rules.tokenizer,
             "versions": {name: _version(name) for name in _READERS},
             "unicode": unicodedata.unidata_version,
         }
     )
-
-
-def _tokenizer_stamps(config: Config) -> Any:
-    """The files of a pretrained student on this machine that decide whether it can read a row (`unreadable_rows`)."""
-    from pst_dist.student.unreadable import is_here
-
-    if config.student.model_name_or_path is None or not is_here(config):
-        return None
-    place = locate_model(config.student.model_name_or_path, config.student.revision)
-    folder = Path(place.target)
-    if place.gguf is not None:
-        return stamp_of(folder / place.gguf)
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return [[path.name, stamp_of(path)] for path in files if path.suffix not in WEIGHT_SUFFIXES]
 
 
 def _version(package: str) -> str | None:
@@ -179,7 +175,7 @@ def _version(package: str) -> str | None:
 
 
 def _as_packed(
-    config: Config, loaded: LoadedData, mixture: Mapping[str, Any], packed: Path | None
+    config: Config, rules: StudentRules, loaded: LoadedData, mixture: Mapping[str, Any], packed: Path | None
 ) -> tuple[Mapping[str, StoredRows], str]:
     """The rows as they are in the shards in `packed`, or else new, with the fingerprint of everything that makes them.
 
@@ -198,7 +194,7 @@ def _as_packed(
         )
 
     held = Artefact(packed, "shards").manifest() if packed is not None else None
-    if held is not None and not keeps_turns(config) and any(rows.have_turns for rows in loaded.splits.values()):
+    if held is not None and not rules.keeps_turns and any(rows.have_turns for rows in loaded.splits.values()):
         older = {name: rows.without_turns() for name, rows in loaded.splits.items()}
         if held.fingerprint == fingerprint(older):
             return older, held.fingerprint

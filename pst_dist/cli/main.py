@@ -127,7 +127,7 @@ def run_verb(words: Sequence[str]) -> int:
     except BrokenPipeError:
         return 141
     except (ModuleNotFoundError, OSError) as error:
-        from pst_dist.api import as_our_error
+        from pst_dist.api.faults import as_our_error
 
         found = as_our_error(error)
         if found is None:

@@ -11,7 +11,7 @@ import pytest
 
 from pst_dist.storage.manifest import read_json
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_snippets_of_the_api_page_run_in_order(tmp_path, monkeypatch):

@@ -98,8 +98,9 @@ def _machine_words() -> str:
 def plan(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import load_config
     from pst_dist.config.run_dir import expand_arms
-    from pst_dist.diagnostics.cost import make_plan, rows_once, split_words
+    from pst_dist.diagnostics.cost import make_plan, split_words
     from pst_dist.diagnostics.cost_page import arm_lines, plan_lines
+    from pst_dist.diagnostics.counted_rows import rows_once
 
     words, machines = split_words(arguments.overrides)
     config, *others = expand_arms(load_config(arguments.config, words))

@@ -8,19 +8,15 @@ Arithmetic on the config and the rows, without torch; every rule names its sourc
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from pst_dist.arms import ARMS, Segment
-from pst_dist.config.run_dir import run_dir
+from pst_dist.arms import ARMS
 from pst_dist.config.schema import Config, Section
+from pst_dist.diagnostics.counted_rows import ReadRows, Rows, count_rows, longest_row
 from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
 from pst_dist.distributed.device_memory import GIB
 from pst_dist.errors import ConfigError, InputError
@@ -28,13 +24,10 @@ from pst_dist.models.load import load_model_config
 from pst_dist.models.locate import is_gguf, locate_model
 from pst_dist.storage.foreign_json import foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
-from pst_dist.student.prompt import AUTO, FRESH_PROMPT
 from pst_dist.training.memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
 from pst_dist.training.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.training.optimizer_memory import optimizer_bytes
 from pst_dist.training.pass_limit import PassLimit, cuts_by_memory, pass_limit
-
-_CHARACTERS_A_TOKEN = 4.0
 
 
 class Machines(Section):
@@ -64,26 +57,6 @@ class Machines(Section):
     def _in_lower_case(cls, value: object) -> object:
         """`gpu=H100` is the same."""
         return value.lower() if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Counts of the training rows."""
-
-    rows: int
-    texts: int
-    """Rationales to embed."""
-    tokens: float
-    """Tokens of all training sequences of one epoch."""
-    shard_bytes: int
-    exact: bool
-    """Whether tokens are counted; otherwise they are estimated at four characters each."""
-    slots: int = 0
-    """Samples of one epoch: the rows, in a mixture as often as their weights say."""
-    longest: int = 0
-    """Tokens of the longest row; 0 when unknown."""
-    prompt_share: float = 0.5
-    """The share of the tokens that are of prompts, which an encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -150,30 +123,85 @@ def make_plan(
     rows = count_rows(config, read)
     if tokens_per_row is not None:
         rows = replace(rows, tokens=tokens_per_row * rows.rows, exact=True)
+    student = _student(config)
+    machines = _with_table(machines, config, student.parameters, student.trained)
+    global_batch = train.global_batch_size or (
+        train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
+    )
+    steps = train.max_steps or train.num_train_epochs * math.ceil((rows.slots or rows.rows) / global_batch)
+    passes = _passes(config, machines, student, rows, math.ceil(global_batch / ranks), stage)
+    tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
+    hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
+    texts = machines.texts_per_second
+    size = checkpoint_bytes(student.trained, optimizer_bytes(config, student.shape, student.trained))
+    saving = _saving(machines, size, steps, hours)
+    return Plan(
+        config=config,
+        machines=machines,
+        shape=student.shape,
+        parameters=student.parameters,
+        trained=student.trained,
+        rows=rows,
+        steps=steps,
+        global_batch=global_batch,
+        micro_batches=passes.count,
+        pass_limit=passes.limit,
+        memory=passes.memory,
+        by_stage=passes.by_stage,
+        host=host_memory(config, student.shape, student.parameters, student.trained, stage, ranks),
+        checkpoint_bytes=size,
+        checkpoint_seconds=saving.seconds,
+        training_hours=hours,
+        embedding_hours=rows.texts / (texts * ranks) / 3600 if texts else None,
+        embedding_bytes=4.0 * rows.texts * student.teacher_width,
+        failures=saving.failures,
+        save_every_seconds=saving.every_seconds,
+        save_every_steps=saving.every_steps,
+    )
+
+
+@dataclass(frozen=True)
+class _Student:
+    """The sizes of a student and its alignment head."""
+
+    shape: ModelShape
+    parameters: int
+    trained: int
+    teacher_width: int
+    """0 where nothing is aligned."""
+
+
+def _student(config: Config) -> _Student:
     shape = shape_of(config.student, max_length=config.layout.max_length)
     aligned = ARMS[config.arm].aligned and config.loss.alignment_weight > 0
     width = teacher_width(config) if aligned else 0
     head = shape.hidden_size * width
     added = adapter_parameters(config) if config.student.lora.rank else 0
     parameters = shape.parameters + added + head
-    trained = added + head if added else parameters
-    machines = _with_table(machines, config, parameters, trained)
-    global_batch = train.global_batch_size or (
-        train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1) * ranks
-    )
-    steps = train.max_steps or train.num_train_epochs * math.ceil((rows.slots or rows.rows) / global_batch)
+    return _Student(shape, parameters, added + head if added else parameters, width)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The forward passes of a step on one rank, and the memory that they need."""
+
+    count: int
+    limit: PassLimit | None
+    memory: RankMemory
+    by_stage: dict[int, RankMemory]
+
+
+def _passes(
+    config: Config, machines: Machines, student: _Student, rows: Rows, per_rank: int, stage: int | None
+) -> _Passes:
+    """For `per_rank` rows of a step; `stage` is None for a single process, which has no buckets."""
+    ranks, shape, parameters = machines.nodes * machines.gpus, student.shape, student.parameters
     limit = None
     if machines.gpu_memory is not None and cuts_by_memory(config):
         most = machines.gpu_memory * GIB
-        limit = pass_limit(config, shape, parameters, trained=trained, stage=stage, ranks=ranks, memory=most)
-    limit_tokens = limit.tokens if limit is not None else None
-    micro_tokens, passes = forward_size(config, rows, math.ceil(global_batch / ranks), limit_tokens)
-    sizes: dict[str, Any] = {
-        "trained": trained,
-        "longest": longest_row(config, rows),
-        "prompt_share": rows.prompt_share,
-    }
-    memories = {
+        limit = pass_limit(config, shape, parameters, trained=student.trained, stage=stage, ranks=ranks, memory=most)
+    micro_tokens, count = forward_size(config, rows, per_rank, limit.tokens if limit is not None else None)
+    by_stage = {
         number: rank_memory(
             config,
             shape,
@@ -181,45 +209,37 @@ def make_plan(
             number,
             ranks,
             micro_tokens=micro_tokens,
+            trained=student.trained,
+            longest=longest_row(config, rows),
+            prompt_share=rows.prompt_share,
             on_gpu=machines.gpu_memory is not None,
-            **sizes,
         )
         for number in (0, 1, 2, 3)
     }
-    memory = memories[stage] if stage is not None else replace(memories[0], buffers=0.0)
-    size = checkpoint_bytes(trained, optimizer_bytes(config, shape, trained))
-    seconds = size / (machines.write_gb_per_second * 1e9)
-    tokens = rows.tokens * steps * global_batch / max(1, rows.rows)
-    hours = None if machines.tokens_per_second is None else tokens / (machines.tokens_per_second * ranks) / 3600
+    memory = by_stage[stage] if stage is not None else replace(by_stage[0], buffers=0.0)
+    return _Passes(count, limit, memory, by_stage)
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """How long a checkpoint takes, and how often one should be saved."""
+
+    seconds: float
+    failures: float | None
+    every_seconds: float
+    every_steps: int | None
+
+
+def _saving(machines: Machines, checkpoint: float, steps: int, hours: float | None) -> _Saving:
+    """For checkpoints of that many bytes; the interval is Young's, the square root of twice cost times failure time."""
+    seconds = checkpoint / (machines.write_gb_per_second * 1e9)
     between = machines.node_hours_between_failures / machines.nodes * 3600
     interval = math.sqrt(2 * seconds * between)
-    if hours is not None:
-        interval = min(interval, hours * 3600)
-    return Plan(
-        config=config,
-        machines=machines,
-        shape=shape,
-        parameters=parameters,
-        trained=trained,
-        rows=rows,
-        steps=steps,
-        global_batch=global_batch,
-        micro_batches=passes,
-        pass_limit=limit,
-        memory=memory,
-        by_stage=memories,
-        host=host_memory(config, shape, parameters, trained, stage, ranks),
-        checkpoint_bytes=size,
-        checkpoint_seconds=seconds,
-        training_hours=hours,
-        embedding_hours=(
-            rows.texts / (machines.texts_per_second * ranks) / 3600 if machines.texts_per_second else None
-        ),
-        embedding_bytes=4.0 * rows.texts * width,
-        failures=None if hours is None else hours * 3600 / between,
-        save_every_seconds=interval,
-        save_every_steps=None if not hours else min(steps, max(1, round(interval / (hours * 3600 / steps)))),
-    )
+    if hours is None:
+        return _Saving(seconds, None, interval, None)
+    interval = min(interval, hours * 3600)
+    every = min(steps, max(1, round(interval / (hours * 3600 / steps)))) if hours else None
+    return _Saving(seconds, hours * 3600 / between, interval, every)
 
 
 def _with_table(machines: Machines, config: Config, parameters: int, trained: int) -> Machines:
@@ -249,11 +269,6 @@ def forward_size(config: Config, rows: Rows, per_rank: int, auto: int | None = N
     return tokens, passes
 
 
-def longest_row(config: Config, rows: Rows) -> int:
-    """Tokens of the longest row of a pass; half as many again as the mean row has, where it was not counted."""
-    return max(1, min(config.layout.max_length, rows.longest or math.ceil(1.5 * rows.tokens / max(1, rows.rows))))
-
-
 def teacher_width(config: Config) -> int:
     """Width of the encoder's vectors: MiniLM's, or from another encoder's config.json; 1024 if that is missing."""
     if config.embed.encoder == "minilm":
@@ -270,56 +285,3 @@ def teacher_width(config: Config) -> int:
 def checkpoint_bytes(parameters: int, optimizer: float | None = None) -> float:
     """Bytes of one checkpoint over all ranks: float32 weights, and the optimizer's state (default: Adam's moments)."""
     return 4 * parameters + (8 * parameters if optimizer is None else optimizer)
-
-
-TrainingRows = tuple[Any, int]
-"""The training rows, and the bytes of their shards; 0 if nothing is packed."""
-
-
-ReadRows = Callable[[], TrainingRows]
-
-
-def rows_once(config: Config) -> ReadRows:
-    """Reads the rows of a config when it is called first, for the plans of its arms."""
-    return functools.cache(lambda: read_rows(config))
-
-
-def read_rows(config: Config) -> TrainingRows:
-    """The training rows in the shards, or in the sources if nothing is packed; raises what those raise."""
-    run = run_dir(config)
-    if (run.shards / "manifest.json").is_file():
-        from pst_dist.data.shards import ShardSet
-
-        shards = ShardSet.open(run.shards, verify=False)
-        return shards.split("train"), sum(shard.bytes for shard in shards.shards())
-    from pst_dist.data.sources import load_data
-
-    return load_data(config).splits.get("train", []), 0
-
-
-def count_rows(config: Config, read: ReadRows | None = None) -> Rows:
-    """Count what the arm of a config makes of its training rows; raises as `read_rows`."""
-    from pst_dist.data.sources.mixture import parts_of
-
-    samples, size = read_rows(config) if read is None else read()
-    arm = ARMS[config.arm]
-    reads = config.loss.rationale_weight > 0 or (config.loss.pooling == "span" and arm.aligned)
-    exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"
-    a_token = 1.0 if exact else _CHARACTERS_A_TOKEN
-    template = FRESH_PROMPT if config.layout.prompt == AUTO else config.layout.prompt  # a guess, without the tokenizer
-    prompt = len(template) - len("{question}") + 3  # the space before an answer, its stop, the end
-    tokens, texts, prompts, longest = 0.0, 0, 0.0, 0.0
-    for sample in samples:
-        written = len(sample.rationales[0].encode()) if arm.needs_rationale and reads and sample.rationales else 0
-        once = len(sample.question.encode()) + prompt + len(sample.answer.encode())
-        for asked in arm.asked:
-            size_of_one = once + (written if Segment.RATIONALE in asked.order else 0)
-            length = min(config.layout.max_length, size_of_one / a_token) + (Segment.SEMANTIC in asked.order)
-            tokens, longest = tokens + length, max(longest, length)
-            prompts += min(config.layout.max_length, (len(sample.question.encode()) + prompt) / a_token)
-        texts += len(sample.rationales)
-    counts = Counter(sample.part for sample in samples)
-    weights = {name: source.weight for name, source in zip(parts_of(config), config.data.mixture, strict=True)}
-    slots = sum(max(1, round(rows * weights.get(name, 1))) for name, rows in counts.items())
-    share = prompts / tokens if tokens else 0.5
-    return Rows(len(samples), texts, tokens, size or round(tokens * a_token), exact, slots, math.ceil(longest), share)

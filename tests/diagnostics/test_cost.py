@@ -12,13 +12,13 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.diagnostics.cost import (
     Machines,
-    Rows,
     checkpoint_bytes,
     forward_size,
     make_plan,
     split_words,
 )
 from pst_dist.diagnostics.cost_page import plan_lines
+from pst_dist.diagnostics.counted_rows import Rows
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.student.pretrained import fresh_model
 from pst_dist.training.memory import rank_memory

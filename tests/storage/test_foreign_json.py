@@ -9,11 +9,11 @@ from pst_dist.clusters.slurm.follow import read_jobs
 from pst_dist.clusters.slurm.partitions import gpus_of, read_partitions
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import StudentConfig, TrainConfig
-from pst_dist.diagnostics.cost import zero_stage
 from pst_dist.diagnostics.machine.examine import compare_reports
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError
 from pst_dist.storage.foreign_json import foreign_object, whole_number
 from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.memory import zero_stage
 from pst_dist.training.model_size import shape_of
 
 

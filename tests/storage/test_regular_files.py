@@ -14,12 +14,12 @@ from pst_dist.config.schema import Config, StudentConfig, TrainConfig
 from pst_dist.config.yaml_text import read_yaml
 from pst_dist.data.shard_tar import read_shard
 from pst_dist.data.sources import survey
-from pst_dist.diagnostics.cost import zero_stage
 from pst_dist.diagnostics.machine.network import hostfile
 from pst_dist.distributed.hostfile import read_hostfile
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.regular_files import open_regular, read_regular, read_regular_text, safetensors_header
 from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.memory import zero_stage
 from pst_dist.training.model_size import shape_of
 
 KINDS = ("pipe", "folder", "loop", "dangling", "socket")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from pst_dist.config.run_dir import expand_arms, run_dir
 from pst_dist.config.schema import Config
-from pst_dist.diagnostics.cost import Machines, Plan, make_plan, rows_once
+from pst_dist.diagnostics.cost import Machines, Plan, make_plan
+from pst_dist.diagnostics.counted_rows import rows_once
 from pst_dist.diagnostics.machine.findings import Finding, ok, problem, size, warning
 from pst_dist.errors import IntegrityError, PstError
 from pst_dist.storage.atomic import disk_errors, nearest_existing, write_text

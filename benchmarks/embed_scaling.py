@@ -29,7 +29,8 @@ from pst_dist.clusters.ray import embed
 from pst_dist.clusters.ray.connect import ray_cluster
 from pst_dist.config.schema import EmbedConfig, RayConfig
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardInfo, ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardInfo, ShardSet
 from pst_dist.embedding.embed import embed_shard
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.files import FolderFiles

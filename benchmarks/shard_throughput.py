@@ -23,7 +23,8 @@ import torch
 from measuring import CLOCKS, compared, machine, paired_rounds
 
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet
 from pst_dist.storage.manifest import sha256_file, write_json
 
 OURS = "pst_dist"

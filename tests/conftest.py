@@ -50,10 +50,14 @@ def own_logging() -> Iterator[None]:
     ours.setLevel(levels[1])
 
 
+_TOGETHER = ("test_ray", "test_slurm", "test_embed")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile`, run the files about Ray in one process: their clusters want all of a machine's memory.
+    """With `--dist loadfile`, run files that share something costly in one process.
 
+    Ray's clusters want all of a machine's memory; the Slurm and the embeddings of a session are made once.
     xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2, which keeps a node's id elsewhere.
     """
     if config.getoption("dist") != "loadfile":
@@ -63,7 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if Path(file).name.startswith("test_ray") else file
+            return next((name for name in _TOGETHER if Path(file).name.startswith(name)), file)
 
     return ByFile(config, log)
 

@@ -69,7 +69,7 @@ def pack_rows(config: Config, rules: StudentRules, *, rebuild: bool = False) -> 
 
     Raises StaleError when different rows are packed there and `rebuild` is false.
     """
-    from pst_dist.data.shards import reusable_shards, write_shards
+    from pst_dist.data.shard_writer import reusable_shards, write_shards
     from pst_dist.data.sources import load_data
     from pst_dist.data.sources.mixture import runs_of
     from pst_dist.data.sources.rows import write_rejects
@@ -116,7 +116,7 @@ def pack_rows(config: Config, rules: StudentRules, *, rebuild: bool = False) -> 
 
 def _recognised(config: Config, run: RunDir, settings: str) -> Manifest | None:
     """The manifest of finished, intact shards that were made from these inputs and settings; None if unknown."""
-    from pst_dist.data.shards import reusable_shards
+    from pst_dist.data.shard_writer import reusable_shards
     from pst_dist.data.sources.unchanged import unchanged
 
     try:

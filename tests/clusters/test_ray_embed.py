@@ -26,7 +26,8 @@ from pst_dist.clusters.ray import connect, embed
 from pst_dist.clusters.ray.crew import Crew, number_of_actors
 from pst_dist.config.schema import EmbedConfig, RayConfig
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet
 from pst_dist.embedding.embed import EmbeddedShard, embed_all
 from pst_dist.embedding.files import FolderFiles
 from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError

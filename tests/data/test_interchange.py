@@ -11,7 +11,8 @@ import pst_dist
 from pst_dist.cli.main import run_verb
 from pst_dist.data.interchange import write_interchange
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet
 from pst_dist.diagnostics.artefacts import verify
 from pst_dist.errors import InputError
 

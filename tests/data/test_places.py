@@ -10,7 +10,8 @@ import pytest
 from pst_dist.data import places
 from pst_dist.data.places import PLACE, open_places
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 import pst_dist
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shard_tar import write_members, write_shard
-from pst_dist.data.shards import ShardSet, read_shard, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet, read_shard
 from pst_dist.errors import DataError, InputError, IntegrityError, LockedError, StaleError
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import sha256_file
@@ -142,7 +143,7 @@ import os, sys
 from pathlib import Path
 os.umask(int(sys.argv[2], 8))
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import write_shards
+from pst_dist.data.shard_writer import write_shards
 rows = [
     ReasoningSample(id=f"r{i}", question=f"q {i} é", answer="x", rationales=("because",) * (i % 3)) for i in range(9)
 ]

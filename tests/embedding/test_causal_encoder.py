@@ -17,7 +17,8 @@ from tiny_gguf import write_gguf
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet
 from pst_dist.embedding.embed import EmbeddingStore, embed_all
 from pst_dist.embedding.encoder import TextEncoder, check_encoder
 from pst_dist.embedding.targets import _check_settings

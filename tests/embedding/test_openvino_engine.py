@@ -15,7 +15,8 @@ import pytest
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import ShardSet, write_shards
+from pst_dist.data.shard_writer import write_shards
+from pst_dist.data.shards import ShardSet
 from pst_dist.embedding.embed import TextEncoder, embed_all
 from pst_dist.embedding.encoder import check_encoder
 from pst_dist.embedding.openvino_engine import check_conversion

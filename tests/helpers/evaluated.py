@@ -9,7 +9,7 @@ from tiny import ROWS, Tiny, fitted
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.data.shards import write_shards
+from pst_dist.data.shard_writer import write_shards
 from pst_dist.evaluation.scores import score_of
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import Manifest, canonical_json, describe_files, write_json, write_manifest

@@ -1,4 +1,4 @@
-"""The commands that a person types: the deepspeed launcher over the whole pipeline, and what a wheel carries."""
+"""Commands that a person types: the deepspeed launcher over the whole pipeline, torchrun, and what a wheel carries."""
 
 import json
 import os
@@ -139,3 +139,25 @@ def test_a_wheel_carries_the_configs_the_deepspeed_profiles_and_the_cluster_scri
     wanted |= {f"pst_dist/cluster/{path.name}" for path in (ROOT / "cluster").iterdir()}
     assert wanted <= names
     assert not any(name.startswith(("tests/", "shared/")) for name in names)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "script, code, said",
+    [
+        ("sys.exit(75)", 75, None),
+        ("sys.exit(2)", 2, None),
+        ("sys.exit(0)", 0, None),
+        ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL, which is mostly the kernel when memory runs out"),
+        ("raise RuntimeError('broken')", 1, "ended with exit code 1; see its lines above"),
+    ],
+)
+def test_torchrun_ends_with_the_exit_code_of_its_ranks_and_names_the_one_that_said_nothing(script, code, said):
+    torchrun = [sys.executable, "-m", "pst_dist.torchrun", "--standalone", "--nproc-per-node=1", "--no-python"]
+    done = subprocess.run(
+        [*torchrun, sys.executable, "-c", f"import os, sys; {script}"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pst: ")]
+    assert len(lines) == (said is not None), done.stderr
+    assert all(line.startswith("pst: rank 0 (process ") and said in line for line in lines)

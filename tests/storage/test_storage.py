@@ -33,6 +33,7 @@ from pst_dist.storage.manifest import (
     write_json,
     write_manifest,
 )
+from pst_dist.storage.mounts import filesystem_of
 
 REPOSITORY = Path(manifest.__file__).parents[2]
 
@@ -384,3 +385,10 @@ with directory_lock(Path(sys.argv[1])):
 def test_a_place_where_no_file_can_be_made_is_one_line(tmp_path):
     with pytest.raises(EnvironmentFault, match="cannot write"):
         write_text(tmp_path / ("a" * 300), "x")
+
+
+def test_the_file_system_of_a_folder_is_that_of_its_deepest_mount():
+    mounts = "overlay / overlay rw 0 0\ntmpfs /tmp tmpfs rw 0 0\nserver:/x /tmp/my\\040disk nfs4 rw 0 0\n"
+    assert filesystem_of(Path("/tmp/runs/a"), mounts) == "tmpfs"
+    assert filesystem_of(Path("/tmp/my disk/a"), mounts) == "nfs4"
+    assert filesystem_of(Path("/tmpfs"), mounts) == "overlay"

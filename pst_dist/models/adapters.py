@@ -6,6 +6,7 @@ read. As with whole models, every weight of the adapter must be in its file, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         return model
     _grow(model, max((value.shape[0] for key, value in stored.items() if _is_embedding(model, key)), default=0))
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wrapped = PeftModel(model, settings)
+    with warnings.catch_warnings():  # peft asks transformers 5 for an attribute by its former name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        wrapped = PeftModel(model, settings)
     own = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     # An adapter saved after a resize contains the whole embeddings as well.
     wanted = {*own, *(key for key in stored if _is_embedding(model, key))}

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pst_dist.answering.windows import OUR_COLUMNS, Answerer, AnswerSettings, columns_of, cut, in_this_process
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.questions import Question, QuestionMap, read_questions
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import Entry, Reject
 from pst_dist.data.sources.specs import stream_specs
 from pst_dist.data.sources.strict_json import json_lines
@@ -30,6 +32,8 @@ from pst_dist.storage.json_files import json_text, parse_json, read_object
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import digest_of, sha256_file
 from pst_dist.storage.outputs import check_output, is_answer_list, is_answer_manifest, write_output
+from pst_dist.text.redaction import redact
+from pst_dist.text.urls import is_whole_url
 
 if TYPE_CHECKING:
     from pst_dist.student.saved import LoadedStudent
@@ -98,24 +102,27 @@ def answer_file(
     from pst_dist.storage.atomic import disk_errors
 
     answerer = answerer or in_this_process(student, job.settings)
-    rows = _Rows(job, student, stdin or sys.stdin.buffer.readline)
-    if job.output == STREAM:
+    # Questions in object storage are copied for this command alone, because it may write nothing but its output.
+    is_remote = is_whole_url(job.input)
+    with tempfile.TemporaryDirectory(prefix="pst-") if is_remote else nullcontext("") as copies:
+        rows = _Rows(job, student, stdin or sys.stdin.buffer.readline, Path(copies))
+        if job.output == STREAM:
+            survey = rows.survey()
+            out = stdout or sys.stdout
+            for lines in _answered(job, rows, survey, answerer, 0):
+                out.writelines(lines)
+                out.flush()
+            return AnswerSummary(job.output, survey.rows, survey.rejects, 0)
+        output = Path(job.output)
+        manifest = output.with_name(f"{output.name}.manifest.json")
+        _check_paths(job, output, manifest)
         survey = rows.survey()
-        out = stdout or sys.stdout
-        for lines in _answered(job, rows, survey, answerer, 0):
-            out.writelines(lines)
-            out.flush()
-        return AnswerSummary(job.output, survey.rows, survey.rejects, 0)
-    output = Path(job.output)
-    manifest = output.with_name(f"{output.name}.manifest.json")
-    _check_paths(job, output, manifest)
-    survey = rows.survey()
-    lock = f".{output.name}.lock"
-    with directory_lock(output.parent, name=lock):
-        resumed = _write(job, student, rows, survey, answerer, output, manifest, rebuild)
-        with disk_errors(output):
-            (output.parent / lock).unlink(missing_ok=True)
-    return AnswerSummary(job.output, survey.rows, survey.rejects, resumed)
+        lock = f".{output.name}.lock"
+        with directory_lock(output.parent, name=lock):
+            resumed = _write(job, student, rows, survey, answerer, output, manifest, rebuild)
+            with disk_errors(output):
+                (output.parent / lock).unlink(missing_ok=True)
+        return AnswerSummary(job.output, survey.rows, survey.rejects, resumed)
 
 
 def _check_paths(job: AnswerJob, output: Path, manifest: Path) -> None:
@@ -128,8 +135,8 @@ def _check_paths(job: AnswerJob, output: Path, manifest: Path) -> None:
 class _Rows:
     """The questions of a job, read again each time they are needed; standard input is kept in memory."""
 
-    def __init__(self, job: AnswerJob, student: LoadedStudent, stdin: Callable[[int], bytes]) -> None:
-        self._job, self._student = job, student
+    def __init__(self, job: AnswerJob, student: LoadedStudent, stdin: Callable[[int], bytes], copies: Path) -> None:
+        self._job, self._student, self._copies = job, student, copies
         self._kept: list[Entry] | None = None
         if job.input == STREAM:
             self._kept = list(json_lines(Path("<stdin>"), stdin))
@@ -141,7 +148,7 @@ class _Rows:
             plain = [asdict(entry) for entry in self._kept]
             digests.append(digest_of(plain))
             return iter(self._kept)
-        return stream_specs(self._job.input, "test", Path(), digests)
+        return stream_specs(self._job.input, "test", SourceRoot("", self._copies), digests)
 
     def _questions(self, digests: list[str]) -> tuple[QuestionMap, Iterator[Question | Reject]]:
         found, rows = read_questions(self._entries(digests), self._job.question, self._job.input)
@@ -269,7 +276,7 @@ def _record(job: AnswerJob, student: LoadedStudent, survey: _Survey) -> dict[str
     }
     if survey.conversations:
         made_from["asked"] = "turns"
-    facts = {"kind": "answers", "input_path": job.input, "rows": survey.rows, "skipped": survey.rejects}
+    facts = {"kind": "answers", "input_path": redact(job.input), "rows": survey.rows, "skipped": survey.rejects}
     return {**facts, **made_from, "fingerprint": digest_of(made_from), "sha256": None, "bytes": None}
 
 

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, positive_whole, verb
-from pst_dist.cli.words import config_of, spell_on
+from pst_dist.cli.words import config_of, config_of_rows, spell_on
 from pst_dist.errors import ConfigError
 
 
@@ -20,14 +20,14 @@ from pst_dist.errors import ConfigError
     "pst check rows.jsonl",
     Option(
         "config",
-        help="the rows themselves (a file, hf:… or gen:…), or a config file, run directory or ready-made config",
+        help="the rows themselves (a file, a URL, hf:… or gen:…), or a config file, run directory or ready-made config",
     ),
     OVERRIDES,
     Option("--rejects", metavar="FILE", default="rejects.jsonl", help="where to list bad rows (default %(default)s)"),
     Option("--write", metavar="FILE", help="write a config for these rows, with the proposed columns: --write my.yaml"),
 )
 def check(arguments: argparse.Namespace) -> int:
-    from pst_dist.config.loading import is_rows, load_config
+    from pst_dist.config.loading import is_rows
     from pst_dist.diagnostics.rows import check
     from pst_dist.diagnostics.starter import check_target, write_starter
 
@@ -38,12 +38,7 @@ def check(arguments: argparse.Namespace) -> int:
             raise ConfigError("--write makes a config from rows, and this is a config", "name a file of rows")
 
     if is_rows(arguments.config):
-        # A shell may have expanded a pattern into several files. JSON quotes them, because YAML reads `*` as an alias.
-        files = [arguments.config, *(word for word in arguments.overrides if "=" not in word and is_rows(word))]
-        rest = [word for word in arguments.overrides if word not in files]
-        # No validation rows are held out, because the files are only inspected.
-        words = [f"data.train={json.dumps(files if len(files) > 1 else files[0])}", "data.validation_size=0", *rest]
-        config = load_config(None, words)
+        config = config_of_rows(arguments.config, arguments.overrides)
     else:
         config = config_of(arguments)
     result = check(config, Path(arguments.rejects))

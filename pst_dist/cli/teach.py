@@ -54,7 +54,7 @@ def _words(text: str) -> list[str]:
 
 
 _OPTIONS = (
-    Option("config", metavar="ROWS", help="the rows (a file, hf:... or gen:...), a config, or a ready-made name"),
+    Option("config", metavar="ROWS", help="the rows (a file, URL, hf:... or gen:...), a config, or a ready-made name"),
     OVERRIDES,
     Option("-o", "--output", required=True, metavar="FILE.jsonl", help="where to write the rows with rationales"),
     Option("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1"),
@@ -176,14 +176,12 @@ def _takes_ray(arguments: argparse.Namespace) -> bool:
 
 def _rows_config(arguments: argparse.Namespace) -> Config:
     """The config with the rows as data.train; of a config, only its data, task and arm-independent keys matter."""
+    from pst_dist.cli.words import config_of_rows
     from pst_dist.config.loading import is_rows, load_config
 
-    if not is_rows(arguments.config):
-        return load_config(arguments.config, arguments.overrides)
-    files = [arguments.config, *(word for word in arguments.overrides if "=" not in word and is_rows(word))]
-    rest = [word for word in arguments.overrides if word not in files]
-    train = json.dumps(files if len(files) > 1 else files[0])
-    return load_config(None, [f"data.train={train}", "data.validation_size=0", *rest])
+    if is_rows(arguments.config):
+        return config_of_rows(arguments.config, arguments.overrides)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _settings(arguments: argparse.Namespace) -> TeachSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,19 @@ def config_of(arguments: argparse.Namespace) -> Config:
     from pst_dist.config.loading import load_config
 
     return load_config(arguments.config, spell_on(arguments.overrides, arguments.on))
+
+
+def config_of_rows(first: str, words: Sequence[str]) -> Config:
+    """A config whose training rows are named on the command line: `first`, and further files among the overrides."""
+    from pst_dist.config.loading import is_rows, load_config
+    from pst_dist.text.urls import is_whole_url
+
+    # A shell may have expanded a pattern into several files. JSON quotes them, because YAML reads `*` as an alias.
+    others = [word for word in words if is_whole_url(word) or ("=" not in word and is_rows(word))]
+    train = json.dumps([first, *others] if others else first)
+    # No validation rows are held out, because nothing is trained on them.
+    rest = [word for word in words if word not in others]
+    return load_config(None, [f"data.train={train}", "data.validation_size=0", *rest])
 
 
 def finished_config_of(arguments: argparse.Namespace, verb: str) -> Config:

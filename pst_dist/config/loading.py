@@ -26,6 +26,7 @@ from pst_dist.config.yaml_text import read_yaml
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.storage.regular_files import open_regular
 from pst_dist.text.redaction import is_redacted, redact_values
+from pst_dist.text.urls import is_whole_url
 
 RESOLVED = "config.resolved.yaml"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -86,10 +87,13 @@ def locate_overlay(word: str) -> Path:
 
 
 def is_rows(name: str) -> bool:
-    """Whether a name refers to rows: a data file, compressed or not, a glob, a save_to_disk folder, `hf:…`, `gen:…`."""
+    """Whether a name refers to rows: a data file, compressed or not, a glob, a save_to_disk folder, the URL of one of
+    these, `hf:…`, `gen:…`."""
     path = Path(name)
     if _is_setting(name):
         return False
+    if is_whole_url(name):
+        return path.suffix.lower() not in (".yaml", ".yml")
     if path.is_dir():
         return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if path.suffix.lower() in (".gz", ".zst", ".zstd"):
@@ -131,7 +135,7 @@ def locate_config(name: str) -> Path:
         raise InputError(
             "these are rows, not a config",
             f"`pst check {name} --write my.yaml` makes a config from them",
-            path=path,
+            path=name,
         )
     if os.path.lexists(path):
         open_regular(path, remedy="name a YAML file or a run directory").close()

@@ -97,8 +97,8 @@ class Config(Section):
     """Where shards and embeddings are stored, so that runs can share them: a folder, or object storage through fsspec
     (`s3://bucket/path`, `gs://bucket/path`). Default: output_dir/data."""
     data_cache: Folder | None = None
-    """For data in object storage: the local folder to which each machine downloads it once. Default:
-    output_dir/data."""
+    """For rows, shards and embeddings in object storage: the local folder to which each machine downloads them once.
+    Default: the data directory, or output_dir/data if that is in object storage."""
     seed: int = 0
     """Seed of the initial weights and the row order. Splits do not depend on it: the hash of a row's id decides
     them."""

@@ -51,10 +51,12 @@ class DataConfig(Section):
     """Which rows to read, and which of their columns contain the question, answer and rationale."""
 
     root: Plain | None = None
-    """Folder that the relative paths below start from. Default: the working directory."""
+    """Folder, or URL of one in object storage, that the relative paths below start from. Default: the working
+    directory."""
     train: Plain | list[Plain] | list[RowSource] | None = None
     """Training rows: a file, a list of files or a glob (.jsonl, .json, .csv or .tsv, also compressed as .gz or .zst;
-    .parquet); a `save_to_disk` folder; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; or
+    .parquet); a `save_to_disk` folder; any of these in object storage (`s3://bucket/rows.jsonl`) or a file on a web
+    server; `hf:NAME[:CONFIG]:SPLIT` for a Hugging Face dataset; or
     `gen:TASK?rows=N&seed=S` for a built-in generator. Or a mixture: a list of sources, each with `rows`, and its own
     weight, task, answer type and more."""
     validation: Plain | list[Plain] | None = None

@@ -19,6 +19,7 @@ from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources import LoadedData, enforce, survey
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_paths
 from pst_dist.data.sources.columns import FieldMap, Fields
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_rejects
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.tasks import get_task
@@ -129,18 +130,18 @@ def _length_findings(config: Config, loaded: LoadedData) -> list[str]:
 
 def _refuse_own_source(config: Config, rejects_path: Path) -> None:
     """Raises InputError when the file for bad rows is one of the files with the rows, which it would replace."""
-    root = Path(config.data.root).expanduser() if config.data.root else Path()
+    root = SourceRoot.of(config)
     for split in SPLITS:
         for word in config.data.specs(split):
-            if os.path.realpath(root / Path(word).expanduser()) == os.path.realpath(rejects_path):
+            place = root.place(word)
+            if isinstance(place, Path) and os.path.realpath(place) == os.path.realpath(rejects_path):
                 raise InputError("is one of the input files", _REJECTS_REMEDY, path=rejects_path)
 
 
 def _first_source(config: Config) -> Source:
     data = config.data
     split = next(name for name in SPLITS if data.specs(name))
-    root = Path(data.root).expanduser() if data.root else Path()
-    return read_specs(data.specs(split), split, root)[0]
+    return read_specs(data.specs(split), split, SourceRoot.of(config))[0]
 
 
 def _sample(source: Source) -> list[dict[str, Any]]:

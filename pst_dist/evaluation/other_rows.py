@@ -10,7 +10,6 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pst_dist.arms import ARMS
@@ -39,6 +38,8 @@ from pst_dist.storage.manifest import MANIFEST, digest_of, read_manifest
 from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.saved import LoadedStudent, load_student
 from pst_dist.student.unreadable import unreadable_rows
+from pst_dist.text.redaction import redact_values
+from pst_dist.text.urls import place_name
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def evaluate_rows(config: Config, *, rebuild: bool = False, executor: Executor |
     config = _with_threshold(config, run, student)
     decoder = decoder_of(config, student, executor, directory, fingerprint, rebuild=rebuild)
     results, rows = score_samples(config, run, decoder, samples, task, split=name, shards=shards, in_shards=False)
-    results["source"] = {"rows": _specs(config), "digest": digest, **left_out}
+    results["source"] = {"rows": redact_values(_specs(config)), "digest": digest, **left_out}
     results["source"] |= _overlap(samples, rows, shards)
     publish_evaluation(directory, decoder, results, rows)
     return results
@@ -106,7 +107,7 @@ def _stem(config: Config) -> str:
     """The beginning of the folder's name: the file's, or that of the first of several."""
     specs = _specs(config)
     word = specs[0].partition("?")[0] if specs[0].startswith("gen:") else specs[0]
-    name = word if word.startswith(("hf:", "gen:")) else data_stem(Path(word).name)
+    name = word if word.startswith(("hf:", "gen:")) else data_stem(place_name(word))
     plain = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "rows"
     return plain if len(specs) == 1 else f"{plain}-and-{len(specs) - 1}-more"
 

@@ -14,6 +14,7 @@ from pst_dist.storage.manifest import Manifest
 from pst_dist.student.layout import AnswerFormat, variant_of
 from pst_dist.student.warm_start import warm_shape
 from pst_dist.text.redaction import redact
+from pst_dist.text.urls import place_name
 
 _HUB_ID = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _PLACES = {
@@ -102,8 +103,8 @@ def _hub_dataset(source: str) -> str | None:
 
 
 def _row_words(config: Config) -> str:
-    """The sources of the rows, files by their names alone because their folders are private."""
-    named = (source if source.startswith(("hf:", "gen:")) else Path(source).name for source in _sources(config))
+    """The sources of the rows, files and URLs by their names alone because their folders are private."""
+    named = (source if source.startswith(("hf:", "gen:")) else place_name(source) for source in _sources(config))
     return ", ".join(f"`{name}`" for name in dict.fromkeys(named)) or "not recorded"
 
 

@@ -13,8 +13,10 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from pst_dist.errors import EnvironmentFault, LockedError
+from pst_dist.logs import progress
 from pst_dist.storage.atomic import disk_errors
 
 _NOTE = re.compile(r"process (\d+) on (\S+)")
@@ -118,11 +120,26 @@ def lock_holder(directory: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def taking_turns(path: Path) -> Iterator[None]:
-    """Wait for the lock file `path` and hold it for this process (flock, as in `directory_lock`)."""
+def taking_turns(path: Path, waits_for: str = "") -> Iterator[None]:
+    """Wait for the lock file `path` and hold it for this process (flock, as in `directory_lock`).
+
+    `waits_for` is what the other process does; waiting for it shows progress.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
     with stream:
+        if waits_for and not _has_taken(stream):
+            with progress(f"wait for another process that {waits_for}", unit="s") as bar:
+                while not _has_taken(stream):
+                    time.sleep(1)
+                    bar.advance()
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def _has_taken(stream: TextIO) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

@@ -3,30 +3,39 @@
 An object store makes a PUT atomic, as `storage.atomic` does with a rename; so the same rules apply: files first, the
 manifest last, and nobody reads a folder without one. It has no locks: two writers of one folder are not kept apart.
 Their files have the same bytes, because a stage's output is a function of its inputs, and the last writer wins. Every
-error is one line with the URL, raised within `_SECONDS` of the first contact.
+error is one line with the URL, raised within `_SECONDS` of the first contact. `stored_objects` reads single objects
+that others wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, PstError, first_line
+from pst_dist.logs import LOG_EVERY_SECONDS
 from pst_dist.storage.atomic import atomic_path
 from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.locks import taking_turns
 from pst_dist.storage.manifest import MANIFEST, Manifest, read_manifest, sha256_file
+from pst_dist.text.redaction import redact
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _SECONDS = 30.0
 """Time limit of the first contact; the libraries' own retries take minutes."""
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_PACKAGES = {
+    **{"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"},
+    **{"abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"},
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}}
 }
@@ -49,17 +58,16 @@ class RemoteFolder:
 
     def check(self) -> None:
         """Raise EnvironmentFault or InputError, in bounded time, when the URL cannot be reached."""
-        _within_seconds(self.names, self.url)
+        within_seconds(self.names, self.url)
 
     def names(self) -> set[str]:
         """The names of the folder's files; empty when there is no such folder."""
-        with _told(self.url):
-            system, path = _open(self.url)
+        with store_errors(self.url):
+            system, path = open_url(self.url)
             try:
                 listing = system.ls(path, detail=False)
             except FileNotFoundError:
-                bucket = path.partition("/")[0]
-                if _protocol(self.url) != "file" and not system.exists(bucket):
+                if lacks_bucket(system, path, self.url):
                     raise InputError(
                         "there is no such bucket", "create it or correct data_dir", path=self.url
                     ) from None
@@ -68,8 +76,8 @@ class RemoteFolder:
 
     def has(self, name: str) -> bool:
         """Whether one file exists."""
-        with _told(self.url):
-            system, path = _open(self.url)
+        with store_errors(self.url):
+            system, path = open_url(self.url)
             return bool(system.isfile(f"{path}/{name}"))
 
     def manifest(self, kind: str) -> Manifest | None:
@@ -87,8 +95,8 @@ class RemoteFolder:
         """Download a file to `target` atomically; raises IntegrityError when its digest is not `sha256`."""
         where = f"{self.url}/{name}"
         with atomic_path(target) as partial:
-            with _told(where):
-                system, path = _open(self.url)
+            with store_errors(where):
+                system, path = open_url(self.url)
                 system.get_file(f"{path}/{name}", str(partial))
             if sha256 is not None and sha256_file(partial) != sha256:
                 raise IntegrityError("sha256 differs from the manifest", "recreate it with --rebuild", path=where)
@@ -96,9 +104,9 @@ class RemoteFolder:
     def put(self, source: Path, name: str | None = None) -> None:
         """Upload a finished file atomically, under its own or another name."""
         name = name or source.name
-        with _told(f"{self.url}/{name}"):
-            system, path = _open(self.url)
-            if _protocol(self.url) == "file":  # a local folder: copied to a temporary name and renamed
+        with store_errors(f"{self.url}/{name}"):
+            system, path = open_url(self.url)
+            if protocol_of(self.url) == "file":  # a local folder: copied to a temporary name and renamed
                 with atomic_path(Path(path) / name) as partial:
                     partial.write_bytes(source.read_bytes())
             else:
@@ -106,8 +114,8 @@ class RemoteFolder:
 
     def remove(self, name: str) -> None:
         """Delete a file; a missing one is not an error."""
-        with _told(self.url), contextlib.suppress(FileNotFoundError):
-            system, path = _open(self.url)
+        with store_errors(self.url), contextlib.suppress(FileNotFoundError):
+            system, path = open_url(self.url)
             system.rm_file(f"{path}/{name}")
 
 
@@ -166,30 +174,47 @@ def publish_folder(folder: Path, manifest: Manifest, remote: RemoteFolder) -> No
         remote.remove(name)
 
 
-def _protocol(url: str) -> str:
-    return url.partition("://")[0]
+def protocol_of(url: str) -> str:
+    """The part before `://`, in lower case."""
+    return url.partition("://")[0].lower()
 
 
 @functools.lru_cache(maxsize=64)
 def _system(protocol: str, url: str) -> tuple[Any, str]:
     import fsspec
 
-    options = _OPTIONS.get("s3" if protocol == "s3a" else protocol, {})
+    given = _OPTIONS.get("s3" if protocol == "s3a" else protocol, {})
+    options = _http_options() if protocol in ("http", "https") else given
     # Listings are cached by default, and the cache would hide files that actors have uploaded since.
     listings = {} if protocol == "file" else {"use_listings_cache": False}
     return fsspec.core.url_to_fs(url.rstrip("/"), **options, **listings)
 
 
-def _open(url: str) -> tuple[Any, str]:
+def _http_options() -> dict[str, Any]:
+    """Bytes as the server stores them, no limit on the whole download (aiohttp's is five minutes), and proxies."""
+    import aiohttp
+
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)
+    headers = {"Accept-Encoding": "identity"}
+    return {"client_kwargs": {"timeout": limits, "headers": headers, "auto_decompress": False, "trust_env": True}}
+
+
+def open_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path inside it."""
-    system, path = _system(_protocol(url), url)
+    system, path = _system(protocol_of(url), url)
     return system, path.rstrip("/")
 
 
+def lacks_bucket(system: Any, path: str, url: str) -> bool:
+    """Whether a path is missing because its whole bucket is."""
+    bucket = path.partition("/")[0]
+    return bucket != "" and protocol_of(url) not in ("file", "http", "https") and not system.exists(bucket)
+
+
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def store_errors(where: str) -> Iterator[None]:
     """Turn every exception of a storage library into one of ours."""
-    protocol = _protocol(where)
+    protocol = protocol_of(where)
     try:
         yield
     except PstError:
@@ -197,38 +222,54 @@ def _told(where: str) -> Iterator[None]:
     except ImportError as error:
         package = _PACKAGES.get(protocol, "an fsspec package for it")
         raise EnvironmentFault(f"{protocol}:// needs {package}", f"pip install {package}", path=where) from error
-    except ValueError as error:
-        if "Protocol not known" not in str(error):
-            raise
-        raise InputError(f"{protocol}:// is not a known kind of storage", "correct data_dir", path=where) from error
     except FileNotFoundError as error:
         raise IntegrityError("is missing", "recreate it with --rebuild", path=where) from error
     except Exception as error:  # botocore, aiohttp, google and OS errors alike: the user's remedy is the same
+        if isinstance(error, ValueError) and "Protocol not known" in str(error):
+            raise InputError(f"{protocol}:// is not a known kind of storage", "correct the URL", path=where) from error
         raise EnvironmentFault(
-            f"the object storage failed ({type(error).__name__}: {first_line(error, 160)})",
+            f"the object storage failed ({type(error).__name__}: {redact(first_line(error))[:160]})",
             "check credentials, endpoint and network",
             path=where,
         ) from error
 
 
-def _within_seconds(function: Callable[[], _T], where: str) -> _T:
-    """The result of `function`; raises EnvironmentFault when it takes longer than `_SECONDS`."""
-    outcome: list[Any] = []
+def within_seconds(function: Callable[[], _T], where: str, seconds: float | None = None) -> _T:
+    """The result of `function`; raises EnvironmentFault when it takes longer than `seconds` (default `_SECONDS`)."""
+    left = _SECONDS if seconds is None else seconds
+    told = f"no answer from the storage within {left:.0f} s"
+    work = InBackground(function)
+    while not work.ended(min(left, LOG_EVERY_SECONDS)):
+        left -= LOG_EVERY_SECONDS
+        if left <= 0:
+            raise EnvironmentFault(told, "check credentials, endpoint and network", path=where)
+        log.info("waiting for an answer about %s", redact(where))
+    return work.result()
 
-    def run() -> None:
-        try:
-            outcome.extend((True, function()))
-        except BaseException as error:
-            outcome.extend((False, error))
 
-    thread = threading.Thread(target=run, daemon=True)  # a hanging thread must not keep the process alive
-    thread.start()
-    thread.join(_SECONDS)
-    if not outcome:
-        raise EnvironmentFault(
-            f"no answer from the storage within {_SECONDS:.0f} s", "check credentials, endpoint and network", path=where
-        )
-    good, value = outcome
-    if not good:
-        raise value
-    return value
+class InBackground(Generic[_T]):
+    """A call of a storage library in its own thread, so that this one can report, or give up on, a hanging one."""
+
+    def __init__(self, function: Callable[[], _T]) -> None:
+        self._outcome: list[tuple[_T | None, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                self._outcome.append((function(), None))
+            except BaseException as error:
+                self._outcome.append((None, error))
+
+        self._thread = threading.Thread(target=run, daemon=True)  # a hanging one must not keep the process alive
+        self._thread.start()
+
+    def ended(self, seconds: float) -> bool:
+        """Wait at most so long for its end."""
+        self._thread.join(seconds)
+        return bool(self._outcome)
+
+    def result(self) -> _T:
+        """What it returned, once it has ended; raises what it raised."""
+        value, error = self._outcome[0]
+        if error is not None:
+            raise error
+        return cast("_T", value)

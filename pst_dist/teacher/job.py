@@ -63,7 +63,9 @@ class Job:
 
 def make_job(config: Config, settings: TeachSettings, chat: bool) -> Job:
     """The job that a command describes; raises ConfigError, InputError or DataError for one that could not be done."""
-    questions = read_questions(config)
+    # Copies of rows in object storage are kept beside the journal.
+    reading = config if config.data_cache else config.model_copy(update={"data_cache": str(settings.folder)})
+    questions = read_questions(reading)
     if len(questions.rejects) > bad_budget(config.data.max_bad, questions.counts["read"]):
         first = questions.rejects[0]
         raise DataError(
@@ -79,13 +81,13 @@ def make_job(config: Config, settings: TeachSettings, chat: bool) -> Job:
         questions = replace(questions, rows=kept, counts=counts)
     examples: tuple[Question, ...] = ()
     if "few_shot" in settings.prompts:
-        examples = examples_for(config, questions, settings.examples, settings.seed)
+        examples = examples_for(reading, questions, settings.examples, settings.seed)
     prompts = tuple(make_prompt(name, questions.task, examples, settings.shots) for name in settings.prompts)
     names = [prompt.name for prompt in prompts]
     if len(set(names)) < len(names):
         raise ConfigError(f"two prompts are called {max(names, key=names.count)}", "name each once")
     _check_gold(questions, prompts, settings)
-    avoid = [text for spec in settings.avoid for text in read_texts(spec, config)]
+    avoid = [text for spec in settings.avoid for text in read_texts(spec, reading)]
     return Job(config, settings, questions, prompts, chat, digest, (*questions.avoid, *avoid))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
@@ -19,6 +18,7 @@ from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import choose_columns, guess_paths
 from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldMap, as_id, as_text, asked_at, look_up
 from pst_dist.data.sources.drafts import Draft, make_draft
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow, Reject, RowError
 from pst_dist.data.sources.specs import Source, read_specs
 from pst_dist.data.sources.splits import cut_by_hash, read_split_file
@@ -84,13 +84,15 @@ def read_questions(config: Config) -> Questions:
     if data.mixture:
         raise ConfigError("data.train is a mixture", "teach one source at a time: pst teach rows.jsonl -o FILE.jsonl")
     train = [str(spec) for spec in ([data.train] if isinstance(data.train, str) else data.train)]
-    root = Path(data.root).expanduser() if data.root else Path()
+    root = SourceRoot.of(config)
     task = get_task(config.task, data.answer_type)
     rejects: list[Reject] = []
     rows = _read(config, read_specs(train, "train", root), task, rejects)
     avoid: list[str] = []
     if data.split_file is not None:
-        indices, _ = read_split_file(root / data.split_file, len(rows))
+        file = root.file(data.split_file)
+        with file.errors():
+            indices, _ = read_split_file(file.copy, len(rows))
         held_out = {index for split in ("validation", "test") for index in indices.get(split, ())}
         avoid += [row.text for index in sorted(held_out) if (row := rows[index]) is not None]
         rows = [rows[index] for index in indices.get("train", ())]
@@ -116,7 +118,8 @@ def read_texts(spec: str, config: Config) -> list[str]:
     """The questions of one further source, for `--avoid`."""
     task = get_task(config.task, config.data.answer_type)
     rejects: list[Reject] = []
-    rows = [row.text for row in _read(config, read_specs(spec, "test", Path()), task, rejects) if row is not None]
+    sources = read_specs(spec, "test", SourceRoot.of(config).here)
+    rows = [row.text for row in _read(config, sources, task, rejects) if row is not None]
     if rejects:
         # A test question that cannot be read cannot be stayed away from.
         raise DataError(rejects[0].what, "fix the row, or remove it", path=rejects[0].path, line=rejects[0].line)
@@ -127,7 +130,7 @@ def read_examples(spec: str, config: Config) -> list[Question]:
     """The rows of a file that have an answer and a rationale."""
     task = get_task(config.task, config.data.answer_type)
     rejects: list[Reject] = []
-    rows = _read(config, read_specs(spec, "train", Path()), task, rejects)
+    rows = _read(config, read_specs(spec, "train", SourceRoot.of(config).here), task, rejects)
     usable = [row for row in rows if row is not None and row.gold is not None and row.rationales]
     if not usable:
         why = f": {rejects[0]}" if rejects else ""

@@ -27,7 +27,8 @@ MakeTeacher = Callable[[TeachSettings, Ledger], Teacher]
 
 
 def plan(config: Config, settings: TeachSettings) -> dict[str, Any]:
-    """The estimate of `--dry-run`; asks nothing and writes nothing. Raises as `teach` does before it asks."""
+    """The estimate of `--dry-run`; asks nothing, and writes nothing but copies of rows in object storage. Raises as
+    `teach` does before it asks."""
     job = make_job(config, settings, takes_chat(settings))
     replies = read_replies(settings.folder, job.identity())
     checked = sum(not prompt.shows_answer for prompt in job.prompts)

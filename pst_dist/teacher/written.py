@@ -10,6 +10,7 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sources.conversations import as_messages
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import write_rejects
 from pst_dist.errors import ConfigError
 from pst_dist.storage.json_files import canonical_json, json_text
@@ -51,10 +52,10 @@ def check_places(config: Config, settings: TeachSettings) -> None:
 
 
 def _inputs(config: Config, settings: TeachSettings) -> list[Path]:
-    root = Path(config.data.root).expanduser() if config.data.root else Path()
-    train = config.data.train
+    root, train = SourceRoot.of(config), config.data.train
     words = [train] if isinstance(train, str) else list(train or [])
-    return [root / Path(str(word)).expanduser() for word in words] + [Path(word) for word in settings.avoid]
+    places = [root.place(str(word)) for word in words] + [root.here.place(word) for word in settings.avoid]
+    return [place for place in places if isinstance(place, Path)]
 
 
 def is_taught(head: bytes) -> bool:

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.data.sources.readers import input_of
+from pst_dist.data.sources.remote import RemoteSource, bring, remote_sources
+from pst_dist.data.sources.root import DataFile, SourceRoot
 from pst_dist.data.sources.rows import Input
 from pst_dist.errors import DataError, InputError
 from pst_dist.storage.regular_files import read_with_stat
+from pst_dist.text.redaction import redact
 
 MAX_COMPLETIONS_BYTES = 4 << 30
 """A larger completion file is refused before it fills the memory."""
@@ -50,19 +53,22 @@ class TeacherFile:
     """True when the file has exactly one completion per row, so that both counts must be equal."""
 
 
-def read_completions(pattern: str, root: Path) -> TeacherFile:
+def read_completions(pattern: str, root: SourceRoot) -> TeacherFile:
     """Read data.teacher_completions: a file or a glob, relative to `root`.
 
     Raises InputError when no file matches, and DataError when it has neither of the known formats.
     """
-    full = str(root / pattern)
+    files = completion_files(pattern, root)
+    bring([file for file in files if isinstance(file, RemoteSource)], root.copies)
+    full = redact(str(root.place(pattern)))
     digests, values, inputs = [], [], []
-    for path in completion_paths(pattern, root):
-        opened = time.time_ns()
-        raw, found = read_with_stat(path, MAX_COMPLETIONS_BYTES, remedy="check data.teacher_completions")
-        inputs.append(input_of(path, hashlib.sha256(raw).hexdigest(), found, opened))
-        digests.append((path.name, inputs[-1].sha256))
-        values.append((path, _json(path, raw)))
+    for file in files:
+        with file.errors():
+            opened = time.time_ns()
+            raw, found = read_with_stat(file.copy, MAX_COMPLETIONS_BYTES, remedy="check data.teacher_completions")
+            inputs.append(file.input(input_of(file.copy, hashlib.sha256(raw).hexdigest(), found, opened)))
+            digests.append((file.copy.name, inputs[-1].sha256))
+            values.append((file.where, _json(file.where, raw)))
     read = tuple(inputs)
     if all(isinstance(value, list) for _, value in values):
         texts = [text for path, value in values for text in _texts(path, value)]
@@ -70,24 +76,26 @@ def read_completions(pattern: str, root: Path) -> TeacherFile:
     if len(values) > 1:
         raise DataError("the pattern matches several Fine-tune-CoT files", "name the one for this task", path=full)
     path, value = values[0]
-    return TeacherFile(str(path), _fine_tune_cot(path, value), digests, read, False)
+    return TeacherFile(path, _fine_tune_cot(path, value), digests, read, False)
 
 
-def completion_paths(pattern: str, root: Path) -> list[Path]:
+def completion_files(pattern: str, root: SourceRoot) -> list[DataFile | RemoteSource]:
     """The files of data.teacher_completions in the order in which they are read; InputError when there are none."""
-    full = str(root / pattern)
-    paths = [Path(full)] if Path(full).exists() else sorted(map(Path, glob.glob(full)), key=_natural)
+    full = root.place(pattern)
+    if isinstance(full, str):
+        return sorted(remote_sources(full, root.copies), key=lambda file: _natural(file.where))
+    paths = [full] if full.exists() else sorted(map(Path, glob.glob(str(full))), key=lambda path: _natural(str(path)))
     if not paths:
         raise InputError("no such teacher completion file", "check data.teacher_completions and data.root", path=full)
-    return paths
+    return [DataFile(path) for path in paths]
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: str) -> list[Any]:
     """Sort key that puts train_CoT_10 after train_CoT_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
-def _json(path: Path, raw: bytes) -> Any:
+def _json(path: str, raw: bytes) -> Any:
     try:
         return json.loads(raw)
     except UnicodeDecodeError as error:
@@ -100,7 +108,7 @@ def _json(path: Path, raw: bytes) -> Any:
         raise DataError(f"not JSON: {error}", path=path) from error
 
 
-def _texts(path: Path, value: list[Any]) -> list[str]:
+def _texts(path: str, value: list[Any]) -> list[str]:
     for place, text in enumerate(value):
         if not isinstance(text, str):
             raise DataError(f"element {place} is not text", "provide a list of raw continuations", path=path)
@@ -115,7 +123,7 @@ def _continuation(text: str) -> Completion:
     return Completion(rationale.strip() if letter else own.strip(), letter.group(1).upper() if letter else None)
 
 
-def _fine_tune_cot(path: Path, value: Any) -> dict[int, Completion]:
+def _fine_tune_cot(path: str, value: Any) -> dict[int, Completion]:
     data = value.get("data") if isinstance(value, dict) else None
     if not isinstance(data, dict):
         raise DataError(

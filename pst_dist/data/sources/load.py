@@ -15,7 +15,6 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import Config
@@ -41,9 +40,11 @@ from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.generators import GENERATOR_TASKS
 from pst_dist.data.sources.options import Options
+from pst_dist.data.sources.remote import RemoteSource
+from pst_dist.data.sources.root import DataFile, SourceRoot
 from pst_dist.data.sources.row_work import RowWork, jobs_of
 from pst_dist.data.sources.rows import Input, RawRow, Reject, Rejects, RowError, excerpt
-from pst_dist.data.sources.specs import Source, read_specs
+from pst_dist.data.sources.specs import Source, fetch, read_specs
 from pst_dist.data.sources.splits import read_split_file
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import ConfigError, DataError, InputError
@@ -183,9 +184,10 @@ class _Survey:
         specs = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
         self._check_config(specs)
         bad_budget(data.max_bad, 0)
-        root = Path(data.root).expanduser() if data.root else Path()
+        root = SourceRoot.of(self.config)
         task = get_task(self.config.task, data.answer_type)
         sources = {split: read_specs(spec, split, root) for split, spec in specs.items()}
+        fetch(itertools.chain.from_iterable(sources.values()), root)
         teacher = read_completions(data.teacher_completions, root) if data.teacher_completions else None
         self.report["rows_read"] = 0
         columns = {
@@ -206,7 +208,7 @@ class _Survey:
         for split in specs:
             self._refuse_unreadable(SPLITS.index(split))
         if data.split_file is not None:
-            self._by_split_file(root / data.split_file)
+            self._by_split_file(root.file(data.split_file))
         self.arrange()
         samples = {split: self.store.rows_of(split) for split in SPLITS}
         return LoadedData(samples, Rejects(self.store), self.report, digest_of(self.digests), self.inputs)
@@ -222,7 +224,7 @@ class _Survey:
     def _check_config(self, specs: dict[str, Any]) -> None:
         data = self.config.data
         if not specs:
-            raise ConfigError("data.train is not set", "set it to a file, hf:NAME:SPLIT or gen:TASK?rows=N")
+            raise ConfigError("data.train is not set", "set it to a file, a URL, hf:NAME:SPLIT or gen:TASK?rows=N")
         if "train" not in specs and (data.split_file or data.teacher_completions):
             raise ConfigError(
                 "data.split_file and data.teacher_completions refer to rows of data.train, which is not set"
@@ -352,11 +354,12 @@ class _Survey:
             self._reject(place, "token", what)
         self.store.run_many("UPDATE rows SET split=? WHERE place=?", ((DROPPED, place) for place, _ in gone))
 
-    def _by_split_file(self, path: Path) -> None:
+    def _by_split_file(self, file: DataFile | RemoteSource) -> None:
         rows = self.report["train_read"]
-        indices, found = read_split_file(path, rows)
-        self.digests.append(["split_file", path.name, found.sha256])
-        self.inputs.append(found)
+        with file.errors():
+            indices, found = read_split_file(file.copy, rows)
+        self.digests.append(["split_file", file.copy.name, found.sha256])
+        self.inputs.append(file.input(found))
         self.report["rows_unused"] = rows - sum(map(len, indices.values()))
         self.store.reorder((number, index) for number, split in enumerate(SPLITS) for index in indices.get(split, ()))
 

@@ -106,7 +106,7 @@ def parsed(item: Line | Entry) -> Entry:
 
 def check_file(path: Path) -> None:
     """Raise InputError for a file that does not exist or has an unsupported format."""
-    _refuse_other_formats(path)
+    refuse_other_formats(path)
     if not os.path.lexists(path):
         raise InputError("no such file", _neighbours(path), path=path)
 
@@ -118,7 +118,7 @@ def input_of(path: Path, sha256: str, found: os.stat_result, opened: int) -> Inp
     return Input(os.path.abspath(path), sha256, found.st_size, *times)
 
 
-def _refuse_other_formats(path: Path) -> None:
+def refuse_other_formats(path: Path) -> None:
     """Raise InputError for an unsupported format."""
     suffix = data_suffix(path.name)
     if path.suffix.lower() in OTHER_ARCHIVES:

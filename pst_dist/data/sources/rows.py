@@ -64,7 +64,7 @@ class Input:
     """Something that was read: a file, a hub dataset or a generator, as it was at that time."""
 
     name: str
-    """Absolute path of a file; the spec of a hub dataset or generator."""
+    """Absolute path of a file; its URL without secrets; the spec of a hub dataset or generator."""
     sha256: str
     """Of a file's bytes; for a hub dataset the digest of its fingerprint, for a generator that of its rows."""
     bytes: int = 0
@@ -72,6 +72,8 @@ class Input:
     """None where the time cannot show a change: the file changed shortly before it was read, or it is not a file."""
     ctime_ns: int | None = None
     """The time of the last change of the file or of its times, which `touch` and `cp -p` cannot set back."""
+    version: str | None = None
+    """Of a file in object storage: what the store changes with its content. None where a change might not show."""
 
 
 Entry = RawRow | Reject

@@ -1,7 +1,8 @@
-"""Read the rows that a source spec in the config names: files, globs, folders, hub datasets, generators.
+"""Read the rows that a source spec in the config names: files, globs, folders, URLs, hub datasets, generators.
 
-`readers` reads a single file; this module finds the files and reads the other sources. Each source has a digest: of the
-bytes of a file, the fingerprint of a hub dataset, or the rows of a generator.
+`readers` reads a single file; this module finds the files and reads the other sources. `root` says what a word stands
+for, and `remote` fetches what is in object storage. Each source has a digest: of the bytes of a file, the fingerprint
+of a hub dataset, or the rows of a generator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from pst_dist.data.sources.arrow_values import ArrowValues
 from pst_dist.data.sources.compressed import data_stem, data_suffix, expansion_limit
 from pst_dist.data.sources.generators import generate
 from pst_dist.data.sources.readers import SUFFIXES, check_file, input_of, parsed, stream_file, table_row
+from pst_dist.data.sources.remote import RemoteSource, bring, remote_sources
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import Entry, Input, RawRow
 from pst_dist.data.sources.strict_json import Line
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.manifest import digest_of, sha256_file
 from pst_dist.storage.regular_files import open_regular
+from pst_dist.storage.stored_objects import StoredObject
 
 _HUB = re.compile(r"hf:(?P<name>[^:@\[\]]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[\]]+))?:(?P<split>.+)")
 
@@ -51,6 +55,8 @@ class Source:
     """Known, like `inputs`, when all rows were read."""
     inputs: tuple[Input, ...] = ()
     """The files that were read; for a hub dataset or a generator its spec."""
+    remote: RemoteSource | None = None
+    """Where it is in object storage; it is fetched by `fetch`, or when it is first read."""
     _kept: list[Line | Entry] | None = None
 
     def rows(self) -> Iterator[Entry]:
@@ -79,45 +85,55 @@ class Source:
         self.sha256, self.inputs = sha256, inputs
 
 
-def read_specs(spec: str | list[str], split: str, root: Path) -> list[Source]:
+def read_specs(spec: str | list[str], split: str, root: SourceRoot) -> list[Source]:
     """Everything that data.train, data.validation or data.test names, in order.
 
     A missing file is found here, anything else while rows are read. Raises InputError or DataError with the path of
-    what cannot be read, EnvironmentFault when a hub dataset cannot be fetched, and ConfigError for an invalid spec.
+    what cannot be read, EnvironmentFault when a hub dataset cannot be fetched or object storage does not answer, and
+    ConfigError for an invalid spec.
     """
     sources = []
     seen: set[str] = set()
     for word in [spec] if isinstance(spec, str) else spec:
-        for target in _targets(word, root):
-            real = os.path.realpath(target) if isinstance(target, Path) else target
+        for target in _targets(word, split, root):
+            source = _source(target, split, root)
+            real = os.path.realpath(target) if isinstance(target, Path) else source.path
             if real in seen:
-                raise InputError(f"data.{split} names the same source twice", "name it once", path=target)
+                raise InputError(f"data.{split} names the same source twice", "name it once", path=source.path)
             seen.add(real)
-            sources.append(_source(target, split))
+            sources.append(source)
     if not sources:
         raise ConfigError(f"data.{split} is an empty list", "name a file, or leave the key out")
     return sources
 
 
-def stream_specs(spec: str | list[str], split: str, root: Path, digests: list[str]) -> Iterator[Entry]:
+def fetch(sources: Iterable[Source], root: SourceRoot) -> None:
+    """Fetch all remote sources together, so that their progress is one; raises as `remote.bring`."""
+    bring([source.remote for source in sources if source.remote is not None], root.copies)
+
+
+def stream_specs(spec: str | list[str], split: str, root: SourceRoot, digests: list[str]) -> Iterator[Entry]:
     """The rows of `read_specs` one after another, for files larger than memory; adds the digest of each source."""
     for word in [spec] if isinstance(spec, str) else spec:
-        for target in _targets(word, root):
-            source = _source(target, split)
+        for target in _targets(word, split, root):
+            source = _source(target, split, root)
             yield from source.rows()
             digests.append(source.sha256)
 
 
-def input_names(spec: str | list[str], split: str, root: Path) -> Iterator[str]:
-    """The names of the inputs (`Input.name`) that reading a spec would give, in order."""
+def input_names(spec: str | list[str], split: str, root: SourceRoot) -> Iterator[tuple[str, StoredObject | None]]:
+    """The names of the inputs (`Input.name`) that reading a spec would give, in order, and what a store says of each
+    that is in one."""
     for word in [spec] if isinstance(spec, str) else spec:
-        for target in _targets(word, root):
-            if not isinstance(target, Path):
-                yield target
+        for target in _targets(word, split, root):
+            if isinstance(target, RemoteSource):
+                yield from target.inputs()
+            elif isinstance(target, str):
+                yield target, None
             elif target.is_dir():
-                yield from map(os.path.abspath, _files_below(_dataset_folder(target, split)))
+                yield from ((os.path.abspath(file), None) for file in _files_below(_dataset_folder(target, split)))
             else:
-                yield os.path.abspath(target)
+                yield os.path.abspath(target), None
 
 
 def hub_digest(spec: str) -> str:
@@ -125,13 +141,17 @@ def hub_digest(spec: str) -> str:
     return digest_of(_hub_dataset(spec)._fingerprint)
 
 
-def _targets(word: str, root: Path) -> Iterator[Path | str]:
+def _targets(word: str, split: str, root: SourceRoot) -> Iterator[Path | str | RemoteSource]:
+    """The files and folders that a word names; a hub dataset or a generator as its spec."""
     if word.startswith(("hf:", "gen:")):
         yield word
         return
     if not word.strip():
         raise ConfigError("a data path is empty", "name a file, or leave the key out")
-    path = root / Path(word).expanduser()
+    path = root.place(word)
+    if isinstance(path, str):
+        yield from remote_sources(path, root.copies, split)
+        return
     if not path.exists() and glob.has_magic(word):
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
@@ -141,17 +161,38 @@ def _targets(word: str, root: Path) -> Iterator[Path | str]:
     yield path
 
 
-def _source(target: Path | str, split: str) -> Source:
-    if not isinstance(target, Path):
+def _source(target: Path | str | RemoteSource, split: str, root: SourceRoot) -> Source:
+    if isinstance(target, RemoteSource):
+        return _from_remote(target, split, root)
+    if isinstance(target, str):
         return _generated(target, split) if target.startswith("gen:") else _from_hub(target)
     if target.is_dir():
         return _from_folder(target, split)
     check_file(target)
+    return _from_file(target)
+
+
+def _from_file(path: Path) -> Source:
+    def read(done: Done) -> Iterator[Line | Entry]:
+        return stream_file(path, lambda one: done(one.sha256, (one,)))
+
+    return Source(str(path), data_stem(path.name), read, is_whole=data_suffix(path.name) == ".json")
+
+
+def _from_remote(remote: RemoteSource, split: str, root: SourceRoot) -> Source:
+    """The copy of a remote file or folder, under its URL."""
+    name = remote.copy.name
 
     def read(done: Done) -> Iterator[Line | Entry]:
-        return stream_file(target, lambda one: done(one.sha256, (one,)))
+        bring([remote], root.copies)
+        with remote.errors():
+            copy = _from_folder(remote.copy, split) if remote.is_folder else _from_file(remote.copy)
+            named = copy.read(lambda sha256, inputs: done(sha256, tuple(map(remote.input, inputs))))
+            yield from map(remote.renamed, named)
 
-    return Source(str(target), data_stem(target.name), read, is_whole=data_suffix(target.name) == ".json")
+    if remote.is_folder:
+        return Source(remote.where, name, read, remote=remote)
+    return Source(remote.where, data_stem(name), read, is_whole=data_suffix(name) == ".json", remote=remote)
 
 
 def _generated(spec: str, split: str) -> Source:

@@ -19,6 +19,7 @@ from pst_dist.data.sources.json_tables import is_table, table_rows, wrapped_in
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, excerpt
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import DataError, InputError
+from pst_dist.text.urls import place_name
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line is rejected and not kept in memory."""
@@ -104,20 +105,20 @@ class Line(NamedTuple):
 
     def entry(self) -> Entry:
         """The row in it, or why there is none."""
-        return _json_line(_path(self.path), self.number, self.raw)
+        return _json_line(self.path, _name(self.path), self.number, self.raw)
 
 
-_path = functools.lru_cache(maxsize=8)(Path)
+_name = functools.lru_cache(maxsize=8)(place_name)
 """All lines of a file have the same."""
 
 
-def _row_or_reject(value: Any, path: Path, line: int, text: str | bytes) -> Entry:
+def _row_or_reject(value: Any, path: str, name: str, line: int, text: str | bytes) -> Entry:
     fault = fault_in(value)
     if fault is not None:
-        return Reject(str(path), line, fault.code, fault.what, excerpt(text))
+        return Reject(path, line, fault.code, fault.what, excerpt(text))
     if not isinstance(value, dict):
-        return Reject(str(path), line, "not_object", f"row is {kind_of(value)}, expected an object", excerpt(text))
-    return RawRow(value, str(path), line, f"{path.name}:{line}")
+        return Reject(path, line, "not_object", f"row is {kind_of(value)}, expected an object", excerpt(text))
+    return RawRow(value, path, line, f"{name}:{line}")
 
 
 def json_lines(path: Path, readline: Callable[[int], bytes]) -> Iterator[Entry]:
@@ -145,27 +146,27 @@ def unparsed_lines(path: Path, readline: Callable[[int], bytes]) -> Iterator[Lin
             yield Line(name, number, raw)
 
 
-def _json_line(path: Path, number: int, raw: bytes) -> Entry:
+def _json_line(path: str, name: str, number: int, raw: bytes) -> Entry:
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        return Reject(str(path), number, "encoding", f"byte {error.start + 1} is not UTF-8{NOT_UTF8}", excerpt(raw))
+        return Reject(path, number, "encoding", f"byte {error.start + 1} is not UTF-8{NOT_UTF8}", excerpt(raw))
     try:
         value, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
     except json.JSONDecodeError as error:
-        return Reject(str(path), number, "json", f"column {error.pos + 1}: not JSON: {error.msg}", excerpt(text))
+        return Reject(path, number, "json", f"column {error.pos + 1}: not JSON: {error.msg}", excerpt(text))
     except RecursionError:
-        return Reject(str(path), number, "too_deep", f"nested deeper than {MAX_DEPTH}", excerpt(text))
+        return Reject(path, number, "too_deep", f"nested deeper than {MAX_DEPTH}", excerpt(text))
     rest = text[end:].strip(" \t\r\n")
     if rest:
         return Reject(
-            str(path),
+            path,
             number,
             "json",
             f"column {end + 1}: not JSON: {excerpt(rest)[:20]!r} after the object",
             excerpt(text),
         )
-    return _row_or_reject(value, path, number, text)
+    return _row_or_reject(value, path, name, number, text)
 
 
 def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
@@ -179,7 +180,7 @@ def json_document(path: Path, raw: bytes) -> Iterator[Entry]:
     if start == b"{" and _is_lines(raw):
         for number, line in enumerate(raw.split(b"\n"), 1):
             if line.strip():
-                yield _json_line(path, number, line)
+                yield _json_line(str(path), path.name, number, line)
         return
     if not start:
         return
@@ -271,7 +272,7 @@ def _json_list(path: Path, text: str, start: int | None = None) -> Iterator[Entr
             raise _broken(path, text, error.pos, error.msg) from error
         except RecursionError as error:
             raise DataError(f"nested deeper than {MAX_DEPTH}", "fix the file", path=path, line=line) from error
-        yield _row_or_reject(value, path, line, text[position : position + 200])
+        yield _row_or_reject(value, str(path), path.name, line, text[position : position + 200])
         position = _skip(text, end)
         if text[position : position + 1] == ",":
             position = _skip(text, position + 1)

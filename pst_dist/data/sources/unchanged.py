@@ -1,13 +1,13 @@
 """Whether the inputs of earlier shards have changed, without parsing rows.
 
 `pst run` checks this at every start. A file with the same size and times counts as unchanged. A file with other times
-is hashed, which takes seconds where parsing its rows takes an hour. A dataset on the hub is identified by the
-fingerprint of the revision in the datasets library's cache, and a generator by its spec.
+is hashed, which takes seconds where parsing its rows takes an hour. A file in object storage is unchanged if its store
+gives the same size and version. A dataset on the hub is identified by the fingerprint of the revision in the datasets
+library's cache, and a generator by its spec.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,13 +15,15 @@ from pathlib import Path
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS
-from pst_dist.data.sources.completions import completion_paths
+from pst_dist.data.sources.completions import completion_files
 from pst_dist.data.sources.mixture import parts_of
 from pst_dist.data.sources.readers import input_of
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import Input
 from pst_dist.data.sources.specs import hub_digest, input_names
 from pst_dist.errors import PstError
 from pst_dist.storage.manifest import sha256_file
+from pst_dist.storage.stored_objects import StoredObject
 
 
 def unchanged(config: Config, recorded: Sequence[Input]) -> list[Input] | None:
@@ -31,11 +33,11 @@ def unchanged(config: Config, recorded: Sequence[Input]) -> list[Input] | None:
     """
     try:
         names = list(_names(config))
-        if names != [one.name for one in recorded]:
+        if [name for name, _ in names] != [one.name for one in recorded]:
             return None
         found = []
-        for one in recorded:
-            now = _now(one)
+        for one, (_, stored) in zip(recorded, names, strict=True):
+            now = _now(one) if stored is None else _now_stored(one, stored)
             if now.sha256 != one.sha256:
                 return None
             found.append(now)
@@ -44,18 +46,23 @@ def unchanged(config: Config, recorded: Sequence[Input]) -> list[Input] | None:
     return found
 
 
-def _names(config: Config) -> Iterator[str]:
-    """The names of all inputs in the order of `LoadedData.inputs`."""
+def _names(config: Config) -> Iterator[tuple[str, StoredObject | None]]:
+    """The names of all inputs in the order of `LoadedData.inputs`, and what a store says of each that is in one."""
     for part in parts_of(config).values() if config.data.mixture else [config]:
-        data = part.data
-        root = Path(data.root).expanduser() if data.root else Path()
+        data, root = part.data, SourceRoot.of(part)
         for split in SPLITS:
             if getattr(data, split) is not None:
                 yield from input_names(getattr(data, split), split, root)
-        if data.teacher_completions:
-            yield from map(os.path.abspath, completion_paths(data.teacher_completions, root))
-        if data.split_file is not None:
-            yield os.path.abspath(root / data.split_file)
+        files = completion_files(data.teacher_completions, root) if data.teacher_completions else []
+        files += [root.find(data.split_file)] if data.split_file is not None else []
+        for file in files:
+            yield from file.inputs()
+
+
+def _now_stored(one: Input, stored: StoredObject) -> Input:
+    """An input as its store has it now."""
+    is_same = one.version is not None and (one.version, one.bytes) == (stored.lasting_version, stored.bytes)
+    return one if is_same else replace(one, sha256="")
 
 
 def _now(one: Input) -> Input:

@@ -18,6 +18,7 @@ from pst_dist.data.sources.arrow_values import ArrowValues
 from pst_dist.data.sources.column_guess import guess_columns
 from pst_dist.data.sources.columns import RowError, as_answer
 from pst_dist.data.sources.readers import read_file
+from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow
 from pst_dist.data.sources.specs import read_specs
 from pst_dist.errors import DataError, EnvironmentFault, InputError
@@ -256,7 +257,7 @@ def test_class_labels_of_a_parquet_file_are_names_as_in_the_folder_it_came_from(
     dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     dataset.to_parquet(str(tmp_path / "rows.parquet"))
     dataset.save_to_disk(str(tmp_path / "folder"))
-    (folder,) = read_specs(str(tmp_path / "folder"), "train", tmp_path)
+    (folder,) = read_specs(str(tmp_path / "folder"), "train", SourceRoot("", tmp_path))
     assert [row["answer"] for row in _values(tmp_path / "rows.parquet")] == ["follows", "neither", -1]
     assert [row.value["answer"] for row in folder.rows()] == ["follows", "neither", -1]
 

@@ -66,8 +66,9 @@ def _split(content: bytes, folder: Path) -> object:
 )
 def _completions(content: bytes, folder: Path) -> object:
     from pst_dist.data.sources.completions import read_completions
+    from pst_dist.data.sources.root import SourceRoot
 
-    return read_completions(str(put(folder, "teacher.json", content)), folder)
+    return read_completions(str(put(folder, "teacher.json", content)), SourceRoot("", folder))
 
 
 @parser(

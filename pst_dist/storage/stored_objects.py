@@ -144,7 +144,9 @@ def _described(url: str, info: Mapping[str, Any]) -> StoredObject:
         if info.get(key):
             changed = _seconds(info[key])
             settled = changed is not None and changed < time.time() - _COARSEST_TIME_SECONDS
-            return StoredObject(url, info.get("size"), f"{key} {info[key]}", settled)
+            # A listing may give fractions of a second, and another name, where the object itself does not.
+            when = info[key] if changed is None else int(changed)
+            return StoredObject(url, info.get("size"), f"changed {when}", settled)
     return StoredObject(url, info.get("size"))
 
 

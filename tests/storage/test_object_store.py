@@ -5,17 +5,15 @@ The storage is real: folders by `file://`, and an S3 server on loopback, spoken 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from s3_server import forget_stores, s3_server
 
 from pst_dist.config.run_dir import data_settings, expand_arms, fetch_data, run_dir
 from pst_dist.config.schema import Config
@@ -55,43 +53,9 @@ def reference(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """A bucket of a real S3 server; its URL and a client."""
-    for package in ("s3fs", "moto", "flask"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: pip install 'pst-dist[dev]'")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    log = tmp_path_factory.mktemp("s3") / "log"
-    with log.open("w") as stream:
-        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stdout=stream, stderr=stream)
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "k",
-        "AWS_SECRET_ACCESS_KEY": "s",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline and server.poll() is None, log.read_text()[-2000:]
-                time.sleep(0.1)
-        import s3fs
-
-        system = s3fs.S3FileSystem(use_listings_cache=False)
-        system.mkdir("data")
-        yield system
-    finally:
-        server.terminate()
-        server.wait()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    """The client of a real S3 server that has the bucket `data`."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server.system
 
 
 def stored(system, place: str) -> dict[str, str]:
@@ -203,22 +167,18 @@ def test_what_is_not_there_is_one_line_in_seconds(s3, tmp_path, monkeypatch):
 
 
 def test_an_endpoint_that_does_not_answer_or_hangs_is_one_line_in_bounded_time(s3, monkeypatch):
-    import s3fs
-
     monkeypatch.setattr(object_store, "_SECONDS", 5.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         for port, said in ((9, "s3://"), (silent.getsockname()[1], "no answer from the storage within 5 s")):
-            object_store._system.cache_clear()
-            s3fs.S3FileSystem.clear_instance_cache()
+            forget_stores()
             monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
             begin = time.monotonic()
             with pytest.raises(EnvironmentFault, match=said) as caught:
                 RemoteFolder("s3://data/run").check()
             assert "\n" not in str(caught.value) and time.monotonic() - begin < 60
-    object_store._system.cache_clear()
-    s3fs.S3FileSystem.clear_instance_cache()
+    forget_stores()
 
 
 def test_arms_and_tasks_of_an_array_share_the_url_and_the_mirror(tmp_path):

@@ -22,7 +22,7 @@ from pst_dist.storage.manifest import read_manifest
 if TYPE_CHECKING:
     from pst_dist.config.schema import Config
     from pst_dist.data.sample import ReasoningSample
-    from pst_dist.data.sources.load import LoadedData
+    from pst_dist.data.sources.loaded import LoadedData
 
 _LAID_OUT = 5_000
 """At most this many training rows are tokenised; a run of millions of rows would take minutes."""

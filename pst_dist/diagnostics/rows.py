@@ -21,7 +21,8 @@ from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_pa
 from pst_dist.data.sources.columns import FieldMap, Fields
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_rejects
-from pst_dist.data.sources.specs import Source, read_specs
+from pst_dist.data.sources.source import Source
+from pst_dist.data.sources.specs import read_specs
 from pst_dist.data.tasks import get_task
 from pst_dist.embedding.lengths import measure
 from pst_dist.embedding.targets import needs_embeddings

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.data.sources.load import bad_budget
+from pst_dist.data.sources.loaded import bad_budget
 from pst_dist.data.tasks import Task
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.teacher.asking import Sampling, samplings

@@ -20,7 +20,8 @@ from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldM
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow, Reject, RowError
-from pst_dist.data.sources.specs import Source, read_specs
+from pst_dist.data.sources.source import Source
+from pst_dist.data.sources.specs import read_specs
 from pst_dist.data.sources.splits import cut_by_hash, read_split_file
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ letter; `completions` reads a teacher's rationales; `drafts` turns one row into 
 splits. `load` runs all of it; `mixture` joins sources that have their own tasks.
 """
 
-from pst_dist.data.sources.load import LoadedData
+from pst_dist.data.sources.loaded import LoadedData
 from pst_dist.data.sources.mixture import enforce, load_data, survey
 from pst_dist.data.sources.rows import Reject
 

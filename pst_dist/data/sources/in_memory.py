@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.data.sources.arrow_values import shortest
-from pst_dist.data.sources.specs import dataset_rows
+from pst_dist.data.sources.saved_datasets import dataset_rows
 from pst_dist.data.sources.strict_json import MAX_DEPTH
 from pst_dist.errors import DataError
 from pst_dist.storage.atomic import atomic_path

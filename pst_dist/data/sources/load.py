@@ -12,14 +12,13 @@ import functools
 import itertools
 import logging
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.processes import Processes, default_workers
-from pst_dist.data.row_store import DROPPED, RowStore, StoredRows
+from pst_dist.data.row_store import DROPPED, RowStore
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources.arrange import (
     TEST,
@@ -39,12 +38,14 @@ from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_t
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.generators import GENERATOR_TASKS
+from pst_dist.data.sources.loaded import LoadedData, bad_budget, enforce, unused_words
 from pst_dist.data.sources.options import Options
 from pst_dist.data.sources.remote import RemoteSource
 from pst_dist.data.sources.root import DataFile, SourceRoot
 from pst_dist.data.sources.row_work import RowWork, jobs_of
 from pst_dist.data.sources.rows import Input, RawRow, Reject, Rejects, RowError, excerpt
-from pst_dist.data.sources.specs import Source, fetch, read_specs
+from pst_dist.data.sources.source import Source
+from pst_dist.data.sources.specs import fetch, read_specs
 from pst_dist.data.sources.splits import read_split_file
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import ConfigError, DataError, InputError
@@ -62,22 +63,6 @@ _AT_ONCE = 1000
 
 Unreadable = Callable[[Sequence[ReasoningSample]], Mapping[int, str]]
 """Gives the reason for each sample that the student's tokenizer cannot encode, by position."""
-
-
-@dataclass(frozen=True)
-class LoadedData:
-    """All rows of a run, and what happened to the rows that were left out."""
-
-    splits: Mapping[str, StoredRows]
-    """`train`, `validation`, `test`; each may be empty. The rows are on disk and parsed when they are asked for."""
-    rejects: Sequence[Reject]
-    """Bad rows, in the order in which they were found."""
-    report: dict[str, Any]
-    """Counts, and `columns`: the column map of each file as YAML. Contains no local paths."""
-    source_digest: str
-    """sha256 over the digests of everything read, in order. Independent of how it was split."""
-    inputs: list[Input] = field(default_factory=list)
-    """Everything that was read: the sources of each split, the teacher's completions, the split file."""
 
 
 def load_data(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
@@ -102,61 +87,6 @@ def survey(config: Config, unreadable: Unreadable | None = None, part: str = "")
     `part` is the name of a source of a mixture, which its rows then have.
     """
     return _Survey(config, unreadable, part).run()
-
-
-def enforce(config: Config, loaded: LoadedData) -> None:
-    """The checks of `load_data` on bad rows, rationales and leaks; raises DataError."""
-    report, rejects = loaded.report, loaded.rejects
-    if len(rejects) > bad_budget(config.data.max_bad, report["rows_read"]):
-        first = rejects[0]
-        more = f" ({len(rejects)} of {report['rows_read']} rows are bad, data.max_bad is {config.data.max_bad})"
-        raise DataError(
-            first.what + more,
-            "`pst check` lists them all; fix them or raise data.max_bad",
-            path=first.path,
-            line=first.line,
-        )
-    if config.data.leaks == "refuse" and report["leaks_found"]:
-        raise DataError(
-            f"{report['leaks_found']} training questions are also in validation or test, "
-            f"the first at {report['first_leak']}",
-            "remove them, or set data.leaks=drop",
-        )
-    if config.data.train is not None:
-        if not loaded.splits["train"]:
-            raise DataError(
-                f"none of {report['rows_read']} rows is left for training: {_account(report)}",
-                "run `pst check` for details",
-            )
-        arms = [arm for arm in (config.arms or [config.arm]) if arm != "answer_only"]
-        if arms and not report["train_rationales"]:
-            unused = report.get("unused_text_columns", [])
-            raise DataError(
-                f"no training row has a rationale, and arm {arms[0]} needs one" + _unused(unused),
-                "set data.columns.rationale or data.teacher_completions, or use arm=answer_only",
-                path=config.data.specs("train")[0],
-            )
-
-
-def bad_budget(max_bad: int | str, rows: int) -> int:
-    """How many bad rows data.max_bad allows; raises ConfigError for one that is neither number nor percentage."""
-    if isinstance(max_bad, int) and max_bad >= 0:
-        return max_bad
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(max_bad))
-    if match is None:
-        raise ConfigError(f'data.max_bad={max_bad!r} is neither a number nor a percentage such as "2%"')
-    return int(float(match.group(1)) / 100 * rows)
-
-
-def _unused(columns: Sequence[str]) -> str:
-    """The unused columns that may contain what is missing, for messages."""
-    names = ", ".join(columns[:6]) + (", …" if len(columns) > 6 else "")
-    return f"; unused text columns: {names}" if columns else ""
-
-
-def _account(report: dict[str, Any]) -> str:
-    names = ("bad_rows", "teacher_wrong_dropped", "duplicates_dropped", "leaks_dropped")
-    return ", ".join(f"{name.replace('_', ' ')} {report[name]}" for name in names)
 
 
 @dataclass
@@ -404,7 +334,7 @@ class _Survey:
         lacking = "split=0 AND rationales=0"
         if self.store.number("SELECT EXISTS(SELECT 1 FROM rows WHERE split=0 AND rationales>0)"):
             for (place,) in self.store.run(f"SELECT place FROM rows WHERE {lacking} ORDER BY place"):
-                unused = _unused(self.unused.get(self._where(place)[0], []))
+                unused = unused_words(self.unused.get(self._where(place)[0], []))
                 self._reject(place, "missing", "rationale is missing or empty" + unused)
             self.store.run(f"UPDATE rows SET split=-1 WHERE {lacking}")
 

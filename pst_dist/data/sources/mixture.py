@@ -15,7 +15,9 @@ from pst_dist.data.row_store import RowStore, StoredRows
 from pst_dist.data.sample import SPLITS
 from pst_dist.data.sources import load
 from pst_dist.data.sources.arrange import copy_rows, drop_leaks_between_parts, final_ids_of_parts, index_questions
-from pst_dist.data.sources.load import LoadedData, Unreadable
+from pst_dist.data.sources.load import Unreadable
+from pst_dist.data.sources.loaded import LoadedData
+from pst_dist.data.sources.loaded import enforce as enforce_one
 from pst_dist.data.sources.rows import Rejects
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, DataError
@@ -57,11 +59,11 @@ def survey(config: Config, unreadable: Unreadable | None = None) -> LoadedData:
 def enforce(config: Config, loaded: LoadedData) -> None:
     """The checks of `load_data` on bad rows, rationales and leaks; raises DataError."""
     if not config.data.mixture:
-        load.enforce(config, loaded)
+        enforce_one(config, loaded)
         return
     assert isinstance(loaded, MixedData)
     for name, part in parts_of(config).items():
-        load.enforce(part, loaded.parts[name])
+        enforce_one(part, loaded.parts[name])
     found = loaded.report["leaks_between_sources"]
     if config.data.leaks == "refuse" and found:
         raise DataError(

@@ -1,7 +1,7 @@
 """Read a data file into rows, good and bad, each with its location, and compute the digest of its bytes.
 
-CSV and Parquet are read here, JSON in `strict_json`, `save_to_disk` folders and hub datasets in `specs`. `columns`
-interprets the columns of a row.
+CSV and Parquet are read here, JSON in `strict_json`, `save_to_disk` folders and hub datasets in `saved_datasets`.
+`columns` interprets the columns of a row.
 """
 
 from __future__ import annotations

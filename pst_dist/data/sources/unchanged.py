@@ -20,7 +20,8 @@ from pst_dist.data.sources.mixture import parts_of
 from pst_dist.data.sources.readers import input_of
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import Input
-from pst_dist.data.sources.specs import hub_digest, input_names
+from pst_dist.data.sources.saved_datasets import hub_digest
+from pst_dist.data.sources.specs import input_names
 from pst_dist.errors import PstError
 from pst_dist.storage.manifest import sha256_file
 from pst_dist.storage.stored_objects import StoredObject

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from pst_dist.cli.verb import CONFIG, MAYBE_CONFIG, OVERRIDES, Option, overrides, positive_whole, verb
-from pst_dist.cli.words import config_of, config_of_rows, spell_on
+from pst_dist.cli.words import config_of, config_of_rows, rows_and_words, spell_on
 from pst_dist.errors import ConfigError
 
 
@@ -30,15 +30,19 @@ def check(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import is_rows
     from pst_dist.diagnostics.rows import check
     from pst_dist.diagnostics.starter import check_target, write_starter
+    from pst_dist.text.redaction import has_secret
 
     target = Path(arguments.write) if arguments.write else None
     if target is not None:
         check_target(target)
         if not is_rows(arguments.config):
             raise ConfigError("--write makes a config from rows, and this is a config", "name a file of rows")
-
-    if is_rows(arguments.config):
-        config = config_of_rows(arguments.config, arguments.overrides)
+    files, rest = rows_and_words(arguments.config, arguments.overrides) if is_rows(arguments.config) else ([], [])
+    if target is not None and any(map(has_secret, files)):
+        raise ConfigError("--write would save the secret in a URL", "take it from the environment, or write the config")
+    if files:
+        # With the directory of the config that is written, so that remote rows are fetched once.
+        config = config_of_rows(files, [f"output_dir=runs/{target.stem}", *rest] if target is not None else rest)
     else:
         config = config_of(arguments)
     result = check(config, Path(arguments.rejects))

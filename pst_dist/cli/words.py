@@ -20,17 +20,26 @@ def config_of(arguments: argparse.Namespace) -> Config:
     return load_config(arguments.config, spell_on(arguments.overrides, arguments.on))
 
 
-def config_of_rows(first: str, words: Sequence[str]) -> Config:
-    """A config whose training rows are named on the command line: `first`, and further files among the overrides."""
-    from pst_dist.config.loading import is_rows, load_config
+def rows_and_words(first: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the rows, the other words) of a command whose first word names rows.
+
+    A shell may have expanded a pattern into several files.
+    """
+    from pst_dist.config.loading import is_rows
     from pst_dist.text.urls import is_whole_url
 
-    # A shell may have expanded a pattern into several files. JSON quotes them, because YAML reads `*` as an alias.
     others = [word for word in words if is_whole_url(word) or ("=" not in word and is_rows(word))]
-    train = json.dumps([first, *others] if others else first)
+    return [first, *others], [word for word in words if word not in others]
+
+
+def config_of_rows(files: Sequence[str], words: Sequence[str]) -> Config:
+    """A config whose training rows are these files."""
+    from pst_dist.config.loading import load_config
+
+    # JSON quotes them, because YAML reads `*` as an alias.
+    train = json.dumps(files if len(files) > 1 else files[0])
     # No validation rows are held out, because nothing is trained on them.
-    rest = [word for word in words if word not in others]
-    return load_config(None, [f"data.train={train}", "data.validation_size=0", *rest])
+    return load_config(None, [f"data.train={train}", "data.validation_size=0", *words])
 
 
 def finished_config_of(arguments: argparse.Namespace, verb: str) -> Config:

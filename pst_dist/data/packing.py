@@ -29,6 +29,8 @@ from pst_dist.storage.leftovers import remove_leftovers
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import Manifest, canonical_json, digest_of, write_json
 from pst_dist.storage.object_store import fetch_folder, publish_folder
+from pst_dist.text.redaction import redact
+from pst_dist.text.urls import is_whole_url
 
 if TYPE_CHECKING:
     from pst_dist.data.row_store import StoredRows
@@ -150,7 +152,8 @@ def _record(run: RunDir, made: _Made) -> None:
 
 def _settings(config: Config, rules: StudentRules) -> str:
     """Digest of everything but the inputs that decides which rows are packed, and how."""
-    data = config.data.model_dump(mode="json", exclude={"root"})  # the inputs' absolute paths stand for it
+    # The names of the inputs stand for data.root, and for a URL without its secret, which may be renewed.
+    data = _without_secrets(config.data.model_dump(mode="json", exclude={"root"}))
     return digest_of(
         {
             "schema": SCHEMA_VERSION,
@@ -165,6 +168,15 @@ def _settings(config: Config, rules: StudentRules) -> str:
             "unicode": unicodedata.unidata_version,
         }
     )
+
+
+def _without_secrets(value: Any) -> Any:
+    """A copy of nested settings in which URLs have no secrets."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(inner) for inner in value]
+    return redact(value) if isinstance(value, str) and is_whole_url(value) else value
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import time
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import TextIO
 
 from pst_dist.errors import EnvironmentFault, LockedError
-from pst_dist.logs import progress
+from pst_dist.logs import LOG_EVERY_SECONDS
 from pst_dist.storage.atomic import disk_errors
+
+log = logging.getLogger(__name__)
 
 _NOTE = re.compile(r"process (\d+) on (\S+)")
 
@@ -123,17 +126,18 @@ def lock_holder(directory: Path) -> str | None:
 def taking_turns(path: Path, waits_for: str = "") -> Iterator[None]:
     """Wait for the lock file `path` and hold it for this process (flock, as in `directory_lock`).
 
-    `waits_for` is what the other process does; waiting for it shows progress.
+    `waits_for` is what the other process does, for a log line every ten seconds.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
     with stream:
-        if waits_for and not _has_taken(stream):
-            with progress(f"wait for another process that {waits_for}", unit="s") as bar:
-                while not _has_taken(stream):
-                    time.sleep(1)
-                    bar.advance()
+        told = -LOG_EVERY_SECONDS
+        while waits_for and not _has_taken(stream):
+            if time.monotonic() - told >= LOG_EVERY_SECONDS:
+                told = time.monotonic()
+                log.info("waiting for another process that %s", waits_for)
+            time.sleep(0.5)
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 

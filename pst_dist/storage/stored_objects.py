@@ -13,7 +13,7 @@ import os
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _WEB = ("http", "https")
 class StoredObject:
     """An object, or a folder of them, as the store described it."""
 
-    url: str
+    url: str = field(repr=False)
     """As it is opened; it may contain a secret."""
     bytes: int | None = None
     """None where an HTTP server does not say."""

@@ -1,4 +1,7 @@
-"""What a URL is, what it names, and requests that carry a token: after a redirect, the token is sent to its original origin only."""
+"""What a URL is, what it names, and requests that carry a token.
+
+After a redirect, a token is sent to its original origin only.
+"""
 
 from __future__ import annotations
 

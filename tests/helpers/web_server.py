@@ -22,6 +22,8 @@ class Web:
     """Name -> Last-Modified; a file without a date has an ETag instead."""
     silent: bool = False
     """Whether neither is said."""
+    redirect: str | None = None
+    """The address of another server to which all requests are sent."""
     status: int | None = None
     """The answer to everything, if set."""
     cut_after: int | None = None
@@ -58,6 +60,12 @@ class _Handler(BaseHTTPRequestHandler):
         web, name = self.web, self.path.partition("?")[0].lstrip("/")
         web.requests.append(f"{self.command} {name}")
         web.authorizations.add(self.headers.get("Authorization"))
+        if web.redirect is not None:
+            self.send_response(302)
+            self.send_header("Location", f"{web.redirect}/{name}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
         content = web.files.get(name)
         status = web.status or (200 if content is not None else 404)
         self.send_response(status)

@@ -14,17 +14,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from pst_dist.packing import make_shards
 from s3_server import forget_stores, s3_server
 from web_server import web_server
 
 from pst_dist.cli.main import run_verb
 from pst_dist.config.loading import dump_config, is_rows, load_config
+from pst_dist.config.run_dir import record_run
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import load_data, unchanged
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.specs import read_specs, stream_specs
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, PstError, StaleError
-from pst_dist.packing import make_shards
 from pst_dist.storage.manifest import sha256_file
 from pst_dist.storage.stored_objects import download, look_up
 from pst_dist.teacher.settings import TeachSettings
@@ -329,13 +330,33 @@ def test_a_secret_in_a_url_is_used_and_is_in_no_record_or_log(web, tmp_path, cap
     settings = config(tmp_path, f"{address}/rows.jsonl?sig={SECRET}")
     made = make_shards(settings)
     web.requests.clear()
+    caplog.clear()
     renewed = config(tmp_path, f"{address}/rows.jsonl?sig={SECRET}0")  # signed again
     assert make_shards(renewed).digest == made.digest and web.downloads() == []
+    assert "its sources have not changed" in caplog.text
     assert any(found and found.startswith("Basic ") for found in web.authorizations)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if SECRET.encode() in path.read_bytes() or SECRET in str(path)]
     assert SECRET not in caplog.text and SECRET not in dump_config(settings)
     assert [one.name for one in load_data(settings).inputs] == [f"{web.url.replace('//', '//***@')}/rows.jsonl?sig=***"]
+
+
+def test_a_saved_run_needs_the_secret_again_only_to_read_rows(web, tmp_path):
+    web.files["rows.jsonl"] = lines(range(10, 40))
+    record_run(config(tmp_path, f"{web.url}/rows.jsonl?sig={SECRET}"))
+    saved = load_config(str(tmp_path))
+    assert saved.data.train == f"{web.url}/rows.jsonl?sig=***"
+    with pytest.raises(ConfigError, match="its secret was not saved"):
+        load_data(saved)
+
+
+def test_a_redirect_to_another_server_gets_no_password(web, tmp_path):
+    with web_server() as other:
+        other.files["rows.jsonl"] = lines(range(10, 40))
+        web.redirect = other.url
+        url = f"{web.url.replace('//', f'//me:{SECRET}@')}/rows.jsonl"
+        assert len(load_data(config(tmp_path, url, validation_size=0)).splits["train"]) == 30
+        assert web.authorizations != {None} and other.authorizations == {None}
 
 
 def test_a_download_that_is_cut_off_leaves_nothing_and_the_next_one_is_whole(web, tmp_path):

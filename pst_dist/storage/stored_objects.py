@@ -94,8 +94,8 @@ def has_pattern(url: str) -> bool:
 
 
 def match(pattern: str) -> list[StoredObject]:
-    """The objects that match a URL with `*`, `?` or `[`, sorted by name. Raises as `look_up` does, except when none
-    matches, and InputError for a web address, whose server has no list."""
+    """The objects and folders that match a URL with `*`, `?` or `[`, sorted by name. Raises as `look_up` does, except
+    when none matches, and InputError for a web address, whose server has no list."""
     if protocol_of(pattern) in _WEB:
         raise InputError("a web server does not list its files", "name each file", path=pattern)
     magic = min(pattern.index(character) for character in "*?[" if character in pattern)
@@ -119,19 +119,17 @@ def find(folder: str) -> list[StoredObject]:
     def listed() -> list[StoredObject]:
         with store_errors(folder):
             system, path = open_url(folder)
-            return _below(base, system, system.find(path, detail=True))
+            found = _below(base, system, system.find(path, detail=True))
+            # Some programs store an empty object for each folder.
+            return [one for one in found if not one.is_folder and not one.url.endswith("/")]
 
     return within_seconds(listed, folder, _LISTING_SECONDS)
 
 
 def _below(base: str, system: Any, found: Mapping[str, Mapping[str, Any]]) -> list[StoredObject]:
-    """The objects in a listing, with their URLs; `base` ends with a slash."""
+    """What a listing has, with its URLs; `base` ends with a slash."""
     length = len(system._strip_protocol(base).rstrip("/"))
-    return [
-        _described(base + name[length:].lstrip("/"), info)
-        for name, info in sorted(found.items())
-        if info["type"] == "file"
-    ]
+    return [_described(base + name[length:].lstrip("/"), info) for name, info in sorted(found.items())]
 
 
 def _described(url: str, info: Mapping[str, Any]) -> StoredObject:

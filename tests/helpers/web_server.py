@@ -20,6 +20,8 @@ class Web:
     """Name -> content."""
     dates: dict[str, str] = field(default_factory=dict)
     """Name -> Last-Modified; a file without a date has an ETag instead."""
+    chunked: bool = False
+    """Whether files are sent in one chunk of HTTP, without their length."""
     silent: bool = False
     """Whether neither is said."""
     redirect: str | None = None
@@ -41,6 +43,7 @@ class Web:
 
 class _Handler(BaseHTTPRequestHandler):
     web: Web
+    protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -51,7 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         content = self._answer()
         if content is not None:
-            self.wfile.write(content[: self.web.cut_after])
+            whole = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) if self.web.chunked else content
+            self.wfile.write(whole[: self.web.cut_after])
             self.wfile.flush()
             self.close_connection = True
             self.web.on_get()
@@ -73,7 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
-        self.send_header("Content-Length", str(len(content)))
+        if web.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Content-Length", str(len(content)))
         if name in web.dates:
             self.send_header("Last-Modified", web.dates[name])
         elif not web.silent:

@@ -62,8 +62,8 @@ def _names(config: Config) -> Iterator[tuple[str, StoredObject | None]]:
 
 def _now_stored(one: Input, stored: StoredObject) -> Input:
     """An input as its store has it now."""
-    is_same = one.version is not None and (one.version, one.bytes) == (stored.lasting_version, stored.bytes)
-    return one if is_same else replace(one, sha256="")
+    is_same = one.version is not None and one.version == stored.lasting_version
+    return one if is_same and stored.bytes in (one.bytes, None) else replace(one, sha256="")
 
 
 def _now(one: Input) -> Input:

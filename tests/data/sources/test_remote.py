@@ -147,6 +147,16 @@ def test_a_date_counts_as_a_version_once_it_is_past_and_without_any_the_file_is_
         assert len(web.downloads()) == fetched
 
 
+def test_a_server_need_not_say_the_length(web, tmp_path):
+    web.files["rows.jsonl"], web.chunked = lines(range(10, 40)), True
+    made = make_shards(config(tmp_path, f"{web.url}/rows.jsonl"))
+    web.requests.clear()
+    assert make_shards(config(tmp_path, f"{web.url}/rows.jsonl")).digest == made.digest
+    load_data(config(tmp_path, f"{web.url}/rows.jsonl"))
+    # Without the length in HEAD, the library asks with GET and does not read the answer: twice for each look.
+    assert web.downloads() == ["rows.jsonl"] * 2
+
+
 def test_a_pattern_names_its_objects_in_order_and_a_new_one_is_noticed(s3, tmp_path):
     for number in (2, 1):
         s3.system.pipe_file(f"data/many/part-{number}.jsonl", lines(range(10 * number, 10 * number + 5)))
@@ -190,6 +200,11 @@ def test_a_saved_dataset_is_read_split_by_split_and_files_that_it_lost_are_remov
     here = load_data(config(tmp_path / "run", str(tmp_path / "saved"), test=str(tmp_path / "saved"), validation_size=0))
     assert loaded.source_digest == here.source_digest
     assert loaded.inputs[0].name.startswith("s3://data/saved/train/data-00000")
+    assert unchanged.unchanged(settings, loaded.inputs) == loaded.inputs
+
+    many = load_data(config(tmp_path / "run", "s3://data/saved/t[er]*", validation_size=0))
+    assert len(many.splits["train"]) == 20, "both folders match"
+    s3.system.call_s3("put_object", Bucket="data", Key="saved/train/", Body=b"")
     assert unchanged.unchanged(settings, loaded.inputs) == loaded.inputs
 
     stray = next((tmp_path / "run").rglob("state.json")).with_name("data-00007-of-00008.arrow")

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from pst_dist.packing import make_shards
 from s3_server import forget_stores, s3_server
 from web_server import web_server
 
@@ -26,6 +25,7 @@ from pst_dist.data.sources import load_data, unchanged
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.specs import read_specs, stream_specs
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, PstError, StaleError
+from pst_dist.pipeline import make_shards
 from pst_dist.storage.manifest import sha256_file
 from pst_dist.storage.stored_objects import download, look_up
 from pst_dist.teacher.settings import TeachSettings
@@ -476,3 +476,14 @@ def test_sources_are_looked_up_before_the_first_is_fetched(web, tmp_path):
     assert web.downloads().count("rows.jsonl") == 0
     (source,) = read_specs(f"{web.url}/rows.jsonl", "train", SourceRoot("", tmp_path))
     assert source.stem == "rows" and source.path == f"{web.url}/rows.jsonl" and not source.sha256
+
+
+def test_a_config_written_from_a_url_uses_the_copy_that_was_checked(web, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    web.files["rows.jsonl"] = lines(range(10, 60))
+    url = f"{web.url}/rows.jsonl"
+    assert run_verb(["check", url, "--write", "my.yaml"]) == 0
+    assert load_config("my.yaml").data.train == url and web.downloads() == ["rows.jsonl"]
+    assert copies(tmp_path / "runs" / "my") == ["rows.jsonl"]
+    assert run_verb(["check", f"{url}?sig={SECRET}", "--write", "other.yaml"]) == 2
+    assert not Path("other.yaml").exists()

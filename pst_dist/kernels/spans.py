@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,16 +42,17 @@ class Spans:
 
         Raises InputError for a span outside [batch, length] and for two that overlap.
         """
-        owner = torch.full((batch, length), NOWHERE, dtype=torch.int32)
+        owner_BT = np.full((batch, length), NOWHERE, dtype=np.int32)
         for index, (row, start, count) in enumerate(places):
             if not (0 <= row < batch and 0 <= start and 0 <= count and start + count <= length):
                 raise InputError(f"span {index} at ({row}, {start}) of {count} is outside a [{batch}, {length}] batch")
-            taken = owner[row, start : start + count]
+            taken = owner_BT[row, start : start + count]
             if (taken != NOWHERE).any():
                 raise InputError(f"spans {int(taken.max())} and {index} of sequence {row} overlap")
-            taken.fill_(index)
+            taken[:] = index
         columns = torch.tensor(places, dtype=torch.int64).reshape(len(places), 3).T.contiguous()
-        return cls(columns[0], columns[1], columns[2], owner.flatten(), max((place[2] for place in places), default=0))
+        longest = max((place[2] for place in places), default=0)
+        return cls(columns[0], columns[1], columns[2], torch.from_numpy(owner_BT.reshape(-1)), longest)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,20 +77,20 @@ class Supervised:
     """[N] int64 token ids."""
 
     @classmethod
-    def of(cls, rows: Sequence[int], targets: Sequence[int], *, positions: int) -> Supervised:
+    def of(cls, rows: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray, *, positions: int) -> Supervised:
         """From rows of a batch of `positions` = B * T and the token that each predicts.
 
         Raises InputError for a duplicate row (a hidden state predicts one token) and for one outside the batch.
         """
-        slots = torch.full((positions,), NOWHERE, dtype=torch.int32)
-        picked = torch.tensor(rows, dtype=torch.int64)
-        if picked.numel() and not (0 <= int(picked.min()) and int(picked.max()) < positions):
-            first, last = int(picked.min()), int(picked.max())
+        picked_N, tokens_N = np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64)
+        if picked_N.size and not (0 <= picked_N.min() and picked_N.max() < positions):
+            first, last = int(picked_N.min()), int(picked_N.max())
             raise InputError(f"supervised rows {first} … {last} are outside a batch of {positions} positions")
-        slots[picked] = torch.arange(len(rows), dtype=torch.int32)
-        if int((slots != NOWHERE).sum()) != len(rows):
+        slots = np.full(positions, NOWHERE, dtype=np.int32)
+        slots[picked_N] = np.arange(picked_N.size, dtype=np.int32)
+        if np.count_nonzero(slots != NOWHERE) != picked_N.size:
             raise InputError("duplicate supervised row: each hidden state predicts one token")
-        return cls(picked, slots, torch.tensor(targets, dtype=torch.int64))
+        return cls(torch.from_numpy(picked_N), torch.from_numpy(slots), torch.from_numpy(tokens_N))
 
     def to(self, device: torch.device) -> Supervised:
         """The same rows on another device."""

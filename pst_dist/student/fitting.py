@@ -57,7 +57,7 @@ def _surely_fit(layout: Layout, samples: Sequence[ReasoningSample], answers: lis
     room = fmt.max_length - len(layout.text_ids.text(fmt.answer_marker)) - fmt.semantic_tokens - 2 - _SPARE
     for index in range(len(arm.asked)):
         pieces = [fmt.pieces(sample.question, other=index > 0) for sample in samples]
-        prompts = layout.text_ids.mixed_lengths(pieces)
+        prompts = [len(ids) for ids in layout.text_ids.mixed_texts(pieces)]
         fine = [
             was and prompt > 0 and (max(prompt, answer) if layout.is_encoder_decoder else prompt + answer) <= room
             for was, prompt, answer in zip(fine, prompts, answers, strict=True)

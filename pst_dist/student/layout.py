@@ -7,6 +7,7 @@ identically.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -181,10 +182,14 @@ class Layout:
         Behind a chat template they are those of the two texts together. A decoder has a start token of its own there,
         and gets a space as in every other place.
         """
-        separator, turns = self.format.separator, self.format.turns
-        if self.is_encoder_decoder or (separator == " " and turns is None):
+        if self._begins_with_space:
             return self._behind_space(text)
-        return self.text_ids.continuation(self.format.prompt.partition("{question}")[2], separator + text)
+        before = self.format.prompt.partition("{question}")[2]
+        return self.text_ids.continuation(before, self.format.separator + text)
+
+    @property
+    def _begins_with_space(self) -> bool:
+        return self.is_encoder_decoder or (self.format.separator == " " and self.format.turns is None)
 
     def prompt_ids(self, question: str | Turns, *, other: bool = False) -> list[int]:
         """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program.
@@ -193,6 +198,28 @@ class Layout:
         tokenizer that cannot read it so.
         """
         return self.text_ids.mixed(self.format.pieces(question, other=other))
+
+    def many(self, rows: Iterable[tuple[ReasoningSample, int]]) -> list[list[Sequence]]:
+        """`sequences` of many samples and rationale indices, in a fraction of the time; raises DataError alike."""
+        rows = list(rows)
+        texts, pieces = [self.format.answer_marker], []
+        for sample, rationale in rows:
+            asked = self.format.asked(sample)
+            if self.format.conversation_problem(asked) is None:
+                pieces += [self.format.pieces(asked, other=index > 0) for index in range(len(self.arm.asked))]
+            texts += [" " + text for text in self._written_behind_space(sample, rationale)]
+        with self.text_ids.encoded_together(list(dict.fromkeys(texts)), pieces):
+            return [self.sequences(sample, rationale) for sample, rationale in rows]
+
+    def _written_behind_space(self, sample: ReasoningSample, rationale: int) -> Iterator[str]:
+        """The texts of a sample's sequences that are encoded with a space before them."""
+        for asked in self.arm.asked:
+            written = [segment for segment in self.format.order(asked) if segment is not Segment.SEMANTIC]
+            for segment in written if self._begins_with_space else written[1:]:
+                if segment is Segment.ANSWER:
+                    yield sample.answer
+                elif segment is Segment.RATIONALE and self.keep_rationale and sample.rationales:
+                    yield sample.rationales[rationale]
 
     def sequences(self, sample: ReasoningSample, rationale: int = 0) -> list[Sequence]:
         """One sequence (two in the arms prefix and adaptive) for a sample.

@@ -8,9 +8,10 @@ the ids are exactly those of `tokenizer(text)` in any other program.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pst_dist.errors import DataError
@@ -42,12 +43,15 @@ class TextIds:
         start = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)
         self._before, self._after = list(whole[:start]), list(whole[start + len(bare) :])
         self._controls_of_prompt = functools.lru_cache(maxsize=64)(self._template_controls)
+        self._known: dict[str | tuple[str, ...], list[int]] = {}
 
     def text(self, text: str) -> list[int]:
         """Token ids of a text without any control token; raises DataError when the tokenizer cannot encode it so.
 
         If the ordinary vocabulary contains the control tokens (as in T5), the text is split inside them first.
         """
+        if text in self._known:
+            return list(self._known[text])
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if self.control.keys().isdisjoint(ids):
             return list(ids)
@@ -55,17 +59,33 @@ class TextIds:
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """`text` of many at once, in a fraction of the time; empty for one that must be encoded on its own."""
-        options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        made = self.tokenizer(list(texts), **options)["input_ids"]
+        made = self._encoded(texts, add_special_tokens=False, split_special_tokens=True)
         return [list(ids) if self.control.keys().isdisjoint(ids) else [] for ids in made]
 
-    def mixed_lengths(self, texts: Sequence[Sequence[str]]) -> list[int]:
-        """Number of ids that `mixed` gives for many lists of pieces at once; 0 for one that needs `mixed` to know."""
-        made = self.tokenizer(["".join(pieces) for pieces in texts], verbose=False)["input_ids"]
+    def mixed_texts(self, texts: Sequence[Sequence[str]]) -> list[list[int]]:
+        """`mixed` of many lists of pieces at once; empty for one that must be encoded on its own."""
+        made = self._encoded(["".join(pieces) for pieces in texts])
         return [
-            len(ids) if [token for token in ids if token in self.control] == controls else 0
+            list(ids) if [token for token in ids if token in self.control] == controls else []
             for ids, controls in zip(made, (self._controls_of_prompt(tuple(one[::2])) for one in texts), strict=True)
         ]
+
+    def _encoded(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        spare = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        return self.tokenizer(list(texts), **spare, **options)["input_ids"] if texts else []
+
+    @contextlib.contextmanager
+    def encoded_together(self, texts: Sequence[str], pieces: Sequence[Sequence[str]]) -> Iterator[None]:
+        """Within the block, `text` of these texts and `mixed` of these pieces are known: encoded at once, in a fraction
+        of the time of as many calls. Whatever must be encoded on its own still is."""
+        keys: list[str | tuple[str, ...]] = [*texts, *map(tuple, pieces)]
+        self._known = {
+            key: ids for key, ids in zip(keys, [*self.texts(texts), *self.mixed_texts(pieces)], strict=True) if ids
+        }
+        try:
+            yield
+        finally:
+            self._known = {}
 
     def prompt(self, template: str, question: str) -> list[int]:
         """Token ids of `template` with `{question}` replaced; see `mixed`."""
@@ -78,6 +98,9 @@ class TextIds:
         Pieces are by turns the prompt's and a row's; the first and the last are the prompt's. Control tokens in the
         prompt's stay control tokens; in the row's they are text. Raises DataError like `text`.
         """
+        known = self._known.get(tuple(pieces))
+        if known is not None:
+            return list(known)
         ids = list(self.tokenizer("".join(pieces))["input_ids"])
         if [token for token in ids if token in self.control] == self._controls_of_prompt(tuple(pieces[::2])):
             return ids

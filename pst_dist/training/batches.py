@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from pst_dist.data.shards import SplitReader
 from pst_dist.kernels.spans import Spans, Supervised
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
-from pst_dist.training.order import OrderPlan, rationale_of, turn_of
+from pst_dist.training.order import OrderPlan, turn_of
 from pst_dist.training.passes import ByLength, length_passes
 
 
@@ -84,7 +84,7 @@ class PSTBatch:
         each = self.attention_mask.sum(1)
         if self.encoder_attention_mask is not None:
             each = each + self.encoder_attention_mask.sum(1)
-        return [int(length) for length in each]
+        return each.tolist()
 
     @property
     def tokens(self) -> int:
@@ -160,63 +160,49 @@ class Collator:
 
         `keys` are (sample id, rationale index) of the global batch, `key_groups` their question groups.
         """
-        streams, prompts = [], []
-        rows, targets, is_answer = [], [], []
+        start = self.decoder_start_id
+        heads = [sequence.prompt_ids if start is None else [start] for sequence in sequences]
+        ids: list[int] = []
+        segments: list[int] = []
+        for head, sequence in zip(heads, sequences, strict=True):
+            ids += head + sequence.target_ids
+            segments += [Segment.PROMPT] * len(head) + sequence.segments
+        lengths = [len(head) + len(sequence.target_ids) for head, sequence in zip(heads, sequences, strict=True)]
+        used_BT = np.ones((1, sum(lengths)), dtype=bool) if self.padding_free else _used(lengths)
+        # L: the tokens of all sequences, one sequence after another, without padding.
+        ids_L, segments_L = np.array(ids), np.fromiter(segments, np.int64, len(segments))
+        owners_L, places_L = np.repeat(np.arange(len(lengths)), lengths), np.flatnonzero(used_BT)
+        segments_BT = _filled(used_BT, segments_L, Segment.PAD)
+        learnt_L = np.zeros(len(ids), dtype=bool)
         spans: list[tuple[int, int, int]] = []
-        owners: list[tuple[str, int]] = []
-        for index, sequence in enumerate(sequences):
-            head = sequence.prompt_ids
-            if self.decoder_start_id is not None:
-                prompts.append(sequence.prompt_ids)
-                head = [self.decoder_start_id]
-            streams.append((head, sequence))
-            if muted:
-                continue
-            for offset, (token, segment) in enumerate(zip(sequence.target_ids, sequence.segments, strict=True)):
-                if segment is Segment.ANSWER or (segment is Segment.RATIONALE and self.loss.rationale_weight > 0):
-                    rows.append((index, len(head) + offset - 1))
-                    targets.append(token)
-                    is_answer.append(segment is Segment.ANSWER)
-            span = self._span(sequence) if self.teacher is not None else None
-            if span is not None:
-                spans.append((index, len(head) + span[0], span[1]))
-                owners.append((sequence.sample_id, sequence.rationale))
-        place = _Places.of([len(head) + len(sequence.target_ids) for head, sequence in streams], self.padding_free)
-        input_ids = torch.full(place.shape, self.pad_id, dtype=torch.int64)
-        segment_ids = torch.zeros_like(input_ids)
-        begins = [place.of_sequence(index) for index in range(len(streams))]
-        for (row, begin), (head, sequence) in zip(begins, streams, strict=True):
-            ids = torch.tensor([*head, *sequence.target_ids])
-            input_ids[row, begin : begin + len(ids)] = ids
-            owner = torch.tensor([Segment.PROMPT] * len(head) + list(sequence.segments))
-            segment_ids[row, begin : begin + len(ids)] = owner
-        encoder = _pad(prompts, self.pad_id) if prompts else (None, None)
-        teacher, key_matrix, key_index = self._teacher_tensors(owners, keys)
-        batch, length = place.shape
+        owners: list[int] = []
+        if not muted:
+            learnt_L = segments_L == Segment.ANSWER
+            if self.loss.rationale_weight > 0:
+                learnt_L |= segments_L == Segment.RATIONALE
+            if self.teacher is not None:
+                spans, owners = self._spans(segments_L, owners_L, places_L, used_BT.shape[1])
+        encoder = (None, None) if start is None else _pad([one.prompt_ids for one in sequences], self.pad_id)
+        teacher, key_matrix, key_index = self._teacher_tensors(
+            [(sequences[owner].sample_id, sequences[owner].rationale) for owner in owners], keys
+        )
         return PSTBatch(
-            input_ids=input_ids,
-            attention_mask=(segment_ids != Segment.PAD).long(),
-            segment_ids=segment_ids,
+            input_ids=torch.from_numpy(_filled(used_BT, ids_L, self.pad_id)),
+            attention_mask=torch.from_numpy((segments_BT != Segment.PAD).astype(np.int64)),
+            segment_ids=torch.from_numpy(segments_BT),
             encoder_input_ids=encoder[0],
             encoder_attention_mask=encoder[1],
-            supervised=Supervised.of(
-                [begins[index][0] * length + begins[index][1] + position for index, position in rows],
-                targets,
-                positions=input_ids.numel(),
-            ),
-            is_answer=torch.tensor(is_answer, dtype=torch.bool),
-            spans=Spans.of(
-                [(begins[index][0], begins[index][1] + first, count) for index, first, count in spans],
-                batch=batch,
-                length=length,
-            ),
+            # The hidden state one place before a token predicts it.
+            supervised=Supervised.of(places_L[learnt_L] - 1, ids_L[learnt_L], positions=used_BT.size),
+            is_answer=torch.from_numpy(segments_L[learnt_L] == Segment.ANSWER),
+            spans=Spans.of(spans, batch=used_BT.shape[0], length=used_BT.shape[1]),
             teacher_emb=teacher,
             keys=key_matrix,
             key_groups=torch.tensor(list(key_groups) if len(key_matrix) else [], dtype=torch.int64),
             key_index=key_index,
-            capacity=self.capacity or len(streams),
+            capacity=self.capacity or len(sequences),
             sample_ids=tuple(sequence.sample_id for sequence in sequences),
-            position_ids=place.position_ids,
+            position_ids=_positions(lengths) if self.padding_free else None,
         )
 
     def size_of(self, sequence: TokenSequence) -> tuple[int, int]:
@@ -225,11 +211,17 @@ class Collator:
             return len(sequence.prompt_ids), 1 + len(sequence.target_ids)
         return 0, len(sequence.prompt_ids) + len(sequence.target_ids)
 
-    def _span(self, sequence: TokenSequence) -> tuple[int, int] | None:
-        """(first target token, token count) of the aligned span; None when truncation left no rationale to pool."""
-        wanted = Segment.SEMANTIC if self.loss.pooling == "token" else Segment.RATIONALE
-        places = [offset for offset, segment in enumerate(sequence.segments) if segment is wanted]
-        return (places[0], len(places)) if places else None
+    def _spans(
+        self, segments_L: np.ndarray, owners_L: np.ndarray, places_L: np.ndarray, length: int
+    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """(row, first position, positions) of each aligned span, and the sequence that it belongs to.
+
+        A sequence has none when truncation left no rationale to pool.
+        """
+        wanted = np.flatnonzero(segments_L == (Segment.SEMANTIC if self.loss.pooling == "token" else Segment.RATIONALE))
+        owners, firsts, counts = np.unique(owners_L[wanted], return_index=True, return_counts=True)
+        rows, starts = np.divmod(places_L[wanted[firsts]], length)
+        return list(zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True)), owners.tolist()
 
     def _teacher_tensors(
         self, owners: list[tuple[str, int]], keys: Sequence[tuple[str, int]]
@@ -259,43 +251,33 @@ class Collator:
         return torch.from_numpy(found).float()
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the sequences of a pass lie in its [B, T] batch: one per row, or one after another in a single row."""
+def _used(lengths: Sequence[int]) -> np.ndarray:
+    """[B, T] bool: the positions that are not padding, where rows of these lengths are padded on the right."""
+    return np.arange(max(lengths)) < np.array(lengths)[:, None]
 
-    lengths: list[int]
-    begins: list[int]
-    """First position of each sequence in its row."""
-    concatenated: bool
 
-    @classmethod
-    def of(cls, lengths: list[int], concatenated: bool) -> _Places:
-        begins = [*itertools.accumulate(lengths[:-1], initial=0)] if concatenated else [0] * len(lengths)
-        return cls(lengths, begins, concatenated)
+def _filled(used_BT: np.ndarray, values_L: np.ndarray | list[int], padding: int) -> np.ndarray:
+    """[B, T] int64: the values in the used positions, and `padding` in the others."""
+    filled_BT = np.full(used_BT.shape, padding, dtype=np.int64)
+    filled_BT[used_BT] = values_L
+    return filled_BT
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, T)."""
-        return (1, sum(self.lengths)) if self.concatenated else (len(self.lengths), max(self.lengths))
 
-    @property
-    def position_ids(self) -> Tensor | None:
-        """[1, T] int64 for concatenated sequences."""
-        if not self.concatenated:
-            return None
-        return torch.cat([torch.arange(length) for length in self.lengths])[None]
-
-    def of_sequence(self, index: int) -> tuple[int, int]:
-        """(row, first position) of a sequence."""
-        return (0, self.begins[index]) if self.concatenated else (index, 0)
+def _positions(lengths: Sequence[int]) -> Tensor:
+    """[1, T] int64: the position of each token in its sequence, where sequences of these lengths are concatenated."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """[B, S] ids padded on the right, and their [B, S] mask."""
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return ids, mask
+    used_BS = _used([len(row) for row in rows])
+    ids_BS = _filled(used_BS, [token for row in rows for token in row], pad_id)
+    return torch.from_numpy(ids_BS), torch.from_numpy(used_BS.astype(np.int64))
+
+
+_MOST_CACHED = 20_000
+"""Rows whose tokens a training keeps, up to about 100 MB: tokenising anew each epoch costs a small student a tenth of
+its step."""
 
 
 class _Steps(Dataset[list[PSTBatch]]):
@@ -315,33 +297,40 @@ class _Steps(Dataset[list[PSTBatch]]):
     ) -> None:
         self.plan, self.samples, self.layout, self.collate = plan, samples, layout, collate
         self.rank, self.world_size, self.size, self.by_length = rank, world_size, size, by_length
-        # Tokenising anew each epoch costs a small student a tenth of its step; this cache takes up to about 100 MB.
-        self._sequences = functools.lru_cache(maxsize=20_000)(self._tokenise)
-        # A row's rationale is chosen from the sample, which is then laid out: it is read from its shard once.
-        self._sample = functools.lru_cache(maxsize=1)(samples.__getitem__)
-
-    def _tokenise(self, index: int, rationale: int) -> list[TokenSequence]:
-        return self.layout.sequences(self._sample(index), rationale)
+        self._sample = functools.lru_cache(maxsize=plan.global_batch_size)(samples.__getitem__)
+        # A row whose tokens are cached is not read again: its id and number of rationales say which rationale it uses.
+        self._named = functools.lru_cache(maxsize=_MOST_CACHED)(self._read_name)
+        self._sequences: dict[tuple[int, int], list[TokenSequence]] = {}
 
     def __getitem__(self, step: int) -> list[PSTBatch]:
         epoch, indices = self.plan.epoch_of(step), self.plan.global_batch(step).tolist()
         keys, groups = self._candidates(step, indices, epoch)
-
-        def laid_out(index: int) -> list[TokenSequence]:
-            return self._sequences(index, rationale_of(self._sample(index), seed=self.plan.seed, epoch=epoch))
-
-        passes = self._drawn_passes(step, indices, laid_out)
         if self.by_length is not None:
-            passes = self._length_passes(self.by_length, [laid_out(index) for index in indices])
+            passes = self._length_passes(self.by_length, self._laid_out(indices, epoch))
+        else:
+            passes = self._drawn_passes(step, indices, epoch)
         return [self.collate(sequences, keys=keys, key_groups=groups, muted=muted) for sequences, muted in passes]
 
-    def _drawn_passes(
-        self, step: int, indices: list[int], laid_out: Callable[[int], list[TokenSequence]]
-    ) -> Iterator[tuple[list[TokenSequence], bool]]:
+    def _read_name(self, index: int) -> tuple[str, int]:
+        sample = self._sample(index)
+        return sample.id, len(sample.rationales)
+
+    def _laid_out(self, indices: list[int], epoch: int) -> list[list[TokenSequence]]:
+        """The sequences of each row; rows that are not cached are encoded together."""
+        chosen = [(index, turn_of(*self._named(index), seed=self.plan.seed, epoch=epoch)) for index in indices]
+        new = [row for row in dict.fromkeys(chosen) if row not in self._sequences]
+        made = self.layout.many([(self._sample(index), rationale) for index, rationale in new])
+        self._sequences |= zip(new, made, strict=True)
+        found = [self._sequences[row] for row in chosen]
+        while len(self._sequences) > _MOST_CACHED:
+            del self._sequences[next(iter(self._sequences))]
+        return found
+
+    def _drawn_passes(self, step: int, indices: list[int], epoch: int) -> Iterator[tuple[list[TokenSequence], bool]]:
         """This rank's passes as (sequences, muted), over rows in the order in which they are drawn."""
         cut = {"rank": self.rank, "world_size": self.world_size, "size": self.size}
         for part in self.plan.micro_batches(step, **cut):
-            chosen = [laid_out(index) for index in (part.tolist() or indices[:1])]
+            chosen = self._laid_out(part.tolist() or indices[:1], epoch)
             for sequences in forward_passes(self.layout.arm, chosen):
                 yield sequences, len(part) == 0
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from pst_dist.student.tokenizer import (
     check_marker,
     check_prompt_ending,
 )
+from pst_dist.training.ahead import StepsAhead
 from pst_dist.training.bad_steps import (
     Answer,
     after_good_step,
@@ -334,11 +335,9 @@ class _Training:
         at("data", state.step + 1)
         if self._has_stopped_early(state):  # killed after that save
             return state
-        asked = time.monotonic()
         steps = self._batches(state.step)
-        while (batches := next(steps, None)) is not None:
-            started = time.monotonic()
-            waited = started - asked
+        while (batches := steps.take()) is not None:
+            started, waited = time.monotonic(), steps.waited_seconds
             at("counting", state.step + 1)
             totals = totals_over_ranks(batches, self.stop.signal, busy=saver.busy)
             if totals.told:
@@ -350,22 +349,24 @@ class _Training:
                 saver.settle()
             holds = self.config.loss.alignment_share is not None
             watch = (state.step + 1) % train.logging_steps == 0 or state.step == 0 or holds
-            taken = take_step(
-                engine,
-                state,
-                batches,
-                totals,
-                held(self.weights, self.config.loss, state),
-                train,
-                seed=self.config.seed,
-                total=self.total,
-                watch=watch,
-            )
+            with steps.preparing_next():
+                taken = take_step(
+                    engine,
+                    state,
+                    batches,
+                    totals,
+                    held(self.weights, self.config.loss, state),
+                    train,
+                    seed=self.config.seed,
+                    total=self.total,
+                    watch=watch,
+                )
+                took = time.monotonic() - started
+                at("data", state.step + 2)  # where the block waits for the thread
             if isinstance(taken, TooLarge):
                 self.size.halve(taken, f"step {state.step + 1}")
-                steps, asked = self._batches(state.step), time.monotonic()
+                steps = self._batches(state.step)
                 continue
-            took = time.monotonic() - started
             tokens, seconds = state.tokens + totals.tokens, state.seconds + took
             went_back = False
             if isinstance(taken, BadStep):
@@ -395,7 +396,6 @@ class _Training:
                 )
                 break
             at("data", state.step + 1)
-            asked = time.monotonic()
         saver.settle()
         return state
 
@@ -436,9 +436,10 @@ class _Training:
             engine.load(path)
         return after_rollback(state, checkpoint)
 
-    def _batches(self, first_step: int) -> Iterator[list[Any]]:
+    def _batches(self, first_step: int) -> StepsAhead:
         """The passes of each step from `first_step` on, of the size that passes have now."""
-        return step_batches(
+        workers = self.config.train.dataloader_num_workers
+        steps = step_batches(
             self.plan,
             self.samples,
             self.layout,
@@ -449,8 +450,9 @@ class _Training:
             world_size=self.ranks.world_size,
             micro_batch_size=self.size.rows,
             by_length=self.size.by_length,
-            workers=self.config.train.dataloader_num_workers,
+            workers=workers,
         )
+        return StepsAhead(steps, in_thread=workers == 0)
 
     def _score(self, engine: Engine, state: RunState) -> ValidationScore:
         return self.validator.score(engine, held(self.weights, self.config.loss, state), self.size)

@@ -1,5 +1,7 @@
 """Which tokens an arm makes of a sample, and that an answer is never cut."""
 
+import dataclasses
+
 import pytest
 
 from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Segment
@@ -57,6 +59,35 @@ def test_pure_pst_holds_no_rationale_tokens_but_span_pooling_keeps_them():
     (pure,) = layout_of("pst", loss={"rationale_weight": 0}).sequences(SAMPLE)
     (span,) = layout_of("pst", loss={"rationale_weight": 0, "pooling": "span"}).sequences(SAMPLE)
     assert R not in pure.segments and R in span.segments
+
+
+ODD = (
+    SAMPLE,
+    ReasoningSample(id="t", question="Which? ###", answer="a <|endoftext|> b", rationales=("a <stop>", "or " * 9)),
+    ReasoningSample(id="u", question="2+2?", answer="4", rationales=("two", f"{STOP_TOKEN} and {SEMANTIC_TOKEN}")),
+    ReasoningSample(id="v", question=f"why {STOP_TOKEN}?", answer="4 ", rationales=("-->", "x")),
+)
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("separator", [" ", "\n"])
+def test_many_samples_at_once_have_the_sequences_that_each_has_alone(arm, seq2seq, separator):
+    layout = layout_of(arm, seq2seq=seq2seq, loss={"control": "shuffle_rationale_tokens"})
+    layout.format = dataclasses.replace(layout.format, separator=separator)
+    rows = [(sample, rationale) for sample in ODD for rationale in (0, 1)]
+    assert layout.many(rows) == [layout.sequences(*row) for row in rows]
+    assert layout.many([]) == []
+
+
+def test_many_samples_at_once_are_refused_as_each_is_alone():
+    layout = layout_of("pst", layout={"max_length": 24})
+    long = ReasoningSample(id="long", question="2+2? " * 20, answer="4", rationales=("so",))
+    with pytest.raises(DataError, match="sample long: question and answer take"):
+        layout.many([(SAMPLE, 0), (long, 0)])
+    with pytest.raises(DataError, match="sample bare has no rationale"):
+        layout.many([(ReasoningSample(id="bare", question="2+2?", answer="4"), 0)])
+    assert layout.many([(SAMPLE, 0)]) == [layout.sequences(SAMPLE)]
 
 
 def test_another_rationale_of_the_same_sample_gives_another_text():

@@ -320,9 +320,10 @@ def test_the_wait_for_batches_is_measured_in_real_trainings(tmp_path):
         "train.global_batch_size=4",
     )
     small = ",".join(("demo", *sizes, "train.per_device_train_batch_size=4"))
-    run("loader_wait.py", small, "--steps", 4, "--rounds", 1, "--workers", 0, "--output", output)
-    row = json.loads(output.read_text())["results"][small]["0"]
-    assert 0 < row["step_min_max"][0] <= row["share"] <= row["step_min_max"][1] < 1
+    run("loader_wait.py", small, "--steps", 20, "--output", output)
+    found = json.loads(output.read_text())["results"][small]
+    assert found["in advance"]["wait"] == 0 <= found["thread"]["wait"] < 1 and 0 < found["no thread"]["wait"] < 1
+    assert found["in advance"]["over_control"] == 1
 
 
 def test_the_price_of_a_checkpoint_is_worked_out_within_rounds(tmp_path):

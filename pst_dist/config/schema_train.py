@@ -177,8 +177,8 @@ class TrainConfig(Section):
     sample_answers: Annotated[int, Field(ge=0, le=64)] = 3
     """Number of validation questions to answer at each validation, for the trackers and `pst watch`."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
-    """Number of processes that read and tokenise batches in advance. 0 does this in the training process: a thread prepares
-    the next step's batch while the current step computes."""
+    """Number of processes that read and tokenise batches in advance. 0 does this in the training process: a thread
+    prepares the next step's batch while the current step computes."""
     num_threads: Positive | None = None
     """torch threads per rank on CPU. Default: torch's own default."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600

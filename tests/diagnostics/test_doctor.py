@@ -26,6 +26,7 @@ from pst_dist.diagnostics.machine import clusters, models, network, places, soft
 from pst_dist.diagnostics.machine.facts import Gpu, collect, gpus_here, read_report
 from pst_dist.diagnostics.machine.findings import Check, look_at, ok
 from pst_dist.errors import InputError
+from pst_dist.storage.atomic import atomic_path
 from pst_dist.storage.locks import directory_lock, lock_holder
 from pst_dist.storage.manifest import write_json
 
@@ -338,6 +339,18 @@ def test_damaged_and_unfinished_artefacts_are_named(small_data, tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-2" / "state-00000.safetensors").unlink()
     said = lines(places.contents(config))
     assert len(said) == 2 and all("no other is intact" in line for line in said)
+
+
+def test_the_trial_of_a_folder_is_not_left_over(tmp_path):
+    config = load_config("demo", [f"output_dir={tmp_path / 'run'}", "arms=[]"])
+    trial = tmp_path / "run" / ".pst-try-8k2j"
+    trial.mkdir(parents=True)
+    with atomic_path(trial / "old") as partial:  # as the check of the folder writes it, at the same time
+        partial.write_text("x")
+        assert not lines(places.contents(config), "warning")
+    with atomic_path(tmp_path / "run" / "metrics") as partial:
+        partial.write_text("x")
+        assert "1 unfinished file(s)" in lines(places.contents(config), "warning")[0]
 
 
 def test_memory_that_a_rank_would_not_have_is_said(small_data, tmp_path):

@@ -222,6 +222,8 @@ for generation in range(10**9):
     for attempt in range(6):
         process = run_python(code, target)
         assert process.stdout is not None and process.stdout.readline() == "go\n"
+        while attempt == 5 and not target.exists():  # on a slow disk nothing may have been whole before
+            time.sleep(0.005)
         time.sleep(0.02 + 0.013 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()

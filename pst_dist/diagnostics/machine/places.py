@@ -27,6 +27,7 @@ from pst_dist.storage.locks import lock_holder
 from pst_dist.storage.manifest import Manifest, bytes_below, read_manifest
 from pst_dist.storage.mounts import OF_ONE_MACHINE, filesystem_of
 
+_TRIAL = ".pst-try-"
 _MEBIBYTE = 1 << 20
 _CLOCK_SECONDS = 30.0
 _MAKES = {"shards": "pst shard", "embeddings": "pst embed", "checkpoint": "pst train", "student": "pst train"}
@@ -84,7 +85,7 @@ def _try(folder: Path) -> list[str]:
     ground = nearest_existing(folder)
     faults = []
     with disk_errors(ground):
-        trial = Path(tempfile.mkdtemp(prefix=".pst-try-", dir=ground))
+        trial = Path(tempfile.mkdtemp(prefix=_TRIAL, dir=ground))
         try:
             write_text(trial / "old", "old")
             write_text(trial / "new", "x" * _MEBIBYTE)
@@ -167,7 +168,7 @@ def contents(config: Config) -> list[Finding]:
     findings += _artefact(runs[0].shards, "shards") + _artefact(runs[0].embeddings, "embeddings")
     for run in runs:
         findings += _artefact(run.best, "student") + _checkpoints(run.checkpoints)
-        left = [path for path in run.path.rglob(".*") if final_name(path.name) is not None]
+        left = [path for path in run.path.rglob(".*") if final_name(path.name) is not None and not _is_trial(path)]
         if left and not any(finding.subject == "in use" for finding in findings):
             taken = sum(bytes_below(path) if path.is_dir() else path.stat().st_size for path in left)
             findings.append(
@@ -178,6 +179,11 @@ def contents(config: Config) -> list[Finding]:
                 )
             )
     return findings
+
+
+def _is_trial(path: Path) -> bool:
+    """Whether a file is of `_try`, which may be trying the same folder at this moment."""
+    return any(part.startswith(_TRIAL) for part in path.parts)
 
 
 def _artefact(folder: Path, kind: str) -> list[Finding]:

@@ -1,12 +1,13 @@
 """Rows per second of decoding test rows: ours, a plain loop over `generate`, and transformers' continuous batching.
 
     python benchmarks/evaluate_throughput.py RUN [RUN …] [--rows 200] [--batch-size 64] [--rounds 3] [--threads 1]
-                                             [--continuous] [--output FILE]
+                                             [--clock wall] [--single-rows 40] [--continuous] [--output FILE]
 
 Each RUN is a finished run with a causal student. All contenders give the same student the same prompts and stop at the
 same tokens. `loop` is what one writes by hand: batches in the order of the rows, padded on the left, each until its
-last row has ended. `one by one` decodes single questions. Given are rows per second of wall time, and the median over
-rounds of the time over ours in the same round; and on how many rows the generated tokens differ from ours.
+last row has ended. `one by one` decodes single questions. Given are rows per second of wall time (or of CPU time, which
+says more on a busy machine), and the median over rounds of the time over ours in the same round; and on how many rows
+the generated tokens differ from ours.
 """
 
 from __future__ import annotations
@@ -29,14 +30,12 @@ from pst_dist.student.contexts import answer_contexts
 from pst_dist.student.saved import answer_generation_config, load_student
 
 OURS, LOOP, SINGLE, CONTINUOUS = "pst_dist", "loop", "one by one", "continuous batching"
-_MOST_SINGLE = 40
-"""Rows that `one by one` decodes; its time is scaled to all."""
 
 
 class Problem:
     """The test rows of a run as prompts, and ways to decode them; each returns the tokens of each row."""
 
-    def __init__(self, run: Path, rows: int, batch_size: int) -> None:
+    def __init__(self, run: Path, rows: int, batch_size: int, single_rows: int) -> None:
         config = load_config(str(run))
         changed = {"batch_size": batch_size, "batch_tokens": None}
         self.config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changed)})
@@ -46,6 +45,8 @@ class Problem:
         shards = ShardSet.open(Path(config.data_dir or run / "data") / "shards", verify=False)
         self.samples = rows_to_score(shards.split("test"), rows)
         self.size = batch_size
+        self.single_rows = min(single_rows, len(self.samples))
+        """Rows that `one by one` decodes; its time is scaled to all."""
         questions = [self.student.format.asked(sample) for sample in self.samples]
         parts = (self.student.model, self.student.tokenizer, self.student.format)
         self.prompts = [context.prompt for context in answer_contexts(*parts, questions)]
@@ -64,7 +65,7 @@ class Problem:
 
     def one_by_one(self) -> list[list[int]]:
         """Some of the rows, each alone."""
-        return self._padded(self.prompts[:_MOST_SINGLE], 1)
+        return self._padded(self.prompts[: self.single_rows], 1)
 
     def continuous(self) -> list[list[int]]:
         """transformers' own scheduler over a paged cache."""
@@ -90,7 +91,7 @@ class Problem:
         return made
 
 
-def measure(problem: Problem, rounds: int, *, continuous: bool) -> dict[str, dict[str, Any]]:
+def measure(problem: Problem, rounds: int, *, clock: str, continuous: bool) -> dict[str, dict[str, Any]]:
     """The table of one run."""
     ways: dict[str, Callable[[], list[list[int]]]] = {
         OURS: problem.ours,
@@ -104,8 +105,8 @@ def measure(problem: Problem, rounds: int, *, continuous: bool) -> dict[str, dic
     for name, way in ways.items():
         found = way()
         differ[name] = sum(a != b for a, b in zip(found, ours, strict=False))
-    seconds = paired_rounds(ways, rounds, CLOCKS["wall"])
-    share = min(_MOST_SINGLE, len(ours)) / len(ours)
+    seconds = paired_rounds(ways, rounds, CLOCKS[clock])
+    share = problem.single_rows / len(ours)
     seconds[SINGLE] = [value / share for value in seconds[SINGLE]]
     table = compared(seconds, OURS)
     for name, row in table.items():
@@ -122,14 +123,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="seconds that passed, or of this process")
+    parser.add_argument("--single-rows", type=int, default=40, help="rows to decode one by one (default 40)")
     parser.add_argument("--continuous", action="store_true", help="also measure transformers' generate_batch")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tables = {}
     for run in args.runs:
-        problem = Problem(run, args.rows, args.batch_size)
-        tables[str(run)] = table = measure(problem, args.rounds, continuous=args.continuous)
+        problem = Problem(run, args.rows, args.batch_size, args.single_rows)
+        tables[str(run)] = table = measure(problem, args.rounds, clock=args.clock, continuous=args.continuous)
         print(f"{run}: {problem.config.arm}, {len(problem.samples)} rows, batches of {args.batch_size}")
         print(f"{'':24}  rows/s  time over ours   lowest to highest   rows that differ")
         for name, row in table.items():
@@ -139,7 +142,10 @@ def main() -> None:
                 f"{row['rows_that_differ']:16}"
             )
     if args.output:
-        write_json(args.output, {"machine": machine(torch.device("cpu")), "threads": args.threads, "runs": tables})
+        write_json(
+            args.output,
+            {"machine": machine(torch.device("cpu")), "threads": args.threads, "clock": args.clock, "runs": tables},
+        )
 
 
 if __name__ == "__main__":

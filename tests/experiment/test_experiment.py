@@ -437,7 +437,7 @@ def test_runs_that_train_the_same_are_trained_once(tmp_path):
     variants = {
         "own": {"arm": "pre_thinking"},
         "given": {"arm": "pre_thinking", "evaluate.rationale": "teacher"},
-        "other": {"arm": "pre_thinking", "train.learning_rate": 1e-3},
+        "other": {"arm": "pre_thinking", "train.learning_rate": 3e-4},
     }
     file = write(tmp_path / "e.yaml", variants=variants, seeds=[0])
     experiment = load_experiment(str(file), ["jobs=1"])

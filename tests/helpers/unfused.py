@@ -63,7 +63,7 @@ def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
     )
     curve = []
     training.size = PassSize(config, pass_tokens=None, repeats=True)
-    for step, batches in enumerate(training._batches(0)):
+    for step, batches in enumerate(iter(training._batches(0).take, None)):
         student.train()
         scales = training.weights.scales(sum(batch.counts for batch in batches)).float()
         total = sum((unfused_sums(student, batch) * scales).sum() for batch in batches)

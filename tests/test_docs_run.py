@@ -15,8 +15,8 @@ from pst_dist.cli.main import run_verb
 ROOT = Path(__file__).resolve().parents[1]
 ADDED = {"check": [], "preview": [], "plan": [], "shard": [], "run": ["--dry-run"], "submit": ["--dry-run"]}
 """Verb -> the words that keep it cheap here."""
-_ELSEWHERE = ("FOLDER", "encoders/", "google/", "smollm2", "on=ray", "submit ray", "rationales.jsonl", "…")
-"""Words of commands that need a model, a data set or a cluster that is not on every machine."""
+_ELSEWHERE = ("FOLDER", "encoders/", "google/", "smollm2", "on=ray", "submit ray", "rationales.jsonl", "s3://", "…")
+"""Words of commands that need a model, a data set, a bucket or a cluster that is not on every machine."""
 CONFIG = """
 task: last_letter_concatenation
 output_dir: runs/my

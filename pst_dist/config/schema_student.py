@@ -59,7 +59,8 @@ class FreshConfig(Section):
     num_heads: Positive = 4
     """Number of attention heads."""
     tokenizer: Literal["byte", "bpe"] = "byte"
-    """`byte` makes every byte a token; `bpe` is a byte-level BPE trained on the training rows."""
+    """`byte` makes every byte a token; `bpe` is a byte-level BPE trained on the training rows, or on a million of them,
+    evenly spread, if there are more."""
     vocab_size: Positive = 2048
     """Vocabulary size of the bpe tokenizer, without special tokens. The tokenizer is trained on questions and all
     rationales, so with many or long rationales a small vocabulary leaves few tokens for the question."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from pst_dist.student.text_ids import TextIds
 from pst_dist.student.warm_start import warm_shape, warm_tokenizer
 
 END, PADDING = "<|endoftext|>", "<|pad|>"
+MOST_ROWS = 1_000_000
+"""Rows that a fresh BPE tokenizer is trained on at most."""
 
 
 def build_tokenizer(
@@ -157,13 +159,21 @@ def _train(settings: StudentConfig, samples: Iterable[ReasoningSample]) -> Any:
         initial_alphabet=sorted(alphabet),
         show_progress=False,
     )
+    # Bytes are the alphabet, whatever the rows are.
     texts = (
         text
-        for sample in samples
+        for sample in (_spread(samples) if fresh.tokenizer == "bpe" else ())
         for text in (f"{sample.question} ###", f" {sample.answer}", *(f" {r} -->" for r in sample.rationales))
     )
     core.train_from_iterator(texts, trainer)
     return core
+
+
+def _spread(samples: Iterable[ReasoningSample]) -> Iterable[ReasoningSample]:
+    """At most `MOST_ROWS` of the samples, evenly spread; more would take minutes and hardly change a merge."""
+    if not isinstance(samples, Sequence) or len(samples) <= MOST_ROWS:
+        return samples
+    return (samples[index] for index in range(0, len(samples), -(-len(samples) // MOST_ROWS)))
 
 
 def _fresh(core: Any) -> Any:

@@ -13,6 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 from s3_server import forget_stores, s3_server
 from web_server import web_server
@@ -138,7 +139,13 @@ def test_a_copy_that_somebody_changed_or_removed_is_fetched_again(web, tmp_path)
 def test_a_date_counts_as_a_version_once_it_is_past_and_without_any_the_file_is_fetched_again(web, tmp_path):
     web.files["rows.jsonl"] = lines(range(10, 40))
     url = f"{web.url}/rows.jsonl"
-    for date, silent, fetched in ((LONG_AGO, False, 0), ("Fri, 01 Jan 2100 00:00:00 GMT", False, 1), (None, True, 1)):
+    web.dates = {"rows.jsonl": LONG_AGO}
+    known = 0 if "Last-Modified" in fsspec.filesystem("http").info(url) else 1  # older fsspec does not tell it
+    for date, silent, fetched in (
+        (LONG_AGO, False, known),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", False, 1),
+        (None, True, 1),
+    ):
         web.dates, web.silent = ({"rows.jsonl": date} if date else {}), silent
         machine = tmp_path / f"{date}"
         made = make_shards(config(machine, url))
@@ -191,7 +198,8 @@ def test_a_saved_dataset_is_read_split_by_split_and_files_that_it_lost_are_remov
         whole.save_to_disk(str(tmp_path / "saved"), num_shards={"train": 2, "test": 1})
         if s3.system.exists("data/saved"):
             s3.system.rm("data/saved", recursive=True)
-        s3.system.put(str(tmp_path / "saved"), "data/saved", recursive=True)
+        # The slash copies the folder's content: older s3fs leaves `train/` behind, and would put the folder there.
+        s3.system.put(f"{tmp_path / 'saved'}/", "data/saved", recursive=True)
 
     save(range(10, 20))
     settings = config(tmp_path / "run", "s3://data/saved", test="s3://data/saved", validation_size=0)

@@ -99,30 +99,37 @@ def answer_file(
     row is left), StaleError when the output was made from other questions, another student or other settings and
     `rebuild` is false, LockedError when another command writes it, and EnvironmentFault for a full disk.
     """
-    from pst_dist.storage.atomic import disk_errors
-
     answerer = answerer or in_this_process(student, job.settings)
     # Questions in object storage are copied for this command alone, because it may write nothing but its output.
     is_remote = is_whole_url(job.input)
     with tempfile.TemporaryDirectory(prefix="pst-") if is_remote else nullcontext("") as copies:
         rows = _Rows(job, student, stdin or sys.stdin.buffer.readline, Path(copies))
         if job.output == STREAM:
-            survey = rows.survey()
-            out = stdout or sys.stdout
-            for lines in _answered(job, rows, survey, answerer, 0):
-                out.writelines(lines)
-                out.flush()
-            return AnswerSummary(job.output, survey.rows, survey.rejects, 0)
-        output = Path(job.output)
-        manifest = output.with_name(f"{output.name}.manifest.json")
-        _check_paths(job, output, manifest)
-        survey = rows.survey()
-        lock = f".{output.name}.lock"
-        with directory_lock(output.parent, name=lock):
-            resumed = _write(job, student, rows, survey, answerer, output, manifest, rebuild)
-            with disk_errors(output):
-                (output.parent / lock).unlink(missing_ok=True)
-        return AnswerSummary(job.output, survey.rows, survey.rejects, resumed)
+            return _to_stream(job, rows, answerer, stdout or sys.stdout)
+        return _to_file(job, student, rows, answerer, rebuild)
+
+
+def _to_stream(job: AnswerJob, rows: _Rows, answerer: Answerer, out: TextIO) -> AnswerSummary:
+    survey = rows.survey()
+    for lines in _answered(job, rows, survey, answerer, 0):
+        out.writelines(lines)
+        out.flush()
+    return AnswerSummary(job.output, survey.rows, survey.rejects, 0)
+
+
+def _to_file(job: AnswerJob, student: LoadedStudent, rows: _Rows, answerer: Answerer, rebuild: bool) -> AnswerSummary:
+    from pst_dist.storage.atomic import disk_errors
+
+    output = Path(job.output)
+    manifest = output.with_name(f"{output.name}.manifest.json")
+    _check_paths(job, output, manifest)
+    survey = rows.survey()
+    lock = f".{output.name}.lock"
+    with directory_lock(output.parent, name=lock):
+        resumed = _write(job, student, rows, survey, answerer, output, manifest, rebuild)
+        with disk_errors(output):
+            (output.parent / lock).unlink(missing_ok=True)
+    return AnswerSummary(job.output, survey.rows, survey.rejects, resumed)
 
 
 def _check_paths(job: AnswerJob, output: Path, manifest: Path) -> None:

@@ -113,5 +113,6 @@ def _path_of(file: RowsFile, config: Config) -> Path:
 
 
 def write_rows(config: Config, files: Iterable[RowsFile]) -> None:
+    """Write rows given as objects to the files that the config names; raises DataError naming a row that cannot be."""
     for file in files:
         file.write(run_dir(config).data)

@@ -29,20 +29,16 @@ from pst_dist.errors import ConfigError
 def check(arguments: argparse.Namespace) -> int:
     from pst_dist.config.loading import is_rows
     from pst_dist.diagnostics.rows import check
-    from pst_dist.diagnostics.starter import check_target, write_starter
-    from pst_dist.text.redaction import has_secret
+    from pst_dist.diagnostics.starter import check_target, run_folder, write_starter
 
     target = Path(arguments.write) if arguments.write else None
-    if target is not None:
-        check_target(target)
-        if not is_rows(arguments.config):
-            raise ConfigError("--write makes a config from rows, and this is a config", "name a file of rows")
     files, rest = rows_and_words(arguments.config, arguments.overrides) if is_rows(arguments.config) else ([], [])
-    if target is not None and any(map(has_secret, files)):
-        raise ConfigError("--write would save the secret in a URL", "take it from the environment, or write the config")
+    if target is not None:
+        check_target(target, files)
     if files:
         # With the directory of the config that is written, so that remote rows are fetched once.
-        config = config_of_rows(files, [f"output_dir=runs/{target.stem}", *rest] if target is not None else rest)
+        folder = [f"output_dir={run_folder(target)}"] if target is not None else []
+        config = config_of_rows(files, [*folder, *rest])
     else:
         config = config_of(arguments)
     result = check(config, Path(arguments.rejects))

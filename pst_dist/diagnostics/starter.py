@@ -17,17 +17,28 @@ from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.diagnostics.rows import CheckReport, check
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.storage.atomic import write_text
+from pst_dist.text.redaction import has_secret
 
 _PLACEHOLDER = "COLUMN"
 _SUFFIXES = (".yaml", ".yml")
 
 
-def check_target(path: Path) -> None:
-    """Raises InputError for a file that exists already, and ConfigError for a name that is not a YAML file's."""
+def run_folder(path: Path) -> str:
+    """The run directory in the config at `path`."""
+    return f"runs/{path.stem}"
+
+
+def check_target(path: Path, files: Sequence[str]) -> None:
+    """Raises InputError for a config that exists already, and ConfigError for a name that is not a YAML file's, for no
+    files, and for a URL whose secret would be saved."""
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"--write {path}: a config is a YAML file", "for example --write my.yaml")
     if path.exists() or path.is_symlink():
         raise InputError("exists and will not be overwritten", "give --write another name", path=path)
+    if not files:
+        raise ConfigError("--write makes a config from rows, and this is a config", "name a file of rows")
+    if any(map(has_secret, files)):
+        raise ConfigError("--write would save the secret in a URL", "take it from the environment, or write the config")
 
 
 def write_starter(
@@ -62,7 +73,7 @@ def _maps_rationale(columns: Any, overrides: Sequence[str]) -> bool:
 
 def _text(path: Path, data: dict[str, Any], overrides: Sequence[str], explained: bool) -> str:
     arms = {"arms": ["pst", "answer_only"]} if explained else {"arm": "answer_only"}
-    tree: dict[str, Any] = {"output_dir": f"runs/{path.stem}", **arms, "data": data}
+    tree: dict[str, Any] = {"output_dir": run_folder(path), **arms, "data": data}
     for word in overrides:
         set_key(tree, *parse_override(word))
     about_arms = (

@@ -68,7 +68,7 @@ class RemoteSource:
             raise type(error)(error.what, error.remedy, path=names[str(error.path)], line=error.line) from error
 
     def missing(self) -> dict[Path, StoredObject]:
-        """The files whose copies are not there, or not of this version."""
+        """The files without a copy of this version."""
         if self.is_here:
             return {}
         held = self._noted()
@@ -105,8 +105,8 @@ def _held(path: Path, stored: StoredObject) -> dict[str, Any]:
 def remote_sources(url: str, copies: Path, split: str = "") -> list[RemoteSource]:
     """The files, or the folder of a dataset's `split`, at a URL or pattern; fetches nothing. No `split`: files only.
 
-    Raises InputError for what is not there or cannot be a source, and EnvironmentFault, in bounded time, when the store
-    cannot be asked.
+    Raises InputError if nothing is stored there or it cannot be a source, and EnvironmentFault, in bounded time, if the
+    store does not answer.
     """
     found = match(url) if has_pattern(url) else [look_up(url)]
     if not found:

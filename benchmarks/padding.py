@@ -31,12 +31,12 @@ from pst_dist.storage.manifest import write_json
 from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.batches import Collator, PSTBatch, step_batches
-from pst_dist.training.engines import SingleProcessEngine
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import build_student
 from pst_dist.training.order import OrderPlan
 from pst_dist.training.passes import ByLength
 from pst_dist.training.result import global_batch_size
+from pst_dist.training.single_engine import SingleProcessEngine
 
 _DRAWN = "drawn"
 _LOSS_TOLERANCE = 1e-4

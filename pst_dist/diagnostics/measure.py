@@ -149,7 +149,7 @@ class _Measurement:
         from pst_dist.student.tokenizer import build_tokenizer
         from pst_dist.training.batches import Collator
         from pst_dist.training.begun import settled
-        from pst_dist.training.engines import build_engine
+        from pst_dist.training.engine_choice import build_engine
         from pst_dist.training.loss import TermWeights
         from pst_dist.training.module import build_student
         from pst_dist.training.precision import check_fp16, suits_bf16, with_precision

@@ -14,7 +14,7 @@ from pst_dist.distributed.peer_watch import at, working
 from pst_dist.distributed.ranks import main_first_errors, together
 from pst_dist.student.saved import save_student
 from pst_dist.training.bad_steps import diverged_validation
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.parts import Parts

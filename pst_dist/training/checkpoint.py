@@ -29,7 +29,7 @@ from pst_dist.storage.manifest import (
     write_json,
 )
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.fingerprint import check_changes, chosen_alike
 from pst_dist.training.fragments import Fragment, copied, named_tensors, write_fragments
 from pst_dist.training.state import RunState

@@ -31,7 +31,7 @@ from pst_dist.logs import progress
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.batches import Collator, PSTBatch
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.order import epoch_order, rationale_of
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from pst_dist.distributed.preemption import StopRequest, end_as_told
 from pst_dist.training.bad_steps import Answer, after_good_step, after_rollback, after_skip, answer_to, diverged
 from pst_dist.training.best_student import BestStudent
 from pst_dist.training.checkpoint import newest_valid
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.live import BusyShare, RankSigns, gather_signs
 from pst_dist.training.metrics import MetricsLog
 from pst_dist.training.parts import Parts

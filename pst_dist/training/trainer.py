@@ -40,7 +40,8 @@ from pst_dist.training.best_student import BestStudent
 from pst_dist.training.checked_rows import CheckedRows, check_all_rows, what_decides
 from pst_dist.training.checkpoint import newest_valid, remove_old, resume
 from pst_dist.training.deepspeed_config import deepspeed_settings
-from pst_dist.training.engines import Engine, build_engine
+from pst_dist.training.engine import Engine
+from pst_dist.training.engine_choice import build_engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.head_fit import fit_head
 from pst_dist.training.live import BusyShare

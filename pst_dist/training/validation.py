@@ -23,7 +23,7 @@ from pst_dist.student.generate import decode_answers, is_right
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.batches import Collator
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.pass_size import PassSize, TooLarge

@@ -21,7 +21,8 @@ from pst_dist.embedding.causal import CausalReader, causal_place, check_causal, 
 from pst_dist.embedding.openvino_engine import PROBES, OpenVinoEngine, check_conversion, check_engine
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, PstError, first_line
 from pst_dist.logs import without_chatter
-from pst_dist.models.load import every_weight_loaded, load_model_config, loading_errors
+from pst_dist.models.load import load_model_config
+from pst_dist.models.load_errors import loading_errors
 from pst_dist.models.locate import (
     GGUF,
     SETTING_SUFFIXES,
@@ -32,6 +33,7 @@ from pst_dist.models.locate import (
     is_hub_id,
     locate_encoder,
 )
+from pst_dist.models.weight_checks import every_weight_loaded
 from pst_dist.storage.manifest import digest_of, sha256_file
 
 if TYPE_CHECKING:

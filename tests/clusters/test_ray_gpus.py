@@ -11,7 +11,7 @@ import pytest
 from pst_dist.clusters.ray.gpus import gpus_each, room_for, settled_actors, settled_workers
 from pst_dist.clusters.ray.train import check_room
 from pst_dist.config.schema import EmbedConfig, RayConfig, RayTrainConfig
-from pst_dist.embedding.encoder import check_device, check_encoder
+from pst_dist.embedding.encoder_model import check_device, check_encoder
 from pst_dist.errors import ConfigError, EnvironmentFault
 
 WITH, WITHOUT = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}

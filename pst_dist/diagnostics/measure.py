@@ -178,9 +178,9 @@ class _Measurement:
     def run(self, seconds: float) -> Measured:
         import torch
 
-        from pst_dist.training.batches import step_batches
         from pst_dist.training.order import OrderPlan
         from pst_dist.training.pass_size import PassSize
+        from pst_dist.training.step_batches import step_batches
 
         train, device = self.config.train, self.engine.device
         size = PassSize.of(self.config, self.engine)

@@ -114,7 +114,7 @@ class Validator:
     ) -> None:
         self.config, self.samples, self.layout, self.collate = config, samples, layout, collate
         self.tokenizer, self.ranks = tokenizer, ranks
-        # As many as training keeps (`batches._Steps`).
+        # As many as training keeps (`step_batches._Steps`).
         self._sequences = functools.lru_cache(maxsize=20_000)(lambda index: layout.sequences(samples[index]))
         self._cut: tuple[ByLength, list[list[list[Place]]]] | None = None
         self.decodes = config.train.metric_for_best_model == "accuracy"

@@ -10,7 +10,7 @@ import math
 import time
 from typing import Any
 
-from pst_dist.distributed.peer_watch import at, working
+from pst_dist.distributed.progress import at, working
 from pst_dist.distributed.ranks import main_first_errors, together
 from pst_dist.student.saved import save_student
 from pst_dist.training.bad_steps import diverged_validation

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pst_dist.distributed.peer_watch import at, working
+from pst_dist.distributed.progress import at, working
 from pst_dist.distributed.ranks import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.errors import EnvironmentFault, IntegrityError, StaleError
 from pst_dist.storage.artefact import Artefact

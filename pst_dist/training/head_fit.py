@@ -24,7 +24,7 @@ from torch import Tensor
 from pst_dist.arms import Segment
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.distributed.peer_watch import alive, at
+from pst_dist.distributed.progress import alive, at
 from pst_dist.distributed.ranks import from_main, sums_over_ranks
 from pst_dist.errors import DivergedError
 from pst_dist.logs import progress

@@ -11,8 +11,8 @@ import math
 import time
 from dataclasses import dataclass
 
-from pst_dist.distributed.peer_watch import at, working
 from pst_dist.distributed.preemption import StopRequest, end_as_told
+from pst_dist.distributed.progress import at, working
 from pst_dist.training.bad_steps import Answer, after_good_step, after_rollback, after_skip, answer_to, diverged
 from pst_dist.training.best_student import BestStudent
 from pst_dist.training.checkpoint import newest_valid

@@ -15,7 +15,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet, synthetic_of
-from pst_dist.distributed.peer_watch import at, working
+from pst_dist.distributed.progress import at, working
 from pst_dist.distributed.ranks import Ranks, together
 from pst_dist.embedding.targets import open_teacher
 from pst_dist.errors import InputError

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.device_memory import is_out_of_memory
-from pst_dist.distributed.peer_watch import at
+from pst_dist.distributed.progress import at
 from pst_dist.distributed.ranks import gathered, sums_over_ranks
 from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
 from pst_dist.training.batches import PSTBatch

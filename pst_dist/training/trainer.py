@@ -17,8 +17,9 @@ from pst_dist.config.run_dir import fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import get_task
-from pst_dist.distributed.peer_watch import alive, at, watched, working
+from pst_dist.distributed.peer_watch import watched
 from pst_dist.distributed.preemption import StopRequest, stop_requests
+from pst_dist.distributed.progress import alive, at, working
 from pst_dist.distributed.ranks import (
     Ranks,
     check_same_software,

@@ -15,7 +15,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.device_memory import is_out_of_memory
-from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.progress import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
 from pst_dist.errors import ConfigError
 from pst_dist.student.contexts import Decoded

@@ -26,7 +26,7 @@ from pst_dist.clusters.ray.train import _trainer
 from pst_dist.clusters.ray.gpus import settled_workers
 from pst_dist.config.schema import Config, EmbedConfig
 from pst_dist.data.shard_tar import ShardInfo
-from pst_dist.embedding.embed import EmbeddedShard
+from pst_dist.embedding.embed_shard import EmbeddedShard
 from pst_dist.embedding.files import FolderFiles
 from pst_dist.logs import Progress
 

@@ -26,8 +26,8 @@ from pst_dist.storage.manifest import (
     Manifest,
     write_json,
 )
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.lora import is_adapted
 from pst_dist.student.token_rows import row_parameters
 

@@ -125,7 +125,8 @@ def test_every_kind_of_answer_gives_labels_or_a_reason():
 def test_the_verb_takes_vectors_of_a_run_and_compares_encoders(tmp_path, capsys):
     import zoo
 
-    from pst_dist.config.loading import RESOLVED, dump_config
+    from pst_dist.config.loading import dump_config
+    from pst_dist.config.locate import RESOLVED
     from pst_dist.pipeline import make_embeddings, make_shards
 
     rows_ = {

@@ -20,7 +20,8 @@ from pst_dist.diagnostics.linear_probe import (
     remainder,
     right_rows,
 )
-from pst_dist.diagnostics.probe import Label, labels_of, probe
+from pst_dist.diagnostics.probe import probe
+from pst_dist.diagnostics.probe_labels import Label, labels_of
 from pst_dist.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)

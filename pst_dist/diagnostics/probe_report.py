@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pst_dist.diagnostics.linear_probe import Share
 from pst_dist.text.tables import aligned
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pst_dist.arms import BASELINE
 from pst_dist.config.run_dir import environment
 from pst_dist.evaluation.statistics import format_p
 from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
-from pst_dist.experiment.pictures import accuracy_picture, cost_picture, panels_of, sweep_picture
+from pst_dist.experiment.pictures import accuracy_picture, cost_picture, curve_picture, panels_of, sweep_picture
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Group, Pair, Results
 from pst_dist.experiment.spec import point_words
@@ -50,6 +50,7 @@ def write_results(results: Results, command: Sequence[str], folders: Iterable[Pa
             "accuracy.png": accuracy_picture(results),
             "sweep.png": sweep_picture(results),
             "cost.png": cost_picture(results),
+            "curves.png": curve_picture(results),
         }
         # The page is first, since it marks the other files as ours, should this process be killed here.
         page = page_of(results, command, [name for name, png in pictures.items() if png])
@@ -66,7 +67,7 @@ def write_results(results: Results, command: Sequence[str], folders: Iterable[Pa
     return pages[0]
 
 
-_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "results.json", "results.csv", OUTCOMES)
+_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "curves.png", "results.json", "results.csv", OUTCOMES)
 
 
 def check_page_folder(folder: Path) -> IsOurs:
@@ -163,7 +164,14 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
     if "cost.png" in pictures:
         caption = "Points with similar token counts are drawn slightly apart."
         parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)", caption]
-    parts += [*_adaptive(panels), "## Cost of training", _cost(panels)]
+    parts += [*_adaptive(panels)]
+    if "curves.png" in pictures:
+        caption = (
+            "Loss of an answer token on the validation rows, mean over seeds. Runs whose curves were not recorded are "
+            "not shown."
+        )
+        parts += ["## Learning curves", "![loss of an answer token over steps](curves.png)", caption]
+    parts += ["## Cost of training", _cost(panels)]
     published = _published(results)
     if published:
         parts += ["## Published results for comparison", *published]

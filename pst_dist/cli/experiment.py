@@ -20,6 +20,7 @@ An experiment lists tasks, variants (arms, possibly with changed keys), seeds an
   vary:     {data.max_rows: [100, 400]}
   seeds:    [0, 1, 2]
 
+A task may restrict itself to some of them: `variants: [pst]`, `seeds: [0]`.
 Each combination has its own run directory in runs/experiments/NAME. Finished runs are kept, and interrupted runs
 resume. Arguments:
   seeds=[0]  jobs=2  keep=results   keys of the experiment    train.max_steps=50   a key of every run

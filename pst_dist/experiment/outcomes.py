@@ -21,10 +21,11 @@ from pst_dist.config.keys import flat_keys
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import InputError, IntegrityError, StaleError
-from pst_dist.evaluation.records import read_rows
+from pst_dist.evaluation.records import read_metrics, read_rows
 from pst_dist.evaluation.scores import with_current_names
 from pst_dist.experiment.runs import placeless, result_of, samples_of
 from pst_dist.experiment.spec import Run
+from pst_dist.publish.plots import validation_series
 from pst_dist.storage.json_files import parse_json, read_content, typed
 from pst_dist.storage.manifest import canonical_json, digest_of, read_manifest
 
@@ -35,6 +36,9 @@ _ALWAYS = {
 }
 _ACCOUNT = _ALWAYS | {"chance", "majority", "training", "adaptive"}
 """The results that the page shows besides the correct rows."""
+_CURVE = "curve"
+"""Key of the learning curve: [[step, nats per answer token on the validation rows], ...]. Outcomes of earlier versions
+and runs without validation rows have none."""
 
 
 class _Share(BaseModel):
@@ -70,6 +74,7 @@ class _Account(BaseModel):
     majority: float | None = None
     training: dict[str, int | float | str | None] | None = None
     adaptive: _Adaptive | None = None
+    curve: list[tuple[int, float]] | None = None
 
 
 class _Line(BaseModel):
@@ -138,8 +143,14 @@ def outcome_of(run: Run) -> Outcome | None:
         shards=results["shards"],
         rows=digest_of([row["id"] for row in rows]),
         right=np.array([row["correct"] for row in rows], dtype=bool),
-        results={key: results[key] for key in _ACCOUNT if key in results},
+        results={key: results[key] for key in _ACCOUNT if key in results} | _curve(run.config),
     )
+
+
+def _curve(config: Config) -> dict[str, Any]:
+    """The learning curve under its key; empty where no validation was logged."""
+    steps, values = validation_series(read_metrics(run_dir(config).metrics), "answer_nll")
+    return {_CURVE: [list(point) for point in zip(steps, values, strict=True)]} if steps else {}
 
 
 def outcomes_text(outcomes: Iterable[Outcome]) -> str:

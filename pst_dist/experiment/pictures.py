@@ -1,4 +1,5 @@
-"""The plots of an experiment, each a PNG in memory: accuracies with errors, over a varied key, and against tokens.
+"""The plots of an experiment, each a PNG in memory: accuracies with errors, over a varied key, and against tokens, and
+learning curves.
 
 Arms have the same colours as on every other page; variants of one arm differ in marker and line style.
 """
@@ -17,6 +18,7 @@ from pst_dist.publish.plots import (
     apart,
     arm_colour,
     arm_style,
+    from_zero,
     name_axes,
     new_figure,
     to_png,
@@ -25,6 +27,8 @@ from pst_dist.publish.plots import (
 
 _MOST_PANELS = 6
 """With more panels there is no cost plot: a page of thumbnails is harder to read than the table."""
+_MOST_CURVES = 12
+"""The same for learning curves, which need less room."""
 Panel = tuple[str, list[Group]]
 """A title and the variants in it."""
 
@@ -150,6 +154,24 @@ def cost_picture(results: Results) -> bytes | None:
         axis.set_ylim(0, 1.05 * highest or None)  # room for a dot at the top; automatic when all are 0
         name_axes(axis, "tokens to the answer (mean, logarithmic)", "accuracy (%)", title)
     add_legend(axes[-1])
+    return to_png(figure)
+
+
+def curve_picture(results: Results) -> bytes | None:
+    """Loss of an answer token on the validation rows over steps, a panel per task and point; None without curves."""
+    panels = [(title, found) for title, groups in panels_of(results) if (found := [g for g in groups if g.curve])]
+    if not panels or len(panels) > _MOST_CURVES:
+        return None
+    across = _across(len(panels))
+    figure, axes = new_figure(1.9 + 3.7 * across, 2.9 * -(-len(panels) // across), len(panels), columns=across)
+    styles = dict(_styles(results))
+    for axis, (title, groups) in zip(axes, panels, strict=True):
+        for group in groups:
+            steps, values = zip(*group.curve, strict=True)
+            axis.plot(steps, values, **styles[group.variant], markersize=4, linewidth=1.5, label=group.variant)
+        from_zero(axis)
+        name_axes(axis, "optimizer step", "nats per answer token", title)
+        add_legend(axis)
     return to_png(figure)
 
 

@@ -68,6 +68,9 @@ class Group:
     """An adaptive student answering at once, always thinking first, and as it chose: accuracy, tokens and the share of
     rows on which it thought, means over seeds."""
     tests: tuple[Difference, ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
+    """Learning curve: (step, nats per answer token on the validation rows), mean over seeds; empty unless every seed
+    recorded the same steps."""
 
     @property
     def stderr(self) -> float:
@@ -123,11 +126,18 @@ class Results:
         """Plain dict."""
         return {
             "experiment": self.experiment.model_dump(mode="json"),
-            "groups": [asdict(group) | {"stderr": group.stderr} for group in self.groups],
+            "groups": [_group_json(group) for group in self.groups],
             "pairs": [asdict(pair) for pair in self.pairs],
             "missing": [run.name for run in self.missing],
             "failures": self.failures,
         }
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    numbers = asdict(group) | {"stderr": group.stderr}
+    if not group.curve:
+        del numbers["curve"]
+    return numbers
 
 
 def _is_control_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -266,6 +276,7 @@ def _group(
         generated="gen:" in f"{own.runs[0].config.data.train} {own.runs[0].config.data.test}",
         adaptive=_adaptive([result["adaptive"] for result in own.results if result.get("adaptive")]),
         tests=tuple(test for test in tests if test is not None),
+        curve=_mean_curve([result.get("curve") or [] for result in own.results]),
     )
 
 
@@ -277,6 +288,14 @@ def _adaptive(accounts: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]
     ways |= {"always thinking": [account["always_thinking"] for account in accounts], "as it chose": list(accounts)}
     names = ("accuracy", "tokens", "thinking")
     return {way: {name: float(np.mean([one[name] for one in found])) for name in names} for way, found in ways.items()}
+
+
+def _mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[tuple[int, float], ...]:
+    """The mean of the seeds' learning curves; empty unless all have the same steps."""
+    steps = [int(step) for step, _ in curves[0]]
+    if any([step for step, _ in curve] != steps for curve in curves):
+        return ()
+    return tuple((step, float(np.mean([curve[k][1] for curve in curves]))) for k, step in enumerate(steps))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

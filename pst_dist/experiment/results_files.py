@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
-from pst_dist.experiment.pictures import accuracy_picture, cost_picture, sweep_picture
+from pst_dist.experiment.pictures import accuracy_picture, cost_picture, curve_picture, sweep_picture
 from pst_dist.experiment.results import Results
 from pst_dist.experiment.results_page import page_of
 from pst_dist.storage.json_files import json_text
 from pst_dist.storage.outputs import IsOurs, check_output, is_experiment_page, is_picture, write_output
 
 RESOLVED_EXPERIMENT = "experiment.resolved.yaml"
-_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "results.json", "results.csv", OUTCOMES)
+_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "curves.png", "results.json", "results.csv", OUTCOMES)
 
 
 def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
@@ -34,6 +34,7 @@ def write_results(results: Results, command: Sequence[str], folders: Iterable[Pa
             "accuracy.png": accuracy_picture(results),
             "sweep.png": sweep_picture(results),
             "cost.png": cost_picture(results),
+            "curves.png": curve_picture(results),
         }
         # The page is first, since it marks the other files as ours, should this process be killed here.
         page = page_of(results, command, [name for name, png in pictures.items() if png])

@@ -53,7 +53,14 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
     if "cost.png" in pictures:
         caption = "Points with similar token counts are drawn slightly apart."
         parts += ["## Accuracy against tokens to the answer", "![accuracy against tokens](cost.png)", caption]
-    parts += [*_adaptive(panels), "## Cost of training", _cost(panels)]
+    parts += [*_adaptive(panels)]
+    if "curves.png" in pictures:
+        caption = (
+            "Loss of an answer token on the validation rows, mean over seeds. Runs whose curves were not recorded are "
+            "not shown."
+        )
+        parts += ["## Learning curves", "![loss of an answer token over steps](curves.png)", caption]
+    parts += ["## Cost of training", _cost(panels)]
     published = _published(results)
     if published:
         parts += ["## Published results for comparison", *published]

@@ -31,6 +31,8 @@ from pst_dist.storage.manifest import digest_of
 _FIVE = tuple(name for name, arm in ARMS.items() if not arm.chooses_order)
 _BEGIN = "config"
 """The key of a task that names its base config."""
+_ONLY = ("variants", "seeds")
+"""Keys of a task that restrict it to some of the experiment's variants and seeds."""
 _OWN = ("output_dir", "data_dir", "data_cache", "arms", "seed")
 """Keys that the experiment sets for each run."""
 
@@ -67,7 +69,8 @@ class Experiment(Section):
     recipe: list[str] = Field(default=[])
     """Overlays that win over `settings` and a task's own keys, such as `+paper_t5` on the command line."""
     tasks: dict[str, dict[str, Any]]
-    """Label of a task -> keys of its runs; `config:` names its base config (file or ready-made)."""
+    """Label of a task -> keys of its runs; `config:` names its base config (file or ready-made), and `variants:` and
+    `seeds:` restrict the task to some of the experiment's."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {name: {"arm": name} for name in _FIVE})
     """Label of a variant -> its keys, applied over the task's; defaults to the five arms of the method."""
     vary: dict[str, list[Any]] = Field(default_factory=dict)
@@ -104,7 +107,30 @@ class Experiment(Section):
         unknown = [name for pair in self.pairs for name in pair if name not in self.variants]
         if unknown:
             raise ValueError(f"pairs: there is no variant {unknown[0]!r}")
+        for task, keys in self.tasks.items():
+            self._check_restriction(f"tasks.{task}.variants", keys.get("variants"), [*self.variants])
+            # Seeds are not compared with the experiment's: `seeds=[0]` may leave out those that a task names.
+            self._check_restriction(f"tasks.{task}.seeds", keys.get("seeds"), None)
         return self
+
+    @staticmethod
+    def _check_restriction(where: str, wanted: Any, known: list[str] | None) -> None:
+        """Raises ValueError for a restriction of a task that is not a list of known labels, or of whole numbers."""
+        if wanted is None:
+            return
+        kind = str if known is not None else int
+        if not isinstance(wanted, list) or not wanted or any(type(one) is not kind for one in wanted):
+            words = "labels of variants" if known is not None else "whole numbers"
+            raise ValueError(f"{where} is not a list of {words}")
+        missing = [one for one in wanted if known is not None and one not in known]
+        if missing:
+            raise ValueError(f"{where}: there is no variant {missing[0]!r}")
+
+    def includes(self, task: str, variant: str, seed: int) -> bool:
+        """Whether a task is run with this variant and seed."""
+        keys = self.tasks[task]
+        variants, seeds = keys.get("variants"), keys.get("seeds")
+        return (variants is None or variant in variants) and (seeds is None or seed in seeds)
 
     @property
     def path(self) -> Path:
@@ -189,18 +215,26 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
 def runs_of(experiment: Experiment) -> list[Run]:
     """Every run, ordered by seed, so that a stopped experiment has results for as many variants as possible.
 
-    Raises ConfigError, naming task and variant, for keys that do not make a valid config, and for labels that would
-    share a directory.
+    Raises ConfigError, naming task and variant, for keys that do not make a valid config, for labels that would share a
+    directory, and when no run is left.
     """
     bases = {task: _begin(task, experiment) for task in experiment.tasks}
     runs: list[Run] = []
     trained: dict[str, list[str]] = {}
+    rows: dict[str, str] = {}
     for seed, (task, base), point, (variant, keys) in itertools.product(
         experiment.seeds, bases.items(), experiment.points, experiment.variants.items()
     ):
+        if not experiment.includes(task, variant, seed):
+            continue
         config = _config(experiment, task, base, variant, keys, point, seed)
+        # Tasks with the same rows share the data of the first of them: embedding may take longer than training.
+        data = rows.setdefault(_rows_of(config), f"{_slug(task)}-{_rows_of(config)[:8]}")
+        config = config.model_copy(update={"data_dir": str(experiment.path / "data" / data)})
         runs.append(Run(task, variant, point, seed, config, tuple(trained.setdefault(_training_of(config), []))))
         trained[_training_of(config)].append(config.output_dir)
+    if not runs:
+        raise ConfigError("no task is run with any of the seeds", "see tasks.*.seeds and seeds")
     folders: dict[str, Run] = {}
     for run in runs:
         other = folders.setdefault(run.config.output_dir, run)
@@ -222,7 +256,7 @@ def _begin(task: str, experiment: Experiment) -> dict[str, Any]:
     for own in _OWN:
         tree.pop(own, None)
     _put(tree, experiment.settings, "settings")
-    _put(tree, {key: value for key, value in keys.items() if key != _BEGIN}, f"tasks.{task}")
+    _put(tree, {key: value for key, value in keys.items() if key not in (_BEGIN, *_ONLY)}, f"tasks.{task}")
     lay_over(tree, experiment.recipe)
     return tree
 
@@ -247,6 +281,11 @@ def _config(
     except ValidationError as error:
         reason = explain(error, None, {}, {})
         raise ConfigError(f"task {task}, variant {variant}: {reason.what}", reason.remedy) from error
+    return config
+
+
+def _rows_of(config: Config) -> str:
+    """Digest of all settings that the shards and embeddings depend on."""
     vectors = {"encoder", "revision", "prefix", "max_seq_length", "dtype"}
     # Later settings, only where they are set: the folders of earlier experiments keep their names.
     vectors |= {name for name in ("truncate_dim", "layer", "pooling") if getattr(config.embed, name) is not None}
@@ -256,8 +295,7 @@ def _config(
         "shards": config.shards.model_dump(mode="json", exclude={"workers"}),
         "embed": config.embed.model_dump(mode="json", include=vectors),
     }
-    data = experiment.path / "data" / f"{_slug(task)}-{digest_of(rows)[:8]}"
-    return config.model_copy(update={"data_dir": str(data)})
+    return digest_of(rows)
 
 
 def _put(tree: dict[str, Any], keys: Mapping[str, Any], where: str) -> None:

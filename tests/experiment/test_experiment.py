@@ -23,7 +23,7 @@ from pst_dist.errors import ConfigError, InputError
 from pst_dist.evaluation.statistics import Difference, mcnemar, paired, standard_error
 from pst_dist.experiment.driver import run_experiment
 from pst_dist.experiment.outcomes import Outcome
-from pst_dist.experiment.pictures import accuracy_picture, cost_picture, sweep_picture
+from pst_dist.experiment.pictures import accuracy_picture, cost_picture, curve_picture, sweep_picture
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Pair, Results, collect
 from pst_dist.experiment.results_page import _controls, page_of
@@ -91,6 +91,28 @@ def test_runs_with_the_same_rows_share_their_data_and_others_do_not(tmp_path):
     assert not folders[16] & folders[24]
 
 
+def test_tasks_with_the_same_rows_share_the_data_of_the_first(tmp_path):
+    rows = {"data.train": "gen:last_letters?rows=40&words=2"}
+    wide, other = {"student.fresh.hidden_size": 64}, {"data.train": "gen:last_letters?rows=41&words=2"}
+    file = write(tmp_path / "e.yaml", tasks={"a": rows, "b": rows | wide, "c": other})
+    folders = {run.task: Path(run.config.data_dir).name for run in runs_of(load_experiment(str(file)))}
+    assert folders["b"] == folders["a"] and folders["a"].startswith("a-")
+    assert folders["c"] != folders["a"] and folders["c"].startswith("c-")
+
+
+def test_a_task_may_have_only_some_of_the_variants_and_seeds(tmp_path):
+    rows = {"data.train": "gen:last_letters?rows=40&words=2"}
+    tasks = {"all": rows, "some": rows | {"variants": ["pre_thinking"], "seeds": [1]}}
+    file = str(write(tmp_path / "e.yaml", tasks=tasks))
+    names = [run.name for run in runs_of(load_experiment(file))]
+    assert names[:3] == [f"all / {variant} / seed 0" for variant in SMALL["variants"]]
+    assert names[3:6] == [f"all / {variant} / seed 1" for variant in SMALL["variants"]]
+    assert names[6:] == ["some / pre_thinking / seed 1"]
+    # Seeds of the command line restrict further; those that a task does not name are not added.
+    assert not [run for run in runs_of(load_experiment(file, ["seeds=[0]"])) if run.task == "some"]
+    assert runs_of(load_experiment(file, ["seeds=[1]"]))[-1].config.arm == "pre_thinking"
+
+
 def test_a_variant_wins_over_its_task_the_task_over_the_settings_and_the_command_line_over_all(tmp_path):
     tasks = {"a": {"data.train": "gen:last_letters?rows=40", "train.max_steps": 5}}
     variants = {"x": {"arm": "pst"}, "y": {"arm": "pst", "train.max_steps": 4}}
@@ -142,6 +164,10 @@ def test_a_recipe_on_the_command_line_wins_over_the_file_and_a_key_over_the_reci
         ({"vary": {"data.max_rows": []}}, "has no values"),
         ({"settings": {"train.lr": 1}}, "train.lr"),
         ({"pairs": [["no alignment", "pst"]]}, "there is no variant 'pst'"),
+        ({"tasks": {"a": {"variants": ["pst"]}}}, "tasks.a.variants: there is no variant 'pst'"),
+        ({"tasks": {"a": {"variants": "answer_only"}}}, "tasks.a.variants is not a list of labels of variants"),
+        ({"tasks": {"a": {"seeds": [True]}}}, "tasks.a.seeds is not a list of whole numbers"),
+        ({"tasks": {"a": {"seeds": [5]}}}, "no task is run with any of the seeds"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, changes, said):
@@ -252,6 +278,24 @@ def test_the_page_has_published_numbers_for_real_rows_and_both_ways_of_an_adapti
     assert "## Answering at once" not in page_of(results, ["pst"], [])
 
 
+def test_learning_curves_are_means_over_seeds_of_the_validation_losses_in_the_logs(small):
+    file, _ = small
+    folder = file.with_suffix("")
+    group = json.loads((folder / "results.json").read_text())["groups"][0]
+    logs = [folder / "runs" / "letters" / "answer_only" / f"seed-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    rows = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+    losses = [{row["step"]: row["validation"]["answer_nll"] for row in one if "validation" in row} for one in rows]
+    assert [step for step, _ in group["curve"]] == [3, 6]
+    for step, value in group["curve"]:
+        assert value == pytest.approx((losses[0][step] + losses[1][step]) / 2)
+    page = (folder / "README.md").read_text()
+    assert "![loss of an answer token over steps](curves.png)" in page
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    experiment = load_experiment(str(file))
+    results = collect(experiment, runs_of(experiment))
+    assert curve_picture(replace(results, groups=[replace(one, curve=()) for one in results.groups])) is None
+
+
 def test_the_page_tells_what_the_most_frequent_answer_gets_and_how_many_outputs_hold_none(small):
     experiment = load_experiment(str(small[0]))
     results = collect(experiment, runs_of(experiment))
@@ -334,10 +378,10 @@ def test_outcomes_of_another_machine_give_the_same_page_without_a_run(small, sha
     assert again == (given / "outcomes.jsonl").read_text()
 
 
-def test_the_accuracy_of_a_run_is_the_share_of_its_right_rows(shared):
+def test_the_accuracy_of_a_run_is_the_share_of_its_right_rows(small, shared):
     given, _ = shared
     lines = [json.loads(line) for line in (given / "outcomes.jsonl").read_text().splitlines()]
-    groups = json.loads((given.parent / "small" / "results.json").read_text())["groups"]
+    groups = json.loads((small[0].with_suffix("") / "results.json").read_text())["groups"]
     expected = sorted(line["right"].count("1") / 12 for line in lines)
     assert expected == pytest.approx(sorted(value for group in groups for value in group["accuracies"]))
 

@@ -55,7 +55,7 @@ def summary(shard: Any) -> Any:
     """What an actor would tell of a full shard, but that the file is empty."""
     import numpy as np
 
-    from pst_dist.embedding.embed import EmbeddedShard
+    from pst_dist.embedding.embed_shard import EmbeddedShard
     from pst_dist.embedding.files import file_name
 
     sums = np.full(WIDTH, 123_456_789, dtype=np.int64)

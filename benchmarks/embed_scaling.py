@@ -31,7 +31,7 @@ from pst_dist.config.schema import EmbedConfig, RayConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shard_writer import write_shards
 from pst_dist.data.shards import ShardInfo, ShardSet
-from pst_dist.embedding.embed import embed_shard
+from pst_dist.embedding.embed_shard import embed_shard
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.files import FolderFiles
 from pst_dist.logs import Progress

@@ -17,8 +17,8 @@ from measuring import CLOCKS, compared, paired_rounds
 
 from pst_dist.config.schema import Config
 from pst_dist.logs import quiet_libraries
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.explain import decode_explained
-from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.pretrained import build_model
 from pst_dist.student.tokenizer import build_tokenizer
 

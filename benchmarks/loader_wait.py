@@ -40,7 +40,7 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
-from pst_dist.training import trainer
+from pst_dist.training import parts
 from pst_dist.training.ahead import StepsAhead
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.trainer import train
@@ -148,7 +148,7 @@ def main() -> None:
             config = config_of(words, Path(temporary), args.steps, args.threads)
             pipeline.make_shards(config)
             pipeline.make_embeddings(config)
-            with mock.patch.object(trainer, "StepsAhead", TakingTurns):
+            with mock.patch.object(parts, "StepsAhead", TakingTurns):
                 train(config)
         results[training] = table_of(MADE[-1].steps)
         for way, row in results[training].items():

@@ -104,11 +104,12 @@ def size(folder: Path) -> int:
 def child(config: str, words: list[str], run: Path) -> None:
     """One rank: train, and write what each step cost."""
     from pst_dist.distributed.ranks import Ranks, leave
-    from pst_dist.training import trainer
+    from pst_dist.training import loop
+    from pst_dist.training.trainer import train
 
     resolved = load_config(config, words)
     ranks, seconds, losses = Ranks.from_environment(), [], []
-    original = trainer.take_step
+    original = loop.take_step
 
     def timed(*given: Any, **named: Any) -> Any:
         begin = time.process_time()
@@ -117,8 +118,8 @@ def child(config: str, words: list[str], run: Path) -> None:
         losses.append(round(float(getattr(taken, "loss", float("nan"))), 4))
         return taken
 
-    trainer.take_step = timed
-    trainer.train(resolved)
+    loop.take_step = timed
+    train(resolved)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     (run / f"cost-{ranks.rank}.json").write_text(json.dumps({"cpu": seconds, "peak_MiB": peak, "losses": losses}))
     leave(0)

@@ -16,7 +16,7 @@ from typing import Any
 from pst_dist import errors
 from pst_dist.arms import ARMS
 from pst_dist.cli.main import command_parser
-from pst_dist.config.loading import overlays, ready_made_configs
+from pst_dist.config.locate import overlays, ready_made_configs
 from pst_dist.config.schema import Config
 
 DOCS = Path(__file__).resolve().parent

@@ -202,7 +202,7 @@ def _rich_bar(name: str, total: int | None, unit: str) -> Iterator[Progress]:
 
 _NOISE = re.compile(
     # Checked by this package, which refuses or reports them in its own words: weights that are missing from the files
-    # (`models.load`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
+    # (`models.weight_checks`), generation settings (`student.saved`), texts over the length limit (`student.layout`).
     r"LOAD REPORT|seem corrupted|generation flags|longer than the specified maximum"
     # Which of two checkpoints is older, when both were written within a second (`embedding.train_encoder`).
     r"|mtime may not be reliable"

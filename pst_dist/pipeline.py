@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pst_dist.config.loading import RESOLVED, load_config
+from pst_dist.config.loading import load_config
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.run_dir import expand_arms, fetch_data, recorded, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.config.stage import tell_stage

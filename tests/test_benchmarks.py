@@ -23,7 +23,8 @@ from evaluated import make_run  # noqa: E402
 from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
 from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
 
-from pst_dist.config.loading import RESOLVED, dump_config  # noqa: E402
+from pst_dist.config.loading import dump_config  # noqa: E402
+from pst_dist.config.locate import RESOLVED  # noqa: E402
 from pst_dist.evaluation.evaluate import evaluate  # noqa: E402
 
 

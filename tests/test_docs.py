@@ -16,7 +16,8 @@ import pytest
 
 from pst_dist.cli.main import command_parser
 from pst_dist.cli.words import gather_overrides
-from pst_dist.config.loading import load_config, overlays, ready_made_configs
+from pst_dist.config.loading import load_config
+from pst_dist.config.locate import overlays, ready_made_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -22,7 +22,7 @@ from pst_dist.data.sources.rows import RowError, excerpt
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.data.sources.thoughts import rationale_of
 from pst_dist.data.tasks import TASKS
-from pst_dist.diagnostics.rows import _reason
+from pst_dist.diagnostics.rows_page import _reason
 
 SHORT, LONG = 1_000, 4_000
 PIECES = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pst_dist.config import loading
+from pst_dist.config.explain import explain
 from pst_dist.errors import PstError, missing_package
 
 
@@ -20,7 +20,7 @@ def our_errors() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise loading.explain(error, None, {}, {}) from error
+        raise explain(error, None, {}, {}) from error
     except (ModuleNotFoundError, OSError) as error:
         ours = as_our_error(error)
         if ours is None:

@@ -12,8 +12,8 @@ from typing import Any
 from pst_dist.api.configs import Source, checked, load_config, tree_of, write_rows
 from pst_dist.api.faults import our_errors
 from pst_dist.api.results import ArmResult, EvaluationResult, RunResult, TrainResult
-from pst_dist.config import loading
 from pst_dist.config.effect import WHAT_A_RUN_IS, given_keys, names_other_rows, refuse_without_effect
+from pst_dist.config.keys import flat_keys
 from pst_dist.config.run_dir import check_lasting, expand_arms, recorded, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
@@ -133,7 +133,7 @@ def _of_finished(verb: str, source: Source, overrides: Sequence[str], keys: Mapp
     """(the config of a trained arm, whether it names other rows); raises ConfigError for a setting without effect."""
     config, files = checked(source, overrides, keys)
     config = _one_arm(config, verb)
-    given = [*given_keys(overrides), *loading.flat_keys(tree_of(keys))]
+    given = [*given_keys(overrides), *flat_keys(tree_of(keys))]
     given += WHAT_A_RUN_IS if isinstance(source, Config) else ()
     refuse_without_effect(verb, config, given)
     others = names_other_rows(config, given)

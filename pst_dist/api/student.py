@@ -14,7 +14,7 @@ from pst_dist.student.answer import Answer
 
 if TYPE_CHECKING:
     from pst_dist.data.sample import Turns
-    from pst_dist.student.layout import AnswerFormat
+    from pst_dist.student.answer_format import AnswerFormat
     from pst_dist.student.saved import LoadedStudent
 
 Conversation = Sequence[Mapping[str, Any]]

@@ -27,7 +27,7 @@ from pst_dist.errors import ConfigError
     Option("--write", metavar="FILE", help="write a config for these rows, with the proposed columns: --write my.yaml"),
 )
 def check(arguments: argparse.Namespace) -> int:
-    from pst_dist.config.loading import is_rows
+    from pst_dist.config.locate import is_rows
     from pst_dist.diagnostics.rows import check
     from pst_dist.diagnostics.starter import check_target, run_folder, write_starter
 
@@ -186,7 +186,8 @@ def verify(arguments: argparse.Namespace) -> int:
     Option("--list", action="store_true", help="list the ready-made configs, the overlays and the arms"),
 )
 def config(arguments: argparse.Namespace) -> int:
-    from pst_dist.config.loading import dump_config, overlays, ready_made_configs
+    from pst_dist.config.loading import dump_config
+    from pst_dist.config.locate import overlays, ready_made_configs
     from pst_dist.config.schema import Config
 
     if arguments.list:

@@ -63,7 +63,7 @@ def experiment(arguments: argparse.Namespace) -> int:
         raise ConfigError("no experiment given", "`pst experiment --list` lists the ready-made ones")
     from pst_dist.experiment.driver import run_experiment
     from pst_dist.experiment.outcomes import outcomes_elsewhere
-    from pst_dist.experiment.results_page import table_lines
+    from pst_dist.experiment.results_table import table_lines
     from pst_dist.experiment.runs import result_of
     from pst_dist.experiment.spec import runs_of
 

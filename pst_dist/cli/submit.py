@@ -39,7 +39,7 @@ def check_machine(launcher: Launcher, submission: Submission) -> None:
 
 def _refuse_secrets(submission: Submission) -> None:
     """Raises ConfigError for a password in the config, because others can read job scripts and commands."""
-    from pst_dist.config.loading import flat_keys
+    from pst_dist.config.keys import flat_keys
     from pst_dist.text.redaction import has_secret
 
     for key, value in flat_keys(submission.config.model_dump(mode="json")).items():

@@ -177,7 +177,8 @@ def _takes_ray(arguments: argparse.Namespace) -> bool:
 def _rows_config(arguments: argparse.Namespace) -> Config:
     """The config with the rows as data.train; of a config, only its data, task and arm-independent keys matter."""
     from pst_dist.cli.words import config_of_rows, rows_and_words
-    from pst_dist.config.loading import is_rows, load_config
+    from pst_dist.config.loading import load_config
+    from pst_dist.config.locate import is_rows
 
     if is_rows(arguments.config):
         return config_of_rows(*rows_and_words(arguments.config, arguments.overrides))

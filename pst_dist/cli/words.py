@@ -25,7 +25,7 @@ def rows_and_words(first: str, words: Sequence[str]) -> tuple[list[str], list[st
 
     A shell may have expanded a pattern into several files.
     """
-    from pst_dist.config.loading import is_rows
+    from pst_dist.config.locate import is_rows
     from pst_dist.text.urls import is_whole_url
 
     others = [word for word in words if is_whole_url(word) or ("=" not in word and is_rows(word))]

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pst_dist.config.loading import RESOLVED, flat_keys, load_config, locate_overlay
+from pst_dist.config.keys import flat_keys
+from pst_dist.config.loading import load_config
+from pst_dist.config.locate import RESOLVED, locate_overlay
 from pst_dist.config.overrides import parse_override
 from pst_dist.config.schema import Config
 from pst_dist.config.yaml_text import read_yaml

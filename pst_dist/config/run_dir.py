@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pst_dist.config.loading import RESOLVED, dump_config
+from pst_dist.config.loading import dump_config
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.schema import Config
 from pst_dist.config.stage import STAGE, staged
 from pst_dist.errors import ConfigError, DataError, InputError, IntegrityError, LockedError

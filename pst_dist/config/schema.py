@@ -2,7 +2,7 @@
 
 A config is YAML plus `key.sub=value` overrides. The YAML overrides the defaults below, and the command line overrides
 the YAML. An unknown key is refused, with the closest known key as a suggestion. Keys that mean the same as a Hugging
-Face argument have its name. `loading` parses the text and locates errors in it.
+Face argument have its name. `loading` parses the text, and `explain` locates errors in it.
 """
 
 from __future__ import annotations

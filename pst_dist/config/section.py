@@ -63,7 +63,7 @@ class Section(BaseModel):
                 ) from error
 
         # With this flag pydantic validates without calling __init__, so `model_validate` still raises pydantic's own
-        # error, which `loading` needs to find the file and line.
+        # error, which `explain` needs to find the file and line.
         __init__.__pydantic_base_init__ = True
 
     def __setattr__(self, name: str, value: Any) -> None:

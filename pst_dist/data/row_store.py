@@ -6,7 +6,7 @@ no out-of-core grouping without a further engine, and sorted runs of our own wou
 
 The database has no name: SQLite creates it in TMPDIR (else /var/tmp) and unlinks it at once, so a killed process leaves
 nothing behind. Each row is stored as the bytes that its shard will contain, with the few columns by which rows are
-compared. `sources.arrange` decides which rows go where.
+compared. `sources.arrange` assigns the rows to splits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from pst_dist.storage.manifest import canonical_json
 _T = TypeVar("_T")
 _CACHE_KIB = 128 << 10
 _BATCH = 2000
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
+"""The `split` of a row, as a position in `SPLITS`."""
 DROPPED = -1
-"""The `split` of a row that was removed; otherwise it is a position in `SPLITS`."""
+"""The `split` of a row that was removed."""
 
 _TABLES = """
 CREATE TABLE rows(

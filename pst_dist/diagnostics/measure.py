@@ -149,7 +149,7 @@ class _Measurement:
         from pst_dist.student.tokenizer import build_tokenizer
         from pst_dist.training.batches import Collator
         from pst_dist.training.begun import settled
-        from pst_dist.training.engines import build_engine
+        from pst_dist.training.engine_choice import build_engine
         from pst_dist.training.loss import TermWeights
         from pst_dist.training.module import build_student
         from pst_dist.training.precision import check_fp16, suits_bf16, with_precision
@@ -178,9 +178,9 @@ class _Measurement:
     def run(self, seconds: float) -> Measured:
         import torch
 
-        from pst_dist.training.batches import step_batches
         from pst_dist.training.order import OrderPlan
         from pst_dist.training.pass_size import PassSize
+        from pst_dist.training.step_batches import step_batches
 
         train, device = self.config.train, self.engine.device
         size = PassSize.of(self.config, self.engine)

@@ -35,7 +35,7 @@ def preflight(config: Config) -> None:
     if config.train.backend != "ray" or _has_student(config):
         check_student(config)
     if needs_embeddings(config):
-        from pst_dist.embedding.encoder import check_encoder
+        from pst_dist.embedding.encoder_model import check_encoder
 
         check_encoder(config.embed)
 

@@ -5,7 +5,7 @@ the question does, `pst` can hardly beat its control with shuffled embeddings. S
 answer from the question's embedding, from the rationale's, and from the remainder: the rationale's embedding without
 the part that the question's embedding predicts. A linear probe on a few hundred rows finds only part of the
 information, so its result is a prediction.
-`diagnostics.linear_probe` has the regressions.
+`diagnostics.linear_probe` has the regressions, `probe_labels` what is predicted, and `probe_report` the text.
 """
 
 # Shapes in this file: n rows, E encoder width
@@ -13,10 +13,8 @@ information, so its result is a prediction.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +25,8 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.sources import load_data
 from pst_dist.diagnostics.linear_probe import Share, fold_of_rows, majority_rows, remainder, right_rows
+from pst_dist.diagnostics.probe_labels import Label, labels_of
+from pst_dist.diagnostics.probe_report import Probed, ProbeReport, Reading
 from pst_dist.errors import ConfigError, DataError, PstError
 from pst_dist.logs import progress
 
@@ -36,139 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _LEAST_ROWS = 50
 _SPLITS = ("train", "validation")
-_LEAST_PER_CLASS = 5
-"""Rows per class on average, below which a probe cannot learn the classes."""
-_POSITIONS = ("first", "second", "third", "fourth")
 _OWN = ("layer", "pooling", "revision", "max_seq_length")
-"""Settings that belong to one encoder: another one starts without them."""
-
-
-@dataclass(frozen=True)
-class Label:
-    """Something about the answer that a probe may read."""
-
-    name: str
-    classes: np.ndarray
-    """[n] int, 0 … C - 1."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How well one label is read, as shares of rows."""
-
-    label: str
-    classes: int
-    majority: Share
-    """The most frequent class."""
-    question: Share
-    """From the question's embedding."""
-    rationale: Share
-    """From the rationale's."""
-    remainder: Share
-    """From what remains of the rationale's."""
-    over_question: Share
-    """Rationale minus question, paired."""
-    over_majority: Share
-    """Remainder minus majority, paired."""
-    question_over_majority: Share
-    """Question minus majority, paired."""
-
-    @property
-    def verdict(self) -> str:
-        """`yes`, `no` or `unclear`: do the targets know more of the answer than the question's own embedding?
-
-        Regularised regression removes the question's part not quite, so the remainder says little where the question
-        knows the answer itself.
-        """
-        if self.over_question.is_positive:
-            return "yes" if self.over_majority.is_positive else "unclear"
-        alone = self.over_majority.is_positive and not self.question_over_majority.is_positive
-        return "unclear" if alone else "no"
-
-
-@dataclass(frozen=True)
-class Probed:
-    """The account of one encoder."""
-
-    encoder: str
-    width: int
-    topic: float
-    """Share of the targets' variance that the question's embedding predicts."""
-    topic_cosine: Share
-    readings: tuple[Reading, ...]
-
-    @property
-    def verdict(self) -> str:
-        """The best of its readings' verdicts."""
-        found = {reading.verdict for reading in self.readings}
-        return next((word for word in ("yes", "unclear") if word in found), "no")
-
-
-@dataclass(frozen=True)
-class ProbeReport:
-    """What `pst probe` found; `lines()` is the text."""
-
-    rows: int
-    probed: tuple[Probed, ...]
-    skipped: str = ""
-    """Why no label could be made of the answers; empty otherwise."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict."""
-        found = []
-        for one in self.probed:
-            readings = [asdict(reading) | {"verdict": reading.verdict} for reading in one.readings]
-            found.append(asdict(one) | {"readings": readings, "verdict": one.verdict})
-        return {"rows": self.rows, "skipped": self.skipped or None, "encoders": found}
-
-    def lines(self) -> list[str]:
-        """The tables and the verdict."""
-        text = [f"{self.rows:,} rows; a probe is fitted to four fifths of them and scored on the rest"]
-        if self.skipped:
-            text.append(f"the answers were not probed: {self.skipped}")
-        for one in self.probed:
-            text += ["", *_encoder_lines(one)]
-        return [*text, "", *self._verdict_lines()]
-
-    def _verdict_lines(self) -> list[str]:
-        if self.skipped:
-            return ["verdict: none, because the answers could not be probed"]
-        text = []
-        for one in self.probed:
-            text.append(f"verdict for {one.encoder}: {_VERDICTS[one.verdict]}")
-        widest = max(reading.over_majority.stderr for one in self.probed for reading in one.readings)
-        text.append(
-            f"A linear probe on {self.rows:,} rows is a lower bound, and misses gains under about {200 * widest:.0f} "
-            "points: take this as a prediction to test, not as a result."
-        )
-        return text
-
-
-_VERDICTS = {
-    "yes": "the targets predict the answer better than the question does; pst should beat its shuffled control",
-    "unclear": "the targets may predict the answer a little better than the question does; pst may or may not beat "
-    "its shuffled control",
-    "no": "the targets do not predict the answer better than the question does; do not expect pst to beat its "
-    "shuffled control, and try another encoder",
-}
-
-
-def _encoder_lines(one: Probed) -> list[str]:
-    header = ["predicted", "majority", "question", "rationale", "remainder", "rationale - question", ""]
-    rows = [header]
-    for reading in one.readings:
-        shares = (reading.majority, reading.question, reading.rationale, reading.remainder)
-        gain = f"{100 * reading.over_question.mean:+.1f} ± {100 * reading.over_question.stderr:.1f}"
-        cells = [f"{100 * share.mean:.1f} ± {100 * share.stderr:.1f}" for share in shares]
-        rows.append([reading.label, *cells, gain, reading.verdict])
-    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    text = [
-        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    topic = f"{100 * max(0.0, one.topic):.0f} % of the targets' variance follows from the question"
-    cosine = f"cosine of its prediction {one.topic_cosine.mean:.2f} ± {one.topic_cosine.stderr:.2f}"
-    return [f"encoder {one.encoder}, width {one.width}: {topic} ({cosine})", *(text if len(text) > 1 else [])]
+"""Settings that belong to one encoder and are not used for another one."""
 
 
 def probe(
@@ -220,48 +89,6 @@ def _probe_encoder(
             )
         )
     return Probed(name, rationales_nE.shape[1], left.explained, left.cosine, tuple(readings))
-
-
-def labels_of(samples: Sequence[ReasoningSample]) -> tuple[list[Label], str]:
-    """What can be asked about these answers, and why nothing can ("" if something can)."""
-    answers = [sample.answer for sample in samples]
-    if all(sample.answer_type == "number" for sample in samples):
-        return _number_label(answers)
-    found = _label("answer", answers)
-    if found is not None:
-        return [found], ""
-    letters = [_label(f"{_POSITIONS[k]} character", [answer[k] for answer in answers]) for k in _places(answers)]
-    labels = [label for label in letters if label is not None]
-    if labels:
-        return labels, ""
-    kinds = Counter(answers)
-    if len(kinds) == 1:
-        return [], f"every row has the same answer, {answers[0][:40]!r}"
-    return [], f"{len(kinds):,} different answers in {len(answers):,} rows are too many classes"
-
-
-def _places(answers: Sequence[str]) -> range:
-    """Positions of the characters that every answer has, at most four."""
-    return range(min(len(_POSITIONS), min(map(len, answers))))
-
-
-def _label(name: str, values: Sequence[str]) -> Label | None:
-    """The classes of some values; None when there is one only, or too few rows for each."""
-    kinds, classes = np.unique(np.array(values), return_inverse=True)
-    if len(kinds) < 2 or len(values) < _LEAST_PER_CLASS * len(kinds):
-        return None
-    return Label(name, classes.reshape(-1).astype(np.int64))
-
-
-def _number_label(answers: Sequence[str]) -> tuple[list[Label], str]:
-    """Whether a number is above the median; few different numbers are classes of their own."""
-    try:
-        numbers = np.array([float(answer) for answer in answers])
-    except ValueError as error:
-        return [], f"a number could not be read ({error})"
-    middle = float(np.median(numbers))
-    label = _label(f"answer above {middle:g}", [str(number > middle) for number in numbers])
-    return ([label], "") if label is not None else ([], "the answers have no upper half: one number is too frequent")
 
 
 def _rows(config: Config, most: int, wanted: Sequence[str], *, from_run: bool) -> list[ReasoningSample]:

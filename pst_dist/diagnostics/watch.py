@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pst_dist.config.loading import RESOLVED
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.stage import ENDED, STAGE, Stage, read_stage
 from pst_dist.errors import InputError, IntegrityError, PstError
 from pst_dist.evaluation.records import read_metrics

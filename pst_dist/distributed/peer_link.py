@@ -3,7 +3,7 @@
 Anyone on the network can connect, so a connection must authenticate first: its first bytes must be a secret that the
 ranks shared through the process group, compared as bytes and in constant time. Only what follows is parsed, as JSON
 and never unpickled. An unauthenticated connection may send `_HELLO_BYTES` and stay a few seconds, and their number is
-limited. `peer_watch` defines what the lines mean, `peer_verdict` who is lost.
+limited. `peer_messages` defines what the lines mean, `peer_verdict` who is lost.
 """
 
 from __future__ import annotations

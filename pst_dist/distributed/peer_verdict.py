@@ -46,7 +46,7 @@ class Peer:
     waiting: bool = False
     """Whether its training thread was inside a collective."""
     line: str = ""
-    """The line of code that its training thread was executing: `trainer.py:301`."""
+    """The line of code that its training thread was executing: `step.py:134`."""
     closed: str = ""
     """How its connection ended; empty while it is open."""
     farewell: str | None = None

@@ -5,8 +5,9 @@ hangs, and never name the rank. So each rank runs a watcher thread connected to 
 where its rank is. A rank is *dead* when its connection ends or its machine no longer acknowledges what was sent; it is
 *hung* when it sends nothing, or when no rank makes progress, for `train.timeout_seconds`. Rank zero broadcasts the
 verdict, and every rank ends with PeerLostError; the watcher ends a rank that is blocked in a collective.
-`peer_link` is the connection and `peer_verdict` the decision; the launcher restarts ranks, and the trainer resumes
-from a checkpoint. Whatever arrives on a connection can at most close that connection: it never ends this thread.
+`progress` records where this rank is, `peer_link` is the connection, `peer_messages` what is sent, and `peer_verdict`
+the decision. The launcher restarts ranks, and the trainer resumes from a checkpoint. An invalid message can only close
+the connection that it came from; it never ends this thread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import logging
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 import weakref
@@ -27,13 +27,12 @@ from typing import Any
 
 from pst_dist.distributed import peer_link
 from pst_dist.distributed.peer_link import Link, LinkClosed, Meeting
-from pst_dist.distributed.peer_verdict import FAREWELL_SECONDS, REMEDY, Peer, Place, Verdict, hung, judge
-from pst_dist.distributed.progress import alive, at, note_work, place, working
+from pst_dist.distributed.peer_messages import farewell_in, place_in, standing, verdict_in
+from pst_dist.distributed.peer_verdict import FAREWELL_SECONDS, REMEDY, Peer, Verdict, hung, judge
+from pst_dist.distributed.progress import at, place
 from pst_dist.distributed.ranks import Ranks, from_main
 from pst_dist.distributed.stacks import expect_a_beat, expect_nothing, write_stacks
 from pst_dist.errors import PeerLostError, PstError
-
-__all__ = ["alive", "at", "watched", "working"]
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
@@ -43,16 +42,15 @@ _VERDICT_SECONDS = 8.0
 """How long the training thread waits for the verdict when a collective failed before the watcher noticed."""
 _MOST_SAID = 400
 """Characters of a rank's error that the other ranks repeat."""
-_NONSENSE = "it does not speak our protocol"
 
 
 @contextlib.contextmanager
 def watched(ranks: Ranks, timeout_seconds: float, stacks: Path | None = None) -> Iterator[None]:
     """Let the ranks watch each other within this block; collective at its start, does nothing for a single rank.
 
-    When a peer is gone, raises PeerLostError naming the lost rank instead of the collective's own exception. When this
-    block's thread is blocked and cannot raise, the process prints that line and ends with its exit code. When a rank
-    hangs, every rank writes its Python stacks into the folder `stacks`.
+    When a rank is lost, raises PeerLostError with its name instead of the collective's own exception. When this block's
+    thread is blocked and cannot raise, the process prints that line and ends with its exit code. When a rank hangs,
+    every rank writes its Python stacks into the folder `stacks`.
     """
     if ranks.world_size == 1:
         yield
@@ -85,7 +83,7 @@ def watched(ranks: Ranks, timeout_seconds: float, stacks: Path | None = None) ->
 
 
 def _name_of(error: BaseException) -> str:
-    """What the other ranks say of it: their users may read only one rank's output."""
+    """How the other ranks report an error of this rank, for users who see only the output of one rank."""
     return str(error)[:_MOST_SAID] if isinstance(error, PstError) else type(error).__name__
 
 
@@ -175,7 +173,10 @@ class _Watcher:
             if now >= beat:
                 expect_a_beat(self.timeout_seconds)
                 self._forgive(now - beat)
-                self._tell(self._standing())
+                here = standing(self._training_thread)
+                if self.ranks.is_main:
+                    self._take(self.peers[0], here)
+                self._tell(here)
                 beat = now + BEAT_SECONDS
             self.verdict = self.verdict or self._judge(now)
         expect_nothing()
@@ -219,7 +220,7 @@ class _Watcher:
             return
         key = self._selector.get_map().get(source) if source.fileno() >= 0 else None
         if key is None:
-            return  # closed since select() returned: a stranger that was dropped in favour of another
+            return  # closed since select() returned, because there were too many strangers
         link: Link = key.data
         try:
             peer = self.links[link]
@@ -244,7 +245,7 @@ class _Watcher:
             if connection is not None:
                 connection.close()
                 return
-            time.sleep(0.05)  # out of file descriptors, perhaps for long: avoid a busy loop
+            time.sleep(0.05)  # there are no file descriptors left: avoid a busy loop
         strangers = [link for link, peer in self.links.items() if peer is None]
         for link in strangers[: -peer_link.STRANGERS]:  # oldest first
             self._drop(link, "a stranger")
@@ -263,30 +264,13 @@ class _Watcher:
         """Apply a peer's message about itself, or rank zero's verdict; raises LinkClosed for an invalid message."""
         peer.heard = time.monotonic()
         if "place" in message:
-            there, waiting, line = _place_in(message)
+            there, waiting, line = place_in(message)
             peer.moved = peer.heard if there.signs != peer.place.signs else peer.moved
             peer.place, peer.waiting, peer.line = there, waiting, line
         if "farewell" in message:
-            farewell = message["farewell"]
-            if not isinstance(farewell, str | None):
-                raise LinkClosed(_NONSENSE)
-            peer.farewell, peer.left = farewell, peer.heard
+            peer.farewell, peer.left = farewell_in(message), peer.heard
         if "verdict" in message and not self.ranks.is_main:
-            self.verdict = _verdict_in(message["verdict"])
-
-    def _standing(self) -> dict[str, Any]:
-        """The message that says where this rank is; rank zero also applies it to itself."""
-        frame = sys._current_frames().get(self._training_thread)
-        while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith("<"):
-            frame = frame.f_back  # skip code without a file: the import machinery, generated functions
-        file = frame.f_code.co_filename if frame else ""
-        waiting = "/torch/distributed/" in file or "/deepspeed/" in file
-        line = f"{os.path.basename(file)}:{frame.f_lineno}" if frame else ""
-        note_work(waiting="/torch/distributed/" in file or "/deepspeed/comm/" in file)
-        standing = {"place": list(place()), "waiting": waiting, "line": line}
-        if self.ranks.is_main:
-            self._take(self.peers[0], standing)
-        return standing
+            self.verdict = verdict_in(message["verdict"])
 
     def _tell(self, message: dict[str, Any]) -> None:
         for link, peer in list(self.links.items()):
@@ -315,7 +299,7 @@ class _Watcher:
     def _judge(self, now: float) -> Verdict | None:
         verdict = judge(self.peers.values(), now, self.timeout_seconds, all_are_known=self.ranks.is_main)
         if verdict is not None and now - self._overslept < FAREWELL_SECONDS:
-            # A rank that resumes and finds the others gone is the one that they gave up on.
+            # This rank was suspended, and the others have given it up; so it is the lost one.
             this = Peer(self.ranks.rank, os.uname().nodename, now, now, place())
             return hung(this, f"stopped for {self.timeout_seconds:g} s or more, and the other ranks did not wait")
         return verdict
@@ -331,26 +315,6 @@ class _Watcher:
         # Without logging and sys.stderr: the blocked thread may hold their locks.
         os.write(2, f"pst: {self._error(verdict)}\n".encode())
         os._exit(PeerLostError.exit_code)
-
-
-def _place_in(message: dict[str, Any]) -> tuple[Place, bool, str]:
-    """A rank's place, whether it waits in a collective, and its line of code; raises LinkClosed when invalid."""
-    there, waiting, line = message["place"], message.get("waiting"), message.get("line")
-    if not (isinstance(there, list) and len(there) == len(Place._fields)):
-        raise LinkClosed(_NONSENSE)
-    section, step, entered, signs = there
-    right = isinstance(section, str) and type(step) in (int, type(None)) and type(entered) is type(signs) is int
-    if not (right and isinstance(waiting, bool) and isinstance(line, str)):
-        raise LinkClosed(_NONSENSE)
-    return Place(section, step, entered, signs), waiting, line
-
-
-def _verdict_in(fields: Any) -> Verdict:
-    """The verdict that rank zero sent; raises LinkClosed when it is invalid."""
-    kinds = {"rank": int, "host": str, "place": str, "reason": str, "hangs": bool}
-    if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
-        raise LinkClosed(_NONSENSE)
-    return Verdict(**fields)
 
 
 _watchers: weakref.WeakSet[_Watcher] = weakref.WeakSet()

@@ -1,9 +1,8 @@
-"""Embeds teacher rationales: one file per shard, each computed once, on any machine.
+"""Embeds the rationales of all shards: one file per shard, each computed once, on any machine.
 
-`embed_shard` turns one shard into one `.safetensors` file. It is a pure function of encoder and shard, so it may run
-anywhere and any number of times. `embed_all` has every shard processed, here or by an executor (Ray actors), sums their
-summaries and writes the manifest last. It reads no vectors itself, so even with 100,000 shards it does not slow down
-its actors. `embedding.store` reads the files, `embedding.encoder` encodes, `data.shards` provides the samples.
+Shards are embedded here or by an executor (Ray actors); then their summaries are added and the manifest is written
+last. This process reads no vectors itself, so even with 100,000 shards it does not slow down the actors.
+`embedding.embed_shard` embeds one shard, `embedding.store` reads the files.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,119 +20,29 @@ import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.shards import ShardInfo, ShardSet, read_shard, synthetic_of
+from pst_dist.embedding.embed_shard import FRACTION_BITS, EmbeddedShard, check_shard, embed_shard
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.files import Files, FolderFiles, RemoteFiles, file_name
-from pst_dist.embedding.store import EmbeddingStore
-from pst_dist.embedding.vector_file import STATISTICS, ShardVectors, read_vectors, write_tensor, write_vectors
-from pst_dist.errors import DataError, EnvironmentFault, IntegrityError, StaleError
+from pst_dist.embedding.vector_file import STATISTICS, write_tensor
+from pst_dist.errors import DataError, EnvironmentFault, StaleError
 from pst_dist.logs import Progress, progress
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import MANIFEST, Manifest, describe_files, digest_of, sha256_file, write_manifest
+from pst_dist.storage.manifest import MANIFEST, Manifest, describe_files, digest_of, write_manifest
 from pst_dist.storage.object_store import RemoteFolder
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EmbeddedShard", "EmbeddingStore", "TextEncoder", "difference", "embed_all", "embed_shard"]
 
-# Shapes in this file: n rationales of a shard, E encoder width
+# Shapes in this file: E encoder width
 _OURS = re.compile(r"[a-z][a-z0-9_]{0,40}-\d{6}\.safetensors|statistics\.safetensors|manifest\.json")
-_FRACTION_BITS = 36
 _COMPARED = 64
-"""Rationales on which another engine than torch is compared with it."""
+"""Number of rationales on which another engine is compared with torch."""
 _VISIBLE_SECONDS = 60.0
 """How long another machine's new file may take to appear: NFS clients cache a folder's listing for up to a minute."""
 
 
-@dataclass(frozen=True, eq=False)
-class EmbeddedShard:
-    """Summary of one finished embedding file, a few kilobytes, so that it need not be read again."""
-
-    file: str
-    bytes: int
-    sha256: str
-    """Of the whole file."""
-    rows: int
-    truncated: int
-    sums: np.ndarray
-    """[E] int64, the sum of its vectors in units of 2^-36; see `fixed_point_sums`."""
-    encoded: bool
-    """False when a complete file of this shard and encoder already existed."""
-
-
-def embed_shard(
-    encoder: TextEncoder,
-    shards_directory: Path,
-    shard: ShardInfo,
-    target: Path,
-    *,
-    advance: Callable[[int], None] | None = None,
-) -> EmbeddedShard:
-    """Write the embedding file of one shard to `target`, unless it is there already, and return its summary.
-
-    Raises IntegrityError, and writes no file, when the shard differs from its manifest or a vector is zero or not
-    finite. `advance` receives the number of texts as they are encoded; nothing when the file existed.
-    """
-    path = shards_directory / shard.name
-    _check_shard(path, shard)
-    samples = read_shard(path)
-    keys = [(sample.id, k) for sample in samples for k in range(len(sample.rationales))]
-    content = _current(target, encoder.identity, shard, keys)
-    if content is not None:
-        return _summary(target, content, encoded=False)
-    texts = [rationale for sample in samples for rationale in sample.rationales]
-    try:
-        vectors = encoder.encode(texts, advance=advance)
-    except IntegrityError as error:
-        raise IntegrityError(f"{shard.name}: {error.what}", error.remedy, path=path) from error
-    if vectors.shape != (len(keys), encoder.dimension):
-        raise IntegrityError(f"{len(keys)} rationales gave vectors of shape {vectors.shape}", path=path)
-    content = ShardVectors(keys, vectors, encoder.identity, shard.sha256, encoder.count_truncated(texts))
-    write_vectors(target, content)
-    return _summary(target, content, encoded=True)
-
-
-def _check_shard(path: Path, shard: ShardInfo) -> None:
-    if not path.is_file() or sha256_file(path) != shard.sha256:
-        raise IntegrityError("shard is missing or differs from its manifest", "run `pst shard`", path=path)
-
-
-def _current(
-    path: Path, identity: dict[str, Any], shard: ShardInfo, keys: list[tuple[str, int]]
-) -> ShardVectors | None:
-    """The content of a complete file made from this shard by this encoder; otherwise None."""
-    if not path.is_file():
-        return None
-    try:
-        content = read_vectors(path)
-    except IntegrityError as error:
-        log.warning("embed: %s", error)
-        return None
-    found = (content.identity, content.shard_sha256, content.keys)
-    return content if found == (identity, shard.sha256, keys) else None
-
-
-def _summary(target: Path, content: ShardVectors, *, encoded: bool) -> EmbeddedShard:
-    sums = fixed_point_sums(content.vectors)
-    size, digest = target.stat().st_size, sha256_file(target)
-    return EmbeddedShard(target.name, size, digest, len(content.keys), content.truncated, sums, encoded)
-
-
-def fixed_point_sums(vectors: np.ndarray) -> np.ndarray:
-    """[E] int64: the sums of n unit vectors [n, E] in units of 2^-36, each element rounded before it is added.
-
-    Unlike floating-point sums, integer sums do not depend on order and grouping. So the mean has the same bits however
-    many actors there are and whichever finishes first. Elements of 2^-12 and more are multiples of 2^-36 in float32 and
-    lose nothing; smaller ones lose at most 2^-37. An int64 holds the sum of 2^26 rows.
-    """
-    total = np.zeros(vectors.shape[1], dtype=np.int64)
-    for start in range(0, len(vectors), 4096):  # in blocks, so that the float64 copy stays small
-        block = vectors[start : start + 4096].astype(np.float64)
-        total += np.rint(np.ldexp(block, _FRACTION_BITS)).astype(np.int64).sum(axis=0)
-    return total
-
-
 Executor = Callable[
-    [EmbedConfig, dict[str, Any], Files, list[ShardInfo], Callable[[ShardInfo, "EmbeddedShard"], None], Progress], None
+    [EmbedConfig, dict[str, Any], Files, list[ShardInfo], Callable[[ShardInfo, EmbeddedShard], None], Progress], None
 ]
 """Embeds every shard in a list; calls back once per shard and advances the bar."""
 
@@ -219,9 +127,9 @@ def difference(made_by: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _remove_others(files: Files, wanted: Iterable[str]) -> set[str]:
-    """Delete embedding files of shards that no longer exist; returns the names that remain.
+    """Delete embedding files that are not `wanted`; returns the names that remain.
 
-    The caller holds the lock. Deletes only names that this module uses; the folder may contain other weights.
+    The caller holds the lock. Deletes only names that an embedding has; the folder may contain other weights.
     """
     kept, present = set(wanted), files.names()
     for name in present - kept:
@@ -231,7 +139,7 @@ def _remove_others(files: Files, wanted: Iterable[str]) -> set[str]:
 
 
 class _Tally:
-    """The totals of the shards' summaries: O(E) for the mean, plus two manifest lines per shard."""
+    """Adds up the summaries of the shards; its size is E numbers for the mean and two manifest lines per shard."""
 
     def __init__(self, dimension: int) -> None:
         self.files: dict[str, dict[str, Any]] = {}
@@ -251,21 +159,21 @@ class _Tally:
 
     def mean(self) -> np.ndarray:
         """[E] float32, the mean over the training rationales; zeros when there are none."""
-        whole = max(1, self.train_rows) << _FRACTION_BITS
+        whole = max(1, self.train_rows) << FRACTION_BITS
         return np.array([int(total) / whole for total in self._sums], dtype="<f4")  # int / int rounds once
 
 
 def _closeness(
     encoder: TextEncoder, config: EmbedConfig, shards: ShardSet, remote: RemoteFolder | None
 ) -> dict[str, Any]:
-    """How close another engine's vectors are to torch's in float32, on some rationales of a shard."""
+    """The cosines of another engine's vectors to those of torch in float32, on some rationales of one shard."""
     shard = next(shard for shard in shards.shards() if shards.rationale_count(shard))
     with tempfile.TemporaryDirectory(prefix="pst-embed-") as folder:
         path = shards.directory / shard.name
         if not path.is_file() and remote is not None:
             path = Path(folder) / shard.name
             remote.child("shards").fetch(shard.name, path, shard.sha256)
-        _check_shard(path, shard)
+        check_shard(path, shard)
         texts = [text for one in read_shard(path) for text in one.rationales]
     chosen = texts[:: -(-len(texts) // _COMPARED)]
     cosines = encoder.cosines_to_torch(chosen)
@@ -311,7 +219,7 @@ def _finish(
             "rows": sum(row["rows"] for row in table),
             "truncated": sum(row["truncated"] for row in table),
             "train_rows": tally.train_rows,
-            # How nearly parallel the vectors are; 1 means that all are equal.
+            # 1 means that all vectors are equal, 0 that they cancel out.
             "mean_length": round(float(np.linalg.norm(mean.astype(np.float64))), 6),
             **({} if closeness is None else {"cosine_to_torch_float32": closeness}),
             **synthetic_of(shards.manifest),

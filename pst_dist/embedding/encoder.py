@@ -1,13 +1,12 @@
-"""The frozen sentence encoder: teacher rationales in, unit vectors out, with every setting that affects their bits.
+"""The frozen encoder: turns rationales into unit vectors, and records every setting that affects their bits.
 
-The models come from sentence-transformers; the batching is ours: each distinct text once, sorted by length, split by a
-token budget. `embedding.openvino_engine` can compute in torch's place; `embedding.embed` decides what is encoded and
-where the vectors are kept.
+Each distinct text is encoded once, in batches that are sorted by length and limited by a number of tokens.
+`embedding.encoder_model` loads the model, `embedding.openvino_engine` can compute instead of torch, and
+`embedding.embed` decides what is encoded and where the vectors are kept.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,15 @@ import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.distributed.device_memory import in_halves
-from pst_dist.embedding.causal import CausalReader, causal_place, check_causal, reads_causal
+from pst_dist.embedding.causal import causal_place, reads_causal
+from pst_dist.embedding.encoder_model import check_device, encoder_files, load_encoder_model, pooling_of
 from pst_dist.embedding.openvino_engine import PROBES, OpenVinoEngine, check_conversion, check_engine
-from pst_dist.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, PstError, first_line
-from pst_dist.logs import without_chatter
-from pst_dist.models.load import every_weight_loaded, load_model_config, loading_errors
+from pst_dist.errors import EnvironmentFault, InputError, IntegrityError
 from pst_dist.models.locate import (
     GGUF,
     SETTING_SUFFIXES,
     WEIGHT_SUFFIXES,
-    ModelPlace,
     encoder_name,
-    is_gguf,
     is_hub_id,
     locate_encoder,
 )
@@ -36,15 +32,15 @@ from pst_dist.storage.manifest import digest_of, sha256_file
 
 if TYPE_CHECKING:
     import torch
-    from sentence_transformers import SentenceTransformer
 
 log = logging.getLogger(__name__)
 
 _TOKENISE_AT_ONCE = 512
+"""Texts of one call of the tokenizer."""
 
 
 class TextEncoder:
-    """A sentence-transformers model that turns texts into unit vectors [n, E] float32."""
+    """A SentenceTransformer or a `CausalReader` that turns texts into unit vectors [n, E] float32."""
 
     identity: dict[str, Any]
     """Every setting and file that affects the bits of a vector; compared before vectors are used.
@@ -57,7 +53,7 @@ class TextEncoder:
     def __init__(self, config: EmbedConfig, device: str | None = None) -> None:
         """Load the model on `device`, else on config.device, else on the best one available.
 
-        Raises EnvironmentFault or InputError, in one line, when it cannot be loaded or is not an encoder.
+        Raises EnvironmentFault, InputError or ConfigError when it cannot be loaded or is not an encoder.
         """
         check_device(device or config.device)
         causal = reads_causal(config)
@@ -65,7 +61,7 @@ class TextEncoder:
         self._engine: OpenVinoEngine | None = None
         folder = Path(causal_place(config).target) if causal else locate_encoder(config.encoder, config.revision)
         self._batch_tokens = config.batch_tokens
-        self._model = _load_model(folder, config, device)
+        self._model = load_encoder_model(folder, config, device)
         prompts: Mapping[str, str] = getattr(self._model, "prompts", None) or {}
         # Like SentenceTransformer.encode: the model's own default prompt, unless the config sets one.
         default = prompts.get(getattr(self._model, "default_prompt_name", None) or "", "")
@@ -76,7 +72,7 @@ class TextEncoder:
         if config.engine == "openvino":
             self._engine = self._converted(config.dtype)
         self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
-        digests = {str(path.relative_to(folder)): sha256_file(path) for path in _files_of(config, folder)}
+        digests = {str(path.relative_to(folder)): sha256_file(path) for path in encoder_files(config, folder)}
         self.identity = {
             "encoder": encoder_name(config.encoder),
             # The hub's cache names a snapshot's folder by its commit.
@@ -85,7 +81,7 @@ class TextEncoder:
             "settings_sha256": digest_of(
                 {name: sha for name, sha in digests.items() if name.endswith(SETTING_SUFFIXES)}
             ),
-            **(self._model.identity if causal else {"pooling": _pooling(self._model)}),
+            **(self._model.identity if causal else {"pooling": pooling_of(self._model)}),
             "normalise": True,
             "max_seq_length": self._max_length,
             "prefix": self._prefix,
@@ -99,7 +95,7 @@ class TextEncoder:
                 "choose a smaller one",
                 path=folder,
             )
-        # Only where they are set, so that embeddings made before there were these settings stay valid.
+        # These keys exist only where they are set, so embeddings from before these settings existed stay valid.
         if self._width is not None:
             self.identity["truncate_dim"] = self._width
         if self._prompt_tokens:
@@ -108,12 +104,12 @@ class TextEncoder:
             self.identity["engine"] = config.engine
 
     def _converted(self, dtype: str) -> OpenVinoEngine:
-        """The loaded model in OpenVINO, tried on a few texts."""
+        """The loaded model converted for OpenVINO; raises InputError when its vectors differ from torch's."""
         rows = self._tokenise(PROBES)
         constants = {name: value for name, value in self._features(rows).items() if isinstance(value, str | int)}
         example = {name: value for name, value in self._features(rows).items() if name not in constants}
         engine = OpenVinoEngine(self._model, example, constants, dtype)
-        # Each alone, without padding, and then all together.
+        # Each text alone, without padding, and then all together.
         batches = [[row] for row in rows] + [rows]
         ours, plain = (
             np.concatenate([self._run(batch, with_engine) for batch in batches]) for with_engine in (engine, None)
@@ -135,20 +131,20 @@ class TextEncoder:
         return cosines
 
     def _tokens_left_out(self) -> int:
-        """How many of the prefix's tokens the pooling leaves out, as encoders made for instructions ask it to."""
+        """Number of the prefix's tokens that pooling leaves out, as some encoders with instructions require."""
         modules: list[Any] = list(self._model)
         if not self._prefix or all(getattr(module, "include_prompt", True) for module in modules):
             return 0
         ids = self._tokenise_whole([self._prefix])[0]["input_ids"].tolist()
-        # The token that ends a text does not follow the prefix when there is a text.
+        # The last token may be the one that ends a text, which does not belong to the prefix.
         return len(ids) - (ids[-1] in self._tokenizer.all_special_ids)
 
     def encode(self, texts: Sequence[str], *, advance: Callable[[int], None] | None = None) -> np.ndarray:
         """Unit vectors [n, E] float32 in the order of `texts`; equal texts are encoded once.
 
-        Batches depend only on the set of texts, so the same texts give the same bits, unless one does not fit in memory
-        and is computed in halves. `advance` receives the number of texts finished by each batch. Raises IntegrityError
-        when the encoder returns a vector that is zero or not finite.
+        Batches depend only on the set of texts, so the same texts give the same bits, unless a batch does not fit in
+        memory and is computed in halves. `advance` receives the number of texts finished by each batch. Raises
+        IntegrityError when the encoder returns a vector that is zero or not finite.
         """
         unique = sorted(set(texts))
         rows_of: dict[str, list[int]] = {text: [] for text in unique}
@@ -184,7 +180,7 @@ class TextEncoder:
         return self._model.tokenizer
 
     def _tokenise(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """One dict of [T] tensors per text after its prefix, without padding."""
+        """One dict of [T] tensors per text, with the prefix and without padding."""
         return self._tokenise_whole([self._prefix + text for text in texts])
 
     def _tokenise_whole(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
@@ -200,7 +196,7 @@ class TextEncoder:
         return rows
 
     def _encode_rows(self, rows: Sequence[dict[str, torch.Tensor]]) -> np.ndarray:
-        """One forward pass over a batch -> raw vectors [B, E] float32; in halves where it does not fit in memory.
+        """Vectors [B, E] float32 of a batch, not normalised, in one forward pass or in halves that fit in memory.
 
         Raises EnvironmentFault for a text that does not fit by itself.
         """
@@ -208,7 +204,7 @@ class TextEncoder:
         return np.concatenate([vectors for _, vectors in parts])
 
     def _run(self, rows: Sequence[dict[str, torch.Tensor]], engine: OpenVinoEngine | None) -> np.ndarray:
-        """The same by this engine; None is torch."""
+        """Vectors [B, E] float32 of one forward pass by this engine, or by torch for None."""
         features = self._features(rows)
         if engine is not None:
             return engine(features)[:, : self._width]
@@ -219,7 +215,7 @@ class TextEncoder:
             return vectors[:, : self._width].float().cpu().numpy()
 
     def _features(self, rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """What the model takes: the rows padded to [B, T], and how to read them."""
+        """The model's input: the rows padded to [B, T], and the settings that it reads with them."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
@@ -276,124 +272,3 @@ def _unit_rows(vectors: np.ndarray, texts: Sequence[str]) -> np.ndarray:
             "try embed.dtype=float32 or another embed.encoder",
         )
     return (vectors / norms).astype(np.float32)
-
-
-def _load_model(folder: Path, config: EmbedConfig, device: str | None) -> Any:
-    """A SentenceTransformer on its device with the configured maximum length, or a `CausalReader`."""
-    if reads_causal(config):
-        return CausalReader(config, device)
-    try:
-        import torch
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise EnvironmentFault(f"cannot import {error.name}", "pip install 'pst-dist[embed]'") from error
-    with without_chatter(), every_weight_loaded("the sentence encoder", str(folder)):
-        try:
-            model = SentenceTransformer(
-                str(folder),
-                device="cpu" if config.engine == "openvino" else device or config.device,
-                local_files_only=True,
-                trust_remote_code=False,
-                # OpenVINO converts the float32 model.
-                model_kwargs={"dtype": getattr(torch, config.dtype) if config.engine == "torch" else torch.float32},
-            )
-        except PstError:
-            raise
-        except Exception as error:  # a folder without an encoder or a missing device raises almost any kind
-            reason = first_line(error)
-            raise InputError(
-                f"cannot be loaded as a sentence encoder ({reason[:160]})",
-                "check embed.encoder and embed.device",
-                path=folder,
-            ) from error
-    model.eval()
-    first: Any = model[0]
-    if type(first).__name__ == "StaticEmbedding":
-        raise static_encoder(folder)
-    if getattr(first, "unpad_inputs", False) is not False:
-        first.unpad_inputs = False  # our batches are padded; packing would change them
-    if config.max_seq_length is not None:
-        limit = model.max_seq_length
-        if limit is not None and config.max_seq_length > limit:
-            raise InputError(f"embed.max_seq_length is {config.max_seq_length}, but the encoder's own limit is {limit}")
-        model.max_seq_length = config.max_seq_length
-    engine = "" if config.engine == "torch" else f" by {config.engine}"
-    log.info(
-        "encoder: %s on %s%s, %s, at most %s tokens",
-        *(folder.name, model.device, engine, config.dtype, model.max_seq_length),
-    )
-    return model
-
-
-def _files_of(config: EmbedConfig, folder: Path) -> list[Path]:
-    """The files that an encoder consists of, in order."""
-    if is_gguf(config.encoder):
-        return [folder / str(causal_place(config).gguf)]
-    suffixes = (*WEIGHT_SUFFIXES, *SETTING_SUFFIXES)
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in suffixes and path.is_file()]
-
-
-def check_device(name: str | None) -> None:
-    """Raise ConfigError for a name that is no device, EnvironmentFault for a device that this machine does not have."""
-    if name is None:
-        return
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"embed.device={name!r} is not a device", "use cpu, cuda, cuda:1, …, or leave it out"
-        ) from error
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= count.get(device.type, 0) and device.type != "cpu":
-        kind = "GPU" if device.type in ("cuda", "mps") else "such device"
-        raise EnvironmentFault(
-            f"embed.device={name}, but torch finds {count.get(device.type, 0) or 'no'} {kind}(s) of this type here",
-            "leave it out to use the best available device",
-        )
-
-
-def check_encoder(config: EmbedConfig) -> None:
-    """Raise what loading the encoder would raise, as far as its config files show; fetches a hub id.
-
-    Raises EnvironmentFault for a device that this machine does not have, unless the encoder runs on a Ray cluster.
-    """
-    if config.backend == "local":
-        check_device(config.device)
-    check_engine(config, causal=reads_causal(config))
-    if reads_causal(config):
-        check_causal(config)
-        return
-    folder = locate_encoder(config.encoder, config.revision)
-    modules = folder / "modules.json"
-    place = folder
-    if modules.is_file():
-        with loading_errors("the sentence encoder", ModelPlace(str(folder), str(folder)), "modules.json"):
-            listed: Any = json.loads(modules.read_text("utf-8"))
-        first = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], dict) else {}
-        if str(first.get("type", "")).endswith("StaticEmbedding"):
-            raise static_encoder(folder)
-        place = folder / str(first.get("path") or "")
-    load_model_config(ModelPlace(str(place), str(place), local_only=True), "the sentence encoder")
-
-
-def static_encoder(folder: Path) -> InputError:
-    """The error for an encoder that averages fixed word vectors and so cannot run on padded batches."""
-    return InputError(
-        "is a static embedding model, which embed.encoder does not support",
-        "use a transformer encoder, such as embed.encoder=minilm",
-        path=folder,
-    )
-
-
-def _pooling(model: SentenceTransformer) -> str:
-    """`mean`, `cls`…, read from the module that pools; the module names when none says."""
-    modules: list[Any] = list(model)
-    for module in modules:
-        mode = getattr(module, "pooling_mode", None)
-        if mode is not None:
-            return str(mode if isinstance(mode, str) else "+".join(mode))
-        if hasattr(module, "get_pooling_mode_str"):
-            return str(module.get_pooling_mode_str())
-    return "+".join(type(module).__name__ for module in modules)

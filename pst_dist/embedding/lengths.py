@@ -14,7 +14,7 @@ from typing import Any
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.errors import InputError, PstError
-from pst_dist.models.load import loading_errors
+from pst_dist.models.load_errors import loading_errors
 from pst_dist.models.locate import ModelPlace, is_hub_id, locate_encoder
 
 _SETTINGS = "sentence_*_config.json"

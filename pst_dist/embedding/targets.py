@@ -13,7 +13,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, expand_arms
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import EmbeddingStore
+from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.errors import StaleError
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, finished_evaluation
 from pst_dist.evaluation.records import check_comparable, read_rows, student_of
 from pst_dist.evaluation.statistics import PairedTest, format_p, paired_test
 from pst_dist.storage.manifest import read_manifest
+from pst_dist.text.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,7 @@ class Comparison:
     def table(self) -> str:
         """Plain text with aligned columns."""
         lines = [("arm", *self.columns()), *((arm.label, *cells(arm)) for arm in self.arms)]
-        header = lines[0]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
-        text = [
-            "  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(pairs))
-            for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-        ]
+        text = aligned(lines)
         rule = "-" * len(text[0])
         return "\n".join(
             [f"{self.task}: {self.rows} {self.split} rows, the same for every arm", text[0], rule, *text[1:]]

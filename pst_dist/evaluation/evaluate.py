@@ -16,6 +16,7 @@ from typing import Any
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import RunDir, fetch_data, run_dir
 from pst_dist.config.schema import Config, EvaluateConfig
+from pst_dist.config.variant import variant_of
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet, synthetic_of
 from pst_dist.data.tasks import Task, get_task, task_of
@@ -47,7 +48,6 @@ from pst_dist.storage.manifest import (
 from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.contexts import Decoded
 from pst_dist.student.generate import is_right, predict
-from pst_dist.student.layout import variant_of
 from pst_dist.student.saved import LoadedStudent, load_student
 
 log = logging.getLogger(__name__)

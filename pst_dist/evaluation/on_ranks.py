@@ -12,7 +12,8 @@ from typing import Any
 
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
-from pst_dist.distributed.peer_watch import alive, at, watched, working
+from pst_dist.distributed.peer_watch import watched
+from pst_dist.distributed.progress import alive, at, working
 from pst_dist.distributed.ranks import Ranks, check_same_software, device_of, from_main, gathered, together
 from pst_dist.evaluation.batches import Batch, Done, Outcome, decode_batch
 from pst_dist.evaluation.decoder import Executor, InProcess, set_precision

@@ -16,8 +16,8 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources.options import listed_options
 from pst_dist.data.tasks import Task
 from pst_dist.errors import InputError
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.contexts import Decoded
-from pst_dist.student.layout import AnswerFormat
 
 
 def rows_to_score(samples: Sequence[ReasoningSample], most: int | None) -> list[ReasoningSample]:

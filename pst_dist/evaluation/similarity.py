@@ -67,8 +67,8 @@ def _vectors(
     config: Config, run: RunDir, shards: ShardSet, texts: list[str], samples: list[ReasoningSample], in_shards: bool
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """([R, E] of the texts, [R, E] of the teacher's first rationales), both centred; None without the encoder."""
-    from pst_dist.embedding.embed import EmbeddingStore
     from pst_dist.embedding.encoder import TextEncoder
+    from pst_dist.embedding.store import EmbeddingStore
 
     store = EmbeddingStore.open(run.embeddings, shards)
     try:

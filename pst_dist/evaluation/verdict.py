@@ -13,7 +13,7 @@ from pst_dist.evaluation.compare import ArmResult, Comparison
 from pst_dist.evaluation.statistics import PairedTest, paired_test
 
 _CONTROLS = ("shuffled embeddings", "no alignment", "shuffled rationale tokens")
-"""Variants (`layout.variant_of`) that are controls of the arm without them."""
+"""Variants (`config.variant`) that are controls of the arm without them."""
 
 
 def verdict(comparison: Comparison) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 from pst_dist.errors import PstError
 from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
-from pst_dist.experiment.results_page import RESOLVED_EXPERIMENT, check_page_folder, write_results
+from pst_dist.experiment.results_files import RESOLVED_EXPERIMENT, check_page_folder, write_results
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
 from pst_dist.experiment.workers import Tell

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
-from pst_dist.config.loading import flat_keys
+from pst_dist.config.keys import flat_keys
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.errors import InputError, IntegrityError, StaleError

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pst_dist.arms import COST_BASELINE
-from pst_dist.config.loading import flat_keys
+from pst_dist.config.keys import flat_keys
 from pst_dist.errors import InputError
 from pst_dist.evaluation.statistics import Difference, paired, standard_error
 from pst_dist.experiment.outcomes import Outcome, check_same_rows, outcome_of

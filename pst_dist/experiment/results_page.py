@@ -1,26 +1,21 @@
-"""An experiment's results as text: the table on the terminal, and a Markdown page with its plots next to it.
+"""An experiment's results as a Markdown page, with its plots next to it and everything needed to reproduce it.
 
-The page is written into the experiment's directory, and on request into a second one, such as a project's docs. It
-contains everything needed to reproduce it.
+`results_files` writes the page, `results_table` has the cells of its main tables.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from pst_dist.arms import BASELINE
 from pst_dist.config.run_dir import environment
 from pst_dist.evaluation.statistics import format_p
-from pst_dist.experiment.outcomes import OUTCOMES, outcomes_text
-from pst_dist.experiment.pictures import accuracy_picture, cost_picture, curve_picture, panels_of, sweep_picture
+from pst_dist.experiment.outcomes import OUTCOMES
+from pst_dist.experiment.pictures import panels_of
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Group, Pair, Results
+from pst_dist.experiment.results_table import table_rows, tells_unparsed
 from pst_dist.experiment.spec import point_words
-from pst_dist.storage.json_files import json_text
-from pst_dist.storage.outputs import IsOurs, check_output, is_experiment_page, is_picture, write_output
 from pst_dist.text.redaction import redacted_command
 
 _HOW = (
@@ -35,112 +30,6 @@ _UNPARSED = (
 )
 
 
-RESOLVED_EXPERIMENT = "experiment.resolved.yaml"
-
-
-def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
-    """Write the page, its plots and its numbers (`results.json`, `results.csv`, `outcomes.jsonl`) into each folder.
-
-    Returns the path of the first page. Raises InputError as `check_page_folder` does.
-    """
-    pages = []
-    for folder in folders:
-        anything = check_page_folder(folder)
-        pictures: dict[str, bytes | None] = {
-            "accuracy.png": accuracy_picture(results),
-            "sweep.png": sweep_picture(results),
-            "cost.png": cost_picture(results),
-            "curves.png": curve_picture(results),
-        }
-        # The page is first, since it marks the other files as ours, should this process be killed here.
-        page = page_of(results, command, [name for name, png in pictures.items() if png])
-        write_output(folder / "README.md", page, is_experiment_page)
-        for name, png in pictures.items():
-            if png is None:
-                (folder / name).unlink(missing_ok=True)
-                continue
-            write_output(folder / name, png, anything)
-        write_output(folder / "results.json", json_text(results.to_json()), anything)
-        write_output(folder / "results.csv", _csv(results), anything)
-        write_output(folder / OUTCOMES, outcomes_text(results.outcomes), anything)
-        pages.append(folder / "README.md")
-    return pages[0]
-
-
-_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "curves.png", "results.json", "results.csv", OUTCOMES)
-
-
-def check_page_folder(folder: Path) -> IsOurs:
-    """Raises InputError when the page or a file beside it would replace one that no experiment wrote.
-
-    Returns what recognises the files beside the page: anything in a folder whose page is ours, else pictures of ours.
-    """
-    remedy = "name another folder"
-    check_output(folder / "README.md", is_experiment_page, remedy=remedy)
-    is_known = (folder / "README.md").is_file() or (folder / RESOLVED_EXPERIMENT).is_file()
-    recognise: IsOurs = (lambda head: True) if is_known else is_picture
-    for name in _PAGE_FILES:
-        check_output(folder / name, recognise, remedy=remedy)
-    return lambda head: True
-
-
-def table_lines(results: Results) -> list[str]:
-    """The terminal's table, a block per task and point."""
-    lines = []
-    for title, groups in panels_of(results):
-        rows = _rows(results, groups)
-        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        text = [
-            "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-        lines += ["", f"{title}: {groups[0].rows} {groups[0].split} rows", text[0], "-" * len(text[0]), *text[1:]]
-    return lines[1:]
-
-
-def _rows(results: Results, groups: Sequence[Group]) -> list[list[str]]:
-    """The table of one task and point, header first."""
-    baselines = [name for name in results.experiment.baselines if any(group.against(name) for group in groups)]
-    unparsed = _tell_unparsed(groups)
-    return [_columns(baselines, unparsed), *(_cells(group, baselines, unparsed) for group in groups)]
-
-
-def _tell_unparsed(groups: Sequence[Group]) -> bool:
-    """Whether to show unparsed outputs: if they are at least 1 % of some variant's outputs."""
-    return any(_unparsed(group) >= 0.01 for group in groups)
-
-
-def _unparsed(group: Group) -> float:
-    return group.unparsed / (group.rows * len(group.seeds))
-
-
-def _columns(baselines: Sequence[str], unparsed: bool) -> list[str]:
-    tests = [word for name in baselines for word in (f"vs {name}", "95 % interval", "p")]
-    return ["variant", "accuracy %", "s.e.", "seeds", *tests, "tokens", "fewer", "ms", *(["unparsed %"] * unparsed)]
-
-
-def _cells(group: Group, baselines: Sequence[str], unparsed: bool) -> list[str]:
-    tests = []
-    for name in baselines:
-        test = group.against(name)
-        tests += (
-            [f"{100 * test.difference:+.2f}", f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", format_p(test.p)]
-            if test
-            else ["", "", ""]
-        )
-    return [
-        group.variant,
-        f"{100 * group.accuracy:.2f}",
-        f"{100 * group.stderr:.2f}",
-        str(len(group.seeds)),
-        *tests,
-        f"{group.tokens:.1f}",
-        f"{group.times_fewer_tokens:.1f}x" if group.times_fewer_tokens else "",
-        f"{group.milliseconds:.1f}" if group.milliseconds else "",
-        *([f"{100 * _unparsed(group):.1f}"] * unparsed),
-    ]
-
-
 def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -> str:
     """The page as Markdown; `pictures` are the file names of plots next to it."""
     experiment, panels = results.experiment, panels_of(results)
@@ -152,12 +41,12 @@ def page_of(results: Results, command: Sequence[str], pictures: Sequence[str]) -
         parts += [f"## Accuracy over {next(iter(experiment.vary))}", "![accuracy over the varied key](sweep.png)"]
     if len(panels) > 1:
         parts += ["## Summary", _summary(results)]
-    parts += ["## In detail", _HOW + (_UNPARSED if any(_tell_unparsed(groups) for _, groups in panels) else "")]
+    parts += ["## In detail", _HOW + (_UNPARSED if any(tells_unparsed(groups) for _, groups in panels) else "")]
     for title, groups in panels:
         parts += [
             f"### {title}",
             f"{groups[0].rows:,} {groups[0].split} rows" + _chance(groups[0]) + ".",
-            _markdown(_rows(results, groups)),
+            _markdown(table_rows(results, groups)),
         ]
     if results.pairs:
         parts += ["## Pairs", _pairs(results), *_controls(results)]
@@ -337,16 +226,3 @@ def _markdown(rows: Sequence[Sequence[str]], *, text: int = 1) -> str:
     header, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---" if place < text else "---:" for place in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
-
-
-def _csv(results: Results) -> str:
-    """One line per finished seed."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["task", *results.experiment.vary, "variant", "arm", "seed", "rows", "split", "accuracy"])
-    for group in results.groups:
-        for seed, accuracy in zip(group.seeds, group.accuracies, strict=True):
-            values = [value for _, value in group.point]
-            line = [group.task, *values, group.variant, group.arm, seed, group.rows, group.split, f"{accuracy:.6f}"]
-            writer.writerow(line)
-    return stream.getvalue()

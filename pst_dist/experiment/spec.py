@@ -17,15 +17,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS, BASELINE, COST_BASELINE
-from pst_dist.config.loading import (
-    check_name,
-    explain,
-    flat_keys,
-    known_keys,
-    lay_over,
-    load_tree,
-    ready_made_configs,
-)
+from pst_dist.config.explain import explain
+from pst_dist.config.keys import flat_keys, known_keys
+from pst_dist.config.loading import lay_over, load_tree
+from pst_dist.config.locate import check_name, ready_made_configs
 from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.config.schema import Config, RayConfig
 from pst_dist.config.section import Folder, Positive, Section, Weight

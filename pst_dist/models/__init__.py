@@ -1,4 +1,4 @@
-"""Language models and encoders as files: find one by hub id, folder or package.
+"""Language models and encoders as files: finds one by hub id, folder or package, loads it and checks its weights.
 
 May import config, storage and what they may.
 """

@@ -77,7 +77,7 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     """The model with an adapter added to its weights; its embeddings grow if the adapter has rows for more tokens.
 
     Raises EnvironmentFault without peft and InputError when file and model do not fit. Call it inside
-    `models.load.loading_errors`, which turns errors of peft into ours.
+    `load_errors.loading_errors`, which turns errors of peft into ours.
     """
     need_peft("a LoRA adapter")
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict

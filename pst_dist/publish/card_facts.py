@@ -9,9 +9,10 @@ from typing import Any
 
 from pst_dist.arms import ARMS
 from pst_dist.config.schema import Config
+from pst_dist.config.variant import variant_of
 from pst_dist.models.locate import MINILM, PACKAGED
 from pst_dist.storage.manifest import Manifest
-from pst_dist.student.layout import AnswerFormat, variant_of
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.warm_start import warm_shape
 from pst_dist.text.redaction import redact
 from pst_dist.text.urls import place_name

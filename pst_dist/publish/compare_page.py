@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.arms import COST_BASELINE
-from pst_dist.config.loading import RESOLVED
+from pst_dist.config.locate import RESOLVED
 from pst_dist.evaluation.compare import ArmResult, Comparison, cells, compare
 from pst_dist.evaluation.evaluate import SPLITS_SCORED
 from pst_dist.evaluation.records import read_metrics

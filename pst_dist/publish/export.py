@@ -32,10 +32,11 @@ from pst_dist.storage.manifest import (
     digest_of,
     write_json,
 )
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.chat import NEXT, REPLY, SYSTEM
 from pst_dist.student.contexts import max_positions
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.layout import Layout
 from pst_dist.student.saved import FORMAT_FILE, LoadedStudent, answer_generation_config, load_student
 
 log = logging.getLogger(__name__)

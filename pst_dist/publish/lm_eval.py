@@ -27,8 +27,8 @@ from pst_dist.publish.export import expected_prompt
 from pst_dist.storage.atomic import atomic_directory, write_text
 from pst_dist.storage.manifest import canonical_json
 from pst_dist.storage.outputs import refuse_foreign_folder
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.contexts import max_positions
-from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import LoadedStudent, load_student
 
 _ROWS = "rows.jsonl"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_dist.config.loading import RESOLVED
+from pst_dist.config.locate import RESOLVED
 from pst_dist.errors import InputError
 from pst_dist.evaluation.evaluate import RESULTS, SAMPLES, evaluations_of
 from pst_dist.evaluation.explanations import explanation_rows

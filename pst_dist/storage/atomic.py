@@ -27,7 +27,8 @@ FAILING = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.EREMOTEIO, errno.ENOTCONN
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's headers
 
 
-def _fsync_path(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Write a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,9 +105,9 @@ def atomic_path(path: Path, *, follow_links: bool = True) -> Iterator[Path]:
             remove_leftovers(path.parent, glob.escape(path.name))
             yield partial
             _give_usual_modes([partial], temporary_name(path, "partial"))
-            _fsync_path(partial)
+            fsync_path(partial)
             os.replace(partial, path)
-            _fsync_path(path.parent)
+            fsync_path(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -137,7 +138,7 @@ def publish_directory(partial: Path, path: Path) -> None:
         entries = [*sorted(partial.rglob("*")), partial]
         _give_usual_modes(entries, partial / ".mode")
         for entry in entries:
-            _fsync_path(entry)
+            fsync_path(entry)
         replaced = None
         if not path.exists():
             os.replace(partial, path)
@@ -152,7 +153,7 @@ def publish_directory(partial: Path, path: Path) -> None:
                 os.replace(replaced, path)  # give the old directory its name back
                 raise
         try:
-            _fsync_path(path.parent)
+            fsync_path(path.parent)
         finally:
             if replaced is not None:
                 shutil.rmtree(replaced, ignore_errors=True)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pst_dist.storage.atomic import disk_errors
+from pst_dist.storage.atomic import disk_errors, fsync_path
 
 
 class GrowingFile:
@@ -36,7 +36,7 @@ class GrowingFile:
             with self.partial.open("ab") as stream:
                 stream.truncate(size)
                 os.fsync(stream.fileno())
-            _sync_folder(self.partial.parent)
+            fsync_path(self.partial.parent)
 
     def append(self, data: bytes) -> None:
         """Write and sync a chunk; raises EnvironmentFault for a full or failing disk, what was there stays."""
@@ -49,12 +49,4 @@ class GrowingFile:
         """Give the file its name, replacing an older one."""
         with disk_errors(self.path):
             os.replace(self.partial, self.path)
-            _sync_folder(self.path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            fsync_path(self.path.parent)

@@ -13,7 +13,8 @@ from typing import Any
 from pst_dist.arms import ARMS, Segment
 from pst_dist.data.sample import Turns
 from pst_dist.models.load import positions_of
-from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.answer_format import AnswerFormat
+from pst_dist.student.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 
 from pst_dist.arms import ARMS, Segment
 from pst_dist.distributed.device_memory import give_back, is_out_of_memory
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.batch_generation import (
     FinishedBatch,
     Greedy,
@@ -26,7 +27,6 @@ from pst_dist.student.batch_generation import (
 )
 from pst_dist.student.contexts import Decoded, max_positions
 from pst_dist.student.generate import decode_answers, decode_rationales, text_of
-from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import answer_generation_config
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pst_dist.arms import ARMS
 from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.data.tasks import Task
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.batch_generation import FinishedBatch, Steering, evaluation_mode, generate_batch
 from pst_dist.student.contexts import (
     BatchSize,
@@ -31,7 +32,6 @@ from pst_dist.student.contexts import (
     room,
 )
 from pst_dist.student.decode_memory import in_parts
-from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.saved import answer_generation_config
 
 log = logging.getLogger(__name__)

@@ -11,17 +11,16 @@ import torch
 
 from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.errors import ConfigError
+from pst_dist.models.identity import base_identity
 from pst_dist.models.load import (
-    WEIGHTS,
-    base_identity,
-    check_headers,
     language_model_without_weights,
     load_language_model,
     load_model_config,
-    loading_errors,
     positions_of,
 )
+from pst_dist.models.load_errors import WEIGHTS, loading_errors
 from pst_dist.models.locate import ModelPlace, locate_model
+from pst_dist.models.weight_checks import check_headers
 from pst_dist.student.holding import WHOLE, Holding, shape_of_weight
 from pst_dist.student.lora import add_adapters, put_adapters, quantised_loading
 from pst_dist.student.new_tokens import start_new_tokens, token_start

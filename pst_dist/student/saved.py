@@ -17,7 +17,8 @@ from torch import Tensor
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.logs import quiet_libraries
 from pst_dist.models.adapters import is_adapter, write_adapter
-from pst_dist.models.load import base_identity, load_language_model, load_tokenizer
+from pst_dist.models.identity import base_identity
+from pst_dist.models.load import load_language_model, load_tokenizer
 from pst_dist.models.locate import ModelPlace, locate_model
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
@@ -25,8 +26,8 @@ from pst_dist.storage.manifest import (
     Manifest,
     write_json,
 )
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.student.layout import AnswerFormat
 from pst_dist.student.lora import is_adapted
 from pst_dist.student.token_rows import row_parameters
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pst_dist.arms import ARMS
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.generate import text_of
-from pst_dist.student.layout import AnswerFormat
 
 _HALF = "\ufffd"
 """What a tokenizer gives for the first bytes of a character whose other bytes are not generated yet."""

@@ -1,39 +1,30 @@
-"""From samples to batches: the collator, and the loader whose whole state is a step number.
+"""From token sequences to the tensors of one forward pass on one rank.
 
-The order of samples is a pure function of (seed, epoch, position), see `training.order`: step k's global batch is a
-slice of the epoch's permutation, which `training.passes` cuts into forward passes. So resuming needs no replay, and the
-world size never changes what is trained on.
+`student.layout` makes the sequences, and `training.step_batches` decides which of them go through the student together.
 """
 
 # Shapes in this file: B sequences, T tokens, N supervised tokens, A aligned spans, E teacher width, G global keys
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pst_dist.arms import Segment
 from pst_dist.config.schema import LossConfig
-from pst_dist.data.sample import ReasoningSample, question_group
-from pst_dist.data.shards import SplitReader
 from pst_dist.kernels.spans import Spans, Supervised
-from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
-from pst_dist.training.order import OrderPlan, turn_of
-from pst_dist.training.passes import ByLength, length_passes
 
 
 @dataclass(frozen=True)
 class PSTBatch:
-    """One forward pass on one rank. All index maps are built on the CPU, so building them never syncs the device."""
+    """One forward pass on one rank. Its index maps are built on the CPU, so building them never waits for a GPU."""
 
     input_ids: Tensor
     """[B, T] int64: prompt and target of a causal student, start token and target of a decoder."""
@@ -64,8 +55,8 @@ class PSTBatch:
     sample_ids: tuple[str, ...]
     """Ids in row order."""
     position_ids: Tensor | None = None
-    """[1, T] int64, which begin at 0 in each sequence: the sequences are concatenated, so B is 1 and nothing is padding
-    (`train.padding_free`). None for padded sequences."""
+    """[1, T] int64 with `train.padding_free`, which concatenates the sequences: B is 1, there is no padding, and the
+    positions begin at 0 in each sequence. None for padded sequences."""
 
     @property
     def counts(self) -> Tensor:
@@ -75,7 +66,7 @@ class PSTBatch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, prompt and target together."""
+        """Tokens of each sequence, prompt and target together; empty in a pass without samples."""
         if not self.counts.any():
             return []
         if self.position_ids is not None:
@@ -88,13 +79,15 @@ class PSTBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the sequences (of the decoder's, with an encoder); none in a pass without samples."""
+        """Tokens of all sequences, without those of an encoder; 0 in a pass without samples."""
         return int(self.attention_mask.sum()) if self.counts.any() else 0
 
     @property
     def positions(self) -> Tensor:
-        """[2] float64: positions that the student computes, those of an encoder included, and those of them that are
-        padding: all of them in a pass without samples."""
+        """[2] float64: the positions that the student computes, with those of an encoder, and how many are padding.
+
+        In a pass without samples all are padding.
+        """
         masks = [mask for mask in (self.attention_mask, self.encoder_attention_mask) if mask is not None]
         computed = sum(mask.numel() for mask in masks)
         used = sum(int(mask.sum()) for mask in masks) if self.counts.any() else 0
@@ -214,9 +207,9 @@ class Collator:
     def _spans(
         self, segments_L: np.ndarray, owners_L: np.ndarray, places_L: np.ndarray, length: int
     ) -> tuple[list[tuple[int, int, int]], list[int]]:
-        """(row, first position, positions) of each aligned span, and the sequence that it belongs to.
+        """(row, first position, number of positions) of each aligned span, and the index of its sequence.
 
-        A sequence has none when truncation left no rationale to pool.
+        A sequence has no span when truncation removed its whole rationale.
         """
         wanted = np.flatnonzero(segments_L == (Segment.SEMANTIC if self.loss.pooling == "token" else Segment.RATIONALE))
         owners, firsts, counts = np.unique(owners_L[wanted], return_index=True, return_counts=True)
@@ -237,7 +230,7 @@ class Collator:
         return teacher, self._key_matrix(keys), index
 
     def _key_matrix(self, keys: Sequence[tuple[str, int]]) -> Tensor:
-        """[G, E] float32; the passes of a step have the same keys, whose vectors are read once."""
+        """[G, E] float32; the passes of a step share their keys, so the vectors are read only once."""
         if self._keys is None or self._keys[0] is not keys:
             self._keys = keys, self._vectors(keys)
         return self._keys[1]
@@ -273,124 +266,3 @@ def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     used_BS = _used([len(row) for row in rows])
     ids_BS = _filled(used_BS, [token for row in rows for token in row], pad_id)
     return torch.from_numpy(ids_BS), torch.from_numpy(used_BS.astype(np.int64))
-
-
-_MOST_CACHED = 20_000
-"""Rows whose tokens a training keeps, up to about 100 MB: tokenising anew each epoch costs a small student a tenth of
-its step."""
-
-
-class _Steps(Dataset[list[PSTBatch]]):
-    """Step number -> this rank's micro-batches; runs in the loader's workers."""
-
-    def __init__(
-        self,
-        plan: OrderPlan,
-        samples: Sequence[ReasoningSample],
-        layout: Layout,
-        collate: Collator,
-        *,
-        rank: int,
-        world_size: int,
-        size: int,
-        by_length: ByLength | None,
-    ) -> None:
-        self.plan, self.samples, self.layout, self.collate = plan, samples, layout, collate
-        self.rank, self.world_size, self.size, self.by_length = rank, world_size, size, by_length
-        self._sample = functools.lru_cache(maxsize=plan.global_batch_size)(samples.__getitem__)
-        # A row whose tokens are cached is not read again: its id and number of rationales say which rationale it uses.
-        self._named = functools.lru_cache(maxsize=_MOST_CACHED)(self._read_name)
-        self._sequences: dict[tuple[int, int], list[TokenSequence]] = {}
-
-    def __getitem__(self, step: int) -> list[PSTBatch]:
-        epoch, indices = self.plan.epoch_of(step), self.plan.global_batch(step).tolist()
-        keys, groups = self._candidates(step, indices, epoch)
-        if self.by_length is not None:
-            passes = self._length_passes(self.by_length, self._laid_out(indices, epoch))
-        else:
-            passes = self._drawn_passes(step, indices, epoch)
-        return [self.collate(sequences, keys=keys, key_groups=groups, muted=muted) for sequences, muted in passes]
-
-    def _read_name(self, index: int) -> tuple[str, int]:
-        sample = self._sample(index)
-        return sample.id, len(sample.rationales)
-
-    def _laid_out(self, indices: list[int], epoch: int) -> list[list[TokenSequence]]:
-        """The sequences of each row; rows that are not cached are encoded together."""
-        chosen = [(index, turn_of(*self._named(index), seed=self.plan.seed, epoch=epoch)) for index in indices]
-        new = [row for row in dict.fromkeys(chosen) if row not in self._sequences]
-        made = self.layout.many([(self._sample(index), rationale) for index, rationale in new])
-        self._sequences |= zip(new, made, strict=True)
-        found = [self._sequences[row] for row in chosen]
-        while len(self._sequences) > _MOST_CACHED:
-            del self._sequences[next(iter(self._sequences))]
-        return found
-
-    def _drawn_passes(self, step: int, indices: list[int], epoch: int) -> Iterator[tuple[list[TokenSequence], bool]]:
-        """This rank's passes as (sequences, muted), over rows in the order in which they are drawn."""
-        cut = {"rank": self.rank, "world_size": self.world_size, "size": self.size}
-        for part in self.plan.micro_batches(step, **cut):
-            chosen = self._laid_out(part.tolist() or indices[:1], epoch)
-            for sequences in forward_passes(self.layout.arm, chosen):
-                yield sequences, len(part) == 0
-
-    def _length_passes(
-        self, cut: ByLength, batch: list[list[TokenSequence]]
-    ) -> Iterator[tuple[list[TokenSequence], bool]]:
-        """The same over rows sorted by length; every rank lays out the whole global batch to know all lengths."""
-        sizes = [[self.collate.size_of(sequence) for sequence in own] for own in batch]
-        for ranks in length_passes(self.layout.arm, sizes, cut, world_size=self.world_size, rows=self.size):
-            mine = ranks[self.rank]
-            # An empty pass still needs a sequence: one of the shortest of the pass.
-            chosen = mine or [max(ranks, key=len)[-1]]
-            yield [batch[sample][place] for sample, place in chosen], not mine
-
-    def _candidates(self, step: int, indices: list[int], epoch: int) -> tuple[list[tuple[str, int]], list[int]]:
-        """InfoNCE's keys and their question groups: the global batch, then `loss.negatives` further rows."""
-        loss = self.collate.loss
-        if self.collate.teacher is None or loss.alignment != "info_nce":
-            return [], []
-        further = self.plan.others(step, loss.negatives).tolist() if loss.negatives else []
-        names, counts, groups = self._known(indices + further)
-        turns = (
-            turn_of(name, count, seed=self.plan.seed, epoch=epoch) for name, count in zip(names, counts, strict=True)
-        )
-        return list(zip(names, turns, strict=True)), groups
-
-    def _known(self, indices: list[int]) -> tuple[list[str], list[int], list[int]]:
-        """(ids, numbers of rationales, question groups) of some rows; those of shards need not be read for it."""
-        if isinstance(self.samples, SplitReader):
-            return self.samples.candidates.many(indices)
-        found = [self.samples[index] for index in indices]
-        groups = [question_group(sample.question) for sample in found]
-        return [sample.id for sample in found], [len(sample.rationales) for sample in found], groups
-
-
-def step_batches(
-    plan: OrderPlan,
-    samples: Sequence[ReasoningSample],
-    layout: Layout,
-    collate: Collator,
-    *,
-    first_step: int,
-    last_step: int,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    by_length: ByLength | None = None,
-    workers: int = 0,
-) -> Iterator[list[PSTBatch]]:
-    """This rank's micro-batches for steps first_step … last_step - 1, one list per step.
-
-    They are cut by length where `by_length` is given.
-    """
-    cut: dict[str, Any] = {"rank": rank, "world_size": world_size, "size": micro_batch_size, "by_length": by_length}
-    dataset = _Steps(plan, samples, layout, collate, **cut)
-    loader: Any = DataLoader(
-        dataset,
-        sampler=range(first_step, last_step),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
-    return iter(loader)

@@ -10,7 +10,8 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pst_dist.config.loading import RESOLVED, dump_config, load_config
+from pst_dist.config.loading import dump_config, load_config
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config, LayoutConfig
 from pst_dist.errors import IntegrityError

@@ -18,7 +18,7 @@ import torch
 from pst_dist._version import __version__
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import Task, task_of
-from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.progress import alive
 from pst_dist.distributed.ranks import Ranks, from_main, sums_over_ranks
 from pst_dist.errors import DataError, PstError
 from pst_dist.logs import progress

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pst_dist.distributed.peer_watch import at, working
+from pst_dist.distributed.progress import at, working
 from pst_dist.distributed.ranks import Ranks, from_main, gathered, main_first_errors, together
 from pst_dist.errors import EnvironmentFault, IntegrityError, StaleError
 from pst_dist.storage.artefact import Artefact
@@ -29,7 +29,7 @@ from pst_dist.storage.manifest import (
     write_json,
 )
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.fingerprint import check_changes, chosen_alike
 from pst_dist.training.fragments import Fragment, copied, named_tensors, write_fragments
 from pst_dist.training.state import RunState

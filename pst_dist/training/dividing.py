@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_dist.config.schema import TrainConfig
-from pst_dist.distributed.peer_watch import alive, working
+from pst_dist.distributed.progress import alive, working
 from pst_dist.distributed.ranks import Ranks, from_main, main_first_errors
 from pst_dist.student.holding import WHOLE, Holding
 from pst_dist.training.deepspeed_config import deepspeed_settings, import_deepspeed

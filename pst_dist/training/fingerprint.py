@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pst_dist.arms import ARMS
-from pst_dist.config.loading import flat_keys
+from pst_dist.config.keys import flat_keys
 from pst_dist.config.schema import Config, LoraConfig
 from pst_dist.errors import StaleError
 from pst_dist.storage.manifest import digest_of

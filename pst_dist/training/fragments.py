@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.progress import alive
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.manifest import HashedFile
 from pst_dist.training.optimizer import TwoOptimizers

@@ -24,14 +24,14 @@ from torch import Tensor
 from pst_dist.arms import Segment
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.distributed.peer_watch import alive, at
+from pst_dist.distributed.progress import alive, at
 from pst_dist.distributed.ranks import from_main, sums_over_ranks
 from pst_dist.errors import DivergedError
 from pst_dist.logs import progress
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.batches import Collator, PSTBatch
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.order import epoch_order, rationale_of
 
 log = logging.getLogger(__name__)

@@ -46,6 +46,20 @@ class RankSigns:
     """Most memory in use: of the GPU by torch, or of the process on a CPU."""
 
 
+class BusyShare:
+    """Measures the share of time that this rank spends in its own passes, from one call to the next."""
+
+    def __init__(self) -> None:
+        self._since, self._busy_seconds = time.monotonic(), 0.0
+
+    def since_last(self, busy_seconds: float) -> float:
+        """The share since the last call or the start, at most 1; `busy_seconds` is `Engine.busy_seconds`."""
+        now = time.monotonic()
+        share = (busy_seconds - self._busy_seconds) / max(now - self._since, 1e-9)
+        self._since, self._busy_seconds = now, busy_seconds
+        return min(1.0, share)
+
+
 def gather_signs(ranks: Ranks, device: torch.device, busy: float) -> list[RankSigns]:
     """The signs of all ranks in rank order; collective."""
     return gathered(RankSigns(ranks.rank, os.uname().nodename, str(device), busy, _memory(device)))

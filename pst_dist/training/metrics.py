@@ -23,9 +23,10 @@ from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.training.head_fit import HeadFit
 from pst_dist.training.live import Live, RankSigns
 from pst_dist.training.prometheus import Prometheus
+from pst_dist.training.reporting import PROMETHEUS, Trackers
 from pst_dist.training.step_record import StepRecord
 from pst_dist.training.term_warnings import TermWarnings
-from pst_dist.training.trackers import PROMETHEUS, TrackedRun, Tracker, Trackers
+from pst_dist.training.trackers import TrackedRun, Tracker
 from pst_dist.training.validation import SampleAnswer, ValidationScore
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from pst_dist.distributed.progress import place
 from pst_dist.distributed.ranks import Ranks, gathered
 from pst_dist.errors import EnvironmentFault, PstError, first_line
 from pst_dist.training.batches import PSTBatch
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.memory import zero_stage
 from pst_dist.training.model_size import shape_of_config
 from pst_dist.training.module import Student

@@ -19,7 +19,7 @@ import torch
 from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.data.sample import ReasoningSample
-from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.progress import alive
 from pst_dist.distributed.ranks import Ranks, device_of
 from pst_dist.errors import ConfigError, IntegrityError
 from pst_dist.storage.manifest import read_json, read_manifest

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst_dist.distributed.peer_watch import at
+from pst_dist.distributed.progress import at
 from pst_dist.training.checkpoint import checkpoint_path, prepare_checkpoint, publish_checkpoint, write_part
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.state import RunState
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
-from pst_dist.distributed.peer_watch import working
+from pst_dist.distributed.progress import working
 from pst_dist.distributed.ranks import Ranks, from_main, main_first_errors
 from pst_dist.embedding.targets import open_teacher
-from pst_dist.models.load import files_of_identity, identity_of
+from pst_dist.models.identity import files_of_identity, identity_of
 from pst_dist.storage.atomic import remove_directory
 from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.pretrained import base_place

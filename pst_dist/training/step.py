@@ -19,11 +19,11 @@ from torch import Tensor
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.device_memory import is_out_of_memory
-from pst_dist.distributed.peer_watch import at
+from pst_dist.distributed.progress import at
 from pst_dist.distributed.ranks import gathered, sums_over_ranks
 from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
 from pst_dist.training.batches import PSTBatch
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.optimizer import learning_rate_at
 from pst_dist.training.pass_size import TooLarge

@@ -15,7 +15,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.device_memory import is_out_of_memory
-from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.progress import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
 from pst_dist.errors import ConfigError
 from pst_dist.student.contexts import Decoded
@@ -23,7 +23,7 @@ from pst_dist.student.generate import decode_answers, is_right
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
 from pst_dist.training.batches import Collator
-from pst_dist.training.engines import Engine
+from pst_dist.training.engine import Engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.pass_size import PassSize, TooLarge
@@ -114,7 +114,7 @@ class Validator:
     ) -> None:
         self.config, self.samples, self.layout, self.collate = config, samples, layout, collate
         self.tokenizer, self.ranks = tokenizer, ranks
-        # As many as training keeps (`batches._Steps`).
+        # As many as training keeps (`step_batches._Steps`).
         self._sequences = functools.lru_cache(maxsize=20_000)(lambda index: layout.sequences(samples[index]))
         self._cut: tuple[ByLength, list[list[list[Place]]]] | None = None
         self.decodes = config.train.metric_for_best_model == "accuracy"

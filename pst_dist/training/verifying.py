@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_dist.distributed.peer_watch import alive
+from pst_dist.distributed.progress import alive
 from pst_dist.distributed.ranks import Ranks, gathered, together
 from pst_dist.storage.artefact import Artefact, verify_at_once
 from pst_dist.storage.manifest import Manifest, sha256_file

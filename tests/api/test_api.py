@@ -18,7 +18,7 @@ from pst_dist.cli.main import run_verb
 from pst_dist.config.loading import dump_config
 from pst_dist.errors import ConfigError, EnvironmentFault, StaleError
 from pst_dist.storage.manifest import read_json, read_manifest, sha256_file
-from pst_dist.training import trainer
+from pst_dist.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +131,15 @@ def test_the_api_goes_on_with_a_run_of_the_command_line(tmp_path, capsys):
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Let Ctrl-C arrive while that step is taken."""
-    take_step = trainer.take_step
+    take_step = loop.take_step
 
     def interrupted(engine, state, *arguments, **settings):
         if state.step + 1 == step:
-            monkeypatch.setattr(trainer, "take_step", take_step)
+            monkeypatch.setattr(loop, "take_step", take_step)
             os.kill(os.getpid(), signal.SIGINT)
         return take_step(engine, state, *arguments, **settings)
 
-    monkeypatch.setattr(trainer, "take_step", interrupted)
+    monkeypatch.setattr(loop, "take_step", interrupted)
 
 
 @pytest.mark.parametrize("by", ["api", "command line"])
@@ -152,9 +152,9 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_weights(by, finished,
     assert not (tmp_path / "run" / "train.json").exists()
     if by == "api":
         taken = []
-        take_step = trainer.take_step
+        take_step = loop.take_step
         monkeypatch.setattr(
-            trainer,
+            loop,
             "take_step",
             lambda engine, state, *rest, **more: taken.append(state.step) or take_step(engine, state, *rest, **more),
         )

@@ -13,7 +13,7 @@ from chaos.goal import Result, measured
 from pst_dist.data.shards import ShardSet
 from pst_dist.diagnostics.artefacts import verify
 from pst_dist.distributed.ranks import Ranks
-from pst_dist.embedding.embed import EmbeddingStore
+from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.errors import PstError
 from pst_dist.evaluation.evaluate import finished_evaluation
 from pst_dist.storage.artefact import Artefact

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from small_run import small_config
 
-from pst_dist.config.loading import dump_config, overlays, ready_made_configs
+from pst_dist.config.loading import dump_config
+from pst_dist.config.locate import overlays, ready_made_configs
 from pst_dist.storage.manifest import read_json, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]

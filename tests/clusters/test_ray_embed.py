@@ -28,7 +28,8 @@ from pst_dist.config.schema import EmbedConfig, RayConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shard_writer import write_shards
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import EmbeddedShard, embed_all
+from pst_dist.embedding.embed import embed_all
+from pst_dist.embedding.embed_shard import EmbeddedShard
 from pst_dist.embedding.files import FolderFiles
 from pst_dist.errors import EnvironmentFault, IntegrityError, PeerLostError
 from pst_dist.logs import Progress

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pst_dist.config.loading import known_keys, load_config
+from pst_dist.config.keys import known_keys
+from pst_dist.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster" / "ray-cluster.yaml"

@@ -11,7 +11,7 @@ import pytest
 from pst_dist.clusters.ray.gpus import gpus_each, room_for, settled_actors, settled_workers
 from pst_dist.clusters.ray.train import check_room
 from pst_dist.config.schema import EmbedConfig, RayConfig, RayTrainConfig
-from pst_dist.embedding.encoder import check_device, check_encoder
+from pst_dist.embedding.encoder_model import check_device, check_encoder
 from pst_dist.errors import ConfigError, EnvironmentFault
 
 WITH, WITHOUT = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}
@@ -26,7 +26,7 @@ from pst_dist.clusters.ray.train import _trainer
 from pst_dist.clusters.ray.gpus import settled_workers
 from pst_dist.config.schema import Config, EmbedConfig
 from pst_dist.data.shard_tar import ShardInfo
-from pst_dist.embedding.embed import EmbeddedShard
+from pst_dist.embedding.embed_shard import EmbeddedShard
 from pst_dist.embedding.files import FolderFiles
 from pst_dist.logs import Progress
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from pst_dist.config.loading import dump_config, known_keys, load_config, ready_made_configs
+from pst_dist.config.keys import known_keys
+from pst_dist.config.loading import dump_config, load_config
+from pst_dist.config.locate import ready_made_configs
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pst_dist.config.loading import RESOLVED, load_config
+from pst_dist.config.loading import load_config
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.run_dir import expand_arms, record_run, run_dir
 
 

@@ -8,7 +8,8 @@ from small_run import make_small_data, small_config
 
 from pst_dist.arms import ARMS
 from pst_dist.cli.main import run_verb
-from pst_dist.config.loading import load_config, overlays
+from pst_dist.config.loading import load_config
+from pst_dist.config.locate import overlays
 from pst_dist.data.tasks import TASKS
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.pipeline import run_all

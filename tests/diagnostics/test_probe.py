@@ -20,7 +20,8 @@ from pst_dist.diagnostics.linear_probe import (
     remainder,
     right_rows,
 )
-from pst_dist.diagnostics.probe import Label, labels_of, probe
+from pst_dist.diagnostics.probe import probe
+from pst_dist.diagnostics.probe_labels import Label, labels_of
 from pst_dist.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
@@ -125,7 +126,8 @@ def test_every_kind_of_answer_gives_labels_or_a_reason():
 def test_the_verb_takes_vectors_of_a_run_and_compares_encoders(tmp_path, capsys):
     import zoo
 
-    from pst_dist.config.loading import RESOLVED, dump_config
+    from pst_dist.config.loading import dump_config
+    from pst_dist.config.locate import RESOLVED
     from pst_dist.pipeline import make_embeddings, make_shards
 
     rows_ = {

@@ -23,7 +23,8 @@ from pst_dist.diagnostics.watch_page import Told, screen, sparkline
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PreemptedError
 from pst_dist.storage.json_files import read_json, read_lines
 from pst_dist.training.prometheus import Prometheus, gauge_name
-from pst_dist.training.trackers import TrackedRun, markdown_table
+from pst_dist.training.tracker_backends import markdown_table
+from pst_dist.training.trackers import TrackedRun
 from pst_dist.training.trainer import train
 
 

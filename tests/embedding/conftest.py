@@ -9,7 +9,8 @@ import pytest
 from embedded import CPU, make_shards
 
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import TextEncoder, embed_all
+from pst_dist.embedding.embed import embed_all
+from pst_dist.embedding.encoder import TextEncoder
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,10 @@ from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shard_writer import write_shards
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import EmbeddingStore, embed_all
-from pst_dist.embedding.encoder import TextEncoder, check_encoder
+from pst_dist.embedding.embed import embed_all
+from pst_dist.embedding.encoder import TextEncoder
+from pst_dist.embedding.encoder_model import check_encoder
+from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.embedding.targets import _check_settings
 from pst_dist.errors import ConfigError, InputError, StaleError
 

@@ -19,7 +19,10 @@ from safetensors.numpy import load_file
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.shard_writer import write_shards
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import EmbeddingStore, TextEncoder, embed_all, embed_shard, fixed_point_sums
+from pst_dist.embedding.embed import embed_all
+from pst_dist.embedding.embed_shard import embed_shard, fixed_point_sums
+from pst_dist.embedding.encoder import TextEncoder
+from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.embedding.vector_file import read_vectors
 from pst_dist.errors import DataError, InputError, IntegrityError, StaleError
 from pst_dist.storage.manifest import sha256_file

@@ -11,8 +11,7 @@ import pytest
 from embedded import sample
 from safetensors.numpy import save
 
-from pst_dist.embedding.embed import EmbeddingStore
-from pst_dist.embedding.store import VectorFile
+from pst_dist.embedding.store import EmbeddingStore, VectorFile
 from pst_dist.embedding.vector_file import ShardVectors, read_vectors, write_vectors
 from pst_dist.errors import InputError, IntegrityError, StaleError
 from pst_dist.storage.manifest import Manifest

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from refusing import Refusing
 
 from pst_dist.config.schema import EmbedConfig
-from pst_dist.embedding.embed import TextEncoder
-from pst_dist.embedding.encoder import plan_batches
+from pst_dist.embedding.encoder import TextEncoder, plan_batches
 from pst_dist.embedding.lengths import measure
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError
 from pst_dist.models import locate

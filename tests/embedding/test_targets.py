@@ -11,7 +11,7 @@ from small_run import small_config
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import EmbeddingStore
+from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.embedding.targets import Teacher, open_teacher, whitening
 from pst_dist.pipeline import make_embeddings, make_shards
 

@@ -14,6 +14,7 @@ from tiny import ROWS, fitted
 
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
+from pst_dist.config.variant import variant_of
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.shards import ShardSet
 from pst_dist.data.tasks import get_task
@@ -31,9 +32,9 @@ from pst_dist.storage.manifest import (
     write_json,
     write_manifest,
 )
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.contexts import Decoded
 from pst_dist.student.generate import predict
-from pst_dist.student.layout import AnswerFormat, variant_of
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 from evaluated import make_run
 
 from pst_dist.cli.main import run_verb
-from pst_dist.config.loading import RESOLVED, dump_config
+from pst_dist.config.loading import dump_config
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, DataError, InputError
 from pst_dist.evaluation.compare import compare

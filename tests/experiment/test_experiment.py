@@ -26,7 +26,8 @@ from pst_dist.experiment.outcomes import Outcome
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, curve_picture, sweep_picture
 from pst_dist.experiment.published import PUBLISHED, PUBLISHED_TASKS
 from pst_dist.experiment.results import Pair, Results, collect
-from pst_dist.experiment.results_page import _controls, page_of, table_lines
+from pst_dist.experiment.results_page import _controls, page_of
+from pst_dist.experiment.results_table import table_lines
 from pst_dist.experiment.runs import result_of
 from pst_dist.experiment.spec import Experiment, load_experiment, ready_made_experiments, runs_of
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from pst_dist.training import trainer
-from pst_dist.training.engines import Engine
+from pst_dist.training import loop
+from pst_dist.training.engine import Engine
 
 
 def content(engine: Engine) -> str:
@@ -34,7 +34,7 @@ def content(engine: Engine) -> str:
 @contextlib.contextmanager
 def injected(folder: Path, faults: dict[int, str], rank: int) -> Iterator[None]:
     """Let steps, counted from 1, go wrong on one rank by `nan` (vectors), `inf` (gradient) or `spike` (targets)."""
-    real = trainer.take_step
+    real = loop.take_step
     seen: list[dict[str, Any]] = []
 
     def take(engine: Engine, state: Any, batches: Any, *others: Any, **options: Any) -> Any:
@@ -53,16 +53,16 @@ def injected(folder: Path, faults: dict[int, str], rank: int) -> Iterator[None]:
         if handle is not None:
             handle.remove()
         if state.step + 1 in faults:
-            found = {"step": state.step + 1, "taken": not isinstance(taken, trainer.BadStep)}
+            found = {"step": state.step + 1, "taken": not isinstance(taken, loop.BadStep)}
             seen.append(found | {"moved": content(engine) != before})
             (folder / f"injected-{engine.ranks.rank}.json").write_text(json.dumps(seen))
         return taken
 
-    trainer.take_step = take
+    loop.take_step = take
     try:
         yield
     finally:
-        trainer.take_step = real
+        loop.take_step = real
 
 
 def _with_wrong_targets(batch: Any) -> Any:

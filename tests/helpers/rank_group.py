@@ -158,11 +158,11 @@ def _run_rank(
 
 def _get_stuck(stuck: Stuck, told: Path) -> None:
     """Make `at` never return from that section, and note when the watcher has passed on that we are there."""
-    from pst_dist.distributed import peer_watch  # the trainer brings all modules that say where they are
-    from pst_dist.training import trainer
+    from pst_dist.distributed import peer_watch, progress
+    from pst_dist.training import trainer  # it imports all modules that say where they are
 
     assert trainer
-    at, tell = peer_watch.at, peer_watch._Watcher._tell
+    at, tell = progress.at, peer_watch._Watcher._tell
 
     def at_and_stay(section: str, step: int | None = None) -> None:
         at(section, step)
@@ -188,7 +188,7 @@ def laps(timeout_seconds: float, stacks: Path | None = None, native: str = "") -
     """
     import torch
 
-    from pst_dist.distributed import peer_watch
+    from pst_dist.distributed import peer_watch, progress
     from pst_dist.distributed.preemption import stop_requests
     from pst_dist.distributed.ranks import Ranks, all_sum, process_group
     from pst_dist.errors import PstError
@@ -202,10 +202,10 @@ def laps(timeout_seconds: float, stacks: Path | None = None, native: str = "") -
         ):
             for step in range(1, 6) if native else itertools.count(1):
                 if native and step == 3 and ranks.rank == 1:
-                    with peer_watch.working():
+                    with progress.working():
                         _native_call(native, 2 * timeout_seconds)
                 for section in ("forward", "backward"):
-                    peer_watch.at(section, step)
+                    progress.at(section, step)
                     all_sum(torch.ones(4))
                     time.sleep(0.01)
     except PstError as error:

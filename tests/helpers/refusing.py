@@ -62,9 +62,9 @@ class Refusing:
 @contextlib.contextmanager
 def refusing_students(refusing: Refusing, dropout: float = 0.0) -> Iterator[Refusing]:
     """Let every student that a training builds in this block refuse large passes, and drop out."""
-    from pst_dist.training import trainer
+    from pst_dist.training import parts
 
-    build = trainer.build_student
+    build = parts.build_student
 
     def built(*args: Any, **kwargs: Any) -> Any:
         student = build(*args, **kwargs)
@@ -74,8 +74,8 @@ def refusing_students(refusing: Refusing, dropout: float = 0.0) -> Iterator[Refu
                 module.p = dropout
         return student
 
-    trainer.build_student = built
+    parts.build_student = built
     try:
         yield refusing
     finally:
-        trainer.build_student = build
+        parts.build_student = build

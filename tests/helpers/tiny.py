@@ -10,7 +10,8 @@ import torch
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.storage.manifest import Manifest
-from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.answer_format import AnswerFormat
+from pst_dist.student.layout import Layout
 from pst_dist.student.saved import save_student
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.batches import Collator, PSTBatch

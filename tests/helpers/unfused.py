@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
-from pst_dist.distributed.preemption import StopRequest
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.training.batches import PSTBatch
 from pst_dist.training.module import Student
 from pst_dist.training.optimizer import learning_rate_at, parameter_groups
+from pst_dist.training.parts import Parts
 from pst_dist.training.pass_size import PassSize
-from pst_dist.training.trainer import _Training
 
 
 def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:
@@ -53,31 +52,31 @@ def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:
 def unfused_curve(config: Config, output: Path) -> list[dict[str, float]]:
     """Loss and gradient norm of each step, and at the end the three means over the validation rows."""
     run = RunDir(output, data=Path(config.data_dir))
-    training = _Training(config, run, ShardSet.open(run.shards), Ranks(), StopRequest(), None)
-    training.make_student()
-    student, train = training.student, config.train
+    parts = Parts(config, run, ShardSet.open(run.shards), Ranks(), None)
+    parts.make_student()
+    student, train = parts.student, config.train
     optimizer = torch.optim.AdamW(
         parameter_groups(student, train.weight_decay),
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
     )
     curve = []
-    training.size = PassSize(config, pass_tokens=None, repeats=True)
-    for step, batches in enumerate(iter(training._batches(0).take, None)):
+    size = PassSize(config, pass_tokens=None, repeats=True)
+    for step, batches in enumerate(iter(parts.batches_from(0, size).take, None)):
         student.train()
-        scales = training.weights.scales(sum(batch.counts for batch in batches)).float()
+        scales = parts.weights.scales(sum(batch.counts for batch in batches)).float()
         total = sum((unfused_sums(student, batch) * scales).sum() for batch in batches)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), train.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, training.total, train)
+            group["lr"] = learning_rate_at(step, parts.total, train)
         optimizer.step()
         optimizer.zero_grad()
         curve.append({"loss": total.item(), "grad_norm": norm.item()})
     student.eval()
     with torch.no_grad():
-        sequences = [sequence for row in training.validator.samples for sequence in training.layout.sequences(row)]
-        batch = training.collate(sequences)
+        sequences = [sequence for row in parts.validator.samples for sequence in parts.layout.sequences(row)]
+        batch = parts.collate(sequences)
         means = unfused_sums(student, batch).double() / batch.counts
     curve.append(dict(zip(("answer_nll", "rationale_nll", "alignment"), means.tolist(), strict=True)))
     return curve

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from pst_dist.arms import STOP_TOKEN
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError, StaleError
-from pst_dist.models.load import base_identity, load_language_model, load_tokenizer
+from pst_dist.models.identity import base_identity
+from pst_dist.models.load import load_language_model, load_tokenizer
 from pst_dist.models.locate import locate_model
 from pst_dist.publish.adapter import export_adapter
 from pst_dist.student.pretrained import base_of, build_model

@@ -17,10 +17,11 @@ from pst_dist.diagnostics.machine.models import student as examined
 from pst_dist.diagnostics.preflight import check_student
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.models import fetch as fetching
-from pst_dist.models.load import base_identity, load_language_model, load_tokenizer
+from pst_dist.models.identity import base_identity
+from pst_dist.models.load import load_language_model, load_tokenizer
 from pst_dist.models.locate import PACKAGED, locate_model
 from pst_dist.publish.export import export
-from pst_dist.student.layout import AnswerFormat
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.pretrained import base_of, build_model
 from pst_dist.student.saved import load_student, save_student
 from pst_dist.student.tokenizer import build_tokenizer

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import pst_dist
 from pst_dist.config.loading import load_config
 from pst_dist.diagnostics.preflight import preflight
-from pst_dist.embedding.encoder import TextEncoder, check_encoder
+from pst_dist.embedding.encoder import TextEncoder
+from pst_dist.embedding.encoder_model import check_encoder
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, PstError
 from pst_dist.logs import quiet_libraries
 from pst_dist.models.load import load_bare_encoder, load_language_model, load_tokenizer

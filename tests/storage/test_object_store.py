@@ -18,7 +18,8 @@ from s3_server import forget_stores, s3_server
 from pst_dist.config.run_dir import data_settings, expand_arms, fetch_data, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
-from pst_dist.embedding.embed import EmbeddingStore, TextEncoder
+from pst_dist.embedding.encoder import TextEncoder
+from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.errors import EnvironmentFault, InputError, IntegrityError, StaleError
 from pst_dist.pipeline import make_embeddings, make_shards
 from pst_dist.storage import object_store

@@ -12,7 +12,7 @@ from pst_dist.data.sources.rows import Reject, write_rejects
 from pst_dist.diagnostics.machine import examine
 from pst_dist.diagnostics.machine.facts import collect
 from pst_dist.errors import ConfigError, InputError, PstError
-from pst_dist.experiment.results_page import check_page_folder
+from pst_dist.experiment.results_files import check_page_folder
 from pst_dist.experiment.spec import Experiment
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.outputs import (

@@ -8,7 +8,8 @@ from pst_dist.arms import ARMS, SEMANTIC_TOKEN, STOP_TOKEN, Segment
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import ConfigError, DataError
-from pst_dist.student.layout import AnswerFormat, layout_for
+from pst_dist.student.answer_format import AnswerFormat
+from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
 
 SAMPLE = ReasoningSample(id="s", question="2+2?", answer="4", rationales=("two and two", "a pair of pairs"))

@@ -11,7 +11,8 @@ from pst_dist.arms import SEMANTIC_TOKEN, STOP_TOKEN, Segment
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.models.load import load_tokenizer
 from pst_dist.models.locate import locate_model
-from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.answer_format import AnswerFormat
+from pst_dist.student.layout import Layout
 from pst_dist.student.text_ids import TextIds
 from pst_dist.student.tokenizer import with_special_tokens
 

@@ -14,8 +14,9 @@ from pst_dist.diagnostics.machine import models
 from pst_dist.diagnostics.tokens import preview
 from pst_dist.errors import ConfigError
 from pst_dist.models.locate import locate_encoder
+from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.contexts import max_positions
-from pst_dist.student.layout import AnswerFormat, Layout
+from pst_dist.student.layout import Layout
 from pst_dist.student.text_ids import TextIds
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
 from pst_dist.training.batches import Collator

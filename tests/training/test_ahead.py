@@ -15,11 +15,12 @@ from tiny import ROWS, Tiny, TinyTeacher
 
 from pst_dist.distributed.preemption import StopRequest
 from pst_dist.errors import DataError, IntegrityError, PreemptedError
-from pst_dist.training import trainer
+from pst_dist.training import parts
 from pst_dist.training.ahead import StepsAhead
-from pst_dist.training.batches import Collator, PSTBatch, step_batches
+from pst_dist.training.batches import Collator, PSTBatch
 from pst_dist.training.order import OrderPlan
 from pst_dist.training.passes import ByLength
+from pst_dist.training.step_batches import step_batches
 from pst_dist.training.trainer import train
 
 NAME = "next batch"
@@ -144,7 +145,7 @@ def test_waiting_counts_from_the_end_of_the_block():
 @pytest.mark.encoder
 def test_a_training_has_the_same_curve_with_and_without_the_thread(small_data, tmp_path, monkeypatch):
     train(small_config(small_data, tmp_path / "thread"))
-    monkeypatch.setattr(trainer, "StepsAhead", lambda steps, in_thread: StepsAhead(steps, in_thread=False))
+    monkeypatch.setattr(parts, "StepsAhead", lambda steps, in_thread: StepsAhead(steps, in_thread=False))
     train(small_config(small_data, tmp_path / "plain"))
     assert losses(tmp_path / "thread") == losses(tmp_path / "plain")
 

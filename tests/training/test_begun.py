@@ -7,7 +7,8 @@ import pytest
 import zoo
 from small_run import small_config
 
-from pst_dist.config.loading import RESOLVED, dump_config, load_config
+from pst_dist.config.loading import dump_config, load_config
+from pst_dist.config.locate import RESOLVED
 from pst_dist.config.run_dir import run_dir
 from pst_dist.errors import StaleError
 from pst_dist.storage.json_files import read_json

@@ -14,8 +14,8 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.storage.manifest import Manifest, all_files, describe_files, write_manifest
 from pst_dist.training.checkpoint import checkpoint_path, newest_valid, resume
-from pst_dist.training.engines import SingleProcessEngine
 from pst_dist.training.saver import Saver
+from pst_dist.training.single_engine import SingleProcessEngine
 from pst_dist.training.state import RunState
 from pst_dist.training.trainer import train
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config
 
 from pst_dist.errors import StaleError
-from pst_dist.models.load import base_identity
+from pst_dist.models.identity import base_identity
 from pst_dist.training.trainer import train
 
 pytest.importorskip("peft")

@@ -21,9 +21,9 @@ from pst_dist.storage.manifest import hashed_file, read_json, sha256_file
 from pst_dist.student.finite import is_finite
 from pst_dist.training import saver
 from pst_dist.training.checkpoint import newest_valid
-from pst_dist.training.engines import SingleProcessEngine
 from pst_dist.training.fragments import Fragment, FragmentFiles, write_fragments
 from pst_dist.training.saver import Saver
+from pst_dist.training.single_engine import SingleProcessEngine
 from pst_dist.training.state import RunState
 from pst_dist.training.trainer import train
 

@@ -19,8 +19,9 @@ from pst_dist.errors import ConfigError
 from pst_dist.storage.manifest import read_lines
 from pst_dist.training.fingerprint import training_settings
 from pst_dist.training.metrics import MetricsLog
+from pst_dist.training.reporting import Trackers
 from pst_dist.training.step_record import StepRecord
-from pst_dist.training.trackers import TrackedRun, Tracker, Trackers
+from pst_dist.training.trackers import TrackedRun, Tracker
 from pst_dist.training.validation import ValidationScore
 
 SECRET = "canary-password"

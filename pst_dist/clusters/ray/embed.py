@@ -1,6 +1,6 @@
 """Embedding on a Ray cluster: encoder actors process a list of shards.
 
-Each shard is one task and one file; `embedding.embed.embed_shard` writes the file, here as in a single process.
+Each shard is one task and one file; `embedding.embed_shard` writes the file, here as in a single process.
 `clusters.ray.crew` distributes the shards, `clusters.ray.connect` provides the cluster and `embedding.files` the files:
 a folder must be shared by all machines, a URL reachable from them.
 """
@@ -18,7 +18,8 @@ from pst_dist.clusters.ray.crew import Crew, Words, number_of_actors
 from pst_dist.clusters.ray.gpus import settled_actors
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.shards import ShardInfo
-from pst_dist.embedding.embed import EmbeddedShard, difference, embed_shard
+from pst_dist.embedding.embed import difference
+from pst_dist.embedding.embed_shard import EmbeddedShard, embed_shard
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.files import Files
 from pst_dist.errors import EnvironmentFault, IntegrityError

@@ -22,7 +22,8 @@ from pst_dist.clusters.ray.dashboard import check_dashboard, connect, reached
 from pst_dist.clusters.ray.runtime_env import check_runtime_env
 from pst_dist.clusters.ray.token import find_token, prepare_token
 from pst_dist.clusters.ray.words import RayRequest, read_words
-from pst_dist.config.loading import load_config, locate_config, ready_made_configs
+from pst_dist.config.loading import load_config
+from pst_dist.config.locate import locate_config, ready_made_configs
 from pst_dist.config.run_dir import refuse_relative
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault, LockedError

@@ -44,6 +44,16 @@ def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name:
             raise
         rationale = "\n\n".join(part for part in (separate, rationale_of(text)) if part)
         replied = None
+    return replied_fields(question, rationale, replied, gold, row)
+
+
+def replied_fields(
+    question: Question, rationale: str | None, replied: str | None, gold: object | None, row: Mapping[str, Any]
+) -> Fields:
+    """Fields of a row with a reply that contains a rationale and an answer, `replied`.
+
+    `gold` is the gold answer if the row has one beside the reply; else the reply's answer is the gold answer.
+    """
     return Fields(
         question=as_text(question.text, "question"),
         turns=question.turns,

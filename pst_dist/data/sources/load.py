@@ -1,9 +1,8 @@
 """Load the train, validation and test samples of a run, and account for every row.
 
-The order of the steps is fixed, because each one determines what the next one sees: read, find the columns, join the
-teacher's completions, normalise the answers, assign splits, cut a test split, drop rows on which the teacher is wrong,
-merge duplicates, drop leaks, cut a validation split. `specs` reads, `column_guess` finds columns, `drafts` handles
-single rows, and `splits` has the steps on whole splits.
+The rows of each file are read, their columns found, a teacher's completions joined and the answers normalised; then
+`arrange` turns them into splits. `specs` finds the files, `column_guess` the columns, and `row_work` handles single
+rows in worker processes.
 """
 
 from __future__ import annotations
@@ -18,32 +17,21 @@ from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.data.processes import Processes, default_workers
-from pst_dist.data.row_store import DROPPED, RowStore
+from pst_dist.data.row_store import DROPPED
 from pst_dist.data.sample import SPLITS, ReasoningSample
-from pst_dist.data.sources.arrange import (
-    TEST,
-    TRAIN,
-    VALIDATION,
-    cut,
-    final_ids,
-    first_repeated_id,
-    index_questions,
-    keep_first,
-    repeats_in,
-    settle,
-    spoil_rationales,
-)
+from pst_dist.data.sources.arrange import ReadRows, arrange
 from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
 from pst_dist.data.sources.generators import GENERATOR_TASKS
-from pst_dist.data.sources.loaded import LoadedData, bad_budget, enforce, unused_words
+from pst_dist.data.sources.loaded import LoadedData, bad_budget, enforce
 from pst_dist.data.sources.options import Options
 from pst_dist.data.sources.remote import RemoteSource
 from pst_dist.data.sources.root import DataFile, SourceRoot
+from pst_dist.data.sources.row_ids import first_repeated_id
 from pst_dist.data.sources.row_work import RowWork, jobs_of
-from pst_dist.data.sources.rows import Input, RawRow, Reject, Rejects, RowError, excerpt
+from pst_dist.data.sources.rows import Input, RawRow, Rejects, RowError
 from pst_dist.data.sources.source import Source
 from pst_dist.data.sources.specs import fetch, read_specs
 from pst_dist.data.sources.splits import read_split_file
@@ -57,7 +45,7 @@ log = logging.getLogger(__name__)
 _LOOK_AT = 50
 """Number of rows from which columns are guessed."""
 _ALONE = 40
-"""Jobs that are done before processes are started: about 20,000 lines, half a second."""
+"""Jobs that are done in this process before others are started: about 20,000 lines, half a second."""
 _AT_ONCE = 1000
 """Number of rows whose texts are encoded together."""
 
@@ -84,28 +72,23 @@ def load_data(config: Config, unreadable: Unreadable | None = None) -> LoadedDat
 def survey(config: Config, unreadable: Unreadable | None = None, part: str = "") -> LoadedData:
     """Like `load_data`, but without refusing bad rows, missing rationales and leaks; for `pst check`.
 
-    `part` is the name of a source of a mixture, which its rows then have.
+    `part` is the name of this source in a mixture; its rows then record it.
     """
     return _Survey(config, unreadable, part).run()
 
 
 @dataclass
 class _Survey:
-    """One pass over the data. It is a class so that its steps can share the report."""
+    """One pass over the data; its steps share what they found out."""
 
     config: Config
     unreadable: Unreadable | None = None
     part: str = ""
-    """In a mixture, the name of this source; its rows then name their task too."""
-    store: RowStore = field(default_factory=RowStore)
-    paths: list[str] = field(default_factory=list)
-    """Paths of the sources; a row has the position of its own."""
+    """In a mixture, the name of this source; its rows then record it and their task."""
+    rows: ReadRows = field(default_factory=ReadRows)
     digests: list[Any] = field(default_factory=list)
+    """What was read, in order: split or purpose, name and sha256 of each file."""
     inputs: list[Input] = field(default_factory=list)
-    columns: dict[str, str] = field(default_factory=dict)
-    unused: dict[str, list[str]] = field(default_factory=dict)
-    """Path of a training file -> its unused text columns."""
-    report: dict[str, Any] = field(default_factory=dict)
     told: dict[tuple[str, int], Convention] = field(default_factory=dict)
     """(split, position among its sources) -> the convention of the file's multiple-choice answers."""
 
@@ -119,7 +102,7 @@ class _Survey:
         sources = {split: read_specs(spec, split, root) for split, spec in specs.items()}
         fetch(itertools.chain.from_iterable(sources.values()), root)
         teacher = read_completions(data.teacher_completions, root) if data.teacher_completions else None
-        self.report["rows_read"] = 0
+        self.rows.report["rows_read"] = 0
         columns = {
             (split, place): self._columns(source, split)
             for split, found in sources.items()
@@ -139,17 +122,9 @@ class _Survey:
             self._refuse_unreadable(SPLITS.index(split))
         if data.split_file is not None:
             self._by_split_file(root.file(data.split_file))
-        self.arrange()
-        samples = {split: self.store.rows_of(split) for split in SPLITS}
-        return LoadedData(samples, Rejects(self.store), self.report, digest_of(self.digests), self.inputs)
-
-    def arrange(self) -> None:
-        """Turn the rows that were read into finished splits."""
-        index_questions(self.store)
-        self._arrange()
-        final_ids(self.store)
-        self._count()
-        self.store.finish()
+        arrange(self.rows, data)
+        samples = {split: self.rows.store.rows_of(split) for split in SPLITS}
+        return LoadedData(samples, Rejects(self.rows.store), self.rows.report, digest_of(self.digests), self.inputs)
 
     def _check_config(self, specs: dict[str, Any]) -> None:
         data = self.config.data
@@ -174,7 +149,10 @@ class _Survey:
     def _compare_choices(
         self, sources: dict[str, list[Source]], columns: dict[tuple[str, int], ColumnMap | None]
     ) -> None:
-        """Infer what each file's indices count from. An ambiguous file follows the other files of its layout."""
+        """Infer how the answers of each file name their options, such as by an index from 0 or from 1.
+
+        A file that does not show it follows the other files with the same columns.
+        """
         own: dict[tuple[str, int], Convention] = {}
         for (split, place), found in columns.items():
             has_options = found is not None and found.has_options
@@ -193,30 +171,34 @@ class _Survey:
         first: int,
         processes: Processes,
     ) -> int:
-        """Put the rows of a split into the store, from place `first` on; bad rows have a place too. Their number."""
+        """Put the rows of a split into the store, from place `first` on, and return their number.
+
+        Bad rows take a place too. Raises DataError for a repeated id, and when a teacher's completions are joined by
+        position and their number differs from that of the rows.
+        """
         rows = 0
         with progress(f"read {split}", unit="rows") as bar:
             for number, source in enumerate(sources):
                 if source.generated and self.config.task:
                     _refuse_other_task(source, task)
                 where = (split, number)
-                self.paths.append(source.path)
+                self.rows.paths.append(source.path)
                 work = RowWork.of(
                     columns[where],
                     task=task,
                     told=self.told[where],
                     stem=source.stem,
                     split=SPLITS.index(split),
-                    path=len(self.paths) - 1,
+                    path=len(self.rows.paths) - 1,
                     part=self.part,
                     ranked=self._cuts(),
                 )
                 for made in processes.map(jobs_of(source.items(), work, rows, first + rows, teacher)):
                     for one in made:
                         if isinstance(one, dict):
-                            self.store.reject(one)
+                            self.rows.store.reject(one)
                         else:
-                            self.store.add(*one)
+                            self.rows.store.add(*one)
                     rows += len(made)
                     bar.advance(len(made))
                 self.digests.append([split, source.stem, source.sha256])
@@ -227,8 +209,8 @@ class _Survey:
                 "they are joined by position, so the counts must be equal",
                 path=teacher.path,
             )
-        self.report["rows_read"] += rows
-        self.report[f"{split}_read"] = rows
+        self.rows.report["rows_read"] += rows
+        self.rows.report[f"{split}_read"] = rows
         self._check_ids(SPLITS.index(split))
         return rows
 
@@ -240,127 +222,51 @@ class _Survey:
 
     def _check_ids(self, split: int) -> None:
         """Raise DataError, naming both locations, if two different rows of a split have the same id."""
-        found = first_repeated_id(self.store, split)
+        found = first_repeated_id(self.rows.store, split)
         if found is not None:
-            later, earlier = (self._where(place) for place in found)
+            later, earlier = (self.rows.where(place) for place in found)
             raise DataError(
-                f"duplicate id {self.store.sample(found[0]).id!r}, first used at {earlier[0]}:{earlier[1]}",
+                f"duplicate id {self.rows.store.sample(found[0]).id!r}, first used at {earlier[0]}:{earlier[1]}",
                 "make ids unique, or remove them so that they are generated",
                 path=later[0],
                 line=later[1],
             )
 
-    def _where(self, place: int) -> tuple[str, int]:
-        path, line = self.store.run("SELECT path, line FROM rows WHERE place=?", (place,)).fetchone()
-        return self.paths[path], line
-
-    def _reject(self, place: int, code: str, what: str) -> None:
-        """Make a bad row of a good one, which the caller then drops."""
-        path, line = self._where(place)
-        self.store.reject(Reject(path, line, code, what, excerpt(self.store.sample(place).question)).to_json())
-
     def _columns(self, source: Source, split: str) -> ColumnMap | None:
         sampled = source.head(_LOOK_AT)
         if not sampled:
             return None
-        # A generator's rows have our own field names, whatever map the config has for other files.
+        # The rows of a generator always have the usual field names; `data.columns` is for other files.
         setting = None if source.generated else self.config.data.columns
         columns = choose_columns(setting, sampled, source.path, split)
-        self.columns[f"{split}: {source.stem}"] = as_yaml(columns)
+        self.rows.columns[f"{split}: {source.stem}"] = as_yaml(columns)
         if split == "train":
-            self.unused[source.path] = unused_text_columns(columns, sampled)
+            self.rows.unused[source.path] = unused_text_columns(columns, sampled)
         return columns
 
     def _refuse_unreadable(self, split: int) -> None:
-        """Make a bad row of each that the student's tokenizer cannot encode."""
+        """Record the rows that the student's tokenizer cannot encode as bad ones, and drop them."""
         if self.unreadable is None:
             return
-        rows = self.store.samples(split)
+        rows = self.rows.store.samples(split)
         gone = []
         while part := list(itertools.islice(rows, _AT_ONCE)):
             for index, what in sorted(self.unreadable([sample for _, sample in part]).items()):
                 gone.append((part[index][0], what))
         for place, what in gone:
-            self._reject(place, "token", what)
-        self.store.run_many("UPDATE rows SET split=? WHERE place=?", ((DROPPED, place) for place, _ in gone))
+            self.rows.reject(place, "token", what)
+        self.rows.store.run_many("UPDATE rows SET split=? WHERE place=?", ((DROPPED, place) for place, _ in gone))
 
     def _by_split_file(self, file: DataFile | RemoteSource) -> None:
-        rows = self.report["train_read"]
+        rows = self.rows.report["train_read"]
         with file.errors():
             indices, found = read_split_file(file.copy, rows)
         self.digests.append(["split_file", file.copy.name, found.sha256])
         self.inputs.append(file.input(found))
-        self.report["rows_unused"] = rows - sum(map(len, indices.values()))
-        self.store.reorder((number, index) for number, split in enumerate(SPLITS) for index in indices.get(split, ()))
-
-    def _arrange(self) -> None:
-        """Cut, filter and merge the rows; every removed row is counted."""
-        data, report, store = self.config.data, self.report, self.store
-        if data.test is None and data.split_file is None:
-            cut(store, data.test_size, "test", TEST)
-        self._refuse_without_rationale()
-        if data.keep == "teacher_correct":
-            before = store.count(TRAIN) + store.count(VALIDATION)
-            store.run("UPDATE rows SET split=-1 WHERE split=0 AND correct IS NOT 1 OR split=1 AND correct IS 0")
-            report["teacher_wrong_dropped"] = before - store.count(TRAIN) - store.count(VALIDATION)
-        found = settle(store, merge=data.duplicates == "drop", drop_leaks=data.leaks != "keep")
-        report["duplicates_found"] = found.repeated[TRAIN]
-        report["validation_duplicates"], report["test_duplicates"] = found.repeated[VALIDATION:]
-        if data.duplicates == "drop":
-            report["rationales_merged"], report["duplicates_dropped"] = found.merged, found.dropped
-        report["leaks_found"], report["validation_leaks_found"] = found.leaks[TRAIN], found.leaks[VALIDATION]
-        if found.first_leak is not None:
-            report["first_leak"] = " and ".join(store.sample(place).source for place in found.first_leak)
-        if data.leaks != "keep":
-            report["leaks_dropped"] = found.leaks[TRAIN]
-        report["conflicting_answers"] = found.conflicts
-        if found.first_conflict is not None:
-            one, other = (store.sample(place) for place in found.first_conflict)
-            report["first_conflict"] = f"{one.source} has {one.answer}, {other.source} has {other.answer}"
-            log.warning("%d questions have two different answers: %s", found.conflicts, report["first_conflict"])
-        if data.validation is None and data.validation_size and not store.count(VALIDATION):
-            cut(store, data.validation_size, "validation", VALIDATION)
-        rows = store.count(TRAIN)
-        if data.max_rows is not None and rows > data.max_rows:
-            report["rows_over_max_rows"] = rows - data.max_rows
-            keep_first(store, data.max_rows)
-        report["wrong_rationales"] = spoil_rationales(store, data.wrong_rationales)
-
-    def _refuse_without_rationale(self) -> None:
-        """Refuse training rows without a rationale if other rows have one, whatever the arm.
-
-        All arms then train on identical rows. `load_data` refuses an arm that needs rationales when no row has one.
-        """
-        lacking = "split=0 AND rationales=0"
-        if self.store.number("SELECT EXISTS(SELECT 1 FROM rows WHERE split=0 AND rationales>0)"):
-            for (place,) in self.store.run(f"SELECT place FROM rows WHERE {lacking} ORDER BY place"):
-                unused = unused_words(self.unused.get(self._where(place)[0], []))
-                self._reject(place, "missing", "rationale is missing or empty" + unused)
-            self.store.run(f"UPDATE rows SET split=-1 WHERE {lacking}")
-
-    def _count(self) -> None:
-        report, store = self.report, self.store
-        for name in (
-            "teacher_wrong_dropped",
-            "rationales_merged",
-            "duplicates_dropped",
-            "leaks_dropped",
-            "rows_unused",
-        ):
-            report.setdefault(name, 0)
-        report["bad_rows"] = store.rejected
-        for number, split in enumerate(SPLITS):
-            report.setdefault(f"{split}_read", 0)
-            query = "SELECT COUNT(*), SUM(rationales), SUM(rationales=0) FROM rows WHERE split=?"
-            rows, rationales, lacking = store.run(query, (number,)).fetchone()
-            report[f"{split}_rows"] = rows
-            if f"{split}_duplicates" not in report:
-                merged = self.config.data.duplicates == "drop"
-                report[f"{split}_duplicates"] = 0 if merged else repeats_in(store, number)
-            report[f"{split}_rationales"] = rationales or 0
-            report[f"{split}_without_rationale"] = lacking or 0
-        report["columns"] = self.columns
-        report["unused_text_columns"] = list(dict.fromkeys(name for names in self.unused.values() for name in names))
+        self.rows.report["rows_unused"] = rows - sum(map(len, indices.values()))
+        self.rows.store.reorder(
+            (number, index) for number, split in enumerate(SPLITS) for index in indices.get(split, ())
+        )
 
 
 def _answers(source: Source, columns: ColumnMap) -> Iterator[tuple[object, Options]]:

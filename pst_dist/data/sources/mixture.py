@@ -1,7 +1,7 @@
 """Load the rows of a run: of one kind, or a mixture of sources with their own tasks.
 
 Each source of a mixture is read by `load` on its own, with the settings of `data` that it does not set itself. Then the
-splits are joined, source after source. A training question that another source tests is a leak like any other.
+splits are joined, source after source. A training question that is in another source's test split is a leak too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pst_dist.config.schema import Config, RowSource
 from pst_dist.data.row_store import RowStore, StoredRows
 from pst_dist.data.sample import SPLITS
 from pst_dist.data.sources import load
-from pst_dist.data.sources.arrange import copy_rows, drop_leaks_between_parts, final_ids_of_parts, index_questions
 from pst_dist.data.sources.load import Unreadable
 from pst_dist.data.sources.loaded import LoadedData
 from pst_dist.data.sources.loaded import enforce as enforce_one
+from pst_dist.data.sources.repeats import drop_leaks_between_parts, index_questions
+from pst_dist.data.sources.row_ids import final_ids_of_parts
 from pst_dist.data.sources.rows import Rejects
 from pst_dist.data.tasks import get_task
 from pst_dist.errors import ConfigError, DataError
@@ -97,7 +98,7 @@ def _joined(config: Config, parts: dict[str, Config], read: dict[str, LoadedData
     place = 0
     for number, split in enumerate(SPLITS):
         for part, loaded in enumerate(read.values()):
-            place += copy_rows(loaded.splits[split].store, store, part, number, place)
+            place += _copy_rows(loaded.splits[split].store, store, part, number, place)
     index_questions(store)
     leaks = drop_leaks_between_parts(store, drop=config.data.leaks != "keep")
     final_ids_of_parts(store, list(parts))
@@ -111,6 +112,24 @@ def _joined(config: Config, parts: dict[str, Config], read: dict[str, LoadedData
     digest = digest_of([[name, loaded.source_digest] for name, loaded in read.items()])
     inputs = [one for loaded in read.values() for one in loaded.inputs]
     return MixedData(splits, Rejects(store), report, digest, inputs, read)
+
+
+def _copy_rows(source: RowStore, target: RowStore, part: int, split: int, first: int) -> int:
+    """Append the finished rows of a split to another store, as rows of this part, from place `first` on.
+
+    Returns their number.
+    """
+    query = (
+        "SELECT rows.*, sample FROM packed JOIN rows USING(place) JOIN samples USING(place)"
+        " WHERE packed.split=? ORDER BY number"
+    )
+    number = 0
+    for row in source.run(query, (split,)):
+        values: list[Any] = list(row[:-1])
+        values[0], values[1], values[2] = first + number, split, part
+        target.add(tuple(values), row[-1])
+        number += 1
+    return number
 
 
 def _report(

@@ -1,6 +1,6 @@
 """Assign rows to splits by the hash of their ids or by a split file.
 
-`arrange` cuts rows that are on disk, by the same rule as `cut_by_hash` those in memory.
+`cut_by_hash` cuts rows in memory; `cuts` cuts rows on disk by the same rule.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.data.sample import SPLITS
-from pst_dist.data.sources.arrange import check_size, leaves_none
+from pst_dist.data.sources.cuts import check_size, leaves_none
 from pst_dist.data.sources.drafts import Draft
 from pst_dist.data.sources.readers import input_of
 from pst_dist.data.sources.rows import Input

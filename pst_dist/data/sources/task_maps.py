@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
+from pst_dist.data.sources.common_maps import replied_fields
+from pst_dist.data.sources.conversations import Question
 from pst_dist.data.sources.options import LETTERS, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
@@ -104,9 +106,9 @@ def _big_bench(row: Mapping[str, Any]) -> Fields:
 
 
 def _s1k(row: Mapping[str, Any]) -> Fields:
-    """s1K: a thought and an attempt of Gemini, in s1K-1.1 also of DeepSeek R1, which is then preferred.
+    """s1K: a thought and an attempt of Gemini; s1K-1.1 also has those of DeepSeek R1, which are then used.
 
-    A short `solution` is the gold answer. Otherwise the attempt's is, unless a grade says that the attempt is wrong.
+    A short `solution` is the gold answer. Without one it is the answer of the attempt, unless its grade is "no".
     (https://huggingface.co/datasets/simplescaling/s1K-1.1)
     """
     thought, attempt, grade = next(names for names in _ATTEMPTS if row.get(names[1]) is not None)
@@ -116,13 +118,7 @@ def _s1k(row: Mapping[str, Any]) -> Fields:
     gold = solution.strip() if isinstance(solution, str) and _is_short_answer(solution) else None
     if gold is None and str(row.get(grade)).strip().lower() == "no":
         raise RowError("answer", f"{grade} says that the attempt is wrong, and solution is not an answer alone")
-    return Fields(
-        question=as_text(row.get("question"), "question"),
-        answer=as_text(replied, "answer") if gold is None else gold,
-        rationales=as_rationales(rationale),
-        id=as_id(row.get("id")),
-        teacher_answer=None if gold is None else replied,
-    )
+    return replied_fields(Question(row.get("question")), rationale, replied, gold, row)
 
 
 _ATTEMPTS = (

@@ -1,6 +1,6 @@
 """Checks that the encoder and student of a config are in a local folder, in the cache, or available from the hub.
 
-Only the headers of one small file are requested. `embedding.encoder` and `student.pretrained` load the models.
+Only the headers of one small file are requested. `embedding.encoder_model` and `student.pretrained` load the models.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pst_dist.arms import ARMS
 from pst_dist.data.sample import Turns
 from pst_dist.data.tasks import Task
 from pst_dist.publish.gguf.engine import Engine
-from pst_dist.student.layout import AnswerFormat
+from pst_dist.student.answer_format import AnswerFormat
 
 SLOTS = 4
 

@@ -9,8 +9,8 @@ import pytest
 from in_memory_splits import arranged, check_ids, final_ids
 
 from pst_dist.config.schema import Config
-from pst_dist.data.row_store import RowStore
 from pst_dist.data.sample import SPLITS, ReasoningSample
+from pst_dist.data.sources.arrange import arrange
 from pst_dist.data.sources.choices import Convention
 from pst_dist.data.sources.drafts import Draft
 from pst_dist.data.sources.load import _Survey
@@ -58,18 +58,18 @@ def settings(chance: random.Random) -> Config:
 
 
 def on_disk(config: Config, drafts: dict[str, list[Draft]]):
-    survey = _Survey(config, store=RowStore())
+    survey = _Survey(config)
     task, place = get_task(None, None), 0
     for number, split in enumerate(SPLITS):
-        survey.paths.append(str(Path(f"{split}.jsonl")))
+        survey.rows.paths.append(str(Path(f"{split}.jsonl")))
         told, cuts = Convention(), survey._cuts()
         work = RowWork(task, None, told, split, split=number, path=number, part="", ranked=cuts)
         for draft in drafts[split]:
-            survey.store.add(*row_of(draft, place, work))
+            survey.rows.store.add(*row_of(draft, place, work))
             place += 1
         survey._check_ids(number)
-    survey.arrange()
-    return {split: list(survey.store.rows_of(split)) for split in SPLITS}, survey.report
+    arrange(survey.rows, config.data)
+    return {split: list(survey.rows.store.rows_of(split)) for split in SPLITS}, survey.rows.report
 
 
 def in_memory(config: Config, drafts: dict[str, list[Draft]]):

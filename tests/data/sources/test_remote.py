@@ -19,7 +19,8 @@ from s3_server import forget_stores, s3_server
 from web_server import web_server
 
 from pst_dist.cli.main import run_verb
-from pst_dist.config.loading import dump_config, is_rows, load_config
+from pst_dist.config.loading import dump_config, load_config
+from pst_dist.config.locate import is_rows
 from pst_dist.config.run_dir import record_run
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import load_data, unchanged

@@ -68,6 +68,6 @@ def _vectors(content: bytes, folder: Path) -> object:
 )
 def _format(content: bytes, folder: Path) -> object:
     from pst_dist.storage.json_files import read_typed
-    from pst_dist.student.layout import AnswerFormat
+    from pst_dist.student.answer_format import AnswerFormat
 
     return read_typed(put(folder, "pst.json", content), AnswerFormat).problem()

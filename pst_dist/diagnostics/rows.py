@@ -17,8 +17,9 @@ from typing import Any
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS, ReasoningSample
 from pst_dist.data.sources import LoadedData, enforce, survey
-from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_paths
-from pst_dist.data.sources.columns import FieldMap, Fields
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_paths, with_columns
+from pst_dist.data.sources.columns import FieldMap, Fields, columns_in, look_up
+from pst_dist.data.sources.conversations import unread_columns
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow, Reject, RowError, excerpt, write_rejects
 from pst_dist.data.sources.source import Source
@@ -51,6 +52,8 @@ class CheckReport:
     rejects_path: Path | None = None
     models: list[str] = field(default_factory=list)
     """Lines on how student and encoder read the rows."""
+    answer_type: str = ""
+    """The type that fits all answers, when none is set in the config; empty if none does."""
 
     @property
     def ok(self) -> bool:
@@ -95,7 +98,7 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
         found = guess_paths(_sample(first))
         if not isinstance(found, dict) or {"question", "answer"} <= set(found):
             raise  # the columns are clear: the error is about something else
-        return CheckReport(None, error, _proposal(config, found, None), _column_lines(first))
+        return CheckReport(None, error, _proposal(config, found, ""), _column_lines(first))
     problem: PstError | None = None
     try:
         enforce(config, loaded)
@@ -105,11 +108,13 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
         # No empty file next to the rows, because a later `*.jsonl` would match it.
         if loaded.rejects or rejects_path.is_file():
             write_rejects(rejects_path, loaded.rejects)
-    proposal = ""
-    if config.data.columns is None and config.data.train is not None and not config.data.mixture:
-        found = guess_paths(_sample(_first_source(config)))
-        proposal = _proposal(config, found if isinstance(found, dict) else found.name, loaded)
-    return CheckReport(loaded, problem, proposal, [], rejects_path, models + _length_findings(config, loaded))
+    proposal, likely = "", ""
+    if config.data.train is not None and not config.data.mixture:
+        likely = _likely_type(config)
+        if config.data.columns is None:
+            found = guess_paths(_sample(_first_source(config)))
+            proposal = _proposal(config, found if isinstance(found, dict) else found.name, likely)
+    return CheckReport(loaded, problem, proposal, [], rejects_path, models + _length_findings(config, loaded), likely)
 
 
 def _length_findings(config: Config, loaded: LoadedData) -> list[str]:
@@ -160,24 +165,36 @@ def _column_lines(source: Source) -> list[str]:
     return text + [f"  {excerpt(str(column))}: {excerpt(str(value))}" for column, value in seen.items()]
 
 
-def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | None) -> str:
-    """The `data:` section as YAML; a field without a matching column gets a placeholder."""
+def _proposal(config: Config, found: dict[str, str] | str, answer_type: str) -> str:
+    """The `data:` section as YAML; a field without a matching column gets a placeholder.
+
+    A column that a guessed map refuses to leave out is in the question, if it has text.
+    """
     if isinstance(found, str):
         lines = [f"  columns: {found}"]
     else:
+        found = _with_unread(found, _sample(_first_source(config)))
         paths = {name: found.get(name, "") for name in ("question", "answer")}
         paths |= {name: path for name, path in found.items() if name not in paths}
         whole = as_yaml(FieldMap({name: path or "COLUMN" for name, path in paths.items()}))
         lines = ["  " + line for line in whole.splitlines()]
-    answer_type = _likely_type(config, loaded)
     if answer_type:
         lines.append(f"  answer_type: {answer_type}")
     return "\n".join(["data:", *lines])
 
 
-def _likely_type(config: Config, loaded: LoadedData | None) -> str:
+def _with_unread(found: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    if "question" not in found:
+        return found
+    read = columns_in(tuple(found.values()))
+    asked = [(row, look_up(row, found["question"])) for row in rows]
+    unread = dict.fromkeys(name for row, text in asked for name in unread_columns(row, read, text))
+    return {**found, "question": with_columns(found["question"], list(unread), rows)}
+
+
+def _likely_type(config: Config) -> str:
     """`choice` if the rows have options, else the first type that fits every answer; "" if none fits or one is set."""
-    if loaded is None or config.task or config.data.answer_type:
+    if config.task or config.data.answer_type:
         return ""
     kinds = ("number", "bool", "date", "choice")
     possible, rows, with_options = dict.fromkeys(kinds, True), 0, 0
@@ -185,6 +202,8 @@ def _likely_type(config: Config, loaded: LoadedData | None) -> str:
         rows, with_options = rows + 1, with_options + (fields.options is not None)
         for kind in kinds:
             possible[kind] = possible[kind] and _fits(kind, fields.answer)
+        if with_options < rows and not any(possible.values()):
+            return ""
     if rows and with_options == rows:
         return "choice"
     return next((kind for kind in kinds if rows and possible[kind]), "")

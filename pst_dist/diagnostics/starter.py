@@ -6,6 +6,8 @@ arms that they can train.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import yaml
 
 from pst_dist.config.loading import load_config
 from pst_dist.config.overrides import parse_override, set_key
+from pst_dist.data.sources.conversations import ADD_COLUMN
+from pst_dist.data.sources.rows import Reject
 from pst_dist.diagnostics.rows import CheckReport, check
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError, DataError, InputError
 from pst_dist.storage.atomic import write_text
 from pst_dist.text.redaction import has_secret
 
@@ -47,13 +51,18 @@ def write_starter(
     """Write the config for these files, given the report on them; returns the report on the config.
 
     `overrides` are words like those of `pst check`. Raises DataError, the report's own error, when there is no column
-    for the question or the answer.
+    for the question or the answer, and for a column that the question may depend on: the guessed map refuses such a
+    row, but a map in a config is the user's own word.
     """
     proposed = (yaml.safe_load(report.proposal) or {}).get("data", {}) if report.proposal else {}
     columns = proposed.get("columns", {})
     if report.problem is not None and isinstance(columns, dict) and _PLACEHOLDER in columns.values():
         raise report.problem
+    if isinstance(columns, dict) and report.loaded is not None:
+        _refuse_unread(columns, report.loaded.rejects)
     data = {"train": files[0] if len(files) == 1 else list(files), "test_size": 0.1, **proposed}
+    if report.answer_type:
+        data["answer_type"] = report.answer_type
     explained = _maps_rationale(columns, overrides)
     write_text(path, _text(path, data, overrides, explained))
     found = check(load_config(str(path)), rejects)
@@ -63,6 +72,20 @@ def write_starter(
             write_text(path, _text(path, data, overrides, False))
             found = check(load_config(str(path)), rejects)
     return found
+
+
+def _refuse_unread(columns: dict[str, str], rejects: Sequence[Reject]) -> None:
+    """Raises DataError for the first row that was refused because a guessed map would leave out a column of it."""
+    reject = next((one for one in rejects if one.code == "unread"), None)
+    if reject is None:
+        return
+    word = shlex.quote(f"data.columns={json.dumps(columns, ensure_ascii=False)}")
+    extra = columns["question"].rpartition("\n\n")[0]
+    if extra:
+        remedy = f"add {word} to the command to put it before the question; without {extra!r} in it, it is left out"
+    else:
+        remedy = f"add {word} to the command to leave it out"
+    raise DataError(reject.what.removesuffix(f"; {ADD_COLUMN}"), remedy, path=reject.path, line=reject.line)
 
 
 def _maps_rationale(columns: Any, overrides: Sequence[str]) -> bool:

@@ -112,6 +112,37 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(rows, words, mess
     assert not (tmp_path / "my.yaml").exists() and (tmp_path / "there.yaml").read_text() == "arm: pst\n"
 
 
+TABLES = [
+    {"question": f"How many in {n}?", "table": f"in {n} | {n}", "answer": n, "explanation": "r"} for n in range(9)
+]
+
+
+@pytest.mark.parametrize("words", [[], ["data.max_bad=100%"]])
+def test_a_column_that_a_guess_must_not_leave_out_is_not_left_out_by_the_written_config(words, tmp_path, capsys):
+    write("rows.jsonl", TABLES)
+    assert run_verb(["check", "rows.jsonl", *words, "--write", "my.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "rows.jsonl:1: column 'table' would not be read, but the question may depend on it" in said
+    assert not (tmp_path / "my.yaml").exists()
+    (_, word, _) = said.rpartition("add ")[2].split("'", 2)  # followed literally
+    assert run_verb(["check", "rows.jsonl", word, "data.duplicates=keep", "--write", "my.yaml"]) == 0
+    samples = [sample for rows in load_data(load_config("my.yaml")).splits.values() for sample in rows]
+    assert {sample.question for sample in samples} == {f"in {n} | {n}\n\nHow many in {n}?" for n in range(9)}
+
+
+def test_the_proposed_columns_have_the_column_that_the_row_was_refused_for(capsys):
+    write("rows.jsonl", [*TABLES, {**TABLES[0], "table": None, "question": "Who?"}])
+    assert run_verb(["check", "rows.jsonl"]) == 2
+    assert '    question: "{table?}\\n\\n{question}"' in capsys.readouterr().out.splitlines()
+
+
+def test_a_column_that_no_text_can_hold_may_be_left_out_on_purpose(capsys):
+    write("rows.jsonl", [{**row, "table": None, "context": [["T", ["A line."]]]} for row in TABLES])
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "column 'context' would not be read" in said and "to the command to leave it out" in said
+
+
 def test_a_config_is_not_written_from_a_config(capsys):
     assert run_verb(["check", "demo", "--write", "my.yaml"]) == 2
     assert "makes a config from rows, and this is a config" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from typing import Any
 
 from pst_dist.data.sources.columns import GUESSED, TURNS, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS, has_options
-from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_blank, is_turns
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
@@ -192,22 +192,29 @@ def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A template that puts a system text or passage before the question if every row has one, and an input after an
-    instruction."""
+    """A template that puts system texts and passages before the question, in the rows that have them, and an input
+    after an instruction."""
     if "{" in question or any(not isinstance(row.get(question), str | None) for row in rows):
         return question
     extra = next((column for column in columns if plain_name(column) == "input"), None)
     if plain_name(question) == "instruction" and extra and all(isinstance(row.get(extra), str) for row in rows):
         return f"{{{question}}}\n{{{extra}}}"
     wanted = {plain_name(name) for name in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)}
-    before = [
-        column
-        for column in columns
-        if plain_name(column) in wanted
-        and column != question
-        and all(isinstance(row.get(column), str) and row[column].strip() for row in rows)
-    ]
-    return "\n\n".join(f"{{{column}}}" for column in (*before, question)) if before else question
+    return with_columns(question, [name for name in columns if plain_name(name) in wanted and name != question], rows)
+
+
+def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A template that puts columns before the question. One that is blank in some rows is marked `{context?}`; one that
+    has no text, or something else in some row, is left out."""
+    before = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        blank = [is_blank(value) for value in values]
+        if all(blank) or any(not isinstance(value, str | None) for value in values):
+            continue
+        before.append(f"{{{column}?}}" if any(blank) else f"{{{column}}}")
+    last = question if "{" in question else f"{{{question}}}"
+    return "\n\n".join((*before, last)) if before else question
 
 
 def as_yaml(columns: ColumnMap) -> str:

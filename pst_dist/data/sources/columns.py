@@ -76,7 +76,7 @@ class ColumnMap(Protocol):
 
 @dataclass(frozen=True)
 class FieldMap:
-    """A map from our fields to paths `a.b[0].c` or templates `{a} {b}`."""
+    """A map from our fields to paths `a.b[0].c` or templates `{a} {b}`; `{c?}` is left out where c is blank."""
 
     paths: Mapping[str, str]
     name: str = "columns"
@@ -159,7 +159,7 @@ def asked_at(
             raise RowError("context", f"{TURNS} end with another question than the column of the question has")
         asked = whole
     if guessed:
-        refuse_unread(row, _columns_in(tuple(paths.values())), asked.text, remedy)
+        refuse_unread(row, columns_in(tuple(paths.values())), asked.text, remedy)
     if "choices" not in paths:
         return asked, None
     options = read_options(options_at(row, paths["choices"]))
@@ -194,9 +194,10 @@ def field_map(paths: Mapping[str, str]) -> FieldMap:
 
 
 @functools.lru_cache(maxsize=64)
-def _columns_in(paths: tuple[str, ...]) -> frozenset[str]:
+def columns_in(paths: tuple[str, ...]) -> frozenset[str]:
     """The columns that paths, templates and lists of columns name."""
     names = [name.strip() for path in paths for name in re.findall(r"\{([^{}]+)\}", path) or [path, *path.split(",")]]
+    names += [name.removesuffix("?") for name in names]
     return frozenset((*names, *(re.split(r"[.\[]", name)[0] for name in names)))
 
 
@@ -231,17 +232,23 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
 
 
 def _fill(row: Mapping[str, Any], template: str) -> str | None:
+    """A template with the row's values; None if one is missing. `{context?}` may be missing or blank, and then the
+    white space after it is left out too."""
     missing = False
 
     def piece(match: re.Match[str]) -> str:
         nonlocal missing
-        value = look_up(row, match.group(1).strip())
+        name, space = match.group(1).strip(), match.group(2)
+        optional = name.endswith("?") and name not in row
+        value = look_up(row, name.removesuffix("?") if optional else name)
+        if optional and (value is None or (isinstance(value, str) and not value.strip())):
+            return ""
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             missing = True
             return ""
-        return str(value)
+        return f"{value}{space}"
 
-    text = re.sub(r"\{([^{}]+)\}", piece, template)
+    text = re.sub(r"\{([^{}]+)\}(\s*)", piece, template)
     return None if missing else text
 
 

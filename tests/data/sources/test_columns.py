@@ -220,6 +220,29 @@ def test_solutions_that_box_their_answer_need_no_column_for_it():
     assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add. 4",), "4")
 
 
+Q = {"question": "2+2?", "answer": "4"}
+STEPS = ["Add 2 and 2.", "That is 4."]
+
+
+@pytest.mark.parametrize(
+    ("row", "rationales"),
+    [
+        ({"steps": STEPS}, ("Add 2 and 2.\nThat is 4.",)),
+        ({"reasoning_steps": ["Add 2 and 2.", "", None, "That is 4."]}, ("Add 2 and 2.\nThat is 4.",)),
+        ({"Reasoning Steps": str(STEPS)}, ("Add 2 and 2.\nThat is 4.",)),  # a list in a cell of a table
+        ({"steps": [STEPS, ["Count."]]}, ("Add 2 and 2.\nThat is 4.", "Count.")),
+        ({"steps": "Add 2 and 2."}, ("Add 2 and 2.",)),
+        ({"steps": []}, ()),
+        ({"explanation": STEPS}, ("Add 2 and 2.", "That is 4.")),  # several rationales
+    ],
+)
+def test_a_list_of_steps_is_one_rationale(row, rationales):
+    columns = guess_columns([Q | row, Q | {name: ["x"] for name in row}], "f")
+    assert columns.fields(Q | row).rationales == rationales
+    with pytest.raises(RowError, match="a step of the rationale is an object"):
+        guess_columns([{**Q, "steps": ["x"]}], "f").fields({**Q, "steps": [{"text": "x"}]})
+
+
 @pytest.mark.parametrize("cell", ["['I add.', \"It's 4.\"]", '["I add.", "It\'s 4."]', "['I add.'\n \"It's 4.\"]"])
 def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
     row = {"question": "2+2?", "answer": "4", "rationales": cell}

@@ -19,7 +19,7 @@ from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.data.sources.conversations import ADD_COLUMN
 from pst_dist.data.sources.rows import Reject
 from pst_dist.diagnostics.rows import CheckReport, check
-from pst_dist.errors import ConfigError, DataError, InputError
+from pst_dist.errors import ConfigError, DataError, InputError, PstError
 from pst_dist.storage.atomic import write_text
 from pst_dist.text.redaction import has_secret
 
@@ -64,13 +64,18 @@ def write_starter(
     if report.answer_type:
         data["answer_type"] = report.answer_type
     explained = _maps_rationale(columns, overrides)
-    write_text(path, _text(path, data, overrides, explained))
-    found = check(load_config(str(path)), rejects)
-    if explained and found.loaded is not None:
-        kept = len(found.loaded.splits["train"])
-        if 0 < kept == found.loaded.report["train_without_rationale"]:  # the column is empty
-            write_text(path, _text(path, data, overrides, False))
-            found = check(load_config(str(path)), rejects)
+    unused = report.loaded.report.get("unused_text_columns", []) if report.loaded is not None else []
+    try:
+        write_text(path, _text(path, data, overrides, explained, unused))
+        found = check(load_config(str(path)), rejects)
+        if explained and found.loaded is not None:
+            kept = len(found.loaded.splits["train"])
+            if 0 < kept == found.loaded.report["train_without_rationale"]:  # the column is empty
+                write_text(path, _text(path, data, overrides, False, unused))
+                found = check(load_config(str(path)), rejects)
+    except PstError:
+        path.unlink(missing_ok=True)  # else the corrected command would find it in its way
+        raise
     return found
 
 
@@ -94,7 +99,9 @@ def _maps_rationale(columns: Any, overrides: Sequence[str]) -> bool:
     return named or not isinstance(columns, dict) or not columns or bool({"rationale", "rationales"} & columns.keys())
 
 
-def _text(path: Path, data: dict[str, Any], overrides: Sequence[str], explained: bool) -> str:
+def _text(
+    path: Path, data: dict[str, Any], overrides: Sequence[str], explained: bool, unused: Sequence[str] = ()
+) -> str:
     arms = {"arms": ["pst", "answer_only"]} if explained else {"arm": "answer_only"}
     tree: dict[str, Any] = {"output_dir": run_folder(path), **arms, "data": data}
     for word in overrides:
@@ -102,11 +109,12 @@ def _text(path: Path, data: dict[str, Any], overrides: Sequence[str], explained:
     about_arms = (
         "# pst learns from the rationales too; answer_only is the baseline that shows whether they help."
         if explained
-        else "# The rows have no rationales, so only answers can be trained. `pst teach` asks a teacher for rationales."
+        else "# No rationales were found, so only answers can be trained. `pst teach` asks a teacher for rationales."
+        + (f"\n# Columns of text that are not read: {', '.join(unused)}" if unused else "")
     )
     return "\n".join(
         [
-            f"# pst run {path}",
+            f"# pst run {shlex.quote(str(path))}",
             "# All keys: pst config --schema. Resumes when the same command is run again.",
             about_arms,
             "# The student is a small new model; a pretrained one needs one more line, for example",

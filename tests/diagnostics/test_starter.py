@@ -143,6 +143,25 @@ def test_a_column_that_no_text_can_hold_may_be_left_out_on_purpose(capsys):
     assert "column 'context' would not be read" in said and "to the command to leave it out" in said
 
 
+def test_columns_that_may_be_rationales_are_named_in_the_config(tmp_path):
+    write("rows.jsonl", [{**row, "explanation": None, "r1_solution_1": "So it is one more."} for row in sums()])
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 0
+    assert "# Columns of text that are not read: r1_solution_1\n" in (tmp_path / "my.yaml").read_text()
+
+
+def test_a_config_that_cannot_be_used_is_not_left_in_the_way_of_the_next_one(tmp_path, capsys):
+    write("rows.jsonl", sums(count=1))
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 2
+    assert "leaves none of the 1 questions for training" in capsys.readouterr().err
+    assert not (tmp_path / "my.yaml").exists()
+
+
+def test_the_next_command_can_be_pasted_also_if_the_name_has_spaces(capsys):
+    write("rows.jsonl", sums())
+    assert run_verb(["check", "rows.jsonl", "--write", "my rows.yaml"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: pst run 'my rows.yaml'"
+
+
 def test_a_config_is_not_written_from_a_config(capsys):
     assert run_verb(["check", "demo", "--write", "my.yaml"]) == 2
     assert "makes a config from rows, and this is a config" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from pst_dist.arms import ARMS
 from pst_dist.config.moved import at_its_place
 from pst_dist.config.overrides import parse_override, set_key
 from pst_dist.config.schema import Config
+from pst_dist.config.schema_data import RowSource
 from pst_dist.config.yaml_text import read_yaml
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.storage.regular_files import open_regular
@@ -30,6 +31,8 @@ from pst_dist.text.urls import is_whole_url
 
 RESOLVED = "config.resolved.yaml"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_OTHER_TABLES = (".xlsx", ".xls", ".ods", ".txt", ".arrow", ".feather", ".pkl", ".pickle", ".orc", ".avro", ".xml")
+"""Rows in forms that are not read: the reader says which are."""
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -102,7 +105,7 @@ def is_rows(name: str) -> bool:
     if path.suffix.lower() in (".gz", ".zst", ".zstd"):
         path = Path(path.stem)
     pattern = glob.has_magic(name) and path.suffix.lower() not in (".yaml", ".yml") and not os.path.lexists(name)
-    return name.startswith(("hf:", "gen:")) or path.suffix.lower() in DATA_SUFFIXES or pattern
+    return name.startswith(("hf:", "gen:")) or path.suffix.lower() in (*DATA_SUFFIXES, *_OTHER_TABLES) or pattern
 
 
 def _is_setting(name: str) -> bool:
@@ -130,7 +133,11 @@ def locate_config(name: str) -> Path:
     if path.is_dir() and not is_rows(name):
         resolved = path / RESOLVED
         if not resolved.is_file():
-            raise InputError(f"no {RESOLVED} here", "use a config file, or a directory made by `pst run`", path=path)
+            remedy = "use a config file, or a directory made by `pst run`"
+            endings = sorted({file.suffix for file in path.iterdir() if file.suffix.lower() in DATA_SUFFIXES})
+            if endings:
+                remedy = f"to read the files in it as rows use '{path}/*{endings[0]}'"
+            raise InputError(f"no {RESOLVED} here", remedy, path=path)
         return resolved
     if _is_setting(name):
         raise InputError(f"{name!r} is a setting, not a config", "name the config first: pst VERB my.yaml KEY=VALUE")
@@ -187,8 +194,11 @@ def load_config(
         if word.startswith("+"):
             continue
         place, value = parse_override(word)
-        set_key(tree, place, value)
-        origins[place] = {}
+        if ".".join(place) in _SECTIONS and value is None:
+            raise ConfigError(f"{word!r} would reset a whole section", f"write {'.'.join(place)}.KEY=value")
+        for leaf, single in _leaves({".".join(place): value}):
+            set_key(tree, leaf, single)
+            origins[leaf] = {}
     for place, value in _leaves(keys or {}):
         set_key(tree, place, value)
         origins[place] = {}
@@ -279,12 +289,14 @@ def explain(
 
     `lines` has the line numbers of a file's keys. `origins` has the source of other keys: {} for the command line.
     """
-    first = error.errors()[0]
-    location = tuple(str(part) for part in first["loc"])
-    # pydantic appends the failed branch of a union to the location; keep the part that is a key.
     keys = set(known_keys()) if keys is None else keys
-    while location and ".".join(location) not in keys and first["type"] != "extra_forbidden":
-        location = location[:-1]
+    first = error.errors()[0]
+    location = _key_of(first, keys)
+    if first["type"] != "extra_forbidden":
+        # Of the branches of a union, the one that fits best fails at the deepest place.
+        branches = [one for one in error.errors() if _key_of(one, keys)[: len(location)] == location]
+        first = max(branches, key=lambda one: (len(one["loc"]), one["loc"][-1:] == ("float",)))
+    inner = _part_of_value(first, len(location))
     dotted = ".".join(location)
     place: dict[str, Any] = {}
     where = [origin for keys_of, origin in origins.items() if keys_of[: len(location)] == location]
@@ -294,6 +306,10 @@ def explain(
         place = {"path": path, "line": lines[location]}
     elif path is not None:
         place = {"path": path}
+    if first["type"] == "extra_forbidden" and inner:
+        near = difflib.get_close_matches(str(first["loc"][-1]), _SOURCE_KEYS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "use " + ", ".join(_SOURCE_KEYS)
+        return ConfigError(f"unknown key {dotted + inner!r}", hint, **place)
     if first["type"] == "extra_forbidden":
         return ConfigError(f"unknown key {dotted!r}", _remedy_for_unknown(location, keys), **place)
     message = first["msg"].removeprefix("Value error, ")
@@ -305,7 +321,28 @@ def explain(
         return ConfigError(message, **place)
     value = first.get("input")
     got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return ConfigError(f"{dotted}: {message[:1].lower()}{message[1:]}{got}", **place)
+    return ConfigError(f"{dotted}{inner}: {message[:1].lower()}{message[1:]}{got}", **place)
+
+
+_SOURCE_KEYS = tuple(RowSource.model_fields)
+"""The keys of a source in a mixture, the only sections that are in a list."""
+
+
+def _key_of(error: Mapping[str, Any], keys: set[str]) -> tuple[str, ...]:
+    """The key that an error of pydantic is about, without the part of its value and the branch of a union."""
+    location = tuple(map(str, error["loc"]))
+    known = location
+    while known and ".".join(known) not in keys:
+        known = known[:-1]
+    inside = known and ".".join(known) not in _SECTIONS
+    return location if error["type"] == "extra_forbidden" and not inside else known
+
+
+def _part_of_value(error: Mapping[str, Any], depth: int) -> str:
+    """Where in the value of a key an error is: `[0].columns`. Names of types are branches of a union."""
+    parts = error["loc"][depth:]
+    names = [part for part in parts if isinstance(part, int) or not re.search(r"\[|^(str|int|float|bool)$|-", part)]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
 
 
 _OTHER_NAMES = {

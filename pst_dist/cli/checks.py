@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def check(arguments: argparse.Namespace) -> int:
     for line in result.lines():
         print(line)
     if target is not None and result.ok:
-        print(f"next: pst run {target}")
+        print(f"next: pst run {shlex.quote(str(target))}")
     return result.problem.exit_code if result.problem else 0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pst_dist.config.keys import known_keys
+from pst_dist.config.keys import SECTIONS, known_keys
+from pst_dist.config.schema_data import RowSource
 from pst_dist.errors import ConfigError
 
 
@@ -24,12 +27,14 @@ def explain(
 
     `lines` has the line numbers of a file's keys. `origins` has the source of other keys: {} for the command line.
     """
-    first = error.errors()[0]
-    location = tuple(str(part) for part in first["loc"])
-    # pydantic appends the failed branch of a union to the location; keep the part that is a key.
     keys = set(known_keys()) if keys is None else keys
-    while location and ".".join(location) not in keys and first["type"] != "extra_forbidden":
-        location = location[:-1]
+    first = error.errors()[0]
+    location = _key_of(first, keys)
+    if first["type"] != "extra_forbidden":
+        # Of the branches of a union, the one that fits best fails at the deepest place.
+        branches = [one for one in error.errors() if _key_of(one, keys)[: len(location)] == location]
+        first = max(branches, key=lambda one: (len(one["loc"]), one["loc"][-1:] == ("float",)))
+    inner = _part_of_value(first, len(location))
     dotted = ".".join(location)
     place: dict[str, Any] = {}
     where = [origin for keys_of, origin in origins.items() if keys_of[: len(location)] == location]
@@ -39,6 +44,10 @@ def explain(
         place = {"path": path, "line": lines[location]}
     elif path is not None:
         place = {"path": path}
+    if first["type"] == "extra_forbidden" and inner:
+        near = difflib.get_close_matches(str(first["loc"][-1]), _SOURCE_KEYS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "use " + ", ".join(_SOURCE_KEYS)
+        return ConfigError(f"unknown key {dotted + inner!r}", hint, **place)
     if first["type"] == "extra_forbidden":
         return ConfigError(f"unknown key {dotted!r}", _remedy_for_unknown(location, keys), **place)
     message = first["msg"].removeprefix("Value error, ")
@@ -50,7 +59,28 @@ def explain(
         return ConfigError(message, **place)
     value = first.get("input")
     got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return ConfigError(f"{dotted}: {message[:1].lower()}{message[1:]}{got}", **place)
+    return ConfigError(f"{dotted}{inner}: {message[:1].lower()}{message[1:]}{got}", **place)
+
+
+_SOURCE_KEYS = tuple(RowSource.model_fields)
+"""The keys of a source in a mixture, the only sections that are in a list."""
+
+
+def _key_of(error: Mapping[str, Any], keys: set[str]) -> tuple[str, ...]:
+    """The key that an error of pydantic is about, without the part of its value and the branch of a union."""
+    location = tuple(map(str, error["loc"]))
+    known = location
+    while known and ".".join(known) not in keys:
+        known = known[:-1]
+    inside = known and ".".join(known) not in SECTIONS
+    return location if error["type"] == "extra_forbidden" and not inside else known
+
+
+def _part_of_value(error: Mapping[str, Any], depth: int) -> str:
+    """Where in the value of a key an error is: `[0].columns`. Names of types are branches of a union."""
+    parts = error["loc"][depth:]
+    names = [part for part in parts if isinstance(part, int) or not re.search(r"\[|^(str|int|float|bool)$|-", part)]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
 
 
 _OTHER_NAMES = {

@@ -60,8 +60,11 @@ def load_config(
         if word.startswith("+"):
             continue
         place, value = parse_override(word)
-        set_key(tree, place, value)
-        origins[place] = {}
+        if ".".join(place) in SECTIONS and value is None:
+            raise ConfigError(f"{word!r} would reset a whole section", f"write {'.'.join(place)}.KEY=value")
+        for leaf, single in leaves({".".join(place): value}):
+            set_key(tree, leaf, single)
+            origins[leaf] = {}
     for place, value in leaves(keys or {}):
         set_key(tree, place, value)
         origins[place] = {}

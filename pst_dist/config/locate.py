@@ -21,6 +21,8 @@ from pst_dist.text.urls import is_whole_url
 RESOLVED = "config.resolved.yaml"
 """The file of a run directory with its whole config."""
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_OTHER_TABLES = (".xlsx", ".xls", ".ods", ".txt", ".arrow", ".feather", ".pkl", ".pickle", ".orc", ".avro", ".xml")
+"""Rows in formats that cannot be read; the reader names those that can."""
 
 
 def ready_made_configs(folder_name: str = "") -> list[str]:
@@ -68,7 +70,7 @@ def is_rows(name: str) -> bool:
     if path.suffix.lower() in (".gz", ".zst", ".zstd"):
         path = Path(path.stem)
     pattern = glob.has_magic(name) and path.suffix.lower() not in (".yaml", ".yml") and not os.path.lexists(name)
-    return name.startswith(("hf:", "gen:")) or path.suffix.lower() in DATA_SUFFIXES or pattern
+    return name.startswith(("hf:", "gen:")) or path.suffix.lower() in (*DATA_SUFFIXES, *_OTHER_TABLES) or pattern
 
 
 def _is_setting(name: str) -> bool:
@@ -96,7 +98,11 @@ def locate_config(name: str) -> Path:
     if path.is_dir() and not is_rows(name):
         resolved = path / RESOLVED
         if not resolved.is_file():
-            raise InputError(f"no {RESOLVED} here", "use a config file, or a directory made by `pst run`", path=path)
+            remedy = "use a config file, or a directory made by `pst run`"
+            endings = sorted({file.suffix for file in path.iterdir() if file.suffix.lower() in DATA_SUFFIXES})
+            if endings:
+                remedy = f"to read the files in it as rows use '{path}/*{endings[0]}'"
+            raise InputError(f"no {RESOLVED} here", remedy, path=path)
         return resolved
     if _is_setting(name):
         raise InputError(f"{name!r} is a setting, not a config", "name the config first: pst VERB my.yaml KEY=VALUE")

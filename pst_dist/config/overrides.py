@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 
 from pst_dist.config.schema import Config
+from pst_dist.config.section import types_in
 from pst_dist.config.yaml_text import parse_value
 from pst_dist.errors import ConfigError
 
@@ -40,18 +40,8 @@ def _text_field(place: tuple[str, ...]) -> tuple[bool, bool]:
             return False, False
         model = info.annotation
     info = model.model_fields.get(place[-1])
-    kinds = _kinds(info.annotation) if info is not None else set()
+    kinds = types_in(info.annotation) if info is not None else set()
     return kinds - {type(None)} == {str}, type(None) in kinds
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation allows, without their constraints."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return set().union(*map(_kinds, get_args(annotation)))
-    return {annotation}
 
 
 def set_key(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pst_dist.errors import ConfigError
 from pst_dist.text.characters import hidden_character
@@ -39,12 +48,32 @@ Folder = Annotated[Place, AfterValidator(_no_url)]
 """A folder of this machine or a file system that it has mounted."""
 
 
+def types_in(annotation: Any) -> set[Any]:
+    """The types that an annotation allows, without their constraints."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return types_in(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return set().union(*map(types_in, get_args(annotation)))
+    return {annotation}
+
+
 class Section(BaseModel):
     """Base class of all sections: frozen, refuses unknown keys, and uses the string below a field as its help text."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read `seed: yes` as 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            allowed = types_in(cls.model_fields[info.field_name].annotation)
+            if bool not in allowed and allowed & {int, float}:
+                raise ValueError("input should be a number")
+        return value
 
     if not TYPE_CHECKING:
 

@@ -7,7 +7,7 @@ listed instead; `ok` says whether `load_data` would succeed. `rows_page` has the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS
 from pst_dist.data.sources import LoadedData, enforce, survey
-from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_paths
-from pst_dist.data.sources.columns import FieldMap, Fields
+from pst_dist.data.sources.column_guess import as_yaml, guess_paths, with_columns
+from pst_dist.data.sources.columns import FieldMap, columns_in, look_up
+from pst_dist.data.sources.conversations import unread_columns
 from pst_dist.data.sources.root import SourceRoot
-from pst_dist.data.sources.rows import RawRow, RowError, excerpt, write_rejects
+from pst_dist.data.sources.rows import excerpt, write_rejects
 from pst_dist.data.sources.source import Source
 from pst_dist.data.sources.specs import read_specs
-from pst_dist.data.tasks import get_task
+from pst_dist.diagnostics.answer_types import likely_type
 from pst_dist.diagnostics.rows_page import finding_lines, first_row_lines, reject_lines, split_lines
 from pst_dist.embedding.lengths import measure
 from pst_dist.embedding.targets import needs_embeddings
@@ -47,6 +48,10 @@ class CheckReport:
     rejects_path: Path | None = None
     models: list[str] = field(default_factory=list)
     """Lines on how student and encoder read the rows."""
+    answer_type: str = ""
+    """The type that fits all answers, when none is set in the config; empty if none does."""
+    hints: list[str] = field(default_factory=list)
+    """Lines on what the rows may be meant to be."""
 
     @property
     def ok(self) -> bool:
@@ -62,6 +67,7 @@ class CheckReport:
             text += finding_lines(self.loaded)
             text += reject_lines(self.loaded.rejects, self.rejects_path)
         text += self.models
+        text += self.hints
         text += self.columns
         if self.proposal:
             text += ["", "proposed columns, to paste into the config:", *self.proposal.splitlines()]
@@ -91,7 +97,7 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
         found = guess_paths(_sample(first))
         if not isinstance(found, dict) or {"question", "answer"} <= set(found):
             raise  # the columns are clear: the error is about something else
-        return CheckReport(None, error, _proposal(config, found, None), _column_lines(first))
+        return CheckReport(None, error, _proposal(config, found, ""), _column_lines(first))
     problem: PstError | None = None
     try:
         enforce(config, loaded)
@@ -101,11 +107,16 @@ def check(config: Config, rejects_path: Path | None = None) -> CheckReport:
         # No empty file next to the rows, because a later `*.jsonl` would match it.
         if loaded.rejects or rejects_path.is_file():
             write_rejects(rejects_path, loaded.rejects)
-    proposal = ""
-    if config.data.columns is None and config.data.train is not None and not config.data.mixture:
-        found = guess_paths(_sample(_first_source(config)))
-        proposal = _proposal(config, found if isinstance(found, dict) else found.name, loaded)
-    return CheckReport(loaded, problem, proposal, [], rejects_path, models + _length_findings(config, loaded))
+    proposal, likely = "", ""
+    hints = _unused_columns(loaded)
+    if config.data.train is not None and not config.data.mixture:
+        likely, nearly = likely_type(config, _first_source(config))
+        hints += nearly
+        if config.data.columns is None:
+            found = guess_paths(_sample(_first_source(config)))
+            proposal = _proposal(config, found if isinstance(found, dict) else found.name, likely)
+    models += _length_findings(config, loaded)
+    return CheckReport(loaded, problem, proposal, [], rejects_path, models, likely, hints)
 
 
 def _length_findings(config: Config, loaded: LoadedData) -> list[str]:
@@ -156,61 +167,37 @@ def _column_lines(source: Source) -> list[str]:
     return text + [f"  {excerpt(str(column))}: {excerpt(str(value))}" for column, value in seen.items()]
 
 
-def _proposal(config: Config, found: dict[str, str] | str, loaded: LoadedData | None) -> str:
-    """The `data:` section as YAML; a field without a matching column gets a placeholder."""
+def _proposal(config: Config, found: dict[str, str] | str, answer_type: str) -> str:
+    """The `data:` section as YAML; a field without a matching column gets a placeholder.
+
+    A column that a guessed map refuses to leave out is in the question, if it has text.
+    """
     if isinstance(found, str):
         lines = [f"  columns: {found}"]
     else:
+        found = _with_unread(found, _sample(_first_source(config)))
         paths = {name: found.get(name, "") for name in ("question", "answer")}
         paths |= {name: path for name, path in found.items() if name not in paths}
         whole = as_yaml(FieldMap({name: path or "COLUMN" for name, path in paths.items()}))
         lines = ["  " + line for line in whole.splitlines()]
-    answer_type = _likely_type(config, loaded)
     if answer_type:
         lines.append(f"  answer_type: {answer_type}")
     return "\n".join(["data:", *lines])
 
 
-def _likely_type(config: Config, loaded: LoadedData | None) -> str:
-    """`choice` if the rows have options, else the first type that fits every answer; "" if none fits or one is set."""
-    if loaded is None or config.task or config.data.answer_type:
-        return ""
-    kinds = ("number", "bool", "date", "choice")
-    possible, rows, with_options = dict.fromkeys(kinds, True), 0, 0
-    for fields in _first_fields(config):
-        rows, with_options = rows + 1, with_options + (fields.options is not None)
-        for kind in kinds:
-            possible[kind] = possible[kind] and _fits(kind, fields.answer)
-    if rows and with_options == rows:
-        return "choice"
-    return next((kind for kind in kinds if rows and possible[kind]), "")
+def _with_unread(found: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    if "question" not in found:
+        return found
+    read = columns_in(tuple(found.values()))
+    asked = [(row, look_up(row, found["question"])) for row in rows]
+    unread = dict.fromkeys(name for row, text in asked for name in unread_columns(row, read, text))
+    return {**found, "question": with_columns(found["question"], list(unread), rows)}
 
 
-def _first_fields(config: Config) -> Iterator[Fields]:
-    """The fields of the first file's rows, without bad rows."""
-    source = _first_source(config)
-    sample = _sample(source)
-    if source.generated or not sample:
-        return
-    columns = choose_columns(config.data.columns, sample, source.path)
-    for entry in source.rows():
-        if isinstance(entry, RawRow):
-            try:
-                yield columns.fields(entry.value)
-            except RowError:
-                continue
-
-
-def _fits(kind: str, answer: object) -> bool:
-    """Whether an answer is a valid gold answer of that type."""
-    try:
-        gold = get_task(None, kind).gold(answer)
-    except ValueError:
-        return False
-    # A number is parsed completely or not at all. "no" is an answer, "Is it? no" is a text that contains one, and a
-    # lower-case k is not a choice.
-    return (
-        kind == "number"
-        or str(answer).lower() in ("true", "false")
-        or (len(bare := str(answer).strip("(). ")) <= len(gold) + 1 and (kind != "choice" or bare.isupper()))
-    )
+def _unused_columns(loaded: LoadedData) -> list[str]:
+    """A line with the columns of text that are not read, if no training row has a rationale."""
+    unused = loaded.report.get("unused_text_columns", [])
+    kept = len(loaded.splits["train"])
+    if not unused or not 0 < kept == loaded.report["train_without_rationale"]:
+        return []
+    return [f"columns of text that are not read: {', '.join(unused)}; data.columns.rationale takes one"]

@@ -6,6 +6,8 @@ arms that they can train.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import yaml
 
 from pst_dist.config.loading import load_config
 from pst_dist.config.overrides import parse_override, set_key
+from pst_dist.data.sources.conversations import ADD_COLUMN
+from pst_dist.data.sources.rows import Reject
 from pst_dist.diagnostics.rows import CheckReport, check
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError, DataError, InputError, PstError
 from pst_dist.storage.atomic import write_text
 from pst_dist.text.redaction import has_secret
 
@@ -47,22 +51,46 @@ def write_starter(
     """Write the config for these files, given the report on them; returns the report on the config.
 
     `overrides` are words like those of `pst check`. Raises DataError, the report's own error, when there is no column
-    for the question or the answer.
+    for the question or the answer, and for a column that the question may depend on: the guessed map refuses such a
+    row, but a map in a config is the user's own word.
     """
     proposed = (yaml.safe_load(report.proposal) or {}).get("data", {}) if report.proposal else {}
     columns = proposed.get("columns", {})
     if report.problem is not None and isinstance(columns, dict) and _PLACEHOLDER in columns.values():
         raise report.problem
+    if isinstance(columns, dict) and report.loaded is not None:
+        _refuse_unread(columns, report.loaded.rejects)
     data = {"train": files[0] if len(files) == 1 else list(files), "test_size": 0.1, **proposed}
+    if report.answer_type:
+        data["answer_type"] = report.answer_type
     explained = _maps_rationale(columns, overrides)
-    write_text(path, _text(path, data, overrides, explained))
-    found = check(load_config(str(path)), rejects)
-    if explained and found.loaded is not None:
-        kept = len(found.loaded.splits["train"])
-        if 0 < kept == found.loaded.report["train_without_rationale"]:  # the column is empty
-            write_text(path, _text(path, data, overrides, False))
-            found = check(load_config(str(path)), rejects)
+    unused = report.loaded.report.get("unused_text_columns", []) if report.loaded is not None else []
+    try:
+        write_text(path, _text(path, data, overrides, explained, unused))
+        found = check(load_config(str(path)), rejects)
+        if explained and found.loaded is not None:
+            kept = len(found.loaded.splits["train"])
+            if 0 < kept == found.loaded.report["train_without_rationale"]:  # the column is empty
+                write_text(path, _text(path, data, overrides, False, unused))
+                found = check(load_config(str(path)), rejects)
+    except PstError:
+        path.unlink(missing_ok=True)  # else the corrected command would find it in its way
+        raise
     return found
+
+
+def _refuse_unread(columns: dict[str, str], rejects: Sequence[Reject]) -> None:
+    """Raises DataError for the first row that was refused because a guessed map would leave out a column of it."""
+    reject = next((one for one in rejects if one.code == "unread"), None)
+    if reject is None:
+        return
+    word = shlex.quote(f"data.columns={json.dumps(columns, ensure_ascii=False)}")
+    extra = columns["question"].rpartition("\n\n")[0]
+    if extra:
+        remedy = f"add {word} to the command to put it before the question; without {extra!r} in it, it is left out"
+    else:
+        remedy = f"add {word} to the command to leave it out"
+    raise DataError(reject.what.removesuffix(f"; {ADD_COLUMN}"), remedy, path=reject.path, line=reject.line)
 
 
 def _maps_rationale(columns: Any, overrides: Sequence[str]) -> bool:
@@ -71,7 +99,9 @@ def _maps_rationale(columns: Any, overrides: Sequence[str]) -> bool:
     return named or not isinstance(columns, dict) or not columns or bool({"rationale", "rationales"} & columns.keys())
 
 
-def _text(path: Path, data: dict[str, Any], overrides: Sequence[str], explained: bool) -> str:
+def _text(
+    path: Path, data: dict[str, Any], overrides: Sequence[str], explained: bool, unused: Sequence[str] = ()
+) -> str:
     arms = {"arms": ["pst", "answer_only"]} if explained else {"arm": "answer_only"}
     tree: dict[str, Any] = {"output_dir": run_folder(path), **arms, "data": data}
     for word in overrides:
@@ -79,11 +109,12 @@ def _text(path: Path, data: dict[str, Any], overrides: Sequence[str], explained:
     about_arms = (
         "# pst learns from the rationales too; answer_only is the baseline that shows whether they help."
         if explained
-        else "# The rows have no rationales, so only answers can be trained. `pst teach` asks a teacher for rationales."
+        else "# No rationales were found, so only answers can be trained. `pst teach` asks a teacher for rationales."
+        + (f"\n# Columns of text that are not read: {', '.join(unused)}" if unused else "")
     )
     return "\n".join(
         [
-            f"# pst run {path}",
+            f"# pst run {shlex.quote(str(path))}",
             "# All keys: pst config --schema. Resumes when the same command is run again.",
             about_arms,
             "# The student is a small new model; a pretrained one needs one more line, for example",

@@ -21,7 +21,15 @@ from pst_dist.teacher.ledger import Ledger, estimated_usage
 from pst_dist.teacher.limits import Pace
 from pst_dist.teacher.messages import Reply, Request, Usage, as_text
 from pst_dist.teacher.settings import TeachSettings
-from pst_dist.teacher.wire import cause_of, key_of, make_client, message_of, retry_after
+from pst_dist.teacher.wire import (
+    cause_of,
+    failure_of,
+    key_of,
+    make_client,
+    message_of,
+    retry_after,
+    text_and_thought,
+)
 from pst_dist.text.redaction import MARK, redact
 from pst_dist.text.urls import origin
 
@@ -31,6 +39,8 @@ LONGEST_WAIT_SECONDS = 300.0
 """A server that asks for a longer pause is given up."""
 _FIRST_TRIES = 3
 """Attempts while the endpoint has not answered anything yet, so that a wrong address is told soon."""
+_MOST_EMPTY = 3
+"""So many questions in a row that stay empty after all retries are the server's fault, and end the job."""
 _PASSING = (408, 409, 429)
 _THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 _SHOWN = 200
@@ -56,9 +66,13 @@ class Endpoint:
         self._client = make_client(settings, self._key)
         self._answered = ledger.requests > 0
         self._told = 0.0
+        self._empty = 0
 
     async def ask(self, request: Request) -> Reply:
-        """The reply; raises EnvironmentFault or InputError in one line when there is none after all retries."""
+        """The reply; raises EnvironmentFault or InputError in one line when there is none after all retries.
+
+        A question that gets an empty reply each time, while others are answered, has an empty reply.
+        """
         from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, wait_random_exponential
 
         tries = AsyncRetrying(
@@ -74,6 +88,11 @@ class Endpoint:
         except RetryError as error:
             last = error.last_attempt.exception()
             assert isinstance(last, Again)
+            if last.reason == "empty" and self._answered and self._empty + 1 < _MOST_EMPTY:
+                self._empty += 1
+                self._ledger.failed(last.reason)
+                usage = estimated_usage(request, "", self._ledger.prompt_estimate(request))
+                return Reply(text="", finish="stop", usage=usage)
             raise self._given_up(last, error.last_attempt.attempt_number) from last
         raise AssertionError("unreachable")
 
@@ -94,7 +113,7 @@ class Endpoint:
                 answer = await asyncio.wait_for(self._send(request), self._settings.timeout_seconds)
                 reply = self._read(request, answer)
             used = reply.usage.prompt + reply.usage.completion
-            self._answered = True
+            self._answered, self._empty = True, 0
             return reply
         except _Refused as refused:
             return Reply(text=refused.what, finish="refused", usage=Usage(prompt=0, completion=0))
@@ -131,14 +150,21 @@ class Endpoint:
             text = getattr(first, "text", None)
         else:
             message = getattr(first, "message", None)
-            text = getattr(message, "content", None)
+            text, thought = text_and_thought(getattr(message, "content", None))
             found = [getattr(message, name, None) for name in _THOUGHT_FIELDS]
-            thought = next((one for one in found if isinstance(one, str) and one.strip()), None)
+            thought = next((one for one in found if isinstance(one, str) and one.strip()), thought)
+            refusal = getattr(message, "refusal", None)
+            if text is None and isinstance(refusal, str) and refusal.strip():
+                return self._scrubbed(
+                    Reply(text=refusal, finish="refused", usage=self._usage(request, answer, refusal))
+                )
+            if text is None and message is not None:
+                text = ""  # cut while it thought, filtered, or nothing to say
         finish = getattr(first, "finish_reason", None) or "stop"
-        if text is None and thought is not None:
-            text = ""  # a reasoning model that was cut while it thought
         if not isinstance(text, str) or not isinstance(finish, str):
-            raise Again("malformed", f"the reply has no text: {self._shown(answer)}")
+            said = failure_of(getattr(answer, "error", None))
+            what = f"an error: {self._shown(said)}" if said else f"no text: {self._shown(answer)}"
+            raise Again("malformed", f"the reply has {what}")
         if not text.strip() and not thought and finish not in ("length", "content_filter"):
             raise Again("empty", "the reply is empty")
         reply = Reply(text=text, finish=finish, usage=self._usage(request, answer, text), thought=thought)
@@ -178,10 +204,12 @@ class Endpoint:
             return Again(str(status), f"the server answers {status}: {said}", retry_after(error.response.headers))
         if status in (401, 403):
             how = (
-                f"the key in ${self._settings.key_env}" if self._key else f"no key (${self._settings.key_env} is unset)"
+                f"does not accept the key in ${self._settings.key_env}"
+                if self._key
+                else f"wants a key, and ${self._settings.key_env} is unset"
             )
             return EnvironmentFault(
-                f"the server does not accept {how} ({status}: {said})",
+                f"the server {how} ({status}: {said})",
                 "set the right key in the environment; --key-env NAME takes it from another variable",
                 path=where,
             )

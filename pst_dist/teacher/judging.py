@@ -41,6 +41,8 @@ class Sample:
     """Generated tokens of all its steps."""
     told: bool = False
     """Whether the prompt told it the answer."""
+    thought: bool = False
+    """Whether a thought came with its first reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,7 @@ def _read(work: Sampling, replies: Mapping[str, Reply], task: Task, settings: Te
         return replace(sample, verdict="cut")
     first, last = parts[0], parts[-1]
     assert first is not None and last is not None
+    sample = replace(sample, thought=bool(first.thought))
     if not first.text:
         return replace(sample, verdict="empty")
     rationale = _rationale(first.text, whole=told or len(steps) > 1)

@@ -42,6 +42,7 @@ def _of_samples(samples: Sequence[Sample]) -> dict[str, Any]:
         "kept": counts["kept"],
         "share_kept": _share(counts["kept"], len(samples)),
         "verdicts": {name: counts[name] for name in VERDICTS if counts[name]},
+        "only_thoughts": sum(one.verdict == "no_rationale" and one.thought for one in samples),
         "words_in_a_kept_rationale": _spread([len(sample.rationale.split()) for sample in kept]),
         "tokens_of_a_sample": _spread([sample.tokens for sample in samples]),
     }
@@ -102,6 +103,11 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if len(found["by_prompt"]) == 1:
         lines.pop()
     lines.append(f"{found['task']}: {found['questions_kept']:,} of {found['questions']:,} questions have a rationale")
+    if found.get("only_thoughts"):
+        lines.append(
+            f"{found['only_thoughts']:,} right answers have their reasoning only in the thought: the same command with "
+            "--thoughts keep uses it"
+        )
     if (new := report.get("new_questions")) is not None:
         why_not = ", ".join(f"{why.replace('_', ' ')} {count}" for why, count in new["dropped"].items())
         lines.append(

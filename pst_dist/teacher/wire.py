@@ -73,14 +73,40 @@ def retry_after(headers: Any) -> float | None:
 
 
 def message_of(error: Any) -> str:
-    """What a server says about an error: `error.message` of its JSON, or the start of its text."""
+    """What the server says about a failure: the message in its JSON, or the start of its text."""
     body = error.body
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        found = inner.get("message") if isinstance(inner, dict) else inner
-        if isinstance(found, str) and found.strip():
-            return found
-    return str(body) if isinstance(body, str) and body.strip() else first_line(error)
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    return failure_of(inner) or (str(body) if isinstance(body, str) and body.strip() else first_line(error))
+
+
+def failure_of(said: Any) -> str:
+    """The message in an error object: OpenAI's `message`, or FastAPI's `detail`; "" if there is none."""
+    if isinstance(said, str):
+        return said.strip()
+    if not isinstance(said, dict):
+        return ""
+    detail = said.get("message") or said.get("detail")
+    if isinstance(detail, list):
+        named = [one for one in detail if isinstance(one, dict)]
+        detail = "; ".join(f"{'.'.join(map(str, one.get('loc') or ()))}: {one.get('msg')}" for one in named)
+    return detail.strip() if isinstance(detail, str) else ""
+
+
+def text_and_thought(content: Any) -> tuple[Any, str | None]:
+    """The text and the thought of a message, whose content may be a list of typed parts; other content as it is."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content, None
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in content:
+        kind = part.get("type")
+        value = part.get(kind) if isinstance(kind, str) else None
+        if kind == "thinking" and isinstance(value, list):
+            value = text_and_thought(value)[0]
+        if kind not in ("text", "thinking", "reasoning") or not isinstance(value, str):
+            return content, None
+        (texts if kind == "text" else thoughts).append(value)
+    return "\n".join(texts), "\n".join(thoughts) or None
 
 
 def cause_of(error: BaseException) -> str:

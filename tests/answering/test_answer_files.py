@@ -196,8 +196,12 @@ def test_context_and_choices_belong_to_the_question(student, tmp_path):
 
     answer_file(job(write(tmp_path / "q.jsonl", rows), tmp_path / "a.jsonl"), student, answerer=answerer)
     assert seen == ["Which? Answer choices: (A) cat, (B) dog."]
+    seen.clear()
     write(tmp_path / "q.jsonl", [{"question": "Which?", "passage": "On Monday."}, {"question": "Why?", "passage": ""}])
-    with pytest.raises(DataError, match="column 'passage' would not be read"):
+    answer_file(job(tmp_path / "q.jsonl", tmp_path / "c.jsonl"), student, answerer=answerer)
+    assert seen == ["On Monday.\n\nWhich?", "Why?"]
+    write(tmp_path / "q.jsonl", [{"question": "Which?", "hint": "It was on Monday."}])
+    with pytest.raises(DataError, match="column 'hint' would not be read"):
         answer_file(job(tmp_path / "q.jsonl", tmp_path / "b.jsonl"), student)
 
 

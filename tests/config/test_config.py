@@ -195,3 +195,57 @@ def test_the_texts_around_turns_are_checked(turns, message):
 )
 def test_a_key_that_takes_text_gets_the_words_of_the_command_line_as_they_are(word, section, key, value):
     assert getattr(getattr(load_config(None, [word]), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "data: {train: [{rows: a.jsonl, colums: {question: q}}]}",
+            "unknown key 'data.train[0].colums'; did you mean 'columns'?",
+        ),
+        (
+            "data: {train: [{rows: a.jsonl}, {rows: b.jsonl, weight: -1}]}",
+            "data.train[1].weight: input should be greater",
+        ),
+        ("data: {train: [{columns: {question: q}}]}", "data.train[0].rows: field required"),
+        ("data: {columns: {question: 3, answer: a}}", "data.columns.question: input should be a valid string, got 3"),
+        ("data: {columns: [question, answer]}", "data.columns: input should be a valid string"),
+        ("data: {test_size: 10%}", "data.test_size: input should be a valid number"),
+        ("arms: [pst, foo]", "arms[1]: input should be 'answer_only'"),
+    ],
+)
+def test_an_error_within_a_value_names_its_place(text, words, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(write(tmp_path, text)))
+    assert f"run.yaml:1: {words}" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["seed=yes", "train.max_steps=true", "data.test_size=true", "data.max_bad=no"])
+def test_true_and_false_are_no_numbers(word):
+    with pytest.raises(ConfigError, match=r"input should be a number, got (True|False)"):
+        load_config(None, [word])
+    assert load_config(None, ["train.bf16=true"]).train.bf16 is True
+
+
+def test_a_section_on_the_command_line_changes_only_its_keys(tmp_path):
+    path = str(write(tmp_path, "train: {max_steps: 7}"))
+    assert load_config(path, ["train={learning_rate: 2e-4}"]).train.max_steps == 7
+    for word in ("train=", "train=null"):
+        with pytest.raises(ConfigError, match=f"'{word}' would reset a whole section; write train.KEY=value"):
+            load_config(path, [word])
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.txt"])
+def test_a_table_in_another_form_is_not_read_as_yaml(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text('{"question": "q"}\n{"question": "r"}\n')
+    with pytest.raises(InputError, match="these are rows, not a config"):
+        load_config(name)
+
+
+def test_a_folder_of_rows_gets_a_pattern_that_reads_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "q"}\n')
+    with pytest.raises(InputError) as caught:
+        load_config(str(tmp_path))
+    assert f"to read the files in it as rows use '{tmp_path}/*.jsonl'" in str(caught.value)

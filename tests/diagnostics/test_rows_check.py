@@ -51,6 +51,41 @@ def test_a_file_that_is_not_understood_shows_its_columns_and_leaves_a_gap(tmp_pa
     assert "no column 'question'" in text
 
 
+@pytest.mark.parametrize(
+    ("answers", "hint"),
+    [
+        (
+            [*(f"1,{n:03}" for n in range(9)), "unknown"],
+            "9 of the first 10 answers are numbers, and 'unknown' is not: as text, 1,000 differs from 1000; "
+            "data.answer_type=number compares by value and makes the others bad rows",
+        ),
+        (
+            ["\\frac{1}{2}", *(f"{n}" for n in range(4))],
+            None,  # all are numbers
+        ),
+        (
+            ["\\sqrt{2}", *(f"{n}" for n in range(4))],
+            "some answers are formulas: data.answer_type=math compares them by value, not as text",
+        ),
+        ([*(f"{n}" for n in range(5)), *"wxyz"], None),
+    ],
+)
+def test_a_type_that_fits_most_answers_is_said(answers, hint, tmp_path):
+    rows = [{"question": f"{n}?", "answer": answer, "rationale": "r"} for n, answer in enumerate(answers)]
+    _write(tmp_path / "rows.jsonl", rows)
+    report = check(_config(tmp_path, train="rows.jsonl"))
+    assert report.hints == ([] if hint is None else [hint])
+    assert report.ok and all(line in report.lines() for line in report.hints)
+
+
+def test_columns_that_may_be_rationales_are_named_where_none_was_found(tmp_path):
+    rows = [{"question": f"{n}?", "answer": n, "r1_solution_1": "So it is one more."} for n in range(9)]
+    _write(tmp_path / "rows.jsonl", rows)
+    report = check(_config(tmp_path, arm="answer_only", train="rows.jsonl", answer_type="number"))
+    line = "columns of text that are not read: r1_solution_1; data.columns.rationale takes one"
+    assert report.ok and line in report.lines()
+
+
 def test_lengths_are_given_as_percentiles_by_nearest_rank(tmp_path):
     _write(tmp_path / "rows.jsonl", _rows(100))
     lines = check(_config(tmp_path, train="rows.jsonl", validation_size=0)).lines()

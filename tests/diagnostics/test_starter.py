@@ -112,6 +112,56 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(rows, words, mess
     assert not (tmp_path / "my.yaml").exists() and (tmp_path / "there.yaml").read_text() == "arm: pst\n"
 
 
+TABLES = [
+    {"question": f"How many in {n}?", "table": f"in {n} | {n}", "answer": n, "explanation": "r"} for n in range(9)
+]
+
+
+@pytest.mark.parametrize("words", [[], ["data.max_bad=100%"]])
+def test_a_column_that_a_guess_must_not_leave_out_is_not_left_out_by_the_written_config(words, tmp_path, capsys):
+    write("rows.jsonl", TABLES)
+    assert run_verb(["check", "rows.jsonl", *words, "--write", "my.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "rows.jsonl:1: column 'table' would not be read, but the question may depend on it" in said
+    assert not (tmp_path / "my.yaml").exists()
+    (_, word, _) = said.rpartition("add ")[2].split("'", 2)  # followed literally
+    assert run_verb(["check", "rows.jsonl", word, "data.duplicates=keep", "--write", "my.yaml"]) == 0
+    samples = [sample for rows in load_data(load_config("my.yaml")).splits.values() for sample in rows]
+    assert {sample.question for sample in samples} == {f"in {n} | {n}\n\nHow many in {n}?" for n in range(9)}
+
+
+def test_the_proposed_columns_have_the_column_that_the_row_was_refused_for(capsys):
+    write("rows.jsonl", [*TABLES, {**TABLES[0], "table": None, "question": "Who?"}])
+    assert run_verb(["check", "rows.jsonl"]) == 2
+    assert '    question: "{table?}\\n\\n{question}"' in capsys.readouterr().out.splitlines()
+
+
+def test_a_column_that_no_text_can_hold_may_be_left_out_on_purpose(capsys):
+    write("rows.jsonl", [{**row, "table": None, "context": [["T", ["A line."]]]} for row in TABLES])
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "column 'context' would not be read" in said and "to the command to leave it out" in said
+
+
+def test_columns_that_may_be_rationales_are_named_in_the_config(tmp_path):
+    write("rows.jsonl", [{**row, "explanation": None, "r1_solution_1": "So it is one more."} for row in sums()])
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 0
+    assert "# Columns of text that are not read: r1_solution_1\n" in (tmp_path / "my.yaml").read_text()
+
+
+def test_a_config_that_cannot_be_used_is_not_left_in_the_way_of_the_next_one(tmp_path, capsys):
+    write("rows.jsonl", sums(count=1))
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 2
+    assert "leaves none of the 1 questions for training" in capsys.readouterr().err
+    assert not (tmp_path / "my.yaml").exists()
+
+
+def test_the_next_command_can_be_pasted_also_if_the_name_has_spaces(capsys):
+    write("rows.jsonl", sums())
+    assert run_verb(["check", "rows.jsonl", "--write", "my rows.yaml"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: pst run 'my rows.yaml'"
+
+
 def test_a_config_is_not_written_from_a_config(capsys):
     assert run_verb(["check", "demo", "--write", "my.yaml"]) == 2
     assert "makes a config from rows, and this is a config" in capsys.readouterr().err

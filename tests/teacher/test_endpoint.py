@@ -15,7 +15,7 @@ from faulty_proxy import Fault, faulty_proxy, raw, says, status
 from ports import free_port
 
 from pst_dist.config.loading import load_config
-from pst_dist.errors import ConfigError, EnvironmentFault, InputError
+from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PstError
 from pst_dist.publish.gguf.server import server_command
 from pst_dist.storage.json_files import read_lines
 from pst_dist.teacher.settings import TeachSettings
@@ -97,7 +97,7 @@ def test_what_passes_is_tried_again(tmp_path, rows, server, name):
     assert sum(outcome.report["ledger"]["failed_attempts"].values()) == 1
 
 
-@pytest.mark.parametrize("name", ["500", "429 without a time", "cut", "half JSON", "empty text"])
+@pytest.mark.parametrize("name", ["500", "429 without a time", "cut", "half JSON"])
 def test_what_never_passes_ends_after_the_retries_and_keeps_what_was_paid(tmp_path, rows, server, name):
     with faulty_proxy(server, lambda number, body: PASSING[name] if number >= 2 else None) as proxy:
         with pytest.raises(EnvironmentFault) as caught:
@@ -109,6 +109,61 @@ def test_what_never_passes_ends_after_the_retries_and_keeps_what_was_paid(tmp_pa
         proxy.choose = lambda number, body: None
         teach(config(rows), settings(tmp_path, proxy.endpoint, concurrency=1, retries=1))
         assert len(proxy.seen) == 4 + 4, "the two that were paid for are not asked again"
+
+
+def four(number, body):
+    return says("Two and two are four. The answer is 4.")
+
+
+@pytest.mark.parametrize("empty", [says(""), says(None), says(None, tool_calls=[])])
+def test_a_question_that_gets_no_text_each_time_does_not_stop_the_job(tmp_path, rows, server, empty):
+    with faulty_proxy(server, lambda number, body: empty if number in (1, 2) else four(number, body)) as proxy:
+        teach(config(rows), settings(tmp_path, proxy.endpoint, concurrency=1, retries=1))
+        assert len(proxy.seen) == 7
+    assert sorted(line["text"] for line in journal(tmp_path)) == ["", *["Two and two are four. The answer is 4."] * 5]
+
+
+def test_a_server_that_says_nothing_any_more_ends_the_job(tmp_path, rows, server):
+    with faulty_proxy(server, lambda number, body: four(number, body) if number == 0 else says("")) as proxy:
+        with pytest.raises(EnvironmentFault, match=r"the reply is empty \(tried 2 times\)"):
+            teach(config(rows), settings(tmp_path, proxy.endpoint, concurrency=1, retries=1))
+        assert len(proxy.seen) == 1 + 3 * 2, "the third question in a row ends it"
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "thought", "finish"),
+    [
+        (says(None, "content_filter"), "", None, "content_filter"),
+        (says(None, refusal="I cannot help with that."), "I cannot help with that.", None, "refused"),
+        (says([{"type": "text", "text": "It is"}, {"type": "text", "text": "4."}]), "It is\n4.", None, "stop"),
+        (
+            says([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "4"}]),
+            "4",
+            "Hm.",
+            "stop",
+        ),
+        (says(None, "length", reasoning_content="Hm, 2"), "", "Hm, 2", "length"),
+    ],
+)
+def test_other_forms_of_a_reply_are_read_at_once(tmp_path, rows, server, reply, text, thought, finish):
+    with faulty_proxy(server, lambda number, body: reply) as proxy:
+        teach(config(rows), settings(tmp_path, proxy.endpoint, concurrency=1))
+        assert len(proxy.seen) == 6
+    assert {(line["text"], line["thought"], line["finish"]) for line in journal(tmp_path)} == {(text, thought, finish)}
+
+
+def test_what_a_server_says_about_a_failure_is_shown(tmp_path, rows, server):
+    detail = b'{"detail": [{"loc": ["body", "seed"], "msg": "extra fields not permitted"}]}'
+    busy = b'{"error": {"message": "model overloaded", "code": 503}}'
+    for fault, words in (
+        (raw(detail, 422), "422: body.seed: extra fields not permitted"),
+        (raw(b'{"detail": "no such route"}', 400), "400: no such route"),
+        (raw(busy), "the reply has an error: model overloaded"),
+        (status(401, "no"), "the server wants a key, and $OPENAI_API_KEY is unset"),
+    ):
+        with faulty_proxy(server, lambda number, body, fault=fault: fault) as proxy, pytest.raises(PstError) as caught:
+            teach(config(rows), settings(tmp_path, proxy.endpoint, concurrency=1, retries=0))
+        assert words in str(caught.value)
 
 
 def test_a_pause_that_is_too_long_ends_the_job(tmp_path, rows, server):

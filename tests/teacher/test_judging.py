@@ -12,7 +12,7 @@ from pst_dist.teacher.judging import answer_in, judge_all, strict_task
 from pst_dist.teacher.messages import Reply, Usage
 from pst_dist.teacher.prompts import make_prompt
 from pst_dist.teacher.questions import Question
-from pst_dist.teacher.report import quality
+from pst_dist.teacher.report import quality, report_lines
 from pst_dist.teacher.settings import TeachSettings
 
 NUMBER = get_task(None, "number")
@@ -64,6 +64,16 @@ def test_a_reply_is_kept_when_the_task_finds_its_answer_right():
         *("kept", "wrong", "unparsed", "no_rationale", "duplicate", "cut", "refused", "empty", "kept")
     ]
     assert [sample.rationale for sample in found.kept] == ["3 and 4 are 7.", "Adding gives seven."]
+
+
+def test_right_answers_whose_reasoning_is_only_in_a_thought_are_counted():
+    replies = [said("The answer is 7.", thought="3 and 4."), said("The answer is 7."), said("The answer is 8.")]
+    found = quality([judged("few_shot", replies)], NUMBER)
+    assert (found["verdicts"], found["only_thoughts"]) == ({"no_rationale": 2, "wrong": 1}, 1)
+    line = "1 right answers have their reasoning only in the thought: the same command with --thoughts keep uses it"
+    assert line in report_lines({"quality": found})
+    kept = judged("few_shot", replies, thoughts="keep")
+    assert [sample.rationale for sample in kept.kept] == ["3 and 4."]
 
 
 def test_two_steps_take_the_answer_from_the_second_and_the_rationale_from_the_first():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,44 +15,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from pst_dist.data.sources.column_names import SYNONYMS, columns_of, no_column, quoted, refuse_unusable
 from pst_dist.data.sources.columns import GUESSED, TURNS, ColumnMap, FieldMap, Layout, field_map, look_up, options_at
 from pst_dist.data.sources.common_maps import LAYOUTS, has_options
-from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_turns
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_blank, is_turns
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
 from pst_dist.data.tasks.number_markup import NotANumber
 from pst_dist.data.tasks.numbers import read_number
-from pst_dist.data.tasks.scoring import kind_of, snippet
+from pst_dist.data.tasks.scoring import snippet
 from pst_dist.errors import ConfigError, DataError
 
 READY_MADE: dict[str, Layout] = {**TASK_LAYOUTS, **LAYOUTS}
 """Every map that `data.columns` may name, the most specific ones first."""
-
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    field: tuple(names.split())
-    for field, names in {
-        "question": (
-            "question q problem query questiontext qtext questionstem stem problemstatement "
-            "prompt instruction input inputs text"
-        ),
-        "answer": (
-            "answer finalanswer goldanswer gold expectedanswer answerkey correct correctanswer finalans label "
-            "goldlabel target targets groundtruth answertext answervalue result finalresult output response completion "
-            "answerindex answeridx correctindex correctidx correctoption correctchoice cop gt ans qans"
-        ),
-        "rationale": (
-            "rationale rationales reasoning reasoningcontent explanation chainofthought cot cotcontent thought "
-            "thoughts thinking chain thinkingtrajectories thinkingtrajectory deepseekthinkingtrajectory "
-            "deepseekreasoning reasoningtrace reasoningsteps steps solution workedsolution reasoningcompletion "
-            "abstractiveexplanation generations exp"
-        ),
-        "choices": "choices options answerchoices endings candidates alternatives mcoptions",
-        "id": "id uid qid questionid sampleid",
-        TURNS: TURNS,
-    }.items()
-}
-"""Common names for our fields, most likely first. Compared in lower case, without separators between words."""
 
 
 def choose_columns(
@@ -91,8 +66,8 @@ def guess_columns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Column
         return found
     for name in ("question", "answer"):
         if name not in found:
-            _refuse_unusable(name, rows, path)
-            raise no_column(name, name, rows, path)
+            refuse_unusable(name, rows, path)
+            raise no_column(name, name, rows, path, known=found)
     _refuse_two_answers(found, rows, path)
     return FieldMap(found, GUESSED)
 
@@ -105,7 +80,7 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
             if layout.name != "gsm8k" and all({"question", "answer", "rationale"} <= set(row) for row in rows):
                 continue
             return layout
-    columns = _columns(rows)
+    columns = columns_of(rows)
     plain = {plain_name(column): column for column in reversed(columns)}
     found: dict[str, str] = {}
     if {"Body", "Question"} <= set(columns):
@@ -120,6 +95,8 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
             found[field] = min(usable, key=lambda column: field == "answer" and _holds_verdicts(column, rows))
     if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options
+    if "choices" not in found:
+        found |= _label_as_text(found, plain, rows)
     if "question" not in found and (other := _other_question(found, plain, rows)):
         found["question"] = other
     # MATH's rows have no answer but the boxed one of the solution.
@@ -143,6 +120,17 @@ def _other_question(
         names = (*names, "source")
     fitting = (plain[name] for name in names if name in plain)
     return next((column for column in fitting if all(isinstance(row.get(column), str) for row in rows)), None)
+
+
+def _label_as_text(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The column with the name of a class, `label_text` or `target_text`, instead of the one with its number."""
+    column = found.get("answer", "")
+    if plain_name(column) not in ("label", "target") or not all(isinstance(row.get(column), int) for row in rows):
+        return {}
+    named = [plain[name] for end in ("text", "name") if (name := plain_name(column) + end) in plain]
+    return next(({"answer": name} for name in named if all(isinstance(row.get(name), str) for row in rows)), {})
 
 
 def _answers_to_choose(
@@ -192,36 +180,37 @@ def _fits(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A template that puts a system text or passage before the question if every row has one, and an input after an
-    instruction."""
+    """A template that puts system texts and passages before the question, in the rows that have them, and an input
+    after an instruction."""
     if "{" in question or any(not isinstance(row.get(question), str | None) for row in rows):
         return question
     extra = next((column for column in columns if plain_name(column) == "input"), None)
     if plain_name(question) == "instruction" and extra and all(isinstance(row.get(extra), str) for row in rows):
         return f"{{{question}}}\n{{{extra}}}"
     wanted = {plain_name(name) for name in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)}
-    before = [
-        column
-        for column in columns
-        if plain_name(column) in wanted
-        and column != question
-        and all(isinstance(row.get(column), str) and row[column].strip() for row in rows)
-    ]
-    return "\n\n".join(f"{{{column}}}" for column in (*before, question)) if before else question
+    return with_columns(question, [name for name in columns if plain_name(name) in wanted and name != question], rows)
+
+
+def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A template that puts columns before the question. One that is blank in some rows is marked `{context?}`; one that
+    has no text, or something else in some row, is left out."""
+    before = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        blank = [is_blank(value) for value in values]
+        if all(blank) or any(not isinstance(value, str | None) for value in values):
+            continue
+        before.append(f"{{{column}?}}" if any(blank) else f"{{{column}}}")
+    last = question if "{" in question else f"{{{question}}}"
+    return "\n\n".join((*before, last)) if before else question
 
 
 def as_yaml(columns: ColumnMap) -> str:
     """The map as lines for the data section of a config."""
     if not isinstance(columns, FieldMap):
         return f"columns: {columns.name}"
-    lines = (f"  {field}: {_quoted(path)}" for field, path in columns.paths.items())
+    lines = (f"  {field}: {quoted(path)}" for field, path in columns.paths.items())
     return "\n".join(["columns:", *lines])
-
-
-def _quoted(path: str) -> str:
-    if "\n" in path:
-        return json.dumps(path)  # a line break needs YAML's double quotes, whose escapes are the same as JSON's
-    return path if re.fullmatch(r"[A-Za-z_][\w.\-]*", path) else "'" + path.replace("'", "''") + "'"
 
 
 def _named(setting: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> ColumnMap:
@@ -302,33 +291,3 @@ def _value(text: str) -> object:
 
 def _holds_stem(question: Any) -> bool:
     return isinstance(question, Mapping) and {"stem", "choices"} <= set(question)
-
-
-def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(str(column) for row in rows for column in row))
-
-
-def _refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Raise DataError if a column has the right name but a value of the wrong type."""
-    for column in _columns(rows):
-        if plain_name(column) == field:
-            values = [row[column] for row in rows if row.get(column) is not None]
-            held = kind_of(values[0]) if values else "no value"
-            what = f"column {column!r} cannot be the {field}: it contains {held}"
-            remedy = f"select a part of it, for example data.columns.{field}={column}[0] or {column}.text"
-            raise DataError(what, remedy if values else f"set data.columns.{field} to another column", path=path)
-
-
-def no_column(
-    field: str, wanted: str, rows: Sequence[Mapping[str, Any]], path: str | Path, setting: str = ""
-) -> DataError:
-    """The error for a missing column, with the columns that exist; `setting` names what selects one."""
-    columns = _columns(rows)
-    shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
-    near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.6)
-    nearest = next((column for column in columns if near and column.lower() == near[0]), None)
-    hint = f"the closest is {nearest!r}: " if nearest else ""
-    example = f"data.columns.{field}={nearest or 'COLUMN'}" if field in ("question", "answer") else "data.columns"
-    if setting:
-        example = f"{setting} {nearest or 'COLUMN'}"
-    return DataError(f"no column {wanted!r} for {field} among: {shown or 'none'}", f"{hint}set {example}", path=path)

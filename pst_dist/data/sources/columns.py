@@ -27,7 +27,7 @@ from pst_dist.data.sources.conversations import (
 )
 from pst_dist.data.sources.options import Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
-from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
@@ -76,7 +76,7 @@ class ColumnMap(Protocol):
 
 @dataclass(frozen=True)
 class FieldMap:
-    """A map from our fields to paths `a.b[0].c` or templates `{a} {b}`."""
+    """A map from our fields to paths `a.b[0].c` or templates `{a} {b}`; `{c?}` is left out where c is blank."""
 
     paths: Mapping[str, str]
     name: str = "columns"
@@ -97,7 +97,7 @@ class FieldMap:
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
             if name in paths:
-                rationales += as_rationales(look_up(row, paths[name]))
+                rationales += as_rationales(look_up(row, paths[name]), are_steps=_names_steps(paths[name]))
         answer_field = next(name for name in _ANSWERS if name in paths)
         answer = as_answer(look_up(row, paths[answer_field]))
         if isinstance(answer, str) and (has_thought_tag(answer) or (not rationales and has_mark(answer))):
@@ -159,7 +159,7 @@ def asked_at(
             raise RowError("context", f"{TURNS} end with another question than the column of the question has")
         asked = whole
     if guessed:
-        refuse_unread(row, _columns_in(tuple(paths.values())), asked.text, remedy)
+        refuse_unread(row, columns_in(tuple(paths.values())), asked.text, remedy)
     if "choices" not in paths:
         return asked, None
     options = read_options(options_at(row, paths["choices"]))
@@ -194,9 +194,10 @@ def field_map(paths: Mapping[str, str]) -> FieldMap:
 
 
 @functools.lru_cache(maxsize=64)
-def _columns_in(paths: tuple[str, ...]) -> frozenset[str]:
+def columns_in(paths: tuple[str, ...]) -> frozenset[str]:
     """The columns that paths, templates and lists of columns name."""
     names = [name.strip() for path in paths for name in re.findall(r"\{([^{}]+)\}", path) or [path, *path.split(",")]]
+    names += [name.removesuffix("?") for name in names]
     return frozenset((*names, *(re.split(r"[.\[]", name)[0] for name in names)))
 
 
@@ -231,17 +232,23 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
 
 
 def _fill(row: Mapping[str, Any], template: str) -> str | None:
+    """A template with the row's values; None if one is missing. `{context?}` may be missing or blank, and then the
+    white space after it is left out too."""
     missing = False
 
     def piece(match: re.Match[str]) -> str:
         nonlocal missing
-        value = look_up(row, match.group(1).strip())
+        name, space = match.group(1).strip(), match.group(2)
+        optional = name.endswith("?") and name not in row
+        value = look_up(row, name.removesuffix("?") if optional else name)
+        if optional and (value is None or (isinstance(value, str) and not value.strip())):
+            return ""
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             missing = True
             return ""
-        return str(value)
+        return f"{value}{space}"
 
-    text = re.sub(r"\{([^{}]+)\}", piece, template)
+    text = re.sub(r"\{([^{}]+)\}(\s*)", piece, template)
     return None if missing else text
 
 
@@ -285,20 +292,33 @@ def as_answer(value: Any) -> object:
     return as_text(value, "answer")
 
 
-def as_rationales(value: Any) -> tuple[str, ...]:
+def _names_steps(path: str) -> bool:
+    """Whether a column has the steps of one rationale: `steps`, `reasoning_steps`, `solution.steps`."""
+    return plain_name(path.rpartition(".")[2]).endswith("steps")
+
+
+def as_rationales(value: Any, *, are_steps: bool = False) -> tuple[str, ...]:
     """The rationales in a text, a list of texts or a list printed as text, without thought tags. Blank and missing ones
-    are skipped."""
+    are skipped. With `are_steps`, a list of texts is one rationale, with a line for each, and a list of such lists
+    several."""
     if isinstance(value, str) and _PRINTED_LIST.fullmatch(value.strip()):
         value = printed_texts(value)
         if not value:
             raise RowError("type", "rationale looks like a printed list, but cannot be read as one")
     values = value if isinstance(value, list) else [value]
+    if are_steps and isinstance(value, list):
+        several = bool(value) and all(isinstance(item, list) for item in value)
+        values = [_joined_steps(steps) for steps in (value if several else [value])]
     present = [item for item in values if item is not None and not (isinstance(item, str) and _is_nothing(item))]
     texts = [as_text(item, "rationale") for item in present]
     whole = [rationale_of(text) if has_thought_tag(text) else text for text in texts]
     if None in whole:
         raise RowError("cut", "rationale is cut off: a thought has no closing tag")
     return tuple(text for text in whole if text)
+
+
+def _joined_steps(steps: list[Any]) -> str:
+    return "\n".join(as_text(step, "a step of the rationale") for step in steps if not is_blank(step))
 
 
 _PRINTED_LIST = re.compile(r"\[\s*['\"].*\]", re.DOTALL)

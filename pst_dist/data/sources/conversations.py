@@ -183,6 +183,14 @@ def with_passage(question: Any, row: Mapping[str, Any], read: Collection[str]) -
 
 def refuse_unread(row: Mapping[str, Any], read: Collection[str], question: object, remedy: str = ADD_COLUMN) -> None:
     """Raise RowError for a column that is not `read` although the question may depend on it."""
+    unread = unread_columns(row, read, question)
+    if unread:
+        what = f"column {unread[0]!r} would not be read, but the question may depend on it"
+        raise RowError("unread", f"{what}; {remedy}")
+
+
+def unread_columns(row: Mapping[str, Any], read: Collection[str], question: object) -> list[str]:
+    """The columns that are not `read` although the question may depend on them."""
     unread = [column for column in columns_named(row, _CONTEXT_COLUMNS) if column not in read]
     for column in columns_named(row, (*PASSAGE_COLUMNS, *_MAYBE_CONTEXT)):
         value = row[column]
@@ -195,9 +203,7 @@ def refuse_unread(row: Mapping[str, Any], read: Collection[str], question: objec
             unread = [name for name in unread if name != column]
         elif len(text.split()) > 2 and column not in unread:  # not a name such as "zero_shot"
             unread.append(column)
-    if unread:
-        what = f"column {unread[0]!r} would not be read, but the question may depend on it"
-        raise RowError("context", f"{what}; {remedy}")
+    return unread
 
 
 def columns_named(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.data.sample import Turns
-from pst_dist.data.sources.column_guess import guess_paths, no_column
+from pst_dist.data.sources.column_guess import guess_paths
+from pst_dist.data.sources.column_names import no_column
 from pst_dist.data.sources.columns import TURNS, Layout, as_text, asked_at, look_up
 from pst_dist.data.sources.conversations import Question as Asked
 from pst_dist.data.sources.conversations import read_question

@@ -215,7 +215,11 @@ def _head(stream: Readable, size: int) -> bytes:
 
 
 def _delimited(path: Path, stream: Readable, delimiter: str) -> Iterator[Entry]:
-    """Read CSV with a header. A row may span several lines; its line number is that of the first."""
+    """Read CSV with a header. A row may span several lines; its line number is that of the first.
+
+    Spreadsheets also write rows and columns that are empty: rows without a value are skipped, and columns at the end
+    that have neither name nor values.
+    """
     head = _head(stream, 4 * _SNIFFED)  # a character has at most four bytes
     refuse_utf16(path, head)
     head = head.removeprefix(codecs.BOM_UTF8)
@@ -227,15 +231,20 @@ def _delimited(path: Path, stream: Readable, delimiter: str) -> Iterator[Entry]:
     text = io.TextIOWrapper(buffered, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    last_line = 0
+    nameless = last_line = 0
     try:
         for cells in reader:
             line, last_line = last_line + 1, reader.line_num
             if not cells or (header is None and cells == ["sep=", ""]):
                 continue
             if header is None:
-                header = _header(path, line, cells)
+                nameless = _nameless_at_the_end(cells)
+                header = _header(path, line, cells[: len(cells) - nameless])
                 continue
+            if len(cells) > 1 and not any(map(str.strip, cells)):
+                continue
+            if nameless and len(cells) == len(header) + nameless and not any(map(str.strip, cells[-nameless:])):
+                cells = cells[:-nameless]
             if len(cells) != len(header):
                 what = f"{len(cells)} cells, but the header has {len(header)}"
                 yield Reject(str(path), line, "csv", what, excerpt(delimiter.join(cells)))
@@ -272,11 +281,22 @@ def _delimiter(text: str, usual: str) -> str:
     return usual if found[usual] > 1 else max(found, key=lambda delimiter: found[delimiter])
 
 
+def _nameless_at_the_end(cells: list[str]) -> int:
+    """The number of columns without a name at the end of a header; 0 for a single one, which is read like others."""
+    count = len(cells)
+    while count and not cells[count - 1].strip():
+        count -= 1
+    return len(cells) - count if 0 < count < len(cells) - 1 else 0
+
+
 def _header(path: Path, line: int, cells: list[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise DataError(f"the header has a duplicate column {twice[0]!r}", "rename one", path=path, line=line)
+        what = (
+            f"the header has a duplicate column {twice[0]!r}" if twice[0] else "two columns of the header have no name"
+        )
+        raise DataError(what, "rename one" if twice[0] else "name them", path=path, line=line)
     if any(map(_has_foreign_bytes, cells)):
         raise DataError(f"the header contains bytes that are not UTF-8{NOT_UTF8}", path=path, line=line)
     return header

@@ -135,14 +135,38 @@ def _sentence_end(line: str) -> int:
 
 
 def _working(text: str, last: Mark, answer: str) -> str:
-    """The text before the mark and its introduction. A box inside a sentence is replaced by its content."""
+    """The text before the mark and its introduction. A box inside a sentence or formula is replaced by its content."""
     if last.kind == "line":
         return text[: last.start]
     before, introduced = _without_introduction(text[: last.start])
     line = text[text.rfind("\n", 0, last.start) + 1 : last.start]
     if last.kind == "box" and not introduced and before and line.strip(" \t$*_\\([{:"):
-        return f"{before} {answer}"
+        working = f"{before} {answer}"
+        assert last.end is not None
+        return working + _closing_math(working, text[last.end :].removeprefix("}"))
     return before
+
+
+_CLOSES = re.compile(r"[\s.,;]{0,8}(\\\]|\\\)|\$\$|\$|\\end\{([A-Za-z]{1,16}\*?)\})")
+
+
+def _closing_math(working: str, after: str) -> str:
+    """What closes the formulas that are open at the end of a working, where it follows at once."""
+    closed = ""
+    for _ in range(4):
+        found = _CLOSES.match(after, len(closed))
+        if found is None:
+            break
+        text, mark = working + closed, found.group(1)
+        if mark.startswith("$"):
+            is_open = text.replace("\\$", "").count(mark) % 2 == 1
+        else:
+            opening = f"\\begin{{{found.group(2)}}}" if found.group(2) else {"\\]": "\\[", "\\)": "\\("}[mark]
+            is_open = text.count(opening) > text.count(mark)
+        if not is_open:
+            break
+        closed += found.group()
+    return closed
 
 
 def _without_introduction(text: str) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from pst_dist.config.overrides import parse_override
 from pst_dist.data.sources.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
 from pst_dist.data.sources.columns import field_map, look_up
 from pst_dist.data.sources.replies import split_reply
@@ -220,6 +221,29 @@ def test_solutions_that_box_their_answer_need_no_column_for_it():
     assert (found.question, found.rationales, found.answer) == ("2+2?", ("I add. 4",), "4")
 
 
+Q = {"question": "2+2?", "answer": "4"}
+STEPS = ["Add 2 and 2.", "That is 4."]
+
+
+@pytest.mark.parametrize(
+    ("row", "rationales"),
+    [
+        ({"steps": STEPS}, ("Add 2 and 2.\nThat is 4.",)),
+        ({"reasoning_steps": ["Add 2 and 2.", "", None, "That is 4."]}, ("Add 2 and 2.\nThat is 4.",)),
+        ({"Reasoning Steps": str(STEPS)}, ("Add 2 and 2.\nThat is 4.",)),  # a list in a cell of a table
+        ({"steps": [STEPS, ["Count."]]}, ("Add 2 and 2.\nThat is 4.", "Count.")),
+        ({"steps": "Add 2 and 2."}, ("Add 2 and 2.",)),
+        ({"steps": []}, ()),
+        ({"explanation": STEPS}, ("Add 2 and 2.", "That is 4.")),  # several rationales
+    ],
+)
+def test_a_list_of_steps_is_one_rationale(row, rationales):
+    columns = guess_columns([Q | row, Q | {name: ["x"] for name in row}], "f")
+    assert columns.fields(Q | row).rationales == rationales
+    with pytest.raises(RowError, match="a step of the rationale is an object"):
+        guess_columns([{**Q, "steps": ["x"]}], "f").fields({**Q, "steps": [{"text": "x"}]})
+
+
 @pytest.mark.parametrize("cell", ["['I add.', \"It's 4.\"]", '["I add.", "It\'s 4."]', "['I add.'\n \"It's 4.\"]"])
 def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
     row = {"question": "2+2?", "answer": "4", "rationales": cell}
@@ -367,3 +391,60 @@ def test_several_ready_made_maps_are_tried_in_turn():
     assert choose_columns("aqua, gsm8k", [LAYOUT_ROWS["gsm8k"]], "f").name == "gsm8k"
     with pytest.raises(ConfigError, match="did you mean 'alpaca'"):
         choose_columns("alpacca", [LAYOUT_ROWS["gsm8k"]], "f")
+
+
+CONTEXT = {"id": "s1", "context": "Normandy is in France.", "question": "Where?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        (
+            {**CONTEXT, "answers": {"text": ["France"], "answer_start": [15]}},
+            'data.columns={question: "{context}\\n\\n{question}", answer: "answers.text[0]", id: id}',
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "2+2?"}], "reward_model": {"style": "rule", "ground_truth": "4"}},
+            "data.columns={question: prompt, answer: reward_model.ground_truth}",
+        ),
+        (
+            {"fields": {"instruction": "2+2?"}, "suggestions": {}, "responses": {"answer": [{"value": "4"}]}},
+            'data.columns={question: fields.instruction, answer: "responses.answer[0].value"}',
+        ),
+        ({"problem": "2+2?", "my_answer": "4"}, "data.columns={question: problem, answer: my_answer}"),
+        ({"title": "2+2?", "response": {"code": 200}}, "data.columns={question: COLUMN, answer: COLUMN}"),
+    ],
+)
+def test_the_remedy_for_a_missing_column_is_a_whole_map_that_reads_the_row(row, remedy):
+    with pytest.raises(DataError) as caught:
+        guess_columns([row], "f")
+    assert f"set '{remedy}'" in str(caught.value)
+    if "COLUMN" not in remedy:
+        (_, setting) = parse_override(remedy)
+        found = choose_columns(setting, [row], "f").fields(row)
+        assert found.question.endswith(("2+2?", "Where?")) and found.answer in ("4", "France")
+
+
+def test_a_number_in_the_place_of_a_question_has_no_part_to_select():
+    with pytest.raises(DataError, match=r"it contains a number; set data.columns.question to another column"):
+        guess_columns([{"question": 3, "answer": "4"}], "f")
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"label": 1, "label_text": "positive"}, "positive"),
+        ({"target": 15, "target_text": "son"}, "son"),
+        ({"label": "1", "label_text": "positive"}, "1"),
+        ({"label": 1, "label_text": None}, 1),
+        ({"answer": 12, "answer_text": "a dozen"}, 12),
+    ],
+)
+def test_the_name_of_a_class_is_the_answer_and_not_its_number(row, answer):
+    row = {"question": "q", **row}
+    assert guess_columns([row], "f").fields(row).answer == answer
+
+
+def test_the_number_of_a_class_chooses_an_option():
+    row = {"question": "q", "choices": ["a b", "c d"], "label": 1, "label_text": "c d"}
+    assert guess_columns([row], "f").fields(row).answer == 1

@@ -9,6 +9,7 @@ import pytest
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import survey
 from pst_dist.data.sources.column_guess import as_yaml, guess_columns
+from pst_dist.data.sources.columns import field_map
 from pst_dist.data.sources.rows import RowError
 
 USER = {"role": "user", "content": "And twice that?"}
@@ -128,7 +129,7 @@ def test_what_a_question_depends_on_is_read_in_every_layout(row, question):
 @pytest.mark.parametrize(
     ("row", "column"),
     [
-        ({"System Prompt": "You are a pirate.", "question": "Who?", "answer": "me"}, "System Prompt"),
+        ({"Hint": "Look at the map.", "question": "Who?", "answer": "me"}, "Hint"),
         ({"text": "It rains in Spain.", "question": "Where?", "answer": "there"}, "text"),
         ({"premise": "A man is asleep.", "question": "Is he up?", "answer": "no"}, "premise"),
         ({"Context": ["It rains."], "question": "Where?", "response": "The answer is here."}, "Context"),
@@ -146,7 +147,8 @@ def test_guessed_columns_put_a_passage_before_the_question_and_never_leave_one_o
     assert columns.fields(rows[0]).question == "There are 3.\n\nHow many?"
     assert as_yaml(columns).splitlines()[1] == '  question: "{context}\\n\\n{question}"'
     some = [*rows, {"question": "Who?", "answer": "me", "rationale": "r"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    late = [*some[2:] * 50, *rows]  # a column that the rows which are looked at do not have
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in late))
     data = {"root": str(tmp_path), "train": "rows.jsonl", "validation_size": 0}
     loaded = survey(Config.model_validate({"data": data}))
     assert [sample.question for sample in loaded.splits["train"]] == ["Who?"]
@@ -154,6 +156,28 @@ def test_guessed_columns_put_a_passage_before_the_question_and_never_leave_one_o
     named = {"question": "question", "answer": "answer", "rationale": "rationale"}
     loaded = survey(Config.model_validate({"data": {**data, "columns": named, "duplicates": "keep"}}))
     assert not loaded.rejects  # columns named by the user are taken as seen
+
+
+@pytest.mark.parametrize("blank", [{}, {"context": None}, {"context": ""}, {"context": " \n"}])
+def test_a_passage_that_only_some_rows_have_is_read_where_it_is(blank):
+    rows = [
+        {"instruction": "How many?", "context": "There are 3.", "response": "3", "system": "You count."},
+        {"instruction": "Who?", "response": "me", "system": "You count.", **blank},
+    ]
+    columns = guess_columns(rows, "f")
+    assert [columns.fields(row).question for row in rows] == [
+        "There are 3.\n\nYou count.\n\nHow many?",
+        "You count.\n\nWho?",
+    ]
+
+
+def test_only_a_place_with_a_question_mark_may_be_blank():
+    columns = field_map({"question": "{passage?}\n\n{which?} {query}", "answer": "a"})
+    assert columns.fields({"query": "Who?", "a": "me", "which?": "x"}).question == "x Who?"
+    with pytest.raises(RowError, match="question is missing"):
+        columns.fields({"passage": "It rains.", "a": "me"})
+    with pytest.raises(RowError, match="question is missing"):
+        columns.fields({"passage": ["It rains."], "query": "Who?", "a": "me"})
 
 
 ASKED = [{"role": "system", "content": "You count."}, *EARLIER, USER]

@@ -131,9 +131,25 @@ def test_csv_rows_are_named_by_their_first_line_and_ragged_ones_refused(tmp_path
     assert [reject.code for reject in _rejects(entries)] == ["csv", "encoding"]
 
 
+def test_empty_rows_and_columns_of_a_spreadsheet_are_left_out_but_no_value_is(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer,,\nq,a,,\n,,,\nr,b,c,\ns,t\n , ,,\n")
+    entries = read_file(path).entries
+    assert _rows(entries) == [{"question": "q", "answer": "a"}, {"question": "s", "answer": "t"}]
+    (reject,) = _rejects(entries)
+    assert (reject.line, reject.what) == (4, "4 cells, but the header has 2")
+    path.write_text(",question\n,q\n,\n")  # pandas writes its index without a name
+    assert _rows(read_file(path).entries) == [{"": "", "question": "q"}]
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("a,a\n1,2\n", "the header has a duplicate column 'a'"), ('a,b\n"1,2\n', "not CSV"), ("a,b\n", "no rows")],
+    [
+        ("a,a\n1,2\n", "the header has a duplicate column 'a'"),
+        (",a,,b\n1,2,3,4\n", "have no name"),
+        ('a,b\n"1,2\n', "not CSV"),
+        ("a,b\n", "no rows"),
+    ],
 )
 def test_a_csv_without_a_sound_header_or_rows_is_refused(tmp_path, text, what):
     path = tmp_path / "rows.csv"

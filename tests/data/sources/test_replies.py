@@ -22,7 +22,11 @@ from pst_dist.errors import DataError
         ("It is \\boxed{3}. No.\nThe answer is 4.", "It is \\boxed{3}. No.", "4"),
         ("The answer is 18.\n#### 18", "The answer is 18.", "18"),
         # boxes
-        ("So $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "So $x = \\frac{1}{\\sqrt{2}}", "\\frac{1}{\\sqrt{2}}"),
+        ("So $x = \\boxed{\\frac{1}{\\sqrt{2}}}$.", "So $x = \\frac{1}{\\sqrt{2}}$", "\\frac{1}{\\sqrt{2}}"),
+        ("So\n\\[\nx = \\boxed{3}.\n\\]\nHence.", "So\n\\[\nx = 3.\n\\]", "3"),
+        ("So \\( 1 + 2 = \\boxed{3} \\) apples.", "So \\( 1 + 2 = 3 \\)", "3"),
+        ("$$\\begin{align*} x &= \\boxed{3} \\end{align*}$$", "$$\\begin{align*} x &= 3 \\end{align*}$$", "3"),
+        ("At \\$5 it is \\boxed{3}$.", "At \\$5 it is 3", "3"),
         ("Add.\n\n\\[\n\\boxed{\\text{B}}\n\\]", "Add.", "B"),
         ("Add.\n\n**Final Answer**\n\n$$\\boxed{7}$$", "Add.", "7"),
         ("The set is $\\boxed{\\{1, 2\\}}$", "The set is \\{1, 2\\}", "\\{1, 2\\}"),

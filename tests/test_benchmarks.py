@@ -302,7 +302,9 @@ def test_the_embedding_benchmark_compares_equal_vectors_on_equal_texts(tmp_path)
     for found in (results["distinct"]["results"], results["repeats"]["results"]):
         assert found["torch, float32"]["cosine_mean_min"] == pytest.approx([1, 1], abs=1e-5)
         assert 0.999 < found["torch, bfloat16"]["cosine_mean_min"][1] < 0.99999
-        assert ("openvino, int8" in found) == ("left out" not in printed)
+        assert ("openvino, int8" in found) is (importlib.util.find_spec("openvino") is not None)
+        # Some processors have no bfloat16 for OpenVINO.
+        assert ("openvino, bfloat16" in found) == ("left out" not in printed)
 
 
 def test_the_sharding_benchmark_writes_the_same_samples(tmp_path):

@@ -69,7 +69,7 @@ def _storm(disk: Path, folder: Path, seconds: float, note: str = "") -> Result:
             trouble += damaged(run_folder, stale=False) + observer.look(run_folder) if run_folder.exists() else []
             if ended.code == 0:
                 done["end"] += 1
-                trouble += differing(wanted, content(run_folder))
+                trouble += differing(_without_earlier(wanted), _without_earlier(content(run_folder)))
                 trouble += [f"left {name}" for name in leftovers(run_folder)]
                 shutil.rmtree(run_folder)
             result.trial(*(f"{harm}, the {result.trials + 1}th: {line}" for line in trouble))
@@ -82,6 +82,14 @@ def _storm(disk: Path, folder: Path, seconds: float, note: str = "") -> Result:
     result.note = f"{note}{seconds / 60:.0f} minutes: {counted}; {observer.seen:,} looks; "
     result.note += f"the driver grew by {growth / 2**20:.1f} MiB, the largest child had {highest:.0f} MiB"
     return result
+
+
+def _without_earlier(found: dict[str, str]) -> dict[str, str]:
+    """The files of a run without its checkpoints before the last: a request to stop may have saved at any step, and
+    that checkpoint is kept in the place of another."""
+    steps = [int(name.split("/")[1].rpartition("-")[2]) for name in found if name.startswith("checkpoints/checkpoint-")]
+    last = f"checkpoints/checkpoint-{max(steps, default=0)}/"
+    return {name: digest for name, digest in found.items() if name.startswith(last) or "checkpoints/" not in name}
 
 
 def _under(harm: str, whole: Callable[[], int], disk: Path, chance: random.Random, calm: float) -> Ended:

@@ -19,7 +19,13 @@ from pst_dist.storage.json_files import json_text
 from pst_dist.storage.outputs import IsOurs, check_output, is_experiment_page, is_picture, write_output
 
 RESOLVED_EXPERIMENT = "experiment.resolved.yaml"
-_PAGE_FILES = ("accuracy.png", "sweep.png", "cost.png", "curves.png", "results.json", "results.csv", OUTCOMES)
+_PICTURES = {
+    "accuracy.png": accuracy_picture,
+    "sweep.png": sweep_picture,
+    "cost.png": cost_picture,
+    "curves.png": curve_picture,
+}
+_PAGE_FILES = (*_PICTURES, "results.json", "results.csv", OUTCOMES)
 
 
 def write_results(results: Results, command: Sequence[str], folders: Iterable[Path]) -> Path:
@@ -30,12 +36,7 @@ def write_results(results: Results, command: Sequence[str], folders: Iterable[Pa
     pages = []
     for folder in folders:
         anything = check_page_folder(folder)
-        pictures: dict[str, bytes | None] = {
-            "accuracy.png": accuracy_picture(results),
-            "sweep.png": sweep_picture(results),
-            "cost.png": cost_picture(results),
-            "curves.png": curve_picture(results),
-        }
+        pictures = {name: draw(results) for name, draw in _PICTURES.items()}
         # The page is first, since it marks the other files as ours, should this process be killed here.
         page = page_of(results, command, [name for name, png in pictures.items() if png])
         write_output(folder / "README.md", page, is_experiment_page)

@@ -108,23 +108,15 @@ class Experiment(Section):
         if unknown:
             raise ValueError(f"pairs: there is no variant {unknown[0]!r}")
         for task, keys in self.tasks.items():
-            self._check_restriction(f"tasks.{task}.variants", keys.get("variants"), [*self.variants])
+            for key, kind, words in (("variants", str, "labels of variants"), ("seeds", int, "whole numbers")):
+                wanted = keys.get(key)
+                if wanted is not None and not _is_list_of(wanted, kind):
+                    raise ValueError(f"tasks.{task}.{key} is not a list of {words}")
             # Seeds are not compared with the experiment's: `seeds=[0]` may leave out those that a task names.
-            self._check_restriction(f"tasks.{task}.seeds", keys.get("seeds"), None)
+            unknown = [name for name in keys.get("variants") or () if name not in self.variants]
+            if unknown:
+                raise ValueError(f"tasks.{task}.variants: there is no variant {unknown[0]!r}")
         return self
-
-    @staticmethod
-    def _check_restriction(where: str, wanted: Any, known: list[str] | None) -> None:
-        """Raises ValueError for a restriction of a task that is not a list of known labels, or of whole numbers."""
-        if wanted is None:
-            return
-        kind = str if known is not None else int
-        if not isinstance(wanted, list) or not wanted or any(type(one) is not kind for one in wanted):
-            words = "labels of variants" if known is not None else "whole numbers"
-            raise ValueError(f"{where} is not a list of {words}")
-        missing = [one for one in wanted if known is not None and one not in known]
-        if missing:
-            raise ValueError(f"{where}: there is no variant {missing[0]!r}")
 
     def includes(self, task: str, variant: str, seed: int) -> bool:
         """Whether a task is run with this variant and seed."""
@@ -141,6 +133,11 @@ class Experiment(Section):
     def points(self) -> list[Point]:
         """Every combination of the varied values; a single empty one when nothing varies."""
         return [tuple(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    """Whether a value is a list, not empty, of exactly this type: True is no whole number."""
+    return isinstance(value, list) and bool(value) and all(type(one) is kind for one in value)
 
 
 Point = tuple[tuple[str, Any], ...]
@@ -229,7 +226,8 @@ def runs_of(experiment: Experiment) -> list[Run]:
             continue
         config = _config(experiment, task, base, variant, keys, point, seed)
         # Tasks with the same rows share the data of the first of them: embedding may take longer than training.
-        data = rows.setdefault(_rows_of(config), f"{_slug(task)}-{_rows_of(config)[:8]}")
+        digest = _rows_of(config)
+        data = rows.setdefault(digest, f"{_slug(task)}-{digest[:8]}")
         config = config.model_copy(update={"data_dir": str(experiment.path / "data" / data)})
         runs.append(Run(task, variant, point, seed, config, tuple(trained.setdefault(_training_of(config), []))))
         trained[_training_of(config)].append(config.output_dir)

@@ -7,6 +7,7 @@ This module lists the verbs and turns their errors into one line and an exit cod
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from pst_dist.cli.models import models
 from pst_dist.cli.probe import probe
 from pst_dist.cli.submit import submit
 from pst_dist.cli.teach import teach
-from pst_dist.cli.verb import Parser, Verb
+from pst_dist.cli.verb import COMMON_OPTIONS, Parser, Verb
 from pst_dist.cli.watch import watch
 from pst_dist.cli.words import gather_overrides
 from pst_dist.errors import ConfigError, PstError
@@ -101,9 +102,15 @@ def _set_up_logging(arguments: argparse.Namespace) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def _common_options_last(words: Sequence[str]) -> list[str]:
+    """`words` with the options that every verb has moved behind the verb: `pst -q check x` is `pst check x -q`."""
+    common = list(itertools.takewhile(lambda word: word in COMMON_OPTIONS, words))
+    return [*words[len(common) :], *common] if len(common) < len(words) else list(words)
+
+
 def run_verb(words: Sequence[str]) -> int:
     """Run one command line and return its exit code; a user's error becomes one line on standard error."""
-    arguments, unknown = command_parser().parse_known_args(words)
+    arguments, unknown = command_parser().parse_known_args(_common_options_last(words))
     _set_up_logging(arguments)
     try:
         if hasattr(arguments, "words"):  # argparse takes them only before the first option

@@ -26,6 +26,8 @@ MAYBE_CONFIG = Option("config", nargs="?", help="config file, run directory, or 
 REBUILD = Option("--rebuild", action="store_true", help="replace outputs that were made from other inputs")
 _VERBOSE = Option("-v", "--verbose", action="store_true", help="print more")
 _QUIET = Option("-q", "--quiet", action="store_true", help="print only problems")
+COMMON_OPTIONS = (*_VERBOSE.names, *_QUIET.names)
+"""The options that every verb has."""
 
 
 def overrides(

@@ -65,6 +65,15 @@ def test_overrides_and_overlays_may_stand_anywhere_among_the_options(monkeypatch
     assert sorted(arguments.overrides) == ["+warm", "arm=prefix", "seed=7"]
 
 
+@pytest.mark.parametrize("first", [["-q"], ["-v", "--quiet"], ["--verbose", "-q"]])
+def test_options_of_every_verb_may_precede_the_verb(monkeypatch, first):
+    seen = []
+    monkeypatch.setattr(verbs.shard, "function", lambda arguments: seen.append(arguments) or 0)
+    assert run_verb([*first, "shard", "demo", "seed=7"]) == 0
+    assert (seen[-1].quiet, seen[-1].verbose, seen[-1].config) == (True, len(first) == 2, "demo")
+    assert seen[-1].overrides == ["seed=7"]
+
+
 def test_one_run_of_several_arms_is_compared_by_its_name_alone(tmp_path, capsys):
     from pst_dist.config.loading import dump_config
     from pst_dist.storage.atomic import write_text

@@ -411,6 +411,16 @@ def test_runs_with_other_settings_or_rows_are_not_put_beside_ours(shared, tmp_pa
     assert done.returncode == 3 and "answer_only / seed 1 was run on different rows" in done.stderr
 
 
+def test_outcomes_of_rows_in_another_folder_are_the_same_runs(shared, tmp_path):
+    given, other = shared
+    lines = [json.loads(line) for line in (given / "outcomes.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["config"]["data"]["root"] = "/data/of/another/machine"
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results, _ = run_experiment(load_experiment(str(other)), ["pst"], beside=[tmp_path], only_collect=True)
+    assert results.elsewhere == 6 and not results.missing
+
+
 def assert_alike(one, other) -> None:
     """Equal but for what another processor's rounding does to resampled ends of intervals."""
     if isinstance(one, dict):

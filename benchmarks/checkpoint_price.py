@@ -31,9 +31,9 @@ from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import bytes_below, write_json
-from pst_dist.training.saver import Saver
-from pst_dist.training.single_engine import SingleProcessEngine
-from pst_dist.training.state import RunState
+from pst_dist.training.checkpoints.saver import Saver
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 
 _SETTING = SETTINGS["rationale_token"]
 CONTENDERS = ("step", "torch_save", "transaction", "background")

@@ -12,9 +12,9 @@ from torch import Tensor
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.logs import quiet_libraries
-from pst_dist.training.batches import PSTBatch
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.module import Student
-from pst_dist.training.single_engine import SingleProcessEngine
 
 
 def sized(doc: str | None, *, rows: int) -> argparse.Namespace:

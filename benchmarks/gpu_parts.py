@@ -28,8 +28,8 @@ from pst_dist.kernels.dispatch import backend_for
 from pst_dist.kernels.head import combined_head
 from pst_dist.kernels.ops import row_distance, span_mean
 from pst_dist.kernels.spans import Spans
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.module import Student
-from pst_dist.training.single_engine import SingleProcessEngine
 
 NONE = Goal(0)
 

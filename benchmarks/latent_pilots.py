@@ -38,8 +38,8 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources.generators import generate
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
-from pst_dist.student.prompt import FILLER
 from pst_dist.student.pretrained import build_model
+from pst_dist.student.prompt import FILLER
 from pst_dist.student.tokenizer import build_tokenizer
 
 # Shapes in this file: B rows, T tokens, D width, L layers
@@ -253,9 +253,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write JSON")
     args = parser.parse_args()
-    unknown = [variant for variant in args.variants if variant not in VARIANTS]
-    if unknown or args.rows < BATCH or args.steps < 1:
-        parser.error(f"unknown variant {unknown[0]}" if unknown else f"--rows is at least {BATCH}, --steps at least 1")
+    for unknown in (variant for variant in args.variants if variant not in VARIANTS):
+        parser.error(f"unknown variant {unknown}: choose from {', '.join(VARIANTS)}")
+    if args.rows < BATCH or args.steps < 1 or args.dots < 1:
+        parser.error(f"--rows must be at least {BATCH}, --steps and --dots at least 1")
     quiet_libraries()
     torch.set_num_threads(args.threads)
     config = load_config("demo", ["arms=[]", "arm=post_thinking", "task=arithmetic", "student.fresh.vocab_size=600"])

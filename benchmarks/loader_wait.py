@@ -41,8 +41,8 @@ from pst_dist.config.schema import Config
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
 from pst_dist.training import parts
-from pst_dist.training.ahead import StepsAhead
-from pst_dist.training.batches import PSTBatch
+from pst_dist.training.batching.ahead import StepsAhead
+from pst_dist.training.batching.batches import PSTBatch
 from pst_dist.training.trainer import train
 
 THREAD, NO_THREAD, CONTROL = WAYS = ("thread", "no thread", "in advance")

@@ -49,8 +49,8 @@ from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.module import Student
-from pst_dist.training.single_engine import SingleProcessEngine
 
 
 def check_equal(losses: dict[str, Callable[[], Tensor]], parameters: list[nn.Parameter]) -> dict[str, float]:

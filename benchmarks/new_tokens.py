@@ -31,11 +31,11 @@ from pst_dist.logs import quiet_libraries
 from pst_dist.student.layout import layout_for
 from pst_dist.student.new_tokens import token_start
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
+from pst_dist.training.batching.order import OrderPlan
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import build_student
-from pst_dist.training.order import OrderPlan
-from pst_dist.training.single_engine import SingleProcessEngine
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from pst_dist.arms import ARMS, Segment
 from pst_dist.config.schema import LossConfig
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.layout import Sequence, forward_passes
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
 from pst_dist.training.loss import TermWeights
 
 _APART, _TOGETHER = "apart", "together"

@@ -115,9 +115,9 @@ def _negatives(folder: Path, count: int) -> float:
     from pst_dist.embedding.targets import open_teacher
     from pst_dist.student.layout import layout_for
     from pst_dist.student.tokenizer import build_tokenizer
-    from pst_dist.training.batches import Collator
-    from pst_dist.training.order import OrderPlan
-    from pst_dist.training.step_batches import step_batches
+    from pst_dist.training.batching.batches import Collator
+    from pst_dist.training.batching.order import OrderPlan
+    from pst_dist.training.batching.step_batches import step_batches
 
     spent: dict[int, list[float]] = {0: [], count: []}
     config = config_of(folder, loss={"alignment": "info_nce"})

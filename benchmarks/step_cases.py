@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pst_dist.arms import Segment
 from pst_dist.config.schema import Config
 from pst_dist.student.layout import Sequence
-from pst_dist.training.batches import Collator, PSTBatch
+from pst_dist.training.batching.batches import Collator, PSTBatch
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student
 

@@ -35,14 +35,14 @@ from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator, PSTBatch
+from pst_dist.training.batching.batches import Collator, PSTBatch
+from pst_dist.training.batching.order import OrderPlan
+from pst_dist.training.batching.passes import ByLength
+from pst_dist.training.batching.step_batches import step_batches
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student
-from pst_dist.training.order import OrderPlan
-from pst_dist.training.passes import ByLength
 from pst_dist.training.result import global_batch_size
-from pst_dist.training.single_engine import SingleProcessEngine
-from pst_dist.training.step_batches import step_batches
 
 OURS, DRAWN, TRAINER, TRL, TRL_DEFAULTS = "pst_dist", "drawn", "trainer", "trl", "trl_defaults"
 _RATE = 1e-12

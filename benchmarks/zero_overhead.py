@@ -36,9 +36,9 @@ from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks, all_sum, barrier, leave, process_group
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
-from pst_dist.training.deepspeed_config import find_deepspeed_json
-from pst_dist.training.deepspeed_engine import DeepSpeedEngine
-from pst_dist.training.optimizer import parameter_groups
+from pst_dist.training.engines.deepspeed_config import find_deepspeed_json
+from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine
+from pst_dist.training.engines.optimizer import parameter_groups
 
 DDP = "ddp"
 BY_MODULE = "zero3_modules"

@@ -80,7 +80,9 @@ class Progress:
     def line(self, *, final: bool = False) -> str:
         """`embed 1,200/3,000 texts  412.0 texts/s  4 s left`; the final line gives the total time instead."""
         of = f"/{self.total:,}" if self.total is not None else ""
-        parts = [f"{self.name} {self.done:,}{of} {self.unit}", f"{self.rate:,.1f} {self.unit}/s"]
+        rate = self.rate
+        speed = f"{rate:,.1f}" if rate >= 1 or rate == 0 else f"{rate:.2g}"  # a slow step is not 0.0 steps/s
+        parts = [f"{self.name} {self.done:,}{of} {self.unit}", f"{speed} {self.unit}/s"]
         left = self.seconds_left
         if final:
             parts.append(f"in {duration(self._clock() - self._start)}")

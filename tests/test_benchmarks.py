@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from evaluated import make_run  # noqa: E402
 from ledger import Found, Goal, Ledger, Stopwatch  # noqa: E402
 from measuring import compared, in_a_process_of_its_own, paired_rounds  # noqa: E402
 
-from pst_dist.config.loading import dump_config  # noqa: E402
+from pst_dist.config.loading import dump_config, load_config  # noqa: E402
 from pst_dist.config.locate import RESOLVED  # noqa: E402
 from pst_dist.evaluation.evaluate import evaluate  # noqa: E402
 
@@ -362,3 +363,37 @@ def test_what_lora_saves_is_measured_on_the_same_rows(tmp_path):
     assert (full["kind"], lora["kind"]) == ("full", "lora") and "| lora | 1 |" in printed
     assert lora["losses"][0] == pytest.approx(full["losses"][0], abs=1e-3), "adapters begin with no effect"
     assert lora["checkpoint_MB"] > 0 and lora["cpu_seconds_a_step"] > 0
+
+
+def test_pilots_see_equal_rows_and_removal_ends_without_a_rationale(tmp_path):
+    from latent_pilots import Pilot, Rows
+
+    output = tmp_path / "result.json"
+    printed = run("latent_pilots.py", "--rows", 64, "--steps", 2, "--operations", 2, "--output", output)
+    runs = {one["variant"]: one for one in json.loads(output.read_text())["runs"]}
+    assert list(runs) == ["post", "dots", "joint", "self_distilled", "internalised"]
+    assert all([point["step"] for point in one["curve"]] == [1, 2] for one in runs.values())
+    assert runs["joint"]["tokens"] == runs["self_distilled"]["tokens"] > 1.5 * runs["dots"]["tokens"]
+    assert runs["joint"]["curve"] != runs["self_distilled"]["curve"] and "accuracy %" in printed
+
+    config = load_config("demo", ["arms=[]", "arm=post_thinking", "task=arithmetic", "student.fresh.vocab_size=600"])
+    rows = Rows(config, 2, 64)
+    assert runs["dots"]["tokens"] == runs["post"]["tokens"] + 64 * 3 * len(rows.dot)
+    args = SimpleNamespace(dots=3, seed=0, steps=100, threads=1)
+    pilot = Pilot("internalised", args, rows, config)
+    assert [pilot._skipped(step) for step in (1, 29)] == [0, 0]
+    row = rows.train[0]
+    assert sum(map(len, row.steps)) <= pilot.whole and pilot._skipped(90) >= pilot.whole
+    assert rows.thinking(row, skipped=pilot.whole) == (row.prompt, [], row.answer, [])
+    assert rows.tokenizer.decode(rows.thinking(row)[1]).count("=") == 2
+    assert rows.tokenizer.decode(rows.thinking(row, all_steps=False)[1]).count("=") == 1
+
+
+def test_a_pilots_labels_are_the_answer_and_the_rationale_and_its_state_precedes_the_answer():
+    from latent_pilots import IGNORED, batch_of
+
+    batch = batch_of([([1, 2], [3], [4, 5], [6]), ([1], [], [7], [])], pad=0)
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 6], [1, 7, 0, 0, 0, 0]]
+    assert batch.answers.tolist() == [[IGNORED] * 3 + [4, 5, IGNORED], [IGNORED, 7, *[IGNORED] * 4]]
+    assert batch.rationales.tolist() == [[IGNORED, IGNORED, 3, IGNORED, IGNORED, 6], [IGNORED] * 6]
+    assert batch.before_answer.tolist() == [2, 0] and batch.mask.sum().item() == 8

@@ -32,6 +32,14 @@ def test_a_line_says_count_speed_and_time_left():
     assert bar.line(final=True) == "embed 3,000/3,000 texts  750.0 texts/s  in 4.0 s  loss 1.83"
 
 
+def test_the_speed_of_slow_units_is_not_rounded_to_zero():
+    clock = Clock()
+    bar = Progress("train encoder", 18, "steps", clock=clock)
+    clock.now += 120
+    bar.advance(4)
+    assert bar.line() == "train encoder 4/18 steps  0.033 steps/s  7 min 00 s left"
+
+
 @pytest.mark.parametrize(("left", "said"), [(42, "42 s left"), (185, "3 min 05 s left"), (7620, "2 h 07 min left")])
 def test_long_times_are_said_in_minutes_and_hours(left, said):
     clock = Clock()

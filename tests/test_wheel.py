@@ -85,7 +85,7 @@ def test_the_demo_runs_from_the_installed_wheel(wheel: Path, tmp_path: Path) -> 
     assert read_json(run)["steps"] == 4 and (run.parent / "export" / "config.json").is_file()
     # Files that a wheel carries beside the code: a DeepSpeed JSON, and the script of a Slurm job.
     shown = ran(
-        python, "-c", "from pst_dist.training.deepspeed_config import deepspeed_settings as s; "
+        python, "-c", "from pst_dist.training.engines.deepspeed_config import deepspeed_settings as s; "
         "from pst_dist.config.schema import TrainConfig as T; print(s(T(deepspeed='zero2'), 1)['zero_optimization'])",
         folder=tmp_path, environment=environment,
     )  # fmt: skip

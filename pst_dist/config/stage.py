@@ -1,7 +1,7 @@
 """What a run is doing now: `stage.json` in its directory, for `pst watch` and for people.
 
 `config.run_dir.recorded` opens it, each stage of the pipeline names itself, and the end leaves the exit code. The
-training's own progress is in `live.json` (`training.live`).
+training's own progress is in `live.json` (`training.reporting.live`).
 """
 
 from __future__ import annotations

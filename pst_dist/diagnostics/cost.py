@@ -24,10 +24,10 @@ from pst_dist.models.load import load_model_config
 from pst_dist.models.locate import is_gguf, locate_model
 from pst_dist.storage.foreign_json import foreign_object, whole_number
 from pst_dist.student.layout import forward_passes
-from pst_dist.training.memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
-from pst_dist.training.model_size import ModelShape, adapter_parameters, shape_of
-from pst_dist.training.optimizer_memory import optimizer_bytes
-from pst_dist.training.pass_limit import PassLimit, cuts_by_memory, pass_limit
+from pst_dist.training.memory.model_size import ModelShape, adapter_parameters, shape_of
+from pst_dist.training.memory.optimizer_memory import optimizer_bytes
+from pst_dist.training.memory.pass_limit import PassLimit, cuts_by_memory, pass_limit
+from pst_dist.training.memory.training_memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
 
 
 class Machines(Section):

@@ -128,7 +128,7 @@ def _lengths(config: Config, samples: Sequence[ReasoningSample]) -> Iterator[Fin
 
 def _rate(config: Config) -> Iterator[Finding]:
     """Whether the learning rate fits a pretrained student."""
-    from pst_dist.training.optimizer import high_rate
+    from pst_dist.training.engines.optimizer import high_rate
 
     if high := high_rate(config):
         yield warning("rate", high, f"train.learning_rate={config.student.learning_rate:g}")

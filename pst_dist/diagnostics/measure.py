@@ -130,7 +130,7 @@ def measure(config: Config, machines: Machines, *, seconds: float | None = None)
     if not len(samples):
         raise InputError("there are no training rows to measure with", "set data.train")
     log.info("measuring passes of the student for about %.0f s", seconds)
-    from pst_dist.training.pass_size import memory_errors
+    from pst_dist.training.memory.pass_size import memory_errors
 
     with memory_errors(config):
         return _Measurement(config, machines, samples, validation_rows).run(seconds)
@@ -147,9 +147,9 @@ class _Measurement:
         from pst_dist.distributed.ranks import Ranks
         from pst_dist.student.layout import layout_for
         from pst_dist.student.tokenizer import build_tokenizer
-        from pst_dist.training.batches import Collator
+        from pst_dist.training.batching.batches import Collator
         from pst_dist.training.begun import settled
-        from pst_dist.training.engine_choice import build_engine
+        from pst_dist.training.engines.engine_choice import build_engine
         from pst_dist.training.loss import TermWeights
         from pst_dist.training.module import build_student
         from pst_dist.training.precision import check_fp16, suits_bf16, with_precision
@@ -178,9 +178,9 @@ class _Measurement:
     def run(self, seconds: float) -> Measured:
         import torch
 
-        from pst_dist.training.order import OrderPlan
-        from pst_dist.training.pass_size import PassSize
-        from pst_dist.training.step_batches import step_batches
+        from pst_dist.training.batching.order import OrderPlan
+        from pst_dist.training.batching.step_batches import step_batches
+        from pst_dist.training.memory.pass_size import PassSize
 
         train, device = self.config.train, self.engine.device
         size = PassSize.of(self.config, self.engine)

@@ -25,7 +25,7 @@ def preflight(config: Config) -> None:
     """
     check_split(config)
     if config.train.deepspeed is not None:
-        from pst_dist.training.deepspeed_config import find_deepspeed_json
+        from pst_dist.training.engines.deepspeed_config import find_deepspeed_json
 
         find_deepspeed_json(config.train.deepspeed)
     if config.train.backend != "ray":

@@ -20,7 +20,7 @@ from pst_dist.config.stage import ENDED, STAGE, Stage, read_stage
 from pst_dist.errors import InputError, IntegrityError, PstError
 from pst_dist.evaluation.records import read_metrics
 from pst_dist.storage.json_files import read_object, typed
-from pst_dist.training.live import LIVE
+from pst_dist.training.reporting.live import LIVE
 
 _RUNS_BELOW = ("*/*", "runs/*/*/seed-*", "runs/*/*/*/seed-*", "runs/*/*/*/*/seed-*")
 """Where a Slurm array has its runs, and an experiment, with up to two keys of `vary`."""
@@ -33,7 +33,7 @@ class _Lenient(BaseModel):
 
 
 class RankLine(_Lenient):
-    """One rank, as in `training.live.RankSigns`."""
+    """One rank, as in `training.reporting.live.RankSigns`."""
 
     rank: int
     host: str

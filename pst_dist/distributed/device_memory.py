@@ -1,7 +1,7 @@
 """The memory of a device: how much of it this process can have, and what to do with work that does not fit.
 
 This module recognises torch's out-of-memory errors. Code that computes independent rows (decoding, embedding) runs them
-through `in_halves`; training cuts a step into smaller passes (`training.pass_size`).
+through `in_halves`; training cuts a step into smaller passes (`training.memory.pass_size`).
 """
 
 from __future__ import annotations

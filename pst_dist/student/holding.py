@@ -1,7 +1,8 @@
 """How the ranks hold a student's weights while it is built: here, whole on each rank.
 
-ZeRO-3 divides each weight among the ranks as soon as it exists (`training.dividing`), so that no rank ever holds the
-whole model. Code that builds a student therefore asks a `Holding` before it reads, changes or measures a weight.
+ZeRO-3 divides each weight among the ranks as soon as it exists (`training.engines.dividing`), so that no rank ever
+holds the whole model. Code that builds a student therefore asks a `Holding` before it reads, changes or measures a
+weight.
 """
 
 from __future__ import annotations

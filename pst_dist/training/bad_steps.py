@@ -20,8 +20,8 @@ from torch import Tensor
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import DivergedError
 from pst_dist.student.finite import LOWER_THE_RATE
+from pst_dist.training.checkpoints.state import RunState
 from pst_dist.training.loss import TERMS
-from pst_dist.training.state import RunState
 
 MOST_IN_A_ROW = 2
 """Most consecutive bad steps to skip; one more shows that the batches are not the cause."""

@@ -14,13 +14,13 @@ from pst_dist.distributed.progress import at, working
 from pst_dist.distributed.ranks import main_first_errors, together
 from pst_dist.student.saved import save_student
 from pst_dist.training.bad_steps import diverged_validation
-from pst_dist.training.engine import Engine
+from pst_dist.training.checkpoints.state import RunState, advanced
+from pst_dist.training.engines.engine import Engine
 from pst_dist.training.fingerprint import choosing_metric
-from pst_dist.training.metrics import MetricsLog
+from pst_dist.training.memory.pass_size import PassSize
 from pst_dist.training.parts import Parts
-from pst_dist.training.pass_size import PassSize
+from pst_dist.training.reporting.metrics import MetricsLog
 from pst_dist.training.share import held
-from pst_dist.training.state import RunState, advanced
 from pst_dist.training.validation import ValidationScore, is_better
 
 

@@ -30,9 +30,9 @@ from pst_dist.errors import DivergedError
 from pst_dist.logs import progress
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
-from pst_dist.training.batches import Collator, PSTBatch
-from pst_dist.training.engine import Engine
-from pst_dist.training.order import epoch_order, rationale_of
+from pst_dist.training.batching.batches import Collator, PSTBatch
+from pst_dist.training.batching.order import epoch_order, rationale_of
+from pst_dist.training.engines.engine import Engine
 
 log = logging.getLogger(__name__)
 MOST_ROWS = 4096

@@ -1,7 +1,8 @@
 """The loop over the steps of a training: when to validate, save, skip, roll back, stop early or end as told.
 
 `training.step` takes a step, `training.bad_steps` decides about bad ones, `training.best_student` validates, and
-`training.saver` saves checkpoints. All decisions use sums over all ranks, so every rank makes the same ones.
+`training.checkpoints.saver` saves checkpoints. All decisions use sums over all ranks, so every rank makes the same
+ones.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from pst_dist.distributed.preemption import StopRequest, end_as_told
 from pst_dist.distributed.progress import at, working
 from pst_dist.training.bad_steps import Answer, after_good_step, after_rollback, after_skip, answer_to, diverged
 from pst_dist.training.best_student import BestStudent
-from pst_dist.training.checkpoint import newest_valid
-from pst_dist.training.engine import Engine
-from pst_dist.training.live import BusyShare, RankSigns, gather_signs
-from pst_dist.training.metrics import MetricsLog
+from pst_dist.training.checkpoints.checkpoint import newest_valid
+from pst_dist.training.checkpoints.saver import Saver
+from pst_dist.training.checkpoints.state import RunState, advanced
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.memory.pass_size import PassSize, TooLarge
 from pst_dist.training.parts import Parts
-from pst_dist.training.pass_size import PassSize, TooLarge
-from pst_dist.training.saver import Saver
+from pst_dist.training.reporting.live import BusyShare, RankSigns, gather_signs
+from pst_dist.training.reporting.metrics import MetricsLog
 from pst_dist.training.share import after_measured, held
-from pst_dist.training.state import RunState, advanced
 from pst_dist.training.step import BadStep, take_step, totals_over_ranks
 
 log = logging.getLogger(__name__)

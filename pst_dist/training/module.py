@@ -26,8 +26,8 @@ from pst_dist.student.holding import WHOLE, Holding, shape_of_weight
 from pst_dist.student.lora import is_adapted
 from pst_dist.student.pretrained import build_model
 from pst_dist.student.token_rows import head_rows, rows_gradient
-from pst_dist.training.batches import PSTBatch
-from pst_dist.training.kept_apart import check_kept_apart
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.batching.kept_apart import check_kept_apart
 from pst_dist.training.loss import PSTLossOutput, alignment_distance, spread_of, token_nll
 
 log = logging.getLogger(__name__)

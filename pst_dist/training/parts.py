@@ -26,17 +26,17 @@ from pst_dist.student.tokenizer import (
     check_marker,
     check_prompt_ending,
 )
-from pst_dist.training.ahead import StepsAhead
-from pst_dist.training.batches import Collator
-from pst_dist.training.dividing import holding_of
+from pst_dist.training.batching.ahead import StepsAhead
+from pst_dist.training.batching.batches import Collator
+from pst_dist.training.batching.kept_apart import check_padding_free
+from pst_dist.training.batching.order import OrderPlan
+from pst_dist.training.batching.step_batches import step_batches
+from pst_dist.training.engines.dividing import holding_of
 from pst_dist.training.fingerprint import settings_digest, training_settings
-from pst_dist.training.kept_apart import check_padding_free
 from pst_dist.training.loss import TermWeights
+from pst_dist.training.memory.pass_size import PassSize
 from pst_dist.training.module import build_student
-from pst_dist.training.order import OrderPlan
-from pst_dist.training.pass_size import PassSize
 from pst_dist.training.result import global_batch_size
-from pst_dist.training.step_batches import step_batches
 from pst_dist.training.validation import Validator
 
 

@@ -25,8 +25,8 @@ from pst_dist.errors import ConfigError, IntegrityError
 from pst_dist.storage.manifest import read_json, read_manifest
 from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator, PSTBatch
-from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.batching.batches import Collator, PSTBatch
+from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student
 

@@ -12,9 +12,9 @@ import math
 from dataclasses import replace
 
 from pst_dist.config.schema import LossConfig
+from pst_dist.training.checkpoints.state import RunState
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.state import RunState
-from pst_dist.training.step_record import StepRecord
+from pst_dist.training.reporting.step_record import StepRecord
 
 _KEPT = 0.7
 """Share of the average that each step keeps: it reaches over about three steps."""

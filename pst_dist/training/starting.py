@@ -17,8 +17,8 @@ from pst_dist.storage.outputs import refuse_foreign_folder
 from pst_dist.student.pretrained import base_place
 from pst_dist.student.tokenizer import KeptTokenizer, build_tokenizer
 from pst_dist.training.begun import begun_settings, settled
+from pst_dist.training.checkpoints.verifying import digests_together
 from pst_dist.training.precision import suits_bf16, with_precision
-from pst_dist.training.verifying import digests_together
 
 
 def settled_here(config: Config, run: RunDir) -> Config:

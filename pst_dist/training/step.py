@@ -22,13 +22,13 @@ from pst_dist.distributed.device_memory import is_out_of_memory
 from pst_dist.distributed.progress import at
 from pst_dist.distributed.ranks import gathered, sums_over_ranks
 from pst_dist.training.bad_steps import gradient_fault, loss_fault, spike_fault
-from pst_dist.training.batches import PSTBatch
-from pst_dist.training.engine import Engine
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.engines.optimizer import learning_rate_at
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.optimizer import learning_rate_at
-from pst_dist.training.pass_size import TooLarge
-from pst_dist.training.state import RunState
-from pst_dist.training.step_record import StepRecord
+from pst_dist.training.memory.pass_size import TooLarge
+from pst_dist.training.reporting.step_record import StepRecord
 
 log = logging.getLogger(__name__)
 

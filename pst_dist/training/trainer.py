@@ -39,25 +39,25 @@ from pst_dist.student.lora import trained_count
 from pst_dist.training.begun import record_settled
 from pst_dist.training.best_student import BestStudent
 from pst_dist.training.checked_rows import CheckedRows, check_all_rows, what_decides
-from pst_dist.training.checkpoint import newest_valid, remove_old, resume
-from pst_dist.training.deepspeed_config import deepspeed_settings
-from pst_dist.training.engine import Engine
-from pst_dist.training.engine_choice import build_engine
+from pst_dist.training.checkpoints.checkpoint import newest_valid, remove_old, resume
+from pst_dist.training.checkpoints.saver import Saved, Saver
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.checkpoints.verifying import verify_changed
+from pst_dist.training.engines.deepspeed_config import deepspeed_settings
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.engines.engine_choice import build_engine
+from pst_dist.training.engines.optimizer import check_optimizer, high_rate
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.head_fit import fit_head
-from pst_dist.training.live import BusyShare
 from pst_dist.training.loop import Loop
-from pst_dist.training.metrics import MetricsLog
-from pst_dist.training.optimizer import check_optimizer, high_rate
+from pst_dist.training.memory.pass_size import PassSize, memory_errors
 from pst_dist.training.parts import Parts
-from pst_dist.training.pass_size import PassSize, memory_errors
 from pst_dist.training.precision import check_fp16
+from pst_dist.training.reporting.live import BusyShare
+from pst_dist.training.reporting.metrics import MetricsLog
+from pst_dist.training.reporting.trackers import Tracker
 from pst_dist.training.result import TrainingResult, finished_training
-from pst_dist.training.saver import Saved, Saver
 from pst_dist.training.starting import base_on_all, forget_training, prepare, refuse_foreign_folders, settled_here
-from pst_dist.training.state import RunState
-from pst_dist.training.trackers import Tracker
-from pst_dist.training.verifying import verify_changed
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from pst_dist.student.contexts import Decoded
 from pst_dist.student.generate import decode_answers, is_right
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
-from pst_dist.training.batches import Collator
-from pst_dist.training.engine import Engine
+from pst_dist.training.batching.batches import Collator
+from pst_dist.training.batching.passes import ByLength, Place, length_passes
+from pst_dist.training.engines.engine import Engine
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.pass_size import PassSize, TooLarge
-from pst_dist.training.passes import ByLength, Place, length_passes
+from pst_dist.training.memory.pass_size import PassSize, TooLarge
 
 
 @dataclass(frozen=True)

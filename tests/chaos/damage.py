@@ -19,7 +19,7 @@ from pst_dist.evaluation.evaluate import finished_evaluation
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.manifest import MANIFEST, all_files
 from pst_dist.student.saved import load_student
-from pst_dist.training.checkpoint import newest_valid
+from pst_dist.training.checkpoints.checkpoint import newest_valid
 
 
 def damage(folder: Path, full: bool) -> Iterator[Result]:

@@ -23,9 +23,9 @@ def order(folder: Path, full: bool) -> Iterator[Result]:
     from tiny import ROWS, Tiny
 
     from pst_dist.config.schema import LossConfig
-    from pst_dist.training.batches import Collator
-    from pst_dist.training.order import OrderPlan
-    from pst_dist.training.step_batches import step_batches
+    from pst_dist.training.batching.batches import Collator
+    from pst_dist.training.batching.order import OrderPlan
+    from pst_dist.training.batching.step_batches import step_batches
 
     rows = [
         ROWS[number % len(ROWS)].__class__(**{**vars(ROWS[number % len(ROWS)]), "id": f"r-{number}"})

@@ -21,7 +21,7 @@ def report():
     from pathlib import Path
 
     from pst_dist.clusters.ray.metrics import RayMetrics
-    from pst_dist.training.trackers import TrackedRun
+    from pst_dist.training.reporting.trackers import TrackedRun
 
     tracker = RayMetrics()
     tracker.start(TrackedRun(Path("runs/one"), "one", 0), {"arm": "pst"})

@@ -63,7 +63,7 @@ class Spy(ReportCallback, WorkerCallback):
             stream.write(json.dumps([metrics[0], len(metrics), training_report.checkpoint is not None]) + "\\n")
 
     def after_init_train_context(self):
-        from pst_dist.training.metrics import MetricsLog
+        from pst_dist.training.reporting.metrics import MetricsLog
         step = MetricsLog.step
         MetricsLog.step = lambda *args, **kwargs: (time.sleep(0.15), step(*args, **kwargs))
 """

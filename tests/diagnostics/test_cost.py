@@ -21,9 +21,9 @@ from pst_dist.diagnostics.cost_page import plan_lines
 from pst_dist.diagnostics.counted_rows import Rows
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.student.pretrained import fresh_model
-from pst_dist.training.memory import rank_memory
-from pst_dist.training.model_size import fresh_shape, shape_of
-from pst_dist.training.pass_limit import SHARE, pass_limit
+from pst_dist.training.memory.model_size import fresh_shape, shape_of
+from pst_dist.training.memory.pass_limit import SHARE, pass_limit
+from pst_dist.training.memory.training_memory import rank_memory
 
 GEN = ["data.train=gen:last_letters?rows=64&seed=0", "data.validation_size=0", "train.global_batch_size=8"]
 

@@ -22,9 +22,9 @@ from pst_dist.diagnostics.watch import view_of
 from pst_dist.diagnostics.watch_page import Told, screen, sparkline
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, PreemptedError
 from pst_dist.storage.json_files import read_json, read_lines
-from pst_dist.training.prometheus import Prometheus, gauge_name
-from pst_dist.training.tracker_backends import markdown_table
-from pst_dist.training.trackers import TrackedRun
+from pst_dist.training.reporting.prometheus import Prometheus, gauge_name
+from pst_dist.training.reporting.tracker_backends import markdown_table
+from pst_dist.training.reporting.trackers import TrackedRun
 from pst_dist.training.trainer import train
 
 

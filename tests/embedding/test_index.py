@@ -16,10 +16,10 @@ from pst_dist.embedding.index import RationaleIndex, _first_not_less
 from pst_dist.embedding.store import EmbeddingStore
 from pst_dist.errors import IntegrityError
 from pst_dist.student.tokenizer import KeptTokenizer, build_tokenizer
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
+from pst_dist.training.batching.order import OrderPlan
+from pst_dist.training.batching.step_batches import _Steps
 from pst_dist.training.checked_rows import CheckedRows
-from pst_dist.training.order import OrderPlan
-from pst_dist.training.step_batches import _Steps
 
 
 @pytest.fixture(scope="module")

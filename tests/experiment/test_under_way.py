@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pst_dist.experiment.spec import load_experiment, runs_of
 from pst_dist.experiment.under_way import UnderWay, state_of
-from pst_dist.training.live import Live
+from pst_dist.training.reporting.live import Live
 
 
 def test_a_line_every_ten_seconds_says_how_far_each_run_is(tmp_path, caplog):

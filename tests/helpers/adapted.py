@@ -16,7 +16,7 @@ from pst_dist.student.layout import layout_for
 from pst_dist.student.pretrained import base_of
 from pst_dist.student.saved import save_student
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student
 

@@ -21,8 +21,8 @@ import torch
 from pst_dist.config.schema import Config
 from pst_dist.distributed.ranks import Ranks, barrier, leave, process_group
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.deepspeed_engine import DeepSpeedEngine
-from pst_dist.training.dividing import holding_of
+from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine
+from pst_dist.training.engines.dividing import holding_of
 from pst_dist.training.module import build_student
 
 WIDTH = 8

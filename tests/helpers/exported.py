@@ -14,7 +14,7 @@ from pst_dist.student.generate import decode_answers
 from pst_dist.student.layout import Layout, layout_for
 from pst_dist.student.saved import load_student, save_student
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import build_student
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from pst_dist.training import loop
-from pst_dist.training.engine import Engine
+from pst_dist.training.engines.engine import Engine
 
 
 def content(engine: Engine) -> str:

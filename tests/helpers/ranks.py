@@ -25,7 +25,7 @@ from injections import injected
 
 from pst_dist.config.schema import Config
 from pst_dist.distributed.ranks import Ranks, barrier, leave, process_group
-from pst_dist.training.deepspeed_engine import DeepSpeedEngine
+from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine
 from pst_dist.training.trainer import train
 
 

@@ -14,7 +14,7 @@ from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.layout import Layout
 from pst_dist.student.saved import save_student
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator, PSTBatch
+from pst_dist.training.batching.batches import Collator, PSTBatch
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student
 

@@ -14,11 +14,11 @@ from pst_dist.config.run_dir import RunDir
 from pst_dist.config.schema import Config
 from pst_dist.data.shards import ShardSet
 from pst_dist.distributed.ranks import Ranks
-from pst_dist.training.batches import PSTBatch
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.engines.optimizer import learning_rate_at, parameter_groups
+from pst_dist.training.memory.pass_size import PassSize
 from pst_dist.training.module import Student
-from pst_dist.training.optimizer import learning_rate_at, parameter_groups
 from pst_dist.training.parts import Parts
-from pst_dist.training.pass_size import PassSize
 
 
 def unfused_sums(student: Student, batch: PSTBatch) -> torch.Tensor:

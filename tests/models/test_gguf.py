@@ -25,7 +25,7 @@ from pst_dist.student.answer_format import AnswerFormat
 from pst_dist.student.pretrained import base_of, build_model
 from pst_dist.student.saved import load_student, save_student
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.model_size import shape_of
+from pst_dist.training.memory.model_size import shape_of
 
 pytest.importorskip("gguf", reason="needs the package gguf")
 from tiny_gguf import write_gguf

@@ -18,9 +18,9 @@ from pst_dist.diagnostics.machine.network import hostfile
 from pst_dist.distributed.hostfile import read_hostfile
 from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.regular_files import open_regular, read_regular, read_regular_text, safetensors_header
-from pst_dist.training.deepspeed_config import deepspeed_settings
-from pst_dist.training.memory import zero_stage
-from pst_dist.training.model_size import shape_of
+from pst_dist.training.engines.deepspeed_config import deepspeed_settings
+from pst_dist.training.memory.model_size import shape_of
+from pst_dist.training.memory.training_memory import zero_stage
 
 KINDS = ("pipe", "folder", "loop", "dangling", "socket")
 

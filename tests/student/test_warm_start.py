@@ -19,9 +19,9 @@ from pst_dist.student.contexts import max_positions
 from pst_dist.student.layout import Layout
 from pst_dist.student.text_ids import TextIds
 from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending, unwritable_answers
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.model_size import shape_of
+from pst_dist.training.memory.model_size import shape_of
 from pst_dist.training.module import build_student
 
 pytestmark = pytest.mark.encoder

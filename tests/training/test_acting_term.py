@@ -187,9 +187,9 @@ def test_the_share_and_a_fixed_weight_exclude_each_other(small_data, tmp_path):
 
 def test_a_weight_stays_within_bounds_when_a_term_is_learnt_or_absent():
     from pst_dist.config.schema import LossConfig
+    from pst_dist.training.checkpoints.state import RunState
     from pst_dist.training.loss import TermWeights
-    from pst_dist.training.state import RunState
-    from pst_dist.training.step_record import StepRecord
+    from pst_dist.training.reporting.step_record import StepRecord
 
     loss, weights = LossConfig(alignment_share=0.5), TermWeights((1.0, 1.0, 1.0))
 

@@ -16,11 +16,11 @@ from tiny import ROWS, Tiny, TinyTeacher
 from pst_dist.distributed.preemption import StopRequest
 from pst_dist.errors import DataError, IntegrityError, PreemptedError
 from pst_dist.training import parts
-from pst_dist.training.ahead import StepsAhead
-from pst_dist.training.batches import Collator, PSTBatch
-from pst_dist.training.order import OrderPlan
-from pst_dist.training.passes import ByLength
-from pst_dist.training.step_batches import step_batches
+from pst_dist.training.batching.ahead import StepsAhead
+from pst_dist.training.batching.batches import Collator, PSTBatch
+from pst_dist.training.batching.order import OrderPlan
+from pst_dist.training.batching.passes import ByLength
+from pst_dist.training.batching.step_batches import step_batches
 from pst_dist.training.trainer import train
 
 NAME = "next batch"

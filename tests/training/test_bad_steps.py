@@ -18,8 +18,8 @@ from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import DivergedError, StaleError
 from pst_dist.storage.manifest import read_json, read_lines
 from pst_dist.training.bad_steps import Answer, after_good_step, after_rollback, after_skip, answer_to, spike_fault
+from pst_dist.training.checkpoints.state import RunState
 from pst_dist.training.fingerprint import check_changes, training_settings
-from pst_dist.training.state import RunState
 from pst_dist.training.trainer import train
 
 ranks_and_data = [pytest.mark.distributed, pytest.mark.encoder, pytest.mark.timeout(1500)]

@@ -10,9 +10,9 @@ from tiny import ROWS, Tiny, TinyTeacher
 from pst_dist.arms import Segment
 from pst_dist.config.schema import LossConfig
 from pst_dist.data.sample import ReasoningSample, question_group
-from pst_dist.training.batches import Collator
-from pst_dist.training.order import OrderPlan, epoch_order, rationale_of
-from pst_dist.training.step_batches import step_batches
+from pst_dist.training.batching.batches import Collator
+from pst_dist.training.batching.order import OrderPlan, epoch_order, rationale_of
+from pst_dist.training.batching.step_batches import step_batches
 
 
 def test_every_sample_comes_once_an_epoch_whatever_the_world_size():

@@ -13,10 +13,10 @@ from pst_dist.diagnostics.artefacts import verify
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.storage.manifest import Manifest, all_files, describe_files, write_manifest
-from pst_dist.training.checkpoint import checkpoint_path, newest_valid, resume
-from pst_dist.training.saver import Saver
-from pst_dist.training.single_engine import SingleProcessEngine
-from pst_dist.training.state import RunState
+from pst_dist.training.checkpoints.checkpoint import checkpoint_path, newest_valid, resume
+from pst_dist.training.checkpoints.saver import Saver
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.trainer import train
 
 STATE = RunState(fingerprint="f", engine="single", world_size=1)

@@ -12,8 +12,8 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import FreshConfig, StudentConfig
 from pst_dist.diagnostics.cost import checkpoint_bytes
 from pst_dist.storage.manifest import read_json, read_lines
-from pst_dist.training.memory import rank_memory
-from pst_dist.training.model_size import shape_of
+from pst_dist.training.memory.model_size import shape_of
+from pst_dist.training.memory.training_memory import rank_memory
 from pst_dist.training.trainer import train
 
 # One launch trains some thirty runs: on a crowded machine that takes longer than a test usually may.

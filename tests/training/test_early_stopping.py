@@ -11,7 +11,7 @@ from small_run import small_config
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import InputError
 from pst_dist.pipeline import make_shards
-from pst_dist.training.optimizer import learning_rate_at
+from pst_dist.training.engines.optimizer import learning_rate_at
 from pst_dist.training.trainer import train
 
 # A rate this small moves no float32 weight, so no validation is better than the first one, at step 2.

@@ -15,8 +15,8 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.storage.json_files import read_lines
 from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.training.engines.optimizer import adamw, high_rate, set_learning_rate
 from pst_dist.training.module import build_student
-from pst_dist.training.optimizer import adamw, high_rate, set_learning_rate
 from pst_dist.training.trainer import train
 
 STAGES = ("zero1", "zero2", "zero3")

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pst_dist.training import live
-from pst_dist.training.live import BusyShare
+from pst_dist.training.reporting import live
+from pst_dist.training.reporting.live import BusyShare
 
 
 def test_the_busy_share_counts_from_the_last_call_and_is_at_most_one(monkeypatch):

@@ -11,8 +11,8 @@ from small_run import small_config
 
 from pst_dist.config.schema import Config, FreshConfig
 from pst_dist.diagnostics.cost import Machines, make_plan
-from pst_dist.training.memory import HostMemory, RankMemory, activation_bytes
-from pst_dist.training.model_size import shape_of_config
+from pst_dist.training.memory.model_size import shape_of_config
+from pst_dist.training.memory.training_memory import HostMemory, RankMemory, activation_bytes
 
 ROWS, LENGTH = 4, 48
 COMMON = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}

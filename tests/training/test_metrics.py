@@ -10,8 +10,8 @@ from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.storage.manifest import read_lines
-from pst_dist.training.metrics import MetricsLog
-from pst_dist.training.step_record import StepRecord
+from pst_dist.training.reporting.metrics import MetricsLog
+from pst_dist.training.reporting.step_record import StepRecord
 from pst_dist.training.trainer import train
 
 

@@ -12,7 +12,7 @@ from pst_dist.arms import ARMS, Segment
 from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.student.tokenizer import build_tokenizer, with_special_tokens
-from pst_dist.training.batches import Collator
+from pst_dist.training.batching.batches import Collator
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student, vocabulary_of
 

@@ -18,11 +18,11 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError, EnvironmentFault, StaleError
 from pst_dist.storage.json_files import read_json
 from pst_dist.training import trainer
-from pst_dist.training.fragments import start_moments
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.engines.fragments import start_moments
+from pst_dist.training.engines.optimizer import TwoOptimizers, adamw, build_optimizer, hidden_matrices
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.loss import TermWeights
-from pst_dist.training.optimizer import TwoOptimizers, adamw, build_optimizer, hidden_matrices
-from pst_dist.training.single_engine import SingleProcessEngine
-from pst_dist.training.state import RunState
 from pst_dist.training.step import take_step, totals_over_ranks
 from pst_dist.training.trainer import train
 

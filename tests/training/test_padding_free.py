@@ -16,10 +16,10 @@ from pst_dist.config.schema import Config, LossConfig
 from pst_dist.errors import ConfigError
 from pst_dist.student.layout import layout_for
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.batches import Collator, PSTBatch
+from pst_dist.training.batching.batches import Collator, PSTBatch
+from pst_dist.training.batching.passes import ByLength, cut_by_length
 from pst_dist.training.loss import TermWeights
 from pst_dist.training.module import Student, build_student
-from pst_dist.training.passes import ByLength, cut_by_length
 from pst_dist.training.trainer import train
 
 

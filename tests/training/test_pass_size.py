@@ -24,11 +24,11 @@ from pst_dist.distributed.ranks import Ranks, device_of
 from pst_dist.errors import EnvironmentFault
 from pst_dist.storage.manifest import read_lines
 from pst_dist.student.tokenizer import build_tokenizer
-from pst_dist.training.memory import activation_bytes, rank_memory
-from pst_dist.training.model_size import fresh_shape, shape_of
+from pst_dist.training.memory.model_size import fresh_shape, shape_of
+from pst_dist.training.memory.pass_limit import SHARE, pass_limit
+from pst_dist.training.memory.pass_size import limit_here
+from pst_dist.training.memory.training_memory import activation_bytes, rank_memory
 from pst_dist.training.module import build_student
-from pst_dist.training.pass_limit import SHARE, pass_limit
-from pst_dist.training.pass_size import limit_here
 from pst_dist.training.trainer import train
 
 NO_LIMIT = 10**9

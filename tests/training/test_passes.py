@@ -17,10 +17,10 @@ from pst_dist.config.schema import Config, LossConfig
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.errors import ConfigError
 from pst_dist.storage.manifest import read_lines
-from pst_dist.training.batches import Collator
-from pst_dist.training.order import OrderPlan
-from pst_dist.training.passes import ByLength, cut_by_length, length_passes
-from pst_dist.training.step_batches import step_batches
+from pst_dist.training.batching.batches import Collator
+from pst_dist.training.batching.order import OrderPlan
+from pst_dist.training.batching.passes import ByLength, cut_by_length, length_passes
+from pst_dist.training.batching.step_batches import step_batches
 from pst_dist.training.trainer import train
 
 

@@ -13,7 +13,7 @@ from pst_dist.diagnostics.cost import Machines, make_plan
 from pst_dist.diagnostics.cost_page import plan_lines
 from pst_dist.errors import ConfigError
 from pst_dist.storage.json_files import read_json
-from pst_dist.training.deepspeed_config import deepspeed_settings
+from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 from pst_dist.training.precision import Timing, begun_bf16, timed_precisions, with_precision
 from pst_dist.training.result import complete_training
 from pst_dist.training.trainer import train

@@ -19,12 +19,12 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import DivergedError, EnvironmentFault
 from pst_dist.storage.manifest import hashed_file, read_json, sha256_file
 from pst_dist.student.finite import is_finite
-from pst_dist.training import saver
-from pst_dist.training.checkpoint import newest_valid
-from pst_dist.training.fragments import Fragment, FragmentFiles, write_fragments
-from pst_dist.training.saver import Saver
-from pst_dist.training.single_engine import SingleProcessEngine
-from pst_dist.training.state import RunState
+from pst_dist.training.checkpoints import saver
+from pst_dist.training.checkpoints.checkpoint import newest_valid
+from pst_dist.training.checkpoints.saver import Saver
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.engines.fragments import Fragment, FragmentFiles, write_fragments
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.trainer import train
 
 

@@ -18,10 +18,10 @@ from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError
 from pst_dist.storage.manifest import read_lines
 from pst_dist.training.fingerprint import training_settings
-from pst_dist.training.metrics import MetricsLog
-from pst_dist.training.reporting import Trackers
-from pst_dist.training.step_record import StepRecord
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.all_trackers import Trackers
+from pst_dist.training.reporting.metrics import MetricsLog
+from pst_dist.training.reporting.step_record import StepRecord
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 from pst_dist.training.validation import ValidationScore
 
 SECRET = "canary-password"

@@ -18,11 +18,11 @@ from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, L
 from pst_dist.pipeline import make_student
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_json, read_lines
-from pst_dist.training.deepspeed_config import deepspeed_settings
-from pst_dist.training.deepspeed_engine import DeepSpeedEngine, gather_by_block
-from pst_dist.training.engine_choice import build_engine
-from pst_dist.training.optimizer import learning_rate_at
-from pst_dist.training.single_engine import SingleProcessEngine
+from pst_dist.training.engines.deepspeed_config import deepspeed_settings
+from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine, gather_by_block
+from pst_dist.training.engines.engine_choice import build_engine
+from pst_dist.training.engines.optimizer import learning_rate_at
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.trainer import train
 
 pytestmark = pytest.mark.encoder

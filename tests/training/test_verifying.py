@@ -5,8 +5,8 @@ import pytest
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.manifest import Manifest, describe_files, sha256_file
-from pst_dist.training import verifying
-from pst_dist.training.verifying import digests_together, parts_of, verify_together
+from pst_dist.training.checkpoints import verifying
+from pst_dist.training.checkpoints.verifying import digests_together, parts_of, verify_together
 
 
 def test_files_are_dealt_out_once_each_in_parts_of_about_as_many_bytes():

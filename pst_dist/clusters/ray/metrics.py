@@ -1,6 +1,6 @@
 """The training's metrics in Ray's own exporter, which every node of a cluster serves to Prometheus.
 
-The gauges have the names of `training.prometheus`; Ray puts `ray_` before them.
+The gauges have the names of `training.reporting.prometheus`; Ray puts `ray_` before them.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pst_dist.training.prometheus import gauge_name
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.prometheus import gauge_name
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 
 
 class RayMetrics(Tracker):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.storage.atomic import write_text
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray's list of checkpoints in a run directory, from which `ray.train.Result.from_path` makes a Result."""
@@ -45,7 +45,7 @@ class Reporter(Tracker):
         """Nothing: a checkpoint may still follow; see `close`."""
 
     def saved(self, saved: Any) -> None:
-        """Report a checkpoint (a `training.saver.Saved`) by its path soon; called on every rank."""
+        """Report a checkpoint (a `training.checkpoints.saver.Saved`) by its path soon; called on every rank."""
         metrics = {"step": saved.state.step, "total": saved.total, "loss": saved.loss, "tokens": saved.state.tokens}
         if saved.state.best_value is not None:
             metrics |= {"best_step": saved.state.best_step, "best_value": saved.state.best_value}

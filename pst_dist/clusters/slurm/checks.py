@@ -27,7 +27,7 @@ def check_ranks(config: Config, request: SlurmRequest) -> None:
                 "write train.deepspeed=zero2, or ask for one rank",
             )
         return
-    from pst_dist.training.deepspeed_config import deepspeed_settings
+    from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 
     deepspeed_settings(config.train, ranks)
 

@@ -296,7 +296,7 @@ def deepspeed_json(config: Config) -> list[Finding]:
     """Check the user's own DeepSpeed JSON, read as training reads it; raises what that raises."""
     if config.train.deepspeed is None or not config.train.deepspeed.endswith(".json") or not version_of("deepspeed"):
         return []
-    from pst_dist.training.deepspeed_config import deepspeed_settings
+    from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 
     stage = deepspeed_settings(config.train, 1)["zero_optimization"]["stage"]
     return [ok("deepspeed", f"{config.train.deepspeed}: stage {stage}, all keys known")]

@@ -14,7 +14,7 @@ from pst_dist.cli.main import run_verb
 from pst_dist.config.loading import load_config
 from pst_dist.data.sources import load_data, survey
 from pst_dist.errors import ConfigError, DataError, StaleError
-from pst_dist.training.order import OrderPlan, mixed_epoch, slots_of
+from pst_dist.training.batching.order import OrderPlan, mixed_epoch, slots_of
 
 NUMBERS = [
     {"question": f"What is {n} + 1?", "answer": n + 1, "rationale": f"{n} and one", "id": f"r{n}"} for n in range(12)

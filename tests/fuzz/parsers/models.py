@@ -46,8 +46,8 @@ _BERT = {
 def _model(content: bytes, folder: Path) -> object:
     from pst_dist.config.schema import Config
     from pst_dist.diagnostics.cost import teacher_width
-    from pst_dist.training.memory import rank_memory
-    from pst_dist.training.model_size import shape_of
+    from pst_dist.training.memory.model_size import shape_of
+    from pst_dist.training.memory.training_memory import rank_memory
 
     put(folder, "config.json", content)
     shape = shape_of(StudentConfig(model_name_or_path=str(folder)), max_length=64)
@@ -67,7 +67,7 @@ _WEIGHTS = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__
 
 @parser("weights", _WEIGHTS, _safetensors(_WEIGHTS, 24))
 def _weights(content: bytes, folder: Path) -> object:
-    from pst_dist.training.model_size import _counted
+    from pst_dist.training.memory.model_size import _counted
 
     if content[:1] == b"{":  # the header alone, so that its values are changed and its length is right
         content = struct.pack("<Q", len(content)) + content + b"\0" * 24

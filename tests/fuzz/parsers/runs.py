@@ -182,14 +182,14 @@ def _forged(content: bytes, folder: Path) -> object:
 @parser("checkpoint state", {"step": 3, "fingerprint": "0f", "settings": {"a": 1}, "engine": "plain", "world_size": 1})
 def _state(content: bytes, folder: Path) -> object:
     from pst_dist.storage.json_files import read_typed
-    from pst_dist.training.state import RunState
+    from pst_dist.training.checkpoints.state import RunState
 
     return read_typed(put(folder, "run_state.json", content), RunState)
 
 
 @parser("tracker ids", {"wandb": "abc", "mlflow": "def"}, weight=0.3)
 def _trackers(content: bytes, folder: Path) -> object:
-    from pst_dist.training.trackers import _IDS, TrackedRun
+    from pst_dist.training.reporting.trackers import _IDS, TrackedRun
 
     put(folder, _IDS, content)
     return TrackedRun(folder, "x", 3).known_id("wandb")

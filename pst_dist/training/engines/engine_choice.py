@@ -5,10 +5,10 @@ from __future__ import annotations
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError
-from pst_dist.training.deepspeed_engine import DeepSpeedEngine
-from pst_dist.training.engine import Engine
+from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.module import Student
-from pst_dist.training.single_engine import SingleProcessEngine
 
 
 def build_engine(student: Student, train: TrainConfig, ranks: Ranks) -> Engine:

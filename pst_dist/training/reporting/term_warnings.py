@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 
 from pst_dist.config.schema import Config
-from pst_dist.training.step_record import LEARNT, StepRecord
+from pst_dist.training.reporting.step_record import LEARNT, StepRecord
 from pst_dist.training.validation import ValidationScore
 
 log = logging.getLogger(__name__)

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
-from pst_dist.training.batches import PSTBatch
-from pst_dist.training.engine import Engine
-from pst_dist.training.fragments import (
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.engines.fragments import (
     Fragment,
     trainable,
     whole_fragments,
 )
+from pst_dist.training.engines.optimizer import build_optimizer, set_learning_rate
 from pst_dist.training.loss import PSTLossOutput
 from pst_dist.training.module import Student
-from pst_dist.training.optimizer import build_optimizer, set_learning_rate
 
 CPU_PASS_TOKENS = 64
 """What one more pass costs on a CPU, in tokens (benchmarks/padding.py)."""

@@ -1,7 +1,8 @@
 """How many tokens of a forward pass fit in a GPU: what `train.micro_batch_tokens=auto` chooses there.
 
-Arithmetic with the memory model of `training.memory`, without torch, so `pst plan` says the same number for a GPU that
-is not here. A training takes what its ranks really have (`training.pass_size`), the least of them.
+Arithmetic with the memory model of `training.memory.training_memory`, without torch, so `pst plan` says the same number
+for a GPU that is not here. A training takes what its ranks really have (`training.memory.pass_size`), the least of
+them.
 
 It was not tried on a GPU. The estimate of activations was compared with what autograd saves (within 15 %), not with the
 peak of a GPU's allocator; hence `SHARE`.
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pst_dist.config.schema import Config
-from pst_dist.training.memory import RankMemory, rank_memory
-from pst_dist.training.model_size import ModelShape
+from pst_dist.training.memory.model_size import ModelShape
+from pst_dist.training.memory.training_memory import RankMemory, rank_memory
 
 SHARE = 0.8
 """Share of a GPU's memory that passes, weights, gradients and optimizer may take together. The rest is for the error of

@@ -1,9 +1,10 @@
 """The interface of an engine, which holds the weights and the optimizer and computes the steps of a training.
 
 The trainer passes each micro-batch's share of the *global* loss to `backward`; `step` then moves the weights by the
-same gradient in every engine. `training.single_engine` is plain PyTorch in one process, `training.deepspeed_engine` is
-DeepSpeed ZeRO 0-3 in any number, and `training.engine_choice` chooses. All save the same state, in the fragments of
-`training.fragments`, so a checkpoint of one engine can be loaded by another.
+same gradient in every engine. `training.engines.single_engine` is plain PyTorch in one process,
+`training.engines.deepspeed_engine` is DeepSpeed ZeRO 0-3 in any number, and `training.engines.engine_choice` chooses.
+All save the same state, in the fragments of `training.engines.fragments`, so a checkpoint of one engine can be loaded
+by another.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pst_dist.distributed.ranks import Ranks, device_of
-from pst_dist.training.batches import PSTBatch
-from pst_dist.training.fragments import (
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.engines.fragments import (
     WEIGHT,
     Fragment,
     FragmentFiles,

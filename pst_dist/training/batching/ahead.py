@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from pst_dist.training.batches import PSTBatch
+from pst_dist.training.batching.batches import PSTBatch
 
 
 class StepsAhead:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pst_dist.errors import EnvironmentFault
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 
 _HERE = "127.0.0.1"
 

@@ -23,7 +23,7 @@ from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.progress import alive, working
 from pst_dist.distributed.ranks import Ranks, from_main, main_first_errors
 from pst_dist.student.holding import WHOLE, Holding
-from pst_dist.training.deepspeed_config import deepspeed_settings, import_deepspeed
+from pst_dist.training.engines.deepspeed_config import deepspeed_settings, import_deepspeed
 
 log = logging.getLogger(__name__)
 

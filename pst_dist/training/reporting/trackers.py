@@ -1,6 +1,7 @@
 """The interface of an experiment tracker, which receives the metrics of a training, and the run that it sees.
 
-`training.tracker_backends` has the trackers that come with this package, and `training.reporting` calls them.
+`training.reporting.tracker_backends` has the trackers that come with this package, and
+`training.reporting.all_trackers` calls them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO 0-3 as an engine, in any number of processes.
 
-`training.deepspeed_config` builds DeepSpeed's settings, and `training.fragments` reads its partitions.
+`training.engines.deepspeed_config` builds DeepSpeed's settings, and `training.engines.fragments` reads its partitions.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from pst_dist.config.schema import TrainConfig
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.storage.spool import Spool
-from pst_dist.training.batches import PSTBatch
-from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, deepspeed_settings, import_deepspeed
-from pst_dist.training.engine import Engine
-from pst_dist.training.fragments import (
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.engines.deepspeed_config import MOST_BUCKET_ELEMENTS, deepspeed_settings, import_deepspeed
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.engines.fragments import (
     Fragment,
     trainable,
     whole_fragments,
     zero3_fragments,
     zero_fragments,
 )
+from pst_dist.training.engines.optimizer import adamw, set_learning_rate
 from pst_dist.training.loss import PSTLossOutput
 from pst_dist.training.module import Student
-from pst_dist.training.optimizer import adamw, set_learning_rate
 
 
 class DeepSpeedEngine(Engine):

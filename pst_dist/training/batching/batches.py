@@ -1,6 +1,7 @@
 """From token sequences to the tensors of one forward pass on one rank.
 
-`student.layout` makes the sequences, and `training.step_batches` decides which of them go through the student together.
+`student.layout` makes the sequences, and `training.batching.step_batches` decides which of them go through the student
+together.
 """
 
 # Shapes in this file: B sequences, T tokens, N supervised tokens, A aligned spans, E teacher width, G global keys

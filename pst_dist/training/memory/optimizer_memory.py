@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pst_dist.config.schema import Config
-from pst_dist.training.model_size import ModelShape
+from pst_dist.training.memory.model_size import ModelShape
 
 _ADAM = 8.0
 """Two float32 moments."""

@@ -1,7 +1,7 @@
 """Where the metrics of a training go: metrics.jsonl, `live.json`, the trackers and a log line.
 
-Each term is logged raw and weighted, with the norm of its gradient at the hidden state (`training.step_record`).
-`training.term_warnings` warns when a term has no effect or dominates.
+Each term is logged raw and weighted, with the norm of its gradient at the hidden state
+(`training.reporting.step_record`). `training.reporting.term_warnings` warns when a term has no effect or dominates.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pst_dist.storage.atomic import write_text
 from pst_dist.storage.manifest import append_line, read_lines
 from pst_dist.storage.outputs import refuse_link_out
 from pst_dist.training.head_fit import HeadFit
-from pst_dist.training.live import Live, RankSigns
-from pst_dist.training.prometheus import Prometheus
-from pst_dist.training.reporting import PROMETHEUS, Trackers
-from pst_dist.training.step_record import StepRecord
-from pst_dist.training.term_warnings import TermWarnings
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.all_trackers import PROMETHEUS, Trackers
+from pst_dist.training.reporting.live import Live, RankSigns
+from pst_dist.training.reporting.prometheus import Prometheus
+from pst_dist.training.reporting.step_record import StepRecord
+from pst_dist.training.reporting.term_warnings import TermWarnings
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 from pst_dist.training.validation import SampleAnswer, ValidationScore
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 Each rank writes the float32 weights and AdamW moments it holds, wherever ZeRO put them, as one-dimensional fragments of
 each parameter's flat form. A reader assembles the fragments it needs from whichever files contain them. So a checkpoint
 is independent of world size and ZeRO stage, saving needs no communication, and nothing is unpickled.
-`training.checkpoint` turns a set of such files into a checkpoint.
+`training.checkpoints.checkpoint` turns a set of such files into a checkpoint.
 
 DeepSpeed's own files are tied to stage and world size; its universal format needs a conversion first and cannot go from
 stage 2 to 3. We read and write ZeRO's partitions in the same tensors that DeepSpeed's loader of universal checkpoints
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pst_dist.distributed.progress import alive
 from pst_dist.errors import IntegrityError
 from pst_dist.storage.manifest import HashedFile
-from pst_dist.training.optimizer import TwoOptimizers
+from pst_dist.training.engines.optimizer import TwoOptimizers
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 _OTHERS = ("momentum_buffer", "absmax1", "absmax2", "state1", "state2")

@@ -1,8 +1,8 @@
 """The batches of each step of a training, from a loader whose whole state is a step number.
 
-The order of samples is a pure function of (seed, epoch, position), see `training.order`: step k's global batch is a
-slice of the epoch's permutation, which `training.passes` cuts into forward passes. So resuming needs no replay, and the
-number of ranks never changes what is trained on.
+The order of samples is a pure function of (seed, epoch, position), see `training.batching.order`: step k's global batch
+is a slice of the epoch's permutation, which `training.batching.passes` cuts into forward passes. So resuming needs no
+replay, and the number of ranks never changes what is trained on.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pst_dist.data.sample import ReasoningSample, question_group
 from pst_dist.data.shards import SplitReader
 from pst_dist.student.layout import Layout, forward_passes
 from pst_dist.student.layout import Sequence as TokenSequence
-from pst_dist.training.batches import Collator, PSTBatch
-from pst_dist.training.order import OrderPlan, turn_of
-from pst_dist.training.passes import ByLength, length_passes
+from pst_dist.training.batching.batches import Collator, PSTBatch
+from pst_dist.training.batching.order import OrderPlan, turn_of
+from pst_dist.training.batching.passes import ByLength, length_passes
 
 _MOST_CACHED = 20_000
 """Rows whose tokens stay in memory, up to about 100 MB. Tokenising again in each epoch would take a tenth of a small

@@ -16,8 +16,8 @@ from pst_dist.config.schema import Config
 from pst_dist.config.schema_train import TRACKERS_GROUP
 from pst_dist.errors import PstError, first_line
 from pst_dist.text.redaction import redact, redact_values
-from pst_dist.training.tracker_backends import TRACKERS
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.tracker_backends import TRACKERS
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -95,5 +95,5 @@ def _load(name: str) -> Tracker:
     found = point.load()
     tracker = found() if isinstance(found, type) else found
     if not isinstance(tracker, Tracker):
-        raise TypeError(f"{point.value} is not a pst_dist.training.trackers.Tracker")
+        raise TypeError(f"{point.value} is not a pst_dist.training.reporting.trackers.Tracker")
     return tracker

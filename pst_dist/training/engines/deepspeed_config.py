@@ -14,7 +14,7 @@ from typing import Any
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.foreign_json import foreign_object
-from pst_dist.training.deepspeed_owned import without_owned
+from pst_dist.training.engines.deepspeed_owned import without_owned
 
 MOST_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default size of the buffers in which gradients are collected before communication."""

@@ -18,13 +18,13 @@ from pst_dist.distributed.device_memory import GIB, DeviceMemory, give_back, is_
 from pst_dist.distributed.progress import place
 from pst_dist.distributed.ranks import Ranks, gathered
 from pst_dist.errors import EnvironmentFault, PstError, first_line
-from pst_dist.training.batches import PSTBatch
-from pst_dist.training.engine import Engine
-from pst_dist.training.memory import zero_stage
-from pst_dist.training.model_size import shape_of_config
+from pst_dist.training.batching.batches import PSTBatch
+from pst_dist.training.batching.passes import ByLength
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.memory.model_size import shape_of_config
+from pst_dist.training.memory.pass_limit import SHARE, PassLimit, cuts_by_memory, pass_limit
+from pst_dist.training.memory.training_memory import zero_stage
 from pst_dist.training.module import Student
-from pst_dist.training.pass_limit import SHARE, PassLimit, cuts_by_memory, pass_limit
-from pst_dist.training.passes import ByLength
 
 log = logging.getLogger(__name__)
 

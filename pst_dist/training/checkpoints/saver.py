@@ -4,7 +4,7 @@ A background save copies this rank's state to host memory at the step boundary, 
 thread writes and hashes the copy. Ranks communicate in their main threads only: they publish together at a later step
 boundary, when every rank has finished writing; a foreground save publishes at once. At most one save is in flight, and
 code that needs the newest checkpoint calls `settle` first.
-`training.checkpoint` defines what a checkpoint is and how it stays complete or absent.
+`training.checkpoints.checkpoint` defines what a checkpoint is and how it stays complete or absent.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pst_dist.distributed.progress import at
-from pst_dist.training.checkpoint import checkpoint_path, prepare_checkpoint, publish_checkpoint, write_part
-from pst_dist.training.engine import Engine
-from pst_dist.training.state import RunState
+from pst_dist.training.checkpoints.checkpoint import checkpoint_path, prepare_checkpoint, publish_checkpoint, write_part
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.engines.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Every rank writes its file into a new directory and hashes it. When all are done, rank zero writes the manifest last and
 renames the directory into place. Loading compares every digest first. The contents of the files are defined in
-`training.fragments` and fit every engine and every number of ranks.
+`training.engines.fragments` and fit every engine and every number of ranks.
 The student that validation chose is kept separately, as a plain Hugging Face folder.
 """
 
@@ -29,11 +29,11 @@ from pst_dist.storage.manifest import (
     write_json,
 )
 from pst_dist.student.finite import refuse_non_finite
-from pst_dist.training.engine import Engine
+from pst_dist.training.checkpoints.state import RunState
+from pst_dist.training.checkpoints.verifying import verify_together
+from pst_dist.training.engines.engine import Engine
+from pst_dist.training.engines.fragments import Fragment, copied, named_tensors, write_fragments
 from pst_dist.training.fingerprint import check_changes, chosen_alike
-from pst_dist.training.fragments import Fragment, copied, named_tensors, write_fragments
-from pst_dist.training.state import RunState
-from pst_dist.training.verifying import verify_together
 
 log = logging.getLogger(__name__)
 _STATE = "run_state.json"

@@ -15,9 +15,9 @@ from pst_dist.config.schema import Config
 from pst_dist.errors import ConfigError, InputError
 from pst_dist.models.locate import is_gguf
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object
-from pst_dist.training.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json, is_stage, shown
-from pst_dist.training.model_size import ModelShape
-from pst_dist.training.optimizer_memory import optimizer_bytes
+from pst_dist.training.engines.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json, is_stage, shown
+from pst_dist.training.memory.model_size import ModelShape
+from pst_dist.training.memory.optimizer_memory import optimizer_bytes
 
 _NF4_BYTES = 0.516
 """Bytes a weight in NF4 with double quantisation: 4.127 bits (Dettmers et al., arXiv 2305.14314, section 3)."""

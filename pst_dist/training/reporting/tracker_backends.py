@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pst_dist.training.trackers import TrackedRun, Tracker
+from pst_dist.training.reporting.trackers import TrackedRun, Tracker
 
 _PROJECT = "pst_dist"
 _LONGEST_PARAMETER, _MOST_PARAMETERS = 500, 100

@@ -1,0 +1,1 @@
+"""How much memory a training needs, and how large its forward passes may be."""

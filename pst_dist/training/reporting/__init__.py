@@ -1,0 +1,1 @@
+"""What a training reports: metrics of each step, warnings, progress for other programs, and trackers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,22 @@ _OTHER_NAMES = {
     **dict.fromkeys(("optimizer", "optimiser"), "train.optim"),
 }
 """Name in other programs -> our key."""
+
+
+def refuse_misspelt(words: Iterable[str], own: Iterable[str]) -> None:
+    """Raise ConfigError for a word such as `node=2` that is close to one of a command's own keys and no config key.
+
+    `own` are the keys that the command takes besides those of a config.
+    """
+    own, known = list(own), {*SECTIONS, *known_keys(), *_OTHER_NAMES}
+    for word in words:
+        key, sign, _ = word.partition("=")
+        if sign and "." not in key and key.replace("-", "_") not in known:
+            near = difflib.get_close_matches(key, own, n=1, cutoff=0.7)
+        else:
+            near = []
+        if near:
+            raise ConfigError(f"unknown key {key!r}", f"did you mean {near[0]!r}?")
 
 
 def _remedy_for_unknown(location: tuple[str, ...], keys: set[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pst_dist.arms import ARMS, BASELINE, COST_BASELINE
-from pst_dist.config.explain import explain
+from pst_dist.config.explain import explain, refuse_misspelt
 from pst_dist.config.keys import flat_keys, known_keys
 from pst_dist.config.loading import lay_over, load_tree
 from pst_dist.config.locate import check_name, ready_made_configs
@@ -202,6 +202,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
             set_key(tree, keys, value)
             origins[keys] = {}
         else:
+            refuse_misspelt([word], Experiment.model_fields)
             tree["overrides"] = {**(tree.get("overrides") or {}), ".".join(keys): value}
     try:
         return Experiment.model_validate(tree)
@@ -300,7 +301,8 @@ def _put(tree: dict[str, Any], keys: Mapping[str, Any], where: str) -> None:
     """Write keys, dotted or nested, into a tree; raises ConfigError for keys that the experiment sets itself."""
     for key, value in flat_keys(keys).items():
         if key in _OWN:
-            raise ConfigError(f"{where}.{key}: an experiment sets this for each run", "remove it")
+            remedy = f"write seeds=[{value}]" if key == "seed" and where == "overrides" else "remove it"
+            raise ConfigError(f"{where}.{key}: an experiment sets this for each run", remedy)
         try:
             set_key(tree, tuple(key.split(".")), value)
         except PstError as error:

@@ -104,3 +104,21 @@ def test_help_of_the_program_reads_no_config_schema():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("submit slurm demo node=2", "unknown key 'node'; did you mean 'nodes'?"),
+        ("submit slurm demo tmie=01:00:00", "unknown key 'tmie'; did you mean 'time'?"),
+        ("submit slurm demo lr=1e-3 --dry-run", "unknown key 'lr'; did you mean 'train.learning_rate'?"),
+        ("submit ray demo adress=http://localhost:8265", "unknown key 'adress'; did you mean 'address'?"),
+        ("experiment letters job=2 --dry-run", "unknown key 'job'; did you mean 'jobs'?"),
+        ("experiment letters seed=1 --dry-run", "an experiment sets this for each run; write seeds=[1]"),
+    ],
+)
+def test_a_misspelt_argument_of_a_verb_is_compared_with_the_verbs_own(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_verb(words.split()) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

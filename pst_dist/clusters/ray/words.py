@@ -11,6 +11,7 @@ from typing import Any
 from pst_dist.clusters.plain import plain
 from pst_dist.clusters.ray.dashboard import dashboard_address
 from pst_dist.clusters.ray.runtime_env import WORDS, read_runtime_env
+from pst_dist.config.explain import refuse_misspelt
 from pst_dist.errors import ConfigError
 
 _OWN = ("address", "verb", "dir", "exclude", "name", "cpus", "gpus", *WORDS)
@@ -57,6 +58,7 @@ def read_words(words: Sequence[str]) -> tuple[RayRequest, list[str]]:
             raise ConfigError(f"{word}: a job of `pst submit ray` already runs on Ray", "leave it out")
         else:
             rest.append(word)
+    refuse_misspelt(rest, _OWN)
     verb = asked.get("verb", "run")
     if verb not in ("run", "embed", "train", "evaluate"):
         raise ConfigError(f"verb={verb} is not a stage that runs on Ray", "use run, embed, train or evaluate")

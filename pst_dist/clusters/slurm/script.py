@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from pst_dist.arms import ARMS
 from pst_dist.clusters.plain import plain
+from pst_dist.config.explain import refuse_misspelt
 from pst_dist.config.loading import load_config
 from pst_dist.config.overrides import parse_override
 from pst_dist.config.run_dir import data_settings, run_dir
@@ -99,6 +100,7 @@ def read_words(words: Sequence[str]) -> tuple[SlurmRequest, list[str]]:
             options[option] = value
         else:
             rest.append(word)
+    refuse_misspelt(rest, (*_OWN, *_SBATCH_OF))
     # Not parsed as YAML, where 04:00:00 is a base-60 number.
     if "time" in options and not _TIME.fullmatch(options["time"]):
         raise ConfigError(f"time={options['time']} is not a time limit", "write hours:minutes:seconds or days-hours")

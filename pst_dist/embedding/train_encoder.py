@@ -20,11 +20,12 @@ from typing import Any
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import normalise_question
 from pst_dist.data.sources import load_data
+from pst_dist.distributed.device_memory import is_out_of_memory
 from pst_dist.embedding.causal import reads_causal
 from pst_dist.embedding.contrast import Triplets, triplets
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.encoder_card import card, measure
-from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, StaleError
+from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, StaleError, first_line
 from pst_dist.logs import Progress, progress, quiet_libraries, without_chatter
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.atomic import write_text
@@ -63,7 +64,7 @@ def train_encoder(config: Config, settings: EncoderTraining, *, rebuild: bool = 
 
     Does nothing when the same encoder exists. Raises InputError for a base that is no sentence-transformers model and
     for a folder with other files, DataError for too few rationales, StaleError for an encoder from other inputs unless
-    `rebuild`, and what reading the rows raises.
+    `rebuild`, EnvironmentFault when memory runs out, and what reading the rows raises.
     """
     if reads_causal(config.embed):
         raise InputError(
@@ -242,7 +243,15 @@ def _run_trainer(encoder: TextEncoder, made: Triplets, facts: Mapping[str, Any],
         last = last_checkpoint(checkpoints)
         if last is not None:
             log.info("continuing from %s", last.name)
-        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EnvironmentFault(
+                f"memory ran out while training the encoder ({first_line(error, 200)})",
+                f"use a smaller --batch-size than {facts['batch_size']}, or fewer --negatives",
+            ) from error
     model.eval()
     return int(trainer.state.global_step)
 

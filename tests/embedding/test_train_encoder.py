@@ -22,7 +22,7 @@ from pst_dist.data.sample import ReasoningSample
 from pst_dist.embedding.contrast import changed_texts, triplets
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.train_encoder import EncoderTraining, last_checkpoint, read_wrong, train_encoder
-from pst_dist.errors import DataError, InputError, StaleError
+from pst_dist.errors import DataError, EnvironmentFault, InputError, StaleError
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.manifest import sha256_file
 
@@ -177,6 +177,23 @@ def test_what_is_no_training_is_refused(base, tmp_path, monkeypatch):
     for place in (folder, Path(".")):
         with pytest.raises(InputError, match=r"would be replaced, but 'thesis\.txt' in it was not written by pst"):
             train_encoder(config_for(base, rows), EncoderTraining(output=place))  # before it sees too few rows
+
+
+def test_a_batch_that_does_not_fit_in_memory_names_the_option(base, tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformerTrainer
+
+    def too_large(*arguments, **rest):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    config = config_for(base, rows_file(tmp_path))
+    settings = EncoderTraining(output=tmp_path / "mine", epochs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(SentenceTransformerTrainer, "training_step", too_large)
+        with pytest.raises(EnvironmentFault, match=r"Tried to allocate 2.*use a smaller --batch-size than 32"):
+            train_encoder(config, settings)
+    assert not (tmp_path / "mine").exists()
+    train_encoder(config, EncoderTraining(output=tmp_path / "mine", epochs=1, batch_size=16))
+    assert Artefact(tmp_path / "mine", "encoder").is_intact()
 
 
 def test_rationales_in_which_nothing_can_be_changed_are_counted(base, tmp_path):

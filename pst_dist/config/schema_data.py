@@ -118,8 +118,8 @@ class ShardConfig(Section):
     samples_per_shard: Positive = 1000
     """Samples per tar file. One shard is the unit of embedding work and of retries."""
     workers: Positive | None = None
-    """Processes that read and pack the rows, in `pst check` too; 1 does all in one process. The shards are the same to
-    the byte. Default: one for each CPU core that the command may use, at most eight, once there are 20,000 rows."""
+    """Processes that read and pack the rows, in `pst check` too. The shards are byte-identical for any number. Default:
+    one process up to 20,000 rows; for more rows, one per CPU core that the command may use, at most eight."""
 
 
 class RayConfig(Section):

@@ -112,8 +112,8 @@ class StudentConfig(Section):
     """Git revision of a model on the hub."""
     new_token_init: Annotated[str, Field(min_length=1)] = "auto"
     """Initial embeddings of the tokens added to a pretrained model: a copy of `eos`, `newline` or any other token,
-    given by its text; or `mean`, as in transformers: the mean of all embeddings, or a spare row of the model as it is.
-    `auto` is newline, or eos for arms that think first."""
+    given by its text; or `mean`, as in transformers: the mean of all embeddings, or, if the model has an unused row,
+    that row unchanged. `auto` is newline, or eos for arms that think first."""
     fresh: FreshConfig = FreshConfig()
     """Architecture and size of a new student, used when no model is named."""
     lora: LoraConfig = LoraConfig()
@@ -138,7 +138,10 @@ class StudentConfig(Section):
 
 
 class LossConfig(Section):
-    """L = answer_weight * CE(answer) + rationale_weight * CE(rationale) + alignment_weight * D(student, teacher)."""
+    """L = answer_weight * CE(answer) + rationale_weight * CE(rationale) + alignment_weight * D(student, teacher).
+
+    The last term is called alignment term or semantic term.
+    """
 
     answer_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the answer loss (mean negative log-likelihood per answer token)."""

@@ -30,7 +30,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"checkpoint   {_bytes(plan.checkpoint_bytes)}, {plan.checkpoint_seconds:.3g} s at "
         f"{machines.write_gb_per_second:g} GB/s; {train.save_total_limit + 1} of them, including the best one, take "
         f"{_bytes((train.save_total_limit + 1) * plan.checkpoint_bytes)}",
-        f"failures     {'?' if plan.failures is None else f'{plan.failures:.2g}'} expected; {_saves(plan)}",
+        f"failures     {'unknown, as the time is' if plan.failures is None else f'{plan.failures:.2g} expected'}; "
+        f"{_saves(plan)}",
         "",
         f"memory per rank  {'weights':>10} {'gradients':>10} {'optimizer':>10} {'buckets':>10} "
         f"{'activations':>12} {'loss path':>10} {'total':>10}",

@@ -85,7 +85,7 @@ def examine(
                 "plan",
                 lambda: places.room(config, request.machines, machine.memory_free, bool(machine.gpus)),
                 20.0,
-                "counting the rows takes too long: use `pst plan`, which has no time limit",
+                "counting the rows or loading the student takes too long: use `pst plan`, which has no time limit",
             ),
         ]
     return machine, look_at([check for check in checks if only is None or check.subject in only])

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pst_dist
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.foreign_json import foreign_object
@@ -63,7 +64,7 @@ def find_deepspeed_json(name: str) -> Path:
         if os.path.lexists(given):  # opening it refuses anything but a regular file
             return given
         raise InputError("no such DeepSpeed config", path=given)
-    package = Path(__file__).resolve().parents[1]
+    package = Path(pst_dist.__file__).resolve().parent
     for folder in (package / "ds_configs", package.parent / "ds_configs"):
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"

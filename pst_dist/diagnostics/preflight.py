@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from pst_dist.arms import ARMS
-from pst_dist.config.run_dir import expand_arms
-from pst_dist.config.schema import Config
+from pst_dist.config.run_dir import expand_arms, run_dir
+from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import DataError
 
@@ -32,12 +32,25 @@ def preflight(config: Config) -> None:
         from pst_dist.distributed.ranks import Ranks, check_meeting_place
 
         check_meeting_place(Ranks.from_environment())
+        if not all(run_dir(arm).training.is_file() for arm in expand_arms(config)):
+            _check_training(config.train)
     if config.train.backend != "ray" or _has_student(config):
         check_student(config)
     if needs_embeddings(config):
         from pst_dist.embedding.encoder_model import check_encoder
 
         check_encoder(config.embed)
+
+
+def _check_training(train: TrainConfig) -> None:
+    """Raise the error with which training would refuse its precision or its optimizer on this machine."""
+    from pst_dist.distributed.ranks import Ranks, device_of
+    from pst_dist.training.engines.optimizer import check_optimizer
+    from pst_dist.training.precision import check_fp16
+
+    if train.fp16:  # else leave the GPU alone until training needs it
+        check_fp16(train, device_of(Ranks.from_environment()))
+    check_optimizer(train)
 
 
 def _has_student(config: Config) -> bool:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import zoo
 from small_run import small_config
 
 from pst_dist.diagnostics.dry_run import dry_run
+from pst_dist.errors import ConfigError
 from pst_dist.pipeline import run_all
 
 
@@ -37,6 +39,16 @@ def test_all_problems_are_told_at_once(tmp_path, small_data):
 def test_rationales_that_lose_their_end_are_counted(small_data, tmp_path):
     (warned,) = [line for line in lines(small_config(small_data, tmp_path / "run", layout__max_length=60), "warning")]
     assert "lose their end; raise layout.max_length" in warned
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has float16")
+def test_a_precision_that_training_would_refuse_is_refused_before_the_first_stage(small_data, tmp_path):
+    config = small_config(small_data, tmp_path / "run", train__fp16=True)
+    (problem,) = lines(config, "problem")
+    assert "train.fp16 needs a GPU" in problem
+    with pytest.raises(ConfigError, match=r"train\.fp16 needs a GPU"):
+        run_all(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rate_for_random_weights_is_a_warning_for_a_pretrained_student(small_data, tmp_path):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pst_dist
 from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_line
 from pst_dist.storage.foreign_json import foreign_object
@@ -64,7 +64,7 @@ def find_deepspeed_json(name: str) -> Path:
         if os.path.lexists(given):  # opening it refuses anything but a regular file
             return given
         raise InputError("no such DeepSpeed config", path=given)
-    package = Path(pst_dist.__file__).resolve().parent
+    package = Path(str(resources.files("pst_dist")))
     for folder in (package / "ds_configs", package.parent / "ds_configs"):
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"

@@ -39,7 +39,6 @@ from pst_dist.data.sources.generators import generate
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.pretrained import build_model
-from pst_dist.student.prompt import FILLER
 from pst_dist.student.tokenizer import build_tokenizer
 
 # Shapes in this file: B rows, T tokens, D width, L layers
@@ -85,7 +84,7 @@ class Rows:
         samples = generate(spec, "train")[1]
         self.tokenizer = build_tokenizer(config.student, samples[:count])
         self.marker = self._ids(" " + config.layout.answer_marker)
-        self.dot = self._ids(FILLER)
+        self.dot = self._ids(" .")
         rows = [self._row(sample) for sample in samples]
         self.train, self.validation = rows[:count], rows[count:]
 

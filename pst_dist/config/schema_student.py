@@ -36,10 +36,6 @@ class LayoutConfig(Section):
     turns: Annotated[dict[str, str], AfterValidator(_turn_texts)] | None = None
     """Set by `prompt: auto`: the chat template's texts around earlier turns and a row's own system text (keys system,
     reply, next). Without this, turns and system text are part of the question."""
-    filler_dots: Annotated[int, Field(ge=0, le=256)] = 0
-    """Number of dots between the prompt and what the student writes first ("let's think dot by dot", arXiv 2404.15758).
-    They carry no information, but give the student more positions to compute in before it answers. They are part of the
-    prompt, so no further token is generated."""
     answer_marker: str = " -->"
     """Text between a rationale and the answer that follows it, in arms that think first."""
     max_length: Positive = 512

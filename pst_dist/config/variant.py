@@ -17,8 +17,6 @@ def variant_of(config: Config) -> list[str]:
         variant.append("no rationale tokens")
     if arm.aligned and config.layout.semantic_position == "before":
         variant.append("semantic token before")
-    if config.layout.filler_dots:
-        variant.append(f"{config.layout.filler_dots} filler dots")
     if arm.aligned and config.loss.alignment_weight > 0 and not config.loss.centre:
         variant.append("not centred")
     if arm.aligned and config.loss.alignment_weight > 0:

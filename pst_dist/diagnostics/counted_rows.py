@@ -15,7 +15,7 @@ from typing import Any
 from pst_dist.arms import ARMS, Segment
 from pst_dist.config.run_dir import run_dir
 from pst_dist.config.schema import Config
-from pst_dist.student.prompt import AUTO, FILLER, FRESH_PROMPT
+from pst_dist.student.prompt import AUTO, FRESH_PROMPT
 
 _CHARACTERS_A_TOKEN = 4.0
 
@@ -75,7 +75,6 @@ def count_rows(config: Config, read: ReadRows | None = None) -> Rows:
     exact = config.student.model_name_or_path is None and config.student.fresh.tokenizer == "byte"
     a_token = 1.0 if exact else _CHARACTERS_A_TOKEN
     template = FRESH_PROMPT if config.layout.prompt == AUTO else config.layout.prompt  # a guess, without the tokenizer
-    template += FILLER * config.layout.filler_dots
     prompt = len(template) - len("{question}") + 3  # the space before an answer, its stop, the end
     tokens, texts, prompts, longest = 0.0, 0, 0.0, 0.0
     for sample in samples:

@@ -35,7 +35,7 @@ def model_card(facts: CardFacts) -> str:
         parameters=sum(parameter.numel() for parameter in facts.model.parameters()),
         training=training_words(facts),
         prompt=prompt_text(facts).replace("\n", "\\n"),
-        separator=" " if facts.seq2seq else fmt.filled_separator.replace("\n", "\\n"),
+        separator=" " if facts.seq2seq else fmt.separator.replace("\n", "\\n"),
         conversations=_conversations(fmt.turns or {}),
         shows_semantic_token=arm.aligned and (fmt.semantic_before or fmt.writes_rationale),
         answer_code=answer_code(facts),

@@ -14,7 +14,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample, Turns
 from pst_dist.errors import ConfigError
 from pst_dist.student.chat import TURN_KEYS, conversation_pieces, conversation_problem
-from pst_dist.student.prompt import FILLER, prompt_of
+from pst_dist.student.prompt import prompt_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,6 @@ class AnswerFormat:
     """Text between the prompt and the first text that a causal student writes."""
     turns: dict[str, str] | None = None
     """Texts around earlier turns and a system text (`student.chat.Prompt`); None if these are part of the question."""
-    filler_dots: int = 0
-    """Number of filler dots between the prompt and what the student writes first."""
     stop_token: str = STOP_TOKEN
     semantic_token: str = SEMANTIC_TOKEN
     think_below: float | None = None
@@ -60,7 +58,6 @@ class AnswerFormat:
             prompt=asked.template,
             separator=asked.separator,
             turns=asked.turns,
-            filler_dots=layout.filler_dots,
             answer_marker=layout.answer_marker,
             max_length=layout.max_length,
             semantic_position=layout.semantic_position,
@@ -78,31 +75,18 @@ class AnswerFormat:
             return f"turns: has keys other than {', '.join(TURN_KEYS)}"
         if not (self.answer_marker.strip() and self.stop_token and self.semantic_token):
             return "answer_marker, stop_token and semantic_token may not be blank"
-        if self.max_length < 1 or self.semantic_tokens < 0 or self.filler_dots < 0:
-            return "max_length, semantic_tokens or filler_dots is out of range"
+        if self.max_length < 1 or self.semantic_tokens < 0:
+            return "max_length or semantic_tokens is out of range"
         return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for `pst.json`."""
-        values = {key: value for key, value in asdict(self).items() if value is not None}
-        if not self.filler_dots:
-            del values["filler_dots"]  # as earlier versions wrote it
-        return values
-
-    @property
-    def filled_prompt(self) -> str:
-        """The prompt with the filler dots at its end."""
-        return self.prompt + FILLER * self.filler_dots
-
-    @property
-    def filled_separator(self) -> str:
-        """The text after `filled_prompt`; never empty after a dot, which would make 42 into .42."""
-        return self.separator or (" " if self.filler_dots else "")
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def template(self, *, other: bool = False) -> str:
         """The prompt around `{question}`, with the prefix of the arm's first task, or with `other` of its second."""
         asked = ARMS[self.arm].asked
-        return self.filled_prompt.replace("{question}", asked[-1 if other else 0].prefix + "{question}")
+        return self.prompt.replace("{question}", asked[-1 if other else 0].prefix + "{question}")
 
     def asked(self, sample: ReasoningSample) -> str | Turns:
         """What a sample asks: its conversation if the format has turns, else its question with the whole context."""
@@ -125,7 +109,7 @@ class AnswerFormat:
             before, _, after = self.template(other=other).partition("{question}")
             return [before, question, after]
         prefix = ARMS[self.arm].asked[-1 if other else 0].prefix
-        return conversation_pieces(self.filled_prompt, self.turns or {}, question, prefix)
+        return conversation_pieces(self.prompt, self.turns or {}, question, prefix)
 
     def render(self, question: str | Turns, *, other: bool = False) -> str:
         """`pieces` as one text."""

@@ -70,12 +70,12 @@ class Layout:
         """
         if self._begins_with_space:
             return self._behind_space(text)
-        before = self.format.filled_prompt.partition("{question}")[2]
-        return self.text_ids.continuation(before, self.format.filled_separator + text)
+        before = self.format.prompt.partition("{question}")[2]
+        return self.text_ids.continuation(before, self.format.separator + text)
 
     @property
     def _begins_with_space(self) -> bool:
-        return self.is_encoder_decoder or (self.format.filled_separator == " " and self.format.turns is None)
+        return self.is_encoder_decoder or (self.format.separator == " " and self.format.turns is None)
 
     def prompt_ids(self, question: str | Turns, *, other: bool = False) -> list[int]:
         """Token ids of the rendered question, exactly as `tokenizer(text)` gives them to any other program.

@@ -18,8 +18,6 @@ AUTO = "auto"
 FRESH_PROMPT = "{question} ###"
 """Fine-tune-CoT's prompt (https://github.com/itsnamgyu/reasoning-teacher)."""
 PLAIN_PROMPT = "{question}\nAnswer:"
-FILLER = " ."
-"""One filler dot of `layout.filler_dots`; a single token in most pretrained tokenizers."""
 
 
 def is_pretrained(config: Config) -> bool:

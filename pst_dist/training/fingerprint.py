@@ -47,7 +47,6 @@ _IMPLIED: dict[str, Any] = {
     "layout.system": None,
     "layout.separator": " ",
     "layout.turns": None,
-    "layout.filler_dots": 0,
     "train.optim": "adamw",
     "train.fp16": False,
     "train.head_learning_rate": None,

@@ -20,8 +20,6 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 
 NEW_TOKENS = 12
-FILLED = "qwen with dots"
-"""The student of that family again, with filler dots after the prompt."""
 FAMILIES = tuple(name for name in chats.TEMPLATES if name != "llama2")
 """llama2's tokenizer puts a space before a text, but not behind the template's own BOS: see test_prompt."""
 EARLIER = (("user", "2 + 3?"), ("assistant", 'It is "5", {five}.'))
@@ -89,20 +87,19 @@ def told(tmp_path_factory):
     """What the stranger got from each family's export, what we decoded, and the ids of training."""
     path = tmp_path_factory.mktemp("chats")
     made, asked = {}, {}
-    for name in (*FAMILIES, FILLED):
-        family = name.split()[0]
-        base = zoo.make(family, path / name / "base")
-        (base / "chat_template.jinja").write_text(chats.TEMPLATES[family])
+    for name in FAMILIES:
+        base = zoo.make(name, path / name / "base")
+        (base / "chat_template.jinja").write_text(chats.TEMPLATES[name])
         config = Config.model_validate(
             {
                 "arm": "post_thinking",
                 "output_dir": str(path / name),
-                "layout": {"max_length": 200, "prompt": "auto", "filler_dots": 3 if name == FILLED else 0},
+                "layout": {"max_length": 200, "prompt": "auto"},
                 "student": {"model_name_or_path": str(base)},
                 "evaluate": {"max_new_tokens": NEW_TOKENS},
             }
         )
-        rows = rows_for(family)
+        rows = rows_for(name)
         folder, answers, layout = exported(config, rows, rows, steps=25)
         ids = [layout.sequences(one)[0].prompt_ids for one in rows]
         made[name] = (str(folder), answers, ids, layout)
@@ -116,7 +113,7 @@ def told(tmp_path_factory):
     return {name: (got[folder], *rest) for name, (folder, *rest) in made.items()}
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, FILLED])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_exported_template_gives_the_ids_of_training(told, name):
     stranger, _, ids, layout = told[name]
     assert layout.format.turns is not None, "the family's own chat template is used"
@@ -124,7 +121,7 @@ def test_the_exported_template_gives_the_ids_of_training(told, name):
     assert stranger["parts"] == ids, "of contents that are lists of texts"
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, FILLED])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_conversation_is_answered_alone_and_in_a_batch_as_it_was_scored(told, name):
     stranger, ours, _, _ = told[name]
     assert stranger["single"] == ours
@@ -155,16 +152,6 @@ def test_training_has_the_ids_that_the_familys_own_template_gives(told, name):
             start = given.index("Today Date: ")
             given = given[:start] + "Today Date: 26 Jul 2024" + given[start + 23 :]
         assert list(given) == list(mine)
-
-
-def test_filler_dots_follow_the_prompt_of_the_template(told):
-    plain, filled = told["qwen"][3], told[FILLED][3]
-    assert filled.format.render("2?") == plain.format.render("2?") + " . . ."
-    assert (plain.format.separator, filled.format.filled_separator) == ("", " ")
-    sequence = filled.sequences(ROWS[1])[0]
-    answer = sequence.target_ids[: sequence.target_ids.index(filled.stop_id)]
-    text = filled.format.render(ROWS[1].question) + " " + ROWS[1].answer
-    assert filled.tokenizer(text)["input_ids"] == [*sequence.prompt_ids, *answer]
 
 
 def test_the_answer_follows_the_prompt_as_in_a_text_of_both(told):

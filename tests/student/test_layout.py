@@ -56,29 +56,6 @@ def test_the_semantic_token_can_stand_before_the_answer():
     assert sequence.segments[:3] == [S, S, A]
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_filler_dots_end_the_prompt_and_change_nothing_after_it(arm):
-    plain, filled = layout_of(arm), layout_of(arm, layout={"filler_dots": 3})
-    assert filled.format.render("2+2?").endswith("2+2? ### . . .")
-    dots = filled.tokenizer(" . . .")["input_ids"]
-    for before, after in zip(plain.sequences(SAMPLE), filled.sequences(SAMPLE), strict=True):
-        assert after.prompt_ids == before.prompt_ids + dots
-        assert (after.target_ids, after.segments) == (before.target_ids, before.segments)
-
-
-def test_an_answer_never_follows_a_dot_directly():
-    layout = layout_of("answer_only", layout={"filler_dots": 1, "separator": ""})
-    (sequence,) = layout.sequences(SAMPLE)
-    assert text(layout, sequence.prompt_ids + sequence.target_ids) == f"2+2? ### . 4{STOP_TOKEN}"
-
-
-def test_a_format_of_a_file_has_its_dots_and_one_without_them_reads_as_before():
-    plain, filled = layout_of("pst").format, layout_of("pst", layout={"filler_dots": 2}).format
-    assert "filler_dots" not in plain.to_json() and filled.to_json()["prompt"] == plain.to_json()["prompt"]
-    assert AnswerFormat(**filled.to_json()) == filled and AnswerFormat(**plain.to_json()) == plain
-    assert dataclasses.replace(filled, filler_dots=-1).problem() is not None
-
-
 def test_pure_pst_holds_no_rationale_tokens_but_span_pooling_keeps_them():
     (pure,) = layout_of("pst", loss={"rationale_weight": 0}).sequences(SAMPLE)
     (span,) = layout_of("pst", loss={"rationale_weight": 0, "pooling": "span"}).sequences(SAMPLE)
@@ -95,10 +72,10 @@ ODD = (
 
 @pytest.mark.parametrize("seq2seq", [False, True])
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize(("separator", "dots"), [(" ", 0), ("\n", 0), (" ", 3), ("", 3)])
-def test_many_samples_at_once_have_the_sequences_that_each_has_alone(arm, seq2seq, separator, dots):
+@pytest.mark.parametrize("separator", [" ", "\n"])
+def test_many_samples_at_once_have_the_sequences_that_each_has_alone(arm, seq2seq, separator):
     layout = layout_of(arm, seq2seq=seq2seq, loss={"control": "shuffle_rationale_tokens"})
-    layout.format = dataclasses.replace(layout.format, separator=separator, filler_dots=dots)
+    layout.format = dataclasses.replace(layout.format, separator=separator)
     rows = [(sample, rationale) for sample in ODD for rationale in (0, 1)]
     assert layout.many(rows) == [layout.sequences(*row) for row in rows]
     assert layout.many([]) == []

@@ -85,26 +85,6 @@ def test_a_run_keeps_what_it_began_with(small_data, tmp_path):
     assert load_config(str(run.path)).student.new_token_init == "newline"
 
 
-@pytest.mark.encoder
-def test_filler_dots_are_not_taken_for_a_part_of_the_prompt_that_auto_found(small_data, tmp_path):
-    changes = {
-        "arm": "answer_only",
-        "student__model_name_or_path": zoo.make("gpt2", tmp_path / "base"),
-        "layout__max_length": 128,
-        "layout__prompt": "auto",
-        "layout__filler_dots": 2,
-        "train__max_steps": 2,
-    }
-    config = small_config(small_data, tmp_path / "run", **changes)
-    result = train(config)
-    run = run_dir(config)
-    shutil.rmtree(run.checkpoints)  # the kept student is then the record of the prompt
-    assert not begun_settings(run)["layout.prompt"].endswith(".")
-    assert train(config) == result
-    with pytest.raises(StaleError, match=r"layout\.filler_dots=2, this run has .*=0"):
-        check_changes(settings("layout.filler_dots=2"), settings(), accept=True)
-
-
 def test_a_prompt_that_ends_in_white_space_keeps_the_space_that_a_training_began_with():
     for model in ("student.model_name_or_path=some/model", "student.fresh.num_layers=1"):
         asked = ["arm=answer_only", model, "student.new_token_init=mean", 'layout.prompt="{question}\\n"']

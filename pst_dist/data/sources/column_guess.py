@@ -22,6 +22,7 @@ from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS,
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS
+from pst_dist.data.sources.verdicts import are_verdicts, is_setting
 from pst_dist.data.tasks.number_markup import NotANumber
 from pst_dist.data.tasks.numbers import read_number
 from pst_dist.data.tasks.scoring import snippet
@@ -92,7 +93,7 @@ def guess_paths(rows: Sequence[Mapping[str, Any]]) -> Layout | dict[str, str]:
         usable = [column for column in named if column not in found.values() and _usable(field, column, rows)]
         if usable and field not in found:
             # Whether a model was right is no answer, if another column can be one.
-            found[field] = min(usable, key=lambda column: field == "answer" and _holds_verdicts(column, rows))
+            found[field] = min(usable, key=lambda column: field == "answer" and _are_verdicts(column, rows))
     if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options
     if "choices" not in found:
@@ -250,16 +251,15 @@ def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     # Also a text in which no options are recognised: passed over, an index into them would be read as a number.
     if field == "choices" and any(isinstance(value, str) and value.strip() for value in values):
         return True
+    if field == "rationale":  # `reasoning: on` is a setting
+        values = [value for value in values if not (isinstance(value, str) and is_setting(value))]
     return any(isinstance(value, kinds[field]) for value in values)
 
 
-def _holds_verdicts(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a column `correct` or `result` says of each row that something is right or wrong."""
-    values = {str(row[column]).strip().lower() for row in rows if row.get(column) is not None}
-    return plain_name(column) in ("correct", "result", "finalresult") and values <= _VERDICTS
+def _are_verdicts(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    return are_verdicts(column, (row.get(column) for row in rows))
 
 
-_VERDICTS = {"true", "false", "correct", "incorrect", "right", "wrong", "pass", "fail", "passed", "failed"}
 _GOLD = ("answer", "finalanswer", "goldanswer", "gold", "expectedanswer", "correctanswer", "finalans", "groundtruth")
 
 

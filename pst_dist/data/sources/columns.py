@@ -29,6 +29,7 @@ from pst_dist.data.sources.options import Options, printed_texts, read_options, 
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
+from pst_dist.data.sources.verdicts import refuse_known_wrong
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 
@@ -89,8 +90,7 @@ class FieldMap:
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """Look up every field. `load` decides whether a row needs a rationale.
 
-        If the answer column contains a thought, or an answer mark while there is no rationale column, it is split as a
-        reply.
+        If the answer column contains a thought or an answer mark, it is split as a reply.
         """
         paths = self.paths
         asked, options = asked_at(row, paths, guessed=self.name == GUESSED)
@@ -99,8 +99,9 @@ class FieldMap:
             if name in paths:
                 rationales += as_rationales(look_up(row, paths[name]), are_steps=_names_steps(paths[name]))
         answer_field = next(name for name in _ANSWERS if name in paths)
+        refuse_known_wrong(row, paths[answer_field], explained=bool(rationales))
         answer = as_answer(look_up(row, paths[answer_field]))
-        if isinstance(answer, str) and (has_thought_tag(answer) or (not rationales and has_mark(answer))):
+        if isinstance(answer, str) and has_mark(answer):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
@@ -252,8 +253,9 @@ def _fill(row: Mapping[str, Any], template: str) -> str | None:
     return None if missing else text
 
 
-NO_VALUE = ("NaN", "NaT", "<NA>", "#N/A")
-"""What programs write for a missing value in a table of texts, if it can be no word: last letters may be `nan`."""
+NO_VALUE = ("NaN", "NaT", "<NA>", "\\N", "#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!")
+"""What programs write for a missing value in a table of texts, if it can be no word: last letters may be `nan`. Also
+the errors of a spreadsheet's formulas."""
 _NO_RATIONALE = (*NO_VALUE, "nan", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "-")
 
 

@@ -25,6 +25,7 @@ from pst_dist.data.sources.options import Options, option_columns, read_options,
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
+from pst_dist.data.sources.verdicts import is_cut, is_setting, refuse_bad_reply
 from pst_dist.data.tasks.scoring import kind_of
 
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")
@@ -37,6 +38,7 @@ def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name:
     text = as_text(reply, "answer")
     separate = thought.strip() if isinstance(thought, str) and thought.strip() else None
     gold = _clean_answer(row, name)
+    refuse_bad_reply(row, is_gold=gold is None)
     try:
         rationale, replied = split_reply(text, separate)
     except RowError as error:
@@ -79,7 +81,8 @@ def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
 
 def _row_thought(row: Mapping[str, Any]) -> Any:
     """Reasoning in a separate column."""
-    return next((row[key] for key in THOUGHT_KEYS if isinstance(row.get(key), str)), None)
+    told = (row[key] for key in THOUGHT_KEYS if isinstance(row.get(key), str))
+    return next((text for text in told if not is_setting(text)), None)
 
 
 def _conversation(turns: Any, name: str, row: Mapping[str, Any]) -> Fields:
@@ -160,6 +163,7 @@ def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:
     if no verifier checked it. (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
     """
     complete = _flags(row, "is_reasoning_complete", count)
+    finished = _flags(row, "finish_reasons", count)
     verdicts = [
         _flags(row, name, count)
         for name, value in row.items()
@@ -168,7 +172,8 @@ def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:
     keep = []
     for place in range(count):
         found = [flags[place] for flags in verdicts]
-        keep.append(complete[place] is not False and (True in found or False not in found))
+        whole = complete[place] is not False and not is_cut(finished[place])
+        keep.append(whole and (True in found or False not in found))
     return keep
 
 

@@ -16,11 +16,15 @@ from typing import Any
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, split_thought
+from pst_dist.data.sources.verdicts import is_setting
 from pst_dist.data.tasks.scoring import kind_of
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 """Columns whose text is put before the question."""
-PASSAGE_COLUMNS = ("context", "passage", "background", "article", "paragraph", "story", "document")
+PASSAGE_COLUMNS = (
+    *("context", "passage", "background", "article", "paragraph", "story", "document"),
+    *("body", "narrative", "theory", "puzzle"),
+)
 """Columns with a text that the question is about."""
 HISTORY_COLUMNS = ("history",)
 """Columns with earlier turns: question-reply pairs, or turns with roles."""
@@ -28,9 +32,10 @@ ATTACHED_COLUMNS = ("image", "images", "audio", "audios", "video", "videos", "to
 """Columns that a text prompt cannot represent. A row is refused if one of them is not empty."""
 _MAYBE_CONTEXT = (
     *("input", "text", "prompt", "instruction", "premise", "hypothesis", "sentence", "table", "dialogue", "dialog"),
-    *("hint", "lecture", "scenario", "situation", "contexts", "documents"),
+    *("hint", "lecture", "scenario", "situation", "contexts", "documents", "passages", "paragraphs", "para"),
+    *("pre_text", "post_text", "premises", "excerpt", "transcript", "query", "problem", "question"),
 )
-"""Columns with a text that a question beside them may depend on, unless it contains the question or is part of it."""
+"""Columns with texts that a question beside them may depend on, unless they contain the question or are part of it."""
 _CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn with its reasoning, separate from its content."""
@@ -73,6 +78,8 @@ class _Turn:
     role: str
     text: Any
     thought: str | None = None
+    is_learned: bool = True
+    """Whether a model should learn it; OpenAI's `weight: 0` says no."""
 
 
 def read_conversation(turns: object, name: str, row: Mapping[str, Any]) -> Exchange:
@@ -84,6 +91,8 @@ def read_conversation(turns: object, name: str, row: Mapping[str, Any]) -> Excha
     systems, read = _read_turns(turns, name)
     if len(read) < 2 or [turn.role for turn in read[-2:]] != ["user", "assistant"]:
         raise RowError("type", f"{name} has {_counts(read)}, expected a question and its reply at the end")
+    if not read[-1].is_learned:
+        raise RowError("answer", f"the last turn of {name} has weight 0: no model should learn it")
     earlier = [(turn.role, turn.text) for turn in read[:-2]]
     question = with_context(read[-2].text, row, systems, earlier)
     return Exchange(question, read[-1].text, read[-1].thought)
@@ -196,14 +205,25 @@ def unread_columns(row: Mapping[str, Any], read: Collection[str], question: obje
         value = row[column]
         if isinstance(value, int | float):  # the number of a document
             unread = [name for name in unread if name != column]
-        if column in read or not isinstance(value, str) or not isinstance(question, str):
+        if column in read or not isinstance(value, str | list | Mapping) or not isinstance(question, str):
             continue
-        text = value.strip()
-        if text in question or question.strip() in text:
+        texts = texts_in(value)
+        # A whole may be read by its parts: `{document.text}`, `{turns[0].content}`.
+        if all(text in question for text in texts) or any(question.strip() in text for text in texts):
             unread = [name for name in unread if name != column]
-        elif len(text.split()) > 2 and column not in unread:  # not a name such as "zero_shot"
+        elif column not in unread and (len(texts) > 1 or len(texts[0].split()) > 2):  # not a name such as "zero_shot"
             unread.append(column)
     return unread
+
+
+def texts_in(value: Any, depth: int = 8) -> list[str]:
+    """All texts and numbers inside a value, as texts without white space around them."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return [str(value).strip()] if str(value).strip() else []
+    if depth == 0 or not isinstance(value, list | Mapping):
+        return []
+    inside = value.values() if isinstance(value, Mapping) else value
+    return [text for one in inside for text in texts_in(one, depth - 1)]
 
 
 def columns_named(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -232,11 +252,12 @@ def _turn(turn: Mapping[str, Any], where: str) -> _Turn:
         if not is_blank(turn.get(key)):
             raise RowError("context", f"{where} has {key}, which a text prompt cannot contain")
     content = turn.get("content", turn.get("value"))
-    thought = next((turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
+    told = [turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str)]
+    thought = next((text for text in told if text.strip() and not is_setting(text)), None)
     if isinstance(content, list):
         content, inner = _joined(content, where)
         thought = thought or inner
-    return _Turn(role, content, thought)
+    return _Turn(role, content, thought, turn.get("weight") != 0)
 
 
 def _joined(parts: Sequence[Any], where: str) -> tuple[str, str | None]:

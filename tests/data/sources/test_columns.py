@@ -255,7 +255,7 @@ def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
 def test_what_stands_for_a_missing_value_in_a_table_of_texts_is_one():
     row = {"question": "2+2?", "answer": "4", "rationale": "I add."}
     columns = guess_columns([row], "f")
-    for word in ("NaN", "#N/A", "<NA>"):
+    for word in ("NaN", "#N/A", "<NA>", "#DIV/0!", "#NAME?"):
         for name in ("question", "answer"):
             with pytest.raises(RowError, match="stands for a missing value"):
                 columns.fields({**row, name: word})

@@ -225,3 +225,42 @@ def test_a_context_column_beside_a_list_of_turns_is_not_left_out():
     row = {"question": ASKED, "answer": "6", "passage": "On Monday."}
     with pytest.raises(RowError, match="column 'passage' would not be read"):
         guess_columns([row], "f").fields(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"body": "There are 3.", "question": "How many?", "answer": "3"}, "There are 3.\n\nHow many?"),
+        ({"Narrative": "It rains.", "question": "Where?", "answer": "here"}, "It rains.\n\nWhere?"),
+        ({"theory": "Bob is big.", "question": "Bob is big.", "answer": True}, "Bob is big.\n\nBob is big."),
+        ({"puzzle": "Two houses.", "question": "Whose?", "response": "The answer is Al."}, "Two houses.\n\nWhose?"),
+        ({"prompt": "Q: Where is it?\nA:", "question": "Where is it?", "answer": "here"}, "Where is it?"),
+        ({"documents": ["Where is it?"], "question": "Where is it?", "answer": "here"}, "Where is it?"),
+    ],
+)
+def test_other_names_of_passages_are_read_too(row, question):
+    assert guess_columns([row], "f").fields(row).question == question
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"question": "How many?", "table": [["year", "pens"], ["2019", "4"]], "answer": "4"}, "table"),
+        ({"question": "How many?", "table": {"pens": [4, 5]}, "answer": "4"}, "table"),
+        ({"question": "How many?", "pre_text": ["There are 4."], "answer": "4"}, "pre_text"),
+        ({"question": "Who runs?", "contexts": ["Al runs.", "Bo sits."], "response": "The answer is Al."}, "contexts"),
+        ({"question": "Max is a cat.", "query": "Is Max an animal?", "answer": "yes"}, "query"),
+    ],
+)
+def test_lists_and_tables_that_a_question_may_depend_on_are_not_left_out(row, column):
+    with pytest.raises(RowError, match=f"column '{column}' would not be read"):
+        guess_columns([row], "f").fields(row)
+
+
+def test_a_turn_that_no_model_should_learn_is_no_gold_answer():
+    turns = [{**turn, "weight": 0} for turn in EARLIER]
+    row = {"messages": [*turns, USER, {**REPLY, "weight": 1}]}
+    assert guess_columns([row], "f").fields(row).turns
+    row["messages"][-1]["weight"] = 0
+    with pytest.raises(RowError, match="weight 0"):
+        guess_columns([row], "f").fields(row)

@@ -11,17 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text, options_at
+from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
 from pst_dist.data.sources.conversations import (
+    PASSAGE_COLUMNS,
     THOUGHT_KEYS,
     Question,
     columns_named,
     is_turns,
     read_conversation,
+    refuse_unread,
     with_context,
     with_passage,
 )
 from pst_dist.data.sources.options import Options, option_columns, read_options, with_choices
+from pst_dist.data.sources.paths import options_at
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
@@ -87,6 +90,8 @@ def _row_thought(row: Mapping[str, Any]) -> Any:
 
 def _conversation(turns: Any, name: str, row: Mapping[str, Any]) -> Fields:
     exchange = read_conversation(turns, name, row)
+    passages = {column: row[column] for column in columns_named(row, PASSAGE_COLUMNS)}
+    refuse_unread(passages, (), exchange.question.text)
     return _from_reply(
         exchange.question, exchange.reply, row=row, name=name, thought=exchange.thought or _row_thought(row)
     )
@@ -102,6 +107,10 @@ def _sharegpt(row: Mapping[str, Any]) -> Fields:
 
 def _one_conversation(row: Mapping[str, Any]) -> Fields:
     return _conversation(row.get("conversation"), "conversation", row)
+
+
+def _contents(row: Mapping[str, Any]) -> Fields:
+    return _conversation(row.get("contents"), "contents", row)
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Fields:
@@ -286,6 +295,7 @@ LAYOUTS: dict[str, Layout] = {
             ("conversation",),
             lambda row: is_turns(row.get("conversation")) and "question" not in row,
         ),
+        Layout("contents", _contents, ("contents",), lambda row: is_turns(row.get("contents"))),
         Layout("prompt_completion", _prompt_completion, ("prompt", "completion"), _fits_prompt_completion),
         Layout("alpaca", _alpaca, ("instruction", "output"), _texts("instruction", "output")),
         Layout("reply", _think, (), _has_marked_reply, by_marks=True),

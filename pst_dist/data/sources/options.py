@@ -21,6 +21,7 @@ LETTERS = string.ascii_uppercase
 LETTER_MARK = re.compile(r"\(?([A-Za-z])[).:]\s*")
 """A letter in front of an option's text."""
 
+_HEADING = re.compile(r"(?:answer )?(?:choices|options):", re.IGNORECASE)
 _NUMBER_MARK = re.compile(r"\(?(\d{1,2})[).:]\s+")
 _LABEL_KEYS = ("label", "key", "letter", "id")
 _TEXT_KEYS = ("text", "value", "content", "option", "choice")
@@ -190,12 +191,17 @@ def _marks(text: str, mark: str) -> list[re.Match[str]]:
 
 def options_in_text(text: str) -> list[str]:
     """Options listed in one text, as a JSON list, as a list that Python printed (`['a', 'b']`, numpy's `['a' 'b']`),
-    as lines `A. cat` or as `a ) 38 , b ) 27`; empty if that is not certain."""
+    as lines `A. cat` or `1. cat`, perhaps below "Options:", or as `a ) 38 , b ) 27`; empty if that is not certain."""
     if text.lstrip().startswith("["):
         found = printed_texts(text)
         return found if len(found) > 1 else []
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 2 and _HEADING.fullmatch(lines[0]):
+        lines = lines[1:]
     if len(lines) > 1:
+        numbers = [_NUMBER_MARK.match(line) for line in lines]
+        if [mark and mark[1] for mark in numbers] == [str(k + 1) for k in range(len(lines))]:
+            return lines  # with their numbers, which an answer may name
         marked = [(LETTER_MARK.match(line), line) for line in lines]
         if [mark and mark[1].upper() for mark, _ in marked] == list(LETTERS[: len(lines)]):
             return [line[mark.end() :] for mark, line in marked if mark]

@@ -16,8 +16,8 @@ _VERDICTS = ("correct", "iscorrect", "correctness", "passed", "ispassed", "verif
 """Columns that say whether a reply is right."""
 _WRONG = ("false", "incorrect", "wrong", "fail", "failed", "reject", "rejected", "ignore")
 _RIGHT = ("true", "correct", "right", "pass", "passed", "accept", "accepted")
-_REPLIES = ("output", "response", "completion", "generation", "reply", "prediction", "modelanswer", "modeloutput")
-"""Columns with what a model replied."""
+_REPLIES = ("output", "response", "completion", "generation", "reply", "prediction", "modelanswer", "text", "content")
+"""Columns with what a model replied, if they have the answer."""
 _FINISHED = ("finishreason", "stopreason", "finishreasons")
 _CUT = ("length", "maxtokens", "maxlength", "truncated")
 _SETTINGS = (
@@ -46,7 +46,8 @@ def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool
     name = plain_name(answered)
     if explained or name in _REPLIES:
         refuse_bad_reply(row, is_gold=name in _REPLIES)
-    if name == "label" and row.get("answer") in ("reject", "ignore"):  # Prodigy's `label: WET, answer: reject`
+    # Prodigy writes `label: WET, answer: reject`, or `accept: [B], answer: ignore` beside options.
+    if name.startswith(("label", "accept")) and row.get("answer") in ("reject", "ignore"):
         raise RowError("answer", f"answer is {row['answer']!r}: the label of this row is rejected")
 
 

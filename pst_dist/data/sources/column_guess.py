@@ -71,7 +71,8 @@ def _completed(setting: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) ->
     taken = set(setting)
     for alike in (answers, {"rationale", "rationales"}):
         taken |= alike if alike & taken else set()
-    guessed = {name: place for name, place in fields_by_name(rows).items() if name not in taken}
+    named = set(setting.values())
+    guessed = {name: place for name, place in fields_by_name(rows).items() if name not in taken and place not in named}
     chosen = field_map({**guessed, **setting})
     return chosen if "question" in setting else FieldMap(chosen.paths, GUESSED)
 

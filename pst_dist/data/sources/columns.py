@@ -26,7 +26,7 @@ from pst_dist.data.sources.conversations import (
 )
 from pst_dist.data.sources.options import Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, options_at, turns_at
-from pst_dist.data.sources.replies import has_mark, split_reply
+from pst_dist.data.sources.replies import begins_with_mark, has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.sources.verdicts import refuse_known_wrong
@@ -90,7 +90,8 @@ class FieldMap:
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """Look up every field. `load` decides whether a row needs a rationale.
 
-        If the answer column contains a thought or an answer mark, it is split as a reply.
+        If the answer column contains a thought or an answer mark, it is split as a reply. Beside a rationale, a phrase
+        such as "the answer is" must begin a sentence.
         """
         paths = self.paths
         asked, options = asked_at(row, paths, guessed=self.name == GUESSED)
@@ -101,9 +102,10 @@ class FieldMap:
         answer_field = next(name for name in _ANSWERS if name in paths)
         refuse_known_wrong(row, paths[answer_field], explained=bool(rationales))
         answer = as_answer(look_up(row, paths[answer_field]))
-        if isinstance(answer, str) and "{" not in paths[answer_field]:
+        literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
+        if isinstance(answer, str) and not literal:
             _refuse_printed_list(answer, paths[answer_field])
-        if isinstance(answer, str) and has_mark(answer):
+        if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None

@@ -16,7 +16,7 @@ from typing import Any
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, split_thought
-from pst_dist.data.sources.verdicts import is_setting
+from pst_dist.data.sources.verdicts import is_cut, is_setting
 from pst_dist.data.tasks.scoring import kind_of
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction")
@@ -276,6 +276,8 @@ def _turn(turn: Mapping[str, Any], where: str) -> _Turn:
     for key in ("tool_calls", "function_call", *ATTACHED_COLUMNS):
         if not is_blank(turn.get(key)):
             raise RowError("context", f"{where} has {key}, which a text prompt cannot contain")
+    if is_cut(turn.get("finish_reason")):
+        raise RowError("cut", f"{where} is cut off: its finish_reason is {turn['finish_reason']!r}")
     content = turn.get("content", turn.get("value", turn.get("parts")))
     told = [turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str)]
     thought = next((text for text in told if text.strip() and not is_setting(text)), None)

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,17 +157,30 @@ def with_choices(question: str, choices: Iterable[str]) -> str:
     """The question followed by its options, `Answer choices: (A) x, (B) y.`, unless it lists them already.
 
     A question lists its options if each text follows its letter, in order: "(A) x (B) y", "A. x". It is not enough that
-    the texts occur somewhere: "How many of the 12 are left?" does not list the options 1 and 2.
+    the texts occur somewhere: "How many of the 12 are left?" does not list the options 1 and 2. Raises RowError for a
+    question that lists them with other letters.
     """
     choices = list(choices)
     place = 0
     for letter, choice in zip(LETTERS, choices, strict=False):
         found = re.compile(rf"(?<!\w)\(?{letter}[).:]\s{{0,3}}{re.escape(choice)}(?!\w)").search(question, place)
         if found is None:
+            _refuse_other_letters(question, choices)
             listed = ", ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
             return f"{question} Answer choices: {listed}."
         place = found.end()
     return question
+
+
+def _refuse_other_letters(question: str, choices: Sequence[str]) -> None:
+    letters = ""
+    for choice in choices:
+        found = re.search(rf"(?<!\w)\(?([A-Z])[).:]\s{{0,3}}{re.escape(choice)}(?!\w)", question)
+        if found is None:
+            return
+        letters += found.group(1)
+    if letters != LETTERS[: len(letters)] and sorted(letters) == list(LETTERS[: len(letters)]):
+        raise RowError("choices", f"the question lists the options in another order than choices: {', '.join(letters)}")
 
 
 def listed_options(question: str) -> int:

@@ -492,3 +492,10 @@ def test_options_in_lines_may_be_numbered_and_have_a_heading(text, answer, texts
     options = read_options(text)
     assert options.texts == texts
     assert chosen(answer, options, Convention()) == ("letter", 1)
+
+
+def test_options_that_the_question_lists_with_other_letters_are_refused():
+    row = {"question": "Which?\nA) a dog\nB) a cat", "options": ["a cat", "a dog"], "answer": "B"}
+    with pytest.raises(RowError, match="in another order than choices: B, A"):
+        guess_columns([row], "f").fields(row)
+    assert with_choices("Is A) a dog a pet?", ["a cat", "a dog"]).endswith("(A) a cat, (B) a dog.")

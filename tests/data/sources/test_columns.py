@@ -514,6 +514,12 @@ def test_a_map_without_question_or_answer_is_completed_by_a_guess(setting, answe
     assert found.question.split() == "Al asks. 2+2?".split()
 
 
+def test_a_column_that_a_map_names_is_not_guessed_for_another_field():
+    row = {"question": "2+2?", "solution": "4", "response": "<think>I add.</think>\nFirst.\nThen."}
+    columns = choose_columns({"answer": "solution"}, [row], "f")
+    assert columns.paths == {"question": "question", "answer": "solution"}
+
+
 def test_a_completed_map_leaves_no_context_out_and_takes_no_options_from_an_index():
     row = {"question": "2+2?", "hint": "Count your fingers.", "answers": ["4", "four"]}
     columns = choose_columns({"answer": "answers[0]"}, [row], "f")

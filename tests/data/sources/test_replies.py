@@ -8,7 +8,7 @@ import pytest
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import load_data, survey
-from pst_dist.data.sources.column_guess import guess_columns
+from pst_dist.data.sources.column_guess import choose_columns, guess_columns
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.errors import DataError
@@ -244,7 +244,9 @@ def test_where_no_rationale_is_found_the_unused_text_columns_are_named(tmp_path)
         ("I add.\n\nSo it is \\boxed{4}.", "4"),
         ("The answer is 4.", "4"),
         ("**Answer:** 4", "4"),
+        ("Four, as 2 + 2 = 4. So the answer is 4.", "4"),
         ("2 H2 + O2 --> 2 H2O", "2 H2 + O2 --> 2 H2O"),
+        ("He said the answer is no and left", "He said the answer is no and left"),
         ("four", "four"),
     ],
 )
@@ -252,6 +254,17 @@ def test_a_reply_in_the_answer_column_is_split_beside_a_rationale_too(answer, ex
     row = {"question": "2+2?", "reasoning": "Two more.", "answer": answer}
     found = guess_columns([row], "f").fields(row)
     assert (found.answer, found.rationales) == (expected, ("Two more.",))
+
+
+def test_a_template_takes_the_answer_column_as_it_is():
+    row = {"question": "Which song?", "answer": "The answer is blowing in the wind", "why": "It is by Dylan."}
+    columns = choose_columns({"question": "question", "answer": "{answer}", "rationale": "why"}, [row], "f")
+    assert columns.fields(row).answer == row["answer"]
+
+
+def test_a_reply_that_goes_on_after_its_end_is_refused():
+    with pytest.raises(RowError, match=r"goes on after <\|im_end\|>"):
+        split_reply("I add. The answer is 4.<|im_end|> <|im_start|>user")
 
 
 def test_an_arrow_is_a_mark_only_before_the_word_end():

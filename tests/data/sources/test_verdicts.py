@@ -58,6 +58,12 @@ def test_a_reply_that_ended_for_its_length_is_cut_off(reason):
     assert caught.value.code == "cut"
 
 
+def test_a_turn_that_ended_for_its_length_is_cut_off():
+    row = {"messages": [ASK, {**REPLY, "finish_reason": "length"}]}
+    with pytest.raises(RowError, match=r"messages\[1\] is cut off"):
+        guess_columns([row], "f").fields(row)
+
+
 def test_a_generation_that_ended_for_its_length_is_skipped():
     row = {"problem": "2+2?", "answer": "4", "generations": ["I add.", "I ad"], "finish_reasons": ["stop", "length"]}
     assert guess_columns([row], "f").fields(row).rationales == ("I add.",)

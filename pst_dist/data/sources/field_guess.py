@@ -34,7 +34,7 @@ def fields_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if usable and field not in found:
             # Whether a model was right is no answer, if another column can be one.
             found[field] = min(usable, key=lambda column: field == "answer" and _are_verdicts(column, rows))
-    if plain_name(found.get("answer", "")) not in GOLD and all(map(_holds_ground_truth, rows)):
+    if plain_name(found.get("answer", "")) not in GOLD and any(map(_holds_ground_truth, rows)):
         found["answer"] = "reward_model.ground_truth"
     if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options

@@ -12,8 +12,8 @@ from typing import Any
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.tasks.scoring import snippet
 
-_VERDICTS = ("correct", "iscorrect", "correctness", "passed", "ispassed", "verified", "isverified", "accepted")
-"""Columns that say whether a reply is right."""
+_VERDICTS = ("correct", "iscorrect", "correctness", "passed", "ispassed")
+"""Columns that say whether a reply is right. One that is not `verified` or `accepted` may be right all the same."""
 _WRONG = ("false", "incorrect", "wrong", "fail", "failed", "reject", "rejected", "ignore")
 _RIGHT = ("true", "correct", "right", "pass", "passed", "accept", "accepted")
 _REPLIES = ("output", "response", "completion", "generation", "reply", "prediction", "modelanswer", "text", "content")

@@ -268,7 +268,7 @@ def test_the_gold_answer_of_verls_rows_is_the_ground_truth():
     row = {"prompt": [{"role": "user", "content": "2+2?"}], "reward_model": {"style": "rule", "ground_truth": "4"}}
     row |= {"data_source": "sums", "extra_info": {"answer": "Two more.\n#### 5", "index": 0}}
     for more in ({}, {"response": "It is five. The answer is 5."}):
-        columns = guess_columns([row | more], "f")
+        columns = guess_columns([row | more, row | {"reward_model": {"ground_truth": None}}], "f")
         assert columns.paths == {"question": "prompt", "answer": "reward_model.ground_truth"}
         assert columns.fields(row | more).answer == "4"
 

@@ -19,7 +19,7 @@ REPLIED = {"prompt": "2+2?", "completion": "I add. The answer is 4."}
         ({"prompt": [ASK], "completion": [REPLY]}, {"label": False}),
         ({"messages": [ASK, REPLY]}, {"is_correct": False}),
         ({"question": "2+2?", "response": "The answer is 4."}, {"is_correct": "False"}),
-        ({"instruction": "2+2?", "output": "The answer is 4."}, {"verified": False}),
+        ({"instruction": "2+2?", "output": "The answer is 4."}, {"passed": False}),
         ({"question": "2+2?", "output": "4"}, {"Correct": "wrong"}),
         ({"text": "Is it wet?", "label": "wet"}, {"answer": "reject"}),
     ],
@@ -31,6 +31,11 @@ def test_a_reply_that_the_row_calls_wrong_is_no_gold_answer(row, flag):
         columns.fields(row | flag)
     for right in ("accept",) if column == "answer" else (True, None):
         assert str(columns.fields(row | {column: right}).answer) in ("4", "wet")
+
+
+@pytest.mark.parametrize("flag", [{"verified": False}, {"accepted": False}, {"correctness": 0}, {"label": 0}])
+def test_a_reply_that_nobody_judged_may_be_right(flag):
+    assert guess_columns([REPLIED | flag], "f").fields(REPLIED | flag).answer == "4"
 
 
 def test_a_map_in_a_config_does_not_make_a_wrong_reply_right():

@@ -29,7 +29,7 @@ from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, op
 from pst_dist.data.sources.replies import begins_with_mark, has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
-from pst_dist.data.sources.verdicts import refuse_known_wrong
+from pst_dist.data.sources.verdicts import are_right, refuse_known_wrong
 from pst_dist.data.tasks.scoring import kind_of, snippet
 from pst_dist.errors import ConfigError
 
@@ -98,10 +98,13 @@ class FieldMap:
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
             for path in columns_of_list(row, paths[name]) if name in paths else ():
-                rationales += as_rationales(look_up(row, path), are_steps=_names_steps(path))
+                told, are_steps = look_up(row, path), _names_steps(path)
+                if isinstance(told, list) and not are_steps:
+                    told = [one for one, right in zip(told, are_right(row, len(told)), strict=True) if right]
+                rationales += as_rationales(told, are_steps=are_steps)
         answer_field = next(name for name in _ANSWERS if name in paths)
         refuse_known_wrong(row, paths[answer_field], explained=bool(rationales))
-        answer = as_answer(look_up(row, paths[answer_field]))
+        answer = as_answer(look_up(row, paths[answer_field]), paths[answer_field])
         literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
         if isinstance(answer, str) and not literal:
             _refuse_printed_list(answer, paths[answer_field])
@@ -234,11 +237,13 @@ def as_text(value: Any, name: str) -> str:
     return value.strip()
 
 
-def as_answer(value: Any) -> object:
+def as_answer(value: Any, column: str = "COLUMN") -> object:
     """A text, a number, a Boolean, or a list with one of them. Which one is valid depends on the task."""
     if isinstance(value, list):
         if len(value) != 1:
-            hint = "; data.columns.answer=COLUMN[0] takes the first" if value else ""
+            # Of numbers, the first may be a flag: one for each option, as in [0, 1].
+            named = all(isinstance(one, str) for one in value) and value
+            hint = f"; data.columns.answer={column}[0] takes the first" if named else ""
             raise RowError("type", f"answer is a list of {len(value)}, expected one answer{hint}")
         value = value[0]
     if isinstance(value, Decimal) and value.is_finite():

@@ -28,7 +28,7 @@ from pst_dist.data.sources.paths import options_at
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
-from pst_dist.data.sources.verdicts import is_cut, is_setting, refuse_bad_reply
+from pst_dist.data.sources.verdicts import are_right, is_cut, is_setting, refuse_bad_reply
 from pst_dist.data.tasks.scoring import kind_of
 
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")
@@ -168,22 +168,12 @@ def _generations(row: Mapping[str, Any]) -> Fields:
 def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:
     """Which generations are complete and not known to be wrong.
 
-    A generation is right if any verifier (`correctness_math_verify`, `correctness_llama`, ...) accepts it, and is kept
-    if no verifier checked it. (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
+    (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
     """
     complete = _flags(row, "is_reasoning_complete", count)
     finished = _flags(row, "finish_reasons", count)
-    verdicts = [
-        _flags(row, name, count)
-        for name, value in row.items()
-        if name.startswith("correctness_") and isinstance(value, list)
-    ]
-    keep = []
-    for place in range(count):
-        found = [flags[place] for flags in verdicts]
-        whole = complete[place] is not False and not is_cut(finished[place])
-        keep.append(whole and (True in found or False not in found))
-    return keep
+    whole = [one is not False and not is_cut(reason) for one, reason in zip(complete, finished, strict=True)]
+    return [one and right for one, right in zip(whole, are_right(row, count), strict=True)]
 
 
 def _flags(row: Mapping[str, Any], name: str, count: int) -> Sequence[Any]:

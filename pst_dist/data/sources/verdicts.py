@@ -51,6 +51,29 @@ def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool
         raise RowError("answer", f"answer is {row['answer']!r}: the label of this row is rejected")
 
 
+def are_right(row: Mapping[str, Any], count: int) -> list[bool]:
+    """Which of a row's replies are not known to be wrong, by its lists of verdicts: `correctness_llama`, `is_correct`.
+
+    A reply is right if any verifier accepts it, and is kept if none checked it. Raises RowError for a `correctness_*`
+    with another number of verdicts.
+    """
+    verdicts = []
+    for column, value in ((str(name), value) for name, value in row.items()):
+        told = [_verdict(one) for one in value] if isinstance(value, list) else None
+        if told is not None and column.startswith("correctness_") and len(told) != count:
+            raise RowError("type", f"{column} does not have one value for each of the {count} generations")
+        named = column.startswith("correctness_") or plain_name(column) in _VERDICTS
+        if told is not None and named and len(told) == count:
+            verdicts.append(told)
+    found = [[told[place] for told in verdicts] for place in range(count)]
+    return [True in one or False not in one for one in found]
+
+
+def _verdict(value: object) -> bool | None:
+    word = str(value).strip().lower()
+    return True if word in (*_RIGHT, "yes") else False if word in (*_WRONG, "no") else None
+
+
 def is_cut(finish_reason: object) -> bool:
     """Whether a reason for the end of a reply is that it became too long."""
     return isinstance(finish_reason, str) and plain_name(finish_reason) in _CUT

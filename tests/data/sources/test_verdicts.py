@@ -85,3 +85,23 @@ def test_a_setting_of_the_model_is_no_rationale(setting):
     ]
     for row in rows:
         assert guess_columns([row], "f").fields(row).rationales == ("I add.",)
+
+
+@pytest.mark.parametrize(
+    "verdicts",
+    [
+        {"correctness": [True, False, None]},
+        {"is_correct": ["Yes", "no", ""]},
+        {"correct": [True, False, None], "correctness_llama": [False, False, None]},
+    ],
+)
+@pytest.mark.parametrize("column", ["generations", "rationales"])
+def test_of_several_rationales_those_that_are_called_wrong_are_left_out(column, verdicts):
+    row = {"problem": "2+2?", "answer": "4", column: ["I add.", "It is 5.", "Two more."], **verdicts}
+    assert guess_columns([row], "f").fields(row).rationales == ("I add.", "Two more.")
+
+
+def test_a_list_of_flags_is_no_list_of_answers():
+    row = {"question": "Which?", "choices": ["a cat", "a dog"], "label": [0, 1]}
+    with pytest.raises(RowError, match=r"answer is a list of 2, expected one answer$"):
+        guess_columns([row], "f").fields(row)

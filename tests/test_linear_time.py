@@ -13,10 +13,10 @@ import pytest
 
 import pst_dist
 from pst_dist.data.sample import normalise_question, sample_id
-from pst_dist.data.sources.columns import look_up
 from pst_dist.data.sources.common_maps import LAYOUTS
 from pst_dist.data.sources.completions import _continuation
 from pst_dist.data.sources.options import read_options
+from pst_dist.data.sources.paths import look_up
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, excerpt
 from pst_dist.data.sources.task_maps import TASK_LAYOUTS

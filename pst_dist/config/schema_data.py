@@ -77,7 +77,7 @@ class DataConfig(Section):
     columns: str | dict[str, str] | None = None
     """Which of your columns contains which field: a map from fields (question, answer, rationale, choices, id;
     docs/data.md lists all) to columns. A column is a name, a nested path `a.b[0].c` or a template `{a} {b}`. Or the
-    name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, conversation,
+    name of a ready-made map: messages, prompt_completion, alpaca, sharegpt, conversation, contents,
     gsm8k, generations, think, reply, aqua, aqua_human, csqa_palm, s1k, big_bench. Default:
     guessed from the first rows."""
     answer_type: Literal["number", "choice", "bool", "text", "date", "math"] | None = None

@@ -15,9 +15,11 @@ from typing import Any
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import SPLITS
 from pst_dist.data.sources import LoadedData, enforce, survey
-from pst_dist.data.sources.column_guess import as_yaml, guess_paths, with_columns
-from pst_dist.data.sources.columns import FieldMap, columns_in, look_up
-from pst_dist.data.sources.conversations import unread_columns
+from pst_dist.data.sources.column_guess import as_yaml, guess_paths
+from pst_dist.data.sources.columns import FieldMap
+from pst_dist.data.sources.conversations import is_attached, unread_columns
+from pst_dist.data.sources.field_guess import with_columns
+from pst_dist.data.sources.paths import columns_in, look_up
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import excerpt, write_rejects
 from pst_dist.data.sources.source import Source
@@ -191,13 +193,19 @@ def _with_unread(found: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[
     read = columns_in(tuple(found.values()))
     asked = [(row, look_up(row, found["question"])) for row in rows]
     unread = dict.fromkeys(name for row, text in asked for name in unread_columns(row, read, text))
-    return {**found, "question": with_columns(found["question"], list(unread), rows)}
+    texts = [name for name in unread if not is_attached(name)]
+    return {**found, "question": with_columns(found["question"], texts, rows)}
 
 
 def _unused_columns(loaded: LoadedData) -> list[str]:
-    """A line with the columns of text that are not read, if no training row has a rationale."""
+    """A line with the columns of text that are not read."""
     unused = loaded.report.get("unused_text_columns", [])
     kept = len(loaded.splits["train"])
-    if not unused or not 0 < kept == loaded.report["train_without_rationale"]:
+    if not unused or not kept:
         return []
-    return [f"columns of text that are not read: {', '.join(unused)}; data.columns.rationale takes one"]
+    explained = kept != loaded.report["train_without_rationale"]
+    use = "one that a question depends on belongs to data.columns.question"
+    return [
+        f"columns of text that are not read: {', '.join(unused)}; "
+        + (use if explained else "data.columns.rationale takes one")
+    ]

@@ -16,8 +16,9 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import Turns, normalise_question, sample_id
 from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import choose_columns, guess_paths
-from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldMap, as_id, as_text, asked_at, look_up
+from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldMap, as_id, as_text, asked_at
 from pst_dist.data.sources.drafts import Draft, make_draft
+from pst_dist.data.sources.paths import look_up
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow, Reject, RowError
 from pst_dist.data.sources.source import Source

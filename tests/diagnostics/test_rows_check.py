@@ -86,6 +86,24 @@ def test_columns_that_may_be_rationales_are_named_where_none_was_found(tmp_path)
     assert report.ok and line in report.lines()
 
 
+def test_columns_that_are_not_read_are_named_beside_rationales_too(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "a", "rationale": "r", "facts": ["It is so."]} for n in range(9)]
+    _write(tmp_path / "rows.jsonl", rows)
+    line = "columns of text that are not read: facts; one that a question depends on belongs to data.columns.question"
+    assert line in check(_config(tmp_path, train="rows.jsonl")).lines()
+    replies = [{"prompt": f"{n}?", "response": f"So. The answer is {n}."} for n in range(9)]
+    _write(tmp_path / "replies.jsonl", replies)
+    assert not [line for line in check(_config(tmp_path, train="replies.jsonl")).lines() if "not read" in line]
+
+
+def test_a_picture_is_not_proposed_as_a_part_of_the_question(tmp_path):
+    rows = [{"question": f"{n}?", "answer": "a", "rationale": "r", "image_path": "a.png"} for n in range(9)]
+    _write(tmp_path / "rows.jsonl", rows)
+    report = check(_config(tmp_path, train="rows.jsonl"))
+    assert len(report.loaded.rejects) == 9 and "  question: question" in report.proposal
+    assert "image_path" not in report.proposal
+
+
 def test_lengths_are_given_as_percentiles_by_nearest_rank(tmp_path):
     _write(tmp_path / "rows.jsonl", _rows(100))
     lines = check(_config(tmp_path, train="rows.jsonl", validation_size=0)).lines()

@@ -12,6 +12,7 @@ from typing import Any
 
 from pst_dist.data.sources.columns import TURNS
 from pst_dist.data.sources.conversations import is_turns
+from pst_dist.data.sources.replies import has_mark
 from pst_dist.data.sources.rows import plain_name
 from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import DataError
@@ -24,16 +25,16 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
             "prompt instruction input inputs text"
         ),
         "answer": (
-            "answer finalanswer goldanswer gold expectedanswer answerkey correct correctanswer finalans label "
-            "goldlabel target targets groundtruth referenceanswer finaldecision answertext answervalue result "
-            "finalresult output response completion answerindex answeridx correctindex correctidx correctoption "
-            "correctchoice cop gt ans qans"
+            "answer finalanswer shortanswer bestanswer goldanswer gold expectedanswer answerkey correct "
+            "correctanswer finalans label goldlabel target targets groundtruth referenceanswer finaldecision "
+            "answertext answervalue result finalresult output response completion answerindex answeridx correctindex "
+            "correctidx correctoption correctchoice cop gt ans qans"
         ),
         "rationale": (
             "rationale rationales reasoning reasoningcontent explanation chainofthought cot cotcontent thought "
             "thoughts thinking chain thinkingtrajectories thinkingtrajectory deepseekthinkingtrajectory "
             "deepseekreasoning reasoningtrace reasoningsteps steps solution workedsolution reasoningcompletion "
-            "abstractiveexplanation generations exp"
+            "abstractiveexplanation generatedsolution complexcot longcot reasoningchain thoughtprocess generations exp"
         ),
         "choices": "choices options answerchoices endings candidates alternatives mcoptions",
         "id": "id uid qid questionid sampleid",
@@ -41,6 +42,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     }.items()
 }
 """Common names for our fields, most likely first. Compared in lower case, without separators between words."""
+GOLD = ("answer", "finalanswer", "goldanswer", "gold", "expectedanswer", "correctanswer", "finalans", "groundtruth")
+"""Names of columns that have nothing but the gold answer."""
 _DEEP = 6
 """So many levels of a row are searched for a field."""
 
@@ -62,16 +65,17 @@ def _in_quotes(path: str) -> str:
     return json.dumps(path, ensure_ascii=False) if quoted(path) != path else path
 
 
-def refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Raise DataError if a column has the right name but a value of the wrong type."""
+def refuse_unusable(field: str, rows: Sequence[Mapping[str, Any]], path: str | Path, known: Mapping[str, str]) -> None:
+    """Raise DataError if a column has the right name but a value of the wrong type; `known` are the other fields."""
     for column in columns_of(rows):
         if plain_name(column) == field:
             values = [row[column] for row in rows if row.get(column) is not None]
             held = kind_of(values[0]) if values else "no value"
             what = f"column {column!r} cannot be the {field}: it contains {held}"
-            within = bool(values) and isinstance(values[0], Mapping | list)
-            remedy = f"select a part of it, for example data.columns.{field}={column}[0] or {column}.text"
-            raise DataError(what, remedy if within else f"set data.columns.{field} to another column", path=path)
+            inner = _inside(values[0], column) if values else None
+            if inner is not None:
+                raise DataError(what, f"select a part of it: set {_whole_map(field, inner, known, rows)}", path=path)
+            raise DataError(what, f"set data.columns.{field} to another column", path=path)
 
 
 def no_column(
@@ -89,31 +93,64 @@ def no_column(
     """
     columns = columns_of(rows)
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
-    place = _likeliest(field, wanted, rows)
+    place = _likeliest(field, wanted, rows) or _replied(field, rows, known)
     hint = f"the closest is {place!r}: " if place else ""
     if setting:
         example = f"{setting} {place or 'COLUMN'}"
     elif known is not None:
-        paths = {name: known.get(name, "COLUMN") for name in ("question", "answer")} | dict(known)
-        paths[field] = place or "COLUMN"
-        if "answer" not in known and field != "answer":
-            paths["answer"] = _likeliest("answer", "answer", rows) or "COLUMN"
-        pairs = ", ".join(f"{name}: {_in_quotes(value)}" for name, value in paths.items())
-        example = shlex.quote(f"data.columns={{{pairs}}}")
+        example = _whole_map(field, place, known, rows)
     else:
         example = f"data.columns.{field}={place or 'COLUMN'}" if field in ("question", "answer") else "data.columns"
     return DataError(f"no column {wanted!r} for {field} among: {shown or 'none'}", f"{hint}set {example}", path=path)
 
 
+def _whole_map(field: str, place: str, known: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A setting to paste, with all known fields and the place of another one."""
+    paths = {name: known.get(name, "COLUMN") for name in ("question", "answer")} | dict(known)
+    paths = {name: path for name, path in paths.items() if path != place}  # a solution that is the answer
+    paths[field] = place or "COLUMN"
+    if "answer" not in known and field != "answer":
+        paths["answer"] = _likeliest("answer", "answer", rows) or _replied("answer", rows, known) or "COLUMN"
+    pairs = ", ".join(f"{name}: {_in_quotes(value)}" for name, value in paths.items())
+    return shlex.quote(f"data.columns={{{pairs}}}")
+
+
+def _replied(field: str, rows: Sequence[Mapping[str, Any]], known: Mapping[str, str] | None) -> str:
+    """For an answer, the place of a reply: a text with an answer mark, or the preferred one of two replies."""
+    row = next(iter(rows), {})
+    if field != "answer":
+        return ""
+    taken = [path for name, path in (known or {}).items() if name != "rationale"]
+    for column, value in row.items():
+        if column not in taken and isinstance(value, str) and has_mark(value):
+            return str(column)
+    for name in ("chosen", "solution"):
+        for column in (column for column in row if plain_name(column) == name and column not in taken):
+            return str(column) if isinstance(row[column], str) else _inside(row[column], str(column)) or ""
+    return ""
+
+
+def _inside(value: Any, place: str) -> str | None:
+    """The likeliest place of a text inside an object or a list: the last reply of turns, a `value`, else the first."""
+    if is_turns(value):
+        return next((f"{place}[-1].{key}" for key in ("content", "value") if key in value[-1]), None)
+    found = [name for name, one in _places(value, place) if not isinstance(one, Mapping | list)]
+    named = [name for name in found if name.rpartition(".")[2] in ("value", "text", "content")]
+    return next(iter((*named, *found)), None)
+
+
 def _likeliest(field: str, wanted: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The place whose name is like the wanted one, at the top level or below another column; "" if there is none."""
     row = next(iter(rows), {})
-    columns = columns_of(rows)
+    columns = [
+        column for column in columns_of(rows) if field == "id" or not re.search(r"[_ ]?(?:id|idx)$", column, re.I)
+    ]
     near = difflib.get_close_matches(wanted.lower(), {column.lower(): column for column in columns}, n=1, cutoff=0.6)
     found = [column for column in columns if near and column.lower() == near[0]]
     if found and not isinstance(row.get(found[0]), Mapping | list):
         return found[0]
-    below = dict(_places(row, ""))
+    # One of several answers may be wrong, so none of those is proposed.
+    below = dict(_places({name: value for name, value in row.items() if not _are_judged(value)}, ""))
     named: dict[str, str] = {}
     for place in below:
         named.setdefault(plain_name(re.sub(r"\[0\]", "", place).rpartition(".")[2]), place)
@@ -121,14 +158,20 @@ def _likeliest(field: str, wanted: str, rows: Sequence[Mapping[str, Any]]) -> st
     like = [column for column in columns if plain_name(wanted) and plain_name(wanted) in plain_name(column)]
     for place in (*nested, *found, *like):
         value = below.get(place, row.get(place))
-        if place in nested and isinstance(value, Mapping):
+        if (place in nested and isinstance(value, Mapping)) or _are_judged(value):
             continue
         if is_turns(value) or not isinstance(value, Mapping | list):
             return place
-        inner = next((name for name, one in _places(value, place) if not isinstance(one, Mapping | list)), None)
+        inner = _inside(value, place)
         if inner is not None:
             return inner
     return ""
+
+
+def _are_judged(value: Any) -> bool:
+    """Whether a value is a list of answers or options that each say whether they are right."""
+    items = value if isinstance(value, list) else []
+    return any(isinstance(item, Mapping) and any(isinstance(told, bool) for told in item.values()) for item in items)
 
 
 def _places(value: Any, place: str, depth: int = _DEEP) -> Iterator[tuple[str, Any]]:

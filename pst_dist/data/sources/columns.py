@@ -1,14 +1,13 @@
-"""Find question, answer and rationale in a row: nested paths, templates and the column maps built from them.
+"""Find question, answer and rationale in a row: the fields, and the column maps that give them.
 
-`common_maps` has the known layouts (messages, alpaca, …), `task_maps` those of individual public datasets, and
-`column_guess` chooses between them. `tasks` decides what a valid answer is.
+`paths` knows nested paths and templates, `common_maps` has the known layouts (messages, alpaca, …), `task_maps` those
+of individual public datasets, and `column_guess` chooses between them. `tasks` decides what a valid answer is.
 """
 
 from __future__ import annotations
 
 import datetime
 import difflib
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -26,10 +25,12 @@ from pst_dist.data.sources.conversations import (
     refuse_unread,
 )
 from pst_dist.data.sources.options import Options, printed_texts, read_options, with_choices
-from pst_dist.data.sources.replies import has_mark, split_reply
+from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, options_at, turns_at
+from pst_dist.data.sources.replies import begins_with_mark, has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
-from pst_dist.data.tasks.scoring import kind_of
+from pst_dist.data.sources.verdicts import are_right, refuse_known_wrong
+from pst_dist.data.tasks.scoring import kind_of, snippet
 from pst_dist.errors import ConfigError
 
 GUESSED = "guessed"
@@ -89,18 +90,25 @@ class FieldMap:
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """Look up every field. `load` decides whether a row needs a rationale.
 
-        If the answer column contains a thought, or an answer mark while there is no rationale column, it is split as a
-        reply.
+        If the answer column contains a thought or an answer mark, it is split as a reply. Beside a rationale, a phrase
+        such as "the answer is" must begin a sentence.
         """
         paths = self.paths
         asked, options = asked_at(row, paths, guessed=self.name == GUESSED)
         rationales: tuple[str, ...] = ()
         for name in ("rationale", "rationales"):
-            if name in paths:
-                rationales += as_rationales(look_up(row, paths[name]), are_steps=_names_steps(paths[name]))
+            for path in columns_of_list(row, paths[name]) if name in paths else ():
+                told, are_steps = look_up(row, path), _names_steps(path)
+                if isinstance(told, list) and not are_steps:
+                    told = [one for one, right in zip(told, are_right(row, len(told)), strict=True) if right]
+                rationales += as_rationales(told, are_steps=are_steps)
         answer_field = next(name for name in _ANSWERS if name in paths)
-        answer = as_answer(look_up(row, paths[answer_field]))
-        if isinstance(answer, str) and (has_thought_tag(answer) or (not rationales and has_mark(answer))):
+        refuse_known_wrong(row, paths[answer_field], explained=bool(rationales))
+        answer = as_answer(look_up(row, paths[answer_field]), paths[answer_field])
+        literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
+        if isinstance(answer, str) and not literal:
+            _refuse_printed_list(answer, paths[answer_field])
+        if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
@@ -150,8 +158,8 @@ def asked_at(
     leave out.
     """
     place = paths.get(TURNS, TURNS if guessed and is_turns(row.get(TURNS)) else None)
-    value, turns = look_up(row, paths["question"]), None if place is None else look_up(row, place)
-    asked = read_question(value, "question", {}) if is_turns(value) else Question(as_text(value, "question"))
+    turns = None if place is None else look_up(row, place)
+    asked = _question_at(row, paths["question"])
     if not is_blank(turns):
         whole = read_question(turns, TURNS, {})
         last = whole.turns[-1][1] if whole.turns else whole.text
@@ -168,6 +176,15 @@ def asked_at(
         told += (("user", with_choices(asked.turns[-1][1], options.texts)),)
     text = with_choices(as_text(asked.text, "question"), options.texts)
     return replace(asked, text=text, turns=told), options
+
+
+def _question_at(row: Mapping[str, Any], path: str) -> Question:
+    """The question at a path, a text or a list of turns. What a template has before turns is their system text."""
+    value, told = look_up(row, path), turns_at(row, path)
+    if told is not None:
+        turns, before = told
+        return read_question(turns, "question", {"system": as_text(before, "question")} if before != "" else {})
+    return read_question(value, "question", {}) if is_turns(value) else Question(as_text(value, "question"))
 
 
 def field_map(paths: Mapping[str, str]) -> FieldMap:
@@ -193,68 +210,14 @@ def field_map(paths: Mapping[str, str]) -> FieldMap:
     return FieldMap(dict(paths))
 
 
-@functools.lru_cache(maxsize=64)
-def columns_in(paths: tuple[str, ...]) -> frozenset[str]:
-    """The columns that paths, templates and lists of columns name."""
-    names = [name.strip() for path in paths for name in re.findall(r"\{([^{}]+)\}", path) or [path, *path.split(",")]]
-    names += [name.removesuffix("?") for name in names]
-    return frozenset((*names, *(re.split(r"[.\[]", name)[0] for name in names)))
-
-
-def options_at(row: Mapping[str, Any], path: str) -> Any:
-    """The value at the path of the choices. For a list of columns `A, B, C` it is an object of those columns."""
-    if path in row or "," not in path or "{" in path:
-        return look_up(row, path)
-    names = [name.strip() for name in path.split(",")]
-    values = {name: look_up(row, name) for name in names}
-    return None if all(value is None for value in values.values()) else values
-
-
-def look_up(row: Mapping[str, Any], path: str) -> Any:
-    """The value at a path, or the text of a filled template; None if any part is missing.
-
-    A column whose name contains a dot or a bracket takes precedence over a path.
-    """
-    if path in row:
-        return row[path]
-    if "{" in path:
-        return _fill(row, path)
-    value: Any = row
-    for step in re.findall(r"[^.\[\]]+|\[-?\d+\]", path):
-        if step.startswith("["):
-            index = int(step[1:-1])
-            value = value[index] if isinstance(value, list) and -len(value) <= index < len(value) else None
-        else:
-            value = value.get(step) if isinstance(value, Mapping) else None
-        if value is None:
-            return None
-    return value
-
-
-def _fill(row: Mapping[str, Any], template: str) -> str | None:
-    """A template with the row's values; None if one is missing. `{context?}` may be missing or blank, and then the
-    white space after it is left out too."""
-    missing = False
-
-    def piece(match: re.Match[str]) -> str:
-        nonlocal missing
-        name, space = match.group(1).strip(), match.group(2)
-        optional = name.endswith("?") and name not in row
-        value = look_up(row, name.removesuffix("?") if optional else name)
-        if optional and (value is None or (isinstance(value, str) and not value.strip())):
-            return ""
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            missing = True
-            return ""
-        return f"{value}{space}"
-
-    text = re.sub(r"\{([^{}]+)\}(\s*)", piece, template)
-    return None if missing else text
-
-
-NO_VALUE = ("NaN", "NaT", "<NA>", "#N/A")
-"""What programs write for a missing value in a table of texts, if it can be no word: last letters may be `nan`."""
+NO_VALUE = ("NaN", "NaT", "<NA>", "\\N", "#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NUM!", "#NULL!")
+"""What programs write for a missing value in a table of texts, if it can be no word: last letters may be `nan`. Also
+the errors of a spreadsheet's formulas."""
 _NO_RATIONALE = (*NO_VALUE, "nan", "None", "none", "null", "NULL", "NA", "N/A", "n/a", "-")
+
+
+_IMAGE_TAG = re.compile(r"^[ \t]{0,8}<image>|<image>[ \t]{0,8}$", re.MULTILINE)
+"""The place of a picture in a question, as LLaVA's rows have it."""
 
 
 def as_text(value: Any, name: str) -> str:
@@ -267,16 +230,20 @@ def as_text(value: Any, name: str) -> str:
         raise RowError("nul", f"{name} contains a NUL character")
     if not value.strip():
         raise RowError("empty", f"{name} is empty")
+    if name == "question" and _IMAGE_TAG.search(value):
+        raise RowError("context", "question has <image>, which a text prompt cannot contain")
     if value.strip() in NO_VALUE:
         raise RowError("missing", f"{name} is {value.strip()!r}, which stands for a missing value")
     return value.strip()
 
 
-def as_answer(value: Any) -> object:
+def as_answer(value: Any, column: str = "COLUMN") -> object:
     """A text, a number, a Boolean, or a list with one of them. Which one is valid depends on the task."""
     if isinstance(value, list):
         if len(value) != 1:
-            hint = "; data.columns.answer=COLUMN[0] takes the first" if value else ""
+            # Of numbers, the first may be a flag: one for each option, as in [0, 1].
+            named = all(isinstance(one, str) for one in value) and value
+            hint = f"; data.columns.answer={column}[0] takes the first" if named else ""
             raise RowError("type", f"answer is a list of {len(value)}, expected one answer{hint}")
         value = value[0]
     if isinstance(value, Decimal) and value.is_finite():
@@ -292,9 +259,16 @@ def as_answer(value: Any) -> object:
     return as_text(value, "answer")
 
 
+def _refuse_printed_list(answer: str, path: str) -> None:
+    """Raise RowError for an answer that is a list printed as text, `['Tom']`: it may mean the text in it, or itself."""
+    if _PRINTED_LIST.fullmatch(answer) and printed_texts(answer):
+        what = f"answer {snippet(answer)} is a list printed as text"
+        raise RowError("type", f"{what}; data.columns.answer={path}[0] takes its first text, '{{{path}}}' all of it")
+
+
 def _names_steps(path: str) -> bool:
-    """Whether a column has the steps of one rationale: `steps`, `reasoning_steps`, `solution.steps`."""
-    return plain_name(path.rpartition(".")[2]).endswith("steps")
+    """Whether a list in a column has the steps of one rationale: `reasoning_steps`, `solution.steps`, a `chain`."""
+    return plain_name(path.rpartition(".")[2]).endswith(("steps", "chain", "chainofthought"))
 
 
 def as_rationales(value: Any, *, are_steps: bool = False) -> tuple[str, ...]:

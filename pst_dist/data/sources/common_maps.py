@@ -11,20 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text, options_at
+from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
 from pst_dist.data.sources.conversations import (
+    PASSAGE_COLUMNS,
     THOUGHT_KEYS,
     Question,
     columns_named,
     is_turns,
     read_conversation,
+    refuse_unread,
     with_context,
     with_passage,
 )
 from pst_dist.data.sources.options import Options, option_columns, read_options, with_choices
+from pst_dist.data.sources.paths import options_at
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
+from pst_dist.data.sources.verdicts import are_right, is_cut, is_setting, refuse_bad_reply
 from pst_dist.data.tasks.scoring import kind_of
 
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")
@@ -37,6 +41,7 @@ def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name:
     text = as_text(reply, "answer")
     separate = thought.strip() if isinstance(thought, str) and thought.strip() else None
     gold = _clean_answer(row, name)
+    refuse_bad_reply(row, is_gold=gold is None)
     try:
         rationale, replied = split_reply(text, separate)
     except RowError as error:
@@ -79,11 +84,14 @@ def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
 
 def _row_thought(row: Mapping[str, Any]) -> Any:
     """Reasoning in a separate column."""
-    return next((row[key] for key in THOUGHT_KEYS if isinstance(row.get(key), str)), None)
+    told = (row[key] for key in THOUGHT_KEYS if isinstance(row.get(key), str))
+    return next((text for text in told if not is_setting(text)), None)
 
 
 def _conversation(turns: Any, name: str, row: Mapping[str, Any]) -> Fields:
     exchange = read_conversation(turns, name, row)
+    passages = {column: row[column] for column in columns_named(row, PASSAGE_COLUMNS)}
+    refuse_unread(passages, (), exchange.question.text)
     return _from_reply(
         exchange.question, exchange.reply, row=row, name=name, thought=exchange.thought or _row_thought(row)
     )
@@ -99,6 +107,10 @@ def _sharegpt(row: Mapping[str, Any]) -> Fields:
 
 def _one_conversation(row: Mapping[str, Any]) -> Fields:
     return _conversation(row.get("conversation"), "conversation", row)
+
+
+def _contents(row: Mapping[str, Any]) -> Fields:
+    return _conversation(row.get("contents"), "contents", row)
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Fields:
@@ -156,20 +168,12 @@ def _generations(row: Mapping[str, Any]) -> Fields:
 def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:
     """Which generations are complete and not known to be wrong.
 
-    A generation is right if any verifier (`correctness_math_verify`, `correctness_llama`, ...) accepts it, and is kept
-    if no verifier checked it. (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
+    (https://huggingface.co/datasets/open-r1/OpenR1-Math-220k)
     """
     complete = _flags(row, "is_reasoning_complete", count)
-    verdicts = [
-        _flags(row, name, count)
-        for name, value in row.items()
-        if name.startswith("correctness_") and isinstance(value, list)
-    ]
-    keep = []
-    for place in range(count):
-        found = [flags[place] for flags in verdicts]
-        keep.append(complete[place] is not False and (True in found or False not in found))
-    return keep
+    finished = _flags(row, "finish_reasons", count)
+    whole = [one is not False and not is_cut(reason) for one, reason in zip(complete, finished, strict=True)]
+    return [one and right for one, right in zip(whole, are_right(row, count), strict=True)]
 
 
 def _flags(row: Mapping[str, Any], name: str, count: int) -> Sequence[Any]:
@@ -281,6 +285,7 @@ LAYOUTS: dict[str, Layout] = {
             ("conversation",),
             lambda row: is_turns(row.get("conversation")) and "question" not in row,
         ),
+        Layout("contents", _contents, ("contents",), lambda row: is_turns(row.get("contents"))),
         Layout("prompt_completion", _prompt_completion, ("prompt", "completion"), _fits_prompt_completion),
         Layout("alpaca", _alpaca, ("instruction", "output"), _texts("instruction", "output")),
         Layout("reply", _think, (), _has_marked_reply, by_marks=True),

@@ -16,21 +16,33 @@ from typing import Any
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, split_thought
+from pst_dist.data.sources.verdicts import is_cut, is_setting
 from pst_dist.data.tasks.scoring import kind_of
 
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction")
 """Columns whose text is put before the question."""
-PASSAGE_COLUMNS = ("context", "passage", "background", "article", "paragraph", "story", "document")
+PASSAGE_COLUMNS = (
+    *("context", "passage", "background", "article", "paragraph", "story", "document"),
+    *("body", "narrative", "theory", "puzzle"),
+)
 """Columns with a text that the question is about."""
+TURN_COLUMNS = ("messages", "conversations", "conversation", "contents")
+"""Columns with a conversation that mostly ends with a reply."""
 HISTORY_COLUMNS = ("history",)
 """Columns with earlier turns: question-reply pairs, or turns with roles."""
-ATTACHED_COLUMNS = ("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls")
+ATTACHED_COLUMNS = (
+    *("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls"),
+    *("image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "img_path", "image_1", "picture"),
+    *("audio_path", "audio_url", "video_path", "video_url"),
+)
 """Columns that a text prompt cannot represent. A row is refused if one of them is not empty."""
 _MAYBE_CONTEXT = (
     *("input", "text", "prompt", "instruction", "premise", "hypothesis", "sentence", "table", "dialogue", "dialog"),
-    *("hint", "lecture", "scenario", "situation", "contexts", "documents"),
+    *("hint", "lecture", "scenario", "situation", "contexts", "documents", "passages", "paragraphs", "para"),
+    *("pre_text", "post_text", "premises", "excerpt", "transcript", "query", "problem", "question", "code", "schema"),
+    *("definition", "instructions", "task_description"),
 )
-"""Columns with a text that a question beside them may depend on, unless it contains the question or is part of it."""
+"""Columns with texts that a question beside them may depend on, unless they contain the question or are part of it."""
 _CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn with its reasoning, separate from its content."""
@@ -73,6 +85,8 @@ class _Turn:
     role: str
     text: Any
     thought: str | None = None
+    is_learned: bool = True
+    """Whether a model should learn it; OpenAI's `weight: 0` and axolotl's `train: false` say no."""
 
 
 def read_conversation(turns: object, name: str, row: Mapping[str, Any]) -> Exchange:
@@ -84,6 +98,8 @@ def read_conversation(turns: object, name: str, row: Mapping[str, Any]) -> Excha
     systems, read = _read_turns(turns, name)
     if len(read) < 2 or [turn.role for turn in read[-2:]] != ["user", "assistant"]:
         raise RowError("type", f"{name} has {_counts(read)}, expected a question and its reply at the end")
+    if not read[-1].is_learned:
+        raise RowError("answer", f"the last turn of {name} is marked as one that no model should learn")
     earlier = [(turn.role, turn.text) for turn in read[:-2]]
     question = with_context(read[-2].text, row, systems, earlier)
     return Exchange(question, read[-1].text, read[-1].thought)
@@ -109,6 +125,14 @@ def is_turns(value: object) -> bool:
         and bool(value)
         and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in value)
     )
+
+
+def ends_with_reply(turns: object) -> bool:
+    """Whether a list of turns ends with one of an assistant."""
+    if not is_turns(turns):
+        return False
+    assert isinstance(turns, list)
+    return _ROLES.get(str(turns[-1].get("role", turns[-1].get("from"))).strip().lower()) == "assistant"
 
 
 def as_messages(turns: Turns) -> list[dict[str, str]]:
@@ -143,7 +167,7 @@ def with_context(
     """
     for column in columns_named(row, ATTACHED_COLUMNS):
         raise RowError("context", f"{column} is not empty, but a text prompt cannot contain it")
-    texts = [row[column] for column in columns_named(row, SYSTEM_COLUMNS)]
+    texts = [_system_text(row[column], column) for column in columns_named(row, SYSTEM_COLUMNS)]
     texts += [text for text in systems if not is_blank(text)]
     past = [turn for column in columns_named(row, HISTORY_COLUMNS) for turn in _history(row[column], column)]
     turns = [*past, *earlier]
@@ -161,6 +185,11 @@ def with_context(
     text = "\n\n".join([*([system] if texts else []), "\n".join([*lines, last])])
     told = [("system", system)] if texts else []
     return Question(text, (*told, *read, ("user", question.strip())))
+
+
+def _system_text(value: Any, column: str) -> Any:
+    """The text of a system column, which may also be a turn: Gemini's `{"parts": [{"text": …}]}`."""
+    return _turn({"role": "system", **value}, column).text if isinstance(value, Mapping) else value
 
 
 def with_passage(question: Any, row: Mapping[str, Any], read: Collection[str]) -> Any:
@@ -196,14 +225,30 @@ def unread_columns(row: Mapping[str, Any], read: Collection[str], question: obje
         value = row[column]
         if isinstance(value, int | float):  # the number of a document
             unread = [name for name in unread if name != column]
-        if column in read or not isinstance(value, str) or not isinstance(question, str):
+        if column in read or not isinstance(value, str | list | Mapping) or not isinstance(question, str):
             continue
-        text = value.strip()
-        if text in question or question.strip() in text:
+        texts = texts_in(value)
+        # A whole may be read by its parts: `{document.text}`, `{turns[0].content}`.
+        if all(text in question for text in texts) or any(question.strip() in text for text in texts):
             unread = [name for name in unread if name != column]
-        elif len(text.split()) > 2 and column not in unread:  # not a name such as "zero_shot"
+        elif column not in unread and (len(texts) > 1 or len(texts[0].split()) > 2):  # not a name such as "zero_shot"
             unread.append(column)
     return unread
+
+
+def is_attached(column: str) -> bool:
+    """Whether a column has what a text prompt cannot represent, or the path to it."""
+    return bool(_with_names((column,), ATTACHED_COLUMNS))
+
+
+def texts_in(value: Any, depth: int = 8) -> list[str]:
+    """All texts and numbers inside a value, as texts without white space around them."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return [str(value).strip()] if str(value).strip() else []
+    if depth == 0 or not isinstance(value, list | Mapping):
+        return []
+    inside = value.values() if isinstance(value, Mapping) else value
+    return [text for one in inside for text in texts_in(one, depth - 1)]
 
 
 def columns_named(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -231,23 +276,27 @@ def _turn(turn: Mapping[str, Any], where: str) -> _Turn:
     for key in ("tool_calls", "function_call", *ATTACHED_COLUMNS):
         if not is_blank(turn.get(key)):
             raise RowError("context", f"{where} has {key}, which a text prompt cannot contain")
-    content = turn.get("content", turn.get("value"))
-    thought = next((turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
+    if is_cut(turn.get("finish_reason")):
+        raise RowError("cut", f"{where} is cut off: its finish_reason is {turn['finish_reason']!r}")
+    content = turn.get("content", turn.get("value", turn.get("parts")))
+    told = [turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str)]
+    thought = next((text for text in told if text.strip() and not is_setting(text)), None)
     if isinstance(content, list):
         content, inner = _joined(content, where)
         thought = thought or inner
-    return _Turn(role, content, thought)
+    return _Turn(role, content, thought, all(turn.get(key) not in (0, False) for key in ("weight", "train", "loss")))
 
 
 def _joined(parts: Sequence[Any], where: str) -> tuple[str, str | None]:
     """The text and the thought of a list of typed parts; raises RowError for any other kind of part."""
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
         if isinstance(part, str):
             texts.append(part)
         elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            (thoughts if part.get("thought") is True else texts).append(part["text"])
         elif kind in ("thinking", "reasoning"):
             thoughts += [part[key] for key in (kind, "text") if isinstance(part.get(key), str)][:1]
         else:

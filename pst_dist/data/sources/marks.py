@@ -113,13 +113,10 @@ def _closing_line(text: str) -> Mark | None:
     if start >= 0 and text[start - 1 : start] != "#":
         content = text[start + 4 : end].strip()
         if content and not content.endswith(":") and not _NO_GSM8K_ANSWER.match(content.lstrip("*_ ")):
-            return Mark(start, start + 4, _without_end(text, end), "line")
+            return Mark(start, start + 4, end, "line")
+    if text[end - 4 : end] not in (" END", "\nEND"):
+        return None  # an arrow as in `2 H2 + O2 --> 2 H2O`
     start = text.rfind("-->", line, end)
     if start < 0 and line and text[:line].rstrip().endswith("-->"):
         start = text.rfind("-->", 0, line)
-    return Mark(start, start + 3, _without_end(text, end), "line") if start >= 0 else None
-
-
-def _without_end(text: str, end: int) -> int:
-    """The end of the text without the word END that closes Fine-tune-CoT's completions."""
-    return end - 3 if text[end - 4 : end] in (" END", "\nEND") else end
+    return Mark(start, start + 3, end - 3, "line") if start >= 0 else None

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ LETTERS = string.ascii_uppercase
 LETTER_MARK = re.compile(r"\(?([A-Za-z])[).:]\s*")
 """A letter in front of an option's text."""
 
+_HEADING = re.compile(r"(?:answer )?(?:choices|options):", re.IGNORECASE)
 _NUMBER_MARK = re.compile(r"\(?(\d{1,2})[).:]\s+")
 _LABEL_KEYS = ("label", "key", "letter", "id")
 _TEXT_KEYS = ("text", "value", "content", "option", "choice")
@@ -156,17 +157,30 @@ def with_choices(question: str, choices: Iterable[str]) -> str:
     """The question followed by its options, `Answer choices: (A) x, (B) y.`, unless it lists them already.
 
     A question lists its options if each text follows its letter, in order: "(A) x (B) y", "A. x". It is not enough that
-    the texts occur somewhere: "How many of the 12 are left?" does not list the options 1 and 2.
+    the texts occur somewhere: "How many of the 12 are left?" does not list the options 1 and 2. Raises RowError for a
+    question that lists them with other letters.
     """
     choices = list(choices)
     place = 0
     for letter, choice in zip(LETTERS, choices, strict=False):
         found = re.compile(rf"(?<!\w)\(?{letter}[).:]\s{{0,3}}{re.escape(choice)}(?!\w)").search(question, place)
         if found is None:
+            _refuse_other_letters(question, choices)
             listed = ", ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
             return f"{question} Answer choices: {listed}."
         place = found.end()
     return question
+
+
+def _refuse_other_letters(question: str, choices: Sequence[str]) -> None:
+    letters = ""
+    for choice in choices:
+        found = re.search(rf"(?<!\w)\(?([A-Z])[).:]\s{{0,3}}{re.escape(choice)}(?!\w)", question)
+        if found is None:
+            return
+        letters += found.group(1)
+    if letters != LETTERS[: len(letters)] and sorted(letters) == list(LETTERS[: len(letters)]):
+        raise RowError("choices", f"the question lists the options in another order than choices: {', '.join(letters)}")
 
 
 def listed_options(question: str) -> int:
@@ -190,12 +204,17 @@ def _marks(text: str, mark: str) -> list[re.Match[str]]:
 
 def options_in_text(text: str) -> list[str]:
     """Options listed in one text, as a JSON list, as a list that Python printed (`['a', 'b']`, numpy's `['a' 'b']`),
-    as lines `A. cat` or as `a ) 38 , b ) 27`; empty if that is not certain."""
+    as lines `A. cat` or `1. cat`, perhaps below "Options:", or as `a ) 38 , b ) 27`; empty if that is not certain."""
     if text.lstrip().startswith("["):
         found = printed_texts(text)
         return found if len(found) > 1 else []
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 2 and _HEADING.fullmatch(lines[0]):
+        lines = lines[1:]
     if len(lines) > 1:
+        numbers = [_NUMBER_MARK.match(line) for line in lines]
+        if [mark and mark[1] for mark in numbers] == [str(k + 1) for k in range(len(lines))]:
+            return lines  # with their numbers, which an answer may name
         marked = [(LETTER_MARK.match(line), line) for line in lines]
         if [mark and mark[1].upper() for mark, _ in marked] == list(LETTERS[: len(lines)]):
             return [line[mark.end() :] for mark, line in marked if mark]

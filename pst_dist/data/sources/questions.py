@@ -15,16 +15,22 @@ from typing import Any
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.column_guess import guess_paths
 from pst_dist.data.sources.column_names import no_column
-from pst_dist.data.sources.columns import TURNS, Layout, as_text, asked_at, look_up
+from pst_dist.data.sources.columns import TURNS, Layout, as_text, asked_at
 from pst_dist.data.sources.conversations import Question as Asked
 from pst_dist.data.sources.conversations import read_question
 from pst_dist.data.sources.in_memory import plain_value
+from pst_dist.data.sources.paths import is_anywhere
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, RowError
 from pst_dist.errors import DataError
 
 _LOOK_AT = 50
 """Number of rows from which the column is guessed."""
-_CONVERSATIONS = {"messages": "messages", "sharegpt": "conversations", "conversation": "conversation"}
+_CONVERSATIONS = {
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "conversation": "conversation",
+    "contents": "contents",
+}
 """Known layouts of turns, and their column: here a conversation may end with its question."""
 
 
@@ -75,7 +81,7 @@ def question_map(setting: str | None, rows: Sequence[Mapping[str, Any]], path: s
     Raises DataError, listing the columns, when there is no such column or none that can be the question.
     """
     if setting is not None:
-        if rows and all(look_up(row, setting) is None for row in rows):
+        if rows and not is_anywhere(rows, setting):
             raise no_column("question", setting, rows, path, "--question")
         return QuestionMap({"question": setting}, guessed=False)
     found = guess_paths(rows)

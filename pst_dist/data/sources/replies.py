@@ -33,7 +33,11 @@ _BETWEEN_BOXES = re.compile(r"[\W\d_]{0,60}(?:(?:and|or|part|[a-z]{1,3})[\W\d_]{
 _NEXT_QUESTION = re.compile(
     r"\n[ \t#*]{0,8}(?:Q|Question|Problem|Human|User|Instruction|Input)[ \t]{0,2}\d{0,3}[*]{0,2}:"
 )
+_SENTENCE_START = re.compile(
+    r"(?:^|[.!?:;\n])[\s\"'*_()]{0,8}(?:(?:so|thus|hence|therefore|and|finally)\b,?[\s*]{0,4}){0,3}$", re.IGNORECASE
+)
 _MARK_ALONE = re.compile(r"#{3,}|-{2,}>")
+_CONTROL = re.compile(r"<\|(?:im_end|im_start|endoftext|end_of_text|eot_id|eom_id)\|>")
 _BARE_WORDS = 4
 """A reply without any mark counts as an answer only if it is one line of at most this many words."""
 
@@ -74,6 +78,15 @@ def has_mark(text: str) -> bool:
     return has_thought_tag(text) or last_mark(text) is not None
 
 
+def begins_with_mark(text: str) -> bool:
+    """Whether a text has a thought, or a last mark that is no phrase in the middle of a sentence."""
+    last = last_mark(text)
+    if has_thought_tag(text) or last is None or last.kind != "phrase":
+        return has_mark(text)
+    before = text[max(0, last.start - 40) : last.start]
+    return _SENTENCE_START.search(before) is not None
+
+
 def _marked(text: str) -> tuple[str, str] | None:
     """(working, answer) at the last mark of a text; None if it has no mark."""
     last = last_mark(text)
@@ -94,6 +107,8 @@ def _marked(text: str) -> tuple[str, str] | None:
         _refuse_two_boxes(text, last)
     inner = _marked(content) if last.kind == "tag" else None
     answer = _bare(content) if inner is None else inner[1]
+    if token := _CONTROL.search(answer):
+        raise RowError("answer", f"the reply goes on after {token.group()}")
     if re.match(r"not\b", answer, re.IGNORECASE):
         raise RowError("answer", f"the last mark says what the answer is not: {snippet(answer)}")
     return _working(text, last, answer), answer
@@ -240,7 +255,8 @@ def _refuse_unmarked(text: str, thought: bool) -> None:
         what = f"{text.count(chr(10)) + 1} lines follow the thought, and none marks the answer"
     else:
         what = "no mark separates the answer from the reasoning"
-    raise RowError("answer", f"{what}; end it with `The answer is …`, or set data.columns.answer")
+    column = "data.columns.answer" + (" to a column with the answer alone" if thought else "")
+    raise RowError("answer", f"{what}; end it with `The answer is …`, or set {column}")
 
 
 def _bare(content: str) -> str:

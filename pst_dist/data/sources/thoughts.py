@@ -30,6 +30,12 @@ _WRAPPERS = (
     *("<|begin_of_solution|>", "<|end_of_solution|>", "<|start|>assistant", "<|start|>"),
     *("<|end|>", "<|return|>"),
 )
+_ENDS = re.compile(
+    r"(?:\s{0,4}(?:<\|(?:im_end|endoftext|end_of_text|eot_id|eom_id|end|return|eos)\|>|</s>|<eos>|<end_of_turn>|"
+    r"<\uff5cend\u2581of\u2581sentence\uff5c>)){1,8}$"
+)
+_CLOSED = re.compile(r"</(output|response|reply|solution|final|result|conclusion)>$", re.IGNORECASE)
+"""The end of a tag around what follows the thought. `<answer>` is an answer mark."""
 
 
 def split_thought(reply: str) -> tuple[str, str]:
@@ -58,10 +64,18 @@ def rationale_of(text: str) -> str | None:
 
 
 def without_wrappers(text: str) -> str:
-    """A text without the tags that some models put around a whole reply."""
+    """A text without the tags that some models put around a whole reply, and the control tokens after it."""
+    text = _ENDS.sub("", text.strip())
     for tag in _WRAPPERS:
         text = text.replace(tag, "")
-    return text.strip()
+    text = text.strip()
+    closed = _CLOSED.search(text[-40:])
+    if closed is not None:
+        end = len(text) - len(closed.group())
+        opening = last_match(re.compile(f"<{closed.group(1)}>", re.IGNORECASE), text[:end])
+        if opening is not None:
+            text = f"{text[: opening.start()]}\n{text[opening.end() : end]}".strip()
+    return text
 
 
 def has_thought_tag(text: str) -> bool:

@@ -13,7 +13,7 @@ from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources import load_data, survey
-from pst_dist.data.sources.choices import chosen, convention_of, gold_answer
+from pst_dist.data.sources.choices import Convention, chosen, convention_of, gold_answer
 from pst_dist.data.sources.column_guess import guess_columns
 from pst_dist.data.sources.columns import field_map
 from pst_dist.data.sources.options import Options, listed_options, option_columns, read_options, with_choices
@@ -478,3 +478,24 @@ def test_a_truth_value_beside_options_is_the_place_of_one(tmp_path):
     data = {"train": str(tmp_path / "rows.jsonl"), "validation_size": 0, "answer_type": "bool"}
     loaded = survey(Config.model_validate({"data": data}))
     assert [sample.answer for sample in loaded.splits["train"]] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "texts"),
+    [
+        ("Answer Choices:\nA. cat\nB. dog", "B", ("cat", "dog")),
+        ("Options:\n1. cat\n2. dog", "2", ("cat", "dog")),
+        ("1) cat\n2) dog\n", "2", ("cat", "dog")),
+    ],
+)
+def test_options_in_lines_may_be_numbered_and_have_a_heading(text, answer, texts):
+    options = read_options(text)
+    assert options.texts == texts
+    assert chosen(answer, options, Convention()) == ("letter", 1)
+
+
+def test_options_that_the_question_lists_with_other_letters_are_refused():
+    row = {"question": "Which?\nA) a dog\nB) a cat", "options": ["a cat", "a dog"], "answer": "B"}
+    with pytest.raises(RowError, match="in another order than choices: B, A"):
+        guess_columns([row], "f").fields(row)
+    assert with_choices("Is A) a dog a pet?", ["a cat", "a dog"]).endswith("(A) a cat, (B) a dog.")

@@ -7,7 +7,8 @@ import yaml
 
 from pst_dist.config.overrides import parse_override
 from pst_dist.data.sources.column_guess import READY_MADE, as_yaml, choose_columns, guess_columns
-from pst_dist.data.sources.columns import field_map, look_up
+from pst_dist.data.sources.columns import field_map
+from pst_dist.data.sources.paths import look_up
 from pst_dist.data.sources.replies import split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.errors import ConfigError, DataError
@@ -231,6 +232,7 @@ STEPS = ["Add 2 and 2.", "That is 4."]
         ({"steps": STEPS}, ("Add 2 and 2.\nThat is 4.",)),
         ({"reasoning_steps": ["Add 2 and 2.", "", None, "That is 4."]}, ("Add 2 and 2.\nThat is 4.",)),
         ({"Reasoning Steps": str(STEPS)}, ("Add 2 and 2.\nThat is 4.",)),  # a list in a cell of a table
+        ({"chain_of_thought": STEPS}, ("Add 2 and 2.\nThat is 4.",)),
         ({"steps": [STEPS, ["Count."]]}, ("Add 2 and 2.\nThat is 4.", "Count.")),
         ({"steps": "Add 2 and 2."}, ("Add 2 and 2.",)),
         ({"steps": []}, ()),
@@ -252,10 +254,35 @@ def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
         guess_columns([row], "f").fields({**row, "rationales": "['I add.', np.str_('4')]"})
 
 
+@pytest.mark.parametrize("cell", ["['4']", '["4", "four"]', "['4' 'four']"])
+def test_an_answer_that_is_a_list_printed_as_text_is_refused_with_both_remedies(cell):
+    row = {"question": "2+2?", "answer": cell, "rationale": "I add."}
+    with pytest.raises(RowError, match=r"data.columns.answer=answer\[0\] takes its first text, '{answer}' all of it"):
+        guess_columns([row], "f").fields(row)
+    assert choose_columns({"answer": "answer[0]"}, [row], "f").fields(row).answer == "4"
+    assert choose_columns({"answer": "{answer}"}, [row], "f").fields(row).answer == cell
+    assert guess_columns([row], "f").fields({**row, "answer": "[4, 5]"}).answer == "[4, 5]"
+
+
+def test_the_gold_answer_of_verls_rows_is_the_ground_truth():
+    row = {"prompt": [{"role": "user", "content": "2+2?"}], "reward_model": {"style": "rule", "ground_truth": "4"}}
+    row |= {"data_source": "sums", "extra_info": {"answer": "Two more.\n#### 5", "index": 0}}
+    for more in ({}, {"response": "It is five. The answer is 5."}):
+        columns = guess_columns([row | more, row | {"reward_model": {"ground_truth": None}}], "f")
+        assert columns.paths == {"question": "prompt", "answer": "reward_model.ground_truth"}
+        assert columns.fields(row | more).answer == "4"
+
+
+def test_none_of_several_judged_answers_is_proposed():
+    row = {"question": "2+2?", "answers": [{"text": "5", "is_correct": False}, {"text": "4", "is_correct": True}]}
+    with pytest.raises(DataError, match=r"question: question, answer: COLUMN\}'"):
+        guess_columns([row], "f")
+
+
 def test_what_stands_for_a_missing_value_in_a_table_of_texts_is_one():
     row = {"question": "2+2?", "answer": "4", "rationale": "I add."}
     columns = guess_columns([row], "f")
-    for word in ("NaN", "#N/A", "<NA>"):
+    for word in ("NaN", "#N/A", "<NA>", "#DIV/0!", "#NAME?"):
         for name in ("question", "answer"):
             with pytest.raises(RowError, match="stands for a missing value"):
                 columns.fields({**row, name: word})
@@ -404,8 +431,28 @@ CONTEXT = {"id": "s1", "context": "Normandy is in France.", "question": "Where?"
             'data.columns={question: "{context}\\n\\n{question}", answer: "answers.text[0]", id: id}',
         ),
         (
-            {"prompt": [{"role": "user", "content": "2+2?"}], "reward_model": {"style": "rule", "ground_truth": "4"}},
-            "data.columns={question: prompt, answer: reward_model.ground_truth}",
+            {"prompt": [{"role": "user", "content": "2+2?"}], "reward": {"style": "rule", "ground_truth": "4"}},
+            "data.columns={question: prompt, answer: reward.ground_truth}",
+        ),
+        (
+            {"question": "2+2?", "answer": {"aliases": ["four"], "value": "4"}},
+            "data.columns={question: question, answer: answer.value}",
+        ),
+        (
+            {"prompt": "2+2?", "chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+            'data.columns={question: prompt, answer: "chosen[-1].content"}',
+        ),
+        (
+            {"problem": "2+2?", "r1_reasoning": "I add.", "r1_reply": "So \\boxed{4}."},
+            "data.columns={question: problem, answer: r1_reply}",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "2+2?"}], "solution": "4"},
+            "data.columns={question: prompt, answer: solution}",
+        ),
+        (
+            {"question_id": "2+2?", "ground_truth": "4"},
+            "data.columns={question: COLUMN, answer: ground_truth, id: question_id}",
         ),
         (
             {"fields": {"instruction": "2+2?"}, "suggestions": {}, "responses": {"answer": [{"value": "4"}]}},
@@ -448,3 +495,61 @@ def test_the_name_of_a_class_is_the_answer_and_not_its_number(row, answer):
 def test_the_number_of_a_class_chooses_an_option():
     row = {"question": "q", "choices": ["a b", "c d"], "label": 1, "label_text": "c d"}
     assert guess_columns([row], "f").fields(row).answer == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "answer", "rationales"),
+    [
+        ({"answer": "answers[0]"}, "4", ("I add.",)),
+        ({"answer": "answers[1]", "rationale": "notes"}, "four", ("Two more.",)),
+        ({"answer": "answers[0]", "rationales": "explanation, notes"}, "4", ("I add.", "Two more.")),
+        ({"question": "{context} {question}", "rationale": "notes", "answer": "answers[-1]"}, "four", ("Two more.",)),
+    ],
+)
+def test_a_map_without_question_or_answer_is_completed_by_a_guess(setting, answer, rationales):
+    row = {"context": "Al asks.", "question": "2+2?", "answers": ["4", "four"], "explanation": "I add."}
+    row["notes"] = "Two more."
+    found = choose_columns(setting, [row], "f").fields(row)
+    assert (found.answer, found.rationales) == (answer, rationales)
+    assert found.question.split() == "Al asks. 2+2?".split()
+
+
+def test_a_column_that_a_map_names_is_not_guessed_for_another_field():
+    row = {"question": "2+2?", "solution": "4", "response": "<think>I add.</think>\nFirst.\nThen."}
+    columns = choose_columns({"answer": "solution"}, [row], "f")
+    assert columns.paths == {"question": "question", "answer": "solution"}
+
+
+def test_a_completed_map_leaves_no_context_out_and_takes_no_options_from_an_index():
+    row = {"question": "2+2?", "hint": "Count your fingers.", "answers": ["4", "four"]}
+    columns = choose_columns({"answer": "answers[0]"}, [row], "f")
+    with pytest.raises(RowError, match="column 'hint' would not be read"):
+        columns.fields(row)
+    row = {"question": "Which?", "options": ["a cat", "a dog"], "cop": 1}
+    found = choose_columns({"answer_from_1": "cop"}, [row], "f").fields(row)
+    assert (found.answer, found.counts_from, found.options.texts) == (1, 1, ("a cat", "a dog"))
+    with pytest.raises(ConfigError, match="no answer"):
+        choose_columns({"question": "q"}, [{"q": "2+2?", "why": "I add."}], "f")
+
+
+@pytest.mark.parametrize("stem", ["explanation_", "Rationale ", "cot"])
+def test_numbered_columns_have_a_rationale_each(stem):
+    rows = [
+        {"question": "2+2?", "answer": "4", f"{stem}1": "I add.", f"{stem}2": "I count.", f"{stem}3": ""},
+        {"question": "3+2?", "answer": "5", f"{stem}1": "I add.", f"{stem}2": None, f"{stem}3": "Five."},
+    ]
+    columns = guess_columns(rows, "f")
+    assert [columns.fields(row).rationales for row in rows] == [("I add.", "I count."), ("I add.", "Five.")]
+    assert choose_columns(yaml.safe_load(as_yaml(columns))["columns"], rows, "f").paths == columns.paths
+
+
+def test_every_column_in_a_list_of_rationales_must_exist():
+    row = {"question": "2+2?", "answer": "4", "a": "I add.", "b": "I count."}
+    with pytest.raises(DataError, match="no column 'a, c' for rationales"):
+        choose_columns({"question": "question", "answer": "answer", "rationales": "a, c"}, [row], "f")
+
+
+def test_one_numbered_column_or_steps_are_not_several_rationales():
+    for names in (("explanation_1",), ("step_1", "step_2")):
+        row = {"question": "2+2?", "answer": "4", **dict.fromkeys(names, "I add.")}
+        assert guess_columns([row], "f").fields(row).rationales == ()

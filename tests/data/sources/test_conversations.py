@@ -8,7 +8,7 @@ import pytest
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import survey
-from pst_dist.data.sources.column_guess import as_yaml, guess_columns
+from pst_dist.data.sources.column_guess import as_yaml, choose_columns, guess_columns
 from pst_dist.data.sources.columns import field_map
 from pst_dist.data.sources.rows import RowError
 
@@ -225,3 +225,109 @@ def test_a_context_column_beside_a_list_of_turns_is_not_left_out():
     row = {"question": ASKED, "answer": "6", "passage": "On Monday."}
     with pytest.raises(RowError, match="column 'passage' would not be read"):
         guess_columns([row], "f").fields(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"body": "There are 3.", "question": "How many?", "answer": "3"}, "There are 3.\n\nHow many?"),
+        ({"Narrative": "It rains.", "question": "Where?", "answer": "here"}, "It rains.\n\nWhere?"),
+        ({"theory": "Bob is big.", "question": "Bob is big.", "answer": True}, "Bob is big.\n\nBob is big."),
+        ({"puzzle": "Two houses.", "question": "Whose?", "response": "The answer is Al."}, "Two houses.\n\nWhose?"),
+        ({"prompt": "Q: Where is it?\nA:", "question": "Where is it?", "answer": "here"}, "Where is it?"),
+        ({"documents": ["Where is it?"], "question": "Where is it?", "answer": "here"}, "Where is it?"),
+    ],
+)
+def test_other_names_of_passages_are_read_too(row, question):
+    assert guess_columns([row], "f").fields(row).question == question
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"question": "How many?", "table": [["year", "pens"], ["2019", "4"]], "answer": "4"}, "table"),
+        ({"question": "How many?", "table": {"pens": [4, 5]}, "answer": "4"}, "table"),
+        ({"question": "How many?", "pre_text": ["There are 4."], "answer": "4"}, "pre_text"),
+        ({"question": "Who runs?", "contexts": ["Al runs.", "Bo sits."], "response": "The answer is Al."}, "contexts"),
+        ({"code": "def f(x): return x + 1", "input": "f(3)", "output": "4"}, "code"),
+        ({"Definition": ["Say the opposite."], "inputs": "hot", "targets": "cold"}, "Definition"),
+        ({"question": "What is this?", "image_path": "a.png", "answer": "4"}, "image_path"),
+        ({"question": "Max is a cat.", "query": "Is Max an animal?", "answer": "yes"}, "query"),
+    ],
+)
+def test_lists_and_tables_that_a_question_may_depend_on_are_not_left_out(row, column):
+    with pytest.raises(RowError, match=f"column '{column}' would not be read"):
+        guess_columns([row], "f").fields(row)
+
+
+def test_a_turn_that_no_model_should_learn_is_no_gold_answer():
+    turns = [{**turn, "weight": 0} for turn in EARLIER]
+    row = {"messages": [*turns, USER, {**REPLY, "weight": 1}]}
+    assert guess_columns([row], "f").fields(row).turns
+    for mark in ({"weight": 0}, {"train": False}):
+        row["messages"][-1] = {**REPLY, **mark}
+        with pytest.raises(RowError, match="no model should learn"):
+            guess_columns([row], "f").fields(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ASKED, "ground_truth": "6", "reasoning": "Twice 3."},
+        {"conversations": ASKED, "answer": 6, "explanation": "Twice 3."},
+        {"system_prompt": "You count.", "input": ASKED[1:], "output": "Twice 3. The answer is 6."},
+        {"system": "You count.", "prompt": ASKED[1:], "answer": "6", "rationale": "Twice 3."},
+    ],
+)
+def test_turns_that_end_with_a_question_have_their_answer_in_another_column(row):
+    columns = guess_columns([row], "f")
+    for found in (columns.fields(row), choose_columns(columns.paths, [row], "f").fields(row)):
+        assert (found.question, found.turns, str(found.answer)) == (KEPT, TURNS, "6")
+        assert found.rationales == ("Twice 3.",)
+
+
+def test_a_template_may_end_with_turns_and_then_has_their_system_text():
+    columns = field_map({"question": "{system?}\n\n{passage}\n\n{prompt}", "answer": "answer"})
+    row = {"passage": "You count.", "prompt": ASKED[1:], "answer": "6"}
+    assert columns.fields(row).turns == TURNS
+    with pytest.raises(RowError, match="question is missing"):
+        columns.fields({**row, "passage": None})
+
+
+def test_conversations_without_any_reply_or_answer_are_refused_as_such():
+    row = {"messages": ASKED}
+    with pytest.raises(RowError, match="expected a question and its reply at the end"):
+        guess_columns([row], "f").fields(row)
+
+
+def test_the_turns_of_gemini_are_read():
+    row = {
+        "systemInstruction": {"role": "system", "parts": [{"text": "You count."}]},
+        "contents": [
+            {"role": "user", "parts": [{"text": "What is 3?"}]},
+            {"role": "model", "parts": [{"text": "3"}]},
+            {"role": "user", "parts": [{"text": "And twice that?"}]},
+            {"role": "model", "parts": [{"text": "Twice 3.", "thought": True}, {"text": "The answer is 6."}]},
+        ],
+    }
+    found = guess_columns([row], "f").fields(row)
+    assert (found.turns, found.rationales, found.answer) == (TURNS, ("Twice 3.",), "6")
+    row["contents"][1]["parts"].append({"functionCall": {"name": "f"}})
+    with pytest.raises(RowError, match="has a part of type"):
+        guess_columns([row], "f").fields(row)
+
+
+def test_a_passage_beside_a_conversation_is_not_left_out():
+    row = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Answer: here"}]}
+    assert guess_columns([row], "f").fields({**row, "context": "Where?"}).answer == "here"
+    with pytest.raises(RowError, match="column 'context' would not be read"):
+        guess_columns([row], "f").fields({**row, "context": ["It rains here."]})
+
+
+def test_a_question_about_a_picture_is_refused():
+    for question in ("<image>\nWhat is this?", "What is this? <image>"):
+        row = {"question": question, "answer": "4"}
+        with pytest.raises(RowError, match="question has <image>"):
+            guess_columns([row], "f").fields(row)
+    row = {"question": "What does <image> mean in SVG?", "answer": "4"}
+    assert guess_columns([row], "f").fields(row).question == row["question"]

@@ -8,8 +8,8 @@ import pytest
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sources import load_data, survey
-from pst_dist.data.sources.column_guess import guess_columns
-from pst_dist.data.sources.replies import split_reply
+from pst_dist.data.sources.column_guess import choose_columns, guess_columns
+from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.errors import DataError
 
@@ -236,3 +236,53 @@ def test_where_no_rationale_is_found_the_unused_text_columns_are_named(tmp_path)
     config = {"data": {"root": str(tmp_path), "train": "train.jsonl"}}
     with pytest.raises(DataError, match="unused text columns: my_notes"):
         load_data(Config.model_validate(config))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I add.\n\nSo it is \\boxed{4}.", "4"),
+        ("The answer is 4.", "4"),
+        ("**Answer:** 4", "4"),
+        ("Four, as 2 + 2 = 4. So the answer is 4.", "4"),
+        ("2 H2 + O2 --> 2 H2O", "2 H2 + O2 --> 2 H2O"),
+        ("He said the answer is no and left", "He said the answer is no and left"),
+        ("four", "four"),
+    ],
+)
+def test_a_reply_in_the_answer_column_is_split_beside_a_rationale_too(answer, expected):
+    row = {"question": "2+2?", "reasoning": "Two more.", "answer": answer}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.answer, found.rationales) == (expected, ("Two more.",))
+
+
+def test_a_template_takes_the_answer_column_as_it_is():
+    row = {"question": "Which song?", "answer": "The answer is blowing in the wind", "why": "It is by Dylan."}
+    columns = choose_columns({"question": "question", "answer": "{answer}", "rationale": "why"}, [row], "f")
+    assert columns.fields(row).answer == row["answer"]
+
+
+def test_a_reply_that_goes_on_after_its_end_is_refused():
+    with pytest.raises(RowError, match=r"goes on after <\|im_end\|>"):
+        split_reply("I add. The answer is 4.<|im_end|> <|im_start|>user")
+
+
+def test_an_arrow_is_a_mark_only_before_the_word_end():
+    assert not has_mark("2 H2 + O2 --> 2 H2O")
+    assert split_reply("Burn it. --> 2 H2O END") == ("Burn it.", "2 H2O")
+
+
+@pytest.mark.parametrize(
+    ("reply", "rationale"),
+    [
+        ("I add. The answer is 4.<|im_end|>", "I add."),
+        ("I add. The answer is 4.</s>\n", "I add."),
+        ("<think>I add.</think>4<|eot_id|><|endoftext|>", "I add."),
+        ("I add.\n#### 4<|end_of_text|>", "I add."),
+        ("<think>I add.</think>\n<output>The answer is 4.</output>", "I add."),
+        ("<Thought>I add.</Thought><Output>4</Output>", "I add."),
+        ("<think>I add.</think><solution>\n4\n</solution><|im_end|>", "I add."),
+    ],
+)
+def test_what_closes_a_reply_is_no_part_of_its_answer(reply, rationale):
+    assert split_reply(reply) == (rationale, "4")

@@ -1,0 +1,173 @@
+"""Guess which column is what from the names of the columns and the types of their values.
+
+`column_guess` first tries the ready-made maps, and decides what a guess is used for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from pst_dist.data.sources.column_names import GOLD, SYNONYMS, columns_of
+from pst_dist.data.sources.columns import TURNS
+from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, TURN_COLUMNS, is_blank, is_turns
+from pst_dist.data.sources.options import option_columns
+from pst_dist.data.sources.rows import plain_name
+from pst_dist.data.sources.verdicts import are_verdicts, is_setting
+
+
+def fields_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Our fields for which a column with a common name is plausible."""
+    columns = columns_of(rows)
+    plain = {plain_name(column): column for column in reversed(columns)}
+    found: dict[str, str] = {}
+    if {"Body", "Question"} <= set(columns):
+        found["question"] = "{Body} {Question}"  # SVAMP's original format
+    if rows and all(_holds_stem(row.get("question")) for row in rows):
+        found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA's original format
+    for field, synonyms in SYNONYMS.items():
+        named = [plain[synonym] for synonym in synonyms if synonym in plain]
+        usable = [column for column in named if column not in found.values() and _usable(field, column, rows)]
+        if usable and field not in found:
+            # Whether a model was right is no answer, if another column can be one.
+            found[field] = min(usable, key=lambda column: field == "answer" and _are_verdicts(column, rows))
+    if plain_name(found.get("answer", "")) not in GOLD and any(map(_holds_ground_truth, rows)):
+        found["answer"] = "reward_model.ground_truth"
+    if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
+        found["choices"] = options
+    if "choices" not in found:
+        found |= _label_as_text(found, plain, rows)
+    if "question" not in found and (other := _other_question(found, plain, rows)):
+        found["question"] = other
+    if "question" in found:
+        found["question"] = _with_context_columns(found["question"], columns, rows)
+    if "rationale" in found and any(isinstance(row.get(found["rationale"]), list) for row in rows):
+        found["rationales"] = found.pop("rationale")
+    if "rationale" not in found and "rationales" not in found and (several := _numbered_rationales(columns, rows)):
+        found["rationales"] = several
+    return found
+
+
+def _holds_ground_truth(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one of verl's, which RLVR data mostly come in."""
+    reward = row.get("reward_model")
+    return isinstance(reward, Mapping) and isinstance(reward.get("ground_truth"), str | int | float)
+
+
+def _numbered_rationales(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Columns with one rationale each, `explanation_1, explanation_2` (e-SNLI); "" if there are not two of them."""
+    by_stem: dict[str, list[str]] = {}
+    for column in columns:
+        named = re.fullmatch(r"(rationale|explanation|cot|chainofthought)\d{1,2}", plain_name(column))
+        if named and _usable("rationale", column, rows):
+            by_stem.setdefault(named.group(1), []).append(column)
+    return next((", ".join(found) for found in by_stem.values() if len(found) > 1), "")
+
+
+def _other_question(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """A column that is the question if no other is.
+
+    It has turns; or certain others keep it company: HellaSwag's `ctx`, PIQA's `goal` and WinoGrande's `sentence` with
+    options, or CoT Collection's `source` with a `target` (elsewhere, where a row is from).
+    """
+    for name in TURN_COLUMNS:
+        if name in plain and any(is_turns(row.get(plain[name])) for row in rows):
+            return plain[name]
+    names = ("ctx", "goal", "sentence") if "choices" in found and "answer" in found else ()
+    if plain_name(found.get("answer", "")) in ("target", "targets"):
+        names = (*names, "source")
+    fitting = (plain[name] for name in names if name in plain)
+    return next((column for column in fitting if all(isinstance(row.get(column), str) for row in rows)), None)
+
+
+def _label_as_text(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The column with the name of a class, `label_text` or `target_text`, instead of the one with its number."""
+    column = found.get("answer", "")
+    if plain_name(column) not in ("label", "target") or not all(isinstance(row.get(column), int) for row in rows):
+        return {}
+    named = [plain[name] for end in ("text", "name") if (name := plain_name(column) + end) in plain]
+    return next(({"answer": name} for name in named if all(isinstance(row.get(name), str) for row in rows)), {})
+
+
+def _answers_to_choose(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """A column `answers` whose texts are the options, because another column chooses one by number or letter
+    (ReClor)."""
+    column, chosen = plain.get("answers"), found.get("answer")
+    if column is None or chosen in (None, column):
+        return None
+    for row in rows:
+        texts, choice = row.get(column), row.get(chosen)
+        listed = isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) for text in texts)
+        if not listed or not re.fullmatch(r"\d|[A-Za-z]", str(choice).strip()):
+            return None
+    return column
+
+
+def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A template that puts system texts and passages before the question, in the rows that have them, and an input
+    after an instruction."""
+    if "{" in question:
+        return question
+    asked = [row.get(question) for row in rows]
+    if any(map(is_turns, asked)):  # a system text belongs before them; of a passage that is not certain
+        wanted = {plain_name(name) for name in SYSTEM_COLUMNS}
+        return with_columns(question, [name for name in columns if plain_name(name) in wanted], rows)
+    if not all(isinstance(text, str | None) for text in asked):
+        return question
+    extra = next((column for column in columns if plain_name(column) == "input"), None)
+    if plain_name(question) == "instruction" and extra and all(isinstance(row.get(extra), str) for row in rows):
+        return f"{{{question}}}\n{{{extra}}}"
+    wanted = {plain_name(name) for name in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)}
+    return with_columns(question, [name for name in columns if plain_name(name) in wanted and name != question], rows)
+
+
+def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A template that puts columns before the question. One that is blank in some rows is marked `{context?}`; one that
+    has no text, or something else in some row, is left out."""
+    before = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        blank = [is_blank(value) for value in values]
+        if all(blank) or any(not isinstance(value, str | None) for value in values):
+            continue
+        before.append(f"{{{column}?}}" if any(blank) else f"{{{column}}}")
+    last = question if "{" in question else f"{{{question}}}"
+    return "\n\n".join((*before, last)) if before else question
+
+
+def _usable(field: str, column: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether some row of a column has a value of the right type for the field."""
+    values = [row.get(column) for row in rows]
+    if field in ("question", TURNS) and any(is_turns(value) for value in values):
+        return True
+    kinds: dict[str, tuple[type, ...]] = {
+        "question": (str,),
+        "answer": (str, int, float, bool, list, Decimal, datetime.date),
+        "rationale": (str, list),
+        "choices": (list, dict),
+        "id": (str, int),
+        TURNS: (),
+    }
+    # Also a text in which no options are recognised: passed over, an index into them would be read as a number.
+    if field == "choices" and any(isinstance(value, str) and value.strip() for value in values):
+        return True
+    if field == "rationale":  # `reasoning: on` is a setting
+        values = [value for value in values if not (isinstance(value, str) and is_setting(value))]
+    return any(isinstance(value, kinds[field]) for value in values)
+
+
+def _are_verdicts(column: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    return are_verdicts(column, (row.get(column) for row in rows))
+
+
+def _holds_stem(question: Any) -> bool:
+    return isinstance(question, Mapping) and {"stem", "choices"} <= set(question)

@@ -103,7 +103,8 @@ class FieldMap:
                     told = [one for one, right in zip(told, are_right(row, len(told)), strict=True) if right]
                 rationales += as_rationales(told, are_steps=are_steps)
         answer_field = next(name for name in _ANSWERS if name in paths)
-        refuse_known_wrong(row, paths[answer_field], explained=bool(rationales))
+        judged = "teacher_answer" in paths
+        refuse_known_wrong(row, paths[answer_field], explained=bool(rationales), judged=judged)
         answer = as_answer(look_up(row, paths[answer_field]), paths[answer_field])
         literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
         if isinstance(answer, str) and not literal:
@@ -111,7 +112,7 @@ class FieldMap:
         if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
-        teacher = look_up(row, paths["teacher_answer"]) if "teacher_answer" in paths else None
+        teacher = look_up(row, paths["teacher_answer"]) if judged else None
         return Fields(
             question=as_text(asked.text, "question"),
             turns=asked.turns,

@@ -34,21 +34,30 @@ def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> None:
         if name in _FINISHED and is_cut(value):
             raise RowError("cut", f"{column} is {snippet(str(value))}: the reply is cut off")
         # A `label` may be the answer to something, unless it is a truth value.
-        told = name in _VERDICTS and str(value).strip().lower() in _WRONG
-        told = told or (name == "label" and value is False)
-        if is_gold and told:
+        if is_gold and (_says_wrong(name, value) or (name == "label" and value is False)):
             raise RowError("answer", f"{column} is {snippet(str(value))}, so the reply is not the gold answer")
 
 
-def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool) -> None:
+def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool, judged: bool) -> None:
     """Raise RowError if other columns say that the answer in column `answered` is wrong, or, of a row that is
-    `explained`, that its rationale was cut off."""
+    `explained`, that its rationale is wrong or was cut off.
+
+    A row that is `judged` has the answer of its rationale in a column, which `data.keep` compares with the gold one.
+    """
     name = plain_name(answered)
     if explained or name in _REPLIES:
         refuse_bad_reply(row, is_gold=name in _REPLIES)
+    for column, value in row.items() if explained and not judged else ():
+        if _says_wrong(plain_name(column), value):
+            said = f"{column} is {snippet(str(value))}, so the rationale is wrong"
+            raise RowError("rationale", f"{said}; leave the row out, or the column if it says something else")
     # Prodigy writes `label: WET, answer: reject`, or `accept: [B], answer: ignore` beside options.
     if name.startswith(("label", "accept")) and row.get("answer") in ("reject", "ignore"):
         raise RowError("answer", f"answer is {row['answer']!r}: the label of this row is rejected")
+
+
+def _says_wrong(name: str, value: object) -> bool:
+    return name in _VERDICTS and str(value).strip().lower() in _WRONG
 
 
 def are_right(row: Mapping[str, Any], count: int) -> list[bool]:

@@ -53,6 +53,26 @@ def test_a_gold_answer_beside_a_wrong_reply_is_kept():
     assert guess_columns([label], "f").fields(label).answer is False
 
 
+@pytest.mark.parametrize("flag", [{"is_correct": False}, {"correctness": "incorrect"}, {"passed": "no", "correct": 0}])
+def test_a_rationale_that_the_row_calls_wrong_is_refused(flag):
+    row = {"question": "2+2?", "answer": "4", "rationale": "I add 2 and 3."}
+    columns = guess_columns([row | flag], "f")
+    if "passed" in flag:  # neither word is a verdict
+        assert columns.fields(row | flag).rationales == ("I add 2 and 3.",)
+        return
+    with pytest.raises(RowError, match="so the rationale is wrong; leave the row out") as caught:
+        columns.fields(row | flag)
+    assert caught.value.code == "rationale"
+    assert columns.fields(row | dict.fromkeys(flag, True)).rationales == ("I add 2 and 3.",)
+
+
+def test_a_rationale_with_an_answer_of_its_own_is_left_to_keep():
+    row = {"question": "2+2?", "answer": "4", "rationale": "I add 2 and 3.", "teacher_answer": "5", "is_correct": False}
+    names = ("question", "answer", "rationale", "teacher_answer")
+    found = choose_columns(dict(zip(names, names, strict=True)), [row], "f").fields(row)
+    assert (found.teacher_answer, found.rationales) == ("5", ("I add 2 and 3.",))
+
+
 @pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "max_length"])
 def test_a_reply_that_ended_for_its_length_is_cut_off(reason):
     row = {"prompt": "9+2?", "response": "First the answer is 10 and", "finish_reason": "stop"}

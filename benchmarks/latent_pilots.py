@@ -21,6 +21,7 @@ these ideas is worth an arm.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -33,13 +34,15 @@ from measuring import machine
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from pst_dist.arms import STOP_TOKEN
 from pst_dist.config.loading import load_config
 from pst_dist.data.sample import ReasoningSample
 from pst_dist.data.sources.generators import generate
-from pst_dist.logs import quiet_libraries
+from pst_dist.logs import progress, quiet_libraries
 from pst_dist.storage.manifest import write_json
 from pst_dist.student.pretrained import build_model
 from pst_dist.student.tokenizer import build_tokenizer
+from pst_dist.training.engines.optimizer import adamw
 
 # Shapes in this file: B rows, T tokens, D width, L layers
 
@@ -85,7 +88,11 @@ class Rows:
         self.tokenizer = build_tokenizer(config.student, samples[:count])
         self.marker = self._ids(" " + config.layout.answer_marker)
         self.dot = self._ids(" .")
-        rows = [self._row(sample) for sample in samples]
+        rows = []
+        with progress("tokenise", total=len(samples), unit="rows") as bar:
+            for sample in samples:
+                rows.append(self._row(sample))
+                bar.advance()
         self.train, self.validation = rows[:count], rows[count:]
 
     def _ids(self, text: str) -> list[int]:
@@ -93,7 +100,7 @@ class Rows:
         return ids
 
     def _row(self, sample: ReasoningSample) -> Row:
-        stop = self.tokenizer.convert_tokens_to_ids("<|answer_end|>")
+        stop = self.tokenizer.convert_tokens_to_ids(STOP_TOKEN)
         steps = [self._ids(f" {step}.") for step in sample.rationales[0].rstrip(".").split(". ")]
         return Row(self._ids(f"{sample.question} ###"), [*self._ids(" " + sample.answer), stop], steps)
 
@@ -155,11 +162,8 @@ class Pilot:
         self.dots = 0 if variant in ("post", "internalised") else args.dots
         torch.manual_seed(args.seed)
         self.model = build_model(config, rows.tokenizer)
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]
-        self.train, betas = config.train, (config.train.adam_beta1, config.train.adam_beta2)
-        groups = [{"params": decayed, "weight_decay": self.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.train.learning_rate, betas=betas, fused=True)
+        self.train = config.train
+        self.optimizer = adamw(self.model, self.train)
         self.rng = random.Random(args.seed)
         self.whole = max(sum(map(len, row.steps)) for row in rows.train)
         self.tokens = 0
@@ -228,17 +232,20 @@ class Pilot:
         steps, started, curve = self.args.steps, time.process_time(), []
         schedule = get_cosine_schedule_with_warmup(self.optimizer, round(self.train.warmup_ratio * steps), steps)
         self.model.train()
-        for step, rows in enumerate(self.batches(), start=1):
-            loss = self.loss(rows, step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm)
-            self.optimizer.step()
-            schedule.step()
-            self.optimizer.zero_grad()
-            if step % max(1, steps // 8) == 0 or step == steps:
-                accuracy, nll = self.validate()
-                curve.append({"step": step, "accuracy": accuracy, "nll": nll, "loss": loss.item()})
-                print(f"{self.variant:15} {step:6} {100 * accuracy:10.1f} {nll:8.3f} {loss.item():8.3f}", flush=True)
+        with progress(self.variant, total=steps, unit="steps") as bar:
+            for step, rows in enumerate(self.batches(), start=1):
+                loss = self.loss(rows, step)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm)
+                self.optimizer.step()
+                schedule.step()
+                self.optimizer.zero_grad()
+                bar.advance(note=f"loss {loss.item():.3f}")
+                if step % max(1, steps // 8) == 0 or step == steps:
+                    accuracy, nll = self.validate()
+                    curve.append({"step": step, "accuracy": accuracy, "nll": nll, "loss": loss.item()})
+                    shown = f"{step:6} {100 * accuracy:10.1f} {nll:8.3f} {loss.item():8.3f}"
+                    print(f"{self.variant:15} {shown}", flush=True)
         settings = {"variant": self.variant, "dots": self.dots, "seed": self.args.seed}
         return settings | {"curve": curve, "tokens": self.tokens, "cpu_seconds": time.process_time() - started}
 
@@ -257,6 +264,7 @@ def main() -> None:
     if args.rows < BATCH or args.steps < 1 or args.dots < 1:
         parser.error(f"--rows must be at least {BATCH}, --steps and --dots at least 1")
     quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     config = load_config("demo", ["arms=[]", "arm=post_thinking", "task=arithmetic", "student.fresh.vocab_size=600"])
     rows = Rows(config, args.operations, args.rows)

@@ -65,7 +65,7 @@ class Spy(ReportCallback, WorkerCallback):
     def after_init_train_context(self):
         from pst_dist.training.reporting.metrics import MetricsLog
         step = MetricsLog.step
-        MetricsLog.step = lambda *args, **kwargs: (time.sleep(0.15), step(*args, **kwargs))
+        MetricsLog.step = lambda *args, **kwargs: (time.sleep(0.4), step(*args, **kwargs))
 """
 """A callback of Ray Train that a user brings along as a pip package: it notes what Ray hears, in the controller, and
 slows the ranks down, so that there is time to kill one and to stop the job."""
@@ -126,6 +126,15 @@ def wait_for(what: Callable[[], object], seconds: float = 400) -> None:
         time.sleep(0.02)
 
 
+def ray_checkpoints(run: Path) -> dict:
+    """Ray's own list of checkpoints; empty before the first one and while Ray is writing the list."""
+    try:
+        snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return snapshot if snapshot["checkpoint_results"] else {}
+
+
 @contextlib.contextmanager
 def started(command: list[str], log: Path, head: RayHead, folder: Path) -> Iterator[subprocess.Popen]:
     with log.open("w") as stream:
@@ -169,7 +178,9 @@ def told(head, project, tmp_path_factory) -> Told:
         os.kill(victims[0], signal.SIGKILL)
         wait_for(lambda: "resumed step" in (logs / "2").read_text() or gone())
         wait_for(lambda: re.search(r"(?s)resumed step.*\nstep \d+/", (logs / "2").read_text()) or gone())
-        snapshot = read_json(run / "checkpoint_manager_snapshot.json")
+        # Ray's controller hears of a checkpoint up to seconds after it was saved, and rewrites its list in place.
+        wait_for(lambda: ray_checkpoints(run) or gone())
+        snapshot = ray_checkpoints(run)
         head.post("/api/jobs/whole/stop")
         ended = second.wait(240)
         wait_for(lambda: "waiting" in (logs / "3").read_text(), 60)

@@ -33,10 +33,10 @@ from step_cases import SETTINGS, make_problem, make_student
 from torch import nn
 
 from pst_dist.config.schema import TrainConfig
+from pst_dist.config.zero import find_deepspeed_json
 from pst_dist.distributed.ranks import Ranks, all_sum, barrier, leave, process_group
 from pst_dist.logs import quiet_libraries
 from pst_dist.storage.manifest import write_json
-from pst_dist.training.engines.deepspeed_config import find_deepspeed_json
 from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine
 from pst_dist.training.engines.optimizer import parameter_groups
 

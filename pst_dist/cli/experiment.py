@@ -37,7 +37,11 @@ copy the other machine's runs/experiments/NAME, or just its outcomes.jsonl, to F
     Option("config", nargs="?", help="experiment file, or the name of a ready-made one (--list)"),
     overrides("keys of the experiment, or config keys of all its runs"),
     Option("--list", action="store_true", help="list the ready-made experiments and the questions they answer"),
-    Option("--dry-run", action="store_true", help="list the runs and which of them are finished, without running any"),
+    Option(
+        "--dry-run",
+        action="store_true",
+        help="list the runs, finished or not, and check the others without training",
+    ),
     Option("--collect", action="store_true", help="do not train; only write the results of finished runs"),
     Option("--page", metavar="FOLDER", help="also write the page and its plots to this folder"),
     Option(
@@ -61,6 +65,7 @@ def experiment(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise ConfigError("no experiment given", "`pst experiment --list` lists the ready-made ones")
+    from pst_dist.experiment.checks import check_runs
     from pst_dist.experiment.driver import run_experiment
     from pst_dist.experiment.outcomes import outcomes_elsewhere
     from pst_dist.experiment.results_table import table_lines
@@ -73,9 +78,10 @@ def experiment(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         runs = runs_of(wanted)
         elsewhere = outcomes_elsewhere(runs, beside)
+        todo = {run.name: run for run in runs if run.name not in elsewhere and result_of(run.config) is None}
         for run in runs:
-            done = run.name in elsewhere or result_of(run.config)
-            print(f"{'finished' if done else 'to do':8}  {run.name}  {run.config.output_dir}")
+            print(f"{'to do' if run.name in todo else 'finished':8}  {run.name}  {run.config.output_dir}")
+        check_runs(list(todo.values()), here=wanted.backend == "local")
         return 0
     command = ["pst", "experiment", arguments.config, *words]
     page = Path(arguments.page) if arguments.page else None

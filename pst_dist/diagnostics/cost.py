@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from pst_dist.arms import ARMS
 from pst_dist.config.schema import Config, Section
+from pst_dist.config.zero import zero_stage
 from pst_dist.diagnostics.counted_rows import ReadRows, Rows, count_rows, longest_row
 from pst_dist.diagnostics.gpus import GPUS, GpuName, table_speed
 from pst_dist.distributed.device_memory import GIB
@@ -27,7 +28,7 @@ from pst_dist.student.layout import forward_passes
 from pst_dist.training.memory.model_size import ModelShape, adapter_parameters, shape_of
 from pst_dist.training.memory.optimizer_memory import optimizer_bytes
 from pst_dist.training.memory.pass_limit import PassLimit, cuts_by_memory, pass_limit
-from pst_dist.training.memory.training_memory import HostMemory, RankMemory, host_memory, rank_memory, zero_stage
+from pst_dist.training.memory.training_memory import HostMemory, RankMemory, host_memory, rank_memory
 
 
 class Machines(Section):

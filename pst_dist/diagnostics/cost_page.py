@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pst_dist.config.schema import TrainConfig
+from pst_dist.config.zero import zero_stage
 from pst_dist.diagnostics.cost import Plan
 from pst_dist.distributed.device_memory import GIB
 from pst_dist.training.memory.pass_limit import SHARE, PassLimit
-from pst_dist.training.memory.training_memory import zero_stage
 
 
 def plan_lines(plan: Plan) -> list[str]:

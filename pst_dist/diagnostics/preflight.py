@@ -10,7 +10,8 @@ from typing import Any
 
 from pst_dist.arms import ARMS
 from pst_dist.config.run_dir import expand_arms, run_dir
-from pst_dist.config.schema import Config, TrainConfig
+from pst_dist.config.schema import Config
+from pst_dist.config.zero import find_deepspeed_json
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import DataError
 
@@ -25,32 +26,21 @@ def preflight(config: Config) -> None:
     """
     check_split(config)
     if config.train.deepspeed is not None:
-        from pst_dist.training.engines.deepspeed_config import find_deepspeed_json
-
         find_deepspeed_json(config.train.deepspeed)
     if config.train.backend != "ray":
         from pst_dist.distributed.ranks import Ranks, check_meeting_place
+        from pst_dist.training.early_checks import check_settings
 
-        check_meeting_place(Ranks.from_environment())
+        ranks = Ranks.from_environment()
+        check_meeting_place(ranks)
         if not all(run_dir(arm).training.is_file() for arm in expand_arms(config)):
-            _check_training(config.train)
+            check_settings(config, ranks)
     if config.train.backend != "ray" or _has_student(config):
         check_student(config)
     if needs_embeddings(config):
         from pst_dist.embedding.encoder_model import check_encoder
 
         check_encoder(config.embed)
-
-
-def _check_training(train: TrainConfig) -> None:
-    """Raise the error with which training would refuse its precision or its optimizer on this machine."""
-    from pst_dist.distributed.ranks import Ranks, device_of
-    from pst_dist.training.engines.optimizer import check_optimizer
-    from pst_dist.training.precision import check_fp16
-
-    if train.fp16:  # else leave the GPU alone until training needs it
-        check_fp16(train, device_of(Ranks.from_environment()))
-    check_optimizer(train)
 
 
 def _has_student(config: Config) -> bool:
@@ -83,14 +73,16 @@ def check_student(config: Config) -> None:
     from pst_dist.student.layout import layout_for
     from pst_dist.student.pretrained import build_without_weights
     from pst_dist.student.tokenizer import build_tokenizer, check_marker, check_prompt_ending
+    from pst_dist.training.early_checks import check_shape
 
     quiet_libraries()
     # Without rows a fresh tokenizer only knows bytes, which is enough for the checks below.
     tokenizer: Any = build_tokenizer(config.student, ())
-    seq2seq = build_without_weights(config, tokenizer)
-    check_prompt_ending(tokenizer, is_encoder_decoder=seq2seq)
+    shape = build_without_weights(config, tokenizer)
+    check_prompt_ending(tokenizer, is_encoder_decoder=shape.is_encoder_decoder)
     for arm in expand_arms(config):
-        layout = layout_for(arm, tokenizer, is_encoder_decoder=seq2seq)
+        check_shape(arm, shape)
+        layout = layout_for(arm, tokenizer, is_encoder_decoder=shape.is_encoder_decoder)
         layout.prompt_ids("a")
         if any(asked.thinks_first for asked in ARMS[arm.arm].asked):
             check_marker(tokenizer, config.layout.answer_marker)

@@ -10,11 +10,13 @@ from pathlib import Path
 import yaml
 
 from pst_dist.errors import PstError
+from pst_dist.experiment.checks import check_runs
 from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_files import RESOLVED_EXPERIMENT, check_page_folder, write_results
 from pst_dist.experiment.runs import make_data, result_of
 from pst_dist.experiment.spec import Experiment, Run, runs_of
+from pst_dist.experiment.under_way import progress_of
 from pst_dist.experiment.workers import Tell
 from pst_dist.storage.atomic import write_text
 from pst_dist.storage.locks import directory_lock
@@ -37,9 +39,9 @@ def run_experiment(
 
     A failed run is named in the results and does not stop the others. `page` is a second folder for the page;
     `only_collect` trains nothing. Runs whose outcomes are in a folder of `beside` are taken from there unless they are
-    also finished here. Raises what preparing the data and `outcomes_elsewhere` raise, LockedError when the experiment
-    is already running elsewhere, and PreemptedError or KeyboardInterrupt on a stop request: by then all runs have
-    saved, and the results on disk include everything finished.
+    also finished here. Raises what `check_runs`, preparing the data and `outcomes_elsewhere` raise, LockedError when
+    the experiment is already running elsewhere, and PreemptedError or KeyboardInterrupt on a stop request: by then all
+    runs have saved, and the results on disk include everything finished.
     """
     runs = runs_of(experiment)
     elsewhere = outcomes_elsewhere(runs, beside)
@@ -55,11 +57,12 @@ def run_experiment(
             todo = []
         else:
             own = [run for run in runs if run.name not in elsewhere]
+            check_runs([run for run in own if result_of(run.config) is None], here=experiment.backend == "local")
             make_data(own)
             check_same_rows(runs, elsewhere)  # before spending hours on runs that cannot be compared
             todo = [run for run in own if result_of(run.config) is None]
         log.info("%d runs, %d to do", len(runs), len(todo))
-        journal = _Journal(len(todo))
+        journal = _Journal(todo)
 
         def tell(run: Run, error: BaseException | None) -> None:
             if error is not None:
@@ -97,9 +100,15 @@ def _work(experiment: Experiment, todo: list[Run], tell: Tell) -> None:
 class _Journal:
     """Logs one line for each run that ends, with its result and the estimated time left."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._start = total, 0, time.monotonic()
+    def __init__(self, todo: Sequence[Run]) -> None:
+        self._total, self._done, self._start = len(todo), 0, time.monotonic()
+        self._left = {run.name: run for run in todo}
+        self._before = self._begun()
         self._page = self._start
+
+    def _begun(self) -> float:
+        """How many runs the shares of those in progress add up to: with many jobs, most of what has been done."""
+        return sum(progress_of(run) for run in self._left.values())
 
     def page_is_due(self) -> bool:
         """Whether the page was last written over half a minute ago, and runs are left."""
@@ -110,8 +119,10 @@ class _Journal:
 
     def ended(self, run: Run, error: BaseException | None) -> None:
         self._done += 1
-        each = (time.monotonic() - self._start) / self._done
-        left = each * (self._total - self._done) / 60
+        self._left.pop(run.name, None)
+        made = self._done + self._begun()
+        each = (time.monotonic() - self._start) / max(made - self._before, 0.1)
+        left = each * (self._total - made) / 60
         results = result_of(run.config) if error is None else None
         said = f"{100 * results['accuracy']:.2f} %" if results else f"failed: {error}"
         rest = f"; about {left:.0f} min left" if self._done < self._total else ""

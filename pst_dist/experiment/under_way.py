@@ -37,6 +37,15 @@ class UnderWay:
             log.info("in progress: %s%s", "; ".join(states[:_MOST_NAMED]), more)
 
 
+def progress_of(run: Run) -> float:
+    """Share of a run's training that is done, from 0 to 1; a run that only has to be scored counts as done."""
+    own = run_dir(run.config)
+    if own.training.is_file():
+        return 1.0
+    training = read_live(own.path)
+    return training.step / training.total if training is not None and training.total else 0.0
+
+
 def state_of(run: Run) -> str:
     """`step 1,410/3,300, loss 0.47` or `scoring`; empty for a run that has not begun."""
     own = run_dir(run.config)

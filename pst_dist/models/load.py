@@ -113,6 +113,17 @@ def positions_of(shape: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+def layers_of(shape: Any) -> int | None:
+    """Number of layers by a model's config (of an encoder-decoder: of its decoder); None when it uses other names."""
+    half = getattr(shape, "decoder", None) or shape.get_text_config()
+    names = ("num_decoder_layers", "decoder_layers") if shape.is_encoder_decoder else ()
+    for name in (*names, "num_hidden_layers"):
+        layers = getattr(half, name, None)
+        if isinstance(layers, int):
+            return layers
+    return None
+
+
 def load_bare_encoder(place: ModelPlace, what: str = "the student") -> Any:
     """An encoder without a head, in float32 on the CPU. Raises InputError or EnvironmentFault."""
     import torch

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pst_dist.distributed import device_memory
 from pst_dist.distributed.device_memory import GIB, in_halves
 from pst_dist.errors import EnvironmentFault
+from pst_dist.models.load import layers_of
 from pst_dist.student.contexts import Context
 
 log = logging.getLogger(__name__)
@@ -89,11 +90,13 @@ def row_bytes(model: Any, prompt: int, decoder: int, new: int) -> float | None:
         return None
 
 
-def _row_bytes(model: Any, prompt: int, decoder: int, new: int) -> float:
+def _row_bytes(model: Any, prompt: int, decoder: int, new: int) -> float | None:
     config = model.config
     shape = getattr(config, "decoder", None) or config.get_text_config()
     item = model.get_input_embeddings().weight.element_size()
-    layers = getattr(shape, "num_decoder_layers", None) or shape.num_hidden_layers
+    layers = layers_of(config)
+    if layers is None:
+        return None
     width, heads = shape.hidden_size, shape.num_attention_heads
     each = getattr(shape, "head_dim", None) or getattr(shape, "d_kv", None) or width // heads
     keys = each * (getattr(shape, "num_key_value_heads", None) or heads)

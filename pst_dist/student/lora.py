@@ -14,6 +14,7 @@ import torch
 
 from pst_dist.arms import SEMANTIC_TOKEN, STOP_TOKEN
 from pst_dist.config.schema import Config
+from pst_dist.config.zero import zero_stage
 from pst_dist.errors import ConfigError, EnvironmentFault
 from pst_dist.models.adapters import need_peft
 from pst_dist.models.locate import ModelPlace
@@ -111,7 +112,7 @@ def quantised_loading(config: Config, place: ModelPlace) -> dict[str, Any]:
     key = f"student.lora.quantize={config.student.lora.quantize}"
     if place.gguf is not None or place.adapters:
         raise ConfigError(f"{key} needs the folder or hub id of a whole model", "leave it out for this base")
-    if (config.train.deepspeed or "").startswith("zero3"):
+    if zero_stage(config.train.deepspeed) == 3:
         raise ConfigError(f"{key} does not work with ZeRO-3, which splits the weights", "use train.deepspeed=zero2")
     try:
         import bitsandbytes  # noqa: F401

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from pst_dist.errors import ConfigError
 from pst_dist.models.identity import base_identity
 from pst_dist.models.load import (
     language_model_without_weights,
+    layers_of,
     load_language_model,
     load_model_config,
     positions_of,
@@ -180,13 +181,22 @@ def _pretrained_model(config: Config, name: str, holding: Holding) -> Any:
     return holding.read(load)
 
 
-def build_without_weights(config: Config, tokenizer: Any) -> bool:
-    """Build the student without memory for its weights, and tell whether it is an encoder-decoder.
+class StudentShape(NamedTuple):
+    """What is known of a student without its weights."""
+
+    is_encoder_decoder: bool
+    layers: int | None
+    """Layers of the model, or of its decoder; None where the config of the checkpoint does not tell."""
+
+
+def build_without_weights(config: Config, tokenizer: Any) -> StudentShape:
+    """Build the student without memory for its weights, and tell its shape.
 
     Raises what `build_model` would raise, as far as config, tokenizer and the headers of the weight files tell.
     """
     settings, max_length = config.student, config.layout.max_length
     token_start(config, tokenizer)
+    layers: int | None = None
     if warm_shape(settings) is not None:
         check_warm_start(settings, max_length=max_length)
     elif settings.model_name_or_path is None:
@@ -198,6 +208,7 @@ def build_without_weights(config: Config, tokenizer: Any) -> bool:
                     max_length=max_length,
                     attn_implementation=settings.attn_implementation,
                 )
+        layers = settings.fresh.num_layers
     else:
         shape = pretrained_shape(settings.model_name_or_path, settings.revision)
         _check_positions(shape, max_length)
@@ -208,7 +219,8 @@ def build_without_weights(config: Config, tokenizer: Any) -> bool:
         if settings.lora.rank:
             quantised_loading(config, place)
             put_adapters(model, config, without_weights=True)
-    return is_encoder_decoder(settings)
+        layers = layers_of(model.config)
+    return StudentShape(is_encoder_decoder(settings), layers)
 
 
 def _check_positions(shape: Any, max_length: int) -> None:

@@ -33,6 +33,15 @@ from pst_dist.training.loss import PSTLossOutput, alignment_distance, spread_of,
 log = logging.getLogger(__name__)
 
 
+def check_layer(layer: int, layers: int) -> None:
+    """Raise ConfigError when a student with so many layers has no such layer for `loss.layer`."""
+    if layer == 0 or abs(layer) > layers:
+        raise ConfigError(
+            f"loss.layer={layer}: the student has layers 1 to {layers}",
+            f"use one of them, or -1 to -{layers} to count from the end",
+        )
+
+
 class Student(nn.Module):
     """`forward(batch, scales)` -> the loss of this batch and its terms; only `model` is exported.
 
@@ -133,11 +142,7 @@ class Student(nn.Module):
         """[B, T, D] output of the aligned layer; raises ConfigError when the model has no such layer."""
         states = made.decoder_hidden_states if self.is_encoder_decoder else made.hidden_states
         layers, layer = len(states) - 1, self._layer or 0  # the first state is the embedding
-        if layer == 0 or abs(layer) > layers:
-            raise ConfigError(
-                f"loss.layer={layer}: the student has layers 1 to {layers}",
-                f"use one of them, or -1 to -{layers} to count from the end",
-            )
+        check_layer(layer, layers)
         return states[layer]
 
     def _run(self, batch: PSTBatch, *, with_layers: bool = False) -> Any:

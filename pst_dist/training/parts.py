@@ -28,7 +28,7 @@ from pst_dist.student.tokenizer import (
 )
 from pst_dist.training.batching.ahead import StepsAhead
 from pst_dist.training.batching.batches import Collator
-from pst_dist.training.batching.kept_apart import check_padding_free
+from pst_dist.training.batching.kept_apart import check_padding_free, warn_of_slow_attention
 from pst_dist.training.batching.order import OrderPlan
 from pst_dist.training.batching.step_batches import step_batches
 from pst_dist.training.engines.dividing import holding_of
@@ -94,7 +94,9 @@ class Parts:
         """Build what turns rows into batches for this student, after checking that the student can take them."""
         config = self.config
         if config.train.padding_free:
-            check_padding_free(self.student.model, warn=self.ranks.is_main)
+            check_padding_free(is_encoder_decoder=self.student.is_encoder_decoder)
+            if self.ranks.is_main:
+                warn_of_slow_attention(self.student.model)
         check_prompt_ending(self.tokenizer, is_encoder_decoder=self.student.is_encoder_decoder)
         asked = ARMS[config.arm].asked
         if any(one.thinks_first for one in asked):

@@ -23,7 +23,6 @@ from pst_dist.distributed.progress import alive, at, working
 from pst_dist.distributed.ranks import (
     Ranks,
     check_same_software,
-    device_of,
     from_main,
     main_first_errors,
     process_group,
@@ -43,16 +42,15 @@ from pst_dist.training.checkpoints.checkpoint import newest_valid, remove_old, r
 from pst_dist.training.checkpoints.saver import Saved, Saver
 from pst_dist.training.checkpoints.state import RunState
 from pst_dist.training.checkpoints.verifying import verify_changed
-from pst_dist.training.engines.deepspeed_config import deepspeed_settings
+from pst_dist.training.early_checks import check_settings
 from pst_dist.training.engines.engine import Engine
 from pst_dist.training.engines.engine_choice import build_engine
-from pst_dist.training.engines.optimizer import check_optimizer, high_rate
+from pst_dist.training.engines.optimizer import high_rate
 from pst_dist.training.fingerprint import choosing_metric
 from pst_dist.training.head_fit import fit_head
 from pst_dist.training.loop import Loop
 from pst_dist.training.memory.pass_size import PassSize, memory_errors
 from pst_dist.training.parts import Parts
-from pst_dist.training.precision import check_fp16
 from pst_dist.training.reporting.live import BusyShare
 from pst_dist.training.reporting.metrics import MetricsLog
 from pst_dist.training.reporting.trackers import Tracker
@@ -89,12 +87,9 @@ def train(
     run = run_dir(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    if config.train.deepspeed is not None:
-        deepspeed_settings(config.train, ranks.world_size)  # refuse before ranks connect and weights load
-    check_optimizer(config.train)
+    check_settings(config, ranks)  # before ranks connect and weights load
     if ranks.is_main and (high := high_rate(config)):
         log.warning("%s", high)
-    check_fp16(config.train, device_of(ranks))
     lock = directory_lock(run.path, wait_seconds=lock_seconds) if ranks.is_main else contextlib.nullcontext()
     patience, with_deepspeed = config.train.timeout_seconds, config.train.deepspeed is not None
     with (

@@ -17,7 +17,6 @@ from pst_dist.data.tasks import get_task, task_of
 from pst_dist.distributed.device_memory import is_out_of_memory
 from pst_dist.distributed.progress import alive
 from pst_dist.distributed.ranks import Ranks, sums_over_ranks
-from pst_dist.errors import ConfigError
 from pst_dist.student.contexts import Decoded
 from pst_dist.student.generate import decode_answers, is_right
 from pst_dist.student.layout import Layout, forward_passes
@@ -118,11 +117,6 @@ class Validator:
         self._sequences = functools.lru_cache(maxsize=20_000)(lambda index: layout.sequences(samples[index]))
         self._cut: tuple[ByLength, list[list[list[Place]]]] | None = None
         self.decodes = config.train.metric_for_best_model == "accuracy"
-        if self.decodes and config.train.deepspeed and config.train.deepspeed.startswith("zero3"):
-            raise ConfigError(
-                "train.metric_for_best_model=accuracy decodes on each rank, but ZeRO-3 splits the weights over ranks",
-                "set it to answer_nll, or train.deepspeed to zero2",
-            )
 
     def score(self, engine: Engine, weights: TermWeights, size: PassSize) -> ValidationScore:
         """Means over all validation rows, the same on every rank; collective.

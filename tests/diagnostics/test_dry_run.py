@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,10 @@ import zoo
 from small_run import small_config
 
 from pst_dist.diagnostics.dry_run import dry_run
+from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError
 from pst_dist.pipeline import run_all
+from pst_dist.training.early_checks import check_settings
 
 
 def lines(config, level=None):
@@ -49,6 +52,37 @@ def test_a_precision_that_training_would_refuse_is_refused_before_the_first_stag
     with pytest.raises(ConfigError, match=r"train\.fp16 needs a GPU"):
         run_all(config)
     assert not (tmp_path / "run").exists()
+
+
+STAGE_3 = '{"zero_optimization": {"stage": 3}}'
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss__layer": 2}, r"loss\.layer=2: the student has layers 1 to 1"),
+        ({"loss__layer": -2}, r"loss\.layer=-2: the student has layers 1 to 1"),
+        ({"train__metric_for_best_model": "accuracy", "train__deepspeed": "zero3"}, r"decodes on each rank"),
+        ({"train__metric_for_best_model": "accuracy", "train__deepspeed": "mine.json"}, r"decodes on each rank"),
+        ({"train__padding_free": True, "student__fresh__architecture": "t5"}, r"padding_free is for causal students"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_the_first_stage(small_data, tmp_path, changes, said):
+    if changes.get("train__deepspeed") == "mine.json":
+        (tmp_path / "mine.json").write_text(STAGE_3)
+        changes = changes | {"train__deepspeed": str(tmp_path / "mine.json")}
+    config = small_config(small_data, tmp_path / "run", **changes)
+    assert any(re.search(said, problem) for problem in lines(config, "problem"))
+    with pytest.raises(ConfigError, match=said):
+        run_all(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_ranks_without_an_engine_for_them_are_refused_before_the_first_stage(small_data, tmp_path):
+    config = small_config(small_data, tmp_path / "run")
+    check_settings(config, Ranks(rank=0, world_size=1, local_rank=0))
+    with pytest.raises(ConfigError, match=r"2 ranks but train\.deepspeed is not set"):
+        check_settings(config, Ranks(rank=0, world_size=2, local_rank=0))
 
 
 def test_a_rate_for_random_weights_is_a_warning_for_a_pretrained_student(small_data, tmp_path):

@@ -19,8 +19,9 @@ from waiting import wait_until
 
 from pst_dist.config.loading import load_config
 from pst_dist.data.tasks.registry import TASKS
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.errors import ConfigError, DivergedError, InputError, PstError
 from pst_dist.evaluation.statistics import Difference, mcnemar, paired, standard_error
+from pst_dist.experiment.checks import check_runs
 from pst_dist.experiment.driver import run_experiment
 from pst_dist.experiment.outcomes import Outcome
 from pst_dist.experiment.pictures import accuracy_picture, cost_picture, curve_picture, sweep_picture
@@ -506,13 +507,46 @@ def test_runs_that_train_the_same_are_trained_once(tmp_path):
 
 
 def test_a_run_that_fails_is_named_and_keeps_no_other(tmp_path):
-    variants = {"good": {"arm": "answer_only"}, "bad": {"arm": "pre_thinking", "loss.rationale_weight": 0}}
+    variants = {"good": {"arm": "answer_only"}, "bad": {"arm": "answer_only", "train.learning_rate": 1e30}}
     file = write(tmp_path / "e.yaml", variants=variants, seeds=[0])
     results, error = run_experiment(load_experiment(str(file), ["jobs=1"]), ["pst"])
-    assert isinstance(error, ConfigError)
+    assert isinstance(error, DivergedError)
     assert [group.variant for group in results.groups] == ["good"]
     assert list(results.failures) == ["letters / bad / seed 0"]
     assert "## Failed runs" in (tmp_path / "e" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss.rationale_weight": 0}, r"loss\.rationale_weight is 0"),
+        ({"task": "last_letters"}, r"no task 'last_letters'"),
+        ({"train.deepspeed": "zero4"}, r"no profile 'zero4'"),
+        ({"data.test": None}, r"there are no test rows"),
+        ({"student.model_name_or_path": "./nowhere"}, r"nowhere"),
+    ],
+)
+def test_what_the_last_run_would_fail_on_is_refused_before_the_first(tmp_path, changes, said):
+    variants = {"good": {"arm": "answer_only"}, "bad": {"arm": "pre_thinking"} | changes}
+    file = write(tmp_path / "e.yaml", variants=variants, seeds=[0])
+    with pytest.raises(PstError, match=said) as raised:
+        run_experiment(load_experiment(str(file), ["jobs=1"]), ["pst"])
+    assert "task letters, variant bad: " in str(raised.value)
+    assert not (tmp_path / "e" / "data").exists() and not (tmp_path / "e" / "runs").exists()
+    # With Ray, students are loaded on its nodes, which may have what this machine lacks.
+    runs = runs_of(load_experiment(str(file), ["backend=ray"]))
+    if "task" in changes or "data.test" in changes:
+        with pytest.raises(PstError, match=said):
+            check_runs(runs, here=False)
+    else:
+        check_runs(runs, here=False)
+
+
+def test_a_dry_run_lists_the_runs_and_then_what_one_of_them_would_fail_on(tmp_path):
+    variants = {"good": {"arm": "answer_only"}, "bad": {"arm": "pst", "loss.layer": 3}}
+    done = pst(str(write(tmp_path / "e.yaml", variants=variants, seeds=[0])), "--dry-run")
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 2
+    assert "task letters, variant bad: loss.layer=3: the student has layers 1 to 1" in done.stderr
 
 
 TWO = {name: SMALL["variants"][name] for name in ("answer_only", "no alignment")}

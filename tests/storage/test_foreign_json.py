@@ -9,12 +9,12 @@ from pst_dist.clusters.slurm.follow import read_jobs
 from pst_dist.clusters.slurm.partitions import gpus_of, read_partitions
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import StudentConfig, TrainConfig
+from pst_dist.config.zero import zero_stage
 from pst_dist.diagnostics.machine.examine import compare_reports
 from pst_dist.errors import ConfigError, EnvironmentFault, InputError
 from pst_dist.storage.foreign_json import foreign_object, whole_number
 from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 from pst_dist.training.memory.model_size import shape_of
-from pst_dist.training.memory.training_memory import zero_stage
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from pst_dist.config.loading import load_config
 from pst_dist.config.schema import Config, StudentConfig, TrainConfig
 from pst_dist.config.yaml_text import read_yaml
+from pst_dist.config.zero import zero_stage
 from pst_dist.data.shard_tar import read_shard
 from pst_dist.data.sources import survey
 from pst_dist.diagnostics.machine.network import hostfile
@@ -20,7 +21,6 @@ from pst_dist.errors import ConfigError, InputError, PstError
 from pst_dist.storage.regular_files import open_regular, read_regular, read_regular_text, safetensors_header
 from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 from pst_dist.training.memory.model_size import shape_of
-from pst_dist.training.memory.training_memory import zero_stage
 
 KINDS = ("pipe", "folder", "loop", "dangling", "socket")
 

@@ -22,12 +22,16 @@ _TOLERANCE = 0.05
 what other positions change."""
 
 
-def check_padding_free(model: Any, *, warn: bool) -> None:
-    """Raise ConfigError for an encoder-decoder; `warn` when attention is not computed for each row of its own."""
-    if model.config.is_encoder_decoder:
+def check_padding_free(*, is_encoder_decoder: bool) -> None:
+    """Raise ConfigError for an encoder-decoder."""
+    if is_encoder_decoder:
         what = "train.padding_free is for causal students, and this is an encoder-decoder"
         raise ConfigError(what, "set it to false")
-    if warn and "flash" not in (getattr(model.config, "_attn_implementation", None) or ""):
+
+
+def warn_of_slow_attention(model: Any) -> None:
+    """Warn when attention is not computed for each row of its own."""
+    if "flash" not in (getattr(model.config, "_attn_implementation", None) or ""):
         log.warning(
             "train.padding_free without flash attention: each token attends to all tokens of its pass, which takes "
             "longer than padding; set student.attn_implementation=flash_attention_2 on a GPU"

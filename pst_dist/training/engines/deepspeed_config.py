@@ -7,13 +7,12 @@ ignore or fail on later is refused by name before anything starts.
 from __future__ import annotations
 
 import json
-import os
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pst_dist.config.schema import TrainConfig
-from pst_dist.errors import ConfigError, EnvironmentFault, InputError, first_line
+from pst_dist.config.zero import find_deepspeed_json, is_stage, shown
+from pst_dist.errors import ConfigError, EnvironmentFault, first_line
 from pst_dist.storage.foreign_json import foreign_object
 from pst_dist.training.engines.deepspeed_owned import without_owned
 
@@ -55,20 +54,6 @@ def import_deepspeed() -> Any:
     # build leaves a lock file on which every later run hangs (pytorch#189245).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def find_deepspeed_json(name: str) -> Path:
-    """`zero2` or a path -> the file; raises InputError."""
-    given = Path(name)
-    if given.suffix == ".json":
-        if os.path.lexists(given):  # opening it refuses anything but a regular file
-            return given
-        raise InputError("no such DeepSpeed config", path=given)
-    package = Path(str(resources.files("pst_dist")))
-    for folder in (package / "ds_configs", package.parent / "ds_configs"):
-        if (folder / f"{name}.json").is_file():
-            return folder / f"{name}.json"
-    raise InputError(f"train.deepspeed: no profile {name!r}", "use zero0, zero1, zero2, zero3, zero3_offload or a path")
 
 
 def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -114,17 +99,6 @@ def deepspeed_settings(train: TrainConfig, world_size: int) -> dict[str, Any]:
 def _is_off(section: Any) -> bool:
     """Whether a section is switched off, as the sections of DeepSpeed's own examples often are."""
     return section is False or section == {} or (isinstance(section, dict) and section.get("enabled") is False)
-
-
-def is_stage(value: Any) -> bool:
-    """Whether a value is a ZeRO stage; neither True nor 2.0 is."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 3
-
-
-def shown(value: Any) -> str:
-    """A value of the file for a message, not too long for one line."""
-    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**60 else "a number of many digits"
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:

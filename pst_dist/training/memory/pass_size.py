@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pst_dist.config.schema import Config
+from pst_dist.config.zero import zero_stage
 from pst_dist.distributed import device_memory
 from pst_dist.distributed.device_memory import GIB, DeviceMemory, give_back, is_out_of_memory
 from pst_dist.distributed.progress import place
@@ -23,7 +24,6 @@ from pst_dist.training.batching.passes import ByLength
 from pst_dist.training.engines.engine import Engine
 from pst_dist.training.memory.model_size import shape_of_config
 from pst_dist.training.memory.pass_limit import SHARE, PassLimit, cuts_by_memory, pass_limit
-from pst_dist.training.memory.training_memory import zero_stage
 from pst_dist.training.module import Student
 
 log = logging.getLogger(__name__)

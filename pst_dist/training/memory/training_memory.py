@@ -9,13 +9,12 @@ transformers' implementations; `tests/training/test_memory.py` compares them wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.errors import ConfigError, InputError
+from pst_dist.config.zero import zero_section, zero_stage
 from pst_dist.models.locate import is_gguf
-from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object
-from pst_dist.training.engines.deepspeed_config import MOST_BUCKET_ELEMENTS, find_deepspeed_json, is_stage, shown
+from pst_dist.storage.foreign_json import MOST_WHOLE
+from pst_dist.training.engines.deepspeed_config import MOST_BUCKET_ELEMENTS
 from pst_dist.training.memory.model_size import ModelShape
 from pst_dist.training.memory.optimizer_memory import optimizer_bytes
 
@@ -71,29 +70,6 @@ class HostMemory:
         """The most that a process on CPUs holds: its device is host memory, and some of the parts are never at once."""
         keeping = rank.weights + rank.optimizer + self.student
         return self.program + max(rank.weights + self.loading, self.copied + max(rank.total, keeping))
-
-
-def zero_stage(deepspeed: str | None) -> int | None:
-    """The stage of a profile or DeepSpeed JSON; None for the single-process engine."""
-    if deepspeed is None:
-        return None
-    stage = _zero_section(deepspeed).get("stage", 0)
-    if not is_stage(stage):
-        raise ConfigError(
-            f"train.deepspeed: cannot read the ZeRO stage: it is {shown(stage)}", "use 0, 1, 2 or 3", path=deepspeed
-        )
-    return int(stage)
-
-
-def _zero_section(deepspeed: str | None) -> dict[str, Any]:
-    """`zero_optimization` of a profile or DeepSpeed JSON; raises ConfigError when it cannot be read."""
-    if deepspeed is None:
-        return {}
-    try:
-        section = foreign_object(find_deepspeed_json(deepspeed)).get("zero_optimization", {})
-    except InputError as error:
-        raise ConfigError(f"train.deepspeed: cannot read the ZeRO stage: {error.what}", path=deepspeed) from error
-    return section if isinstance(section, dict) else {}
 
 
 def rank_memory(
@@ -234,7 +210,7 @@ def host_memory(
 
 def _in_host_memory(deepspeed: str | None, stage: int | None) -> set[str]:
     """Which of `offload_optimizer` and `offload_param` a profile or JSON of this stage asks for."""
-    zero = _zero_section(deepspeed) if deepspeed is not None and zero_stage(deepspeed) == stage else {}
+    zero = zero_section(deepspeed) if deepspeed is not None and zero_stage(deepspeed) == stage else {}
     return {key for key in ("offload_optimizer", "offload_param") if (zero.get(key) or {}).get("device") == "cpu"}
 
 
@@ -254,7 +230,7 @@ def _bucket_elements(deepspeed: str | None, parameters: int, stage: int) -> floa
     ZeRO, gradients are copied into one bucket of that size once per step.
     """
     # The table's other stages assume our own profiles, in which communication overlaps.
-    given = _zero_section(deepspeed) if zero_stage(deepspeed) == stage else {"overlap_comm": True}
+    given = zero_section(deepspeed) if zero_stage(deepspeed) == stage else {"overlap_comm": True}
     size = given.get("reduce_bucket_size")
     each = float(size if isinstance(size, int) and 0 < size <= MOST_WHOLE else min(MOST_BUCKET_ELEMENTS, parameters))
     return each * (2 if stage in (1, 2) and given.get("overlap_comm") else 1)

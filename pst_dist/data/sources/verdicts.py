@@ -14,6 +14,8 @@ from pst_dist.data.tasks.scoring import snippet
 
 _VERDICTS = ("correct", "iscorrect", "correctness", "passed", "ispassed")
 """Columns that say whether a reply is right. One that is not `verified` or `accepted` may be right all the same."""
+_REWARDS = ("reward", "accuracyreward", "correctnessreward")
+"""Columns with a reward. A verifier gives 0 or -1 to a wrong reply; the score of a reward model is hardly ever that."""
 _WRONG = ("false", "incorrect", "wrong", "fail", "failed", "reject", "rejected", "ignore")
 _RIGHT = ("true", "correct", "right", "pass", "passed", "accept", "accepted")
 _REPLIES = ("output", "response", "completion", "generation", "reply", "prediction", "modelanswer", "text", "content")
@@ -34,7 +36,7 @@ def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> None:
         if name in _FINISHED and is_cut(value):
             raise RowError("cut", f"{column} is {snippet(str(value))}: the reply is cut off")
         # A `label` may be the answer to something, unless it is a truth value.
-        if is_gold and (_says_wrong(name, value) or (name == "label" and value is False)):
+        if is_gold and (_says_wrong(name, value) or _is_no_reward(name, value) or (name == "label" and value is False)):
             raise RowError("answer", f"{column} is {snippet(str(value))}, so the reply is not the gold answer")
 
 
@@ -58,6 +60,10 @@ def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool
 
 def _says_wrong(name: str, value: object) -> bool:
     return name in _VERDICTS and str(value).strip().lower() in _WRONG
+
+
+def _is_no_reward(name: str, value: object) -> bool:
+    return name in _REWARDS and isinstance(value, int | float) and value in (0, -1)
 
 
 def are_right(row: Mapping[str, Any], count: int) -> list[bool]:

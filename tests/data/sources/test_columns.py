@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -530,6 +532,37 @@ def test_a_completed_map_leaves_no_context_out_and_takes_no_options_from_an_inde
     assert (found.answer, found.counts_from, found.options.texts) == (1, 1, ("a cat", "a dog"))
     with pytest.raises(ConfigError, match="no answer"):
         choose_columns({"question": "q"}, [{"q": "2+2?", "why": "I add."}], "f")
+
+
+@pytest.mark.parametrize(
+    ("answer", "scale", "refused"),
+    [
+        (3.2, {"scale": "million"}, True),
+        ("3.2", {"answer_scale": "thousand"}, True),
+        ("$5", {"Unit": "billion"}, True),
+        (3.2, {"scale": ""}, False),
+        (3.2, {"scale": None}, False),
+        (3.2, {"scale": "percent"}, False),
+        (12, {"unit": "kg"}, False),
+        ("Paris", {"scale": "million"}, False),
+        (3, {"scale": "large"}, False),
+        (3, {"source": "million"}, False),
+    ],
+)
+def test_a_scale_in_another_column_is_not_lost(answer, scale, refused):
+    """TAT-QA's rows: an answer of 3.2 and a scale of million are 3.2 million."""
+    row = {"question": "How much was it?", "answer": answer} | scale
+    columns = choose_columns(None, [row], "f")
+    if not refused:
+        assert columns.fields(row).answer == answer
+        return
+    (name,) = scale
+    remedy = f"set data.columns.answer='{{answer}} {{{name}?}}', or '{{answer}}' to leave it out"
+    with pytest.raises(RowError, match=re.escape(remedy)):
+        columns.fields(row)
+    both = choose_columns({"answer": f"{{answer}} {{{name}?}}"}, [row], "f").fields(row)
+    assert both.answer == f"{answer} {scale[name]}"
+    assert choose_columns({"answer": "{answer}"}, [row], "f").fields(row).answer == str(answer)
 
 
 @pytest.mark.parametrize("stem", ["explanation_", "Rationale ", "cot"])

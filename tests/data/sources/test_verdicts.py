@@ -21,6 +21,8 @@ REPLIED = {"prompt": "2+2?", "completion": "I add. The answer is 4."}
         ({"question": "2+2?", "response": "The answer is 4."}, {"is_correct": "False"}),
         ({"instruction": "2+2?", "output": "The answer is 4."}, {"passed": False}),
         ({"question": "2+2?", "output": "4"}, {"Correct": "wrong"}),
+        ({"question": "2+2?", "output": "4"}, {"reward": 0.0}),
+        ({"messages": [ASK, REPLY]}, {"accuracy_reward": -1}),
         ({"text": "Is it wet?", "label": "wet"}, {"answer": "reject"}),
     ],
 )
@@ -33,7 +35,9 @@ def test_a_reply_that_the_row_calls_wrong_is_no_gold_answer(row, flag):
         assert str(columns.fields(row | {column: right}).answer) in ("4", "wet")
 
 
-@pytest.mark.parametrize("flag", [{"verified": False}, {"accepted": False}, {"correctness": 0}, {"label": 0}])
+@pytest.mark.parametrize(
+    "flag", [{"verified": False}, {"accepted": False}, {"correctness": 0}, {"label": 0}, {"reward": 0.2}]
+)
 def test_a_reply_that_nobody_judged_may_be_right(flag):
     assert guess_columns([REPLIED | flag], "f").fields(REPLIED | flag).answer == "4"
 
@@ -49,6 +53,8 @@ def test_a_gold_answer_beside_a_wrong_reply_is_kept():
     row = {"question": "2+2?", "answer": "4", "response": "So the answer is 5.", "is_correct": False}
     found = guess_columns([row], "f").fields(row)
     assert (found.answer, found.teacher_answer) == ("4", "5")
+    rewarded = {"question": "2+2?", "answer": "4", "explanation": "I add.", "reward": 0.0}
+    assert guess_columns([rewarded], "f").fields(rewarded).rationales == ("I add.",)
     label = {"question": "Is it hot?", "label": False, "explanation": "It is ice."}
     assert guess_columns([label], "f").fields(label).answer is False
 

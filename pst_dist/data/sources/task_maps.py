@@ -1,5 +1,5 @@
 """Layouts of individual public datasets: AQuA, its human rationales in instruction form, CommonsenseQA with PaLM's,
-s1K, BIG-bench.
+s1K, BIG-bench, and those that have each wrong answer in a column.
 
 All produce questions in Fine-tune-CoT's form, followed by `Answer choices: (A) …, (B) ….`
 """
@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
-from pst_dist.data.sources.common_maps import replied_fields
-from pst_dist.data.sources.conversations import Question
-from pst_dist.data.sources.options import LETTERS, read_options, with_choices
+from pst_dist.data.sources.common_maps import has_options, replied_fields
+from pst_dist.data.sources.conversations import Question, columns_named, with_passage
+from pst_dist.data.sources.options import LETTERS, printed_texts, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
-from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.rows import RowError, plain_name
+from pst_dist.storage.manifest import digest_of
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
 # Human rationales end in "The answer is B", "Answer C", "Choice E is correct" or "The answer is 30. i.e C": take the
@@ -143,6 +144,98 @@ def _is_s1k(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("question"), str) and any(pairs)
 
 
+def _distractors(row: Mapping[str, Any]) -> Fields:
+    """The correct answer and the wrong ones in columns of their own: GPQA, SciQ, Open Trivia DB, TruthfulQA.
+
+    Options are in the order of their digests, which tells nothing about which one is correct and never changes. SciQ's
+    `support` says why the answer is correct. (https://huggingface.co/datasets/allenai/sciq)
+    """
+    asked, correct = (_first_of(row, names, field) for names, field in ((_ASKED, "question"), (_CORRECT, "answer")))
+    question = as_text(row[asked], "question")
+    answer = as_text(row[correct], "answer").strip()
+    texts = [answer, *(as_text(text, "choices").strip() for text in _wrong_answers(row))]
+    if len(set(texts)) < len(texts):
+        raise RowError("choices", "two options are the same")
+    options = read_options(sorted(texts, key=lambda text: digest_of([question, text])))
+    explained = [name for name in columns_named(row, _EXPLAINED) if str(row[name] or "").strip()]
+    read = (asked, correct, *explained, *columns_named(row, ("correct_answers",)), *_wrong_columns(row))
+    return Fields(
+        question=with_choices(with_passage(question, row, read), options.texts),
+        answer=answer,
+        rationales=as_rationales(row[explained[0]]) if explained else (),
+        options=options,
+        id=as_id(row.get("id")),
+    )
+
+
+_ASKED = ("question", "prompt", "problem")
+_CORRECT = ("correct_answer", "best_answer")
+_EXPLAINED = ("explanation", "rationale", "support")
+_WRONG = re.compile(r"(?:distractor|(?:incorrect|wrong)answer)s?\d{0,2}")
+
+
+def _first_of(row: Mapping[str, Any], names: tuple[str, ...], field: str) -> str:
+    found = columns_named(row, names)
+    if not found:
+        raise RowError("missing", f"{field} is missing")
+    return found[0]
+
+
+def _wrong_columns(row: Mapping[str, Any]) -> list[str]:
+    return [name for name in row if _WRONG.fullmatch(plain_name(name))]
+
+
+def _wrong_answers(row: Mapping[str, Any]) -> list[Any]:
+    """The wrong answers, each in a column or in a list; columns that are empty in this row are left out."""
+    found: list[Any] = []
+    for name in _wrong_columns(row):
+        value = row[name]
+        if isinstance(value, str):
+            found += printed_texts(value) or ([value] if value.strip() else [])
+        elif value is not None:
+            found += value if isinstance(value, list) else [value]
+    return found
+
+
+def _has_distractors(row: Mapping[str, Any]) -> bool:
+    named = all(columns_named(row, names) for names in (_ASKED, _CORRECT))
+    return named and not has_options(row) and bool(_wrong_answers(row))
+
+
+def _flagged_options(row: Mapping[str, Any]) -> Fields:
+    """Options that say themselves whether they are correct: `{"text": "Paris", "is_correct": true}`."""
+    asked, listed = _first_of(row, _ASKED, "question"), _first_of(row, _OPTIONS, "choices")
+    flags = _flags(row[listed])
+    if sum(flags) != 1:
+        raise RowError("answer", f"{sum(flags)} options are marked as correct")
+    options, question = read_options(row[listed]), as_text(row[asked], "question")
+    explained = columns_named(row, _EXPLAINED)
+    return Fields(
+        question=with_choices(with_passage(question, row, (asked, listed, *explained)), options.texts),
+        answer=LETTERS[flags.index(True)],
+        rationales=as_rationales(row[explained[0]]) if explained else (),
+        options=options,
+        id=as_id(row.get("id")),
+    )
+
+
+_OPTIONS = ("choices", "options", "answer_choices", "answer_options")  # `answers` may be judged replies
+_FLAGS = ("correct", "iscorrect", "isanswer", "isright", "iscorrectanswer")
+
+
+def _flags(options: Any) -> list[bool]:
+    """Whether each option is marked as correct; empty for options that do not all say so."""
+    items = options if isinstance(options, list) and all(isinstance(item, Mapping) for item in options) else []
+    flags = [[value for name, value in item.items() if plain_name(name) in _FLAGS] for item in items]
+    told = all(len(found) == 1 and found[0] in (0, 1) and isinstance(found[0], int) for found in flags)
+    return [bool(found[0]) for found in flags] if told else []
+
+
+def _has_flags(row: Mapping[str, Any]) -> bool:
+    listed = columns_named(row, _OPTIONS)
+    return bool(columns_named(row, _ASKED) and listed and _flags(row[listed[0]]))
+
+
 def _has_scores(row: Mapping[str, Any]) -> bool:
     scores = row.get("target_scores")
     return isinstance(scores, Mapping) and all(isinstance(score, int | float) for score in scores.values())
@@ -173,6 +266,8 @@ TASK_LAYOUTS: dict[str, Layout] = {
             has_options=True,
         ),
         Layout("s1k", _s1k, ("question",), _is_s1k),
+        Layout("flagged_options", _flagged_options, (), _has_flags, by_marks=True, has_options=True),
+        Layout("distractors", _distractors, (), _has_distractors, by_marks=True, has_options=True),
         Layout("big_bench", _big_bench, ("input", "target_scores"), _has_scores, has_options=True),
     )
 }

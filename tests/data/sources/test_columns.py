@@ -586,3 +586,77 @@ def test_one_numbered_column_or_steps_are_not_several_rationales():
     for names in (("explanation_1",), ("step_1", "step_2")):
         row = {"question": "2+2?", "answer": "4", **dict.fromkeys(names, "I add.")}
         assert guess_columns([row], "f").fields(row).rationales == ()
+
+
+WRONG = ["London", "Rome", "Madrid"]
+DISTRACTORS = {
+    "GPQA": {
+        "Question": "Capital of France?",
+        "Correct Answer": "Paris",
+        **{f"Incorrect Answer {place}": text for place, text in enumerate(WRONG, 1)},
+        "Explanation": "It is Paris.",
+        "Subdomain": "Geography",
+    },
+    "SciQ": {
+        "question": "Capital of France?",
+        "correct_answer": "Paris",
+        **{f"distractor{place}": text for place, text in enumerate(WRONG, 1)},
+        "support": "It is Paris.",
+    },
+    "Open Trivia DB": {"question": "Capital of France?", "correct_answer": "Paris", "incorrect_answers": WRONG},
+    "TruthfulQA": {
+        "question": "Capital of France?",
+        "best_answer": "Paris",
+        "correct_answers": ["Paris", "The city of Paris"],
+        "incorrect_answers": str(WRONG),
+    },
+}
+
+
+@pytest.mark.parametrize("name", DISTRACTORS)
+def test_wrong_answers_in_columns_of_their_own_are_options(name):
+    row = DISTRACTORS[name]
+    columns = guess_columns([row, {**row, "question": None, "Question": None}], "f")
+    found = columns.fields(row)
+    assert columns.name == "distractors" and found.answer == "Paris"
+    assert sorted(found.options.texts) == sorted(["Paris", *WRONG])
+    assert found.question.startswith("Capital of France? Answer choices: (A) ")
+    assert found.rationales == (("It is Paris.",) if name in ("GPQA", "SciQ") else ())
+    reordered = dict(reversed(row.items()))
+    assert columns.fields(reordered).options == found.options
+    with pytest.raises(RowError, match="question is missing"):
+        columns.fields({**row, "question": None, "Question": None})
+    correct = next(column for column in row if "orrect" in column or "best" in column)
+    with pytest.raises(RowError, match="two options are the same"):
+        columns.fields({**row, correct: "Rome"})
+
+
+def test_the_place_of_an_option_tells_nothing_about_the_answer():
+    places = []
+    for n in range(400):
+        row = DISTRACTORS["SciQ"] | {"question": f"Capital of France, {n}?"}
+        found = guess_columns([row], "f").fields(row)
+        places.append(found.options.texts.index(found.answer))
+    assert all(70 <= places.count(place) <= 130 for place in range(4))  # 100 each, 8.7 is one standard error
+
+
+def test_options_in_the_order_of_the_row_win_over_separate_wrong_answers():
+    row = DISTRACTORS["SciQ"] | {"choices": ["Rome", "Paris", "London", "Madrid"]}
+    assert guess_columns([row], "f").fields(row).options.texts == ("Rome", "Paris", "London", "Madrid")
+
+
+@pytest.mark.parametrize("flag", ["correct", "isCorrect", "is_answer"])
+@pytest.mark.parametrize("column", ["options", "answerOptions"])
+def test_options_that_say_which_one_is_correct_have_the_answer(flag, column):
+    options = [{"text": text, flag: text == "Paris"} for text in ("Rome", "Paris", "London")]
+    row = {"question": "Capital of France?", column: options, "explanation": "It is Paris."}
+    columns = guess_columns([row], "f")
+    found = columns.fields(row)
+    assert columns.name == "flagged_options"
+    assert (found.answer, found.options.texts) == ("B", ("Rome", "Paris", "London"))
+    assert found.question == "Capital of France? Answer choices: (A) Rome, (B) Paris, (C) London."
+    assert found.rationales == ("It is Paris.",)
+    for marked in ([], [0, 1]):
+        flags = [{**option, flag: int(place in marked)} for place, option in enumerate(options)]
+        with pytest.raises(RowError, match=f"{len(marked)} options are marked as correct"):
+            columns.fields({**row, column: flags})

@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 from small_run import small_config
 
 from pst_dist.config.schema import TrainConfig
-from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.pipeline import make_student
 from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_json, read_lines
 from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine, gather_by_block
-from pst_dist.training.engines.engine_choice import build_engine
 from pst_dist.training.engines.optimizer import learning_rate_at
 from pst_dist.training.engines.single_engine import SingleProcessEngine
 from pst_dist.training.trainer import train
@@ -326,11 +324,6 @@ def test_a_deepspeed_json_is_read_before_anything_starts(small_data, tmp_path):
     with pytest.raises(ConfigError, match="offload_param has nothing to offload at stage 2"):
         train(small_config(small_data, tmp_path / "run", train__deepspeed=str(path)))
     assert not (tmp_path / "run").exists()
-
-
-def test_several_ranks_without_deepspeed_are_refused():
-    with pytest.raises(ConfigError, match=r"2 ranks but train\.deepspeed is not set"):
-        build_engine(None, TrainConfig(), Ranks(0, 0, 2))
 
 
 @pytest.mark.parametrize(("kind", "block", "count"), [("gpt2", "GPT2Block", 2), ("t5", "T5Block", 4)])

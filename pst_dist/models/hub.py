@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
 
 log = logging.getLogger(__name__)
-HUB_SECONDS = 5.0
+HUB_SECONDS = 10.0
 """How long to wait for an answer of the hub."""
 
 
@@ -39,7 +40,10 @@ def unreachable() -> str:
     except urllib.error.HTTPError:
         return ""  # any status is an answer
     except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
+        cause = getattr(error, "reason", error)
+    if isinstance(cause, ssl.SSLError):  # it answered; the hub's client may have certificates that urllib lacks
+        return ""
+    reason = str(cause)
     log.warning("%s does not answer (%s): using only what is in the cache", constants.ENDPOINT, reason)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
     constants.HF_HUB_OFFLINE = True

@@ -69,7 +69,7 @@ def experiment(arguments: argparse.Namespace) -> int:
     from pst_dist.experiment.driver import run_experiment
     from pst_dist.experiment.outcomes import outcomes_elsewhere
     from pst_dist.experiment.results_table import table_lines
-    from pst_dist.experiment.runs import result_of
+    from pst_dist.experiment.runs import unfinished
     from pst_dist.experiment.spec import runs_of
 
     words = spell_on(arguments.overrides, arguments.on)
@@ -77,11 +77,11 @@ def experiment(arguments: argparse.Namespace) -> int:
     beside = [Path(folder) for folder in arguments.beside]
     if arguments.dry_run:
         runs = runs_of(wanted)
-        elsewhere = outcomes_elsewhere(runs, beside)
-        todo = {run.name: run for run in runs if run.name not in elsewhere and result_of(run.config) is None}
+        todo = unfinished(runs, outcomes_elsewhere(runs, beside))
+        names = {run.name for run in todo}
         for run in runs:
-            print(f"{'to do' if run.name in todo else 'finished':8}  {run.name}  {run.config.output_dir}")
-        check_runs(list(todo.values()), here=wanted.backend == "local")
+            print(f"{'to do' if run.name in names else 'finished':8}  {run.name}  {run.config.output_dir}")
+        check_runs(todo, here=wanted.backend == "local")
         return 0
     command = ["pst", "experiment", arguments.config, *words]
     page = Path(arguments.page) if arguments.page else None

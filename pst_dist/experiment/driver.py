@@ -14,7 +14,7 @@ from pst_dist.experiment.checks import check_runs
 from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_files import RESOLVED_EXPERIMENT, check_page_folder, write_results
-from pst_dist.experiment.runs import make_data, result_of
+from pst_dist.experiment.runs import make_data, result_of, unfinished
 from pst_dist.experiment.spec import Experiment, Run, runs_of
 from pst_dist.experiment.under_way import progress_of
 from pst_dist.experiment.workers import Tell
@@ -56,11 +56,10 @@ def run_experiment(
         if only_collect:
             todo = []
         else:
-            own = [run for run in runs if run.name not in elsewhere]
-            check_runs([run for run in own if result_of(run.config) is None], here=experiment.backend == "local")
-            make_data(own)
+            check_runs(unfinished(runs, elsewhere), here=experiment.backend == "local")
+            make_data([run for run in runs if run.name not in elsewhere])
             check_same_rows(runs, elsewhere)  # before spending hours on runs that cannot be compared
-            todo = [run for run in own if result_of(run.config) is None]
+            todo = unfinished(runs, elsewhere)  # not known before: results count only with the data they were made from
         log.info("%d runs, %d to do", len(runs), len(todo))
         journal = _Journal(todo)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,11 @@ def result_of(config: Config) -> dict[str, Any] | None:
     results = finished_evaluation(run.evaluation(config.evaluate.split)) if same else None
     shards = read_manifest(run.shards, "shards")
     return results if results and shards and results["shards"] == shards.digest else None
+
+
+def unfinished(runs: Sequence[Run], elsewhere: Collection[str]) -> list[Run]:
+    """The runs without results, here or by their names `elsewhere`; raises what `result_of` raises."""
+    return [run for run in runs if run.name not in elsewhere and result_of(run.config) is None]
 
 
 def placeless(config: Config) -> Config:

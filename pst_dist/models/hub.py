@@ -24,7 +24,9 @@ def use_cache_without_hub() -> None:
 
     Call it before a library may ask the hub. Does nothing when HF_HUB_OFFLINE is set already.
     """
-    if not _is_offline():
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
         unreachable()
 
 
@@ -55,9 +57,3 @@ def unreachable() -> str:
 def went_offline() -> str:
     """Why `unreachable` made this process offline; empty if it has not been asked, or the hub answered."""
     return unreachable() if unreachable.cache_info().currsize else ""
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)

@@ -13,7 +13,7 @@ from typing import Any
 from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
 from pst_dist.data.sources.common_maps import has_options, replied_fields
 from pst_dist.data.sources.conversations import Question, columns_named, with_passage
-from pst_dist.data.sources.options import LETTERS, printed_texts, read_options, with_choices
+from pst_dist.data.sources.options import LETTERS, Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.storage.manifest import digest_of
@@ -157,10 +157,15 @@ def _distractors(row: Mapping[str, Any]) -> Fields:
     if len(set(texts)) < len(texts):
         raise RowError("choices", "two options are the same")
     options = read_options(sorted(texts, key=lambda text: digest_of([question, text])))
-    explained = [name for name in columns_named(row, _EXPLAINED) if str(row[name] or "").strip()]
-    read = (asked, correct, *explained, *columns_named(row, ("correct_answers",)), *_wrong_columns(row))
+    read = (asked, correct, *columns_named(row, ("correct_answers",)), *_wrong_columns(row))
+    return _chosen(row, question, options, answer, read)
+
+
+def _chosen(row: Mapping[str, Any], question: str, options: Options, answer: str, read: tuple[str, ...]) -> Fields:
+    """The fields of a row with an answer out of its options; `read` are the columns that were read for them."""
+    explained = columns_named(row, _EXPLAINED)
     return Fields(
-        question=with_choices(with_passage(question, row, read), options.texts),
+        question=with_choices(with_passage(question, row, (*read, *explained)), options.texts),
         answer=answer,
         rationales=as_rationales(row[explained[0]]) if explained else (),
         options=options,
@@ -209,14 +214,7 @@ def _flagged_options(row: Mapping[str, Any]) -> Fields:
     if sum(flags) != 1:
         raise RowError("answer", f"{sum(flags)} options are marked as correct")
     options, question = read_options(row[listed]), as_text(row[asked], "question")
-    explained = columns_named(row, _EXPLAINED)
-    return Fields(
-        question=with_choices(with_passage(question, row, (asked, listed, *explained)), options.texts),
-        answer=LETTERS[flags.index(True)],
-        rationales=as_rationales(row[explained[0]]) if explained else (),
-        options=options,
-        id=as_id(row.get("id")),
-    )
+    return _chosen(row, question, options, LETTERS[flags.index(True)], (asked, listed))
 
 
 _OPTIONS = ("choices", "options", "answer_choices", "answer_options")  # `answers` may be judged replies

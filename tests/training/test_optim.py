@@ -17,7 +17,7 @@ from pst_dist.diagnostics.cost_page import plan_lines
 from pst_dist.distributed.ranks import Ranks
 from pst_dist.errors import ConfigError, EnvironmentFault, StaleError
 from pst_dist.storage.json_files import read_json
-from pst_dist.training import trainer
+from pst_dist.training import early_checks
 from pst_dist.training.checkpoints.state import RunState
 from pst_dist.training.engines.fragments import start_moments
 from pst_dist.training.engines.optimizer import TwoOptimizers, adamw, build_optimizer, hidden_matrices
@@ -194,7 +194,7 @@ def replace_fp16(train_config):
 
 @pytest.mark.encoder
 def test_a_training_in_float16_resumes_with_its_scale(small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "check_fp16", lambda *_: None)  # a CPU computes the same, but slowly
+    monkeypatch.setattr(early_checks, "check_fp16", lambda *_: None)  # a CPU computes the same, but slowly
     changes = {"train__save_steps": 4, "train__fp16": True}
     train(small_config(small_data, tmp_path / "whole", **changes))
     saved = read_json(tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "run_state.json")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pst_dist.data.sample import ReasoningSample
+from pst_dist.data.sources.arrange import no_teacher_answers
 from pst_dist.data.sources.drafts import Draft
 from pst_dist.data.sources.splits import cut_by_hash, rank_of, without
 from pst_dist.errors import DataError
@@ -135,6 +136,8 @@ def arranged(splits: dict[str, list[Draft]], data: Any, report: dict[str, Any]) 
     have = [draft for draft in train if draft.sample.rationales]
     train = have or train
     if data.keep == "teacher_correct":
+        if train and all(draft.teacher_correct is None for split in splits.values() for draft in split):
+            raise no_teacher_answers()
         right = [draft for draft in train if draft.teacher_correct]
         kept = [draft for draft in validation if draft.teacher_correct is not False]
         report["teacher_wrong_dropped"] = len(train) - len(right) + len(validation) - len(kept)

@@ -20,6 +20,7 @@ from pst_dist.data.sources.repeats import index_questions, repeats_in, settle
 from pst_dist.data.sources.row_ids import final_ids
 from pst_dist.data.sources.rows import Reject, excerpt
 from pst_dist.data.sources.wrong_rationales import spoil_rationales
+from pst_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,14 @@ def arrange(rows: ReadRows, data: DataConfig) -> None:
     rows.store.finish()
 
 
+def no_teacher_answers() -> ConfigError:
+    """The error for `data.keep=teacher_correct` without answers of the teacher."""
+    return ConfigError(
+        "data.keep=teacher_correct needs the teacher's answers",
+        "set data.teacher_completions or data.columns.teacher_answer",
+    )
+
+
 def _assign(rows: ReadRows, data: DataConfig) -> None:
     """Cut, filter and merge the rows; every removed row is counted."""
     report, store = rows.report, rows.store
@@ -68,6 +77,8 @@ def _assign(rows: ReadRows, data: DataConfig) -> None:
         cut(store, data.test_size, "test", TEST)
     _refuse_without_rationale(rows)
     if data.keep == "teacher_correct":
+        if store.count(TRAIN) and not store.run("SELECT 1 FROM rows WHERE correct IS NOT NULL LIMIT 1").fetchone():
+            raise no_teacher_answers()
         before = store.count(TRAIN) + store.count(VALIDATION)
         store.run("UPDATE rows SET split=-1 WHERE split=0 AND correct IS NOT 1 OR split=1 AND correct IS 0")
         report["teacher_wrong_dropped"] = before - store.count(TRAIN) - store.count(VALIDATION)

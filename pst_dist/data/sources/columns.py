@@ -24,6 +24,7 @@ from pst_dist.data.sources.conversations import (
     read_question,
     refuse_unread,
 )
+from pst_dist.data.sources.no_answers import PRINTED_LIST, refuse_no_answer, refuse_prose
 from pst_dist.data.sources.options import Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, options_at, turns_at
 from pst_dist.data.sources.replies import begins_with_mark, has_mark, split_reply
@@ -31,7 +32,7 @@ from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.scales import refuse_unread_scale
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.sources.verdicts import are_right, refuse_known_wrong
-from pst_dist.data.tasks.scoring import kind_of, snippet
+from pst_dist.data.tasks.scoring import kind_of
 from pst_dist.errors import ConfigError
 
 GUESSED = "guessed"
@@ -59,6 +60,9 @@ class Fields:
     """What an index counts from, 0 or 1, if the column map defines it."""
     id: str | None = None
     teacher_answer: str | None = None
+    known_wrong: str = ""
+    """Why the rationales are known to be wrong, for a row that has the teacher's answer; such a row is refused, unless
+    `data.keep` leaves it out anyway."""
 
 
 class ColumnMap(Protocol):
@@ -106,21 +110,25 @@ class FieldMap:
         answer_field = next(name for name in _ANSWERS if name in paths)
         judged = "teacher_answer" in paths
         refuse_known_wrong(row, paths[answer_field], explained=bool(rationales), judged=judged)
+        question = as_text(asked.text, "question")
         answer = as_answer(look_up(row, paths[answer_field]), paths[answer_field])
         literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
         if self.name == GUESSED and not literal:
             refuse_unread_scale(row, columns_in(tuple(paths.values())), answer, paths[answer_field])
-        if isinstance(answer, str) and not literal:
-            _refuse_printed_list(answer, paths[answer_field])
+        if not literal:
+            refuse_no_answer(answer, question, row, paths[answer_field])
+            if self.name == GUESSED and not rationales:
+                refuse_prose(answer, paths[answer_field])
         if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
         teacher = look_up(row, paths["teacher_answer"]) if judged else None
         return Fields(
-            question=as_text(asked.text, "question"),
+            question=question,
             turns=asked.turns,
             answer=answer,
-            rationales=tuple(dict.fromkeys(rationales)),
+            # A solution that is only the answer, as in DAPO-Math-17k-Processed, explains nothing.
+            rationales=tuple(text for text in dict.fromkeys(rationales) if text != str(answer)),
             options=options,
             counts_from=_ANSWERS[answer_field],
             id=as_id(look_up(row, paths["id"])) if "id" in paths else None,
@@ -263,13 +271,6 @@ def as_answer(value: Any, column: str = "COLUMN") -> object:
     return as_text(value, "answer")
 
 
-def _refuse_printed_list(answer: str, path: str) -> None:
-    """Raise RowError for an answer that is a list printed as text, `['Tom']`: it may mean the text in it, or itself."""
-    if _PRINTED_LIST.fullmatch(answer) and printed_texts(answer):
-        what = f"answer {snippet(answer)} is a list printed as text"
-        raise RowError("type", f"{what}; data.columns.answer={path}[0] takes its first text, '{{{path}}}' all of it")
-
-
 def _names_steps(path: str) -> bool:
     """Whether a list in a column has the steps of one rationale: `reasoning_steps`, `solution.steps`, a `chain`."""
     return plain_name(path.rpartition(".")[2]).endswith(("steps", "chain", "chainofthought"))
@@ -279,7 +280,7 @@ def as_rationales(value: Any, *, are_steps: bool = False) -> tuple[str, ...]:
     """The rationales in a text, a list of texts or a list printed as text, without thought tags. Blank and missing ones
     are skipped. With `are_steps`, a list of texts is one rationale, with a line for each, and a list of such lists
     several."""
-    if isinstance(value, str) and _PRINTED_LIST.fullmatch(value.strip()):
+    if isinstance(value, str) and PRINTED_LIST.fullmatch(value.strip()):
         value = printed_texts(value)
         if not value:
             raise RowError("type", "rationale looks like a printed list, but cannot be read as one")
@@ -297,9 +298,6 @@ def as_rationales(value: Any, *, are_steps: bool = False) -> tuple[str, ...]:
 
 def _joined_steps(steps: list[Any]) -> str:
     return "\n".join(as_text(step, "a step of the rationale") for step in steps if not is_blank(step))
-
-
-_PRINTED_LIST = re.compile(r"\[\s*['\"].*\]", re.DOTALL)
 
 
 def _is_nothing(text: str) -> bool:

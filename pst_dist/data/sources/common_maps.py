@@ -33,7 +33,10 @@ from pst_dist.data.tasks.scoring import kind_of
 
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")
 _REPLIES = ("response", "completion", "output", "answer", "generation", "reply", "solution", "target", "targets")
-_ANSWERS = ("answer", "final_answer", "gold_answer", "expected_answer", "ground_truth", "gold")
+_ANSWERS = (
+    *("answer", "final_answer", "gold_answer", "expected_answer", "ground_truth", "gold", "reference_answer"),
+    *("correct_answer", "ground_truth_answer"),
+)
 
 
 def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name: str, thought: Any = None) -> Fields:
@@ -41,7 +44,7 @@ def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name:
     text = as_text(reply, "answer")
     separate = thought.strip() if isinstance(thought, str) and thought.strip() else None
     gold = _clean_answer(row, name)
-    refuse_bad_reply(row, is_gold=gold is None)
+    wrong = refuse_bad_reply(row, is_gold=gold is None)
     try:
         rationale, replied = split_reply(text, separate)
     except RowError as error:
@@ -49,15 +52,21 @@ def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name:
             raise
         rationale = "\n\n".join(part for part in (separate, rationale_of(text)) if part)
         replied = None
-    return replied_fields(question, rationale, replied, gold, row)
+    return replied_fields(question, rationale, replied, gold, row, wrong)
 
 
 def replied_fields(
-    question: Question, rationale: str | None, replied: str | None, gold: object | None, row: Mapping[str, Any]
+    question: Question,
+    rationale: str | None,
+    replied: str | None,
+    gold: object | None,
+    row: Mapping[str, Any],
+    wrong: str = "",
 ) -> Fields:
     """Fields of a row with a reply that contains a rationale and an answer, `replied`.
 
-    `gold` is the gold answer if the row has one beside the reply; else the reply's answer is the gold answer.
+    `gold` is the gold answer if the row has one beside the reply; else the reply's answer is the gold answer. `wrong`
+    is why the reply is known to be wrong.
     """
     return Fields(
         question=as_text(question.text, "question"),
@@ -66,6 +75,7 @@ def replied_fields(
         rationales=as_rationales(rationale),
         id=as_id(row.get("id")),
         teacher_answer=None if gold is None else replied,
+        known_wrong=wrong if rationale else "",
     )
 
 

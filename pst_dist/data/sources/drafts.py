@@ -52,10 +52,13 @@ def make_draft(
     place: int,
     teacher: TeacherFile | None,
     told: Convention,
+    *,
+    keep: str,
 ) -> Draft | Reject:
     """One row as a draft, or a reject.
 
-    `stem` is the short name of its file, `told` the convention of the file for multiple-choice answers.
+    `stem` is the short name of its file, `told` the convention of the file for multiple-choice answers, `keep` is
+    data.keep.
     """
     if isinstance(entry, Reject) or columns is None:
         assert isinstance(entry, Reject)
@@ -67,6 +70,9 @@ def make_draft(
             completion = _completion(teacher, place, found)
             rationales = (completion.rationale,) if completion.rationale else ()
             teacher_answer = completion.answer
+        wrong = found.known_wrong if teacher is None else ""
+        if wrong and keep != "teacher_correct":
+            raise RowError("rationale", f"{wrong}, or set data.keep=teacher_correct")
         # Beside options, 0 and 1 are the places of options.
         truth = _as_truth(found.answer) if task.answer_type == "bool" and not found.options else found.answer
         answer = gold_answer(task, found.question, truth, found.options, told, found.counts_from)
@@ -87,7 +93,7 @@ def make_draft(
         turns=found.turns,
         synthetic=_maker(entry.value),
     )
-    correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) if known else None
+    correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) and not wrong if known else None
     return Draft(sample, entry.path, entry.line, correct)
 
 

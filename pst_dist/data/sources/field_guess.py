@@ -15,6 +15,7 @@ from pst_dist.data.sources.column_names import GOLD, SYNONYMS, columns_of
 from pst_dist.data.sources.columns import TURNS
 from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, TURN_COLUMNS, is_blank, is_turns
 from pst_dist.data.sources.options import option_columns
+from pst_dist.data.sources.paths import texts_at
 from pst_dist.data.sources.rows import plain_name
 from pst_dist.data.sources.verdicts import are_verdicts, is_setting
 
@@ -131,15 +132,16 @@ def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[
 
 
 def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A template that puts columns before the question. One that is blank in some rows is marked `{context?}`; one that
-    has no text, or something else in some row, is left out."""
+    """A template that puts columns before the question. One that is blank in some rows is marked `{context?}`, and of a
+    list it takes all texts: `{passages[*]}`. A column whose texts are not certain is left out."""
     before = []
     for column in columns:
         values = [row.get(column) for row in rows]
-        blank = [is_blank(value) for value in values]
-        if all(blank) or any(not isinstance(value, str | None) for value in values):
+        told = [value for value in values if not is_blank(value)]
+        places = {texts_at(value, column) for value in told}
+        if len(places) != 1 or None in places:
             continue
-        before.append(f"{{{column}?}}" if any(blank) else f"{{{column}}}")
+        before.append(f"{{{places.pop()}{'?' if len(told) < len(values) else ''}}}")
     last = question if "{" in question else f"{{{question}}}"
     return "\n\n".join((*before, last)) if before else question
 

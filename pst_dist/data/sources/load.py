@@ -19,7 +19,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.processes import Processes, default_workers
 from pst_dist.data.row_store import DROPPED
 from pst_dist.data.sample import SPLITS, ReasoningSample
-from pst_dist.data.sources.arrange import ReadRows, arrange
+from pst_dist.data.sources.arrange import ReadRows, arrange, no_teacher_answers
 from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
@@ -139,12 +139,9 @@ class _Survey:
                 "data.split_file cannot be combined with data.test or data.validation", "keep only one of them"
             )
         if data.keep == "teacher_correct" and not data.teacher_completions:
-            named = data.columns if isinstance(data.columns, dict) else {}
-            if "teacher_answer" not in named:
-                raise ConfigError(
-                    "data.keep=teacher_correct needs the teacher's answers",
-                    "set data.teacher_completions or data.columns.teacher_answer",
-                )
+            # A ready-made map may have them: the answers of replies beside gold answers.
+            if isinstance(data.columns, dict) and "teacher_answer" not in data.columns:
+                raise no_teacher_answers()
 
     def _compare_choices(
         self, sources: dict[str, list[Source]], columns: dict[tuple[str, int], ColumnMap | None]
@@ -191,6 +188,7 @@ class _Survey:
                     split=SPLITS.index(split),
                     path=len(self.rows.paths) - 1,
                     part=self.part,
+                    keep=self.config.data.keep,
                     ranked=self._cuts(),
                 )
                 for made in processes.map(jobs_of(source.items(), work, rows, first + rows, teacher)):

@@ -1,4 +1,4 @@
-"""Places in a row: nested paths `a.b[0].c`, templates `{a} {b}` and lists of columns `a, b`."""
+"""Places in a row: nested paths `a.b[0].c`, texts of lists `a[*].b`, templates `{a} {b}` and lists of columns `a, b`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pst_dist.data.sources.conversations import is_turns
+from pst_dist.data.sources.conversations import is_turns, texts_in
 from pst_dist.data.sources.options import printed_texts
+from pst_dist.data.sources.rows import plain_name
 
 
 @functools.lru_cache(maxsize=64)
@@ -57,23 +58,67 @@ def turns_at(row: Mapping[str, Any], path: str) -> tuple[list[Any], str | None] 
 def look_up(row: Mapping[str, Any], path: str) -> Any:
     """The value at a path, or the text of a filled template; None if any part is missing.
 
-    A column whose name contains a dot or a bracket takes precedence over a path.
+    `[*]` joins the texts of a list, one to a line: `paragraphs[*].text`. A column whose name contains a dot or a
+    bracket takes precedence over a path.
     """
     if path in row:
         return row[path]
     if "{" in path:
         return _fill(row, path)
-    value: Any = row
-    for step in re.findall(r"[^.\[\]]+|\[-?\d+\]", path):
+    return _follow(row, re.findall(r"[^.\[\]]+|\[-?\d+\]|\[\*\]", path))
+
+
+def _follow(value: Any, steps: list[str]) -> Any:
+    """What is reached from a value by some steps; None if one of them leads nowhere."""
+    for place, step in enumerate(steps):
         if step.startswith("["):
-            index = int(step[1:-1])
             value = printed_texts(value) if isinstance(value, str) else value
-            value = value[index] if isinstance(value, list) and -len(value) <= index < len(value) else None
+            if not isinstance(value, list):
+                return None
+            if step == "[*]":
+                return _joined([_follow(item, steps[place + 1 :]) for item in value])
+            index = int(step[1:-1])
+            value = value[index] if -len(value) <= index < len(value) else None
         else:
             value = value.get(step) if isinstance(value, Mapping) else None
         if value is None:
             return None
     return value
+
+
+def _joined(items: list[Any]) -> str | None:
+    """Texts as lines, without blank ones; None if something else is among them."""
+    if not all(item is None or (isinstance(item, str | int | float) and not isinstance(item, bool)) for item in items):
+        return None
+    return "\n".join(text for item in items if item is not None and (text := str(item).strip()))
+
+
+def texts_at(value: Any, column: str) -> str | None:
+    """The path to the texts of a column: `passage`, `contexts[*]`, `context.sentences[*][*]`, `paragraphs[*].text`.
+
+    None if an object in it has no part, or several, that could be meant.
+    """
+    path = column
+    for _ in range(_DEEP):
+        if isinstance(value, str):
+            return path
+        if isinstance(value, list) and value:
+            path, value = f"{path}[*]", value[0]
+        elif isinstance(value, Mapping):
+            named = [name for name in value if plain_name(name) in _TEXTS and texts_in(value[name])]
+            prose = [name for name in value if any(len(text.split()) > 2 for text in texts_in(value[name]))]
+            found = named or prose
+            if len(found) != 1:
+                return None
+            path, value = f"{path}.{found[0]}", value[found[0]]
+        else:
+            return None
+    return None
+
+
+_DEEP = 6
+_TEXTS = ("text", "texts", "content", "sentences", "contexts", "paragraphs", "passages", "paragraphtext", "passagetext")
+"""Names of the texts in an object that also has titles, labels or numbers."""
 
 
 def _fill(row: Mapping[str, Any], template: str) -> str | None:

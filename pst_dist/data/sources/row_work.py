@@ -46,6 +46,8 @@ class RowWork:
     path: int
     """Position of the source among all paths."""
     part: str
+    keep: str
+    """`data.keep`."""
     ranked: tuple[bool, ...]
     """Which of `PURPOSES` need the ranks of the training rows."""
 
@@ -74,7 +76,8 @@ class RowJob:
         made: list[Made] = []
         for offset, item in enumerate(self.entries):
             entry = item.entry() if isinstance(item, Line) else item
-            draft = make_draft(entry, columns, work.task, work.stem, self.first + offset, self.teacher, work.told)
+            place = self.first + offset
+            draft = make_draft(entry, columns, work.task, work.stem, place, self.teacher, work.told, keep=work.keep)
             made.append(draft.to_json() if isinstance(draft, Reject) else row_of(draft, self.place + offset, work))
         return made
 

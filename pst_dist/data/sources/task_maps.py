@@ -16,6 +16,7 @@ from pst_dist.data.sources.conversations import Question, columns_named, with_pa
 from pst_dist.data.sources.options import LETTERS, Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
+from pst_dist.data.sources.verdicts import known_wrong
 from pst_dist.storage.manifest import digest_of
 
 _PREAMBLE = re.compile(r"^Let's (?:think about|reason about|solve) the multi-choice question(?: step by step)?\.\s*")
@@ -109,17 +110,35 @@ def _big_bench(row: Mapping[str, Any]) -> Fields:
 def _s1k(row: Mapping[str, Any]) -> Fields:
     """s1K: a thought and an attempt of Gemini; s1K-1.1 also has those of DeepSeek R1, which are then used.
 
-    A short `solution` is the gold answer. Without one it is the answer of the attempt, unless its grade is "no".
+    An attempt that is graded "no" is used only if no other is there. A short `solution` is the gold answer, and so is
+    what a long one marks (`\\boxed{4}`). Without either it is the answer of the attempt, unless that is graded "no".
     (https://huggingface.co/datasets/simplescaling/s1K-1.1)
     """
-    thought, attempt, grade = next(names for names in _ATTEMPTS if row.get(names[1]) is not None)
+    made = [names for names in _ATTEMPTS if row.get(names[1]) is not None]
+    thought, attempt, grade = min(made, key=lambda names: _is_graded_wrong(row, names[2]))
     reply = as_text(row[attempt], "answer")
     rationale, replied = split_reply(reply, _joined(row.get(thought)))
-    solution = row.get("solution")
-    gold = solution.strip() if isinstance(solution, str) and _is_short_answer(solution) else None
-    if gold is None and str(row.get(grade)).strip().lower() == "no":
-        raise RowError("answer", f"{grade} says that the attempt is wrong, and solution is not an answer alone")
-    return replied_fields(Question(row.get("question")), rationale, replied, gold, row)
+    gold = _gold_of(row.get("solution"))
+    wrong = ""
+    if _is_graded_wrong(row, grade):
+        if gold is None:
+            raise RowError("answer", f"{grade} says that the attempt is wrong, and solution has no certain answer")
+        wrong = known_wrong(grade, row[grade])
+    return replied_fields(Question(row.get("question")), rationale, replied, gold, row, wrong)
+
+
+def _is_graded_wrong(row: Mapping[str, Any], grade: str) -> bool:
+    return str(row.get(grade)).strip().lower() == "no"
+
+
+def _gold_of(solution: Any) -> str | None:
+    """The answer in a reference solution: all of a short one, what a long one marks; None if neither is certain."""
+    if not isinstance(solution, str) or _is_short_answer(solution):
+        return solution.strip() if isinstance(solution, str) else None
+    try:
+        return split_reply(solution).answer if has_mark(solution) else None
+    except RowError:
+        return None
 
 
 _ATTEMPTS = (

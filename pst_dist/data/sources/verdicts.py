@@ -28,9 +28,13 @@ _SETTINGS = (
 )
 
 
-def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> None:
+def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> str:
     """Raise RowError if the row says that its reply was cut off or, where the reply gives the gold answer (`is_gold`),
-    that it is wrong: `is_correct: false`, or `label: false` as in KTO's rows."""
+    that it is wrong: `is_correct: false`, or `label: false` as in KTO's rows.
+
+    Returns why a reply beside a gold answer is wrong; empty if nothing says so.
+    """
+    wrong = ""
     for column, value in row.items():
         name = plain_name(column)
         if name in _FINISHED and is_cut(value):
@@ -38,6 +42,15 @@ def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> None:
         # A `label` may be the answer to something, unless it is a truth value.
         if is_gold and (_says_wrong(name, value) or _is_no_reward(name, value) or (name == "label" and value is False)):
             raise RowError("answer", f"{column} is {snippet(str(value))}, so the reply is not the gold answer")
+        if not is_gold and (_says_wrong(name, value) or _is_no_reward(name, value)):
+            wrong = wrong or known_wrong(column, value)
+    return wrong
+
+
+def known_wrong(column: str, value: object) -> str:
+    """The reason for refusing a row with a column that calls its reasoning wrong."""
+    said = f"{column} is {snippet(str(value))}, so the rationale is wrong"
+    return f"{said}; leave the row out, or the column if it says something else"
 
 
 def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool, judged: bool) -> None:
@@ -50,9 +63,9 @@ def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool
     if explained or name in _REPLIES:
         refuse_bad_reply(row, is_gold=name in _REPLIES)
     for column, value in row.items() if explained and not judged else ():
-        if _says_wrong(plain_name(column), value):
-            said = f"{column} is {snippet(str(value))}, so the rationale is wrong"
-            raise RowError("rationale", f"{said}; leave the row out, or the column if it says something else")
+        plain = plain_name(column)
+        if _says_wrong(plain, value) or _is_no_reward(plain, value) or _is_invalid(plain, value):
+            raise RowError("rationale", known_wrong(column, value))
     # Prodigy writes `label: WET, answer: reject`, or `accept: [B], answer: ignore` beside options.
     if name.startswith(("label", "accept")) and row.get("answer") in ("reject", "ignore"):
         raise RowError("answer", f"answer is {row['answer']!r}: the label of this row is rejected")
@@ -63,7 +76,15 @@ def _says_wrong(name: str, value: object) -> bool:
 
 
 def _is_no_reward(name: str, value: object) -> bool:
-    return name in _REWARDS and isinstance(value, int | float) and value in (0, -1)
+    # A score of 0 is mostly a number of votes, 0.0 that of a verifier (SYNTHETIC-1).
+    kinds = (int, float) if name in _REWARDS else (float,) if name in ("score", "verifierscore") else ()
+    return isinstance(value, kinds) and not isinstance(value, bool) and value in (0, -1)
+
+
+def _is_invalid(name: str, value: object) -> bool:
+    """NuminaMath-1.5 says whether a problem and its solution are complete: `solution_is_valid: Incomplete`."""
+    told = name in ("problemisvalid", "solutionisvalid") and isinstance(value, str) and value.strip()
+    return bool(told) and str(value).strip().lower() not in ("yes", *_RIGHT, "valid")
 
 
 def are_right(row: Mapping[str, Any], count: int) -> list[bool]:

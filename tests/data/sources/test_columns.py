@@ -375,11 +375,21 @@ S1K = {"question": "2+2?", "cot_type": "math", "thinking_trajectories": ["I add.
         (
             S1K
             | {"solution": "5", "deepseek_thinking_trajectory": "Two more.", "deepseek_attempt": "It is \\boxed{4}."}
-            | {"gemini_thinking_trajectory": "No.", "gemini_attempt": "\\boxed{3}", "deepseek_grade": "No"},
+            | {"gemini_thinking_trajectory": "No.", "gemini_attempt": "\\boxed{3}", "gemini_grade": "No"},
             "5",
             "Two more.",
             "4",
         ),
+        (  # DeepSeek's attempt is graded wrong, and Gemini's is not
+            S1K
+            | {"solution": "5", "deepseek_thinking_trajectory": "Two more.", "deepseek_attempt": "It is \\boxed{4}."}
+            | {"gemini_thinking_trajectory": "Add.", "gemini_attempt": "\\boxed{5}", "deepseek_grade": "No"},
+            "5",
+            "Add.",
+            "5",
+        ),
+        # The reference ends in a box; the attempt does not agree with it.
+        (S1K | {"solution": "By symmetry\nthe sum is $\\boxed{5}$."}, "5", "I add.\n\nIt is 4.", "4"),
     ],
 )
 def test_s1k_rows_are_read_with_their_thought(row, answer, rationale, teacher):
@@ -389,10 +399,14 @@ def test_s1k_rows_are_read_with_their_thought(row, answer, rationale, teacher):
 
 
 def test_an_attempt_that_is_graded_wrong_is_no_gold_answer():
-    row = S1K | {"solution": "A proof.\nQ.E.D.", "gemini_thinking_trajectory": "t", "gemini_attempt": "\\boxed{3}"}
+    row = {"question": "1+2?", "solution": "A proof.\nQ.E.D.", "gemini_thinking_trajectory": "t"}
+    row |= {"gemini_attempt": "\\boxed{3}"}
     with pytest.raises(RowError, match="gemini_grade says that the attempt is wrong"):
         guess_columns([row], "f").fields(row | {"gemini_grade": "No"})
     assert guess_columns([row], "f").fields(row | {"gemini_grade": "Yes"}).answer == "3"
+    with_gold = guess_columns([row], "f").fields(row | {"gemini_grade": "No", "solution": "4"})
+    assert (with_gold.answer, with_gold.teacher_answer) == ("4", "3")
+    assert with_gold.known_wrong.startswith("gemini_grade is 'No', so the rationale is wrong")
 
 
 def test_a_missing_column_is_named_with_those_that_exist_and_the_nearest():

@@ -50,16 +50,27 @@ def test_a_map_in_a_config_does_not_make_a_wrong_reply_right():
 
 
 def test_a_gold_answer_beside_a_wrong_reply_is_kept():
-    row = {"question": "2+2?", "answer": "4", "response": "So the answer is 5.", "is_correct": False}
+    row = {"question": "2+2?", "answer": "4", "response": "I add 3. So the answer is 5.", "is_correct": False}
     found = guess_columns([row], "f").fields(row)
     assert (found.answer, found.teacher_answer) == ("4", "5")
-    rewarded = {"question": "2+2?", "answer": "4", "explanation": "I add.", "reward": 0.0}
+    assert found.known_wrong.startswith("is_correct is 'False', so the rationale is wrong")
+    rewarded = {"question": "2+2?", "answer": "4", "reasoning": "I add.", "reward": 0.2}
     assert guess_columns([rewarded], "f").fields(rewarded).rationales == ("I add.",)
     label = {"question": "Is it hot?", "label": False, "explanation": "It is ice."}
     assert guess_columns([label], "f").fields(label).answer is False
 
 
-@pytest.mark.parametrize("flag", [{"is_correct": False}, {"correctness": "incorrect"}, {"passed": "no", "correct": 0}])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"is_correct": False},
+        {"correctness": "incorrect"},
+        {"reward": 0},
+        {"score": 0.0},
+        {"solution_is_valid": "Incomplete"},
+        {"passed": "no", "correct": 0},
+    ],
+)
 def test_a_rationale_that_the_row_calls_wrong_is_refused(flag):
     row = {"question": "2+2?", "answer": "4", "rationale": "I add 2 and 3."}
     columns = guess_columns([row | flag], "f")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from pst_dist.config.schema import Config
 from pst_dist.data.sources.column_guess import choose_columns
-from pst_dist.data.sources.columns import Fields
-from pst_dist.data.sources.rows import RawRow, RowError
+from pst_dist.data.sources.columns import ColumnMap, FieldMap, Fields
+from pst_dist.data.sources.rows import RawRow, RowError, plain_name
 from pst_dist.data.sources.source import Source
 from pst_dist.data.tasks import get_task
 from pst_dist.data.tasks.scoring import snippet
@@ -24,9 +24,14 @@ def likely_type(config: Config, source: Source) -> tuple[str, list[str]]:
     if config.task or config.data.answer_type:
         return "", []
     kinds = ("number", "bool", "date", "choice")
+    sample = source.head(50)
+    if source.generated or not sample:
+        return "", []
+    columns = choose_columns(config.data.columns, sample, source.path)
+    classes: set[object] | None = set() if _names_class(columns) else None
     possible, rows, with_options = dict.fromkeys(kinds, True), 0, 0
     numbers, formulas, other = 0, 0, ""
-    for fields in _fields(config, source):
+    for fields in _fields(columns, source):
         rows, with_options = rows + 1, with_options + (fields.options is not None)
         for kind in kinds:
             possible[kind] = possible[kind] and _fits(kind, fields.answer)
@@ -35,13 +40,23 @@ def likely_type(config: Config, source: Source) -> tuple[str, list[str]]:
         else:
             other = other or str(fields.answer)
         formulas += "\\" in str(fields.answer)
+        if classes is not None:
+            classes = classes | {fields.answer} if _is_class(fields.answer) and len(classes) < _MOST_CLASSES else None
         if rows >= _JUDGED and with_options < rows and not any(possible.values()):
             break
     if rows and with_options == rows:
         return "choice", []
     found = next((kind for kind in kinds if rows and possible[kind]), "")
     hints = []
-    if not found and rows and not with_options:
+    if found == "number" and classes is not None:
+        found = ""
+        numbered = ", ".join(map(str, sorted(classes, key=str)))
+        hints.append(
+            f"the answers are only {numbered}, which may be numbers of classes: write their names into the rows"
+            + (", or set data.answer_type=bool (0 is no, 1 is yes)" if classes <= {0, 1} else "")
+            + ", or data.answer_type=number if they are numbers"
+        )
+    elif not found and rows and not with_options:
         if 5 * formulas >= rows:
             hints.append("some answers are formulas: data.answer_type=math compares them by value, not as text")
         elif 10 * numbers >= 8 * rows:
@@ -52,18 +67,26 @@ def likely_type(config: Config, source: Source) -> tuple[str, list[str]]:
     return found, hints
 
 
-def _fields(config: Config, source: Source) -> Iterator[Fields]:
+def _fields(columns: ColumnMap, source: Source) -> Iterator[Fields]:
     """The fields of a file's rows, without bad rows."""
-    sample = source.head(50)
-    if source.generated or not sample:
-        return
-    columns = choose_columns(config.data.columns, sample, source.path)
     for entry in source.rows():
         if isinstance(entry, RawRow):
             try:
                 yield columns.fields(entry.value)
             except RowError:
                 continue
+
+
+_MOST_CLASSES = 5
+
+
+def _names_class(columns: ColumnMap) -> bool:
+    """Whether the answers are in a column `label`, in which many public files have numbers of classes."""
+    return isinstance(columns, FieldMap) and plain_name(columns.paths.get("answer", "")) in ("label", "goldlabel")
+
+
+def _is_class(answer: object) -> bool:
+    return isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < 10
 
 
 def _fits(kind: str, answer: object) -> bool:

@@ -63,20 +63,26 @@ def write_starter(
     data = {"train": files[0] if len(files) == 1 else list(files), "test_size": 0.1, **proposed}
     if report.answer_type:
         data["answer_type"] = report.answer_type
-    explained = _maps_rationale(columns, overrides)
+    explained = _maps_rationale(columns, overrides) or _has_rationales(report)
     unused = report.loaded.report.get("unused_text_columns", []) if report.loaded is not None else []
     try:
         write_text(path, _text(path, data, overrides, explained, unused))
         found = check(load_config(str(path)), rejects)
         if explained and found.loaded is not None:
-            kept = len(found.loaded.splits["train"])
-            if 0 < kept == found.loaded.report["train_without_rationale"]:  # the column is empty
+            if found.loaded.splits["train"] and not _has_rationales(found):  # the column is empty
                 write_text(path, _text(path, data, overrides, False, unused))
                 found = check(load_config(str(path)), rejects)
     except PstError:
         path.unlink(missing_ok=True)  # else the corrected command would find it in its way
         raise
     return found
+
+
+def _has_rationales(report: CheckReport) -> bool:
+    """Whether some training row that was kept has a rationale, of its own or in its reply."""
+    if report.loaded is None:
+        return False
+    return len(report.loaded.splits["train"]) > report.loaded.report["train_without_rationale"]
 
 
 def _refuse_unread(columns: dict[str, str], rejects: Sequence[Reject]) -> None:
@@ -87,6 +93,9 @@ def _refuse_unread(columns: dict[str, str], rejects: Sequence[Reject]) -> None:
     if ADD_COLUMN not in reject.what:  # the message has the remedy
         what, _, remedy = reject.what.rpartition("; ")
         raise DataError(what, remedy, path=reject.path, line=reject.line)
+    if "question" not in columns:  # the command line has some columns, and the others are guessed
+        remedy = "name the question too: data.columns.question='{COLUMN}\n\n{QUESTION}'"
+        raise DataError(reject.what.removesuffix(f"; {ADD_COLUMN}"), remedy, path=reject.path, line=reject.line)
     word = shlex.quote(f"data.columns={json.dumps(columns, ensure_ascii=False)}")
     extra = columns["question"].rpartition("\n\n")[0]
     if extra:

@@ -133,7 +133,7 @@ def test_reasons_that_differ_only_in_a_value_are_one_group_and_ten_groups_are_sh
     bad = [
         {"problem": f"p{n}", "final_answer": f"{letter} word", "explanation": "e"} for n, letter in enumerate("abcdef")
     ]
-    bad += [{"problem": f"p{n}", "final_answer": "1", "explanation": [n] * n} for n in range(1, 3)]
+    bad += [{"problem": f"p{n}", "final_answer": "1", "explanation": [n]} for n in range(1, 3)]
     other = [{"problem": "p", "final_answer": {"x": 1}}, {"problem": 4}, {"problem": [5], "final_answer": "1"}]
     _write(tmp_path / "rows.jsonl", [*_rows(3), *bad, *other])
     lines = check(_config(tmp_path, train="rows.jsonl", answer_type="number", validation_size=0)).lines()
@@ -143,8 +143,9 @@ def test_reasons_that_differ_only_in_a_value_are_one_group_and_ten_groups_are_sh
 
 
 def test_the_first_row_is_shown_as_it_was_read(tmp_path):
-    first = {"problem": "How\nmany?", "final_answer": "7", "explanation": ["a" * 100, "b", "c"]}
-    _write(tmp_path / "rows.jsonl", [first, *_rows(3)])
+    first = {"problem": "How\nmany?", "final_answer": "7", "explanations": ["a" * 100, "b", "c"]}
+    others = [{**row, "explanations": [row.pop("explanation")]} for row in _rows(3)]
+    _write(tmp_path / "rows.jsonl", [first, *others])
     lines = check(_config(tmp_path, train="rows.jsonl", answer_type="number", validation_size=0)).lines()
     start = lines.index("first row, rows.jsonl:1:")
     assert lines[start + 1 : start + 4] == [

@@ -28,11 +28,12 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
             "answer finalanswer shortanswer bestanswer goldanswer gold expectedanswer answerkey correct "
             "correctanswer finalans label goldlabel target targets groundtruth referenceanswer finaldecision "
             "answertext answervalue result finalresult output response completion answerindex answeridx correctindex "
-            "correctidx correctoption correctchoice cop gt ans qans"
+            "correctidx correctoption correctchoice cop gt ans qans "
+            "groundtruthanswer groundtruthsolution goldstandardsolution"
         ),
         "rationale": (
-            "rationale rationales reasoning reasoningcontent explanation chainofthought cot cotcontent thought "
-            "thoughts thinking chain thinkingtrajectories thinkingtrajectory deepseekthinkingtrajectory "
+            "rationale rationales reasoning reasoningcontent explanation explanations chainofthought cot cotcontent "
+            "thought thoughts thinking chain thinkingtrajectories thinkingtrajectory deepseekthinkingtrajectory "
             "deepseekreasoning reasoningtrace reasoningsteps steps solution workedsolution reasoningcompletion "
             "abstractiveexplanation generatedsolution complexcot longcot reasoningchain thoughtprocess generations exp"
         ),
@@ -111,6 +112,11 @@ def _whole_map(field: str, place: str, known: Mapping[str, str], rows: Sequence[
     paths[field] = place or "COLUMN"
     if "answer" not in known and field != "answer":
         paths["answer"] = _likeliest("answer", "answer", rows) or _replied("answer", rows, known) or "COLUMN"
+    beside = paths["question"].rpartition(".")[0]
+    for name in ("choices", "rationale") if beside else ():  # MMLU's auxiliary_train has all of them in an object
+        other = _likeliest(name, name, rows).removesuffix("[0]")
+        if other.rpartition(".")[0] == beside:
+            paths.setdefault(name, other)
     pairs = ", ".join(f"{name}: {_in_quotes(value)}" for name, value in paths.items())
     return shlex.quote(f"data.columns={{{pairs}}}")
 
@@ -134,6 +140,8 @@ def _inside(value: Any, place: str) -> str | None:
     """The likeliest place of a text inside an object or a list: the last reply of turns, a `value`, else the first."""
     if is_turns(value):
         return next((f"{place}[-1].{key}" for key in ("content", "value") if key in value[-1]), None)
+    if isinstance(value, Mapping) and isinstance(value.get("spans"), list):  # DROP's; a first one of several is wrong
+        return f"{place}.spans"
     found = [name for name, one in _places(value, place) if not isinstance(one, Mapping | list)]
     named = [name for name in found if name.rpartition(".")[2] in ("value", "text", "content")]
     return next(iter((*named, *found)), None)

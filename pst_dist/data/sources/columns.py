@@ -22,6 +22,7 @@ from pst_dist.data.sources.conversations import (
     is_blank,
     is_turns,
     read_question,
+    refuse_slots,
     refuse_unread,
 )
 from pst_dist.data.sources.no_answers import PRINTED_LIST, refuse_no_answer, refuse_prose
@@ -104,6 +105,8 @@ class FieldMap:
         for name in ("rationale", "rationales"):
             for path in columns_of_list(row, paths[name]) if name in paths else ():
                 told, are_steps = look_up(row, path), _names_steps(path)
+                if name == "rationale" and not are_steps:
+                    _refuse_unclear_list(told, path)
                 if isinstance(told, list) and not are_steps:
                     told = [one for one, right in zip(told, are_right(row, len(told)), strict=True) if right]
                 rationales += as_rationales(told, are_steps=are_steps)
@@ -117,11 +120,11 @@ class FieldMap:
             refuse_unread_scale(row, columns_in(tuple(paths.values())), answer, paths[answer_field])
         if not literal:
             refuse_no_answer(answer, question, row, paths[answer_field])
-            if self.name == GUESSED and not rationales:
-                refuse_prose(answer, paths[answer_field])
         if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
+        elif self.name == GUESSED and not rationales and not literal:
+            refuse_prose(answer, paths[answer_field])
         teacher = look_up(row, paths["teacher_answer"]) if judged else None
         return Fields(
             question=question,
@@ -178,6 +181,7 @@ def asked_at(
         if asked.text not in (whole.text, last):
             raise RowError("context", f"{TURNS} end with another question than the column of the question has")
         asked = whole
+    refuse_slots(row, asked.text)
     if guessed:
         refuse_unread(row, columns_in(tuple(paths.values())), asked.text, remedy)
     if "choices" not in paths:
@@ -274,6 +278,18 @@ def as_answer(value: Any, column: str = "COLUMN") -> object:
 def _names_steps(path: str) -> bool:
     """Whether a list in a column has the steps of one rationale: `reasoning_steps`, `solution.steps`, a `chain`."""
     return plain_name(path.rpartition(".")[2]).endswith(("steps", "chain", "chainofthought"))
+
+
+def _refuse_unclear_list(value: Any, path: str) -> None:
+    """Raise RowError for a list in the place of one rationale."""
+    if isinstance(value, str) and PRINTED_LIST.fullmatch(value.strip()):
+        value = printed_texts(value)
+    count = sum(not is_blank(item) for item in value) if isinstance(value, list) else 0
+    if count > 1:
+        several, steps = f"data.columns.rationales={path}", f"data.columns.rationale={path}[*]"
+        raise RowError(
+            "type", f"rationale is a list of {count}: {several} reads one from each text, {steps} joins them"
+        )
 
 
 def as_rationales(value: Any, *, are_steps: bool = False) -> tuple[str, ...]:

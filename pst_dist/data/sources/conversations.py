@@ -9,6 +9,7 @@ the same question could have different answers.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,9 +211,25 @@ def with_passage(question: Any, row: Mapping[str, Any], read: Collection[str]) -
     return "\n\n".join([*passages, question.strip()])
 
 
+_SLOT = re.compile(r"(?<![A-Za-z0-9_])(?:number|N_|NUM_?|temp_)\d{1,2}(?![A-Za-z0-9_])")
+"""The place of a number in a question, `number0` or `N_00`, as in MAWPS (https://huggingface.co/datasets/mwpt5/MAWPS)."""
+
+
+def refuse_slots(row: Mapping[str, Any], question: object) -> None:
+    """Raise RowError for a question whose numbers are in a column of their own."""
+    held = columns_named(row, ("numbers", "num_list", "nums"))
+    slot = _SLOT.search(question) if held and isinstance(question, str) else None
+    if slot is not None:
+        what = f"question has {slot.group()} in the place of a number, which is in column {held[0]!r}"
+        raise RowError("context", f"{what}; write the numbers into the question")
+
+
 def refuse_unread(row: Mapping[str, Any], read: Collection[str], question: object, remedy: str = ADD_COLUMN) -> None:
     """Raise RowError for a column that is not `read` although the question may depend on it."""
     unread = unread_columns(row, read, question)
+    if unread and is_attached(unread[0]):
+        what = f"column {unread[0]!r} is not empty, but a text prompt cannot contain it"
+        raise RowError("unread", f"{what}; leave such rows out, or set data.columns to read them without it")
     if unread:
         what = f"column {unread[0]!r} would not be read, but the question may depend on it"
         raise RowError("unread", f"{what}; {remedy}")
@@ -229,11 +246,16 @@ def unread_columns(row: Mapping[str, Any], read: Collection[str], question: obje
             continue
         texts = texts_in(value)
         # A whole may be read by its parts: `{document.text}`, `{turns[0].content}`.
-        if all(text in question for text in texts) or any(question.strip() in text for text in texts):
+        if all(text in question for text in texts) or any(_repeats(text, question) for text in texts):
             unread = [name for name in unread if name != column]
         elif column not in unread and (len(texts) > 1 or len(texts[0].split()) > 2):  # not a name such as "zero_shot"
             unread.append(column)
     return unread
+
+
+def _repeats(text: str, question: str) -> bool:
+    """Whether a text has the question in it, in one piece or line by line, as a prompt made of it has."""
+    return all(line.strip() in text for line in question.splitlines())
 
 
 def is_attached(column: str) -> bool:

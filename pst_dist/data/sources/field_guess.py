@@ -15,7 +15,7 @@ from pst_dist.data.sources.column_names import GOLD, SYNONYMS, columns_of
 from pst_dist.data.sources.columns import TURNS
 from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, TURN_COLUMNS, is_blank, is_turns
 from pst_dist.data.sources.options import option_columns
-from pst_dist.data.sources.paths import texts_at
+from pst_dist.data.sources.paths import look_up, texts_at
 from pst_dist.data.sources.rows import plain_name
 from pst_dist.data.sources.verdicts import are_verdicts, is_setting
 
@@ -25,8 +25,12 @@ def fields_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     columns = columns_of(rows)
     plain = {plain_name(column): column for column in reversed(columns)}
     found: dict[str, str] = {}
-    if {"Body", "Question"} <= set(columns):
+    if {"Body", "Question"} <= set(columns) and not all(_contains(row, "Question", "Body") for row in rows):
         found["question"] = "{Body} {Question}"  # SVAMP's original format
+    elif pair := _claim_about(plain, rows):
+        found["question"] = pair
+        if "reason" in plain and _usable("rationale", plain["reason"], rows):  # ANLI's; elsewhere why a reply ended
+            found["rationale"] = plain["reason"]
     if rows and all(_holds_stem(row.get("question")) for row in rows):
         found |= {"question": "question.stem", "choices": "question.choices"}  # CommonsenseQA's original format
     for field, synonyms in SYNONYMS.items():
@@ -39,17 +43,62 @@ def fields_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         found["answer"] = "reward_model.ground_truth"
     if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options
-    if "choices" not in found:
+    if "choices" in found:
+        found |= _letter_of_option(found, plain, rows)
+    else:
         found |= _label_as_text(found, plain, rows)
+    if {"chosen", "rejected"} <= plain.keys():
+        found.pop("rationale", None)  # it compares two replies, as in distilabel's preference data
     if "question" not in found and (other := _other_question(found, plain, rows)):
         found["question"] = other
     if "question" in found:
         found["question"] = _with_context_columns(found["question"], columns, rows)
-    if "rationale" in found and any(isinstance(row.get(found["rationale"]), list) for row in rows):
-        found["rationales"] = found.pop("rationale")
+    # In a column with a singular name, a list may have several rationales or the steps of one: `columns` refuses it.
+    if "rationale" in found and plain_name(found["rationale"]).endswith("s"):
+        values = [row.get(found["rationale"]) for row in rows]
+        if any(isinstance(value, list) or (isinstance(value, str) and value.startswith("[")) for value in values):
+            found["rationales"] = found.pop("rationale")
     if "rationale" not in found and "rationales" not in found and (several := _numbered_rationales(columns, rows)):
         found["rationales"] = several
     return found
+
+
+def _contains(row: Mapping[str, Any], whole: str, part: str) -> bool:
+    """Whether the text of one column has that of another one and more in it."""
+    texts = [row.get(name) for name in (whole, part)]
+    one, other = (text.strip() if isinstance(text, str) else "" for text in texts)
+    return "" != other != one and other in one
+
+
+_CLAIMS = (("premise", "hypothesis"), ("premises", "conclusion"), ("context", "hypothesis"))
+"""What a claim is about, and the claim, in rows of inference: e-SNLI, ANLI, RTE, FOLIO."""
+
+
+def _claim_about(plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A template with a claim after what it is about; "" if there are no such columns or another one has a question."""
+    if any(name in plain for name in ("question", "query", "problem", "choices", "options")):
+        return ""
+    for about, claim in _CLAIMS:
+        if about in plain and claim in plain and all(isinstance(row.get(plain[claim]), str) for row in rows):
+            template = with_columns(plain[claim], [plain[about]], rows)
+            if template != plain[claim]:
+                return template
+    return ""
+
+
+def _letter_of_option(
+    found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The column with the letter of the answer's option, if it is beside one with a text, which may be a number."""
+    named = [plain[name] for name in _LETTER_COLUMNS if name in plain and plain[name] != found.get("answer")]
+    return next(({"answer": name} for name in named if all(_is_letter(row.get(name)) for row in rows)), {})
+
+
+_LETTER_COLUMNS = ("answeridx", "answerindex", "answerletter", "answerkey", "correctoption", "correctletter")
+
+
+def _is_letter(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Z]", value.strip()) is not None
 
 
 def _holds_ground_truth(row: Mapping[str, Any]) -> bool:
@@ -62,7 +111,7 @@ def _numbered_rationales(columns: Sequence[str], rows: Sequence[Mapping[str, Any
     """Columns with one rationale each, `explanation_1, explanation_2` (e-SNLI); "" if there are not two of them."""
     by_stem: dict[str, list[str]] = {}
     for column in columns:
-        named = re.fullmatch(r"(rationale|explanation|cot|chainofthought)\d{1,2}", plain_name(column))
+        named = re.fullmatch(r"(rationale|explanation|cot|chainofthought|r1solution)\d{1,2}", plain_name(column))
         if named and _usable("rationale", column, rows):
             by_stem.setdefault(named.group(1), []).append(column)
     return next((", ".join(found) for found in by_stem.values() if len(found) > 1), "")
@@ -74,12 +123,17 @@ def _other_question(
     """A column that is the question if no other is.
 
     It has turns; or certain others keep it company: HellaSwag's `ctx`, PIQA's `goal` and WinoGrande's `sentence` with
-    options, or CoT Collection's `source` with a `target` (elsewhere, where a row is from).
+    options, CREAK's `sentence` with an explanation, or CoT Collection's `source` with a `target` (elsewhere, the place
+    where a row is from).
     """
     for name in TURN_COLUMNS:
         if name in plain and any(is_turns(row.get(plain[name])) for row in rows):
             return plain[name]
-    names = ("ctx", "goal", "sentence") if "choices" in found and "answer" in found else ()
+    names: tuple[str, ...] = ()
+    if "answer" in found and "choices" in found:
+        names = ("ctx", "goal", "sentence")
+    elif "answer" in found and "rationale" in found:
+        names = ("sentence", "claim", "statement")
     if plain_name(found.get("answer", "")) in ("target", "targets"):
         names = (*names, "source")
     fitting = (plain[name] for name in names if name in plain)
@@ -128,7 +182,9 @@ def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[
     if plain_name(question) == "instruction" and extra and all(isinstance(row.get(extra), str) for row in rows):
         return f"{{{question}}}\n{{{extra}}}"
     wanted = {plain_name(name) for name in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)}
-    return with_columns(question, [name for name in columns if plain_name(name) in wanted and name != question], rows)
+    before = [name for name in columns if plain_name(name) in wanted and name != question]
+    before = [name for name in before if not all(_contains(row, question, name) for row in rows)]
+    return with_columns(question, before, rows)
 
 
 def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -138,10 +194,10 @@ def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[s
     for column in columns:
         values = [row.get(column) for row in rows]
         told = [value for value in values if not is_blank(value)]
-        places = {texts_at(value, column) for value in told}
-        if len(places) != 1 or None in places:
+        place = texts_at(told[0], column) if told else None
+        if place is None or any(look_up(row, place) is None for row in rows if not is_blank(row.get(column))):
             continue
-        before.append(f"{{{places.pop()}{'?' if len(told) < len(values) else ''}}}")
+        before.append(f"{{{place}{'?' if len(told) < len(values) else ''}}}")
     last = question if "{" in question else f"{{{question}}}"
     return "\n\n".join((*before, last)) if before else question
 

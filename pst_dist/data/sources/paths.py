@@ -1,4 +1,4 @@
-"""Places in a row: nested paths `a.b[0].c`, texts of lists `a[*].b`, templates `{a} {b}` and lists of columns `a, b`."""
+"""Places in a row: nested paths `a.b[0].c`, texts of lists `a[*].b`, templates `{a} {b}`, lists of columns `a, b`."""
 
 from __future__ import annotations
 
@@ -65,18 +65,21 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
         return row[path]
     if "{" in path:
         return _fill(row, path)
-    return _follow(row, re.findall(r"[^.\[\]]+|\[-?\d+\]|\[\*\]", path))
+    try:
+        return _follow(row, re.findall(r"[^.\[\]]+|\[-?\d+\]|\[\*\]", path))
+    except _NoText:
+        return None
 
 
 def _follow(value: Any, steps: list[str]) -> Any:
     """What is reached from a value by some steps; None if one of them leads nowhere."""
     for place, step in enumerate(steps):
         if step.startswith("["):
-            value = printed_texts(value) if isinstance(value, str) else value
+            value = printed_texts(value) or None if isinstance(value, str) else value
             if not isinstance(value, list):
                 return None
             if step == "[*]":
-                return _joined([_follow(item, steps[place + 1 :]) for item in value])
+                return _joined([item if item is None else _text(item, steps[place + 1 :]) for item in value])
             index = int(step[1:-1])
             value = value[index] if -len(value) <= index < len(value) else None
         else:
@@ -86,11 +89,21 @@ def _follow(value: Any, steps: list[str]) -> Any:
     return value
 
 
-def _joined(items: list[Any]) -> str | None:
-    """Texts as lines, without blank ones; None if something else is among them."""
-    if not all(item is None or (isinstance(item, str | int | float) and not isinstance(item, bool)) for item in items):
-        return None
-    return "\n".join(text for item in items if item is not None and (text := str(item).strip()))
+def _text(item: Any, steps: list[str]) -> str:
+    """The text that is reached from an item; raises _NoText if there is none."""
+    found = _follow(item, steps)
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        raise _NoText
+    return str(found).strip()
+
+
+def _joined(texts: list[str | None]) -> str:
+    """Texts as lines, without those that are blank or missing."""
+    return "\n".join(text for text in texts if text)
+
+
+class _NoText(Exception):
+    pass
 
 
 def texts_at(value: Any, column: str) -> str | None:

@@ -106,12 +106,15 @@ def _marked(text: str) -> tuple[str, str] | None:
     if last.kind == "box":
         _refuse_two_boxes(text, last)
     inner = _marked(content) if last.kind == "tag" else None
+    if last.kind == "tag" and inner is None:
+        _refuse_unmarked(content.strip(), thought=True)  # DeepSeek-R1's template has all of its reply in the tag
     answer = _bare(content) if inner is None else inner[1]
     if token := _CONTROL.search(answer):
         raise RowError("answer", f"the reply goes on after {token.group()}")
     if re.match(r"not\b", answer, re.IGNORECASE):
         raise RowError("answer", f"the last mark says what the answer is not: {snippet(answer)}")
-    return _working(text, last, answer), answer
+    working = _working(text, last, answer)
+    return "\n\n".join(part for part in (working.strip(), inner[0].strip() if inner else "") if part), answer
 
 
 def _refuse_next_question(text: str, last: Mark) -> None:

@@ -76,7 +76,8 @@ def _split_answer(output: str, choices: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _csqa_palm(row: Mapping[str, Any]) -> Fields:
-    """CommonsenseQA from the Distilling step-by-step release; its rationales are in data.teacher_completions."""
+    """CommonsenseQA with CoS-E's explanations, as in the Distilling step-by-step release, whose PaLM rationales are in
+    data.teacher_completions and replace these. (https://huggingface.co/datasets/Salesforce/cos_e)"""
     options = read_options(row.get("choices"))
     answer = as_text(row.get("answer"), "answer")
     if answer not in options.texts:
@@ -86,6 +87,7 @@ def _csqa_palm(row: Mapping[str, Any]) -> Fields:
     return Fields(
         question=with_choices(as_text(row.get("question"), "question"), options.texts),
         answer=LETTERS[options.texts.index(answer)],
+        rationales=as_rationales(row.get("abstractive_explanation")),
         options=options,
         id=as_id(row.get("id")),
     )

@@ -59,7 +59,7 @@ def test_a_field_map_gives_fields():
         ({"question": "q", "answer": float("nan")}, "missing", "answer is missing"),
         ({"question": "q", "answer": {"x": 1}}, "type", "answer is an object, expected text"),
         ({"question": "q", "answer": "a", "rationale": 4}, "type", "rationale is a number, expected text"),
-        ({"question": "q", "answer": "a", "rationale": ["x", 4]}, "type", "rationale is a number, expected text"),
+        ({"question": "q", "answer": "a", "rationale": ["x", 4]}, "type", "rationale is a list of 2: data.columns."),
     ],
 )
 def test_a_row_that_lacks_a_field_says_which_and_what_it_found(row, code, what):
@@ -238,7 +238,7 @@ STEPS = ["Add 2 and 2.", "That is 4."]
         ({"steps": [STEPS, ["Count."]]}, ("Add 2 and 2.\nThat is 4.", "Count.")),
         ({"steps": "Add 2 and 2."}, ("Add 2 and 2.",)),
         ({"steps": []}, ()),
-        ({"explanation": STEPS}, ("Add 2 and 2.", "That is 4.")),  # several rationales
+        ({"explanations": STEPS}, ("Add 2 and 2.", "That is 4.")),  # several rationales
     ],
 )
 def test_a_list_of_steps_is_one_rationale(row, rationales):

@@ -137,7 +137,7 @@ def test_what_a_question_depends_on_is_read_in_every_layout(row, question):
 )
 def test_a_column_that_the_question_may_depend_on_is_not_left_out(row, column):
     columns = guess_columns([row, {"question": "Who?", **{name: row[name] for name in row if name != column}}], "f")
-    with pytest.raises(RowError, match=f"column '{column}' would not be read"):
+    with pytest.raises(RowError, match=f"column '{column}' (would not be read|is not empty)"):
         columns.fields(row)
 
 
@@ -256,7 +256,7 @@ def test_other_names_of_passages_are_read_too(row, question):
     ],
 )
 def test_lists_and_tables_that_a_question_may_depend_on_are_not_left_out(row, column):
-    with pytest.raises(RowError, match=f"column '{column}' would not be read"):
+    with pytest.raises(RowError, match=f"column '{column}' (would not be read|is not empty)"):
         guess_columns([row], "f").fields(row)
 
 

@@ -144,7 +144,7 @@ def test_reasons_that_differ_only_in_a_value_are_one_group_and_ten_groups_are_sh
 
 def test_the_first_row_is_shown_as_it_was_read(tmp_path):
     first = {"problem": "How\nmany?", "final_answer": "7", "explanations": ["a" * 100, "b", "c"]}
-    others = [{**row, "explanations": [row.pop("explanation")]} for row in _rows(3)]
+    others = [{"explanations": [row.pop("explanation")], **row} for row in _rows(3)]
     _write(tmp_path / "rows.jsonl", [first, *others])
     lines = check(_config(tmp_path, train="rows.jsonl", answer_type="number", validation_size=0)).lines()
     start = lines.index("first row, rows.jsonl:1:")

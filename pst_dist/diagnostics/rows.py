@@ -17,7 +17,7 @@ from pst_dist.data.sample import SPLITS
 from pst_dist.data.sources import LoadedData, enforce, survey
 from pst_dist.data.sources.column_guess import as_yaml, guess_paths
 from pst_dist.data.sources.columns import FieldMap
-from pst_dist.data.sources.conversations import is_attached, unread_columns
+from pst_dist.data.sources.context import is_attached, unread_columns
 from pst_dist.data.sources.field_guess import with_columns
 from pst_dist.data.sources.paths import columns_in, look_up
 from pst_dist.data.sources.root import SourceRoot

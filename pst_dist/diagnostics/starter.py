@@ -16,7 +16,7 @@ import yaml
 
 from pst_dist.config.loading import load_config
 from pst_dist.config.overrides import parse_override, set_key
-from pst_dist.data.sources.conversations import ADD_COLUMN
+from pst_dist.data.sources.context import ADD_COLUMN
 from pst_dist.data.sources.rows import Reject
 from pst_dist.diagnostics.rows import CheckReport, check
 from pst_dist.errors import ConfigError, DataError, InputError, PstError

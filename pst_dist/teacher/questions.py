@@ -16,7 +16,7 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sample import Turns, normalise_question, sample_id
 from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import choose_columns, guess_paths
-from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldMap, as_id, as_text, asked_at
+from pst_dist.data.sources.columns import GUESSED, OUR_FIELDS, ColumnMap, FieldMap, asked_at
 from pst_dist.data.sources.drafts import Draft, make_draft
 from pst_dist.data.sources.paths import look_up
 from pst_dist.data.sources.root import SourceRoot
@@ -24,6 +24,7 @@ from pst_dist.data.sources.rows import RawRow, Reject, RowError
 from pst_dist.data.sources.source import Source
 from pst_dist.data.sources.specs import read_specs
 from pst_dist.data.sources.splits import cut_by_hash, read_split_file
+from pst_dist.data.sources.values import as_id, as_text
 from pst_dist.data.tasks import Task, get_task
 from pst_dist.errors import ConfigError, DataError
 from pst_dist.storage.manifest import digest_of

@@ -11,23 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, as_answer, as_id, as_rationales, as_text
-from pst_dist.data.sources.conversations import (
-    PASSAGE_COLUMNS,
-    THOUGHT_KEYS,
-    Question,
-    columns_named,
-    is_turns,
-    read_conversation,
-    refuse_unread,
-    with_context,
-    with_passage,
-)
+from pst_dist.data.sources.columns import Fields, Layout
+from pst_dist.data.sources.context import PASSAGE_COLUMNS, columns_named, refuse_unread, with_passage
+from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, is_turns, read_conversation, with_context
 from pst_dist.data.sources.options import Options, option_columns, read_options, with_choices
 from pst_dist.data.sources.paths import options_at
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
+from pst_dist.data.sources.values import as_answer, as_id, as_rationales, as_text
 from pst_dist.data.sources.verdicts import are_right, is_cut, is_setting, refuse_bad_reply
 from pst_dist.data.tasks.scoring import kind_of
 

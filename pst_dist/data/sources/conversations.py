@@ -8,49 +8,21 @@ the same question could have different answers.
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pst_dist.data.sample import Turns
-from pst_dist.data.sources.rows import RowError, plain_name
+from pst_dist.data.sources.context import ATTACHED_COLUMNS, HISTORY_COLUMNS, SYSTEM_COLUMNS, columns_named, is_blank
+from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.thoughts import has_thought_tag, split_thought
 from pst_dist.data.sources.verdicts import is_cut, is_setting
 from pst_dist.data.tasks.scoring import kind_of
 
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction")
-"""Columns whose text is put before the question."""
-PASSAGE_COLUMNS = (
-    *("context", "passage", "background", "article", "paragraph", "story", "document"),
-    *("body", "narrative", "theory", "puzzle"),
-)
-"""Columns with a text that the question is about."""
 TURN_COLUMNS = ("messages", "conversations", "conversation", "contents")
 """Columns with a conversation that mostly ends with a reply."""
-HISTORY_COLUMNS = ("history",)
-"""Columns with earlier turns: question-reply pairs, or turns with roles."""
-ATTACHED_COLUMNS = (
-    *("image", "images", "audio", "audios", "video", "videos", "tools", "functions", "tool_calls"),
-    *("image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "img_path", "image_1", "picture"),
-    *("audio_path", "audio_url", "video_path", "video_url"),
-)
-"""Columns that a text prompt cannot represent. A row is refused if one of them is not empty."""
-_MAYBE_CONTEXT = (
-    *("input", "text", "prompt", "instruction", "premise", "hypothesis", "sentence", "table", "dialogue", "dialog"),
-    *("hint", "lecture", "scenario", "situation", "contexts", "documents", "passages", "paragraphs", "para"),
-    *("pre_text", "post_text", "premises", "excerpt", "transcript", "query", "problem", "question", "code", "schema"),
-    *("definition", "instructions", "task_description"),
-)
-"""Columns with texts that a question beside them may depend on, unless they contain the question or are part of it."""
-_CONTEXT_COLUMNS = (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS, *HISTORY_COLUMNS, *ATTACHED_COLUMNS)
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn with its reasoning, separate from its content."""
-
-ADD_COLUMN = "add it to data.columns.question, or set data.columns without it"
-"""What to do about a column that is not read."""
-
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -66,7 +38,7 @@ class Question:
     """A question with its context."""
 
     text: object
-    """All of it as one text. Not validated yet; `columns.as_text` checks that it is text."""
+    """All of it as one text. Not validated yet; `values.as_text` checks that it is text."""
     turns: Turns = ()
     """The conversation that ends with the question; empty where there is no context."""
 
@@ -193,101 +165,6 @@ def _system_text(value: Any, column: str) -> Any:
     return _turn({"role": "system", **value}, column).text if isinstance(value, Mapping) else value
 
 
-def with_passage(question: Any, row: Mapping[str, Any], read: Collection[str]) -> Any:
-    """The question preceded by the passages of the row that it does not contain yet; `read` are the columns that were
-    read already.
-
-    Raises RowError for another column on which the question may depend.
-    """
-    if not isinstance(question, str):
-        return question  # as_text reports the error
-    told = [row[column] for column in columns_named(row, PASSAGE_COLUMNS) if column not in read]
-    passages = [text.strip() for text in told if isinstance(text, str) and text.strip() not in question]
-    known = {*read, *columns_named(row, (*SYSTEM_COLUMNS, *HISTORY_COLUMNS))}
-    if any(not isinstance(text, str) for text in told) or not passages:
-        refuse_unread(row, known, question)
-    else:
-        refuse_unread(row, {*known, *columns_named(row, PASSAGE_COLUMNS)}, question)
-    return "\n\n".join([*passages, question.strip()])
-
-
-_SLOT = re.compile(r"(?<![A-Za-z0-9_])(?:number|N_|NUM_?|temp_)\d{1,2}(?![A-Za-z0-9_])")
-"""The place of a number in a question, `number0` or `N_00`, as in MAWPS (https://huggingface.co/datasets/mwpt5/MAWPS)."""
-
-
-def refuse_slots(row: Mapping[str, Any], question: object) -> None:
-    """Raise RowError for a question whose numbers are in a column of their own."""
-    held = columns_named(row, ("numbers", "num_list", "nums"))
-    slot = _SLOT.search(question) if held and isinstance(question, str) else None
-    if slot is not None:
-        what = f"question has {slot.group()} in the place of a number, which is in column {held[0]!r}"
-        raise RowError("context", f"{what}; write the numbers into the question")
-
-
-def refuse_unread(row: Mapping[str, Any], read: Collection[str], question: object, remedy: str = ADD_COLUMN) -> None:
-    """Raise RowError for a column that is not `read` although the question may depend on it."""
-    unread = unread_columns(row, read, question)
-    if unread and is_attached(unread[0]):
-        what = f"column {unread[0]!r} is not empty, but a text prompt cannot contain it"
-        raise RowError("unread", f"{what}; leave such rows out, or set data.columns to read them without it")
-    if unread:
-        what = f"column {unread[0]!r} would not be read, but the question may depend on it"
-        raise RowError("unread", f"{what}; {remedy}")
-
-
-def unread_columns(row: Mapping[str, Any], read: Collection[str], question: object) -> list[str]:
-    """The columns that are not `read` although the question may depend on them."""
-    unread = [column for column in columns_named(row, _CONTEXT_COLUMNS) if column not in read]
-    for column in columns_named(row, (*PASSAGE_COLUMNS, *_MAYBE_CONTEXT)):
-        value = row[column]
-        if isinstance(value, int | float):  # the number of a document
-            unread = [name for name in unread if name != column]
-        if column in read or not isinstance(value, str | list | Mapping) or not isinstance(question, str):
-            continue
-        texts = texts_in(value)
-        # A whole may be read by its parts: `{document.text}`, `{turns[0].content}`.
-        if all(text in question for text in texts) or any(_repeats(text, question) for text in texts):
-            unread = [name for name in unread if name != column]
-        elif column not in unread and (len(texts) > 1 or len(texts[0].split()) > 2):  # not a name such as "zero_shot"
-            unread.append(column)
-    return unread
-
-
-def _repeats(text: str, question: str) -> bool:
-    """Whether a text has the question in it, in one piece or line by line, as a prompt made of it has."""
-    return all(line.strip() in text for line in question.splitlines())
-
-
-def is_attached(column: str) -> bool:
-    """Whether a column has what a text prompt cannot represent, or the path to it."""
-    return bool(_with_names((column,), ATTACHED_COLUMNS))
-
-
-def texts_in(value: Any, depth: int = 8) -> list[str]:
-    """All texts and numbers inside a value, as texts without white space around them."""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return [str(value).strip()] if str(value).strip() else []
-    if depth == 0 or not isinstance(value, list | Mapping):
-        return []
-    inside = value.values() if isinstance(value, Mapping) else value
-    return [text for one in inside for text in texts_in(one, depth - 1)]
-
-
-def columns_named(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The columns of a row that are not blank and have one of the names, in the order of the names.
-
-    Neither case nor separators count: `System Prompt` is `system_prompt`.
-    """
-    return [column for column in _with_names(tuple(row), tuple(names)) if not is_blank(row[column])]
-
-
-@functools.lru_cache(maxsize=256)
-def _with_names(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns with one of the names; the rows of a file mostly have the same columns."""
-    plain = [plain_name(name) for name in names]
-    return tuple(column for name in plain for column in columns if plain_name(column) == name)
-
-
 def _turn(turn: Mapping[str, Any], where: str) -> _Turn:
     named = turn.get("role", turn.get("from"))
     role = _ROLES.get(str(named).strip().lower())
@@ -351,10 +228,3 @@ def _text(value: Any, role: str) -> str:
     if not visible:
         raise RowError("context", "an earlier assistant turn has a thought and no reply after it")
     return visible
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a column has nothing in it, also as text."""
-    return (
-        value is None or value in ([], {}, (), False) or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
-    )

@@ -13,7 +13,8 @@ from typing import Any
 
 from pst_dist.data.sources.column_names import GOLD, SYNONYMS, columns_of
 from pst_dist.data.sources.columns import TURNS
-from pst_dist.data.sources.conversations import PASSAGE_COLUMNS, SYSTEM_COLUMNS, TURN_COLUMNS, is_blank, is_turns
+from pst_dist.data.sources.context import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_blank
+from pst_dist.data.sources.conversations import TURN_COLUMNS, is_turns
 from pst_dist.data.sources.options import option_columns
 from pst_dist.data.sources.paths import look_up, texts_at
 from pst_dist.data.sources.rows import plain_name

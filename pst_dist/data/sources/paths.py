@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pst_dist.data.sources.conversations import is_turns, texts_in
+from pst_dist.data.sources.context import texts_in
+from pst_dist.data.sources.conversations import is_turns
 from pst_dist.data.sources.options import printed_texts
 from pst_dist.data.sources.rows import plain_name
 

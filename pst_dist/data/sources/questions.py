@@ -15,12 +15,13 @@ from typing import Any
 from pst_dist.data.sample import Turns
 from pst_dist.data.sources.column_guess import guess_paths
 from pst_dist.data.sources.column_names import no_column
-from pst_dist.data.sources.columns import TURNS, Layout, as_text, asked_at
+from pst_dist.data.sources.columns import TURNS, Layout, asked_at
 from pst_dist.data.sources.conversations import Question as Asked
 from pst_dist.data.sources.conversations import read_question
 from pst_dist.data.sources.in_memory import plain_value
 from pst_dist.data.sources.paths import is_anywhere
 from pst_dist.data.sources.rows import Entry, RawRow, Reject, RowError
+from pst_dist.data.sources.values import as_text
 from pst_dist.errors import DataError
 
 _LOOK_AT = 50

@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pst_dist.data.sources.columns import Fields, Layout, as_id, as_rationales, as_text
+from pst_dist.data.sources.columns import Fields, Layout
 from pst_dist.data.sources.common_maps import has_options, replied_fields
-from pst_dist.data.sources.conversations import Question, columns_named, with_passage
+from pst_dist.data.sources.context import columns_named, with_passage
+from pst_dist.data.sources.conversations import Question
 from pst_dist.data.sources.options import LETTERS, Options, printed_texts, read_options, with_choices
 from pst_dist.data.sources.replies import has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
+from pst_dist.data.sources.values import as_id, as_rationales, as_text
 from pst_dist.data.sources.verdicts import known_wrong
 from pst_dist.storage.manifest import digest_of
 

@@ -16,11 +16,12 @@ from pst_dist.data.sources import compressed, readers, strict_json, survey
 from pst_dist.data.sources.arrow_probe import Unreadable, probe
 from pst_dist.data.sources.arrow_values import ArrowValues
 from pst_dist.data.sources.column_guess import guess_columns
-from pst_dist.data.sources.columns import RowError, as_answer
+from pst_dist.data.sources.columns import RowError
 from pst_dist.data.sources.readers import read_file
 from pst_dist.data.sources.root import SourceRoot
 from pst_dist.data.sources.rows import RawRow
 from pst_dist.data.sources.specs import read_specs
+from pst_dist.data.sources.values import as_answer
 from pst_dist.errors import DataError, EnvironmentFault, InputError
 
 ROWS = [{"question": "q1", "answer": "a"}, {"question": "q2", "answer": "b"}]

@@ -41,7 +41,7 @@ def likely_type(config: Config, source: Source) -> tuple[str, list[str]]:
             other = other or str(fields.answer)
         formulas += "\\" in str(fields.answer)
         if classes is not None:
-            classes = classes | {fields.answer} if _is_class(fields.answer) and len(classes) < _MOST_CLASSES else None
+            classes = classes | {fields.answer} if _is_class(fields.answer) else None
         if rows >= _JUDGED and with_options < rows and not any(possible.values()):
             break
     if rows and with_options == rows:
@@ -77,7 +77,7 @@ def _fields(columns: ColumnMap, source: Source) -> Iterator[Fields]:
                 continue
 
 
-_MOST_CLASSES = 5
+_MOST_CLASSES = 20
 
 
 def _names_class(columns: ColumnMap) -> bool:
@@ -86,7 +86,7 @@ def _names_class(columns: ColumnMap) -> bool:
 
 
 def _is_class(answer: object) -> bool:
-    return isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < 10
+    return isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < _MOST_CLASSES
 
 
 def _fits(kind: str, answer: object) -> bool:

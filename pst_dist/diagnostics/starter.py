@@ -86,8 +86,9 @@ def _has_rationales(report: CheckReport) -> bool:
 
 
 def _refuse_unread(columns: dict[str, str], rejects: Sequence[Reject]) -> None:
-    """Raises DataError for the first row that was refused because a guessed map would leave out a column of it."""
-    reject = next((one for one in rejects if one.code == "unread"), None)
+    """Raises DataError for the first row that only a guessed map refuses: it would leave out a column of it, or take a
+    whole solution for its answer."""
+    reject = next((one for one in rejects if one.code in ("unread", "unmarked")), None)
     if reject is None:
         return
     if ADD_COLUMN not in reject.what:  # the message has the remedy

@@ -151,8 +151,8 @@ def _read(config: Config, sources: Sequence[Source], task: Task, rejects: list[R
             draft: Draft | Reject | Question
             if isinstance(entry, RawRow) and _lacks_answer(entry, columns):
                 draft = _without_answer(entry, columns, source, place)
-            else:  # whether an old rationale is wrong does not matter: a new one is asked for
-                draft = make_draft(entry, columns, task, source.stem, place, None, told, keep="teacher_correct")
+            else:  # a new rationale is asked for
+                draft = make_draft(entry, columns, task, source.stem, place, None, told, wrong="ignore")
             if isinstance(draft, Reject):
                 rejects.append(draft)
                 rows.append(None)

@@ -136,7 +136,7 @@ def arranged(splits: dict[str, list[Draft]], data: Any, report: dict[str, Any]) 
     have = [draft for draft in train if draft.sample.rationales]
     train = have or train
     if data.keep == "teacher_correct":
-        if train and all(draft.teacher_correct is None for split in splits.values() for draft in split):
+        if train and all(draft.teacher_correct is None for draft in train):
             raise no_teacher_answers()
         right = [draft for draft in train if draft.teacher_correct]
         kept = [draft for draft in validation if draft.teacher_correct is not False]

@@ -77,7 +77,10 @@ def _assign(rows: ReadRows, data: DataConfig) -> None:
         cut(store, data.test_size, "test", TEST)
     _refuse_without_rationale(rows)
     if data.keep == "teacher_correct":
-        if store.count(TRAIN) and not store.run("SELECT 1 FROM rows WHERE correct IS NOT NULL LIMIT 1").fetchone():
+        if (
+            store.count(TRAIN)
+            and not store.run("SELECT 1 FROM rows WHERE split=0 AND correct IS NOT NULL LIMIT 1").fetchone()
+        ):
             raise no_teacher_answers()
         before = store.count(TRAIN) + store.count(VALIDATION)
         store.run("UPDATE rows SET split=-1 WHERE split=0 AND correct IS NOT 1 OR split=1 AND correct IS 0")

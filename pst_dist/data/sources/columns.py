@@ -16,7 +16,7 @@ from pst_dist.data.sources.context import ADD_COLUMN, is_blank, refuse_slots, re
 from pst_dist.data.sources.conversations import Question, is_turns, read_question
 from pst_dist.data.sources.no_answers import refuse_no_answer, refuse_prose
 from pst_dist.data.sources.options import Options, read_options, with_choices
-from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, options_at, turns_at
+from pst_dist.data.sources.paths import columns_in, columns_of_list, look_up, options_at, refuse_partial, turns_at
 from pst_dist.data.sources.replies import begins_with_mark, has_mark, split_reply
 from pst_dist.data.sources.rows import RowError
 from pst_dist.data.sources.scales import refuse_unread_scale
@@ -50,8 +50,7 @@ class Fields:
     id: str | None = None
     teacher_answer: str | None = None
     known_wrong: str = ""
-    """Why the rationales are known to be wrong, for a row that has the teacher's answer; such a row is refused, unless
-    `data.keep` leaves it out anyway."""
+    """Why the rationales are known to be wrong. Such a training row is refused, unless `data.keep` leaves it out."""
 
 
 class ColumnMap(Protocol):
@@ -100,19 +99,19 @@ class FieldMap:
                 rationales += as_rationales(told, are_steps=are_steps)
         answer_field = next(name for name in _ANSWERS if name in paths)
         judged = "teacher_answer" in paths
-        refuse_known_wrong(row, paths[answer_field], explained=bool(rationales), judged=judged)
+        wrong = refuse_known_wrong(row, paths[answer_field], explained=bool(rationales), judged=judged)
         question = as_text(asked.text, "question")
         answer = as_answer(look_up(row, paths[answer_field]), paths[answer_field])
         literal = paths[answer_field].startswith("{")  # the template '{answer}' takes all of a text
         if self.name == GUESSED and not literal:
             refuse_unread_scale(row, columns_in(tuple(paths.values())), answer, paths[answer_field])
-        if not literal:
+        if not literal and options is None:
             refuse_no_answer(answer, question, row, paths[answer_field])
         if isinstance(answer, str) and not literal and (begins_with_mark(answer) if rationales else has_mark(answer)):
             found = split_reply(answer)
             answer, rationales = found.answer, rationales or as_rationales(found.rationale)
-        elif self.name == GUESSED and not rationales and not literal:
-            refuse_prose(answer, paths[answer_field])
+        elif self.name == GUESSED and not literal and options is None:
+            refuse_prose(answer, paths[answer_field], explained=bool(rationales))
         teacher = look_up(row, paths["teacher_answer"]) if judged else None
         return Fields(
             question=question,
@@ -124,6 +123,7 @@ class FieldMap:
             counts_from=_ANSWERS[answer_field],
             id=as_id(look_up(row, paths["id"])) if "id" in paths else None,
             teacher_answer=None if teacher is None else str(teacher),
+            known_wrong=wrong,
         )
 
 
@@ -160,6 +160,8 @@ def asked_at(
     RowError for turns that end with another question and, with `remedy`, for a context column that a guessed map would
     leave out.
     """
+    if guessed:
+        refuse_partial(row, paths["question"])
     place = paths.get(TURNS, TURNS if guessed and is_turns(row.get(TURNS)) else None)
     turns = None if place is None else look_up(row, place)
     asked = _question_at(row, paths["question"])

@@ -14,6 +14,7 @@ from typing import Any
 from pst_dist.data.sources.columns import Fields, Layout
 from pst_dist.data.sources.context import PASSAGE_COLUMNS, columns_named, refuse_unread, with_passage
 from pst_dist.data.sources.conversations import THOUGHT_KEYS, Question, is_turns, read_conversation, with_context
+from pst_dist.data.sources.no_answers import refuse_no_answer
 from pst_dist.data.sources.options import Options, option_columns, read_options, with_choices
 from pst_dist.data.sources.paths import options_at
 from pst_dist.data.sources.replies import has_mark, split_reply
@@ -26,8 +27,8 @@ from pst_dist.data.tasks.scoring import kind_of
 _PROMPTS = ("question", "prompt", "problem", "instruction", "query", "input")
 _REPLIES = ("response", "completion", "output", "answer", "generation", "reply", "solution", "target", "targets")
 _ANSWERS = (
-    *("answer", "final_answer", "gold_answer", "expected_answer", "ground_truth", "gold", "reference_answer"),
-    *("correct_answer", "ground_truth_answer"),
+    *("answer", "final_answer", "gold_answer", "expected_answer", "ground_truth", "gold"),
+    *("reference_answer", "ground_truth_answer"),
 )
 
 
@@ -42,7 +43,8 @@ def _from_reply(question: Question, reply: Any, *, row: Mapping[str, Any], name:
     except RowError as error:
         if gold is None or error.code == "cut":
             raise
-        rationale = "\n\n".join(part for part in (separate, rationale_of(text)) if part)
+        told = rationale_of(re.sub(r"</?(?:final[_ ]?)?answer>", "", text, flags=re.IGNORECASE))
+        rationale = "\n\n".join(part.strip() for part in (separate, told) if part)
         replied = None
     return replied_fields(question, rationale, replied, gold, row, wrong)
 
@@ -71,6 +73,9 @@ def replied_fields(
     )
 
 
+_FEW_WORDS = 5
+
+
 def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
     """The value of an answer column that contains only an answer; None if there is none."""
     for name in _ANSWERS:
@@ -80,6 +85,9 @@ def _clean_answer(row: Mapping[str, Any], reply: str) -> object | None:
         if not isinstance(value, str):
             return as_answer(value)
         if value.strip() and "\n" not in value.strip() and not has_mark(value):
+            if name == "reference_answer" and len(value.split()) > _FEW_WORDS:
+                continue  # a whole sentence, as in many rows of MegaScience
+            refuse_no_answer(value.strip(), "", row, name)
             return as_answer(value)
     return None
 
@@ -161,10 +169,15 @@ def _generations(row: Mapping[str, Any]) -> Fields:
     return Fields(
         question=as_text(question.text, "question"),
         turns=question.turns,
-        answer=as_answer(row.get("answer")),
+        answer=_checked(as_answer(row.get("answer")), row),
         rationales=tuple(dict.fromkeys(as_rationales(rationales))),
         id=as_id(row.get("id", row.get("uuid"))),
     )
+
+
+def _checked(answer: object, row: Mapping[str, Any]) -> object:
+    refuse_no_answer(answer, "", row, "answer")
+    return answer
 
 
 def _usable_generations(row: Mapping[str, Any], count: int) -> list[bool]:

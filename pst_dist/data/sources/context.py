@@ -66,7 +66,8 @@ def refuse_slots(row: Mapping[str, Any], question: object) -> None:
     """Raise RowError for a question whose numbers are in a column of their own."""
     held = columns_named(row, ("numbers", "num_list", "nums"))
     slot = _SLOT.search(question) if held and isinstance(question, str) else None
-    if slot is not None:
+    numbers = [text.removesuffix(".0") for text in re.findall(r"\d+(?:\.\d+)?", str(row[held[0]]))] if slot else []
+    if slot is not None and not all(re.search(rf"(?<!\d){re.escape(text)}(?!\d)", str(question)) for text in numbers):
         what = f"question has {slot.group()} in the place of a number, which is in column {held[0]!r}"
         raise RowError("context", f"{what}; write the numbers into the question")
 
@@ -93,16 +94,30 @@ def unread_columns(row: Mapping[str, Any], read: Collection[str], question: obje
             continue
         texts = texts_in(value)
         # A whole may be read by its parts: `{document.text}`, `{turns[0].content}`.
-        if all(text in question for text in texts) or any(_repeats(text, question) for text in texts):
+        asked = question.strip()
+        repeats = any(asked in text for text in texts) or (
+            plain_name(column) in _PROMPTS and isinstance(value, str) and _has_lines(value, asked)
+        )
+        if repeats or all(text in question for text in texts):
             unread = [name for name in unread if name != column]
         elif column not in unread and (len(texts) > 1 or len(texts[0].split()) > 2):  # not a name such as "zero_shot"
             unread.append(column)
     return unread
 
 
-def _repeats(text: str, question: str) -> bool:
-    """Whether a text has the question in it, in one piece or line by line, as a prompt made of it has."""
-    return all(line.strip() in text for line in question.splitlines())
+_PROMPTS = ("text", "prompt")
+"""Columns with a prompt that is made of an instruction and its input, as Alpaca's `text`."""
+
+
+def _has_lines(text: str, question: str) -> bool:
+    """Whether a text has the lines of a question in their order."""
+    place = 0
+    for line in question.splitlines():
+        place = text.find(line.strip(), place)
+        if place < 0:
+            return False
+        place += len(line.strip())
+    return True
 
 
 def is_attached(column: str) -> bool:

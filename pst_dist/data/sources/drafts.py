@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pst_dist.data.sample import ReasoningSample, normalise_question, sample_id
 from pst_dist.data.sources.choices import Convention, gold_answer
@@ -19,6 +19,10 @@ from pst_dist.data.sources.columns import ColumnMap, Fields
 from pst_dist.data.sources.completions import Completion, TeacherFile
 from pst_dist.data.sources.rows import Entry, Reject, RowError
 from pst_dist.data.tasks import Task
+
+Wrong = Literal["refuse", "drop", "ignore"]
+"""What happens to a row with a rationale that is known to be wrong: it is refused; it counts as one on which the
+teacher is wrong; or it is read without the rationale, where none is needed."""
 
 _ID = re.compile(r"[A-Za-z0-9_\-]{1,120}")
 
@@ -53,12 +57,12 @@ def make_draft(
     teacher: TeacherFile | None,
     told: Convention,
     *,
-    keep: str,
+    wrong: Wrong,
 ) -> Draft | Reject:
     """One row as a draft, or a reject.
 
-    `stem` is the short name of its file, `told` the convention of the file for multiple-choice answers, `keep` is
-    data.keep.
+    `stem` is the short name of its file, `told` the convention of the file for multiple-choice answers, `wrong` what
+    happens to a rationale that its row calls wrong.
     """
     if isinstance(entry, Reject) or columns is None:
         assert isinstance(entry, Reject)
@@ -70,9 +74,12 @@ def make_draft(
             completion = _completion(teacher, place, found)
             rationales = (completion.rationale,) if completion.rationale else ()
             teacher_answer = completion.answer
-        wrong = found.known_wrong if teacher is None else ""
-        if wrong and keep != "teacher_correct":
-            raise RowError("rationale", f"{wrong}, or set data.keep=teacher_correct")
+        known_wrong = found.known_wrong if teacher is None else ""
+        if known_wrong and wrong == "ignore":
+            rationales = ()
+        elif known_wrong and (wrong == "refuse" or teacher_answer is None):
+            way = "" if teacher_answer is None else ", or set data.keep=teacher_correct"
+            raise RowError("rationale", known_wrong + way)
         # Beside options, 0 and 1 are the places of options.
         truth = _as_truth(found.answer) if task.answer_type == "bool" and not found.options else found.answer
         answer = gold_answer(task, found.question, truth, found.options, told, found.counts_from)
@@ -93,7 +100,7 @@ def make_draft(
         turns=found.turns,
         synthetic=_maker(entry.value),
     )
-    correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) and not wrong if known else None
+    correct = task.is_correct(task.cleanse(teacher_answer or ""), answer) and not known_wrong if known else None
     return Draft(sample, entry.path, entry.line, correct)
 
 

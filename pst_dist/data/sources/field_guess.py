@@ -15,9 +15,9 @@ from pst_dist.data.sources.column_names import GOLD, SYNONYMS, columns_of
 from pst_dist.data.sources.columns import TURNS
 from pst_dist.data.sources.context import PASSAGE_COLUMNS, SYSTEM_COLUMNS, is_blank
 from pst_dist.data.sources.conversations import TURN_COLUMNS, is_turns
-from pst_dist.data.sources.options import option_columns
-from pst_dist.data.sources.paths import look_up, texts_at
-from pst_dist.data.sources.rows import plain_name
+from pst_dist.data.sources.options import option_columns, read_options
+from pst_dist.data.sources.paths import options_at, texts_at
+from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.verdicts import are_verdicts, is_setting
 
 
@@ -45,10 +45,10 @@ def fields_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options
     if "choices" in found:
-        found |= _letter_of_option(found, plain, rows)
+        found |= _letter_of_option(found, plain, rows) if "answer" in found else {}
     else:
         found |= _label_as_text(found, plain, rows)
-    if {"chosen", "rejected"} <= plain.keys():
+    if {"chosen", "rejected"} <= plain.keys() and "answer" not in found:
         found.pop("rationale", None)  # it compares two replies, as in distilabel's preference data
     if "question" not in found and (other := _other_question(found, plain, rows)):
         found["question"] = other
@@ -71,13 +71,14 @@ def _contains(row: Mapping[str, Any], whole: str, part: str) -> bool:
     return "" != other != one and other in one
 
 
+_ASKING = {*SYNONYMS["question"], *SYNONYMS["choices"]}
 _CLAIMS = (("premise", "hypothesis"), ("premises", "conclusion"), ("context", "hypothesis"))
 """What a claim is about, and the claim, in rows of inference: e-SNLI, ANLI, RTE, FOLIO."""
 
 
 def _claim_about(plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A template with a claim after what it is about; "" if there are no such columns or another one has a question."""
-    if any(name in plain for name in ("question", "query", "problem", "choices", "options")):
+    """A template with a claim after what it is about; "" if there are no such columns, or another may ask something."""
+    if _ASKING & plain.keys():
         return ""
     for about, claim in _CLAIMS:
         if about in plain and claim in plain and all(isinstance(row.get(plain[claim]), str) for row in rows):
@@ -90,16 +91,28 @@ def _claim_about(plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) ->
 def _letter_of_option(
     found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """The column with the letter of the answer's option, if it is beside one with a text, which may be a number."""
-    named = [plain[name] for name in _LETTER_COLUMNS if name in plain and plain[name] != found.get("answer")]
-    return next(({"answer": name} for name in named if all(_is_letter(row.get(name)) for row in rows)), {})
+    """The column with the letter of the answer's option instead of one with its text, if some text is a number, which
+    might be an index. Both must agree in all rows."""
+    if not any(re.fullmatch(r"\s*\d{1,2}\s*", str(row.get(found.get("answer", "")))) for row in rows):
+        return {}
+    for name in (plain[name] for name in _LETTER_COLUMNS if name in plain):
+        if name != found.get("answer") and all(_agree(row, row.get(name), found) for row in rows):
+            return {"answer": name}
+    return {}
 
 
 _LETTER_COLUMNS = ("answeridx", "answerindex", "answerletter", "answerkey", "correctoption", "correctletter")
 
 
-def _is_letter(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[A-Z]", value.strip()) is not None
+def _agree(row: Mapping[str, Any], letter: Any, found: Mapping[str, str]) -> bool:
+    """Whether a letter names the option that has the text of the answer."""
+    try:
+        texts = read_options(options_at(row, found["choices"])).texts
+    except RowError:
+        return False
+    named = isinstance(letter, str) and re.fullmatch(r"[A-Z]", letter.strip())
+    place = ord(letter.strip()) - ord("A") if named else len(texts)
+    return place < len(texts) and texts[place] == str(row.get(found["answer"])).strip()
 
 
 def _holds_ground_truth(row: Mapping[str, Any]) -> bool:
@@ -133,8 +146,8 @@ def _other_question(
     names: tuple[str, ...] = ()
     if "answer" in found and "choices" in found:
         names = ("ctx", "goal", "sentence")
-    elif "answer" in found and "rationale" in found:
-        names = ("sentence", "claim", "statement")
+    elif {"answer", "rationale"} <= found.keys() and "entity" in plain:
+        names = ("sentence",)
     if plain_name(found.get("answer", "")) in ("target", "targets"):
         names = (*names, "source")
     fitting = (plain[name] for name in names if name in plain)
@@ -184,7 +197,12 @@ def _with_context_columns(question: str, columns: Sequence[str], rows: Sequence[
         return f"{{{question}}}\n{{{extra}}}"
     wanted = {plain_name(name) for name in (*SYSTEM_COLUMNS, *PASSAGE_COLUMNS)}
     before = [name for name in columns if plain_name(name) in wanted and name != question]
-    before = [name for name in before if not all(_contains(row, question, name) for row in rows)]
+    passages = {plain_name(name) for name in PASSAGE_COLUMNS}
+    before = [
+        name
+        for name in before
+        if plain_name(name) not in passages or not all(_contains(row, question, name) for row in rows)
+    ]
     return with_columns(question, before, rows)
 
 
@@ -195,10 +213,10 @@ def with_columns(question: str, columns: Sequence[str], rows: Sequence[Mapping[s
     for column in columns:
         values = [row.get(column) for row in rows]
         told = [value for value in values if not is_blank(value)]
-        place = texts_at(told[0], column) if told else None
-        if place is None or any(look_up(row, place) is None for row in rows if not is_blank(row.get(column))):
+        places = {texts_at(value, column) for value in told}
+        if len(places) != 1 or None in places:
             continue
-        before.append(f"{{{place}{'?' if len(told) < len(values) else ''}}}")
+        before.append(f"{{{places.pop()}{'?' if len(told) < len(values) else ''}}}")
     last = question if "{" in question else f"{{{question}}}"
     return "\n\n".join((*before, last)) if before else question
 

@@ -24,6 +24,7 @@ from pst_dist.data.sources.choices import Convention, convention_of
 from pst_dist.data.sources.column_guess import as_yaml, choose_columns, unused_text_columns
 from pst_dist.data.sources.columns import ColumnMap
 from pst_dist.data.sources.completions import TeacherFile, read_completions
+from pst_dist.data.sources.drafts import Wrong
 from pst_dist.data.sources.generators import GENERATOR_TASKS
 from pst_dist.data.sources.loaded import LoadedData, bad_budget, enforce
 from pst_dist.data.sources.options import Options
@@ -188,7 +189,7 @@ class _Survey:
                     split=SPLITS.index(split),
                     path=len(self.rows.paths) - 1,
                     part=self.part,
-                    keep=self.config.data.keep,
+                    wrong=_wrong_in(split, self.config.data.keep),
                     ranked=self._cuts(),
                 )
                 for made in processes.map(jobs_of(source.items(), work, rows, first + rows, teacher)):
@@ -265,6 +266,13 @@ class _Survey:
         self.rows.store.reorder(
             (number, index) for number, split in enumerate(SPLITS) for index in indices.get(split, ())
         )
+
+
+def _wrong_in(split: str, keep: str) -> Wrong:
+    """What happens to rationales that are known to be wrong. Test rows need none."""
+    if split == "test":
+        return "ignore"
+    return "drop" if keep == "teacher_correct" else "refuse"
 
 
 def _answers(source: Source, columns: ColumnMap) -> Iterator[tuple[object, Options]]:

@@ -18,12 +18,10 @@ from pst_dist.data.tasks.scoring import kind_of, snippet
 
 LETTERS = string.ascii_uppercase
 """The letters of the options, in order; also the maximum number of options."""
-LETTER_MARK = re.compile(r"\(?([A-Za-z])[).:]\s*")
-"""A letter in front of an option's text."""
+LETTER_MARK = re.compile(r"\(?([A-Za-z])(?:[).:]\s*| \)\s+)")
+"""A letter in front of an option's text; MathQA writes `a ) 38`."""
 
 _HEADING = re.compile(r"(?:answer )?(?:choices|options):", re.IGNORECASE)
-_OPTION_MARK = re.compile(r"\(?([A-Za-z]) ?[).:]\s*")
-"""MathQA writes `a ) 38`."""
 _NUMBER_MARK = re.compile(r"\(?(\d{1,2})[).:]\s+")
 _LABEL_KEYS = ("label", "key", "letter", "id")
 _TEXT_KEYS = ("text", "value", "content", "option", "choice")
@@ -55,7 +53,7 @@ def read_options(value: Any) -> Options:
         raise RowError("choices", f"choices has {len(texts)} options, expected 2 to {len(LETTERS)}")
     if names:
         return _by_label([str(name).strip() for name in names], texts)
-    for pattern, expected in ((_OPTION_MARK, list(LETTERS)), (_NUMBER_MARK, [str(k + 1) for k in range(26)])):
+    for pattern, expected in ((LETTER_MARK, list(LETTERS)), (_NUMBER_MARK, [str(k + 1) for k in range(26)])):
         marks = [pattern.match(text) for text in texts]
         if all(mark and mark.group(1).upper() == name for mark, name in zip(marks, expected, strict=False)):
             bare = tuple(text[mark.end() :] or text for text, mark in zip(texts, marks, strict=True) if mark)

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pst_dist.data.sources.context import texts_in
+from pst_dist.data.sources.context import ADD_COLUMN, is_blank
 from pst_dist.data.sources.conversations import is_turns
 from pst_dist.data.sources.options import printed_texts
-from pst_dist.data.sources.rows import plain_name
+from pst_dist.data.sources.rows import RowError, plain_name
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,77 +62,90 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
     `[*]` joins the texts of a list, one to a line: `paragraphs[*].text`. A column whose name contains a dot or a
     bracket takes precedence over a path.
     """
-    if path in row:
-        return row[path]
-    if "{" in path:
-        return _fill(row, path)
     try:
-        return _follow(row, re.findall(r"[^.\[\]]+|\[-?\d+\]|\[\*\]", path))
+        return _fill(row, path) if "{" in path and path not in row else _reach(row, path)
     except _NoText:
         return None
 
 
-def _follow(value: Any, steps: list[str]) -> Any:
-    """What is reached from a value by some steps; None if one of them leads nowhere."""
+class _NoText(Exception):
+    """A list has something at `[*]` that is no text, so that its texts cannot be joined."""
+
+
+def _reach(row: Mapping[str, Any], path: str) -> Any:
+    return row[path] if path in row else _follow(row, re.findall(r"[^.\[\]]+|\[-?\d+\]|\[\*\]", path))
+
+
+def _follow(value: Any, steps: list[str], *, joined: bool = False) -> Any:
+    """What is reached from a value by some steps; None if one of them leads nowhere, and _NoText where that is an item
+    of a list to be `joined`."""
     for place, step in enumerate(steps):
-        if step.startswith("["):
-            value = printed_texts(value) or None if isinstance(value, str) else value
+        if step == "[*]":
+            value = printed_texts(value) or value if isinstance(value, str) else value
             if not isinstance(value, list):
-                return None
-            if step == "[*]":
-                return _joined([item if item is None else _text(item, steps[place + 1 :]) for item in value])
+                raise _NoText
+            return _joined([_follow(item, steps[place + 1 :], joined=True) for item in value])
+        if step.startswith("["):
             index = int(step[1:-1])
-            value = value[index] if -len(value) <= index < len(value) else None
+            value = printed_texts(value) if isinstance(value, str) else value
+            value = value[index] if isinstance(value, list) and -len(value) <= index < len(value) else None
         else:
+            if joined and not (isinstance(value, Mapping) and step in value):
+                raise _NoText
             value = value.get(step) if isinstance(value, Mapping) else None
         if value is None:
             return None
     return value
 
 
-def _text(item: Any, steps: list[str]) -> str:
-    """The text that is reached from an item; raises _NoText if there is none."""
-    found = _follow(item, steps)
-    if isinstance(found, bool) or not isinstance(found, str | int | float):
+def _joined(items: list[Any]) -> str:
+    """Texts as lines, without those that are blank or missing; _NoText if something else is among them."""
+    if any(isinstance(item, bool) or not isinstance(item, str | int | float | None) for item in items):
         raise _NoText
-    return str(found).strip()
-
-
-def _joined(texts: list[str | None]) -> str:
-    """Texts as lines, without those that are blank or missing."""
-    return "\n".join(text for text in texts if text)
-
-
-class _NoText(Exception):
-    pass
+    return "\n".join(text for item in items if item is not None and (text := str(item).strip()))
 
 
 def texts_at(value: Any, column: str) -> str | None:
-    """The path to the texts of a column: `passage`, `contexts[*]`, `context.sentences[*][*]`, `paragraphs[*].text`.
+    """The path to all texts of a column: `passage`, `contexts[*]`, `context.sentences[*][*]`, `paragraphs[*].text`.
 
-    None if an object in it has no part, or several, that could be meant.
+    None if no path has them all: objects with two texts, or items that differ. Titles, labels and numbers beside the
+    texts of an object do not count.
     """
-    path = column
-    for _ in range(_DEEP):
-        if isinstance(value, str):
-            return path
-        if isinstance(value, list) and value:
-            path, value = f"{path}[*]", value[0]
-        elif isinstance(value, Mapping):
-            named = [name for name in value if plain_name(name) in _TEXTS and texts_in(value[name])]
-            prose = [name for name in value if any(len(text.split()) > 2 for text in texts_in(value[name]))]
-            found = named or prose
-            if len(found) != 1:
-                return None
-            path, value = f"{path}.{found[0]}", value[found[0]]
-        else:
-            return None
-    return None
+    paths = _text_paths(value, column)
+    return paths.pop() if len(paths) == 1 else None
 
 
-_DEEP = 6
-_TEXTS = ("text", "texts", "content", "sentences", "contexts", "paragraphs", "passages", "paragraphtext", "passagetext")
-"""Names of the texts in an object that also has titles, labels or numbers."""
+def _text_paths(value: Any, path: str, depth: int = 6) -> set[str | None]:
+    """The paths to the texts in a value; None stands for something that no path has."""
+    if is_blank(value):
+        return set()
+    if isinstance(value, str):
+        return {path}
+    if depth and isinstance(value, list):
+        return {found for item in value for found in _text_paths(item, f"{path}[*]", depth - 1)}
+    if depth and isinstance(value, Mapping):
+        parts = [name for name in value if not is_blank(value[name]) and plain_name(str(name)) not in _BESIDE]
+        return {found for name in parts for found in _text_paths(value[name], f"{path}.{name}", depth - 1)}
+    return {None}
+
+
+_BESIDE = (
+    *("title", "titles", "id", "idx", "index", "label", "labels", "meshes", "source", "url", "lang", "language"),
+    *("issupporting", "sentid", "reasoningrequiredpred", "reasoningfreepred", "wikipediatitle", "pageid"),
+)
+"""What an object has beside its texts in PubMedQA, HotpotQA and MuSiQue."""
+
+
+def refuse_partial(row: Mapping[str, Any], template: str) -> None:
+    """Raise RowError for a column of which a guessed template would read only a part in this row."""
+    for name in re.findall(r"\{([^{}]+)\}", template):
+        path = name.strip() if name in row else name.strip().removesuffix("?")
+        column = re.split(r"[.\[]", path)[0]
+        if path in row or path == column or is_blank(row.get(column)):
+            continue
+        if _text_paths(row[column], column) - {path}:
+            what = f"column {column!r} would not be read whole by {path}, but the question may depend on it"
+            raise RowError("unread", f"{what}; {ADD_COLUMN}")
 
 
 def _fill(row: Mapping[str, Any], template: str) -> str | None:
@@ -144,7 +157,7 @@ def _fill(row: Mapping[str, Any], template: str) -> str | None:
         nonlocal missing
         name, space = match.group(1).strip(), match.group(2)
         optional = name.endswith("?") and name not in row
-        value = look_up(row, name.removesuffix("?") if optional else name)
+        value = _reach(row, name.removesuffix("?") if optional else name)
         if optional and (value is None or (isinstance(value, str) and not value.strip())):
             return ""
         if isinstance(value, bool) or not isinstance(value, str | int | float):

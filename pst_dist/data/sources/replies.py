@@ -107,7 +107,9 @@ def _marked(text: str) -> tuple[str, str] | None:
         _refuse_two_boxes(text, last)
     inner = _marked(content) if last.kind == "tag" else None
     if last.kind == "tag" and inner is None:
-        _refuse_unmarked(content.strip(), thought=True)  # DeepSeek-R1's template has all of its reply in the tag
+        lines = content.strip().count("\n") + 1
+        if lines > 1:  # AM-DeepSeek-R1-Distilled has the whole reply in the tag
+            raise RowError("answer", f"<answer> has {lines} lines, and none marks the answer")
     answer = _bare(content) if inner is None else inner[1]
     if token := _CONTROL.search(answer):
         raise RowError("answer", f"the reply goes on after {token.group()}")

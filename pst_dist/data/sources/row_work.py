@@ -16,7 +16,7 @@ from pst_dist.data.sources.choices import Convention
 from pst_dist.data.sources.column_guess import READY_MADE
 from pst_dist.data.sources.columns import ColumnMap, Layout
 from pst_dist.data.sources.completions import TeacherFile
-from pst_dist.data.sources.drafts import Draft, make_draft
+from pst_dist.data.sources.drafts import Draft, Wrong, make_draft
 from pst_dist.data.sources.rows import Entry, Reject
 from pst_dist.data.sources.splits import rank_of
 from pst_dist.data.sources.strict_json import Line
@@ -46,8 +46,7 @@ class RowWork:
     path: int
     """Position of the source among all paths."""
     part: str
-    keep: str
-    """`data.keep`."""
+    wrong: Wrong
     ranked: tuple[bool, ...]
     """Which of `PURPOSES` need the ranks of the training rows."""
 
@@ -77,7 +76,7 @@ class RowJob:
         for offset, item in enumerate(self.entries):
             entry = item.entry() if isinstance(item, Line) else item
             place = self.first + offset
-            draft = make_draft(entry, columns, work.task, work.stem, place, self.teacher, work.told, keep=work.keep)
+            draft = make_draft(entry, columns, work.task, work.stem, place, self.teacher, work.told, wrong=work.wrong)
             made.append(draft.to_json() if isinstance(draft, Reject) else row_of(draft, self.place + offset, work))
         return made
 

@@ -14,8 +14,9 @@ from pst_dist.data.sources.columns import Fields, Layout
 from pst_dist.data.sources.common_maps import has_options, replied_fields
 from pst_dist.data.sources.context import columns_named, with_passage
 from pst_dist.data.sources.conversations import Question
+from pst_dist.data.sources.marks import last_mark
 from pst_dist.data.sources.options import LETTERS, Options, printed_texts, read_options, with_choices
-from pst_dist.data.sources.replies import has_mark, split_reply
+from pst_dist.data.sources.replies import Split, has_mark, split_reply
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.values import as_id, as_rationales, as_text
 from pst_dist.data.sources.verdicts import known_wrong
@@ -114,37 +115,51 @@ def _big_bench(row: Mapping[str, Any]) -> Fields:
 def _s1k(row: Mapping[str, Any]) -> Fields:
     """s1K: a thought and an attempt of Gemini; s1K-1.1 also has those of DeepSeek R1, which are then used.
 
-    An attempt that is graded "no" is used only if no other is there. A short `solution` is the gold answer, and so is
-    what a long one marks (`\\boxed{4}`). Without either it is the answer of the attempt, unless that is graded "no".
-    (https://huggingface.co/datasets/simplescaling/s1K-1.1)
+    An attempt that is graded "no", or that has no certain answer, is used only if no other is there. The gold answer is
+    a short `solution`; else the answer of an attempt graded "yes", the box at the end of the solution, or the answer of
+    an attempt that is not graded "no". (https://huggingface.co/datasets/simplescaling/s1K-1.1)
     """
-    made = [names for names in _ATTEMPTS if row.get(names[1]) is not None]
-    thought, attempt, grade = min(made, key=lambda names: _is_graded_wrong(row, names[2]))
-    reply = as_text(row[attempt], "answer")
-    rationale, replied = split_reply(reply, _joined(row.get(thought)))
-    gold = _gold_of(row.get("solution"))
+    grade, split = _best_attempt(row)
+    solution = row.get("solution")
+    gold = solution.strip() if isinstance(solution, str) and _is_short_answer(solution) else None
+    if gold is None and not _is_graded(row, grade, "yes"):
+        gold = _last_box(solution)
     wrong = ""
-    if _is_graded_wrong(row, grade):
+    if _is_graded(row, grade, "no"):
         if gold is None:
             raise RowError("answer", f"{grade} says that the attempt is wrong, and solution has no certain answer")
         wrong = known_wrong(grade, row[grade])
-    return replied_fields(Question(row.get("question")), rationale, replied, gold, row, wrong)
+    return replied_fields(Question(row.get("question")), split.rationale, split.answer, gold, row, wrong)
 
 
-def _is_graded_wrong(row: Mapping[str, Any], grade: str) -> bool:
-    return str(row.get(grade)).strip().lower() == "no"
+def _best_attempt(row: Mapping[str, Any]) -> tuple[str, Split]:
+    """The column with the grade of the attempt to use, and its rationale and answer; raises RowError."""
+    made = [names for names in _ATTEMPTS if row.get(names[1]) is not None]
+    failed: RowError | None = None
+    for names in sorted(made, key=lambda names: _is_graded(row, names[2], "no")):
+        try:
+            return names[2], split_reply(as_text(row[names[1]], "answer"), _joined(row.get(names[0])))
+        except RowError as error:
+            failed = failed or error
+    raise failed or RowError("missing", "answer is missing")
 
 
-def _gold_of(solution: Any) -> str | None:
-    """The answer in a reference solution: all of a short one, what a long one marks; None if neither is certain."""
-    if not isinstance(solution, str) or _is_short_answer(solution):
-        return solution.strip() if isinstance(solution, str) else None
+def _is_graded(row: Mapping[str, Any], grade: str, word: str) -> bool:
+    return str(row.get(grade)).strip().lower() == word
+
+
+def _last_box(solution: Any) -> str | None:
+    """The content of the box with which a reference solution ends; None if it does not end with one."""
+    mark = last_mark(solution) if isinstance(solution, str) else None
+    if mark is None or mark.kind != "box" or mark.end is None or not _AFTER_BOX.fullmatch(solution, mark.end):
+        return None
     try:
-        return split_reply(solution).answer if has_mark(solution) else None
-    except RowError:
+        return split_reply(solution).answer
+    except RowError:  # one of several boxes
         return None
 
 
+_AFTER_BOX = re.compile(r"(?:[\s$.}\])]|\\[\])]|\\end\{[a-z]{1,12}\*?\}){0,40}")
 _ATTEMPTS = (
     ("deepseek_thinking_trajectory", "deepseek_attempt", "deepseek_grade"),
     ("gemini_thinking_trajectory", "gemini_attempt", "gemini_grade"),

@@ -11,6 +11,7 @@ from typing import Any
 from pst_dist.data.sources.context import is_blank
 from pst_dist.data.sources.no_answers import PRINTED_LIST
 from pst_dist.data.sources.options import printed_texts
+from pst_dist.data.sources.paths import texts_at
 from pst_dist.data.sources.rows import RowError, plain_name
 from pst_dist.data.sources.thoughts import has_thought_tag, rationale_of
 from pst_dist.data.tasks.scoring import kind_of
@@ -71,12 +72,14 @@ def refuse_unclear_list(value: Any, path: str) -> None:
     """Raise RowError for a list in the place of one rationale."""
     if isinstance(value, str) and PRINTED_LIST.fullmatch(value.strip()):
         value = printed_texts(value)
-    count = sum(not is_blank(item) for item in value) if isinstance(value, list) else 0
-    if count > 1:
-        several, steps = f"data.columns.rationales={path}", f"data.columns.rationale={path}[*]"
-        raise RowError(
-            "type", f"rationale is a list of {count}: {several} reads one from each text, {steps} joins them"
-        )
+    told = [item for item in value if not is_blank(item)] if isinstance(value, list) else []
+    if len(told) < 2:
+        return
+    joined = texts_at(value, path)
+    ways = [f"data.columns.rationale={joined} joins them"] if joined else []
+    if all(isinstance(item, str) for item in told):
+        ways.insert(0, f"data.columns.rationales={path} reads one from each text")
+    raise RowError("type", f"rationale is a list of {len(told)}: {', '.join(ways) or 'select a part of it'}")
 
 
 def as_rationales(value: Any, *, are_steps: bool = False) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Such a reply must not become a gold answer, however clearly it is marked. Also t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from pst_dist.data.sources.rows import RowError, plain_name
@@ -40,9 +41,14 @@ def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> str:
         if name in _FINISHED and is_cut(value):
             raise RowError("cut", f"{column} is {snippet(str(value))}: the reply is cut off")
         # A `label` may be the answer to something, unless it is a truth value.
-        if is_gold and (_says_wrong(name, value) or _is_no_reward(name, value) or (name == "label" and value is False)):
+        if is_gold and (
+            _says_wrong(name, value)
+            or _is_no_reward(name, value)
+            or _is_invalid(name, value)
+            or (name == "label" and value is False)
+        ):
             raise RowError("answer", f"{column} is {snippet(str(value))}, so the reply is not the gold answer")
-        if not is_gold and (_says_wrong(name, value) or _is_no_reward(name, value)):
+        if not is_gold and (_says_wrong(name, value) or _is_no_reward(name, value) or _is_invalid(name, value)):
             wrong = wrong or known_wrong(column, value)
     return wrong
 
@@ -53,22 +59,29 @@ def known_wrong(column: str, value: object) -> str:
     return f"{said}; leave the row out, or the column if it says something else"
 
 
-def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool, judged: bool) -> None:
+def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool, judged: bool) -> str:
     """Raise RowError if other columns say that the answer in column `answered` is wrong, or, of a row that is
-    `explained`, that its rationale is wrong or was cut off.
+    `explained`, that its rationale was cut off.
 
-    A row that is `judged` has the answer of its rationale in a column, which `data.keep` compares with the gold one.
+    Returns why the rationale is wrong; empty if nothing says so. A row that is `judged` has the answer of its rationale
+    in a column, which `data.keep` compares with the gold one.
     """
     name = plain_name(answered)
     if explained or name in _REPLIES:
         refuse_bad_reply(row, is_gold=name in _REPLIES)
-    for column, value in row.items() if explained and not judged else ():
-        plain = plain_name(column)
-        if _says_wrong(plain, value) or _is_no_reward(plain, value) or _is_invalid(plain, value):
-            raise RowError("rationale", known_wrong(column, value))
     # Prodigy writes `label: WET, answer: reject`, or `accept: [B], answer: ignore` beside options.
     if name.startswith(("label", "accept")) and row.get("answer") in ("reject", "ignore"):
         raise RowError("answer", f"answer is {row['answer']!r}: the label of this row is rejected")
+    for column, value in row.items() if explained and not judged else ():
+        plain = plain_name(column)
+        # The score of a row with a gold answer may be anything: of toxicity, or the logarithm of a probability.
+        if (
+            _says_wrong(plain, value)
+            or (plain in _REWARDS and _is_no_reward(plain, value))
+            or _is_invalid(plain, value)
+        ):
+            return known_wrong(column, value)
+    return ""
 
 
 def _says_wrong(name: str, value: object) -> bool:
@@ -76,15 +89,21 @@ def _says_wrong(name: str, value: object) -> bool:
 
 
 def _is_no_reward(name: str, value: object) -> bool:
-    # A score of 0 is mostly a number of votes, 0.0 that of a verifier (SYNTHETIC-1).
-    kinds = (int, float) if name in _REWARDS else (float,) if name in ("score", "verifierscore") else ()
-    return isinstance(value, kinds) and not isinstance(value, bool) and value in (0, -1)
+    if (
+        name not in (*_REWARDS, "score")
+        or isinstance(value, bool)
+        or not isinstance(value, int | float | str | Decimal)
+    ):
+        return False
+    # A score of 0 is mostly a number of votes, 0.0 that of a verifier (SYNTHETIC-1). CSV has both as text.
+    bad = {"0.0"} if name == "score" else {"0", "0.0", "-1", "-1.0"}
+    return str(value).strip() in bad
 
 
 def _is_invalid(name: str, value: object) -> bool:
     """NuminaMath-1.5 says whether a problem and its solution are complete: `solution_is_valid: Incomplete`."""
-    told = name in ("problemisvalid", "solutionisvalid") and isinstance(value, str) and value.strip()
-    return bool(told) and str(value).strip().lower() not in ("yes", *_RIGHT, "valid")
+    told = name in ("problemisvalid", "solutionisvalid") and isinstance(value, str | bool) and str(value).strip()
+    return bool(told) and str(value).strip().lower() not in ("yes", "y", *_RIGHT, "valid")
 
 
 def are_right(row: Mapping[str, Any], count: int) -> list[bool]:

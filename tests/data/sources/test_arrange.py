@@ -63,7 +63,7 @@ def on_disk(config: Config, drafts: dict[str, list[Draft]]):
     for number, split in enumerate(SPLITS):
         survey.rows.paths.append(str(Path(f"{split}.jsonl")))
         told, cuts = Convention(), survey._cuts()
-        work = RowWork(task, None, told, split, split=number, path=number, part="", keep="all", ranked=cuts)
+        work = RowWork(task, None, told, split, split=number, path=number, part="", wrong="refuse", ranked=cuts)
         for draft in drafts[split]:
             survey.rows.store.add(*row_of(draft, place, work))
             place += 1

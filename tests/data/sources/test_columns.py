@@ -57,7 +57,11 @@ def test_a_field_map_gives_fields():
         ({"question": "q", "answer": float("nan")}, "missing", "answer is missing"),
         ({"question": "q", "answer": {"x": 1}}, "type", "answer is an object, expected text"),
         ({"question": "q", "answer": "a", "rationale": 4}, "type", "rationale is a number, expected text"),
-        ({"question": "q", "answer": "a", "rationale": ["x", 4]}, "type", "rationale is a list of 2: data.columns."),
+        (
+            {"question": "q", "answer": "a", "rationale": ["x", 4]},
+            "type",
+            "rationale is a list of 2: select a part of it",
+        ),
     ],
 )
 def test_a_row_that_lacks_a_field_says_which_and_what_it_found(row, code, what):

@@ -136,7 +136,9 @@ def test_rationales_that_were_printed_into_a_cell_are_read_one_by_one(cell):
 @pytest.mark.parametrize("cell", ["['4']", '["4", "four"]', "['4' 'four']"])
 def test_an_answer_that_is_a_list_printed_as_text_is_refused_with_both_remedies(cell):
     row = {"question": "2+2?", "answer": cell, "rationale": "I add."}
-    with pytest.raises(RowError, match=r"data.columns.answer=answer\[0\] takes its first text, '{answer}' all of it"):
+    with pytest.raises(
+        RowError, match=r"data.columns.answer=answer\[0\] takes its first text, data.columns.answer=\"'{answer}'\" all"
+    ):
         guess_columns([row], "f").fields(row)
     assert choose_columns({"answer": "answer[0]"}, [row], "f").fields(row).answer == "4"
     assert choose_columns({"answer": "{answer}"}, [row], "f").fields(row).answer == cell

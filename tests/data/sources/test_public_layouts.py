@@ -19,7 +19,7 @@ from pst_dist.errors import ConfigError, DataError
 
 PASSAGES = ["Rain falls on the hills.", "Then the river is high."]
 MEDQA = {"question": "How many?", "options": {"A": "1", "B": "2", "C": "3", "D": "4"}, "answer": "3", "answer_idx": "C"}
-CREAK = {"sentence": "Cats can fly.", "explanation": "Cats have no wings.", "label": "false"}
+CREAK = {"sentence": "Cats can fly.", "entity": "Cats", "explanation": "Cats have no wings.", "label": "false"}
 MATHQA = {"Problem": "how many ?", "options": "['a ) rs . 400', 'b ) rs . 300']", "correct": "b", "Rationale": "half ."}
 DEEPMATH = {
     "question": "2+2?",
@@ -104,15 +104,13 @@ PROSE = "Let us call it x.\n\nx / 10 = 3\n\nx = 30\n\nTherefore, the number is 3
         ({"input": STEPS.format("ки"), "label": STEPS.format("+")}, "label repeats the question with marks in it"),
         ({"problem": "Find x.", "answer": "notfound", "question_type": "math"}, "stands for a missing answer"),
         ({"problem": "Prove it.", "answer": "proof", "question_type": "proof"}, "stands for a missing answer"),
-        ({"prompt": "Print n.", "reward_model": {"ground_truth": '{"inputs": ["1"]}'}}, "is a JSON object"),
+        ({"prompt": "Print n.", "reward_model": {"ground_truth": '{"inputs": ["1"]}'}}, "has test cases of a program"),
         ({"question": "A tenth is 3. What is it?", "answer": PROSE}, "no mark separates the answer from the reasoning"),
         (  # ProntoQA of Logic-LM
             {"question": "Is Max sour?", "answer": "yes", "explanation": ["Max is a cat.", "Cats are sour."]},
             "rationale is a list of 2: data.columns.rationales=explanation reads one from each text",
         ),
         ({"question": "What?", "image": {"path": "a.png"}, "answer": "4"}, "a text prompt cannot contain it"),
-        ({"problem": "2+2?", "answer": "4", "solution": "I", "solution_is_valid": "No"}, "solution_is_valid is"),
-        ({"question": "2+2?", "answer": "4", "reasoning": "So 5.", "reward": 0.0}, "so the rationale is wrong"),
         ({"question": "2+2?", "response": "The answer is 5.", "score": 0.0}, "so the reply is not the gold answer"),
     ],
 )  # fmt: skip
@@ -159,6 +157,126 @@ def test_a_list_with_something_else_in_it_is_not_joined_in_part(broken):
     row = {"a": broken, "answer": "4"}
     with pytest.raises(RowError, match="question is missing"):
         choose_columns({"question": "a[*]", "answer": "answer"}, [row, row | {"a": ["x"]}], "f").fields(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        # What looks like no answer, and is one.
+        (
+            {"question": "Which?", "choices": ["So. It is.\nIt was. Yes.", "no"], "answer": "So. It is.\nIt was. Yes."},
+            None,
+        ),
+        ({"question": "Which?", "choices": ['{"inputs": 1}', "{}"], "answer": '{"inputs": 1}'}, None),
+        ({"question": "Extract: Tom, 4.", "answer": '{"name": "Tom"}'}, None),
+        ({"question": "Invert it.", "answer": "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}"}, None),
+        ({"question": "Solve it.", "answer": "1 2 3 4\n3 4 1 2\n2 1 4 3\n4 3 2 1"}, None),
+        (
+            {"question": "Fix: he go to the market with his old friend on every day", "rationale": "Third person."}
+            | {"answer": "Fix: he goes to the market with his old friend on every day"},
+            None,
+        ),
+        ({"question": "def f(number1, number2): ... f(3, 4)?", "numbers": [3, 4], "answer": "7"}, None),
+        ({"question": "2+2?", "answer": "4", "rationale": "Add.", "score": 0.0}, None),
+        # An answer beside something that looks like a better one.
+        ({"question": "2+2?", "response": "<think>Add</think>The answer is 5.", "correct_answer": True}, "5"),
+        ({"question": "Why?", "answer": "\\boxed{7}", "reference_answer": "It is 6 N because mass times"}, "7"),
+        ({"question": "How?", "options": {"A": "1", "B": "2"}, "answer": "2", "answer_idx": "A"}, "2"),
+        ({"input": "2+2?", "answer": "4", "chosen": True, "rejected": False, "reasoning": "Add."}, "4"),
+    ],
+)
+def test_good_rows_are_not_refused(row, answer):
+    assert guess_columns([row], "f").fields(row).answer == (row["answer"] if answer is None else answer)
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        (  # the prompt has the task
+            {"prompt": "Does 'Al runs.' imply 'He sits.'?", "premise": "Al runs.", "hypothesis": "He sits."}
+            | {"label": "no"},
+            "Does 'Al runs.' imply 'He sits.'?",
+        ),
+        (
+            {"question": "Which?", "choices": ["A .5 mg", "B .3 mg"], "answer": "A"},
+            "Which? Answer choices: (A) A .5 mg, (B) B .3 mg.",
+        ),
+        (
+            {"question": "Which?", "choices": ["A ) 0", "B ) 7"], "answer": "A ) 0"},
+            "Which? Answer choices: (A) 0, (B) 7.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_question_keeps_its_words(row, question):
+    assert guess_columns([row], "f").fields(row).question == question
+
+
+TWO_PARTS = {"text": "The table shows sales.", "table": [["year", "sales"], ["2001", "5"]]}
+LATER = {"intro": "Rain falls on hills.", "more": "But the valley stays dry."}
+
+
+@pytest.mark.parametrize(
+    ("first", "context"),
+    [
+        (None, TWO_PARTS),
+        ({"intro": "Rain falls on hills.", "more": ""}, LATER),
+        (
+            None,
+            [{"heading": "The long heading here", "body_text": ""}, {"heading": "Al", "body_text": "Bo sits there."}],
+        ),
+        (["One.", "Two."], ["One.", ["Two."]]),
+        (["One.", "Two."], "plain text is here"),
+        (["One.", "Two."], [{"text": "Rain falls on hills."}]),
+    ],
+)
+def test_a_context_that_would_be_read_in_part_is_refused(first, context):
+    rows = [
+        {"question": f"How many in {k}?", "context": one, "answer": "4"} for k, one in enumerate([first, None, context])
+    ]
+    for seen in (rows, rows[:2]):  # the last row may come long after the ones that are looked at
+        with pytest.raises(RowError, match="column 'context' would not be read"):
+            guess_columns(seen, "f").fields(rows[2])
+
+
+def test_what_a_template_may_leave_out_is_a_blank_column_and_nothing_else():
+    rows = [
+        {"q": "How?", "c": one, "a": "4"} for one in (["Al runs.", None], [], None, {"x": 1}, ["Al", ["runs"]], "Al")
+    ]
+    columns = choose_columns({"question": "{c[*]?} {q}", "answer": "a"}, rows, "f")
+    assert [columns.fields(row).question for row in rows[:3]] == ["Al runs. How?", "How?", "How?"]
+    for row in rows[3:]:
+        with pytest.raises(RowError, match="question is missing"):
+            columns.fields(row)
+
+
+GRADED = {"thinking_trajectories": ["I think."], "attempt": "So \\boxed{12}.", "question": "How many?"}
+
+
+@pytest.mark.parametrize(
+    ("solution", "gold"),
+    [
+        ("First $\\boxed{3}$ is the base. Then we multiply by four and obtain twelve.", "12"),
+        ("The answer is the number of such pairs that fit. We count them.", "12"),
+        ("We count them all and find \\[\\boxed{13}.\\]", "13"),
+        ("13", "13"),
+    ],
+)
+def test_only_the_box_at_the_end_of_a_long_reference_is_its_answer(solution, gold):
+    row = GRADED | {"solution": solution}
+    assert guess_columns([row], "f").fields(row).answer == gold
+
+
+def test_an_attempt_that_cannot_be_read_gives_way_to_another_one():
+    row = S1K | WRONG | {"solution": "64", "gemini_thinking_trajectory": "t", "gemini_attempt": "\\boxed{6"}
+    found = guess_columns([row], "f").fields(row)
+    assert (found.answer, found.rationales[0]) == ("64", "I believe 64.") and found.known_wrong
+
+
+def test_a_column_with_a_long_question_is_compared_in_no_time():
+    lines = "\n".join(f"line {k} of the question" for k in range(9_000))
+    row = {"question": lines, "table": [["a", "b"]] * 3_000, "text": "  " + lines.replace("\n", "\n  "), "answer": "4"}
+    with pytest.raises(RowError, match="column 'table' would not be read"):
+        guess_columns([row], "f").fields(row)
 
 
 def write(rows: list[dict]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from pst_dist.data.sources.choices import Convention
 from pst_dist.data.sources.column_guess import choose_columns, guess_columns
-from pst_dist.data.sources.rows import RowError
+from pst_dist.data.sources.drafts import make_draft
+from pst_dist.data.sources.rows import RawRow, RowError
+from pst_dist.data.tasks import get_task
 
 ASK = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "I add. The answer is 4."}
@@ -66,21 +69,38 @@ def test_a_gold_answer_beside_a_wrong_reply_is_kept():
         {"is_correct": False},
         {"correctness": "incorrect"},
         {"reward": 0},
-        {"score": 0.0},
+        {"reward": "0.0"},
         {"solution_is_valid": "Incomplete"},
         {"passed": "no", "correct": 0},
     ],
 )
-def test_a_rationale_that_the_row_calls_wrong_is_refused(flag):
+def test_a_rationale_that_the_row_calls_wrong_is_marked(flag):
     row = {"question": "2+2?", "answer": "4", "rationale": "I add 2 and 3."}
     columns = guess_columns([row | flag], "f")
     if "passed" in flag:  # neither word is a verdict
         assert columns.fields(row | flag).rationales == ("I add 2 and 3.",)
         return
-    with pytest.raises(RowError, match="so the rationale is wrong; leave the row out") as caught:
-        columns.fields(row | flag)
-    assert caught.value.code == "rationale"
-    assert columns.fields(row | dict.fromkeys(flag, True)).rationales == ("I add 2 and 3.",)
+    found = columns.fields(row | flag)
+    assert (found.rationales, found.known_wrong[:4]) == (("I add 2 and 3.",), f"{next(iter(flag))} is"[:4])
+    assert "so the rationale is wrong; leave the row out" in found.known_wrong
+    assert not columns.fields(row | dict.fromkeys(flag, True)).known_wrong
+
+
+def draft(row: dict, wrong: str):
+    told = (get_task(None, "text"), "rows", 0, None, Convention())
+    return make_draft(RawRow(row, "rows.jsonl", 1, "rows.jsonl:1"), guess_columns([row], "f"), *told, wrong=wrong)
+
+
+def test_a_wrong_rationale_is_refused_in_training_and_left_out_elsewhere():
+    row = {"question": "2+2?", "answer": "4", "rationale": "I add 2 and 3.", "is_correct": False}
+    refused = draft(row, "refuse")
+    assert (refused.code, refused.line) == ("rationale", 1)
+    assert draft(row, "drop").code == "rationale", "it has no answer with which data.keep could judge"
+    ignored = draft(row, "ignore")
+    assert (ignored.sample.answer, ignored.sample.rationales) == ("4", ())
+    replied = {"question": "2+2?", "answer": "4", "response": "I add 2 and 3. The answer is 4.", "is_correct": False}
+    assert "or set data.keep=teacher_correct" in draft(replied, "refuse").what
+    assert draft(replied, "drop").teacher_correct is False
 
 
 def test_a_rationale_with_an_answer_of_its_own_is_left_to_keep():

@@ -91,9 +91,9 @@ def _claim_about(plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) ->
 def _letter_of_option(
     found: Mapping[str, str], plain: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """The column with the letter of the answer's option instead of one with its text, if some text is a number, which
-    might be an index. Both must agree in all rows."""
-    if not any(re.fullmatch(r"\s*\d{1,2}\s*", str(row.get(found.get("answer", "")))) for row in rows):
+    """The column with the letter of the answer's option instead of one with its text, if some text is a number or a
+    letter and might name another option. Both must agree in all rows."""
+    if not any(re.fullmatch(r"\s*(?:\d{1,2}|[A-Za-z])\s*", str(row.get(found.get("answer", "")))) for row in rows):
         return {}
     for name in (plain[name] for name in _LETTER_COLUMNS if name in plain):
         if name != found.get("answer") and all(_agree(row, row.get(name), found) for row in rows):

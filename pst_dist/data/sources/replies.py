@@ -109,7 +109,8 @@ def _marked(text: str) -> tuple[str, str] | None:
     if last.kind == "tag" and inner is None:
         lines = content.strip().count("\n") + 1
         if lines > 1:  # AM-DeepSeek-R1-Distilled has the whole reply in the tag
-            raise RowError("answer", f"<answer> has {lines} lines, and none marks the answer")
+            what = f"<answer> has {lines} lines, and none marks the answer"
+            raise RowError("answer", f"{what}; end it with `The answer is …`, or set data.columns.answer")
     answer = _bare(content) if inner is None else inner[1]
     if token := _CONTROL.search(answer):
         raise RowError("answer", f"the reply goes on after {token.group()}")

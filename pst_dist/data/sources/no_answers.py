@@ -25,7 +25,7 @@ _PLACEHOLDERS = ("notfound", "proof")
 def refuse_no_answer(answer: object, question: str, row: Mapping[str, Any], path: str) -> None:
     """Raise RowError for a value at `path` that cannot be the answer to the question of a row without options."""
     if plain_name(path) in _LABELS and isinstance(answer, int) and not isinstance(answer, bool) and answer == -1:
-        # https://huggingface.co/docs/datasets/about_dataset_features: "a missing label has the value -1"
+        # The class `datasets.ClassLabel` has it so; see also https://github.com/huggingface/datasets/issues/245.
         raise RowError("missing", f"{path} is -1, which marks a row without a label{_otherwise(path)}")
     if not isinstance(answer, str):
         return

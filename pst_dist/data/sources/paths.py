@@ -62,8 +62,10 @@ def look_up(row: Mapping[str, Any], path: str) -> Any:
     `[*]` joins the texts of a list, one to a line: `paragraphs[*].text`. A column whose name contains a dot or a
     bracket takes precedence over a path.
     """
+    if "{" in path and path not in row:
+        return _fill(row, path)
     try:
-        return _fill(row, path) if "{" in path and path not in row else _reach(row, path)
+        return _reach(row, path)
     except _NoText:
         return None
 
@@ -157,7 +159,11 @@ def _fill(row: Mapping[str, Any], template: str) -> str | None:
         nonlocal missing
         name, space = match.group(1).strip(), match.group(2)
         optional = name.endswith("?") and name not in row
-        value = _reach(row, name.removesuffix("?") if optional else name)
+        try:
+            value = _reach(row, name.removesuffix("?") if optional else name)
+        except _NoText:
+            missing = True
+            return ""
         if optional and (value is None or (isinstance(value, str) and not value.strip())):
             return ""
         if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -249,6 +249,15 @@ def test_what_a_template_may_leave_out_is_a_blank_column_and_nothing_else():
             columns.fields(row)
 
 
+def test_a_template_before_turns_with_a_list_that_cannot_be_joined_is_refused():
+    turns = [{"role": "user", "content": "How?"}]
+    rows = [{"c": one, "m": turns, "a": "4"} for one in (["Al runs."], ["Al", ["runs"]])]
+    columns = choose_columns({"question": "{c[*]} {m}", "answer": "a"}, rows, "f")
+    assert columns.fields(rows[0]).question == "Al runs.\n\nHow?"
+    with pytest.raises(RowError, match="question is missing"):
+        columns.fields(rows[1])
+
+
 GRADED = {"thinking_trajectories": ["I think."], "attempt": "So \\boxed{12}.", "question": "How many?"}
 
 

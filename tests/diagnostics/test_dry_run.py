@@ -40,8 +40,9 @@ def test_all_problems_are_told_at_once(tmp_path, small_data):
 
 
 def test_rationales_that_lose_their_end_are_counted(small_data, tmp_path):
-    (warned,) = [line for line in lines(small_config(small_data, tmp_path / "run", layout__max_length=60), "warning")]
-    assert "lose their end; raise layout.max_length" in warned
+    # A busy machine may have other warnings, of the memory that is left.
+    warned = "\n".join(lines(small_config(small_data, tmp_path / "run", layout__max_length=60), "warning"))
+    assert warned.count("lose their end; raise layout.max_length") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has float16")

@@ -45,7 +45,7 @@ def fields_by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if "choices" not in found and (options := option_columns(tuple(columns)) or _answers_to_choose(found, plain, rows)):
         found["choices"] = options
     if "choices" in found:
-        found |= _letter_of_option(found, plain, rows) if "answer" in found else {}
+        found |= _letter_of_option(found, plain, rows)
     else:
         found |= _label_as_text(found, plain, rows)
     if {"chosen", "rejected"} <= plain.keys() and "answer" not in found:
@@ -93,10 +93,11 @@ def _letter_of_option(
 ) -> dict[str, str]:
     """The column with the letter of the answer's option instead of one with its text, if some text is a number or a
     letter and might name another option. Both must agree in all rows."""
-    if not any(re.fullmatch(r"\s*(?:\d{1,2}|[A-Za-z])\s*", str(row.get(found.get("answer", "")))) for row in rows):
+    answer = found.get("answer")
+    if answer is None or not any(re.fullmatch(r"\s*(?:\d{1,2}|[A-Za-z])\s*", str(row.get(answer))) for row in rows):
         return {}
     for name in (plain[name] for name in _LETTER_COLUMNS if name in plain):
-        if name != found.get("answer") and all(_agree(row, row.get(name), found) for row in rows):
+        if name != answer and all(_agree(row, row.get(name), found) for row in rows):
             return {"answer": name}
     return {}
 

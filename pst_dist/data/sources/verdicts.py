@@ -41,14 +41,9 @@ def refuse_bad_reply(row: Mapping[str, Any], *, is_gold: bool) -> str:
         if name in _FINISHED and is_cut(value):
             raise RowError("cut", f"{column} is {snippet(str(value))}: the reply is cut off")
         # A `label` may be the answer to something, unless it is a truth value.
-        if is_gold and (
-            _says_wrong(name, value)
-            or _is_no_reward(name, value)
-            or _is_invalid(name, value)
-            or (name == "label" and value is False)
-        ):
+        if is_gold and (_calls_wrong(name, value) or (name == "label" and value is False)):
             raise RowError("answer", f"{column} is {snippet(str(value))}, so the reply is not the gold answer")
-        if not is_gold and (_says_wrong(name, value) or _is_no_reward(name, value) or _is_invalid(name, value)):
+        if not is_gold and _calls_wrong(name, value):
             wrong = wrong or known_wrong(column, value)
     return wrong
 
@@ -75,13 +70,13 @@ def refuse_known_wrong(row: Mapping[str, Any], answered: str, *, explained: bool
     for column, value in row.items() if explained and not judged else ():
         plain = plain_name(column)
         # The score of a row with a gold answer may be anything: of toxicity, or the logarithm of a probability.
-        if (
-            _says_wrong(plain, value)
-            or (plain in _REWARDS and _is_no_reward(plain, value))
-            or _is_invalid(plain, value)
-        ):
+        if plain != "score" and _calls_wrong(plain, value):
             return known_wrong(column, value)
     return ""
+
+
+def _calls_wrong(name: str, value: object) -> bool:
+    return _says_wrong(name, value) or _is_no_reward(name, value) or _is_invalid(name, value)
 
 
 def _says_wrong(name: str, value: object) -> bool:

@@ -243,6 +243,7 @@ def test_several_answers_are_options_only_if_another_column_chooses_one():
     assert guess_columns([row], "f").fields(row).options is None
 
 
+DEEPSEEK = {"deepseek_thinking_trajectory": "Two more.", "deepseek_attempt": "It is \\boxed{4}."}
 S1K = {"question": "2+2?", "cot_type": "math", "thinking_trajectories": ["I add.", "It is 4."], "attempt": "\\boxed{4}"}
 
 
@@ -253,19 +254,17 @@ S1K = {"question": "2+2?", "cot_type": "math", "thinking_trajectories": ["I add.
         (S1K | {"solution": "4"}, "4", "I add.\n\nIt is 4.", "4"),
         (
             S1K
-            | {"solution": "5", "deepseek_thinking_trajectory": "Two more.", "deepseek_attempt": "It is \\boxed{4}."}
-            | {"gemini_thinking_trajectory": "No.", "gemini_attempt": "\\boxed{3}", "gemini_grade": "No"},
-            "5",
-            "Two more.",
-            "4",
+            | DEEPSEEK
+            | {"solution": "5", "gemini_attempt": "\\boxed{3}", "gemini_grade": "No"}
+            | {"gemini_thinking_trajectory": "No."},
+            *("5", "Two more.", "4"),
         ),
         (  # DeepSeek's attempt is graded wrong, and Gemini's is not
             S1K
-            | {"solution": "5", "deepseek_thinking_trajectory": "Two more.", "deepseek_attempt": "It is \\boxed{4}."}
-            | {"gemini_thinking_trajectory": "Add.", "gemini_attempt": "\\boxed{5}", "deepseek_grade": "No"},
-            "5",
-            "Add.",
-            "5",
+            | DEEPSEEK
+            | {"solution": "5", "gemini_attempt": "\\boxed{5}", "deepseek_grade": "No"}
+            | {"gemini_thinking_trajectory": "Add."},
+            *("5", "Add.", "5"),
         ),
         # The reference ends in a box; the attempt does not agree with it.
         (S1K | {"solution": "By symmetry\nthe sum is $\\boxed{5}$."}, "5", "I add.\n\nIt is 4.", "4"),

@@ -6,6 +6,7 @@ Datasets are named for their layout; the texts are made up.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -312,6 +313,14 @@ def test_keep_drops_what_a_verdict_calls_wrong_in_a_ready_made_map_too():
     )
     assert [sample.question for split in loaded.splits.values() for sample in split] == ["3^4?"]
     assert loaded.report["teacher_wrong_dropped"] == 1
+
+
+def test_a_test_row_is_read_without_the_rationale_that_a_verdict_calls_wrong():
+    write([S1K | RIGHT])
+    Path("test.jsonl").write_text(json.dumps(S1K | WRONG | {"question": "What is 3^4?"}) + "\n")
+    data = {"train": "rows.jsonl", "test": "test.jsonl", "validation_size": 0}
+    loaded = load_data(Config.model_validate({"data": data}))
+    assert [(sample.answer, sample.rationales) for sample in loaded.splits["test"]] == [("81", ())]
 
 
 def test_keep_without_answers_of_the_teacher_is_refused_when_no_row_has_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from chaos.children import Child, Ended, config_file, prepare, pst
 from chaos.goal import Result, measured, out_of_time
 
-_PATIENCE_SECONDS = 300.0
+_PATIENCE_SECONDS = 120.0
 
 
 def starts(folder: Path, full: bool) -> Iterator[Result]:
@@ -82,8 +83,18 @@ def _judged(children: list[Child], configs: list[Path], run_folder: Path) -> lis
         trouble.append(f"{children[winner].pid} won, the other said {loser.said[-300:]!r}")
     if "Traceback" in loser.said:
         trouble.append("a traceback")
-    record = run_folder / "config.resolved.yaml"
     rate = configs[winner].stem
-    if not record.is_file() or not re.search(rf"learning_rate: {float(rate)}\b", record.read_text()):
+    if not _recorded(run_folder / "config.resolved.yaml", rate, children[winner]):
         trouble.append(f"the record is not the winner's ({rate})")
     return trouble
+
+
+def _recorded(record: Path, rate: str, winner: Child) -> bool:
+    """Whether the winner's settings are in the record, now or soon: it takes the lock first and then writes them."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline and winner.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if re.search(rf"learning_rate: {float(rate)}\b", record.read_text()):
+                return True
+        time.sleep(0.05)
+    return False

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+# The children are forked from a process that has used torch; with a pool of threads they would wait for it for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "helpers"), str(TESTS.parent)]
 
@@ -62,6 +64,8 @@ def main() -> int:
         parser.error(f"no goal {unknown[0]!r}; there are {', '.join(known)}")
     if arguments.minutes:
         stop_after(arguments.minutes)
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="chaos-", dir=arguments.folder))
     _private(work / "home")
     results = []

@@ -69,7 +69,7 @@ def experiment(arguments: argparse.Namespace) -> int:
     from pst_dist.experiment.driver import run_experiment
     from pst_dist.experiment.outcomes import outcomes_elsewhere
     from pst_dist.experiment.results_table import table_lines
-    from pst_dist.experiment.runs import unfinished
+    from pst_dist.experiment.runs import refuse_other_results, unfinished
     from pst_dist.experiment.spec import runs_of
 
     words = spell_on(arguments.overrides, arguments.on)
@@ -82,6 +82,7 @@ def experiment(arguments: argparse.Namespace) -> int:
         for run in runs:
             print(f"{'to do' if run.name in names else 'finished':8}  {run.name}  {run.config.output_dir}")
         check_runs(todo, here=wanted.backend == "local")
+        refuse_other_results(todo)
         return 0
     command = ["pst", "experiment", arguments.config, *words]
     page = Path(arguments.page) if arguments.page else None

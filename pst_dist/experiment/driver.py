@@ -14,7 +14,7 @@ from pst_dist.experiment.checks import check_runs
 from pst_dist.experiment.outcomes import check_same_rows, outcomes_elsewhere
 from pst_dist.experiment.results import Results, collect
 from pst_dist.experiment.results_files import RESOLVED_EXPERIMENT, check_page_folder, write_results
-from pst_dist.experiment.runs import make_data, result_of, unfinished
+from pst_dist.experiment.runs import make_data, refuse_other_results, result_of, unfinished
 from pst_dist.experiment.spec import Experiment, Run, runs_of
 from pst_dist.experiment.under_way import progress_of
 from pst_dist.experiment.workers import Tell
@@ -60,6 +60,7 @@ def run_experiment(
             make_data([run for run in runs if run.name not in elsewhere])
             check_same_rows(runs, elsewhere)  # before spending hours on runs that cannot be compared
             todo = unfinished(runs, elsewhere)  # not known before: results count only with the data they were made from
+            refuse_other_results(todo)
         log.info("%d runs, %d to do", len(runs), len(todo))
         journal = _Journal(todo)
 

@@ -95,7 +95,7 @@ class Outcome:
     run: str
     """Its name: task, variant, varied values and seed."""
     config: Config
-    """All settings, without directories."""
+    """All settings, without folders (`placeless`)."""
     shards: str
     """Digest of the shards that it was trained and scored on."""
     rows: str
@@ -127,7 +127,7 @@ class Outcome:
         results = with_current_names(raw["results"])
         if not right.size or not _ALWAYS <= results.keys():
             raise IntegrityError("results are incomplete", path=path)
-        config = Config.model_validate(raw["config"])
+        config = placeless(Config.model_validate(raw["config"]))
         return cls(raw["run"], config, raw["shards"], raw["rows"], right, results)
 
 
@@ -214,8 +214,7 @@ def _read(path: Path) -> dict[str, Outcome]:
 
 def _check_settings(outcome: Outcome, run: Run, folder: Path) -> None:
     theirs, ours = (flat_keys(one.model_dump(mode="json")) for one in (outcome.config, placeless(run.config)))
-    # Where the rows are differs between machines; `check_same_rows` compares the rows themselves.
-    differing = [key for key in ours if theirs[key] != ours[key] and key != "data.root"]
+    differing = [key for key in ours if theirs[key] != ours[key]]  # `check_same_rows` compares the rows themselves
     if differing:
         said = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in differing[:_SHOWN])
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""

@@ -12,12 +12,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from pst_dist.config.keys import flat_keys
 from pst_dist.config.loading import load_config
 from pst_dist.config.run_dir import recorded, run_dir
 from pst_dist.config.schema import Config
 from pst_dist.distributed.preemption import StopRequest
 from pst_dist.embedding.targets import needs_embeddings
-from pst_dist.errors import DataError, PstError
+from pst_dist.errors import DataError, PstError, StaleError
 from pst_dist.evaluation.evaluate import SAMPLES, finished_evaluation
 from pst_dist.experiment.spec import Run
 from pst_dist.pipeline import make_embeddings, make_shards
@@ -26,6 +27,7 @@ from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_manifest
 from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
 from pst_dist.training.begun import with_auto_of
+from pst_dist.training.fingerprint import values_of
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,10 @@ def make_data(runs: Sequence[Run]) -> None:
                 make_embeddings(run.config)
         except PstError as error:
             error.what = f"task {run.task}: {error.what}"
+            if isinstance(
+                error, StaleError
+            ):  # `pst shard` has --rebuild; for all runs of a task that would be too much
+                error.remedy = f"restore them, choose another output_dir, or delete {run.config.data_dir}"
             raise
         done |= {(run.config.data_dir, False), (run.config.data_dir, wants)}
 
@@ -116,9 +122,51 @@ def unfinished(runs: Sequence[Run], elsewhere: Collection[str]) -> list[Run]:
     return [run for run in runs if run.name not in elsewhere and result_of(run.config) is None]
 
 
+def refuse_other_results(runs: Sequence[Run]) -> None:
+    """Raise StaleError if one of these runs would train again over finished results that have other settings or rows.
+
+    A run whose student or checkpoints are kept decides by itself: an evaluation with other settings scores the same
+    student, and `train` refuses to replace one. With `keep=results` only the results are left, and training anew would
+    overwrite what took hours without a word.
+    """
+    found = [(run, changes) for run in runs if (changes := _changes_since(run.config))]
+    if not found:
+        return
+    run, (saved, wanted) = found[0]
+    others = f"; so are {len(found) - 1} more runs" if len(found) > 1 else ""
+    raise StaleError(
+        f"{run.name} is finished with {saved}, this experiment has {wanted}{others}",
+        "restore it, choose another output_dir, or delete the folder of a run to train it again",
+        path=run_dir(run.config).path,
+    )
+
+
+def _changes_since(config: Config) -> tuple[str, str] | None:
+    """What differs from the finished results of a run of which nothing else is left; None if nothing would be lost."""
+    run = run_dir(config)
+    if run.checkpoints.is_dir() or run.best.is_dir() or result_of(config) is not None:
+        return None
+    if finished_evaluation(run.evaluation(config.evaluate.split)) is None:
+        return None
+    try:
+        recorded = with_auto_of(load_config(str(run.path)), config)
+    except PstError:
+        return "settings that this version cannot read", "its own"
+    saved, wanted = (flat_keys(placeless(one).model_dump(mode="json")) for one in (recorded, config))
+    differ = [key for key in sorted({**saved, **wanted}) if saved.get(key) != wanted.get(key)]
+    if not differ:
+        return ("other rows", "new ones") if run.shards.is_dir() else None
+    return values_of(differ, saved), values_of(differ, wanted)
+
+
 def placeless(config: Config) -> Config:
-    """A config without its directories: an experiment may be moved, and its runs may be done on several machines."""
-    return config.model_copy(update={"output_dir": Config().output_dir, "data_dir": None})
+    """A config without its folders: an experiment may be moved, and its runs may be done on several machines.
+
+    What is in the data's folder counts by its digest.
+    """
+    data = config.data.model_copy(update={"root": None})
+    places = {"output_dir": Config().output_dir, "data_dir": None, "data_cache": None, "data": data}
+    return config.model_copy(update=places)
 
 
 def samples_of(config: Config) -> Path:

@@ -6,7 +6,7 @@ resume with the new value if the user allows it. Changing any other setting requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pst_dist.arms import ARMS
@@ -124,23 +124,35 @@ def check_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, accept
 
     Raises StaleError, naming them, when one makes another training, or when `accept` is false.
     """
-    saved, wanted = {**_IMPLIED, **saved}, {**_IMPLIED, **wanted}
-    changed = [key for key in sorted({**saved, **wanted}) if saved.get(key) != wanted.get(key)]
+    saved, wanted, changed = _compared(saved, wanted)
     fixed = [key for key in changed if key not in _ADJUSTABLE]
     if fixed:
         raise StaleError(
-            f"trained with {_values(fixed, saved)}, this run has {_values(fixed, wanted)}",
+            f"trained with {values_of(fixed, saved)}, this run has {values_of(fixed, wanted)}",
             "choose another output_dir, or run again with --rebuild to train anew",
         )
     if changed and not accept:
         raise StaleError(
-            f"trained with {_values(changed, saved)}, this run has {_values(changed, wanted)}",
+            f"trained with {values_of(changed, saved)}, this run has {values_of(changed, wanted)}",
             "restore it, or resume with the new value: train.accept_changes=true",
         )
     return [f"{key} {_short(saved.get(key))} -> {_short(wanted.get(key))}" for key in changed]
 
 
-def _values(keys: list[str], settings: Mapping[str, Any]) -> str:
+def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
+    """The settings that differ, as `key=value, …`: those saved, and those wanted."""
+    saved, wanted, changed = _compared(saved, wanted)
+    return values_of(changed, saved), values_of(changed, wanted)
+
+
+def _compared(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Both with the settings that they leave out, and the keys that differ."""
+    one, two = {**_IMPLIED, **saved}, {**_IMPLIED, **wanted}
+    return one, two, [key for key in sorted({**one, **two}) if one.get(key) != two.get(key)]
+
+
+def values_of(keys: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """`key=value, …` of the first three keys, and how many more there are."""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return ", ".join(f"{key}={_short(settings.get(key))}" for key in keys[:3]) + more
 

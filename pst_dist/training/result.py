@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pst_dist.config.run_dir import RunDir, run_dir
 from pst_dist.config.schema import Config, TrainConfig
 from pst_dist.data.shards import ShardSet
 from pst_dist.embedding.targets import open_teacher
-from pst_dist.errors import IntegrityError
+from pst_dist.errors import IntegrityError, StaleError
 from pst_dist.storage.artefact import Artefact
 from pst_dist.storage.json_files import read_typed
 from pst_dist.student.pretrained import base_of
 from pst_dist.student.tokenizer import build_tokenizer
 from pst_dist.training.begun import begun_settings, settled
-from pst_dist.training.fingerprint import settings_digest, training_settings
+from pst_dist.training.fingerprint import differing, settings_digest, training_settings
 from pst_dist.training.precision import with_precision
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class TrainingResult:
     best_value: float | None
     """The metric of the best step; None when there were no validation rows."""
     metric: str
+    settings: dict[str, Any] | None = None
+    """The settings behind the fingerprint; None in records of older versions."""
 
 
 def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
@@ -58,6 +62,31 @@ def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
         log.warning("the record of the training is damaged and will be rewritten: %s", error)
         return None
     return result if result.fingerprint == fingerprint else None
+
+
+def refuse_other_student(run: RunDir, settings: Mapping[str, Any]) -> None:
+    """Raise StaleError when a training with these settings would replace a finished student that has others.
+
+    Where there are checkpoints, resuming decides what a changed setting means. Without them (`keep=student` of an
+    experiment, or someone freed the disk) nothing else would stop a new training from overwriting the student.
+    """
+    if not run.training.is_file() or any(run.checkpoints.glob("checkpoint-*")):
+        return
+    if not Artefact(run.best, "student").is_intact():
+        return
+    try:
+        result = read_typed(run.training, TrainingResult)
+    except IntegrityError:
+        return
+    if result.fingerprint == settings_digest(settings):
+        return
+    remedy = "restore the setting, choose another output_dir, or train a new student with --rebuild"
+    if result.settings is None:
+        what = "the finished student was trained with other settings, which its record does not list"
+        raise StaleError(what, remedy, path=run.training)
+    saved, wanted = differing(result.settings, settings)
+    what = f"the finished student was trained with {saved}, this run has {wanted}"
+    raise StaleError(what, remedy, path=run.training)
 
 
 def complete_training(config: Config, world_size: int) -> TrainingResult | None:

@@ -54,7 +54,7 @@ from pst_dist.training.parts import Parts
 from pst_dist.training.reporting.live import BusyShare
 from pst_dist.training.reporting.metrics import MetricsLog
 from pst_dist.training.reporting.trackers import Tracker
-from pst_dist.training.result import TrainingResult, finished_training
+from pst_dist.training.result import TrainingResult, finished_training, refuse_other_student
 from pst_dist.training.starting import base_on_all, forget_training, prepare, refuse_foreign_folders, settled_here
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,9 @@ def _finished(parts: Parts) -> TrainingResult | None:
     is_main = parts.ranks.is_main
     with working():
         done = from_main(finished_training(parts.run, parts.fingerprint) if is_main else None)
+    with main_first_errors(parts.ranks):
+        if is_main and done is None:
+            refuse_other_student(parts.run, parts.settings)
     if is_main:
         record_settled(parts.config, parts.run)
     if done is not None:
@@ -156,6 +159,8 @@ def _run(
     best = BestStudent(parts, engine, size)
     at("resuming")
     state = _resume(parts, engine, best)
+    if ranks.is_main:  # of a training that ended earlier; until this one ends, nobody must take it for finished
+        run.training.unlink(missing_ok=True)
     engine.scaling = state.loss_scaling
     if state.step == 0:
         at("checking rows")
@@ -206,6 +211,7 @@ def _run(
         best_step=state.best_step or 0,
         best_value=state.best_value,
         metric=choosing_metric(config),
+        settings=parts.settings,
     )
     with main_first_errors(ranks):
         if ranks.is_main:

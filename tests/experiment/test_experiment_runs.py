@@ -14,10 +14,13 @@ import pytest
 from experiments import SMALL, accuracies, pst, write
 from waiting import wait_until
 
-from pst_dist.errors import DivergedError, PstError
+from pst_dist.cli.main import run_verb
+from pst_dist.errors import DivergedError, PstError, StaleError
 from pst_dist.experiment.checks import check_runs
 from pst_dist.experiment.driver import run_experiment
 from pst_dist.experiment.spec import load_experiment, runs_of
+
+SPLITS = {"test": None, "test_size": 8, "validation_size": 8}
 
 
 def test_a_warning_of_one_of_many_runs_says_which(tmp_path):
@@ -25,6 +28,40 @@ def test_a_warning_of_one_of_many_runs_says_which(tmp_path):
     done = pst(str(write(tmp_path / "e.yaml", variants=variants, seeds=[0])), "jobs=1")
     assert done.returncode == 0, done.stderr
     assert "letters / all words / seed 0: step 2: the rationale term contributes" in done.stderr
+
+
+def test_results_are_not_overwritten_because_a_setting_or_the_rows_changed(tmp_path):
+    rows = tmp_path / "here" / "rows.jsonl"
+    rows.parent.mkdir()
+    lines = [json.dumps({"question": f"Say {n}", "rationale": "It is said.", "answer": str(n)}) for n in range(60)]
+    rows.write_text("\n".join(lines[:40]))
+    tasks = {"words": {"task": "arithmetic", "data": {"train": "rows.jsonl", "root": str(rows.parent)} | SPLITS}}
+    file = write(tmp_path / "e.yaml", tasks=tasks, variants={"own": {"arm": "answer_only"}}, seeds=[0], keep="results")
+
+    def again(*words: str):
+        return run_experiment(load_experiment(str(file), list(words)), ["pst"])
+
+    assert again()[1] is None
+    folder = tmp_path / "e" / "runs" / "words" / "own" / "seed-0"
+    results = (folder / "eval" / "test" / "results.json").read_bytes()
+    assert not (folder / "best").exists() and not (folder / "checkpoints").exists()
+
+    other = "train.learning_rate=3e-4"
+    said = r"words / own / seed 0 is finished with train\.learning_rate=.*, this experiment has .*=0\.0003; restore it"
+    with pytest.raises(StaleError, match=said):
+        again(other)
+    assert run_verb(["experiment", str(file), "--dry-run", other]) == StaleError.exit_code
+    rows.rename(tmp_path / "rows.jsonl")
+    assert not again(f"data.root={tmp_path}")[0].missing, "the same rows elsewhere are the same rows"
+    (tmp_path / "more").mkdir()
+    for place, said in (
+        (tmp_path / "more", "is finished with other rows, this experiment has new ones"),
+        (tmp_path, "made from different rows or settings; restore them, choose another output_dir, or delete"),
+    ):
+        (place / "rows.jsonl").write_text("\n".join(lines))
+        with pytest.raises(StaleError, match=said):
+            again(f"data.root={place}")
+    assert (folder / "eval" / "test" / "results.json").read_bytes() == results and not (folder / "best").exists()
 
 
 def test_runs_that_train_the_same_are_trained_once(tmp_path):

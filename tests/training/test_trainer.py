@@ -16,7 +16,7 @@ from pst_dist.config.schema import TrainConfig
 from pst_dist.errors import ConfigError, DataError, DivergedError, InputError, LockedError, StaleError
 from pst_dist.pipeline import make_student
 from pst_dist.storage.locks import directory_lock
-from pst_dist.storage.manifest import read_json, read_lines
+from pst_dist.storage.manifest import read_json, read_lines, write_json
 from pst_dist.training.engines.deepspeed_config import deepspeed_settings
 from pst_dist.training.engines.deepspeed_engine import DeepSpeedEngine, gather_by_block
 from pst_dist.training.engines.optimizer import learning_rate_at
@@ -73,6 +73,37 @@ def test_a_finished_training_can_be_made_longer(small_data, tmp_path):
     longer = {"train__max_steps": 12, "train__accept_changes": True}
     assert train(small_config(small_data, tmp_path, **longer)).steps == 12
     assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl") if "loss" in row] == list(range(1, 13))
+
+
+def test_a_finished_student_without_checkpoints_is_not_overwritten_by_other_settings(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    kept = {path: path.read_bytes() for path in (tmp_path / "best").iterdir()} | {
+        "": (tmp_path / "train.json").read_text()
+    }
+    other = small_config(small_data, tmp_path, train__learning_rate="2e-2", train__accept_changes=True)
+    said = r"the finished student was trained with train\.learning_rate=0\.01, this run has .*=0\.02; .*--rebuild"
+    with pytest.raises(StaleError, match=said):
+        train(other)
+    record = read_json(tmp_path / "train.json")
+    write_json(tmp_path / "train.json", {key: value for key, value in record.items() if key != "settings"})
+    with pytest.raises(StaleError, match=r"with other settings, which its record does not list"):
+        train(other)
+    write_json(tmp_path / "train.json", record)
+    now = {path: path.read_bytes() for path in (tmp_path / "best").iterdir()} | {
+        "": (tmp_path / "train.json").read_text()
+    }
+    assert now == kept
+    assert train(small_config(small_data, tmp_path)).steps == 8, "with its own settings there is nothing to do"
+    assert make_student(other, rebuild=True).settings["train.learning_rate"] == 0.02
+
+
+def test_a_training_that_goes_on_does_not_look_finished(small_data, tmp_path):
+    train(small_config(small_data, tmp_path))
+    longer = small_config(small_data, tmp_path, train__max_steps=12, train__accept_changes=True)
+    finished = []
+    train(longer, observer=lambda saved: finished.append((tmp_path / "train.json").exists()))
+    assert finished and not any(finished) and read_json(tmp_path / "train.json")["steps"] == 12
 
 
 def test_two_trainings_in_one_directory_are_refused(small_data, tmp_path):

@@ -9,4 +9,6 @@ bin=${PST_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
+# The tests start hundreds of processes. Where this is set, each of them would compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 exec "$bin/pytest" -n "${PST_TEST_PROCESSES:-2}" --dist loadfile "$@"

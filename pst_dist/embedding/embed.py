@@ -23,6 +23,7 @@ from pst_dist.data.shards import ShardInfo, ShardSet, read_shard, synthetic_of
 from pst_dist.embedding.embed_shard import FRACTION_BITS, EmbeddedShard, check_shard, embed_shard
 from pst_dist.embedding.encoder import TextEncoder
 from pst_dist.embedding.files import Files, FolderFiles, RemoteFiles, file_name
+from pst_dist.embedding.known_encoder import known_identity, remember_identity
 from pst_dist.embedding.vector_file import STATISTICS, write_tensor
 from pst_dist.errors import DataError, EnvironmentFault, StaleError
 from pst_dist.logs import Progress, progress
@@ -70,14 +71,18 @@ def embed_all(
         raise DataError("no sample has a rationale, so there is nothing to embed", path=shards.directory)
     here = FolderFiles(shards.directory, directory)
     files: Files = here if remote is None else RemoteFiles(remote, directory.parent)
+    if not rebuild and (manifest := _complete(config, shards, directory, files)) is not None:
+        log.info("embed: %s is complete, nothing to do", files.where)
+        return manifest
     # With an executor, its workers encode; here only the encoder's identity is needed.
     encoder = TextEncoder(config, device="cpu" if executor is not None else None)
     identity = encoder.identity
-    fingerprint = digest_of({"encoder": identity, "shards": shards.manifest.digest})
+    fingerprint = _fingerprint(identity, shards)
     if not rebuild:
         _check_encoder(files, identity)
         manifest = files.finished(fingerprint)
         if manifest is not None:  # found without the lock: the directory may be read-only
+            remember_identity(directory, config, identity)
             log.info("embed: %s is complete, nothing to do", files.where)
             return manifest
     with lock or contextlib.nullcontext(), directory_lock(directory):
@@ -101,7 +106,22 @@ def embed_all(
                     if not result.encoded:
                         bar.skip(result.rows)
                     tally.add(shard, result)
-        return _finish(files, shards, identity, tally, fingerprint, closeness)
+        manifest = _finish(files, shards, identity, tally, fingerprint, closeness)
+        remember_identity(directory, config, identity)
+        return manifest
+
+
+def _fingerprint(identity: dict[str, Any], shards: ShardSet) -> str:
+    return digest_of({"encoder": identity, "shards": shards.manifest.digest})
+
+
+def _complete(config: EmbedConfig, shards: ShardSet, directory: Path, files: Files) -> Manifest | None:
+    """The manifest of embeddings that are complete, if that can be told without loading the encoder."""
+    manifest = files.manifest()
+    if manifest is None or manifest.extra.get("shards_digest") != shards.manifest.digest:
+        return None
+    identity = known_identity(directory, config)
+    return files.finished(_fingerprint(identity, shards)) if identity is not None else None
 
 
 def _check_encoder(files: Files, identity: dict[str, Any]) -> None:

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.distributed.device_memory import in_halves
-from pst_dist.embedding.causal import causal_place, reads_causal
-from pst_dist.embedding.encoder_model import check_device, encoder_files, load_encoder_model, pooling_of
+from pst_dist.embedding.causal import reads_causal
+from pst_dist.embedding.encoder_model import check_device, load_encoder_model, pooling_of
+from pst_dist.embedding.known_encoder import digests_of, encoder_folder
 from pst_dist.embedding.openvino_engine import PROBES, OpenVinoEngine, check_conversion, check_engine
 from pst_dist.errors import EnvironmentFault, InputError, IntegrityError
-from pst_dist.models.locate import (
-    GGUF,
-    SETTING_SUFFIXES,
-    WEIGHT_SUFFIXES,
-    encoder_name,
-    is_hub_id,
-    locate_encoder,
-)
-from pst_dist.storage.manifest import digest_of, sha256_file
+from pst_dist.models.locate import encoder_name, is_hub_id
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +51,7 @@ class TextEncoder:
         causal = reads_causal(config)
         check_engine(config, causal=causal)
         self._engine: OpenVinoEngine | None = None
-        folder = Path(causal_place(config).target) if causal else locate_encoder(config.encoder, config.revision)
+        folder = encoder_folder(config)
         self._batch_tokens = config.batch_tokens
         self._model = load_encoder_model(folder, config, device)
         prompts: Mapping[str, str] = getattr(self._model, "prompts", None) or {}
@@ -72,15 +64,11 @@ class TextEncoder:
         if config.engine == "openvino":
             self._engine = self._converted(config.dtype)
         self.dimension = int(self._encode_rows(self._tokenise(["width"])).shape[1])
-        digests = {str(path.relative_to(folder)): sha256_file(path) for path in encoder_files(config, folder)}
         self.identity = {
             "encoder": encoder_name(config.encoder),
             # The hub's cache names a snapshot's folder by its commit.
             "revision": folder.name if is_hub_id(config.encoder) else None,
-            "weights_sha256": {name: sha for name, sha in digests.items() if name.endswith((*WEIGHT_SUFFIXES, GGUF))},
-            "settings_sha256": digest_of(
-                {name: sha for name, sha in digests.items() if name.endswith(SETTING_SUFFIXES)}
-            ),
+            **digests_of(config, folder),
             **(self._model.identity if causal else {"pooling": pooling_of(self._model)}),
             "normalise": True,
             "max_seq_length": self._max_length,

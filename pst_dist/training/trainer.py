@@ -123,9 +123,11 @@ def train(
         with together(ranks), working():
             parts, busy = Parts(config, run, shards, ranks, base), BusyShare()
         with memory_errors(config):
+            done = _finished(parts)  # before the student is built: loading a large one takes minutes
+            if done is not None:
+                return done
             parts.make_student()
-            done = _finished(parts)
-            return done if done is not None else _run(parts, told, busy, observer, trackers)
+            return _run(parts, told, busy, observer, trackers)
 
 
 def _finished(parts: Parts) -> TrainingResult | None:

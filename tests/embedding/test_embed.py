@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 from embedded import CPU, digests, inodes, make_shards, minilm_folder, sample
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pst_dist.config.schema import EmbedConfig
 from pst_dist.data.shard_writer import write_shards
 from pst_dist.data.shards import ShardSet
+from pst_dist.embedding import embed
 from pst_dist.embedding.embed import embed_all
 from pst_dist.embedding.embed_shard import embed_shard, fixed_point_sums
 from pst_dist.embedding.encoder import TextEncoder
@@ -126,6 +128,41 @@ def test_everything_again_is_a_no_op_and_elsewhere_gives_the_same_bytes(copied, 
     assert inodes(directory) == files
     embed_all(CPU, shards, tmp_path / "elsewhere")
     assert digests(tmp_path / "elsewhere") == before
+
+
+@needs_encoder
+def test_complete_embeddings_are_recognised_without_loading_the_encoder(copied, tmp_path, monkeypatch):
+    shards, directory = copied
+    folder = Path(minilm_folder(tmp_path / "minilm"))
+    config = EmbedConfig(encoder=str(folder), device="cpu")
+    made = embed_all(config, shards, directory, rebuild=True)
+    loads: list[EmbedConfig] = []
+    load = embed.TextEncoder
+    monkeypatch.setattr(embed, "TextEncoder", lambda *words, **named: loads.append(words[0]) or load(*words, **named))
+
+    def again(config: EmbedConfig = config) -> int:
+        loads.clear()
+        assert embed_all(config, shards, directory) == made
+        return len(loads)
+
+    assert again() == 0
+    assert again(config.model_copy(update={"device": None})) == 0, "where it runs does not matter"
+    record = directory.with_name(".embeddings.encoder.json")
+    for damage in (
+        lambda: record.unlink(),
+        lambda: record.write_text("[]"),
+        lambda: record.write_text(record.read_text().replace('"truncate_dim": null', '"truncate_dim": 64')),
+        lambda: record.write_text(re.sub('"transformers": "[^"]*"', '"transformers": "4.0"', record.read_text())),
+    ):
+        damage()
+        assert (again(), again()) == (1, 0), "loaded once, and remembered again"
+    with pytest.raises(StaleError, match="prefix '', wanted 'query: '"):
+        again(config.model_copy(update={"prefix": "query: "}))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if weights[name].ndim == 2)
+    save_file(weights | {name: weights[name] * 1.5}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StaleError, match="made by weights_sha256"):
+        again()
 
 
 @needs_encoder

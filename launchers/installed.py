@@ -5,7 +5,7 @@
     python launchers/installed.py moved REPORT CONSTRAINTS…   print how a report of `pip install --report` differs
     python launchers/installed.py oldest EXTRAS               exit code 1 unless the oldest versions are installed
 
-Standard library and pip only: it runs before anything is installed.
+It needs only the standard library and pip, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
 
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.specifiers import SpecifierSet
-from pip._vendor.packaging.version import Version
+try:  # the copy in an older pip takes three seconds to parse what all packages require, this one half a second
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.specifiers import SpecifierSet
+    from pip._vendor.packaging.version import Version
 
 PROJECT = "pst-dist"
 OF_CUDA = ("nvidia-", "cuda-")

@@ -9,6 +9,6 @@ bin=${PST_VENV:-.venv}/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-# The tests start hundreds of processes. Where this is set, each of them would compile the package anew.
-unset PYTHONDONTWRITEBYTECODE
+# The tests start hundreds of processes. Where PYTHONDONTWRITEBYTECODE is set, each would compile the package anew.
+"$bin/python" -m compileall -q pst_dist
 exec "$bin/pytest" -n "${PST_TEST_PROCESSES:-2}" --dist loadfile "$@"

@@ -26,9 +26,9 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "sentence-transformers", "op
 
 def encoder_folder(config: EmbedConfig) -> Path:
     """The folder of the encoder's files; raises what locating it raises."""
-    return (
-        Path(causal_place(config).target) if reads_causal(config) else locate_encoder(config.encoder, config.revision)
-    )
+    if reads_causal(config):
+        return Path(causal_place(config).target)
+    return locate_encoder(config.encoder, config.revision)
 
 
 def digests_of(config: EmbedConfig, folder: Path) -> dict[str, Any]:

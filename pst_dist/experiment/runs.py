@@ -50,9 +50,7 @@ def make_data(runs: Sequence[Run]) -> None:
                 make_embeddings(run.config)
         except PstError as error:
             error.what = f"task {run.task}: {error.what}"
-            if isinstance(
-                error, StaleError
-            ):  # `pst shard` has --rebuild; for all runs of a task that would be too much
+            if isinstance(error, StaleError):  # not by --rebuild, which an experiment does not have
                 error.remedy = f"restore them, choose another output_dir, or delete {run.config.data_dir}"
             raise
         done |= {(run.config.data_dir, False), (run.config.data_dir, wants)}

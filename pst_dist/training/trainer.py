@@ -135,7 +135,7 @@ def _finished(parts: Parts) -> TrainingResult | None:
     is_main = parts.ranks.is_main
     with working():
         done = from_main(finished_training(parts.run, parts.fingerprint) if is_main else None)
-    with main_first_errors(parts.ranks):
+    with main_first_errors(parts.ranks), working():
         if is_main and done is None:
             refuse_other_student(parts.run, parts.settings)
     if is_main:

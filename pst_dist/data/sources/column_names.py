@@ -93,6 +93,12 @@ def no_column(
     needs all of them.
     """
     columns = columns_of(rows)
+    if any("custom_id" in row and isinstance(row.get("response", row.get("result")), Mapping) for row in rows):
+        return DataError(
+            "these lines are the output of a batch API, which contains replies but no questions",
+            "join them by custom_id: a row needs the question, the gold answer and, as `reply`, the message's text",
+            path=path,
+        )
     shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
     place = _likeliest(field, wanted, rows) or _replied(field, rows, known)
     hint = f"the closest is {place!r}: " if place else ""

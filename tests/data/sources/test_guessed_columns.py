@@ -93,6 +93,18 @@ def test_two_columns_with_different_gold_answers_are_refused():
     assert guess_columns(options, "f").paths["answer"] == "answer"
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"id": "batch_req_1", "response": {"status_code": 200, "body": {"choices": []}}, "error": None},
+        {"result": {"type": "succeeded", "message": {"role": "assistant", "content": []}}},
+    ],
+)
+def test_the_output_of_a_batch_api_is_named_as_what_it_is(rest):
+    with pytest.raises(DataError, match="output of a batch API, which contains replies but no questions; join them by"):
+        guess_columns([{"custom_id": "row-1"} | rest], "output.jsonl")
+
+
 def test_solutions_that_box_their_answer_need_no_column_for_it():
     row = {"problem": "2+2?", "level": "Level 1", "solution": "I add. So $\\boxed{4}$."}
     found = guess_columns([row], "f").fields(row)

@@ -32,6 +32,9 @@ limit cut off) and dropped.jsonl (other replies that were not kept).
 You can stop it at any time and run the same command again: no reply in the journal is requested twice. After a kill,
 requests that were in flight (at most --concurrency) are sent again. Start with --dry-run, then --limit 20, then all.
 
+--batch sends nothing: it writes the requests that are due. Run the file, then give its output to the same command with
+--replies. zero_shot takes two rounds. When nothing is left to ask, the file of requests is removed.
+
 on=ray runs replicas of --teacher-model on a Ray cluster, with the settings embed.ray.* (address, num_actors, CPUs and
 GPUs of each); --concurrency is the number of rows in flight on all replicas together.
 
@@ -63,6 +66,19 @@ _OPTIONS = (
         "--teacher-model",
         metavar="MODEL",
         help="instead of an endpoint: a folder, hub id, .gguf file or smollm2, run in this process",
+    ),
+    Option(
+        "--batch",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="instead of an endpoint: write the requests to this file, for OpenAI's Batch API or `vllm run-batch`",
+    ),
+    Option(
+        "--replies",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="take the replies in this output file of a batch (may be repeated)",
     ),
     Option("--api", choices=("chat", "completions"), help="the endpoint's API (default chat)"),
     Option("--key-env", metavar="NAME", help="environment variable with the API key (default OPENAI_API_KEY)"),
@@ -157,8 +173,15 @@ def teach(arguments: argparse.Namespace) -> int:
             outcome = teach(config, settings, make_teacher)
     else:
         outcome = teach(config, settings)
-    print("\n".join(report_lines(outcome.report)))
-    print(f"{settings.output}: {len(outcome.rows):,} rows; report and dropped replies in {settings.folder}")
+    if outcome.report["quality"]["samples"] or not outcome.waiting:
+        print("\n".join(report_lines(outcome.report)))
+        print(f"{settings.output}: {len(outcome.rows):,} rows; report and dropped replies in {settings.folder}")
+    if outcome.waiting:
+        print(
+            f"{settings.batch}: {outcome.waiting:,} requests. Run them, for example with\n"
+            f"  vllm run-batch -i {settings.batch} -o replies.jsonl --model {settings.model}\n"
+            "then run this command again with --replies replies.jsonl"
+        )
     if outcome.cap is not None:
         raise PreemptedError(f"stopped by {outcome.cap}", "raise it and run the same command again to continue")
     return 0
@@ -190,5 +213,5 @@ def _settings(arguments: argparse.Namespace) -> TeachSettings:
 
     given = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
     given["output"] = Path(given["output"])
-    given |= {name: tuple(given[name]) for name in ("prompts", "omit", "avoid") if name in given}
+    given |= {name: tuple(given[name]) for name in ("prompts", "omit", "avoid", "replies") if name in given}
     return TeachSettings(**given)

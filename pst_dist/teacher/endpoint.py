@@ -17,19 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from pst_dist.errors import EnvironmentFault, InputError, PstError, first_line
-from pst_dist.teacher.ledger import Ledger, estimated_usage
+from pst_dist.teacher.ledger import Ledger
 from pst_dist.teacher.limits import Pace
-from pst_dist.teacher.messages import Reply, Request, Usage, as_text
+from pst_dist.teacher.messages import Reply, Request, Usage
+from pst_dist.teacher.reading import Again, read_answer
 from pst_dist.teacher.settings import TeachSettings
-from pst_dist.teacher.wire import (
-    cause_of,
-    failure_of,
-    key_of,
-    make_client,
-    message_of,
-    retry_after,
-    text_and_thought,
-)
+from pst_dist.teacher.wire import body_of, cause_of, key_of, make_client, message_of, retry_after
 from pst_dist.text.redaction import MARK, redact
 from pst_dist.text.urls import origin
 
@@ -42,16 +35,7 @@ _FIRST_TRIES = 3
 _MOST_EMPTY = 3
 """So many questions in a row that stay empty after all retries are the server's fault, and end the job."""
 _PASSING = (408, 409, 429)
-_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 _SHOWN = 200
-
-
-class Again(Exception):
-    """A failure that may pass; `seconds` is the wait that the server asked for."""
-
-    def __init__(self, reason: str, what: str, seconds: float | None = None, *, reached: bool = True) -> None:
-        super().__init__(what)
-        self.reason, self.what, self.seconds, self.reached = reason, what, seconds, reached
 
 
 class Endpoint:
@@ -91,8 +75,7 @@ class Endpoint:
             if last.reason == "empty" and self._answered and self._empty + 1 < _MOST_EMPTY:
                 self._empty += 1
                 self._ledger.failed(last.reason)
-                usage = estimated_usage(request, "", self._ledger.prompt_estimate(request))
-                return Reply(text="", finish="stop", usage=usage)
+                return Reply(text="", finish="stop", usage=self._ledger.estimated_usage(request, ""))
             raise self._given_up(last, error.last_attempt.attempt_number) from last
         raise AssertionError("unreachable")
 
@@ -121,61 +104,15 @@ class Endpoint:
             self._pace.correct(most, used)
 
     async def _send(self, request: Request) -> Any:
-        settings = self._settings
-        body: dict[str, Any] = {
-            "model": settings.model,
-            "temperature": request.temperature,
-            "max_tokens": request.most_tokens,
-            "seed": request.seed,
-        }
-        if settings.api == "completions":
-            body["stop"] = ["\nQ:"]
-        body = {name: value for name, value in body.items() if value is not None and name not in settings.omit}
-        if settings.api == "completions":
-            text = as_text(request.turns)
-            return await self._client.completions.create(prompt=text, extra_body=settings.extra, **body)
-        messages = [{"role": role, "content": text} for role, text in request.turns]
-        return await self._client.chat.completions.create(
-            messages=messages,  # type: ignore[arg-type]
-            extra_body=settings.extra,
-            **body,
-        )
+        body, extra = body_of(self._settings, request), self._settings.extra
+        if self.chat:
+            return await self._client.chat.completions.create(**body, extra_body=extra)
+        return await self._client.completions.create(**body, extra_body=extra)
 
     def _read(self, request: Request, answer: Any) -> Reply:
         """The reply in an answer of the server; raises Again for one that does not have the promised form."""
-        choices = getattr(answer, "choices", None)
-        first = choices[0] if isinstance(choices, list) and choices else None
-        thought = None
-        if self._settings.api == "completions":
-            text = getattr(first, "text", None)
-        else:
-            message = getattr(first, "message", None)
-            text, thought = text_and_thought(getattr(message, "content", None))
-            found = [getattr(message, name, None) for name in _THOUGHT_FIELDS]
-            thought = next((one for one in found if isinstance(one, str) and one.strip()), thought)
-            refusal = getattr(message, "refusal", None)
-            if text is None and isinstance(refusal, str) and refusal.strip():
-                return self._scrubbed(
-                    Reply(text=refusal, finish="refused", usage=self._usage(request, answer, refusal))
-                )
-            if text is None and message is not None:
-                text = ""  # cut while it thought, filtered, or nothing to say
-        finish = getattr(first, "finish_reason", None) or "stop"
-        if not isinstance(text, str) or not isinstance(finish, str):
-            said = failure_of(getattr(answer, "error", None))
-            what = f"an error: {self._shown(said)}" if said else f"no text: {self._shown(answer)}"
-            raise Again("malformed", f"the reply has {what}")
-        if not text.strip() and not thought and finish not in ("length", "content_filter"):
-            raise Again("empty", "the reply is empty")
-        reply = Reply(text=text, finish=finish, usage=self._usage(request, answer, text), thought=thought)
+        reply = read_answer(request, answer, chat=self.chat, estimated=self._ledger.estimated_usage, shown=self._shown)
         return self._scrubbed(reply)
-
-    def _usage(self, request: Request, answer: Any, text: str) -> Usage:
-        usage = getattr(answer, "usage", None)
-        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        if all(isinstance(count, int) and 0 <= count < 10**9 for count in counts):
-            return Usage(prompt=counts[0] or 0, completion=counts[1] or 0)
-        return estimated_usage(request, text, self._ledger.prompt_estimate(request))
 
     # ---- what can go wrong
 

@@ -110,7 +110,7 @@ def _check_gold(questions: Questions, prompts: Sequence[Prompt], settings: Teach
 
 def takes_chat(settings: TeachSettings) -> bool:
     """Whether the teacher takes a conversation, without loading or asking it."""
-    if settings.endpoint is not None:
+    if settings.is_remote:
         return settings.api == "chat"
     from pst_dist.teacher.local import takes_chat
 

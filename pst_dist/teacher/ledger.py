@@ -67,6 +67,11 @@ class Ledger:
         """Tokens that a request can use: its estimated prompt and its length limit."""
         return self.prompt_estimate(request) + request.most_tokens
 
+    def estimated_usage(self, request: Request, text: str) -> Usage:
+        """The tokens of a request whose server reports none: the prompt's estimate, and four characters a token."""
+        completion = min(request.most_tokens, len(text) // 4 + 1)
+        return Usage(prompt=self.prompt_estimate(request), completion=completion, estimated=True)
+
     def refused_by(self, request: Request) -> str | None:
         """The cap that a further request would exceed; None if it may be sent."""
         settings = self.settings
@@ -131,8 +136,3 @@ class Ledger:
         if self.failures:
             parts.append("failed attempts: " + ", ".join(f"{why} {n}" for why, n in sorted(self.failures.items())))
         return ", ".join(parts)
-
-
-def estimated_usage(request: Request, text: str, prompt: int) -> Usage:
-    """The tokens of a request whose server reports none: the prompt's estimate, and four characters a token."""
-    return Usage(prompt=prompt, completion=min(request.most_tokens, len(text) // 4 + 1), estimated=True)

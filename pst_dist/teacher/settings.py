@@ -29,6 +29,10 @@ class TeachSettings:
     """The model's name at the endpoint."""
     teacher_model: str | None = None
     """Instead of an endpoint: a folder, hub id, GGUF file or `smollm2`, run by transformers in this process."""
+    batch: Path | None = None
+    """Instead of an endpoint: the file of requests to write, in the format of OpenAI's Batch API."""
+    replies: tuple[Path, ...] = ()
+    """Output files of such a batch."""
     api: Literal["chat", "completions"] = "chat"
     """Which of the endpoint's two interfaces."""
     key_env: str = KEY_ENV
@@ -112,6 +116,11 @@ class TeachSettings:
         return 0.0 if self.samples == 1 else 0.7
 
     @property
+    def is_remote(self) -> bool:
+        """Whether the teacher is a server, asked live or by files."""
+        return self.endpoint is not None or self.batch is not None
+
+    @property
     def teacher_name(self) -> str:
         """The model as named in rows and reports."""
         return self.model or Path(self.teacher_model or "").name or str(self.teacher_model)
@@ -120,7 +129,7 @@ class TeachSettings:
         """What a journal's replies depend on, by the names of the options. Prompts and rows are added by `teach`."""
         return {
             "--model": self.model or self.teacher_model,
-            "--api": self.api if self.endpoint else "in this process",
+            "--api": self.api if self.is_remote else "in this process",
             "--temperature": self.heat,
             "--seed": self.seed,
             "--reply-tokens": self.reply_tokens,
@@ -131,10 +140,17 @@ class TeachSettings:
 
 def _check_teacher(settings: TeachSettings) -> None:
     endpoint = settings.endpoint
-    if (endpoint is None) == (settings.teacher_model is None):
+    if sum(one is not None for one in (endpoint, settings.teacher_model, settings.batch)) != 1:
         raise ConfigError(
-            "name one teacher", "--endpoint URL --model NAME for a server, or --teacher-model FOLDER for this process"
+            "name one teacher",
+            "--endpoint URL --model NAME for a server, --teacher-model FOLDER for this process, or --batch FILE.jsonl "
+            "--model NAME for a batch API",
         )
+    if settings.replies and not settings.is_remote:
+        raise ConfigError("--replies are those of a batch, not of --teacher-model", "use it with --batch or --endpoint")
+    if settings.is_remote and settings.model is None:
+        option = "--endpoint" if endpoint else "--batch"
+        raise ConfigError(f"{option} needs --model", "the name under which the server offers the model")
     if endpoint is None:
         return
     # A key in the URL would be in the shell's history, in the process list and in every log of a proxy.
@@ -147,8 +163,6 @@ def _check_teacher(settings: TeachSettings) -> None:
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--endpoint {endpoint!r} is not a URL", "for example http://localhost:8000/v1")
-    if settings.model is None:
-        raise ConfigError("--endpoint needs --model", "the name under which the server offers the model")
 
 
 def _check_numbers(settings: TeachSettings) -> None:

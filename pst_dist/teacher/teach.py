@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pst_dist.config.schema import Config
 from pst_dist.teacher.asking import Asking, Work, is_whole
+from pst_dist.teacher.batch_api import take_replies, write_requests
 from pst_dist.teacher.endpoint import Endpoint
 from pst_dist.teacher.estimate import estimate
 from pst_dist.teacher.job import Job, checks_of, make_job, proposals_of, takes_chat
@@ -38,6 +40,8 @@ def plan(config: Config, settings: TeachSettings) -> dict[str, Any]:
 def teach(config: Config, settings: TeachSettings, make_teacher: MakeTeacher | None = None) -> Outcome:
     """Ask for everything that the journal lacks, then write the rows, the quarantine and the report.
 
+    With `settings.batch` the requests are written instead of sent; `Outcome.waiting` says how many.
+
     `make_teacher` makes another kind of teacher than the settings name. Raises ConfigError, InputError and DataError
     for the user's mistakes before anything is sent, EnvironmentFault for a teacher that does not answer or a full
     disk, StaleError for a journal of other settings and PreemptedError after a signal.
@@ -51,11 +55,15 @@ def teach(config: Config, settings: TeachSettings, make_teacher: MakeTeacher | N
     ) as journal:
         for reply in journal.replies.values():
             ledger.add(reply, earlier=True)
-        cap = None
-        if not _is_done(job, journal.replies):  # a finished job needs no key, no server and no model
+        for path in settings.replies:
+            take_replies(path, job, journal, ledger)
+        cap, waiting = None, 0
+        if settings.batch is not None:
+            waiting, cap = write_requests(job, settings.batch, journal, ledger)
+        elif not _is_done(job, journal.replies):  # a finished job needs no key, no server and no model
             teacher = (make_teacher or _teacher)(settings, ledger)
             cap = asyncio.run(_ask_all(job, teacher, journal, ledger))
-        return write_all(job, journal.replies, ledger, cap)
+        return replace(write_all(job, journal.replies, ledger, cap), waiting=waiting)
 
 
 def _is_done(job: Job, replies: Mapping[str, Reply]) -> bool:

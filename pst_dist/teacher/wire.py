@@ -1,4 +1,4 @@
-"""The key, the client, and how servers word a failure: Retry-After, error messages, reasons of a lost connection."""
+"""The key, the client, the body of a request, and how servers word a failure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pst_dist.errors import ConfigError, first_line
+from pst_dist.teacher.messages import Request, as_text
 from pst_dist.teacher.settings import KEY_ENV, TeachSettings
 from pst_dist.text.characters import hidden_character
 from pst_dist.text.urls import origin
@@ -55,6 +56,22 @@ def make_client(settings: TeachSettings, key: str | None) -> AsyncOpenAI:
         # A proxy of the environment cannot reach this machine's loopback, and would be given the key.
         http_client=openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False, trust_env=not here),
     )
+
+
+def body_of(settings: TeachSettings, request: Request) -> dict[str, Any]:
+    """The body of a request, without the fields of --extra."""
+    body: dict[str, Any] = {
+        "model": settings.model,
+        "temperature": request.temperature,
+        "max_tokens": request.most_tokens,
+        "seed": request.seed,
+    }
+    if settings.api == "completions":
+        body["stop"] = ["\nQ:"]
+    body = {name: value for name, value in body.items() if value is not None and name not in settings.omit}
+    if settings.api == "completions":
+        return {**body, "prompt": as_text(request.turns)}
+    return {**body, "messages": [{"role": role, "content": text} for role, text in request.turns]}
 
 
 def retry_after(headers: Any) -> float | None:

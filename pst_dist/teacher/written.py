@@ -16,6 +16,7 @@ from pst_dist.errors import ConfigError
 from pst_dist.storage.json_files import canonical_json, json_text
 from pst_dist.storage.outputs import check_output, write_output
 from pst_dist.teacher.asking import Sampling, is_whole
+from pst_dist.teacher.batch_api import is_requests
 from pst_dist.teacher.job import Job, checks_of, proposals_of
 from pst_dist.teacher.judging import Answered, Sample, judge_all
 from pst_dist.teacher.ledger import Ledger
@@ -38,6 +39,8 @@ class Outcome:
     """The rows as written."""
     cap: str | None
     """The cap that ended it early."""
+    waiting: int = 0
+    """Requests in the file of `--batch`."""
 
 
 def check_places(config: Config, settings: TeachSettings) -> None:
@@ -46,7 +49,13 @@ def check_places(config: Config, settings: TeachSettings) -> None:
         raise ConfigError(f"-o {settings.output}: is a URL", "name a file of this machine")
     if settings.output.suffix != ".jsonl":
         raise ConfigError(f"-o {settings.output}: the rows are JSON Lines", "give the file a name ending in .jsonl")
-    check_output(settings.output, is_taught, inputs=_inputs(config, settings))
+    check_output(settings.output, is_taught, inputs=[*_inputs(config, settings), *settings.replies])
+    if settings.batch is not None:
+        if settings.batch.suffix != ".jsonl":
+            raise ConfigError(f"--batch {settings.batch}: the requests are JSON Lines", "name a file ending in .jsonl")
+        if settings.batch.absolute() == settings.output.absolute():
+            raise ConfigError(f"--batch {settings.batch}: is the output too", "name another file")
+        check_output(settings.batch, is_requests, inputs=[*_inputs(config, settings), *settings.replies])
     for name in (REPORT, CUT, DROPPED):
         check_output(settings.folder / name, _any_of_ours, inside=settings.folder)
 

@@ -103,14 +103,15 @@ def paired(baseline: str, arm_SR: np.ndarray, base_SR: np.ndarray) -> Difference
     too narrow. p is exact McNemar's for one seed, otherwise twice the share of resamples on the other side of zero,
     and at least 1 / RESAMPLES.
     """
-    differences = arm_SR.astype(np.float32) - base_SR.astype(np.float32)
+    differences = arm_SR.astype(np.float64) - base_SR.astype(np.float64)
     seeds, rows = differences.shape
     generator = np.random.Generator(np.random.Philox(key=0))
     draws = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, _BLOCK):
-        by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_BLOCK) / seeds
-        by_row = generator.multinomial(rows, np.full(rows, 1 / rows), size=_BLOCK) / rows
-        draws[start : start + _BLOCK] = ((by_seed @ differences) * by_row).sum(axis=1)
+        # Whole numbers up to the one division, so that a resample without a difference is exactly 0, on neither side.
+        by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=_BLOCK)
+        by_row = generator.multinomial(rows, np.full(rows, 1 / rows), size=_BLOCK)
+        draws[start : start + _BLOCK] = ((by_seed @ differences) * by_row).sum(axis=1) / (seeds * rows)
     low, high = np.percentile(draws, [2.5, 97.5])
     if seeds == 1:
         p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))

@@ -45,6 +45,17 @@ def test_seeds_that_disagree_widen_the_interval_and_ones_that_agree_do_not():
     assert narrow.p < 0.01 < wide.p
 
 
+def test_a_resample_without_a_difference_is_exactly_zero(monkeypatch):
+    """With rounding errors, an interval that ends at zero excluded it, and p missed the resamples at zero."""
+    drawn, percentile = [], np.percentile
+    monkeypatch.setattr(np, "percentile", lambda draws, *more: drawn.append(draws) or percentile(draws, *more))
+    generator = np.random.default_rng(3)
+    base = generator.random((3, 300)) < 0.5
+    paired("b", base ^ (generator.random((3, 300)) < 0.05), base)
+    near = np.abs(drawn[0]) < 1e-9
+    assert near.sum() > 50 and (drawn[0][near] == 0).all()
+
+
 def test_equal_variants_do_not_differ():
     right = np.random.default_rng(2).random((3, 50)) < 0.5
     test = paired("b", right, right)

@@ -21,8 +21,8 @@ An experiment lists tasks, variants (arms, possibly with changed keys), seeds an
   seeds:    [0, 1, 2]
 
 A task may restrict itself to some of them: `variants: [pst]`, `seeds: [0]`.
-Each combination has its own run directory in runs/experiments/NAME. Finished runs are kept, and interrupted runs
-resume. Arguments:
+Each combination has its own run directory in runs/experiments/NAME. Finished runs are kept, interrupted runs resume,
+and a finished run is never replaced by one with other settings. Arguments:
   seeds=[0]  jobs=2  keep=results   keys of the experiment    train.max_steps=50   a key of every run
   on=ray                            runs are tasks of a Ray cluster (ray.address=, ray.num_gpus_per_run=)
 

@@ -27,7 +27,7 @@ from pst_dist.storage.locks import directory_lock
 from pst_dist.storage.manifest import read_manifest
 from pst_dist.storage.outputs import refuse_foreign_folder, refuse_link_out
 from pst_dist.training.begun import with_auto_of
-from pst_dist.training.fingerprint import values_of
+from pst_dist.training.fingerprint import differing
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +124,14 @@ def refuse_other_results(runs: Sequence[Run]) -> None:
     """Raise StaleError if one of these runs would train again over finished results that have other settings or rows.
 
     A run whose student or checkpoints are kept decides by itself: an evaluation with other settings scores the same
-    student, and `train` refuses to replace one. With `keep=results` only the results are left, and training anew would
-    overwrite what took hours without a word.
+    student, and `train` refuses to replace one. With `keep=results` only the results are left, and training again would
+    silently overwrite hours of work. `runs` are unfinished.
     """
     found = [(run, changes) for run in runs if (changes := _changes_since(run.config))]
     if not found:
         return
     run, (saved, wanted) = found[0]
-    others = f"; so are {len(found) - 1} more runs" if len(found) > 1 else ""
+    others = f", as in {len(found) - 1} more" if len(found) > 1 else ""
     raise StaleError(
         f"{run.name} is finished with {saved}, this experiment has {wanted}{others}",
         "restore it, choose another output_dir, or delete the folder of a run to train it again",
@@ -140,9 +140,9 @@ def refuse_other_results(runs: Sequence[Run]) -> None:
 
 
 def _changes_since(config: Config) -> tuple[str, str] | None:
-    """What differs from the finished results of a run of which nothing else is left; None if nothing would be lost."""
+    """What differs from the results of a run of which nothing else is left; None if nothing would be lost."""
     run = run_dir(config)
-    if run.checkpoints.is_dir() or run.best.is_dir() or result_of(config) is not None:
+    if run.checkpoints.is_dir() or run.best.is_dir():
         return None
     if finished_evaluation(run.evaluation(config.evaluate.split)) is None:
         return None
@@ -150,11 +150,10 @@ def _changes_since(config: Config) -> tuple[str, str] | None:
         recorded = with_auto_of(load_config(str(run.path)), config)
     except PstError:
         return "settings that this version cannot read", "its own"
-    saved, wanted = (flat_keys(placeless(one).model_dump(mode="json")) for one in (recorded, config))
-    differ = [key for key in sorted({**saved, **wanted}) if saved.get(key) != wanted.get(key)]
-    if not differ:
-        return ("other rows", "new ones") if run.shards.is_dir() else None
-    return values_of(differ, saved), values_of(differ, wanted)
+    saved, wanted = differing(*(flat_keys(placeless(one).model_dump(mode="json")) for one in (recorded, config)))
+    if saved:
+        return saved, wanted
+    return ("other rows", "new ones") if run.shards.is_dir() else None
 
 
 def placeless(config: Config) -> Config:

@@ -1,7 +1,7 @@
 """Requests and replies as files: the format of OpenAI's Batch API, which `vllm run-batch` reads and writes too.
 
-Nothing is sent from here. `write_requests` lists what a job still has to ask, somebody runs the file, and
-`take_replies` puts the output into the journal, from where everything goes on as after live requests. Format:
+Nothing is sent from here. `write_requests` lists what a job still has to ask, the user runs the file, and
+`take_replies` puts the output into the journal, from where the job continues as after live requests. Format:
 https://platform.openai.com/docs/api-reference/batch (request-input, request-output).
 """
 
@@ -20,22 +20,17 @@ from pst_dist.logs import progress
 from pst_dist.storage.json_files import canonical_json, parse_json
 from pst_dist.storage.outputs import output_path
 from pst_dist.storage.regular_files import open_regular
-from pst_dist.teacher.asking import Work
-from pst_dist.teacher.job import Job, checks_of, proposals_of
+from pst_dist.teacher.job import Job, due_requests
 from pst_dist.teacher.journal import Journal
 from pst_dist.teacher.ledger import Ledger
 from pst_dist.teacher.messages import Reply, Request, Usage
 from pst_dist.teacher.reading import Again, read_answer
 from pst_dist.teacher.settings import TeachSettings
-from pst_dist.teacher.wire import body_of, failure_of
-from pst_dist.text.redaction import redact
+from pst_dist.teacher.wire import NOT_ACCEPTED, body_of, failure_of, shown
 
 log = logging.getLogger(__name__)
 
 _PREFIX = "pst-"
-_NOT_ACCEPTED = (400, 413, 422)
-"""The request itself is at fault; asking again would not help."""
-_SHOWN = 200
 
 
 def is_requests(head: bytes) -> bool:
@@ -44,46 +39,34 @@ def is_requests(head: bytes) -> bool:
 
 
 def write_requests(job: Job, path: Path, journal: Journal, ledger: Ledger) -> tuple[int, str | None]:
-    """Write every request whose time has come; returns their number and the cap that left out further ones.
+    """Write every request that is due; returns their number and the cap that left out further ones.
 
-    A prompt of two steps needs two rounds: its second request contains the first reply. With nothing left to ask, an
+    A prompt of two steps needs two rounds: its second request contains the first reply. With nothing to write, an
     earlier file is removed.
     """
-    settings, count, cap = job.settings, 0, None
-    due = due_requests(job, journal)
-    if not due:
+    settings, cap = job.settings, None
+    allowed: list[Request] = []
+    for request in due_requests(job, journal.replies):
+        cap = ledger.refused_by(request)
+        if cap is not None:
+            break
+        ledger.begin(request)
+        allowed.append(request)
+    if not allowed:
         path.unlink(missing_ok=True)
-        return 0, None
+        return 0, cap
     url = "/v1/chat/completions" if settings.api == "chat" else "/v1/completions"
     with output_path(path, is_requests) as partial, partial.open("w", encoding="utf-8") as stream:
-        for request in due:
-            cap = ledger.refused_by(request)
-            if cap is not None:
-                break
-            ledger.begin(request)
+        for request in allowed:
             body = body_of(settings, request) | settings.extra
             line = {"custom_id": custom_id(request.key), "method": "POST", "url": url, "body": body}
             stream.write(canonical_json(line) + "\n")
-            count += 1
-    if not count:
-        path.unlink()
-    return count, cap
+    return len(allowed), cap
 
 
 def custom_id(key: str) -> str:
     """A request's name in the files: short, and without the characters that a question's id may have."""
     return _PREFIX + hashlib.sha256(key.encode()).hexdigest()[:32]
-
-
-def due_requests(job: Job, journal: Journal) -> list[Request]:
-    """What can be asked now; new questions are checked once all of them are there."""
-    replies = journal.replies
-    works: list[Work] = [*job.works, *job.inventions]
-    due = [request for work in works if (request := work.next_request(replies)) is not None]
-    if due:
-        return due
-    checks = checks_of(job, proposals_of(job, replies))
-    return [request for work in checks if (request := work.next_request(replies)) is not None]
 
 
 def take_replies(path: Path, job: Job, journal: Journal, ledger: Ledger) -> None:
@@ -92,7 +75,7 @@ def take_replies(path: Path, job: Job, journal: Journal, ledger: Ledger) -> None
     A request that failed is asked again in the next round. Raises InputError, with its line, for what is no output of a
     batch, and for a file without any request of this job; EnvironmentFault for a full disk.
     """
-    due = {custom_id(request.key): request for request in due_requests(job, journal)}
+    due = {custom_id(request.key): request for request in due_requests(job, journal.replies)}
     known = {custom_id(key) for key in journal.replies}
     counts: Counter[str] = Counter()
     refused: list[tuple[Request, str]] = []
@@ -102,24 +85,26 @@ def take_replies(path: Path, job: Job, journal: Journal, ledger: Ledger) -> None
                 continue
             name, response, error = _parts(line, path, number)
             request = due.get(name)
-            counts["taken" if request else "known" if name in known else "other"] += 1
             bar.advance()
             if request is None:
+                counts["known" if name in known else "other"] += 1
                 continue
             found = _reply(request, response, error, job.settings, ledger)
             if isinstance(found, Reply):
                 _add(journal, ledger, request, found)
                 due.pop(name)
                 known.add(name)
+                counts["taken"] += 1
                 continue
             status, said = found
-            if status in _NOT_ACCEPTED:
+            if status in NOT_ACCEPTED:
                 refused.append((request, f"{status}: {said}"))
+                counts["taken"] += 1
             else:
                 ledger.failed(str(status))
                 counts["failed"] += 1
                 log.debug("%s: %s: %s", path, status, said)
-    if counts["other"] and not counts["taken"] + counts["known"]:
+    if counts.keys() == {"other"}:
         remedy = "run the file that `--batch` writes, with the options of this command"
         raise InputError("none of its replies is to a request of this job", remedy, path=path)
     if refused and not ledger.requests:
@@ -127,7 +112,7 @@ def take_replies(path: Path, job: Job, journal: Journal, ledger: Ledger) -> None
         raise InputError(f"no request was accepted ({refused[0][1]})", remedy, path=path)
     for request, what in refused:
         _add(journal, ledger, request, Reply(text=what, finish="refused", usage=Usage(prompt=0, completion=0)))
-    words = f"{counts['taken'] - counts['failed']:,} replies taken"
+    words = f"{counts['taken']:,} replies taken"
     words += f", {counts['known']:,} known already" if counts["known"] else ""
     words += f", {counts['other']:,} of other requests skipped" if counts["other"] else ""
     log.info("%s: %s", path, words)
@@ -167,10 +152,10 @@ def _reply(
     if error or status != 200:
         said = failure_of(error) or failure_of(body.get("error")) or "no reason given"
         code = error.get("code") if isinstance(error, dict) else None
-        return status if isinstance(status, int) and status != 200 else str(code or "error"), _shown(said)
+        return status if isinstance(status, int) and status != 200 else str(code or "error"), shown(said)
     chat = settings.api == "chat"
     try:
-        reply = read_answer(request, _view(body), chat=chat, estimated=ledger.estimated_usage, shown=_shown)
+        reply = read_answer(request, _view(body), chat=chat, estimated=ledger.estimated_usage, shown=shown)
     except Again as again:
         if again.reason != "empty":
             return again.reason, again.what
@@ -187,8 +172,3 @@ def _view(body: dict[str, Any]) -> Any:
     view["message"] = SimpleNamespace(**message) if isinstance(message, dict) else None
     counted = SimpleNamespace(**usage) if isinstance(usage, dict) else None
     return SimpleNamespace(choices=[SimpleNamespace(**view)], usage=counted, error=body.get("error"))
-
-
-def _shown(value: object) -> str:
-    text = " ".join(str(value).split())
-    return redact(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")

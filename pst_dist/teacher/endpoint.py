@@ -22,7 +22,16 @@ from pst_dist.teacher.limits import Pace
 from pst_dist.teacher.messages import Reply, Request, Usage
 from pst_dist.teacher.reading import Again, read_answer
 from pst_dist.teacher.settings import TeachSettings
-from pst_dist.teacher.wire import body_of, cause_of, key_of, make_client, message_of, retry_after
+from pst_dist.teacher.wire import (
+    NOT_ACCEPTED,
+    body_of,
+    cause_of,
+    key_of,
+    make_client,
+    message_of,
+    retry_after,
+    shown,
+)
 from pst_dist.text.redaction import MARK, redact
 from pst_dist.text.urls import origin
 
@@ -35,7 +44,6 @@ _FIRST_TRIES = 3
 _MOST_EMPTY = 3
 """So many questions in a row that stay empty after all retries are the server's fault, and end the job."""
 _PASSING = (408, 409, 429)
-_SHOWN = 200
 
 
 class Endpoint:
@@ -164,7 +172,7 @@ class Endpoint:
                 "name that address" + ("" if same else ", if the key may be sent there"),
                 path=where,
             )
-        if self._answered and status in (400, 413, 422):
+        if self._answered and status in NOT_ACCEPTED:
             return _Refused(f"{status}: {said}")
         return InputError(
             f"the server does not accept the request ({status}: {said})",
@@ -209,8 +217,7 @@ class Endpoint:
 
     def _shown(self, value: object) -> str:
         """The start of a text of the server, on one line and without the key."""
-        text = " ".join(self._without_key(str(value)).split())
-        return redact(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
+        return shown(self._without_key(str(value)))
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, MARK) if self._key else text

@@ -10,10 +10,10 @@ from pst_dist.config.schema import Config
 from pst_dist.data.sources.loaded import bad_budget
 from pst_dist.data.tasks import Task
 from pst_dist.errors import ConfigError, DataError
-from pst_dist.teacher.asking import Sampling, samplings
+from pst_dist.teacher.asking import Sampling, Work, samplings
 from pst_dist.teacher.examples import examples_for
 from pst_dist.teacher.judging import strict_task
-from pst_dist.teacher.messages import Reply
+from pst_dist.teacher.messages import Reply, Request
 from pst_dist.teacher.new_questions import Inventing, Proposals, read_proposals
 from pst_dist.teacher.prompts import Prompt, make_prompt
 from pst_dist.teacher.questions import Question, Questions, read_questions, read_texts
@@ -127,3 +127,13 @@ def checks_of(job: Job, proposals: Proposals) -> list[Sampling]:
     """The samples that check the proposals, with prompts that do not show the proposed answer."""
     prompts = [prompt for prompt in job.prompts if not prompt.shows_answer]
     return samplings([one.question for one in proposals.kept], prompts, job.settings, job.chat)
+
+
+def due_requests(job: Job, replies: Mapping[str, Reply]) -> list[Request]:
+    """What can be asked now, empty for a finished job; new questions are checked once all of them are there."""
+    works: list[Work] = [*job.works, *job.inventions]
+    due = [request for work in works if (request := work.next_request(replies)) is not None]
+    if due:
+        return due
+    checks = checks_of(job, proposals_of(job, replies))
+    return [request for work in checks if (request := work.next_request(replies)) is not None]

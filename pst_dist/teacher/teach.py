@@ -9,19 +9,19 @@ same files.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from pst_dist.config.schema import Config
-from pst_dist.teacher.asking import Asking, Work, is_whole
+from pst_dist.teacher.asking import Asking
 from pst_dist.teacher.batch_api import take_replies, write_requests
 from pst_dist.teacher.endpoint import Endpoint
 from pst_dist.teacher.estimate import estimate
-from pst_dist.teacher.job import Job, checks_of, make_job, proposals_of, takes_chat
+from pst_dist.teacher.job import Job, checks_of, due_requests, make_job, proposals_of, takes_chat
 from pst_dist.teacher.journal import Journal, open_journal, read_replies
 from pst_dist.teacher.ledger import Ledger
-from pst_dist.teacher.messages import Reply, Teacher
+from pst_dist.teacher.messages import Teacher
 from pst_dist.teacher.settings import TeachSettings
 from pst_dist.teacher.written import Outcome, check_places, write_all
 
@@ -40,8 +40,7 @@ def plan(config: Config, settings: TeachSettings) -> dict[str, Any]:
 def teach(config: Config, settings: TeachSettings, make_teacher: MakeTeacher | None = None) -> Outcome:
     """Ask for everything that the journal lacks, then write the rows, the quarantine and the report.
 
-    With `settings.batch` the requests are written instead of sent; `Outcome.waiting` says how many.
-
+    With `settings.batch` the requests are written instead of sent; `Outcome.waiting` is their number.
     `make_teacher` makes another kind of teacher than the settings name. Raises ConfigError, InputError and DataError
     for the user's mistakes before anything is sent, EnvironmentFault for a teacher that does not answer or a full
     disk, StaleError for a journal of other settings and PreemptedError after a signal.
@@ -60,16 +59,10 @@ def teach(config: Config, settings: TeachSettings, make_teacher: MakeTeacher | N
         cap, waiting = None, 0
         if settings.batch is not None:
             waiting, cap = write_requests(job, settings.batch, journal, ledger)
-        elif not _is_done(job, journal.replies):  # a finished job needs no key, no server and no model
+        elif due_requests(job, journal.replies):  # a finished job needs no key, no server and no model
             teacher = (make_teacher or _teacher)(settings, ledger)
             cap = asyncio.run(_ask_all(job, teacher, journal, ledger))
         return replace(write_all(job, journal.replies, ledger, cap), waiting=waiting)
-
-
-def _is_done(job: Job, replies: Mapping[str, Reply]) -> bool:
-    """Whether the journal has everything."""
-    asked: list[Work] = [*job.works, *job.inventions]
-    return is_whole(asked, replies) and is_whole(checks_of(job, proposals_of(job, replies)), replies)
 
 
 async def _ask_all(job: Job, teacher: Teacher, journal: Journal, ledger: Ledger) -> str | None:

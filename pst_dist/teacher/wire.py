@@ -13,6 +13,7 @@ from pst_dist.errors import ConfigError, first_line
 from pst_dist.teacher.messages import Request, as_text
 from pst_dist.teacher.settings import KEY_ENV, TeachSettings
 from pst_dist.text.characters import hidden_character
+from pst_dist.text.redaction import redact
 from pst_dist.text.urls import origin
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 _NO_KEY = "none"
 """What the client sends where there is no key; it insists on some."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+NOT_ACCEPTED = (400, 413, 422)
+"""Status codes that say that the request itself is at fault; asking again would not help."""
 _SHOWN = 200
 
 
@@ -131,3 +134,9 @@ def cause_of(error: BaseException) -> str:
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return first_line(error, _SHOWN)
+
+
+def shown(value: object) -> str:
+    """The start of a text of the server, on one line and without secrets."""
+    text = " ".join(str(value).split())
+    return redact(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")

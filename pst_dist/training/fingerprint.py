@@ -6,7 +6,7 @@ resume with the new value if the user allows it. Changing any other setting requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pst_dist.arms import ARMS
@@ -128,21 +128,21 @@ def check_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, accept
     fixed = [key for key in changed if key not in _ADJUSTABLE]
     if fixed:
         raise StaleError(
-            f"trained with {values_of(fixed, saved)}, this run has {values_of(fixed, wanted)}",
+            f"trained with {_values(fixed, saved)}, this run has {_values(fixed, wanted)}",
             "choose another output_dir, or run again with --rebuild to train anew",
         )
     if changed and not accept:
         raise StaleError(
-            f"trained with {values_of(changed, saved)}, this run has {values_of(changed, wanted)}",
+            f"trained with {_values(changed, saved)}, this run has {_values(changed, wanted)}",
             "restore it, or resume with the new value: train.accept_changes=true",
         )
     return [f"{key} {_short(saved.get(key))} -> {_short(wanted.get(key))}" for key in changed]
 
 
 def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """The settings that differ, as `key=value, …`: those saved, and those wanted."""
+    """The settings that differ, as `key=value, …`: those saved, and those wanted; both empty when none does."""
     saved, wanted, changed = _compared(saved, wanted)
-    return values_of(changed, saved), values_of(changed, wanted)
+    return _values(changed, saved), _values(changed, wanted)
 
 
 def _compared(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -151,8 +151,7 @@ def _compared(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[dict
     return one, two, [key for key in sorted({**one, **two}) if one.get(key) != two.get(key)]
 
 
-def values_of(keys: Sequence[str], settings: Mapping[str, Any]) -> str:
-    """`key=value, …` of the first three keys, and how many more there are."""
+def _values(keys: list[str], settings: Mapping[str, Any]) -> str:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return ", ".join(f"{key}={_short(settings.get(key))}" for key in keys[:3]) + more
 

@@ -51,41 +51,32 @@ class TrainingResult:
     """The settings behind the fingerprint; None in records of older versions."""
 
 
-def finished_training(run: RunDir, fingerprint: str) -> TrainingResult | None:
-    """The result of an already complete training with this fingerprint, or None."""
+def recorded_training(run: RunDir) -> TrainingResult | None:
+    """The result of the finished training in a run directory, with any settings, or None."""
     path = run.training
     if not path.is_file() or not Artefact(run.best, "student").is_intact():
         return None
     try:
-        result = read_typed(path, TrainingResult)
+        return read_typed(path, TrainingResult)
     except IntegrityError as error:
         log.warning("the record of the training is damaged and will be rewritten: %s", error)
         return None
-    return result if result.fingerprint == fingerprint else None
 
 
-def refuse_other_student(run: RunDir, settings: Mapping[str, Any]) -> None:
-    """Raise StaleError when a training with these settings would replace a finished student that has others.
+def refuse_other_student(run: RunDir, found: TrainingResult, settings: Mapping[str, Any]) -> None:
+    """Raise StaleError when training with these settings would replace the finished student, which has others.
 
     Where there are checkpoints, resuming decides what a changed setting means. Without them (`keep=student` of an
     experiment, or someone freed the disk) nothing else would stop a new training from overwriting the student.
     """
-    if not run.training.is_file() or any(run.checkpoints.glob("checkpoint-*")):
+    if any(run.checkpoints.glob("checkpoint-*")):
         return
-    if not Artefact(run.best, "student").is_intact():
-        return
-    try:
-        result = read_typed(run.training, TrainingResult)
-    except IntegrityError:
-        return
-    if result.fingerprint == settings_digest(settings):
-        return
-    remedy = "restore the setting, choose another output_dir, or train a new student with --rebuild"
-    if result.settings is None:
+    if found.settings is None:
         what = "the finished student was trained with other settings, which its record does not list"
-        raise StaleError(what, remedy, path=run.training)
-    saved, wanted = differing(result.settings, settings)
-    what = f"the finished student was trained with {saved}, this run has {wanted}"
+    else:
+        saved, wanted = differing(found.settings, settings)
+        what = f"the finished student was trained with {saved}, this run has {wanted}"
+    remedy = "restore the setting, choose another output_dir, or train a new student with --rebuild"
     raise StaleError(what, remedy, path=run.training)
 
 
@@ -101,4 +92,5 @@ def complete_training(config: Config, world_size: int) -> TrainingResult | None:
     batch = global_batch_size(config.train, world_size)
     base = base_of(own.student) if own.student.lora.rank else None
     settings = training_settings(own, shards.manifest.digest, teacher.digest if teacher else None, batch, base)
-    return finished_training(run, settings_digest(settings))
+    result = recorded_training(run)
+    return result if result is not None and result.fingerprint == settings_digest(settings) else None

@@ -54,7 +54,7 @@ from pst_dist.training.parts import Parts
 from pst_dist.training.reporting.live import BusyShare
 from pst_dist.training.reporting.metrics import MetricsLog
 from pst_dist.training.reporting.trackers import Tracker
-from pst_dist.training.result import TrainingResult, finished_training, refuse_other_student
+from pst_dist.training.result import TrainingResult, recorded_training, refuse_other_student
 from pst_dist.training.starting import base_on_all, forget_training, prepare, refuse_foreign_folders, settled_here
 
 log = logging.getLogger(__name__)
@@ -133,11 +133,14 @@ def train(
 def _finished(parts: Parts) -> TrainingResult | None:
     """The result of this training if it is already complete; collective."""
     is_main = parts.ranks.is_main
-    with working():
-        done = from_main(finished_training(parts.run, parts.fingerprint) if is_main else None)
+    done = None
     with main_first_errors(parts.ranks), working():
-        if is_main and done is None:
-            refuse_other_student(parts.run, parts.settings)
+        if is_main and (found := recorded_training(parts.run)) is not None:
+            if found.fingerprint == parts.fingerprint:
+                done = found
+            else:
+                refuse_other_student(parts.run, found, parts.settings)
+    done = from_main(done)
     if is_main:
         record_settled(parts.config, parts.run)
     if done is not None:
@@ -161,7 +164,7 @@ def _run(
     best = BestStudent(parts, engine, size)
     at("resuming")
     state = _resume(parts, engine, best)
-    if ranks.is_main:  # of a training that ended earlier; until this one ends, nobody must take it for finished
+    if ranks.is_main:  # the record of an earlier end; until this training ends, the run must not look finished
         run.training.unlink(missing_ok=True)
     engine.scaling = state.loss_scaling
     if state.step == 0:

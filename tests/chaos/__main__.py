@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-# The children are forked from a process that has used torch; with a pool of threads they would wait for it for ever.
+# The children are forked from a process that has used torch, and would deadlock on its pool of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "helpers"), str(TESTS.parent)]

@@ -144,6 +144,26 @@ def test_what_failed_is_asked_again_and_what_is_there_never(tmp_path, config):
     assert (tmp_path / "out.teach" / "journal.jsonl").read_bytes() == before
 
 
+def test_new_questions_are_checked_in_a_round_of_their_own(tmp_path, config):
+    asking = {"samples": 2, "new_questions": 1, "limit": 1}
+    assert teach(config, settings(tmp_path, **asking)).waiting == 2 + 1, "two samples, and one new question to ask for"
+    *samples, invention = requests_in(tmp_path)
+    new = "Question: A pond has 12 frogs and 5 jump out. How many stay?\nReasoning: 12 - 5 = 7.\nAnswer: 7"
+    lines = [
+        says(samples[0], answer_of(samples[0])),
+        says(samples[1], "It is 3. The answer is 3."),
+        says(invention, new),
+    ]
+    one = output(tmp_path / "one.jsonl", lines)
+    assert teach(config, settings(tmp_path, one, **asking)).waiting == 2, "two samples that check the new question"
+    checks = requests_in(tmp_path)
+    assert all("12 frogs" in json.dumps(request["body"]) for request in checks)
+    texts = ("12 less 5 is 7. The answer is 7.", "7 frogs stay. The answer is 7.")
+    two = output(tmp_path / "two.jsonl", [says(request, text) for request, text in zip(checks, texts, strict=True)])
+    done = teach(config, settings(tmp_path, one, two, **asking))
+    assert [row["answer"] for row in done.rows] == ["3", "7"] and done.rows[1]["synthetic"] and not done.waiting
+
+
 def test_a_live_server_can_finish_what_a_batch_left(tmp_path, config, server):
     common = {"model": "tiny", "reply_tokens": 8}
     teach(config, settings(tmp_path, **common))
